@@ -1,0 +1,51 @@
+"""The values that pass between the parts: conversations, batches, and the errors a user may cause."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IGNORE_INDEX = -1
+"""Target id that takes no part in a loss or a metric."""
+
+
+class UserError(ValueError):
+    """A mistake of the user's: bad config, data, checkpoint or request.
+
+    The message names the thing, the value and the remedy. The command line prints it without a traceback.
+    """
+
+
+class Part(TypedDict):
+    """One part of an assistant message: prose, a calculator call, or the calculator's answer."""
+
+    type: Literal["text", "python", "python_output"]
+    text: str
+
+
+class Message(TypedDict):
+    """One turn. ``content`` is a string, or for the assistant a list of parts."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str | list[Part]
+
+
+class Conversation(TypedDict):
+    """An optional system message, then user and assistant in turn."""
+
+    messages: list[Message]
+
+
+class Batch(TypedDict):
+    """A micro-batch of token rows.
+
+    inputs: (rows, sequence_len) int64. targets: (rows, sequence_len) int64, `IGNORE_INDEX` where no loss is taken.
+    state: the loader's state after this batch, absent in evaluation. It travels with the batch because loaders
+    are read ahead of the training step: a checkpoint must hold the position of what was trained on.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    state: NotRequired[dict[str, Any]]
