@@ -1,0 +1,57 @@
+# `make` lists the targets. Every target sets itself up: .venv is made once and again when pyproject.toml changes.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+TEXT ?=
+OUTPUT ?= runs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow test-gpu lint types format bench loss-compare clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# A torch that satisfies the range is used where it is (a GPU image has its own); otherwise pip brings one.
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "lmchat needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) --version); run make PYTHON=python3.12"; exit 1; }
+	@echo "Setting up $(VENV) (once; some minutes)"
+	@flags=$$($(PYTHON) -c 'import importlib.metadata as m; v = tuple(map(int, m.version("torch").split(".")[:2])); print("--system-site-packages" if (2, 11) <= v < (2, 14) else "")' 2>/dev/null); \
+	  $(PYTHON) -m venv $$flags $(VENV)
+	@$(BIN)/python -m pip install -q -e '.[dev,plot]' || { echo "The installation failed; the message above says why"; exit 1; }
+	@touch $@
+
+setup: $(INSTALLED)  ## make the virtual environment and install lmchat into it
+
+demo: $(INSTALLED)  ## train and try a small model on this machine's own text, offline (TEXT=folder for yours)
+	@$(BIN)/lmchat demo --output $(OUTPUT) $(if $(TEXT),--text $(TEXT))
+
+test: $(INSTALLED)  ## run the tests (minutes, on two cores)
+	@$(BIN)/python -m pytest -m 'not slow and not gpu'
+
+test-slow: $(INSTALLED)  ## run the long tests
+	@$(BIN)/python -m pytest -m slow
+
+test-gpu: $(INSTALLED)  ## run the GPU tests and 20 steps of d12 on one card
+	@$(BIN)/python -m pytest -m gpu
+	@$(BIN)/python benchmarks/gpu_run.py
+
+lint: $(INSTALLED)  ## check style
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: $(INSTALLED)  ## check types
+	@$(BIN)/mypy
+
+format: $(INSTALLED)  ## put the code into the house style
+	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+bench: $(INSTALLED)  ## measure the CPU benchmarks, as ratios within one run
+	@for file in benchmarks/*.py; do case $$file in *gpu*|*loss_compare*) ;; *) echo "== $$file"; $(BIN)/python $$file || exit 1;; esac; done
+
+loss-compare: $(INSTALLED)  ## prove a refactor: the same losses at revisions A and B (A=rev B=rev)
+	@$(BIN)/python benchmarks/loss_compare.py $(A) $(B)
+
+clean:  ## remove the virtual environment, caches and demo runs
+	rm -rf $(VENV) runs .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,78 @@
+"""The command line: a table of commands, each imported only when it is asked for."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+TRAINER_COMMANDS = {
+    "fit": "train a stage: lmchat fit --config configs/d12_pretrain.yaml",
+    "validate": "evaluate a stage's checkpoint on its validation data",
+    "test": "run a stage's test loop",
+    "predict": "run a stage's prediction loop",
+}
+COMMANDS = {
+    "tokenizer": "train, evaluate, look at or import a tokenizer",
+    "data": "download shards, or turn a folder of text into shards",
+    "demo": "the pipeline on this machine's own documentation, offline",
+}
+
+
+def help_text() -> str:
+    """The list of commands."""
+    rows = "\n".join(f"  {name:<11}{text}" for name, text in {**TRAINER_COMMANDS, **COMMANDS}.items())
+    return (
+        "lmchat: train your own small chat model\n\n"
+        f"usage: lmchat COMMAND [OPTIONS]\n\ncommands:\n{rows}\n\n"
+        "`lmchat COMMAND --help` shows a command's options. Files live in $LMCHAT_BASE_DIR (~/.cache/lmchat)."
+    )
+
+
+def _run_trainer(args: list[str]) -> None:
+    from lmchat.cli import main
+
+    main(args)
+
+
+def _run_command(name: str, args: list[str]) -> None:
+    from jsonargparse import auto_cli
+
+    module = import_module(f"lmchat.commands.{name}")
+    auto_cli(module.COMMANDS, args=args, prog=f"lmchat {name}", allow_abbrev=False)
+
+
+def main(args: list[str] | None = None) -> int:
+    """Runs ``lmchat ARGS`` and returns the exit status; a user's mistake prints one message, no traceback."""
+    args = sys.argv[1:] if args is None else args
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(help_text())
+        return 0
+    if args[0] == "--version":
+        from lmchat import __version__
+
+        print(f"lmchat {__version__}")
+        return 0
+    name = args[0]
+    if name not in TRAINER_COMMANDS and name not in COMMANDS:
+        return _fail(f"unknown command {name!r}; the commands are {', '.join([*TRAINER_COMMANDS, *COMMANDS])}")
+    from lmchat.types import UserError
+
+    try:
+        if name in TRAINER_COMMANDS:
+            _run_trainer(args)
+        else:
+            _run_command(name, args[1:])
+    except UserError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"lmchat: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

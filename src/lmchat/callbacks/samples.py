@@ -1,0 +1,55 @@
+"""A look at what the model writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from lmchat.generation.engine import Engine
+
+PROMPTS = (
+    "The capital of France is",
+    "The chemical symbol of gold is",
+    "If yesterday was Friday, then tomorrow will be",
+    "The opposite of hot is",
+    "The planets of the solar system are:",
+    "My favorite color is",
+    "This function returns",
+)
+
+
+class Samples(Callback):
+    """Completes fixed prompts greedily after every evaluation; prints them and writes them to TensorBoard.
+
+    Args:
+        prompts: texts to continue.
+        max_new_tokens: longest continuation; 0 turns samples off.
+    """
+
+    def __init__(self, prompts: Sequence[str] = PROMPTS, max_new_tokens: int = 16) -> None:
+        self.prompts = list(prompts)
+        self.max_new_tokens = max_new_tokens
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking or not trainer.is_global_zero or not self.max_new_tokens:
+            return
+        for prompt, text in zip(self.prompts, self._complete(pl_module), strict=True):
+            print(f"  {prompt}\033[1m{text}\033[0m" if _is_terminal() else f"  {prompt} ▸{text}", flush=True)
+            for logger in trainer.loggers:
+                if hasattr(logger.experiment, "add_text"):
+                    logger.experiment.add_text(f"samples/{prompt}", prompt + text, trainer.global_step)
+
+    def _complete(self, pl_module: L.LightningModule) -> list[str]:
+        tokenizer = pl_module.tokenizer
+        engine = Engine(pl_module.net, tokenizer)
+        prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in self.prompts]
+        results = engine.generate(prompts, max_new_tokens=self.max_new_tokens, temperature=0.0)
+        return [tokenizer.decode(samples[0].ids).replace("\n", "⏎") for samples in results]
+
+
+def _is_terminal() -> bool:
+    import sys
+
+    return sys.stdout.isatty()

@@ -1,0 +1,45 @@
+"""From the depth to the whole training plan."""
+
+from __future__ import annotations
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from lmchat.scaling import make_plan
+
+
+class ScalingLaws(Callback):
+    """Decides batch, steps, learning-rate scale and weight decay from the model's depth (see `lmchat.scaling`).
+
+    The horizon is ``trainer.max_steps`` where that is set, else ``target_flops``, else ``tokens_per_parameter``.
+    A ``global_batch_tokens`` set on the module stays. Stages that do not scale with depth
+    (``module.scales_with_depth`` is false) are left alone.
+
+    Args:
+        tokens_per_parameter: training tokens per scaling parameter (the blocks' matrices and the head).
+        target_flops: total training FLOPs to spend, in place of the ratio.
+        lr_scale: factor on every learning rate; null takes √(batch / 2¹⁹).
+    """
+
+    def __init__(
+        self, tokens_per_parameter: float = 10.5, target_flops: float | None = None, lr_scale: float | None = None
+    ) -> None:
+        self.tokens_per_parameter = tokens_per_parameter
+        self.target_flops = target_flops
+        self.lr_scale = lr_scale
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit" or not pl_module.scales_with_depth:
+            return
+        plan = make_plan(
+            **pl_module.shape,
+            ratio=self.tokens_per_parameter,
+            target_flops=self.target_flops,
+            max_steps=trainer.max_steps if trainer.max_steps > 0 else None,
+            global_batch_tokens=pl_module.global_batch_tokens,
+            weight_decay=pl_module.weight_decay,
+        )
+        trainer.fit_loop.epoch_loop.max_steps = plan.steps
+        pl_module.global_batch_tokens = plan.global_batch_tokens
+        pl_module.weight_decay = plan.weight_decay
+        pl_module.lr_scale = plan.lr_scale if self.lr_scale is None else self.lr_scale

@@ -1,0 +1,91 @@
+"""``lmchat fit`` and its sisters: Lightning's own command line with lmchat's stages, callbacks and checkpoints."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import lightning as L
+from jsonargparse import ArgumentError
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lmchat.callbacks.batch_plan import BatchPlan
+from lmchat.callbacks.checkpoint import StepCheckpoint
+from lmchat.callbacks.eval_schedule import EvalSchedule
+from lmchat.callbacks.gc_freeze import GCFreeze
+from lmchat.callbacks.monitor import Monitor
+from lmchat.callbacks.samples import Samples
+from lmchat.callbacks.scaling_laws import ScalingLaws
+from lmchat.paths import base_dir
+from lmchat.stages import pretrain  # noqa: F401  (known to jsonargparse by its short class names)
+from lmchat.stages.base import StageModule
+from lmchat.types import UserError
+
+TRAINER_DEFAULTS = {
+    "max_epochs": -1,
+    "precision": "32-true",
+    "num_sanity_val_steps": 0,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,
+}
+
+
+class LMChatCLI(LightningCLI):
+    """Adds the callbacks every stage has, TensorBoard and CSV logs by default, and ``--ckpt_path last``."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        # The order is that of their set-up: the plan first, then what is derived from it.
+        parser.add_lightning_class_args(ScalingLaws, "scaling_laws")
+        parser.add_lightning_class_args(BatchPlan, "batch_plan")
+        parser.add_lightning_class_args(EvalSchedule, "eval")
+        parser.add_lightning_class_args(Monitor, "monitor")
+        parser.add_lightning_class_args(Samples, "samples")
+        parser.add_lightning_class_args(GCFreeze, "gc_freeze")
+        parser.add_lightning_class_args(StepCheckpoint, "checkpoint")
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would let the checkpoint's hyperparameters beat the user's; `fit` resolves the path."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        if self._get(self.config_init, "trainer")["logger"] in (None, True):
+            folder, name = base_dir() / "logs" / self.model.stage, self.model.tag
+            tensorboard = TensorBoardLogger(folder, name=name)
+            kwargs["logger"] = [tensorboard, CSVLogger(folder, name=name, version=tensorboard.version)]
+        return super().instantiate_trainer(**kwargs)
+
+    def fit(self, model: StageModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
+        self.trainer.fit(model, ckpt_path=ckpt_path, **kwargs)
+
+
+def main(args: list[str]) -> None:
+    """Runs a trainer command.
+
+    Raises:
+        UserError: the arguments or the config are wrong.
+    """
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    options = {"exit_on_error": False, "allow_abbrev": False}
+    try:
+        LMChatCLI(
+            StageModule,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_callback=SaveConfigCallback,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=42,
+            parser_kwargs={
+                "default_env": True,
+                "env_prefix": "LMCHAT",
+                **options,
+                **{name: dict(options) for name in LightningCLI.subcommands()},
+            },
+            args=args,
+        )
+    except (ArgumentError, MisconfigurationException) as error:
+        raise UserError(str(error)) from error

@@ -1,0 +1,180 @@
+"""What every training stage shares: the network, the optimizer and its schedules, the loss of a step."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import lightning as L
+import torch
+
+from lmchat.model.config import GPTConfig
+from lmchat.model.gpt import GPT, default_compute_dtype
+from lmchat.optim.muon_adamw import MuonAdamW, build_param_groups
+from lmchat.paths import tokenizer_dir as default_tokenizer_dir
+from lmchat.tokenizer.bpe import Tokenizer
+from lmchat.types import UserError
+
+COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The optimizer's settings at one step: learning-rate multiplier, Muon's momentum, Muon's weight decay."""
+
+    lr_multiplier: float
+    momentum: float
+    weight_decay: float
+
+
+class StageModule(L.LightningModule):
+    """One GPT, one MuonAdamW, stateless schedules; a stage adds its loss and its evaluation.
+
+    Args:
+        tokenizer_dir: folder of the tokenizer; null is ``$LMCHAT_BASE_DIR/tokenizer``.
+        tag: name of the run's folder of checkpoints and logs; null names it by the depth, e.g. ``d26``.
+        global_batch_tokens: tokens per optimizer step over all ranks; null lets the scaling laws decide.
+        embedding_lr: AdamW learning rate of the token and value embeddings at width 768 and batch 2¹⁹.
+        unembedding_lr: AdamW learning rate of the output head, likewise.
+        matrix_lr: Muon learning rate of the blocks' matrices.
+        scalar_lr: AdamW learning rate of the residual scalars.
+        weight_decay: Muon's weight decay before the scaling laws scale it.
+        compute_dtype: type of activations and matrix products; "auto" is bf16 where the device multiplies it fast,
+            else fp32. Master weights are fp32 always.
+        attention: name of the attention backend; "auto" runs the candidates and takes the best that is right.
+        compile: use torch.compile; "auto" is on a GPU only.
+    """
+
+    stage: ClassVar[str]
+    scales_with_depth: ClassVar[bool] = False
+    net: GPT
+
+    def __init__(
+        self,
+        *,
+        tokenizer_dir: str | None = None,
+        tag: str | None = None,
+        global_batch_tokens: int | None = None,
+        embedding_lr: float = 0.3,
+        unembedding_lr: float = 0.004,
+        matrix_lr: float = 0.02,
+        scalar_lr: float = 0.5,
+        weight_decay: float = 0.2,
+        compute_dtype: Literal["auto", "bf16", "fp32"] = "auto",
+        attention: str = "auto",
+        compile: bool | Literal["auto"] = "auto",
+    ) -> None:
+        super().__init__()
+        self.tokenizer_dir = tokenizer_dir
+        self.global_batch_tokens = global_batch_tokens
+        self.learning_rates = {
+            "embedding_lr": embedding_lr,
+            "unembedding_lr": unembedding_lr,
+            "matrix_lr": matrix_lr,
+            "scalar_lr": scalar_lr,
+        }
+        self.weight_decay = weight_decay
+        self.lr_scale = 1.0
+        self.compute_dtype = compute_dtype
+        self.attention = attention
+        self.compile_mode = compile
+        self._tag = tag
+        self._loss_sum: torch.Tensor | None = None
+        self._loss_count = 0
+
+    @property
+    @abstractmethod
+    def config(self) -> GPTConfig:
+        """The shape of the network."""
+
+    @abstractmethod
+    def schedule(self, step: int) -> Schedule:
+        """The optimizer's settings for optimizer step ``step``, counted from 0."""
+
+    @property
+    def tag(self) -> str:
+        """Name of the run: its folder under the stage's checkpoints."""
+        return self._tag or f"d{self.config.n_layer}"
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.load(Path(self.tokenizer_dir) if self.tokenizer_dir else default_tokenizer_dir())
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.trainer.max_steps
+
+    def setup(self, stage: str) -> None:
+        if self.trainer.precision != "32-true":
+            raise UserError(
+                f"--trainer.precision is {self.trainer.precision}, which would cast or autocast the fp32 master "
+                "weights; leave it at 32-true and choose the compute type with --model.compute_dtype bf16"
+            )
+        if stage == "fit" and self.total_steps < 1:
+            raise UserError(f"--trainer.max_steps is {self.total_steps}; give a positive number of steps")
+
+    def configure_model(self) -> None:
+        if hasattr(self, "net"):
+            return
+        device = self.trainer.strategy.root_device
+        dtype = default_compute_dtype(device) if self.compute_dtype == "auto" else COMPUTE_DTYPES[self.compute_dtype]
+        with torch.device("meta"):
+            net = GPT(self.config, compute_dtype=dtype, attention=self.attention)
+        net.to_empty(device=device)
+        net.init_weights()
+        self.net = net
+
+    def on_fit_start(self) -> None:
+        on_gpu = self.device.type == "cuda"
+        if self.compile_mode is True or (self.compile_mode == "auto" and on_gpu):
+            self.net.compile_blocks()
+
+    def configure_optimizers(self) -> MuonAdamW:
+        groups = build_param_groups(
+            self.net.named_parameters(),
+            n_embd=self.config.n_embd,
+            lr_scale=self.lr_scale,
+            weight_decay=self.weight_decay,
+            **self.learning_rates,
+        )
+        return MuonAdamW(groups)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        now = self.schedule(self.trainer.global_step)
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * now.lr_multiplier
+            if group["kind"] == "muon":
+                group["momentum"], group["weight_decay"] = now.momentum, now.weight_decay
+        optimizer.step(closure=optimizer_closure)
+        # Lightning zeroes after the next forward, which would keep the gradients alive beside its activations.
+        optimizer.zero_grad(set_to_none=True)
+
+    def track_loss(self, loss: torch.Tensor) -> None:
+        """Adds a micro-batch's loss to the step's; no device synchronisation."""
+        self._loss_sum = loss.detach() if self._loss_sum is None else self._loss_sum + loss.detach()
+        self._loss_count += 1
+
+    def pop_step_loss(self) -> torch.Tensor:
+        """Mean loss of the micro-batches since the last call, a 0-dim tensor on the device."""
+        assert self._loss_sum is not None, "no micro-batch since the last call"
+        mean = self._loss_sum / self._loss_count
+        self._loss_sum, self._loss_count = None, 0
+        return mean
+
+    def checkpoint_meta(self) -> dict[str, Any]:
+        """What a later stage or a reader needs to know of this one, as JSON."""
+        return {
+            "stage": self.stage,
+            "tag": self.tag,
+            "model": self.config.to_dict(),
+            "tokenizer_fingerprint": self.tokenizer.fingerprint,
+            "global_batch_tokens": self.global_batch_tokens,
+            "total_steps": self.total_steps,
+            "learning_rates": self.learning_rates,
+            "lr_scale": self.lr_scale,
+            "weight_decay": self.weight_decay,
+        }

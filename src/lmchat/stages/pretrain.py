@@ -1,0 +1,192 @@
+"""Pretraining: next-token prediction on packed web text, judged by bits per byte."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+
+from lmchat.data.loader import PackedBatches
+from lmchat.data.token_shards import TokenShards, prepare_token_shards
+from lmchat.evaluation.bits_per_byte import BitsPerByte
+from lmchat.model.config import GPTConfig
+from lmchat.paths import base_data_dir
+from lmchat.scaling import config_for_depth
+from lmchat.schedules import lr_multiplier, muon_momentum, weight_decay
+from lmchat.stages.base import Schedule, StageModule
+from lmchat.types import Batch, UserError
+
+
+class PretrainModule(StageModule):
+    """A GPT whose ``depth`` decides everything else.
+
+    Args:
+        depth: number of blocks; width, heads, batch, steps and learning rates follow from it.
+        sequence_len: tokens per row.
+        aspect_ratio: width per block; the width is rounded up to whole heads.
+        head_dim: width of an attention head.
+        n_kv_head: number of key and value heads; null is as many as query heads.
+        window_pattern: attention windows of the layers in turn: S (half the sequence) or L (all of it).
+        warmup_ratio: share of the steps in which the learning rate rises linearly from 0.
+        warmdown_ratio: share of the steps in which it falls linearly to ``final_lr_fraction``.
+        final_lr_fraction: learning-rate multiplier after the last step.
+    """
+
+    stage: ClassVar[str] = "pretrain"
+    scales_with_depth: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        depth: int,
+        sequence_len: int = 2048,
+        aspect_ratio: int = 64,
+        head_dim: int = 128,
+        n_kv_head: int | None = None,
+        window_pattern: str = "SSSL",
+        warmup_ratio: float = 0.0,
+        warmdown_ratio: float = 0.5,
+        final_lr_fraction: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.depth = depth
+        self.sequence_len = sequence_len
+        self.aspect_ratio = aspect_ratio
+        self.head_dim = head_dim
+        self.n_kv_head = n_kv_head
+        self.window_pattern = window_pattern
+        self.warmup_ratio = warmup_ratio
+        self.warmdown_ratio = warmdown_ratio
+        self.final_lr_fraction = final_lr_fraction
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """What the scaling laws take as given."""
+        return {
+            "depth": self.depth,
+            "vocab_size": self.tokenizer.vocab_size,
+            "sequence_len": self.sequence_len,
+            "aspect_ratio": self.aspect_ratio,
+            "head_dim": self.head_dim,
+            "n_kv_head": self.n_kv_head,
+            "window_pattern": self.window_pattern,
+        }
+
+    @cached_property
+    def config(self) -> GPTConfig:
+        return config_for_depth(**self.shape)
+
+    def schedule(self, step: int) -> Schedule:
+        steps = self.total_steps
+        return Schedule(
+            lr_multiplier=lr_multiplier(
+                step,
+                steps,
+                warmup_ratio=self.warmup_ratio,
+                warmdown_ratio=self.warmdown_ratio,
+                final_lr_fraction=self.final_lr_fraction,
+            ),
+            momentum=muon_momentum(step),
+            weight_decay=weight_decay(step, steps, self.weight_decay),
+        )
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        loss = self.net.loss(batch["inputs"], batch["targets"])
+        self.track_loss(loss)
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self._bits_per_byte = BitsPerByte(torch.from_numpy(self.tokenizer.token_bytes).to(self.device))
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        nats = self.net.loss(batch["inputs"], batch["targets"], reduction="none")
+        self._bits_per_byte.update(nats, batch["targets"])
+
+    def on_validation_epoch_end(self) -> None:
+        totals = self._bits_per_byte
+        totals.totals = self.trainer.strategy.reduce(totals.totals, reduce_op="sum")
+        self.log("val/bpb", totals.compute(), rank_zero_only=True)
+
+
+class FineWebDataModule(L.LightningDataModule):
+    """Parquet shards of text → token files → best-fit packed rows. The last shard is the validation set.
+
+    The stream of rows does not depend on the number of ranks, and its position is part of a checkpoint.
+
+    Args:
+        data_dir: folder of the parquet shards; null is ``$LMCHAT_BASE_DIR/base_data``.
+        micro_batch_size: rows per micro-batch and rank.
+        buffer_size: documents that best-fit packing chooses from.
+        eval_tokens: tokens per evaluation over all ranks.
+    """
+
+    def __init__(
+        self,
+        data_dir: str | None = None,
+        micro_batch_size: int = 32,
+        buffer_size: int = 1000,
+        eval_tokens: int = 40 * 524288,
+    ) -> None:
+        super().__init__()
+        self.data_dir = Path(data_dir) if data_dir else base_data_dir()
+        self.micro_batch_size = micro_batch_size
+        self.buffer_size = buffer_size
+        self.eval_tokens = eval_tokens
+        self._state: dict[str, Any] | None = None
+
+    @property
+    def _module(self) -> PretrainModule:
+        return self.trainer.lightning_module  # type: ignore[return-value]
+
+    def prepare_data(self) -> None:
+        prepare_token_shards(self.data_dir, self._module.tokenizer)
+
+    def setup(self, stage: str) -> None:
+        self.train_shards, self.val_shards = TokenShards.open_split(self.data_dir, self._module.tokenizer)
+
+    def _batches(self, shards: TokenShards, **kwargs: Any) -> PackedBatches:
+        return PackedBatches(
+            shards,
+            micro_batch_size=self.micro_batch_size,
+            sequence_len=self._module.sequence_len,
+            buffer_size=self.buffer_size,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+            **kwargs,
+        )
+
+    def _loader(self, batches: PackedBatches) -> DataLoader:
+        return DataLoader(batches, batch_size=None, pin_memory=self._module.device.type == "cuda")
+
+    def train_dataloader(self) -> DataLoader:
+        return self._loader(self._batches(self.train_shards, state=self._state))
+
+    def val_dataloader(self) -> DataLoader:
+        return self._loader(self._batches(self.val_shards, rounds=self.eval_rounds))
+
+    @property
+    def eval_rounds(self) -> int:
+        """Micro-batches per rank in one evaluation."""
+        tokens = self.micro_batch_size * self._module.sequence_len * self.trainer.world_size
+        rounds = self.eval_tokens // tokens
+        if rounds == 0:
+            raise UserError(
+                f"--data.eval_tokens {self.eval_tokens} is less than one micro-batch per rank ({tokens} tokens); "
+                f"use --data.eval_tokens {tokens} or more"
+            )
+        return rounds
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        # Called when a batch is consumed: loaders are read ahead, so their own position would be too far.
+        self._state = batch.pop("state", self._state)
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self._state}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._state = state_dict["position"]

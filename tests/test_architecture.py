@@ -1,0 +1,62 @@
+"""Dependencies run one way: an import may only point to the same layer's package or to a lower layer."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).resolve().parent.parent / "src" / "lmchat"
+LAYERS = [
+    {"types", "paths", "hardware", "losses", "schedules"},
+    {"model", "tokenizer", "optim"},
+    {"scaling", "data", "tasks", "generation"},
+    {"evaluation", "checkpoint"},
+    {"strategies", "callbacks", "stages"},
+    {"cli", "serve", "commands", "__main__", "__init__"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+FIRST_LIGHTNING_LAYER = LEVEL["stages"]
+# Layer-mates that are independent by design.
+FORBIDDEN = {("model", "optim")}
+
+MODULES = sorted(SOURCE.rglob("*.py"))
+
+
+def part_of(path: Path) -> str:
+    top = path.relative_to(SOURCE).parts[0]
+    return top.removesuffix(".py")
+
+
+def imports(tree: ast.AST) -> set[str]:
+    """Full names of what a module imports, also inside functions."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add("." * node.level)
+    return names
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_imports_point_down(path: Path) -> None:
+    part = part_of(path)
+    assert part in LEVEL, f"{part} belongs to no layer: add it to LAYERS"
+    for name in imports(ast.parse(path.read_text())):
+        assert not name.startswith("."), "absolute imports only"
+        if name.split(".")[0] in ("lightning", "pytorch_lightning"):
+            assert LEVEL[part] >= FIRST_LIGHTNING_LAYER, f"{part} may not import lightning"
+        if name.startswith("lmchat."):
+            other = name.split(".")[1]
+            target = other if other in LEVEL else "__init__"
+            assert (part, target) not in FORBIDDEN
+            assert target == part or LEVEL[target] <= LEVEL[part], f"{part} may not import {name}"
+
+
+def test_the_layers_name_what_exists() -> None:
+    parts = {part_of(path) for path in MODULES}
+    assert parts <= set(LEVEL)
