@@ -1,0 +1,301 @@
+"""The GPT: nanochat's architecture and weight names, in the compute dtype of its choice over fp32 weights.
+
+Rotary positions, normed queries and keys, squared-ReLU MLP, norms without weights, no biases, untied head, soft-capped
+logits, value embeddings on every other layer, per-layer attention windows, and a learned mix of the residual stream
+with the normed embedding before each block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Self, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lmchat.losses import Reduction, linear_cross_entropy, softcap
+from lmchat.model.attention import attend
+from lmchat.model.config import GATE_CHANNELS, GPTConfig
+from lmchat.model.kv_cache import KVCache
+from lmchat.types import UserError
+
+ROTARY_BASE = 10_000
+ROTARY_ROWS = 10
+"""Rotary tables reach this many training rows."""
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMSNorm over the last axis, without weights (arXiv:1910.07467)."""
+    return F.rms_norm(x, (x.size(-1),), eps=EPS)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (arXiv:2104.09864), channels j and j + half rotated together, by minus the angle.
+
+    x: (B, T, heads, head_dim). cos, sin: (T or B x T, 1, head_dim / 2).
+    """
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
+
+
+class Linear(nn.Linear):
+    """A linear map without bias, its weight cast to the input's dtype."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., in_features) to (..., out_features)."""
+        return F.linear(x, self.weight.to(x.dtype))
+
+    def reset_parameters(self) -> None:
+        """Leave the weight as allocated: `GPT.init_weights` fills it."""
+
+
+class Embedding(nn.Embedding):
+    """A token table."""
+
+    def reset_parameters(self) -> None:
+        """Leave the weight as allocated: `GPT.init_weights` fills it."""
+
+
+class SelfAttention(nn.Module):
+    """Causal attention with rotary positions, normed queries and keys, and gated value embeddings on some layers."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.window = config.window_sizes[layer]
+        self.head_dim = config.head_dim
+        kv_width = config.n_kv_head * config.head_dim
+        self.c_q = Linear(config.n_embd, config.n_embd)
+        self.c_k = Linear(config.n_embd, kv_width)
+        self.c_v = Linear(config.n_embd, kv_width)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
+        if layer in config.value_embedding_layers:
+            self.ve_gate = Linear(GATE_CHANNELS, config.n_kv_head)
+
+    def forward(
+        self, x: Tensor, value_embedding: Tensor | None, cos: Tensor, sin: Tensor, kv_cache: KVCache | None
+    ) -> Tensor:
+        """x: (B, T, n_embd), normed. value_embedding: (B, T, kv heads · head_dim)."""
+        batch, length, _ = x.shape
+        q = self.c_q(x).view(batch, length, -1, self.head_dim)
+        k = self.c_k(x).view(batch, length, -1, self.head_dim)
+        v = self.c_v(x).view(batch, length, -1, self.head_dim)
+        if value_embedding is not None:
+            gate = 2 * torch.sigmoid(self.ve_gate(x[..., :GATE_CHANNELS]))
+            v = v + gate.unsqueeze(-1) * value_embedding.view_as(v)
+        q = norm(rotate(q, cos, sin))
+        k = norm(rotate(k, cos, sin))
+        out = attend(q, k, v, self.window) if kv_cache is None else kv_cache.attend(self.layer, q, k, v, self.window)
+        return self.c_proj(out.reshape(batch, length, -1))
+
+
+class MLP(nn.Module):
+    """Two linear maps around a squared ReLU (arXiv:2109.08668)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, T, n_embd), normed."""
+        return self.c_proj(F.relu(self.c_fc(x)).square())
+
+
+class Block(nn.Module):
+    """Attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.attn = SelfAttention(config, layer)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, value_embedding: Tensor | None, cos: Tensor, sin: Tensor, kv_cache: KVCache | None
+    ) -> Tensor:
+        """x: (B, T, n_embd), the residual stream."""
+        x = x + self.attn(norm(x), value_embedding, cos, sin, kv_cache)
+        return x + self.mlp(norm(x))
+
+
+class Transformer(nn.Module):
+    """The token table and the blocks."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.wte = Embedding(config.padded_vocab_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+
+
+class GPT(nn.Module):
+    """The language model.
+
+    Weights are fp32 masters; each use casts them to `compute_dtype`, and gradients arrive in fp32. The token tables are
+    fp32 too, where nanochat stores them in bf16 on CUDA: the rows looked up are rounded the same, and the optimizer's
+    small updates are kept.
+
+    compute_dtype: of the residual stream and the matrix products; see `default_compute_dtype`.
+    rotary_dtype: the rotary tables are rounded to it; bf16 is what nanochat's weights are trained with.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        *,
+        compute_dtype: torch.dtype = torch.float32,
+        attention: str = "auto",
+        rotary_dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype = compute_dtype
+        self.rotary_dtype = rotary_dtype
+        self.attention_backend = "masked"
+        vocab = config.padded_vocab_size
+        self.transformer = Transformer(config)
+        self.lm_head = Linear(config.n_embd, vocab)
+        self.resid_lambdas = nn.Parameter(torch.ones(config.n_layer))
+        self.x0_lambdas = nn.Parameter(torch.full((config.n_layer,), 0.1))
+        kv_width = config.n_kv_head * config.head_dim
+        self.value_embeds = nn.ModuleDict(
+            {str(layer): Embedding(vocab, kv_width) for layer in config.value_embedding_layers}
+        )
+        self._build_rotary_tables()
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The blocks, first to last."""
+        return cast(list[Block], list(self.transformer.h))
+
+    def _build_rotary_tables(self) -> None:
+        """(10 rows, 1, head_dim / 2) each, on the weights' device; computed on the CPU so that all devices agree."""
+        config, device = self.config, self.lm_head.weight.device
+        channels = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
+        frequencies = 1.0 / (ROTARY_BASE ** (channels / config.head_dim))
+        positions = torch.arange(ROTARY_ROWS * config.sequence_len, dtype=torch.float32, device="cpu")
+        angles = torch.outer(positions, frequencies)[:, None]
+        for name, table in (("cos", angles.cos()), ("sin", angles.sin())):
+            table = table.to(self.rotary_dtype).to(device, self.compute_dtype)
+            self.register_buffer(name, table, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or cast the weights, then rebuild the rotary tables, which `to_empty` would leave unset."""
+        super()._apply(fn, recurse)
+        self._build_rotary_tables()
+        return self
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Fill the weights. Drawn on the generator's device, so that one seed gives the same model on every device.
+
+        wte N(0, 1); lm_head N(0, 0.001); matrices into the blocks and value embeddings U(-s, s) with s = √3/√n_embd;
+        matrices out of the blocks and gates 0; resid_lambdas 1; x0_lambdas 0.1.
+        """
+
+        def draw(weight: Tensor, fill: Callable[..., Tensor], *bounds: float) -> None:
+            device = weight.device if generator is None else generator.device
+            weight.copy_(fill(torch.empty(weight.shape, device=device), *bounds, generator=generator))
+
+        bound = math.sqrt(3 / self.config.n_embd)
+        draw(self.transformer.wte.weight, Tensor.normal_, 0.0, 1.0)
+        draw(self.lm_head.weight, Tensor.normal_, 0.0, 0.001)
+        for block in self.blocks:
+            for linear in (block.attn.c_q, block.attn.c_k, block.attn.c_v, block.mlp.c_fc):
+                draw(linear.weight, Tensor.uniform_, -bound, bound)
+            block.attn.c_proj.weight.zero_()
+            block.mlp.c_proj.weight.zero_()
+            if hasattr(block.attn, "ve_gate"):
+                block.attn.ve_gate.weight.zero_()
+        for table in self.value_embeds.parameters():
+            draw(table, Tensor.uniform_, -bound, bound)
+        self.resid_lambdas.fill_(1.0)
+        self.x0_lambdas.fill_(0.1)
+
+    def compile_blocks(self) -> None:
+        """Compile each block in place for fixed shapes; parameter names stay. Blocks of one kind share their code."""
+        for block in self.blocks:
+            block.compile(dynamic=False)
+
+    def forward(self, ids: Tensor, kv_cache: KVCache | None = None) -> Tensor:
+        """Logits (B, T, vocab_size) in fp32 for ids (B, T); with a cache, of the tokens after those it holds."""
+        return self.logits(self.hidden(ids, kv_cache))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Soft-capped fp32 logits (..., vocab_size) of final hidden states (..., n_embd)."""
+        logits = self.lm_head(hidden)[..., : self.config.vocab_size]
+        return softcap(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+
+    def loss(
+        self, ids: Tensor, targets: Tensor, reduction: Reduction = "mean", weights: Tensor | None = None
+    ) -> Tensor:
+        """Cross-entropy in fp32 of targets (B, T) after ids (B, T); see `linear_cross_entropy`."""
+        return linear_cross_entropy(
+            self.hidden(ids),
+            self.lm_head.weight,
+            targets,
+            vocab_size=self.config.vocab_size,
+            reduction=reduction,
+            weights=weights,
+        )
+
+    def hidden(self, ids: Tensor, kv_cache: KVCache | None = None) -> Tensor:
+        """Normed hidden states (B, T, n_embd) before the head, in the compute dtype.
+
+        Raises `UserError` for a context beyond the rotary tables.
+        """
+        cos, sin = self._rotary_tables(ids.size(1), kv_cache)
+        x = norm(self.transformer.wte(ids).to(self.compute_dtype))
+        x0 = x
+        for layer, block in enumerate(self.blocks):
+            x = self.resid_lambdas[layer] * x + self.x0_lambdas[layer] * x0
+            x = block(x, self._value_embedding(layer, ids), cos, sin, kv_cache)
+        if kv_cache is not None:
+            kv_cache.advance(ids.size(1))
+        return norm(x)
+
+    def _value_embedding(self, layer: int, ids: Tensor) -> Tensor | None:
+        name = str(layer)
+        return self.value_embeds[name](ids).to(self.compute_dtype) if name in self.value_embeds else None
+
+    def _rotary_tables(self, length: int, kv_cache: KVCache | None) -> tuple[Tensor, Tensor]:
+        end = length + (0 if kv_cache is None else kv_cache.longest)
+        if end > len(self.cos):
+            raise UserError(
+                f"a context of {end} tokens is longer than this model's limit of {len(self.cos)} "
+                f"({ROTARY_ROWS} x sequence_len {self.config.sequence_len}); shorten it"
+            )
+        if kv_cache is None:
+            return self.cos[:length], self.sin[:length]
+        positions = kv_cache.positions(length)
+        return self.cos[positions], self.sin[positions]
+
+    def extra_repr(self) -> str:
+        """What the model computes in."""
+        return f"compute_dtype={self.compute_dtype}"
+
+
+def default_compute_dtype(device: torch.device | str) -> torch.dtype:
+    """The dtype matrix products are fastest in: bf16 on CUDA from sm80 on and on CPUs with bf16 units, else fp32."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        capable = torch.cuda.get_device_capability(device) >= (8, 0)
+    elif device.type == "cpu":
+        capable = _cpu_has_bf16_units()
+    else:
+        capable = False
+    return torch.bfloat16 if capable else torch.float32
+
+
+def _cpu_has_bf16_units() -> bool:
+    capabilities: Any = torch.backends.cpu.get_cpu_capability()
+    return bool(torch.cpu._is_amx_tile_supported()) and capabilities is not None

@@ -1,0 +1,196 @@
+"""Scaling laws: from depth alone to the model's shape, batch, horizon, learning-rate scale and weight decay.
+
+Pure arithmetic. The reference point is the depth-12 model of the same settings, for which the base hyperparameters
+were tuned at a batch of 2^19 tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from lmchat.model.config import GATE_CHANNELS, GPTConfig
+from lmchat.types import UserError
+
+REFERENCE_DEPTH = 12
+REFERENCE_BATCH_TOKENS = 2**19
+BATCH_EXPONENT = 0.383
+"""Optimal batch ~ training tokens ^ 0.383 (Power Lines, arXiv:2505.13738)."""
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters by part; token tables count with their padding.
+
+    transformer_matrices: every matrix in the blocks, value gates included. scalars: the residual lambdas.
+    """
+
+    wte: int
+    value_embeds: int
+    lm_head: int
+    transformer_matrices: int
+    scalars: int
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self.wte + self.value_embeds + self.lm_head + self.transformer_matrices + self.scalars
+
+    @property
+    def scaling(self) -> int:
+        """The parameters by which the scaling laws measure a model: those which multiply every token."""
+        return self.transformer_matrices + self.lm_head
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A training run derived from a depth.
+
+    target_tokens: tokens the ratio asks for. reference_tokens: the same for depth 12, unrounded.
+    global_batch_tokens: tokens per optimizer step over all ranks. lr_scale: factor on every base learning rate.
+    weight_decay: Muon's, already scaled. steps: optimizer steps. flops_per_token: forward and backward.
+    """
+
+    config: GPTConfig
+    counts: ParameterCounts
+    target_tokens: int
+    reference_tokens: float
+    global_batch_tokens: int
+    lr_scale: float
+    weight_decay: float
+    steps: int
+    flops_per_token: int
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens the run trains on."""
+        return self.steps * self.global_batch_tokens
+
+    @property
+    def total_flops(self) -> int:
+        """Floating-point operations of the whole run."""
+        return self.total_tokens * self.flops_per_token
+
+
+def config_for_depth(
+    depth: int,
+    vocab_size: int,
+    sequence_len: int,
+    aspect_ratio: int = 64,
+    head_dim: int = 128,
+    n_kv_head: int | None = None,
+    window_pattern: str = "SSSL",
+) -> GPTConfig:
+    """The shape of a model of `depth` layers: width depth · aspect_ratio, rounded up to whole heads."""
+    for name, value in (("depth", depth), ("aspect_ratio", aspect_ratio), ("head_dim", head_dim)):
+        if value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1")
+    n_head = math.ceil(depth * aspect_ratio / head_dim)
+    return GPTConfig(
+        sequence_len=sequence_len,
+        vocab_size=vocab_size,
+        n_layer=depth,
+        n_head=n_head,
+        n_kv_head=n_head if n_kv_head is None else n_kv_head,
+        n_embd=n_head * head_dim,
+        window_pattern=window_pattern,
+    )
+
+
+def parameter_counts(config: GPTConfig) -> ParameterCounts:
+    """Count the parameters of a model without building it."""
+    width, kv_width = config.n_embd, config.n_kv_head * config.head_dim
+    attention = 2 * width * width + 2 * width * kv_width
+    mlp = 2 * width * 4 * width
+    value_layers = len(config.value_embedding_layers)
+    return ParameterCounts(
+        wte=config.padded_vocab_size * width,
+        value_embeds=value_layers * config.padded_vocab_size * kv_width,
+        lm_head=config.padded_vocab_size * width,
+        transformer_matrices=config.n_layer * (attention + mlp) + value_layers * config.n_kv_head * GATE_CHANNELS,
+        scalars=2 * config.n_layer,
+    )
+
+
+def flops_per_token(config: GPTConfig) -> int:
+    """Floating-point operations per trained token: 6 per matrix parameter, and attention within its windows.
+
+    Queries against keys and weights against values are 2 · 2 · width operations per visible key, three times over
+    (forward, two gradients). Table look-ups are free.
+    """
+    attention = sum(12 * config.n_embd * min(window, config.sequence_len) for window in config.window_sizes)
+    return 6 * parameter_counts(config).scaling + attention
+
+
+def make_plan(
+    depth: int,
+    *,
+    vocab_size: int,
+    sequence_len: int,
+    aspect_ratio: int = 64,
+    head_dim: int = 128,
+    n_kv_head: int | None = None,
+    window_pattern: str = "SSSL",
+    ratio: float = 10.5,
+    target_flops: float | None = None,
+    max_steps: int | None = None,
+    global_batch_tokens: int | None = None,
+    weight_decay: float = 0.2,
+) -> Plan:
+    """Plan a pretraining run.
+
+    The horizon is `max_steps` if given, else `target_flops` operations, else `ratio` tokens per scaling parameter.
+    An explicit `global_batch_tokens` still moves learning rates and weight decay by the same laws.
+    The reference point is the depth-12 model with as many key/value heads as query heads.
+    Weight decay keeps the timescale of the weights' moving average, in epochs, constant (arXiv:2405.13698).
+
+    Raises `UserError` where the horizon is empty or a number is out of range.
+    """
+    if ratio <= 0:
+        raise UserError(f"ratio is {ratio}; tokens per parameter must be above 0")
+
+    def shape(layers: int, kv_heads: int | None) -> GPTConfig:
+        return config_for_depth(layers, vocab_size, sequence_len, aspect_ratio, head_dim, kv_heads, window_pattern)
+
+    config = shape(depth, n_kv_head)
+    counts = parameter_counts(config)
+    target_tokens = int(ratio * counts.scaling)
+    reference_tokens = ratio * parameter_counts(shape(REFERENCE_DEPTH, None)).scaling
+    if global_batch_tokens is not None and global_batch_tokens < 1:
+        raise UserError(f"global_batch_tokens is {global_batch_tokens}; it must be at least 1")
+    batch = global_batch_tokens or optimal_batch_tokens(target_tokens, reference_tokens)
+    flops = flops_per_token(config)
+    lr_scale = math.sqrt(batch / REFERENCE_BATCH_TOKENS)
+    return Plan(
+        config=config,
+        counts=counts,
+        target_tokens=target_tokens,
+        reference_tokens=reference_tokens,
+        global_batch_tokens=batch,
+        lr_scale=lr_scale,
+        weight_decay=weight_decay * lr_scale * (reference_tokens / target_tokens),
+        steps=_horizon(max_steps, target_flops, target_tokens, flops, batch),
+        flops_per_token=flops,
+    )
+
+
+def optimal_batch_tokens(target_tokens: int, reference_tokens: float) -> int:
+    """The batch, a power of two of tokens, for a horizon of `target_tokens`."""
+    predicted = REFERENCE_BATCH_TOKENS * (target_tokens / reference_tokens) ** BATCH_EXPONENT
+    return 2 ** round(math.log2(predicted))
+
+
+def _horizon(
+    max_steps: int | None, target_flops: float | None, target_tokens: int, flops_per_token: int, batch_tokens: int
+) -> int:
+    if max_steps is not None:
+        steps, source = max_steps, f"max_steps {max_steps}"
+    elif target_flops is not None:
+        steps, source = round(target_flops / (flops_per_token * batch_tokens)), f"target_flops {target_flops:g}"
+    else:
+        steps, source = target_tokens // batch_tokens, f"{target_tokens:,} tokens at the given ratio"
+    if steps < 1:
+        raise UserError(
+            f"{source} is not one step of {batch_tokens:,} tokens; raise the horizon or lower global_batch_tokens"
+        )
+    return steps
