@@ -1,0 +1,229 @@
+"""Byte-level BPE: trained by Hugging Face ``tokenizers``, encoded by tiktoken, stored without pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import tiktoken
+
+from lmchat.tokenizer import files
+from lmchat.types import UserError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+SPLIT_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)"
+    r"|[^\r\n\p{L}\p{N}]?+\p{L}+"
+    r"|\p{N}{1,2}"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*"
+    r"|\s*[\r\n]"
+    r"|\s+(?!\S)"
+    r"|\s+"
+)
+"""Cuts text into the pieces that merges stay within: GPT-4's pattern with runs of at most two digits."""
+
+SPECIAL_TOKENS = (
+    "<|bos|>",
+    "<|user_start|>",
+    "<|user_end|>",
+    "<|assistant_start|>",
+    "<|assistant_end|>",
+    "<|python_start|>",
+    "<|python_end|>",
+    "<|output_start|>",
+    "<|output_end|>",
+)
+"""The last ids of every vocabulary, in this order."""
+
+_FILE = "tokenizer.json"
+_SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
+
+# tiktoken's regex engine keeps one stack entry per character of a whitespace run and panics beyond a million.
+_WHITESPACE_LIMIT = 500_000
+_LONG_WHITESPACE = re.compile(rf"(?<!\s)\s{{{_WHITESPACE_LIMIT}}}")
+
+
+class Tokenizer:
+    """A byte-level BPE vocabulary with the nine special tokens of a conversation after its last rank.
+
+    Args:
+        ranks: token bytes to rank; the rank is the id and the merge priority. All 256 bytes, ranks 0..n-1.
+        pattern: the regular expression that cuts text into pieces before merging.
+
+    Raises:
+        UserError: the ranks have gaps or lack a byte, or the pattern is no regular expression.
+    """
+
+    def __init__(self, ranks: Mapping[bytes, int], pattern: str = SPLIT_PATTERN) -> None:
+        if sorted(ranks.values()) != list(range(len(ranks))):
+            raise UserError(f"the {len(ranks)} ranks of a vocabulary must be 0..{len(ranks) - 1}, each once")
+        if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+            raise UserError(f"a byte-level vocabulary needs all 256 single bytes; {missing[0]:#04x} is missing")
+        self.ranks = dict(sorted(ranks.items(), key=lambda entry: entry[1]))
+        self.pattern = pattern
+        special_ids = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
+        try:
+            self._encoding = tiktoken.Encoding(
+                "lmchat", pat_str=pattern, mergeable_ranks=self.ranks, special_tokens=special_ids
+            )
+        except ValueError as error:
+            raise UserError(f"the split pattern {pattern!r} is not a regular expression: {error}") from error
+        self._special_ids = special_ids
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int, *, pattern: str = SPLIT_PATTERN) -> Tokenizer:
+        """Trains a vocabulary of exactly ``vocab_size`` entries, special tokens included. Deterministic.
+
+        Of pairs that occur equally often, the one with the lower ids is merged first.
+
+        Raises:
+            UserError: ``vocab_size`` is below the bytes and special tokens, or the text has too few pairs to merge.
+        """
+        from tokenizers import Tokenizer as HuggingFaceTokenizer
+        from tokenizers import models, trainers
+
+        if vocab_size < _SMALLEST_VOCABULARY:
+            raise UserError(
+                f"vocab_size {vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} special tokens need "
+                f"{_SMALLEST_VOCABULARY}"
+            )
+        trained = HuggingFaceTokenizer(models.BPE())
+        trained.pre_tokenizer = files.pre_tokenizer(pattern)
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size - len(SPECIAL_TOKENS),
+            min_frequency=0,
+            show_progress=False,
+            # Given first, the bytes take ids 0..255 in byte order. As the trainer's alphabet they would be ordered by
+            # stand-in character, and ties between pairs would fall otherwise than in the reference.
+            special_tokens=list(files.BYTE_CHARACTERS),
+        )
+        trained.train_from_iterator(texts, trainer)
+        vocab = trained.get_vocab()
+        if (possible := len(vocab) + len(SPECIAL_TOKENS)) < vocab_size:
+            raise UserError(
+                f"the text has pairs for only {len(vocab) - 256} merges, vocab_size {vocab_size} needs "
+                f"{vocab_size - _SMALLEST_VOCABULARY}: give more text, or a vocab_size of at most {possible}"
+            )
+        return cls({files.from_characters(token): rank for token, rank in vocab.items()}, pattern)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Tokenizer:
+        """Loads what `save` wrote. Reads ``tokenizer.json`` alone.
+
+        Raises:
+            UserError: there is no tokenizer in the folder, or it is damaged.
+        """
+        path = Path(directory) / _FILE
+        if not path.is_file():
+            raise UserError(
+                f"no tokenizer in {directory} ({_FILE} is missing): train one with `lmchat tokenizer train`"
+            )
+        try:
+            return cls(*files.read_hugging_face(path, SPECIAL_TOKENS))
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"the tokenizer {path} is damaged or no lmchat tokenizer ({error}): "
+                f"train it again with `lmchat tokenizer train --output {directory}`"
+            ) from error
+
+    @classmethod
+    def import_file(cls, path: str | Path) -> Tokenizer:
+        """Loads a vocabulary that another program trained; see `files.read_vocabulary` for the forms.
+
+        Raises:
+            UserError: the file is missing, or is no byte-level BPE vocabulary.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise UserError(f"no file {path} to import a tokenizer from")
+        try:
+            return cls(*files.read_vocabulary(path, SPECIAL_TOKENS, SPLIT_PATTERN))
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"cannot import {path} ({error}): give a Hugging Face tokenizer.json of a byte-level BPE, a tiktoken "
+                "rank file, or JSON with mergeable_ranks and pattern"
+            ) from error
+
+    def save(self, directory: str | Path) -> None:
+        """Writes ``tokenizer.json``, and for other programs ``ranks.tiktoken`` and ``token_bytes.npy``."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        hugging_face = files.hugging_face(self.ranks, self.pattern, SPECIAL_TOKENS)
+        files.write_tiktoken_ranks(directory / "ranks.tiktoken", self.ranks)
+        np.save(directory / "token_bytes.npy", self.token_bytes, allow_pickle=False)
+        # A reader must never see half a file: written aside, then renamed.
+        temporary = directory / f"{_FILE}.{os.getpid()}.tmp"
+        hugging_face.save(str(temporary))
+        temporary.replace(directory / _FILE)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text``. Special tokens in it are ordinary characters; lone surrogates become U+FFFD."""
+        if len(text) < _WHITESPACE_LIMIT:
+            return self._encoding.encode_ordinary(text)
+        return [token for segment in _segments(text) for token in self._encoding.encode_ordinary(segment)]
+
+    def encode_to_numpy(self, text: str) -> npt.NDArray[np.uint32]:
+        """`encode` as a (tokens,) uint32 array, without building a Python list."""
+        try:
+            arrays = [self._encoding.encode_to_numpy(segment, disallowed_special=()) for segment in _segments(text)]
+        except UnicodeEncodeError:
+            # What tiktoken's encode_ordinary does: surrogate pairs are joined, lone ones replaced.
+            return self.encode_to_numpy(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+    def encode_batch(self, texts: Sequence[str], num_threads: int | None = None) -> list[list[int]]:
+        """`encode` of each text on ``num_threads`` threads (default: one per core); tiktoken releases the GIL."""
+        with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
+            return list(pool.map(self.encode, texts))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ``ids``, special tokens by name; bytes that are not UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """Bytes of ``ids``: a single id may end in the middle of a character."""
+        return self._encoding.decode_bytes(ids)
+
+    def special(self, name: str) -> int:
+        """The id of a special token by its name without the brackets: ``special("assistant_end")``."""
+        return self._special_ids[f"<|{name}|>"]
+
+    @property
+    def bos_id(self) -> int:
+        """The id of ``<|bos|>``, which begins every document and conversation."""
+        return self.special("bos")
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids: ranks and special tokens."""
+        return len(self.ranks) + len(SPECIAL_TOKENS)
+
+    @cached_property
+    def token_bytes(self) -> npt.NDArray[np.int32]:
+        """(vocab_size,) int32: the bytes of text each id stands for, 0 for special tokens."""
+        return np.array([*map(len, self.ranks), *[0] * len(SPECIAL_TOKENS)], dtype=np.int32)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex digest of ranks, pattern and special tokens: equal exactly when all ids are equal."""
+        digest = hashlib.sha256()
+        for part in (self.pattern.encode(), *map(str.encode, SPECIAL_TOKENS), *self.ranks):
+            digest.update(len(part).to_bytes(8, "little") + part)
+        return digest.hexdigest()
+
+
+def _segments(text: str) -> Iterator[str]:
+    """The text, cut within whitespace runs that are too long for tiktoken."""
+    while len(text) >= _WHITESPACE_LIMIT and (run := _LONG_WHITESPACE.search(text)):
+        yield text[: run.end()]
+        text = text[run.end() :]
+    yield text

@@ -1,0 +1,169 @@
+"""The files a byte-level BPE vocabulary is kept in: Hugging Face ``tokenizer.json``, tiktoken ranks, JSON ranks.
+
+A vocabulary here is a mapping of token bytes to rank. The rank is both the token's id and its merge priority, as in
+tiktoken. Special tokens are not part of it: they follow directly after the last rank.
+Readers raise `ValueError` (or its kin: `KeyError`, `TypeError`, `OSError`) on a broken file; callers add the remedy.
+"""
+
+from __future__ import annotations
+
+import json
+from base64 import b64decode, b64encode
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lmchat.types import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as HuggingFaceTokenizer
+    from tokenizers.pre_tokenizers import PreTokenizer
+
+
+def _byte_characters() -> list[str]:
+    """The printable character that stands for each byte in ``tokenizer.json``, as GPT-2 introduced it.
+
+    Printable Latin-1 bytes stand for themselves; the others take the characters from U+0100 on, in order.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    substitutes = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(substitutes)) for byte in range(256)]
+
+
+BYTE_CHARACTERS: Sequence[str] = tuple(_byte_characters())
+_BYTE_OF_CHARACTER = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
+
+
+def to_characters(token: bytes) -> str:
+    """Token bytes as the printable string ``tokenizer.json`` holds."""
+    return "".join(BYTE_CHARACTERS[byte] for byte in token)
+
+
+def from_characters(token: str) -> bytes:
+    """The inverse of `to_characters`. Raises KeyError on a character that stands for no byte."""
+    return bytes(_BYTE_OF_CHARACTER[character] for character in token)
+
+
+def merge_pairs(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The pair that each token of two or more bytes is merged from, in rank order.
+
+    A token's own bytes, merged with the lower ranks only, end in exactly two pieces: the pair it was made of.
+
+    Raises:
+        UserError: they do not, so the ranks are not those of a byte-pair encoding.
+    """
+    pairs = []
+    for token in sorted(ranks, key=ranks.__getitem__):
+        if len(token) == 1:
+            continue
+        pieces = _merge(token, ranks)
+        if len(pieces) != 2:
+            raise UserError(f"token {token!r} of rank {ranks[token]} is not the merge of two tokens of lower rank")
+        pairs.append((pieces[0], pieces[1]))
+    return pairs
+
+
+def _merge(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
+    limit = ranks[token]
+    pieces = [token[i : i + 1] for i in range(len(token))]
+    while len(pieces) > 2:
+        merged = [ranks.get(left + right, limit) for left, right in pairwise(pieces)]
+        lowest = min(merged)
+        if lowest == limit:
+            break
+        i = merged.index(lowest)
+        pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
+    return pieces
+
+
+def pre_tokenizer(pattern: str) -> PreTokenizer:
+    """The ``tokenizers`` library's form of: cut by ``pattern``, then write bytes as characters."""
+    from tokenizers import Regex, pre_tokenizers
+
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated", invert=False),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+def hugging_face(ranks: Mapping[bytes, int], pattern: str, special_tokens: Sequence[str]) -> HuggingFaceTokenizer:
+    """The same tokenizer as an object of the ``tokenizers`` library; its ``save`` writes ``tokenizer.json``.
+
+    Special tokens are entries of the vocabulary but not "added tokens": the library finds added tokens in any text,
+    so a user could type ``<|assistant_end|>``. This way it never does, and its ids equal ours for every text.
+    """
+    from tokenizers import Tokenizer, decoders, models
+
+    vocab = {to_characters(token): rank for token, rank in ranks.items()}
+    vocab |= {name: len(ranks) + i for i, name in enumerate(special_tokens)}
+    merges = [(to_characters(left), to_characters(right)) for left, right in merge_pairs(ranks)]
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizer(pattern)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def read_hugging_face(path: Path, special_tokens: Sequence[str]) -> tuple[dict[bytes, int], str]:
+    """Ranks and split pattern of a ``tokenizer.json`` that holds a byte-level BPE with these special tokens."""
+    return _from_hugging_face(json.loads(path.read_text(encoding="utf-8")), special_tokens)
+
+
+def _from_hugging_face(content: dict[str, Any], special_tokens: Sequence[str]) -> tuple[dict[bytes, int], str]:
+    added = {entry["content"]: entry["id"] for entry in content.get("added_tokens") or []}
+    vocab: dict[str, int] = content["model"]["vocab"] | added
+    n_ranks = len(vocab) - len(special_tokens)
+    if [vocab.pop(name, None) for name in special_tokens] != list(range(n_ranks, n_ranks + len(special_tokens))):
+        raise ValueError(f"its last {len(special_tokens)} entries are not {' '.join(special_tokens)}")
+    ranks = {from_characters(token): rank for token, rank in sorted(vocab.items(), key=lambda entry: entry[1])}
+    results = [left + right for left, right in map(_pair, content["model"]["merges"])]
+    if [vocab.get(token) for token in results] != list(range(256, n_ranks)):
+        raise ValueError("its ids are not in the order of its merges")
+    return ranks, _split_pattern(content)
+
+
+def _pair(merge: str | list[str]) -> list[str]:
+    return merge.split(" ") if isinstance(merge, str) else merge
+
+
+def _split_pattern(content: dict[str, Any]) -> str:
+    match content["pre_tokenizer"]:
+        case {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated", "invert": False},
+                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+            ],
+        }:
+            return pattern
+    raise ValueError("its pre_tokenizer is not a Split by a regular expression followed by ByteLevel")
+
+
+def write_tiktoken_ranks(path: Path, ranks: Mapping[bytes, int]) -> None:
+    """Writes tiktoken's rank file: on each line a token in base64 and its rank."""
+    lines = (f"{b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
+    path.write_text("".join(lines), encoding="ascii")
+
+
+def read_tiktoken_ranks(path: Path) -> dict[bytes, int]:
+    """The inverse of `write_tiktoken_ranks`."""
+    pairs = (line.split() for line in path.read_text(encoding="ascii").splitlines() if line)
+    return {b64decode(token, validate=True): int(rank) for token, rank in pairs}
+
+
+def read_vocabulary(path: Path, special_tokens: Sequence[str], default_pattern: str) -> tuple[dict[bytes, int], str]:
+    """Ranks and split pattern from any of the three forms.
+
+    - ``tokenizer.json`` of the Hugging Face library;
+    - a JSON object with ``mergeable_ranks`` [[base64, rank], ...] and ``pattern`` or ``split_pattern``;
+    - tiktoken's rank file, which has no pattern: it gets ``default_pattern``.
+    """
+    if path.suffix != ".json":
+        return read_tiktoken_ranks(path), default_pattern
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if "mergeable_ranks" not in content:
+        return _from_hugging_face(content, special_tokens)
+    ranks = {b64decode(token, validate=True): int(rank) for token, rank in content["mergeable_ranks"]}
+    return ranks, content.get("pattern") or content.get("split_pattern") or default_pattern
