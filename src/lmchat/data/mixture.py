@@ -1,0 +1,88 @@
+"""A mixture of tasks: each repeated for its number of epochs, all of it shuffled once."""
+
+from __future__ import annotations
+
+import bisect
+import random
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import numpy as np
+
+from lmchat.tasks.base import Task
+from lmchat.types import Conversation, UserError
+
+
+@dataclass(frozen=True)
+class MixturePart:
+    """A task's share in a mixture.
+
+    Args:
+        task: where the conversations come from.
+        epochs: how often each conversation occurs.
+    """
+
+    task: Task
+    epochs: int = 1
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise UserError(f"mixture: epochs={self.epochs} of {self.task.name} is not possible; use 1 or more")
+
+
+class Mixture:
+    """Conversations of several tasks in a fixed order, at random access."""
+
+    def __init__(self, parts: list[MixturePart], shuffle_seed: int | None = 42) -> None:
+        """Name the tasks.
+
+        Args:
+            parts: tasks with their epochs. A task may occur more than once.
+            shuffle_seed: seed of the order, that of ``random.Random(seed).shuffle`` as in the reference; null keeps
+                one task after the other, as in a curriculum.
+        """
+        if not parts:
+            raise UserError("mixture: there are no parts; name at least one task")
+        self.parts = parts
+        self.shuffle_seed = shuffle_seed
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        """Where each part ends before the shuffle."""
+        return list(accumulate(len(part.task) * part.epochs for part in self.parts))
+
+    @cached_property
+    def _order(self) -> np.ndarray:
+        """Position before the shuffle of each position after it, int64."""
+        order = list(range(len(self)))
+        if self.shuffle_seed is not None:
+            random.Random(self.shuffle_seed).shuffle(order)
+        return np.array(order, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def locate(self, index: int) -> tuple[Task, int]:
+        """The task at ``index``, and the index of the conversation within it."""
+        position = int(self._order[index])
+        part = bisect.bisect_right(self._ends, position)
+        task = self.parts[part].task
+        start = self._ends[part - 1] if part else 0
+        return task, (position - start) % len(task)
+
+    def __getitem__(self, index: int) -> Conversation:
+        task, local = self.locate(index)
+        return task[local]
+
+    def __iter__(self) -> Iterator[Conversation]:
+        return (self[index] for index in range(len(self)))
+
+    def counts(self) -> dict[str, int]:
+        """Conversations of each task by name, repetitions included."""
+        counts: Counter[str] = Counter()
+        for part in self.parts:
+            counts[part.task.name] += len(part.task) * part.epochs
+        return dict(counts)

@@ -1,0 +1,34 @@
+"""MMLU: multiple choice questions of 57 subjects (Hendrycks et al. 2020, arXiv:2009.03300)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from lmchat.tasks.multiple_choice import MultipleChoiceConversation, MultipleChoiceTask, letters_for
+from lmchat.tasks.rows import HubDataset, MalformedRow, field
+
+
+class MMLU(MultipleChoiceTask):
+    """MMLU's questions, or with ``auxiliary_train`` 100 K questions of other data sets to train on."""
+
+    def __init__(
+        self,
+        split: Literal["auxiliary_train", "dev", "validation", "test"] = "test",
+        path: str | None = None,
+        **options: Any,
+    ) -> None:
+        """Choose the split.
+
+        Args:
+            split: part of the data set.
+            path: a local copy, see `RowTask`.
+            options: see `RowTask`.
+        """
+        super().__init__(hub=HubDataset("cais/mmlu", "all", split), path=path, **options)
+
+    def conversation(self, row: Any) -> MultipleChoiceConversation:
+        question, choices = field(row, "question", str), field(row, "choices", list)
+        letters, answer = letters_for(choices), field(row, "answer", int)
+        if not 0 <= answer < len(letters):
+            raise MalformedRow(f"the answer {answer} is no index into {len(choices)} choices")
+        return self.question(question, letters, choices, letters[answer])

@@ -1,0 +1,58 @@
+"""What multiple choice tasks share: the prompt, the letters, the grading."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from string import ascii_uppercase
+from typing import cast
+
+from lmchat.tasks.base import exchange, reference_answer
+from lmchat.tasks.rows import MalformedRow, RowTask, checked_text
+from lmchat.types import Conversation
+
+
+class MultipleChoiceConversation(Conversation):
+    """A question, its answer's letter, and the letters it offers."""
+
+    letters: list[str]
+
+
+def render_multiple_choice(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
+    """The prompt of a question.
+
+    The letter follows its choice, and without a space, so that it is the token that answers too: a small model binds
+    a letter to the text before it more easily (the reference's finding).
+    """
+    listed = "".join(f"- {choice}={letter}\n" for letter, choice in zip(letters, choices, strict=True))
+    return f"Multiple Choice question: {question}\n{listed}\nRespond only with the letter of the correct answer."
+
+
+class MultipleChoiceTask(RowTask):
+    """A task whose answer is one letter."""
+
+    kind = "categorical"
+
+    def question(
+        self, question: str, letters: Sequence[str], choices: Sequence[str], answer: str
+    ) -> MultipleChoiceConversation:
+        """The conversation of a question. Raises `MalformedRow` where choices, letters and answer do not agree."""
+        if len(choices) < 2 or len(choices) != len(set(letters)):
+            raise MalformedRow(f"{len(choices)} choices with the letters {', '.join(letters)}")
+        for letter, choice in zip(letters, choices, strict=True):
+            checked_text(choice, f"choice {letter}")
+        if answer not in letters:
+            raise MalformedRow(f"the answer {answer} is none of the letters {', '.join(letters)}")
+        messages = exchange(render_multiple_choice(question, letters, choices), answer)["messages"]
+        return {"messages": messages, "letters": list(letters)}
+
+    def letters(self, conversation: Conversation) -> list[str]:
+        return cast(MultipleChoiceConversation, conversation)["letters"]
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        """Whether the completion is the right letter and nothing else."""
+        return completion.strip() == reference_answer(conversation)
+
+
+def letters_for(choices: Sequence[str]) -> str:
+    """A, B, C, ... for each of the choices."""
+    return ascii_uppercase[: len(choices)]

@@ -1,0 +1,26 @@
+"""SmolTalk: general conversations (https://huggingface.co/datasets/HuggingFaceTB/smol-smoltalk)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from lmchat.tasks.jsonl import parse_messages
+from lmchat.tasks.rows import HubDataset, RowTask, field
+from lmchat.types import Conversation
+
+
+class SmolTalk(RowTask):
+    """The small variant of SmolTalk: 460 K conversations to train on, 24 K to test."""
+
+    def __init__(self, split: Literal["train", "test"] = "train", path: str | None = None, **options: Any) -> None:
+        """Choose the split.
+
+        Args:
+            split: part of the data set.
+            path: a local copy, see `RowTask`.
+            options: see `RowTask`.
+        """
+        super().__init__(hub=HubDataset("HuggingFaceTB/smol-smoltalk", None, split), path=path, **options)
+
+    def conversation(self, row: Any) -> Conversation:
+        return parse_messages(field(row, "messages", list))

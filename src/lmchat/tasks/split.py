@@ -1,0 +1,20 @@
+"""Train and test, told apart by content."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Literal
+
+Split = Literal["train", "test"]
+
+TEST_SHARE = 10
+"""One in this many keys is a test key."""
+
+
+def in_split(key: str, split: Split) -> bool:
+    """Whether ``key`` belongs to ``split``.
+
+    A hash of the key decides, so that generated examples of the two splits are disjoint whatever the seed, the sizes
+    and the other options of their tasks.
+    """
+    return (zlib.crc32(key.encode()) % TEST_SHARE == 0) == (split == "test")

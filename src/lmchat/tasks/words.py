@@ -1,0 +1,69 @@
+"""Word lists for the spelling tasks, and their division into train and test words."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from lmchat.paths import base_dir
+from lmchat.tasks.split import Split, in_split
+from lmchat.types import UserError
+
+# Not part of a longer word, of a compound or of a contraction.
+_LOWER_CASE_WORD = re.compile(r"(?<![\w'’-])[a-z]+(?![\w'’-])")
+
+
+def default_words_path() -> Path:
+    """The word list that spelling tasks use unless another one is named."""
+    return base_dir() / "words.txt"
+
+
+def words_from_text(
+    texts: Iterable[str], *, max_words: int = 100_000, min_count: int = 3, min_letters: int = 3, max_letters: int = 20
+) -> list[str]:
+    """The words of a body of text, the most frequent first, equally frequent ones by the alphabet.
+
+    Only words written in lower-case ASCII letters count: that leaves names, numbers and most foreign words out.
+
+    Args:
+        texts: documents.
+        max_words: length of the list at most.
+        min_count: occurrences that a word needs; misspelled words are rare.
+        min_letters: length of the shortest words.
+        max_letters: length of the longest words.
+    """
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(_LOWER_CASE_WORD.findall(text))
+    words = [word for word, count in counts.items() if count >= min_count and min_letters <= len(word) <= max_letters]
+    return sorted(words, key=lambda word: (-counts[word], word))[:max_words]
+
+
+def read_words(path: str | Path | None) -> list[str]:
+    """The words of a file, one a line, each once; null reads `default_words_path`.
+
+    Raises:
+        UserError: the file is missing, empty, or a line is not a word of ASCII letters.
+    """
+    file = Path(path).expanduser() if path is not None else default_words_path()
+    if not file.is_file():
+        raise UserError(
+            f"there is no word list {file}; make one from the pretraining text with `lmchat data words`, "
+            "or set `words_path` to a file with a word a line"
+        )
+    words = list(dict.fromkeys(file.read_text(encoding="utf-8", errors="replace").lower().split("\n")))
+    words = [word for word in map(str.strip, words) if word]
+    wrong = [word for word in words if not (word.isascii() and word.isalpha())]
+    if wrong:
+        listed = ", ".join(map(repr, wrong[:5]))
+        raise UserError(f"{file}: {len(wrong)} lines are not words of the letters a to z ({listed}); remove them")
+    if not words:
+        raise UserError(f"{file} holds no words; give a file with a word a line")
+    return words
+
+
+def split_words(words: list[str], split: Split) -> list[str]:
+    """The words of a split. Which split a word is in depends on the word alone, so no other list can mix them up."""
+    return [word for word in words if in_split(word, split)]
