@@ -1,0 +1,95 @@
+"""Micro-batches of packed rows from token files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import count, islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from lmchat.data.packing import BestFitPacker, Row
+from lmchat.data.token_shards import TokenShards
+from lmchat.types import Batch, UserError
+
+
+class PackedBatches(IterableDataset[Batch]):
+    """The micro-batches of one rank, from one sequence of packed rows that all ranks share.
+
+    Micro-batch k of the sequence, its rows k·b … (k+1)·b − 1, belongs to rank k mod W; W micro-batches are a round.
+    Every rank packs every row, which takes lengths only, and gathers the tokens of its own. So what is trained on,
+    and in which order, does not depend on the world size, nor does the state, which is that after the round.
+
+    Args:
+        shards: the documents, read in order, over and over.
+        sequence_len: T; a row is packed with T + 1 tokens, inputs and targets overlapping in T − 1 of them.
+        micro_batch_size: b, rows per micro-batch.
+        buffer_size: documents that best-fit packing chooses from.
+        rank, world_size: r of W.
+        state: continue after the batch that carried it; None is the beginning.
+        rounds: for evaluation: this many batches at each iteration, without state. None is without end.
+    """
+
+    def __init__(
+        self,
+        shards: TokenShards,
+        *,
+        sequence_len: int,
+        micro_batch_size: int,
+        buffer_size: int = 1000,
+        rank: int = 0,
+        world_size: int = 1,
+        state: dict[str, Any] | None = None,
+        rounds: int | None = None,
+    ) -> None:
+        for name, value in (("sequence_len", sequence_len), ("micro_batch_size", micro_batch_size)):
+            if value < 1:
+                raise UserError(f"{name} is {value}; it must be at least 1")
+        assert 0 <= rank < world_size
+        self.shards = shards
+        self.sequence_len = sequence_len
+        self.micro_batch_size = micro_batch_size
+        self.buffer_size = buffer_size
+        self.rank = rank
+        self.world_size = world_size
+        self.state = state
+        self.rounds = rounds
+
+    def __len__(self) -> int:
+        """Batches per iteration; TypeError, as of an object without a length, when they have no end."""
+        if self.rounds is None:
+            raise TypeError("the training batches have no end")
+        return self.rounds
+
+    def __iter__(self) -> Iterator[Batch]:
+        if (worker := get_worker_info()) is not None and worker.num_workers > 1:
+            raise UserError(f"num_workers is {worker.num_workers}; packed batches come in one order: use 0 or 1")
+        packer = BestFitPacker(self.shards.lengths, row_tokens=self.sequence_len + 1, buffer_size=self.buffer_size)
+        if self.state is not None:
+            packer.restore(self.state)
+        buffer = np.empty((self.micro_batch_size, self.sequence_len + 1), dtype=self.shards.dtype)
+        for _ in count() if self.rounds is None else range(self.rounds):
+            micro_batches = [list(islice(packer, self.micro_batch_size)) for _ in range(self.world_size)]
+            batch = self._gather(micro_batches[self.rank], buffer)
+            if self.rounds is None:
+                batch["state"] = self._state(packer)
+            yield batch
+
+    def _gather(self, rows: list[Row], buffer: np.ndarray) -> Batch:
+        for row, line in zip(rows, buffer, strict=True):
+            at = 0
+            for document, tokens in row:
+                self.shards.copy(document, line[at : at + tokens])
+                at += tokens
+        inputs, targets = torch.empty((2, len(rows), self.sequence_len), dtype=torch.int64)
+        np.copyto(inputs.numpy(), buffer[:, :-1])
+        np.copyto(targets.numpy(), buffer[:, 1:])
+        return Batch(inputs=inputs, targets=targets)
+
+    def _state(self, packer: BestFitPacker) -> dict[str, Any]:
+        """The packer's state, its buffer as an int64 tensor, with epoch (from 0) and shard for the log."""
+        state = packer.state()
+        state["buffer"] = torch.from_numpy(state["buffer"])
+        return {**state, "epoch": packer.epoch, "shard": self.shards.shard_of(packer.document)}

@@ -1,0 +1,160 @@
+"""Best-fit packing of documents into rows, on their lengths alone.
+
+A packer never sees a token, so every rank can run the whole stream and keep only its own rows: the global
+sequence of rows is the same for any number of ranks. Pretraining crops, fine-tuning pads; both are this packer.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from typing import Any, Literal, Protocol, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from lmchat.types import UserError
+
+Row = list[tuple[int, int]]
+"""The segments of a row in order: (document, tokens taken from its beginning)."""
+
+# A buffered document is one integer: its length above, its arrival below, complemented. Sorted, the last integer
+# under a bound is then the longest document under it, the first to arrive among equals.
+_ARRIVAL_BITS = 36
+_LAST_ARRIVAL = (1 << _ARRIVAL_BITS) - 1
+_LONGEST = (1 << (62 - _ARRIVAL_BITS)) - 1
+
+
+class Lengths(Protocol):
+    """Document lengths in tokens, the leading BOS included: an int array, or a view of one on disk."""
+
+    def __len__(self) -> int: ...
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice) -> npt.NDArray[np.integer]: ...
+
+
+class BestFitPacker(Iterator[Row]):
+    """Rows of ``row_tokens`` tokens from documents taken in order, over and over.
+
+    The buffer is topped up, ``refill`` documents at a time, to at least ``buffer_size`` before each placement.
+    Placed is the longest document that fits entirely, the first to arrive among equals. When none fits, ``crop``
+    fills the row with the head of the shortest document and discards its tail; ``pad`` ends the row short.
+    Documents longer than a row are thus only ever cropped, and make ``pad`` raise `UserError`.
+
+    With a number of ``epochs`` the rows end: ``pad`` places every document exactly once per epoch; ``crop`` stops as
+    soon as the buffer cannot be topped up. The packer is the reference's (nanochat); there, documents buffered when
+    training stops are lost, here ``state`` holds them.
+
+    Args:
+        lengths: document lengths in tokens.
+        row_tokens: capacity of a row; sequence length + 1 where targets are the inputs shifted by one.
+    """
+
+    def __init__(
+        self,
+        lengths: Lengths,
+        *,
+        row_tokens: int,
+        buffer_size: int = 1000,
+        refill: int = 128,
+        policy: Literal["crop", "pad"] = "crop",
+        epochs: int | None = None,
+    ) -> None:
+        for name, value in (("row_tokens", row_tokens), ("buffer_size", buffer_size), ("refill", refill)):
+            if value < 1:
+                raise UserError(f"{name} is {value}; it must be at least 1")
+        if len(lengths) == 0:
+            raise UserError("there are no documents to pack")
+        self.lengths = lengths
+        self.row_tokens = row_tokens
+        self.buffer_size = buffer_size
+        self.refill = refill
+        self.policy = policy
+        self._end = _LAST_ARRIVAL if epochs is None else epochs * len(lengths)
+        # Arrivals count on through the epochs: document = arrival mod number of documents.
+        self._next = 0
+        self._keys: list[int] = []
+
+    @property
+    def epoch(self) -> int:
+        """The epoch, from 0, of the last document that entered the buffer."""
+        return max(0, self._next - 1) // len(self.lengths)
+
+    @property
+    def document(self) -> int:
+        """The last document that entered the buffer."""
+        return max(0, self._next - 1) % len(self.lengths)
+
+    def __next__(self) -> Row:
+        keys, documents, pad = self._keys, len(self.lengths), self.policy == "pad"
+        row: Row = []
+        room = self.row_tokens
+        while room:
+            if len(keys) < self.buffer_size and not self._top_up() and not (pad and keys):
+                break
+            fit = bisect_left(keys, (room + 1) << _ARRIVAL_BITS) - 1
+            if fit >= 0:
+                key = keys.pop(fit)
+                taken = key >> _ARRIVAL_BITS
+            elif pad:
+                break
+            else:
+                key = keys.pop(self._shortest())
+                taken = room
+            row.append(((_LAST_ARRIVAL - (key & _LAST_ARRIVAL)) % documents, taken))
+            room -= taken
+        if not row or (room and not pad):
+            raise StopIteration
+        return row
+
+    def _shortest(self) -> int:
+        length = self._keys[0] >> _ARRIVAL_BITS
+        return bisect_left(self._keys, (length + 1) << _ARRIVAL_BITS) - 1
+
+    def _top_up(self) -> bool:
+        """Refill the buffer; whether it holds ``buffer_size`` documents."""
+        keys, documents = self._keys, len(self.lengths)
+        while len(keys) < self.buffer_size and self._next < self._end:
+            stop = min(self._next + self.refill, self._end)
+            while self._next < stop:
+                first = self._next % documents
+                count = min(stop - self._next, documents - first)
+                lengths = self.lengths[first : first + count]
+                keys += self._to_keys(lengths, np.arange(self._next, self._next + count))
+                self._next += count
+        keys.sort()
+        return len(keys) >= self.buffer_size
+
+    def _to_keys(self, lengths: npt.NDArray[np.integer], arrivals: npt.NDArray[np.int64]) -> list[int]:
+        lengths = lengths.astype(np.int64)
+        if self.policy == "pad" and lengths.max() > self.row_tokens:
+            worst = int(lengths.argmax())
+            raise UserError(
+                f"document {arrivals[worst] % len(self.lengths)} has {lengths[worst]} tokens, a row holds "
+                f"{self.row_tokens}; truncate it first"
+            )
+        # Beyond _LONGEST no row could tell the difference.
+        return (np.minimum(lengths, _LONGEST) << _ARRIVAL_BITS | _LAST_ARRIVAL - arrivals).tolist()
+
+    def state(self) -> dict[str, Any]:
+        """Where the packer stands, between two rows: exact, about 8 bytes per buffered document.
+
+        documents: how many there are; next: documents that have entered the buffer, all epochs counted;
+        buffer: (n,) int64, those of them still in it, in order of arrival.
+        """
+        arrivals = _LAST_ARRIVAL - (np.array(self._keys, dtype=np.int64) & _LAST_ARRIVAL)
+        return {"documents": len(self.lengths), "next": self._next, "buffer": np.sort(arrivals)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a `state`, whose buffer may be any sequence of ints. Raises `UserError` on other data."""
+        if state["documents"] != len(self.lengths):
+            raise UserError(
+                f"the position to resume from is in a data set of {state['documents']} documents, this one has "
+                f"{len(self.lengths)}; resume on the same data, or start a new run"
+            )
+        self._next = int(state["next"])
+        arrivals = np.asarray(state["buffer"], dtype=np.int64)
+        lengths = np.array([self.lengths[int(d)] for d in arrivals % len(self.lengths)], dtype=np.int64)
+        self._keys = sorted(self._to_keys(lengths, arrivals)) if len(arrivals) else []

@@ -1,0 +1,71 @@
+"""Parquet shards of text: which there are, and their documents."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lmchat.types import UserError
+
+TEXT_COLUMN = "text"
+
+
+def list_shards(data_dir: Path) -> list[Path]:
+    """The parquet files of a folder by name: all but the last are for training, the last is for validation.
+
+    Raises:
+        UserError: the folder is missing or has fewer than two shards.
+    """
+    if not data_dir.is_dir():
+        raise UserError(
+            f"no data folder {data_dir}; fetch one with `lmchat data download`, or make it from your own text with "
+            "`lmchat data import`"
+        )
+    shards = sorted(data_dir.glob("*.parquet"))
+    if len(shards) < 2:
+        found = f"only {shards[0].name}" if shards else "no .parquet file"
+        raise UserError(
+            f"the data folder {data_dir} has {found}; at least two shards are needed (the last by name is the "
+            "validation set): `lmchat data download` fetches them, `lmchat data import` makes them from any text"
+        )
+    return shards
+
+
+def open_parquet(path: Path) -> pq.ParquetFile:
+    """Open a parquet file; `UserError` when it is truncated or no parquet at all."""
+    with _readable(path):
+        return pq.ParquetFile(path)
+
+
+def check_text_column(parquet: pq.ParquetFile, path: Path, column: str = TEXT_COLUMN) -> None:
+    """Raise `UserError` unless the file has a string column of this name."""
+    schema = parquet.schema_arrow
+    if schema.names.count(column) != 1:
+        raise UserError(f"{path} has no column `{column}` (it has: {', '.join(schema.names) or 'none'})")
+    kind = schema.field(column).type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise UserError(f"column `{column}` of {path} holds {kind}, not strings")
+
+
+def read_documents(path: Path, column: str = TEXT_COLUMN) -> Iterator[str | None]:
+    """The texts of a shard in order, null ones as None. Raises `UserError` when the file cannot be read."""
+    with open_parquet(path) as parquet:
+        check_text_column(parquet, path, column)
+        with _readable(path):
+            for batch in parquet.iter_batches(batch_size=1024, columns=[column]):
+                yield from batch.column(0).to_pylist()
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"cannot read {path}, truncated or no parquet file ({reason}); fetch or make it anew"
+        ) from error
