@@ -1,0 +1,88 @@
+"""Where a checkpoint's files lie and what they are called.
+
+    <base>/base_checkpoints/<tag>/model_005000.pt         weights: a state dict of the GPT
+                                  optim_005000_rank0.pt   that rank's optimizer, random numbers, data position
+                                  meta_005000.json        written last: what the checkpoint is and consists of
+
+A checkpoint exists from the moment its ``meta`` file does. ``meta`` lists every other file with size and SHA-256.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from lmchat.paths import base_dir
+from lmchat.types import UserError
+
+STAGE_FOLDERS = {"pretrain": "base_checkpoints", "sft": "chatsft_checkpoints", "grpo": "chatrl_checkpoints"}
+LOCK_NAME = ".lock"
+TEMPORARY_SUFFIX = ".tmp"
+
+# The receipt is what a rank other than 0 leaves for rank 0 to put into meta; it is gone afterwards.
+_FILE_NAME = re.compile(r"(?:model|meta|optim|receipt)_(\d{6,})(?:_rank\d+)?\.(?:pt|json)(?:\.tmp)?")
+_CHECKPOINT_NAME = re.compile(r"(?:model_(\d{6,})\.pt|meta_(\d{6,})\.json)")
+
+
+def checkpoint_dir(stage: str, tag: str) -> Path:
+    """The folder of a run's checkpoints; ``stage`` is a key of `STAGE_FOLDERS`, ``tag`` the run's name, e.g. d26."""
+    return base_dir() / STAGE_FOLDERS[stage] / tag
+
+
+@dataclass(frozen=True)
+class CheckpointPaths:
+    """The files of the checkpoint of one optimizer step."""
+
+    directory: Path
+    step: int
+
+    @classmethod
+    def of(cls, path: str | Path) -> CheckpointPaths:
+        """From the path of a ``model_*.pt`` or ``meta_*.json``, which need not exist.
+
+        Raises:
+            UserError: the name is neither.
+        """
+        path = Path(path)
+        match = _CHECKPOINT_NAME.fullmatch(path.name)
+        if match is None:
+            raise UserError(
+                f"{path} is not a checkpoint of lmchat; give its folder, a model_005000.pt, a meta_005000.json, or last"
+            )
+        return cls(path.parent, int(match[1] or match[2]))
+
+    @property
+    def model(self) -> Path:
+        return self.directory / f"model_{self.step:06d}.pt"
+
+    @property
+    def meta(self) -> Path:
+        return self.directory / f"meta_{self.step:06d}.json"
+
+    def optimizer(self, rank: int) -> Path:
+        return self.directory / f"optim_{self.step:06d}_rank{rank}.pt"
+
+    def receipt(self, rank: int) -> Path:
+        return self.directory / f"receipt_{self.step:06d}_rank{rank}.json"
+
+
+def temporary(path: Path) -> Path:
+    """The name under which ``path`` is written before it is renamed."""
+    return path.with_name(path.name + TEMPORARY_SUFFIX)
+
+
+def files_by_step(directory: Path) -> dict[int, list[Path]]:
+    """Every file of a checkpoint in ``directory``, also of unfinished ones, by optimizer step."""
+    files: dict[int, list[Path]] = {}
+    for path in directory.iterdir() if directory.is_dir() else ():
+        if match := _FILE_NAME.fullmatch(path.name):
+            files.setdefault(int(match[1]), []).append(path)
+    return files
+
+
+def committed_steps(directory: Path) -> list[int]:
+    """Steps whose ``meta`` exists, in ascending order."""
+    return sorted(
+        step for step, files in files_by_step(directory).items() if CheckpointPaths(directory, step).meta in files
+    )

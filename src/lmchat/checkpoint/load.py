@@ -1,0 +1,156 @@
+"""Finding, verifying and reading checkpoints, without Lightning and without unpickling arbitrary objects."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmchat.checkpoint.layout import CheckpointPaths, committed_steps
+from lmchat.checkpoint.writer import FORMAT, json_digest
+from lmchat.types import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint: its files, and its ``meta`` (stage, model, tokenizer, step, files, ...)."""
+
+    paths: CheckpointPaths
+    meta: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken."""
+        return self.paths.step
+
+    @property
+    def stage(self) -> str:
+        """pretrain, sft or grpo."""
+        return self.meta["stage"]
+
+    @property
+    def world_size(self) -> int:
+        """Number of optimizer files."""
+        return self.meta["world_size"]
+
+
+class DamagedCheckpoint(UserError):
+    """A file of a checkpoint is missing, truncated or altered; the message names it."""
+
+
+def find_checkpoint(
+    path: str | Path, *, directory: Path | None = None, warn: Callable[[str], None] = logger.warning
+) -> Checkpoint:
+    """The checkpoint that ``path`` means, every file of it verified.
+
+    Args:
+        path: a ``model_*.pt`` or ``meta_*.json`` (that checkpoint and no other), a folder (its newest complete one),
+            or ``last`` (the newest complete one in ``directory``).
+        directory: the run's folder, for ``last``.
+        warn: called with a message for each newer checkpoint that is passed over because it is damaged.
+
+    Raises:
+        DamagedCheckpoint: a file of the named checkpoint, or of each in the folder, is missing, truncated or altered.
+        UserError: there is no such checkpoint.
+    """
+    if str(path) == "last":
+        if directory is None:
+            raise UserError("there is no run whose last checkpoint could be meant; give a folder or a file")
+        path = directory
+    path = Path(path).expanduser()
+    if not path.is_dir() and path.suffix:
+        return open_checkpoint(CheckpointPaths.of(path))
+    return _newest(path, warn)
+
+
+def _newest(directory: Path, warn: Callable[[str], None]) -> Checkpoint:
+    damage: DamagedCheckpoint | None = None
+    for step in reversed(committed_steps(directory)):
+        try:
+            checkpoint = open_checkpoint(CheckpointPaths(directory, step))
+        except DamagedCheckpoint as error:
+            damage = damage or error
+            warn(f"passing over the checkpoint of step {step}: {error}")
+            continue
+        if damage is not None:
+            warn(f"falling back to the newest complete checkpoint, {checkpoint.paths.meta}")
+        return checkpoint
+    if damage is not None:
+        raise DamagedCheckpoint(f"{directory} holds no complete checkpoint: {damage}") from damage
+    raise UserError(
+        f"there is no checkpoint in {directory}; train one first (lmchat fit), "
+        "or give the folder or file of another one with --ckpt_path"
+    )
+
+
+def open_checkpoint(paths: CheckpointPaths, files: Iterable[Path] | None = None) -> Checkpoint:
+    """Reads ``meta`` and verifies size and SHA-256 of ``files``, by default of all files it lists.
+
+    Raises:
+        DamagedCheckpoint: a file is missing, truncated or altered.
+        UserError: the checkpoint does not exist, or is of a newer format.
+    """
+    if not paths.meta.exists():
+        raise UserError(_absent(paths))
+    meta = _read_meta(paths.meta)
+    records = meta["files"]
+    for name in sorted(records) if files is None else sorted(path.name for path in files):
+        if name not in records:
+            raise DamagedCheckpoint(f"{paths.meta} lists no {name}; {_REMEDY}")
+        _verify(paths.directory / name, records[name])
+    return Checkpoint(paths, meta)
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads(path.read_bytes())
+        stated = meta.pop("meta_sha256")
+    except (ValueError, AttributeError, KeyError) as error:
+        raise DamagedCheckpoint(f"{path} is truncated or altered; {_REMEDY}") from error
+    if json_digest(meta) != stated:
+        raise DamagedCheckpoint(f"{path} is altered: its content does not match its SHA-256; {_REMEDY}")
+    if meta["format"] != FORMAT:
+        raise UserError(f"{path} has format {meta['format']}, this lmchat reads {FORMAT}; use the lmchat that wrote it")
+    return meta
+
+
+_REMEDY = "copy it again, or use an older checkpoint"
+
+
+def _absent(paths: CheckpointPaths) -> str:
+    steps = committed_steps(paths.directory)
+    there = f"complete there: steps {', '.join(map(str, steps))}" if steps else "there is none in that folder"
+    if paths.model.exists():
+        return f"{paths.model} belongs to a checkpoint that was never finished ({paths.meta.name} is missing); {there}"
+    return f"there is no checkpoint of step {paths.step} in {paths.directory}; {there}"
+
+
+def _verify(path: Path, record: dict[str, Any]) -> None:
+    if not path.exists():
+        raise DamagedCheckpoint(f"{path} is missing; {_REMEDY}")
+    size = path.stat().st_size
+    if size != record["bytes"]:
+        how = "truncated" if size < record["bytes"] else "altered"
+        raise DamagedCheckpoint(f"{path} is {how}: {size} bytes, expected {record['bytes']}; {_REMEDY}")
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != record["sha256"]:
+        raise DamagedCheckpoint(f"{path} is altered: SHA-256 {found}, expected {record['sha256']}; {_REMEDY}")
+
+
+def load_model_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """The GPT's state dict on the CPU, mapped from the file: copied only where it is used."""
+    return torch.load(checkpoint.paths.model, map_location="cpu", weights_only=True, mmap=True)
+
+
+def load_rank_state(checkpoint: Checkpoint, rank: int) -> dict[str, Any]:
+    """What ``rank`` alone saved: ``optimizer_states``, ``rng``, callbacks and data position, on the CPU."""
+    return torch.load(checkpoint.paths.optimizer(rank), map_location="cpu", weights_only=True)

@@ -1,0 +1,33 @@
+"""The state of the random number generators that training draws from: torch (CPU, CUDA), numpy, Python."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def capture_rng() -> dict[str, Any]:
+    """Copy of this process's generators as tensors and plain values; of CUDA, the current device's generator."""
+    version, python_words, python_gauss = random.getstate()
+    name, numpy_words, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
+    assert name == "MT19937"
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+        "numpy": [torch.from_numpy(np.asarray(numpy_words, dtype=np.int64)), position, has_gauss, gauss],
+        "python": [version, torch.tensor(python_words), python_gauss],
+    }
+
+
+def restore_rng(state: dict[str, Any]) -> None:
+    """Inverse of `capture_rng`. A CUDA state is ignored where no CUDA device is in use, and the other way round."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    numpy_words, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state(("MT19937", numpy_words.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
+    version, python_words, python_gauss = state["python"]
+    random.setstate((version, tuple(python_words.tolist()), python_gauss))

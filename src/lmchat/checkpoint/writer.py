@@ -1,0 +1,320 @@
+"""Writing checkpoints so that a crash at any moment leaves the previous one whole and the new one whole or absent.
+
+Every file is written under a temporary name, synced, renamed, and the folder synced; ``meta`` comes last and makes
+the checkpoint exist. With several ranks each writes its optimizer file and then a small receipt; rank 0 waits for the
+receipts in the (shared) file system. There is no collective communication, so a rank that died cannot hang a save.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from io import RawIOBase
+from pathlib import Path
+from typing import IO, Any, TypedDict, cast
+
+import torch
+
+import lmchat
+from lmchat.checkpoint.layout import (
+    LOCK_NAME,
+    TEMPORARY_SUFFIX,
+    CheckpointPaths,
+    committed_steps,
+    files_by_step,
+    temporary,
+)
+from lmchat.types import UserError
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+PEER_TIMEOUT_SECONDS = 1800.0
+_PLAIN = (type(None), bool, int, float, str, bytes)
+
+
+class FileRecord(TypedDict):
+    """What ``meta`` says of a file: its size, and the SHA-256 of its content in hexadecimal."""
+
+    bytes: int
+    sha256: str
+
+
+def snapshot(tree: Any, name: str = "checkpoint") -> Any:
+    """Copy of a tree of tensors and plain values in CPU memory, which training can no longer change.
+
+    Raises:
+        TypeError: a leaf that a safe loader (``weights_only=True``) would refuse. The message says where it is.
+    """
+    if isinstance(tree, torch.Tensor):
+        return tree.detach().to("cpu", copy=True)
+    if isinstance(tree, Mapping):
+        return {key: snapshot(value, f"{name}[{key!r}]") for key, value in tree.items()}
+    if type(tree) in (list, tuple):
+        return type(tree)(snapshot(value, f"{name}[{index}]") for index, value in enumerate(tree))
+    if type(tree) in _PLAIN:
+        return tree
+    raise TypeError(f"{name} is a {type(tree).__name__}; checkpoints hold tensors and plain Python values only")
+
+
+class HashingFile:
+    """An unbuffered file that hashes what is written to it. Remembers its own error, which torch.save would bury."""
+
+    def __init__(self, raw: RawIOBase) -> None:
+        self._raw = raw
+        self._hash = hashlib.sha256()
+        self._bytes = 0
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        try:
+            # The system may take fewer bytes than it is given: 2 GiB at most, or what is left on the disk.
+            rest = view
+            while rest:
+                rest = rest[self._raw.write(rest) :]
+        except OSError as error:
+            self.error = error
+            raise
+        self._hash.update(view)
+        self._bytes += len(view)
+        return len(view)
+
+    def flush(self) -> None:
+        """Nothing is buffered."""
+
+    def record(self) -> FileRecord:
+        return {"bytes": self._bytes, "sha256": self._hash.hexdigest()}
+
+
+def write_file(path: Path, write: Callable[[HashingFile], Any]) -> FileRecord:
+    """Atomically makes ``path`` what ``write`` puts into the file object it is given.
+
+    Raises:
+        UserError: the file cannot be written, e.g. because the disk is full; nothing is left behind.
+    """
+    scratch = temporary(path)
+    file: HashingFile | None = None
+    try:
+        with scratch.open("wb", buffering=0) as raw:
+            file = HashingFile(raw)
+            write(file)
+            os.fsync(raw.fileno())
+        scratch.replace(path)
+        _sync_folder(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            scratch.unlink()
+        cause = file.error if file is not None and file.error else error
+        if isinstance(cause, OSError):
+            raise UserError(_cannot_write(path, cause)) from cause
+        raise
+    return file.record()
+
+
+def _sync_folder(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _cannot_write(path: Path, error: OSError) -> str:
+    steps = committed_steps(path.parent)
+    kept = f"the newest complete checkpoint is {CheckpointPaths(path.parent, steps[-1]).meta}" if steps else ""
+    remedy = "free some space or choose another folder"
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        remedy = "make the folder writable or choose another one"
+    return f"cannot write {path}: {error.strerror or error}; {remedy}" + (f" ({kept})" if kept else "")
+
+
+def write_checkpoint(
+    paths: CheckpointPaths,
+    *,
+    model: Mapping[str, torch.Tensor],
+    rank_state: Mapping[str, Any],
+    meta: Mapping[str, Any],
+    rank: int = 0,
+    world_size: int = 1,
+    keep_last: int | None = None,
+    peer_timeout_seconds: float = PEER_TIMEOUT_SECONDS,
+) -> None:
+    """One rank's part of writing a checkpoint; on rank 0 it returns when the whole checkpoint is complete.
+
+    Args:
+        paths: folder and optimizer step.
+        model: the GPT's state dict; written by rank 0.
+        rank_state: this rank's optimizer state, random numbers and data position: tensors and plain values.
+        meta: JSON that describes the checkpoint, ``stage`` at least; used by rank 0.
+        rank: this process.
+        world_size: how many ranks write.
+        keep_last: how many complete checkpoints to keep; older ones go once this one is complete. None keeps all.
+        peer_timeout_seconds: how long rank 0 waits for the other ranks' files.
+
+    Raises:
+        UserError: a file cannot be written, or another rank has not written its own in time.
+    """
+    if rank == 0:
+        _uncommit(paths)
+    records = {paths.optimizer(rank).name: _save_tensors(paths.optimizer(rank), rank_state)}
+    if rank != 0:
+        _save_json(paths.receipt(rank), records)
+        return
+    records[paths.model.name] = _save_tensors(paths.model, model)
+    receipts = [paths.receipt(peer) for peer in range(1, world_size)]
+    for receipt in receipts:
+        records |= _await_receipt(receipt, peer_timeout_seconds)
+    own = {
+        "format": FORMAT,
+        "lmchat_version": lmchat.__version__,
+        "step": paths.step,
+        "world_size": world_size,
+        "saved_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "files": records,
+    }
+    assert not own.keys() & meta.keys(), f"reserved names in meta: {own.keys() & meta.keys()}"
+    content = {**own, **meta}
+    _save_json(paths.meta, {**content, "meta_sha256": json_digest(content)})
+    for receipt in receipts:
+        receipt.unlink(missing_ok=True)
+    if keep_last is not None:
+        prune(paths, keep_last)
+
+
+def _save_tensors(path: Path, tree: Mapping[str, Any]) -> FileRecord:
+    return write_file(path, lambda file: torch.save(dict(tree), cast(IO[bytes], file)))
+
+
+def _save_json(path: Path, value: Mapping[str, Any]) -> FileRecord:
+    return write_file(path, lambda file: file.write(json.dumps(value, indent=1, allow_nan=False).encode()))
+
+
+def json_digest(value: Mapping[str, Any]) -> str:
+    """SHA-256 of JSON, whatever its layout: what ``meta`` says of itself under ``meta_sha256``."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _await_receipt(receipt: Path, timeout_seconds: float) -> dict[str, FileRecord]:
+    deadline = time.monotonic() + timeout_seconds
+    while not receipt.exists():
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{receipt.name} did not appear in {receipt.parent} within {timeout_seconds:g} s, so the checkpoint "
+                "stays incomplete; that rank failed, or the folder is not on a file system that all ranks share"
+            )
+        time.sleep(0.02)
+    return json.loads(receipt.read_bytes())
+
+
+def _uncommit(paths: CheckpointPaths) -> None:
+    """From here on the checkpoint does not exist, whatever of its files is still there."""
+    if paths.meta.exists():
+        paths.meta.unlink()
+        _sync_folder(paths.directory)
+
+
+def prune(newest: CheckpointPaths, keep_last: int) -> None:
+    """Deletes complete checkpoints older than the last ``keep_last`` that end with ``newest``, ``meta`` first."""
+    assert keep_last >= 1
+    files = files_by_step(newest.directory)
+    older = [step for step in committed_steps(newest.directory) if step <= newest.step]
+    for step in older[:-keep_last]:
+        _uncommit(CheckpointPaths(newest.directory, step))
+        for path in files[step]:
+            path.unlink(missing_ok=True)
+
+
+class RunLock:
+    """The right of one run to write checkpoints into a folder; it ends with the process, however that ends.
+
+    Args:
+        directory: created if missing. Remains of writes that were cut short are removed.
+
+    Raises:
+        UserError: the folder cannot be created or written, or another run holds it.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        path = directory / LOCK_NAME
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a+")
+        except OSError as error:
+            raise UserError(_cannot_write(path, error)) from error
+        try:
+            # A POSIX record lock: unlike flock it is not kept alive by worker processes that outlive a killed run.
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "another process"
+            self._file.close()
+            raise UserError(
+                f"{directory} is in use by another run ({holder}); wait for it, stop it, or choose another folder"
+            ) from error
+        except OSError as error:
+            logger.warning("%s cannot be locked (%s): two runs that write into it would not notice", directory, error)
+        self._prepare(directory)
+
+    def _prepare(self, directory: Path) -> None:
+        probe = directory / ".probe"
+        write_file(probe, lambda file: file.write(b"writable"))
+        probe.unlink()
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._file.flush()
+        _remove_remains(directory)
+
+    def release(self) -> None:
+        self._file.close()
+
+
+def _remove_remains(directory: Path) -> None:
+    committed = set(committed_steps(directory))
+    for step, files in files_by_step(directory).items():
+        for path in files:
+            if step not in committed or path.name.startswith("receipt_") or path.suffix == TEMPORARY_SUFFIX:
+                path.unlink(missing_ok=True)
+
+
+class BackgroundWriter:
+    """Runs one write at a time on a thread of its own. The interpreter does not exit before it is done."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def start(self, job: Callable[[], None]) -> None:
+        """Starts ``job`` when the one before has ended; raises what that one met."""
+        self.wait()
+        self._thread = threading.Thread(target=self._run, args=(job,), name="checkpoint writer")
+        self._thread.start()
+
+    def _run(self, job: Callable[[], None]) -> None:
+        try:
+            job()
+        except BaseException as error:
+            logger.error("checkpoint not written: %s", error)
+            self._error = error
+
+    def check(self) -> None:
+        """Raises what a job that has ended met; does not wait."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def wait(self) -> None:
+        """Waits for the job in flight and raises what it met."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
