@@ -1,0 +1,111 @@
+"""Lightning's checkpoint dictionary to and from lmchat's files."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from lightning.fabric.plugins import CheckpointIO
+
+from lmchat.checkpoint.layout import CheckpointPaths
+from lmchat.checkpoint.load import Checkpoint, load_model_state, load_rank_state, open_checkpoint
+from lmchat.checkpoint.writer import BackgroundWriter, snapshot, write_checkpoint
+from lmchat.types import UserError
+
+_NETWORK = "net."
+_IN_META = ("epoch", "global_step", "pytorch-lightning_version", "loops")
+# The options of a run are in the module's own meta; Lightning's copy may hold objects that a safe loader refuses.
+_DROPPED = ("hparams_name", "hyper_parameters", "datamodule_hparams_name", "datamodule_hyper_parameters")
+
+
+class LMChatCheckpointIO(CheckpointIO):
+    """Saves and loads checkpoints in the layout of `lmchat.checkpoint.layout`.
+
+    `save_checkpoint` copies the state to CPU memory and returns; files are written by a thread, one checkpoint at a
+    time. What that thread meets is raised by the next `save_checkpoint`, `check`, `wait` or `teardown`.
+
+    Lightning's strategies save on rank 0. A strategy that shards the optimizer makes its own instance with its
+    ``rank`` and ``world_size`` (before the callbacks' ``setup``) and calls `save_checkpoint` on every rank, with the
+    rank's own ``optimizer_states``.
+
+    Args:
+        rank: of this process among those that save.
+        world_size: how many processes save; each writes one optimizer file.
+        elastic: the strategy can use optimizer shards of another world size. It then finds those of all ranks under
+            ``optimizer_shards`` in the loaded dictionary, in place of ``optimizer_states``.
+
+    Attributes:
+        keep_last: complete checkpoints to keep in the folder; None keeps all.
+    """
+
+    def __init__(self, rank: int = 0, world_size: int = 1, *, elastic: bool = False) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.elastic = elastic
+        self.keep_last: int | None = None
+        self._writer = BackgroundWriter()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """``checkpoint`` is Lightning's, with `StepCheckpoint`'s additions: ``meta`` and ``rng``."""
+        self._writer.wait()
+        rest = {key: value for key, value in checkpoint.items() if key not in _DROPPED}
+        network = rest.pop("state_dict")
+        strangers = [name for name in network if not name.startswith(_NETWORK)]
+        assert not strangers, f"only the network at module.net is saved, not {strangers}"
+        meta = {**rest.pop("meta"), "lightning": {key: rest.pop(key) for key in _IN_META}}
+        job = partial(
+            write_checkpoint,
+            CheckpointPaths.of(path),
+            model=snapshot({name.removeprefix(_NETWORK): tensor for name, tensor in network.items()})
+            if self.rank == 0
+            else {},
+            rank_state=snapshot(rest),
+            meta=meta,
+            rank=self.rank,
+            world_size=self.world_size,
+            keep_last=self.keep_last,
+        )
+        self._writer.start(job)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Verifies and recombines the files of the ``model_*.pt`` or ``meta_*.json`` at ``path``.
+
+        Raises:
+            DamagedCheckpoint: a file is missing, truncated or altered.
+            UserError: there is no such checkpoint, or it was saved by another number of ranks.
+        """
+        paths = CheckpointPaths.of(path)
+        meta = open_checkpoint(paths, files=()).meta
+        same_world = meta["world_size"] == self.world_size
+        if not same_world and not self.elastic:
+            raise UserError(
+                f"{paths.meta} holds the optimizer in {meta['world_size']} shards and this run expects "
+                f"{self.world_size}; use --trainer.strategy zero2_muon, which can combine them"
+            )
+        ranks = [self.rank] if same_world else list(range(meta["world_size"]))
+        checkpoint = open_checkpoint(paths, files=[paths.model, *map(paths.optimizer, ranks)])
+        shards = [load_rank_state(checkpoint, rank) for rank in ranks]
+        state = shards[0]
+        if not same_world:
+            # Random numbers belong to a rank; with other ranks there is no state that would continue them.
+            state = {key: value for key, value in state.items() if key not in ("optimizer_states", "rng")}
+            state["optimizer_shards"] = [shard["optimizer_states"] for shard in shards]
+        return {"state_dict": _module_state(checkpoint), **checkpoint.meta["lightning"], **state}
+
+    def remove_checkpoint(self, path: Any) -> None:
+        raise NotImplementedError("checkpoints are pruned by keep_last, after a newer one is complete")
+
+    def check(self) -> None:
+        """Raises what a finished write met, without waiting for one in flight."""
+        self._writer.check()
+
+    def wait(self) -> None:
+        """Returns when nothing is being written; raises what the write met."""
+        self._writer.wait()
+
+    def teardown(self) -> None:
+        self.wait()
+
+
+def _module_state(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {_NETWORK + name: tensor for name, tensor in load_model_state(checkpoint).items()}
