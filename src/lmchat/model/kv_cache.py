@@ -86,6 +86,26 @@ class KVCache:
         selected.values = _select(self.values, rows, selected.longest, max_len or self.max_len)
         return selected
 
+    def drop(self, rows: Sequence[int]) -> list[int]:
+        """Remove the given rows in place; the last rows move into their places, so that the cost is that of the gaps.
+
+        Returns, for each row now held, the index it had.
+        """
+        dropped = set(rows)
+        kept = self.batch_size - len(dropped)
+        order = list(range(kept))
+        gaps = [row for row in order if row in dropped]
+        moved = [row for row in range(kept, self.batch_size) if row not in dropped]
+        if moved:
+            length = self.longest
+            for held in (self.keys, self.values):
+                held[:, gaps, :, :length] = held[:, moved, :, :length]
+            self.lengths[gaps] = self.lengths[moved]
+        for gap, row in zip(gaps, moved, strict=True):
+            order[gap] = row
+        self.keys, self.values, self.lengths = self.keys[:, :kept], self.values[:, :kept], self.lengths[:kept]
+        return order
+
 
 def _select(held: Tensor, rows: Tensor, length: int, max_len: int) -> Tensor:
     layers, _, heads, _, head_dim = held.shape
