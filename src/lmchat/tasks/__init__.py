@@ -1,0 +1,29 @@
+"""Tasks: conversations to train on and to be graded by.
+
+Importing this package makes each task known to configs by its short class name.
+"""
+
+from lmchat.tasks.arc import ARC
+from lmchat.tasks.arithmetic import Arithmetic
+from lmchat.tasks.base import Task
+from lmchat.tasks.gsm8k import GSM8K
+from lmchat.tasks.humaneval import HumanEval
+from lmchat.tasks.identity import Identity
+from lmchat.tasks.jsonl import JSONLConversations
+from lmchat.tasks.mmlu import MMLU
+from lmchat.tasks.smoltalk import SmolTalk
+from lmchat.tasks.spelling import SimpleSpelling, SpellingBee
+
+__all__ = [
+    "ARC",
+    "GSM8K",
+    "MMLU",
+    "Arithmetic",
+    "HumanEval",
+    "Identity",
+    "JSONLConversations",
+    "SimpleSpelling",
+    "SmolTalk",
+    "SpellingBee",
+    "Task",
+]

@@ -1,0 +1,228 @@
+"""Generated word problems in GSM8K's format: as many as wanted, of a chosen difficulty, solved with the calculator."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lmchat.tasks.arithmetic_stories import FAMILIES, NAMES, Family, Operation, Step
+from lmchat.tasks.gsm8k import AnswerRule, NumericAnswerTask, word_problem
+from lmchat.tasks.split import Split, in_split
+from lmchat.types import Conversation, UserError
+
+MAX_TRIES = 10_000
+MAX_STEPS = 6
+"""No story has more steps: every family has as many different ones."""
+START_SHARE = 0.5
+"""Share of the problems that begin with a calculation, where the family has such beginnings."""
+SMALLEST_RESULT = 2
+"""Results are plural: a story counts "2 marbles" at least."""
+
+
+@dataclass(frozen=True)
+class WordProblem:
+    """A problem as GSM8K stores it: the solution holds its calculator calls as ``<<12+5=17>>`` and ends in ``#### 17``.
+
+    ``calculation`` is what there is to calculate, without the story.
+    """
+
+    question: str
+    answer: str
+    calculation: str
+
+
+class _Impossible(Exception):
+    """No number in the allowed range fits a step."""
+
+
+@dataclass
+class _Draft:
+    """A problem in the making. ``turn`` is the person that the story is about just now."""
+
+    family: Family
+    items: str
+    people: list[str]
+    quantities: list[int]
+    turn: int = 0
+    taken: list[Step] = field(default_factory=list)
+    story: list[str] = field(default_factory=list)
+    working: list[str] = field(default_factory=list)
+    expressions: list[str] = field(default_factory=list)
+
+    def text(self, template: str, **numbers: int | str) -> str:
+        """A template filled in."""
+        who, prev = self.people[self.turn], self.people[self.turn - 1]
+        return template.format(who=who, prev=prev, items=self.items, **numbers)
+
+    def calculate(self, step: Step, expression: str, result: int) -> None:
+        """Write a calculation into the solution."""
+        words = self.text(step.result or self.family.result, r=f"<<{expression}={result}>>{result}")
+        self.working.append(f"{self.text(step.working)} {words}.")
+        self.taken.append(step)
+        self.expressions.append(expression)
+        self.quantities.append(result)
+
+
+class Arithmetic(NumericAnswerTask):
+    """Word problems of one to four steps, and their solutions with a calculator call for each step.
+
+    Divisions have no remainder and are written ``//`` in the calls, for which the calculator gives a whole number as
+    the story does (``48/2`` would give 24.0). No calculation of a training problem is that of a test problem.
+    """
+
+    def __init__(
+        self,
+        split: Split = "train",
+        size: int = 10_000,
+        steps: tuple[int, int] = (1, 4),
+        operands: tuple[int, int] = (2, 50),
+        factors: tuple[int, int] = (2, 9),
+        max_value: int = 10_000,
+        families: list[str] | None = None,
+        seed: int = 0,
+        answer_rule: AnswerRule = "number",
+        **slice: Any,
+    ) -> None:
+        """Choose the difficulty.
+
+        Args:
+            split: train or test; no calculation is in both, whatever the other options.
+            size: number of problems.
+            steps: fewest and most calculations of a problem.
+            operands: smallest and largest number to start with, to add or to subtract.
+            factors: smallest and largest number to multiply or divide by.
+            max_value: largest result.
+            families: kinds of stories by name, see `arithmetic_stories.FAMILIES`; null: all.
+            seed: other seeds give other problems.
+            answer_rule: how answers are compared, see `gsm8k.answers_match`.
+            slice: see `Task`.
+        """
+        super().__init__(**slice)
+        _check_range("steps", steps, 1, MAX_STEPS)
+        _check_range("operands", operands, 1, max_value)
+        _check_range("factors", factors, 2, max_value)
+        if size < 1:
+            raise UserError(f"arithmetic: size={size} is not possible; use 1 or more")
+        unknown = sorted(set(families or ()) - set(FAMILIES))
+        if unknown or families == []:
+            raise UserError(f"arithmetic: families {families} are unknown or none; choose from {', '.join(FAMILIES)}")
+        self.split = split
+        self.size = size
+        self.steps = steps
+        self.operands = operands
+        self.factors = factors
+        self.max_value = max_value
+        self.families = [FAMILIES[name] for name in families or FAMILIES]
+        self.seed = seed
+        self.answer_rule = answer_rule
+
+    @property
+    def name(self) -> str:
+        return f"{super().name}/{self.split}"
+
+    def num_examples(self) -> int:
+        return self.size
+
+    def example(self, index: int) -> Conversation:
+        problem = self.problem(index)
+        return word_problem(problem.question, problem.answer)
+
+    def problem(self, index: int) -> WordProblem:
+        """The problem at ``index`` before slicing; it depends on the index and the options alone."""
+        rng = random.Random(f"{self.seed}/{self.split}/{index}")
+        for _ in range(MAX_TRIES):
+            try:
+                problem = self._compose(rng)
+            except _Impossible:
+                continue
+            if in_split(problem.calculation, self.split):
+                return problem
+        raise UserError(
+            f"arithmetic: found no {self.split} problem with steps={self.steps}, operands={self.operands}, "
+            f"factors={self.factors}, max_value={self.max_value}; widen the ranges"
+        )
+
+    def _compose(self, rng: random.Random) -> WordProblem:
+        """A problem of either split. Raises `_Impossible` where the numbers do not work out."""
+        family = rng.choice(self.families)
+        num_steps = rng.randint(*self.steps)
+        people = rng.sample(NAMES, num_steps + 1)
+        draft = _Draft(family, rng.choice(family.items), people, [rng.randint(*self.operands)])
+        question = self._begin(draft, num_steps, rng)
+        while len(draft.expressions) < num_steps:
+            question = self._continue(draft, num_steps, rng)
+        draft.story.append(draft.text(question or rng.choice(family.questions)))
+        story = " ".join(filter(None, draft.story))
+        solution = "\n".join([*draft.working, f"#### {draft.quantities[-1]}"])
+        return WordProblem(story, solution, " ".join(draft.expressions))
+
+    def _begin(self, draft: _Draft, num_steps: int, rng: random.Random) -> str:
+        """Write the first sentence, which may be a step. Returns the question that the step asks, if any."""
+        starts = [step for step in draft.family.starts if num_steps == 1 or not step.question]
+        if starts and rng.random() < START_SHARE:
+            return self._take(draft, rng.choice(starts), rng)
+        draft.story.append(draft.text(rng.choice(draft.family.openings), a=draft.quantities[0]))
+        return ""
+
+    def _continue(self, draft: _Draft, num_steps: int, rng: random.Random) -> str:
+        """Write the next step, each operation as likely as the others. Returns the question that it asks, if any."""
+        last = len(draft.expressions) == num_steps - 1
+        possible = [
+            step
+            for step in draft.family.steps
+            if step not in draft.taken
+            and (last or not step.question)
+            and (len(draft.quantities) > 1 or step.op != "total")
+        ]
+        op = rng.choice(sorted({step.op for step in possible}))
+        if draft.family.relay and op != "total":
+            draft.turn += 1
+        return self._take(draft, rng.choice([step for step in possible if step.op == op]), rng)
+
+    def _take(self, draft: _Draft, step: Step, rng: random.Random) -> str:
+        quantity = draft.quantities[-1]
+        operand = rng.choice(self._operands(step, quantity))
+        expression, result = calculation(draft.quantities, step.op, operand)
+        if not SMALLEST_RESULT <= result <= self.max_value:
+            raise _Impossible
+        draft.story.append(draft.text(step.story, a=quantity, n=operand))
+        draft.calculate(step, expression, result)
+        return step.question
+
+    def _operands(self, step: Step, quantity: int) -> Sequence[int]:
+        """The numbers that a step may take."""
+        low, high = self.operands
+        factors = [step.operand] if step.operand else range(self.factors[0], self.factors[1] + 1)
+        choices: dict[Operation, Sequence[int]] = {
+            "+": range(low, high + 1),
+            "-": range(low, min(high, quantity - SMALLEST_RESULT) + 1),
+            "*": factors,
+            "/": [factor for factor in factors if quantity % factor == 0],
+            "total": [0],
+        }
+        if not choices[step.op]:
+            raise _Impossible
+        return choices[step.op]
+
+
+def _check_range(name: str, limits: tuple[int, int], least: int, most: int) -> None:
+    if not least <= limits[0] <= limits[1] <= most:
+        raise UserError(f"arithmetic: {name}={list(limits)} is not possible; use [low, high] within {least} to {most}")
+
+
+def calculation(quantities: Sequence[int], op: Operation, operand: int) -> tuple[str, int]:
+    """The calculator's expression for a step after the given quantities, and its value."""
+    quantity = quantities[-1]
+    match op:
+        case "+":
+            return f"{quantity}+{operand}", quantity + operand
+        case "-":
+            return f"{quantity}-{operand}", quantity - operand
+        case "*":
+            return f"{quantity}*{operand}", quantity * operand
+        case "/":
+            return f"{quantity}//{operand}", quantity // operand
+        case "total":
+            return "+".join(map(str, quantities)), sum(quantities)

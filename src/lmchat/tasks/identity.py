@@ -1,0 +1,113 @@
+"""A generated identity set: the assistant says who it is, who made it, what it can do and what it cannot."""
+
+from __future__ import annotations
+
+import random
+import re
+from typing import Any, cast
+
+from lmchat.tasks.base import Task
+from lmchat.tasks.identity_text import TOPICS, Topic
+from lmchat.tasks.split import Split
+from lmchat.types import Conversation, Message, UserError
+
+TEST_EVERY = 5
+"""Every fifth wording of a question is a test question."""
+MAX_TURNS = 3
+OPENERS = ("", "", "", "", "", "Hey, ", "So, ", "Hello! ", "Okay. ", "One more thing: ")
+
+
+class IdentityConversation(Conversation):
+    """A conversation about the assistant, and what a correct last answer contains.
+
+    ``facts`` holds groups of alternatives; an answer needs one of each group.
+    """
+
+    facts: list[list[str]]
+
+
+class Identity(Task):
+    """Conversations of one to three turns about the assistant itself. No wording of a question is in both splits."""
+
+    def __init__(
+        self,
+        split: Split = "train",
+        size: int = 1_000,
+        assistant: str = "lmchat",
+        maker: str = "the lmchat developers",
+        seed: int = 0,
+        **slice: Any,
+    ) -> None:
+        """Choose who the assistant is.
+
+        Args:
+            split: train or test; test questions are worded as no training question is.
+            size: number of conversations.
+            assistant: its name.
+            maker: who made it.
+            seed: other seeds give other conversations.
+            slice: see `Task`.
+        """
+        super().__init__(**slice)
+        if size < 1 or not assistant.strip() or not maker.strip():
+            raise UserError(f"identity: size={size}, assistant='{assistant}', maker='{maker}': none may be 0 or empty")
+        self.split = split
+        self.size = size
+        self.assistant = assistant
+        self.maker = maker
+        self.seed = seed
+
+    @property
+    def name(self) -> str:
+        return f"{super().name}/{self.split}"
+
+    def num_examples(self) -> int:
+        return self.size
+
+    def example(self, index: int) -> IdentityConversation:
+        rng = random.Random(f"{self.seed}/{self.split}/{index}")
+        topics = rng.sample(list(TOPICS.values()), rng.randint(1, MAX_TURNS))
+        messages: list[Message] = []
+        for topic in topics:
+            question = vary(rng.choice(questions(topic, self.split)), rng)
+            messages.append({"role": "user", "content": question})
+            messages.append({"role": "assistant", "content": self._fill(rng.choice(topic.answers))})
+        facts = [[self._fill(fact) for fact in alternatives] for alternatives in topics[-1].facts]
+        return {"messages": messages, "facts": facts}
+
+    def _fill(self, template: str) -> str:
+        text = template.format(name=self.assistant, maker=self.maker)
+        return text[0].upper() + text[1:]
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        """Whether the completion has every fact of the right answer, upper or lower case."""
+        facts = cast(IdentityConversation, conversation)["facts"]
+        return all(any(mentions(completion, fact) for fact in alternatives) for alternatives in facts)
+
+
+def questions(topic: Topic, split: Split) -> list[str]:
+    """The wordings of a topic that belong to a split."""
+    chosen = slice(TEST_EVERY - 1, None, TEST_EVERY)
+    if split == "test":
+        return list(topic.questions[chosen])
+    train = list(topic.questions)
+    del train[chosen]
+    return train
+
+
+def mentions(text: str, words: str) -> bool:
+    """Whether ``text`` has ``words`` as whole words, upper or lower case."""
+    return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text, re.IGNORECASE) is not None
+
+
+def vary(question: str, rng: random.Random) -> str:
+    """The question with an opener, without its punctuation, or in lower case, as users write."""
+    opener = rng.choice(OPENERS)
+    if opener.endswith(", ") and not question.startswith("I "):
+        question = question[0].lower() + question[1:]
+    question = opener + question
+    if rng.random() < 0.2:
+        question = question.rstrip("?")
+    if rng.random() < 0.2:
+        question = question.lower()
+    return question
