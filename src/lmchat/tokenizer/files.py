@@ -108,7 +108,14 @@ def hugging_face(ranks: Mapping[bytes, int], pattern: str, special_tokens: Seque
 
 def read_hugging_face(path: Path, special_tokens: Sequence[str]) -> tuple[dict[bytes, int], str]:
     """Ranks and split pattern of a ``tokenizer.json`` that holds a byte-level BPE with these special tokens."""
-    return _from_hugging_face(json.loads(path.read_text(encoding="utf-8")), special_tokens)
+    return _from_hugging_face(_read_object(path), special_tokens)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError("it holds no JSON object")
+    return content
 
 
 def _from_hugging_face(content: dict[str, Any], special_tokens: Sequence[str]) -> tuple[dict[bytes, int], str]:
@@ -162,7 +169,7 @@ def read_vocabulary(path: Path, special_tokens: Sequence[str], default_pattern: 
     """
     if path.suffix != ".json":
         return read_tiktoken_ranks(path), default_pattern
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = _read_object(path)
     if "mergeable_ranks" not in content:
         return _from_hugging_face(content, special_tokens)
     ranks = {b64decode(token, validate=True): int(rank) for token, rank in content["mergeable_ranks"]}
