@@ -1,0 +1,54 @@
+"""A small checkpoint, and folders that refuse to be written."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lmchat.checkpoint.layout import CheckpointPaths
+from lmchat.checkpoint.writer import write_checkpoint
+
+Save = Callable[..., CheckpointPaths]
+
+
+def save_step(directory: Path, step: int, **options: Any) -> CheckpointPaths:
+    """A checkpoint whose every tensor is filled with its step."""
+    paths = CheckpointPaths(directory, step)
+    write_checkpoint(
+        paths,
+        model={"transformer.wte.weight": torch.full((64, 16), float(step))},
+        rank_state={"optimizer_states": [{"exp_avg": torch.full((64, 16), float(step))}], "position": [step, None]},
+        meta={"stage": "pretrain", "model": {"n_layer": 4}},
+        **options,
+    )
+    return paths
+
+
+@pytest.fixture
+def save() -> Save:
+    return save_step
+
+
+@pytest.fixture
+def mount_tmpfs(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a memory file system with the options given; skips where that is not allowed."""
+    mounted = []
+
+    def mount(options: str) -> Path:
+        folder = tmp_path / "mounted"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
+            pytest.skip("mounting a file system is not allowed here")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", str(folder)], check=True)
