@@ -88,7 +88,9 @@ class TestTrain:
             commands.train(vocab_size=5000)
         with pytest.raises(UserError, match="max_chars"):
             commands.train(max_chars=0)
-        assert not (base / "tokenizer").exists()
+        with pytest.raises(UserError, match=r"cannot write to the folder .*other\.parquet"):
+            commands.train(vocab_size=300, output=base / "other.parquet")
+        assert not (base / "tokenizer" / "tokenizer.json").exists()
 
 
 @pytest.fixture

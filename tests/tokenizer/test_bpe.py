@@ -27,7 +27,9 @@ HARD_PIECES = [
     *("!", "...", "—", "a", "é", "e\u0301", "你好", "नमस्ते", "🌍", "👩\u200d🚀", "\U0010ffff", "_", "$x$"),
     *SPECIAL_TOKENS,
 ]
-texts = st.lists(st.one_of(st.sampled_from(HARD_PIECES), st.text(max_size=4)), max_size=30).map("".join)
+# Unassigned characters are left out: each regex library knows another version of Unicode.
+assigned = st.text(st.characters(exclude_categories=("Cs", "Cn")), max_size=4)
+texts = st.lists(st.one_of(st.sampled_from(HARD_PIECES), assigned), max_size=30).map("".join)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -52,7 +53,7 @@ def train(
         raise UserError(f"max_chars and doc_cap must be at least 1, got {max_chars} and {doc_cap}")
     files = _training_files(data or base_data_dir())
     total_documents = sum(map(_count_documents, files))
-    output = output or tokenizer_dir()
+    output = _writable(output or tokenizer_dir())
     started = time.perf_counter()
     with _progress_bar() as bar:
         texts = _Reading(_capped(files, max_chars, doc_cap), bar, total_documents, max_chars)
@@ -122,8 +123,8 @@ def import_tokenizer(file: Path, output: Path | None = None) -> None:
     """
     from lmchat.tokenizer.bpe import Tokenizer
 
-    output = output or tokenizer_dir()
     tokenizer = Tokenizer.import_file(file)
+    output = _writable(output or tokenizer_dir())
     tokenizer.save(output)
     print(f"imported {tokenizer.vocab_size:,} tokens: {output}")
 
@@ -141,6 +142,18 @@ def _training_files(data: list[Path] | Path) -> list[Path]:
     if data.is_dir() and not any(data.glob("*.parquet")) and (texts := sorted(data.rglob("*.txt"))):
         return texts
     return list_shards(data)[:-1]
+
+
+def _writable(directory: Path) -> Path:
+    """The folder, made if need be: better to fail before training than after."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the folder {directory} ({error.strerror}): choose another --output"
+        ) from error
+    return directory
 
 
 def _capped(files: Iterable[Path], max_chars: int, doc_cap: int) -> Iterator[str]:
