@@ -1,0 +1,311 @@
+"""English text that is on every machine lmchat runs on: the documentation of Python and of lmchat's dependencies.
+
+Docstrings, Python's own reference topics, and README and text files, reduced to prose (`lmchat.data.prose`), without
+near-duplicates, as parquet shards. Nothing is downloaded and no package is imported. The same environment gives the
+same shards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import sysconfig
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from importlib import metadata
+from itertools import chain
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lmchat.data.prose import dedent_docstring, paragraphs
+from lmchat.types import UserError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+DOCUMENT_CHARACTERS = 1000
+"""Paragraphs of a file are joined to documents of about this size, which fits a short training row."""
+MIN_DOCUMENT_CHARACTERS = 120
+SHINGLE_WORDS = 6
+MAX_SEEN_SHARE = 0.3
+"""A paragraph of which more than this share of the shingles (runs of words) stands elsewhere is a near-duplicate."""
+
+_CODE_SUFFIXES = {".py", ".pyi"}
+_TEXT_SUFFIXES = {".md", ".rst", ".txt"}
+_SKIPPED_FOLDERS = {
+    "__pycache__",
+    "_vendor",
+    "dist-packages",
+    "idle_test",
+    "licenses",
+    "site-packages",
+    "test",
+    "tests",
+}
+_SKIPPED_NAME = re.compile(r"(?i)(licen[sc]e|copying|notice|authors|third.?party)")
+# Reading pairs of triple quotes takes a thirtieth of the time of parsing the modules. What is no docstring among them,
+# or is paired wrongly, does not pass for prose.
+_TRIPLE_QUOTED = re.compile(r'("""|\'\'\')(.*?)\1', re.DOTALL)
+_WORD = re.compile(r"[a-z0-9]+")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A package, and its files that may hold documentation."""
+
+    name: str
+    files: list[Path]
+
+
+@dataclass
+class SourceReport:
+    """What became of one source: files with prose, documents and characters kept."""
+
+    files: int = 0
+    documents: int = 0
+    characters: int = 0
+
+    def add(self, documents: Sequence[str]) -> None:
+        """Counts the documents of one file."""
+        self.files += bool(documents)
+        self.documents += len(documents)
+        self.characters += sum(map(len, documents))
+
+
+@dataclass
+class CorpusReport:
+    """What a corpus consists of. read: characters of prose found; the difference to those kept is repetition."""
+
+    sources: dict[str, SourceReport] = field(default_factory=dict)
+    read: int = 0
+    validation: SourceReport = field(default_factory=SourceReport)
+
+    @property
+    def documents(self) -> int:
+        return sum(source.documents for source in self.sources.values())
+
+    @property
+    def characters(self) -> int:
+        return sum(source.characters for source in self.sources.values())
+
+    def table(self, rows: int = 10) -> Table:
+        """The largest sources, the rest, and the sum, for `rich`."""
+        from rich.table import Table
+
+        table = Table("source", title="Text found on this machine")
+        for column in ("files", "documents", "MB"):
+            table.add_column(column, justify="right")
+
+        def add(name: str, reports: Sequence[SourceReport]) -> None:
+            counts = [sum(report.files for report in reports), sum(report.documents for report in reports)]
+            megabytes = sum(report.characters for report in reports) / 1e6
+            table.add_row(name, *(f"{count:,}" for count in counts), f"{megabytes:.2f}")
+
+        ordered = sorted(self.sources.items(), key=lambda item: -item[1].characters)
+        for name, report in ordered[:rows]:
+            add(name, [report])
+        if rest := [report for _, report in ordered[rows:]]:
+            add(f"{len(rest)} others", rest)
+        table.add_section()
+        add("all", [report for _, report in ordered])
+        add("of these, held out", [self.validation])
+        return table
+
+
+def documentation_sources() -> list[Source]:
+    """The standard library, then the installed dependencies of lmchat by name, optional ones and theirs included.
+
+    Raises:
+        UserError: lmchat is not installed, so its dependencies are unknown.
+    """
+    return [Source("Python", _standard_library()), *(Source(name, _files_of(dist)) for name, dist in _dependencies())]
+
+
+def collect_documentation(
+    output: Path,
+    sources: Sequence[Source] | None = None,
+    *,
+    train_shards: int = 4,
+    validation_share: float = 0.05,
+    processes: int | None = None,
+    progress: bool = True,
+) -> CorpusReport:
+    """Make a folder of parquet shards with the prose of the sources, the last shard for validation.
+
+    Documents are in random order, by hash. All documents of a file are on the same side of the split.
+
+    Args:
+        output: folder to make; it appears when it is complete.
+        sources: null is `documentation_sources`.
+        train_shards: number of training shards.
+        validation_share: share of the files that is held out.
+        processes: null is one per core.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        UserError: ``output`` holds something already, or there is too little prose for two shards.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"the output folder {output} is not empty; choose another, or delete it")
+    sources = documentation_sources() if sources is None else sources
+    report = CorpusReport({source.name: SourceReport() for source in sources})
+    seen: set[bytes] = set()
+    held_out: list[tuple[Source, list[str]]] = []
+    train: list[str] = []
+    for source, path, found in _read_all(sources, processes or os.cpu_count() or 1, progress):
+        report.read += sum(map(len, found))
+        if _fraction("/".join([source.name, *path.parts[-3:]])) < validation_share:
+            held_out.append((source, found))
+        else:
+            documents = list(_join(_without_repetition(found, seen)))
+            report.sources[source.name].add(documents)
+            train += documents
+    # These come last, so that what they repeat of the training text is taken from them.
+    validation: list[str] = []
+    for source, found in held_out:
+        documents = list(_join(_without_repetition(found, seen)))
+        report.sources[source.name].add(documents)
+        report.validation.add(documents)
+        validation += documents
+    if not train or not validation:
+        raise UserError(f"found too little prose ({len(train) + len(validation)} documents) in {len(sources)} packages")
+    _write(output, train, validation, train_shards)
+    return report
+
+
+def _standard_library() -> list[Path]:
+    root = Path(sysconfig.get_path("stdlib"))
+    found = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if name not in _SKIPPED_FOLDERS)
+        found += [Path(folder, name) for name in sorted(names)]
+    return [path for path in found if _may_hold_prose(path.relative_to(root))]
+
+
+def _files_of(distribution: metadata.Distribution) -> list[Path]:
+    listed = sorted(file for file in distribution.files or () if ".." not in file.parts and _may_hold_prose(file))
+    return [Path(str(distribution.locate_file(file))) for file in listed]
+
+
+def _may_hold_prose(path: os.PathLike[str]) -> bool:
+    path = Path(path)
+    if _SKIPPED_FOLDERS.intersection(path.parts) or _SKIPPED_NAME.match(path.name):
+        return False
+    return path.suffix in _CODE_SUFFIXES | _TEXT_SUFFIXES or path.name == "METADATA"
+
+
+def _dependencies() -> Iterator[tuple[str, metadata.Distribution]]:
+    """What is installed of lmchat's dependencies, by name. lmchat itself is left out: its text changes too often."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    try:
+        # Of lmchat itself every extra counts, as far as it is installed.
+        queue = [Requirement(line.split(";")[0]) for line in metadata.requires("lmchat") or ()]
+    except metadata.PackageNotFoundError as error:
+        raise UserError(
+            "lmchat is not installed here, so its dependencies are unknown; run `pip install -e .`"
+        ) from error
+    found: dict[str, metadata.Distribution] = {}
+    while queue:
+        requirement = queue.pop()
+        name = canonicalize_name(requirement.name)
+        try:
+            distribution = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            continue
+        if name not in found:
+            found[name] = distribution
+            for line in distribution.requires or ():
+                needed = Requirement(line)
+                extras = ("", *requirement.extras)
+                if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in extras):
+                    queue.append(needed)
+    yield from sorted(found.items())
+
+
+def _read_all(sources: Sequence[Source], processes: int, progress: bool) -> Iterator[tuple[Source, Path, list[str]]]:
+    """The prose of every file, in order, read by several processes."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    places = [(source, path) for source in sources for path in source.files]
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    # A forked child would inherit the locks of the progress bar's thread.
+    with (
+        Progress(*columns, console=Console(stderr=True), disable=not progress) as bar,
+        ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool,
+    ):
+        found = pool.map(_read, (path for _, path in places), chunksize=32)
+        for (source, path), prose in bar.track(
+            zip(places, found, strict=True), len(places), description="Reading files"
+        ):
+            yield source, path, prose
+
+
+def _read(path: Path) -> list[str]:
+    """The prose paragraphs of a file, none if it cannot be read."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    if path.suffix not in _CODE_SUFFIXES:
+        return list(paragraphs(text))
+    if path.parts[-2:] == ("pydoc_data", "topics.py"):
+        from pydoc_data.topics import topics  # the language reference, a literal of one string per topic
+
+        return list(chain.from_iterable(paragraphs(topics[name]) for name in sorted(topics)))
+    docstrings = (match[2] for match in _TRIPLE_QUOTED.finditer(text))
+    return list(chain.from_iterable(paragraphs(dedent_docstring(docstring)) for docstring in docstrings))
+
+
+def _without_repetition(found: Iterable[str], seen: set[bytes]) -> Iterator[str]:
+    """The paragraphs whose shingles are not in ``seen``, which takes up theirs."""
+    for paragraph in found:
+        words = _WORD.findall(paragraph.lower())
+        runs = (" ".join(words[at : at + SHINGLE_WORDS]) for at in range(max(1, len(words) - SHINGLE_WORDS + 1)))
+        shingles = {hashlib.blake2b(run.encode(), digest_size=8).digest() for run in runs}
+        if len(shingles & seen) <= MAX_SEEN_SHARE * len(shingles):
+            seen |= shingles
+            yield paragraph
+
+
+def _join(found: Iterable[str]) -> Iterator[str]:
+    """Documents of consecutive paragraphs; a remainder too short to be one is dropped."""
+    document: list[str] = []
+    size = 0
+    for paragraph in found:
+        if document and size + len(paragraph) > DOCUMENT_CHARACTERS:
+            yield "\n".join(document)
+            document, size = [], 0
+        document.append(paragraph)
+        size += len(paragraph) + 1
+    if size >= MIN_DOCUMENT_CHARACTERS:
+        yield "\n".join(document)
+
+
+def _fraction(key: str) -> float:
+    """A number in [0, 1) drawn by hash."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) / 2**64
+
+
+def _write(output: Path, train: list[str], validation: list[str], train_shards: int) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from lmchat.data.parquet_text import TEXT_COLUMN
+
+    staging = output.with_name(f"{output.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    train = sorted(train, key=_fraction)
+    parts = [train[at::train_shards] for at in range(train_shards)]
+    for number, part in enumerate([*parts, sorted(validation, key=_fraction)]):
+        pq.write_table(pa.table({TEXT_COLUMN: part}), staging / f"shard_{number:05d}.parquet", compression="zstd")
+    if output.exists():
+        output.rmdir()
+    staging.rename(output)
