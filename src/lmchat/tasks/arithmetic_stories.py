@@ -317,7 +317,7 @@ POINTS = Family(
     starts=(
         Step("*", "{who} hits {n} targets worth {a} {items} each.", "The targets give"),
         Step("*", "{who} clears {n} levels and gets {a} {items} for each.", "The levels give"),
-        Step("+", "{who} scores {a} {items} in the first half and {n} in the second.", "Both halves give"),
+        Step("+", "{who} scores {a} {items} in one game and {n} in another.", "Both games give"),
     ),
     steps=(
         Step("+", "{who} gets a bonus of {n} {items}.", "With the bonus that is"),

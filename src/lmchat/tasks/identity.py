@@ -71,13 +71,13 @@ class Identity(Task):
         for topic in topics:
             question = vary(rng.choice(questions(topic, self.split)), rng)
             messages.append({"role": "user", "content": question})
-            messages.append({"role": "assistant", "content": self._fill(rng.choice(topic.answers))})
+            answer = self._fill(rng.choice(topic.answers))
+            messages.append({"role": "assistant", "content": answer[0].upper() + answer[1:]})
         facts = [[self._fill(fact) for fact in alternatives] for alternatives in topics[-1].facts]
         return {"messages": messages, "facts": facts}
 
     def _fill(self, template: str) -> str:
-        text = template.format(name=self.assistant, maker=self.maker)
-        return text[0].upper() + text[1:]
+        return template.format(name=self.assistant, maker=self.maker)
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         """Whether the completion has every fact of the right answer, upper or lower case."""

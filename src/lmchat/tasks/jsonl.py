@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 from lmchat.tasks.rows import MalformedRow, RowTask, checked_text, field
 from lmchat.types import Conversation, Message, Part
 
-PART_TYPES = get_args(Part.__annotations__["type"])
+PART_TYPES = get_args(get_type_hints(Part)["type"])
 
 
 def parse_messages(messages: list[Any]) -> Conversation:

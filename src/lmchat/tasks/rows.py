@@ -51,9 +51,11 @@ def field(row: Any, name: str, kind: type[T]) -> T:
     return value
 
 
-def checked_text(text: str, what: str) -> str:
-    """``text``, which must not be blank and must be encodable."""
-    if not text.strip():
+def checked_text(text: Any, what: str) -> str:
+    """``text``, checked to be a string that is not empty and that UTF-8 can hold."""
+    if not isinstance(text, str):
+        raise MalformedRow(f"{what} is {type(text).__name__}, not str")
+    if not text:
         raise MalformedRow(f"{what} is empty")
     try:
         text.encode()

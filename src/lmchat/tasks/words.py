@@ -53,8 +53,8 @@ def read_words(path: str | Path | None) -> list[str]:
             f"there is no word list {file}; make one from the pretraining text with `lmchat data words`, "
             "or set `words_path` to a file with a word a line"
         )
-    words = list(dict.fromkeys(file.read_text(encoding="utf-8", errors="replace").lower().split("\n")))
-    words = [word for word in map(str.strip, words) if word]
+    lines = map(str.strip, file.read_text(encoding="utf-8", errors="replace").lower().splitlines())
+    words = list(dict.fromkeys(filter(None, lines)))
     wrong = [word for word in words if not (word.isascii() and word.isalpha())]
     if wrong:
         listed = ", ".join(map(repr, wrong[:5]))

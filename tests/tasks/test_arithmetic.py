@@ -1,0 +1,246 @@
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from lmchat.generation.calculator import calculate
+from lmchat.tasks.arithmetic import MAX_STEPS, Arithmetic, WordProblem
+from lmchat.tasks.arithmetic_stories import FAMILIES, NAMES
+from lmchat.tasks.gsm8k import extract_answer, parse_answer
+from lmchat.tasks.split import in_split
+from lmchat.types import UserError
+
+NUMBER_WORDS = {"half": 2, "twice": 2, "doubles": 2}
+
+
+def problems(size: int, **options: Any) -> list[WordProblem]:
+    task = Arithmetic(size=size, **options)
+    return [task.problem(index) for index in range(size)]
+
+
+def calls(problem: WordProblem) -> list[tuple[str, str]]:
+    """Expressions and results of a solution."""
+    return re.findall(r"<<([^=>]+)=([^>]+)>>", problem.answer)
+
+
+def numbers_told(question: str) -> Counter[int]:
+    """Every number of a story, those in words included."""
+    found = re.findall(r"\d+|\b(?:half|twice|doubles)\b", question.lower())
+    return Counter(NUMBER_WORDS[number] if number in NUMBER_WORDS else int(number) for number in found)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_solutions_follow_from_the_numbers_of_the_story(family: str) -> None:
+    """Each calculation goes on from a result and takes one new number from the story, which has no other numbers."""
+    for problem in problems(400, families=[family]):
+        told, used = numbers_told(problem.question), Counter[int]()
+        quantities: list[int] = []
+        for expression, result in calls(problem):
+            operands = [int(number) for number in re.findall(r"\d+", expression)]
+            if not quantities:
+                used.update(operands)
+                quantities = operands[:1]
+            elif operands != quantities:  # not the total
+                assert operands[0] == quantities[-1]
+                used.update(operands[1:])
+            quantities.append(int(result))
+        assert used == told, problem
+
+
+def test_the_calculator_gives_the_results_of_the_solutions() -> None:
+    for problem in problems(2_000):
+        for expression, result in calls(problem):
+            assert calculate(expression) == result
+            value = eval(expression)  # an independent calculator, on text that this test made
+            assert isinstance(value, int)
+            assert value == int(result)
+            if "//" in expression:
+                dividend, divisor = map(int, expression.split("//"))
+                assert dividend % divisor == 0
+        assert extract_answer(problem.answer) == calls(problem)[-1][1]
+
+
+def test_a_conversation_holds_the_calls_as_parts() -> None:
+    task = Arithmetic(size=200)
+    for index, conversation in enumerate(task):
+        problem = task.problem(index)
+        assert conversation["messages"][0]["content"] == problem.question
+        parts = conversation["messages"][1]["content"]
+        assert isinstance(parts, list)
+        assert parts == parse_answer(problem.answer)
+        python = [part["text"] for part in parts if part["type"] == "python"]
+        output = [part["text"] for part in parts if part["type"] == "python_output"]
+        assert list(zip(python, output, strict=True)) == calls(problem)
+        assert " ".join(python) == problem.calculation
+        assert task.reward(conversation, f"... #### {output[-1]}.0") == 1.0
+        assert task.reward(conversation, "...") == 0.0
+
+
+# How to work out a story sentence by sentence, written without the generator's tables.
+Rule = tuple[str, Callable[[dict[str, int], list[Any]], None]]
+
+
+def _relay(amounts: dict[str, int], person: str, value: int) -> None:
+    assert person not in amounts
+    amounts[person] = value
+
+
+COMPARISONS: list[Rule] = [
+    (r"(\w+) (?:has|brings) (\d+) \w+\.", lambda a, m: _relay(a, m[0], int(m[1]))),
+    (
+        r"(\w+) has (\d+) more \w+ than (\w+)\.",
+        lambda a, m: _relay(a, m[0], a[m[2]] + int(m[1])) if m[2] in a else _relay(a, m[2], a[m[0]] - int(m[1])),
+    ),
+    (
+        r"(\w+) has (\d+) fewer \w+ than (\w+)\.",
+        lambda a, m: _relay(a, m[0], a[m[2]] - int(m[1])) if m[2] in a else _relay(a, m[2], a[m[0]] + int(m[1])),
+    ),
+    (
+        r"(\w+) has (\d+) times as many \w+ as (\w+)\.",
+        lambda a, m: _relay(a, m[0], a[m[2]] * int(m[1])) if m[2] in a else _relay(a, m[2], a[m[0]] // int(m[1])),
+    ),
+    (r"(\w+) has twice as many \w+ as (\w+)\.", lambda a, m: _relay(a, m[0], a[m[1]] * 2)),
+    (r"(\w+) has half as many \w+ as (\w+)\.", lambda a, m: _relay(a, m[0], a[m[1]] // 2)),
+    (r"How many \w+ does (\w+) have\?", lambda a, m: a.update(answer=a[m[0]])),
+    (r"How many \w+ has (\w+)\?", lambda a, m: a.update(answer=a[m[0]])),
+    (r"How many \w+ do (?:they|all of them) have .*", lambda a, m: a.update(answer=sum(a.values()))),
+]
+
+
+def _change(kind: str) -> Callable[[dict[str, int], list[Any]], None]:
+    def change(amounts: dict[str, int], match: list[Any]) -> None:
+        number = int(match[0]) if match else 2
+        now = amounts["now"]
+        amounts["now"] = {"+": now + number, "-": now - number, "*": now * number, "/": now // number}[kind]
+
+    return change
+
+
+BUS_RIDES: list[Rule] = [
+    (r"A bus leaves the station with (\d+) \w+\.", lambda a, m: a.update(now=int(m[0]))),
+    (r"There are (\d+) \w+ on \w+'s bus\.", lambda a, m: a.update(now=int(m[0]))),
+    (r"(\d+) \w+ sit and (\d+) \w+ stand on \w+'s bus\.", lambda a, m: a.update(now=int(m[0]) + int(m[1]))),
+    (r"\w+ drives a train of (\d+) cars with (\d+) .*", lambda a, m: a.update(now=int(m[0]) * int(m[1]))),
+    (r".*?(\d+) .*(?:get on|climb aboard).*", _change("+")),
+    (r".*?(\d+) \w+ (?:get off|leave).*", _change("-")),
+    (r".* half of the .* get off\.", _change("/")),
+    (r".* grows to (\d+) times as many\.", _change("*")),
+    (r"Every one of them pays \$(\d+)\.", _change("*")),
+    (r".* they form (\d+) equal groups\.", _change("/")),
+    (r"How many .*\?", lambda a, m: a.update(answer=a["now"])),
+]
+
+
+def work_out(question: str, rules: list[Rule]) -> int:
+    amounts: dict[str, int] = {}
+    for sentence in re.split(r"(?<=[.?]) ", question):
+        matches = [(rule, re.fullmatch(pattern, sentence)) for pattern, rule in rules]
+        fitting = [(rule, match) for rule, match in matches if match]
+        assert fitting, sentence
+        rule, match = fitting[0]
+        rule(amounts, list(match.groups()))
+    return amounts["answer"]
+
+
+@pytest.mark.parametrize(("family", "rules"), [("comparison", COMPARISONS), ("bus", BUS_RIDES)])
+def test_answers_follow_from_the_words_alone(family: str, rules: list[Rule]) -> None:
+    for problem in problems(1_500, families=[family]):
+        assert str(work_out(problem.question, rules)) == extract_answer(problem.answer), problem
+
+
+def test_no_calculation_is_in_both_splits() -> None:
+    """Whatever the other options: RL problems of another difficulty cannot repeat a test problem either."""
+    train = {problem.calculation for problem in problems(6_000, operands=(2, 9), steps=(1, 2))}
+    train |= {problem.calculation for problem in problems(6_000, steps=(2, 4), seed=7, families=["bus", "ages"])}
+    test = {problem.calculation for problem in problems(1_000, split="test", operands=(2, 9), steps=(1, 2))}
+    assert len(test) > 200
+    assert not train & test
+
+
+def test_options_bound_the_numbers() -> None:
+    options: dict[str, Any] = {"steps": (2, 3), "operands": (20, 99), "factors": (3, 4), "max_value": 500}
+    lengths: Counter[int] = Counter()
+    for problem in problems(1_000, families=["bus", "tank", "savings"], **options):
+        lengths[len(calls(problem))] += 1
+        for expression, result in calls(problem):
+            assert 2 <= int(result) <= 500
+            if found := re.fullmatch(r"\d+(?:\*|//)(\d+)", expression):
+                assert int(found[1]) in (2, 3, 4)  # 2 for "half", "twice"
+            elif found := re.fullmatch(r"\d+[-+](\d+)", expression):
+                assert 20 <= int(found[1]) <= 99
+    assert set(lengths) == {2, 3}
+
+
+@pytest.mark.parametrize("steps", range(1, MAX_STEPS + 1))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_stories_of_every_length(family: str, steps: int) -> None:
+    for problem in problems(30, families=[family], steps=(steps, steps)):
+        assert len(calls(problem)) == steps
+        assert "{" not in problem.question + problem.answer
+        assert problem.question.endswith("?")
+        assert "  " not in problem.question
+
+
+def test_every_operation_and_template_occurs() -> None:
+    text = "\n".join(f"{p.question}\n{p.calculation}" for p in problems(8_000))
+    for family in FAMILIES.values():
+        templates = [*family.openings, *family.questions, *(step.story for step in (*family.starts, *family.steps))]
+        for template in filter(None, templates):
+            pattern = re.sub(r"\\{\w+\\}", r"\\w+", re.escape(template))
+            assert re.search(pattern, text), template
+    assert all(operator in text for operator in ("+", "-", "*", "//"))
+
+
+def test_problems_depend_on_index_seed_and_split_alone() -> None:
+    assert problems(50) == problems(60)[:50]
+    assert list(Arithmetic(size=50, start=10, stop=30, step=7)) == list(Arithmetic(size=50))[10:30:7]
+    assert problems(50) != problems(50, seed=1)
+    assert len({problem.question for problem in problems(2_000)}) > 1_950
+
+
+def test_problems_are_the_same_in_another_process() -> None:
+    code = "from lmchat.tasks import Arithmetic; print([Arithmetic().problem(index).question for index in range(20)])"
+    environment = {**os.environ, "PYTHONHASHSEED": "123"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert result.stdout.strip() == str([problem.question for problem in problems(20)])
+
+
+def test_names_are_different_words() -> None:
+    assert len(set(NAMES)) == len(NAMES) >= 60
+    assert all(first < second for first, second in pairwise(NAMES))
+
+
+@pytest.mark.parametrize(
+    ("bad", "complaint"),
+    [
+        ({"steps": (0, 2)}, r"steps=\[0, 2\]"),
+        ({"steps": (3, 2)}, r"steps=\[3, 2\]"),
+        ({"steps": (1, MAX_STEPS + 1)}, "steps="),
+        ({"operands": (0, 5)}, "operands="),
+        ({"factors": (1, 5)}, "factors="),
+        ({"operands": (2, 500), "max_value": 100}, "operands="),
+        ({"families": ["buss"]}, "buss.*choose from collection"),
+        ({"families": []}, "choose from"),
+        ({"size": 0}, "size=0"),
+    ],
+)
+def test_mistakes_are_refused(bad: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        Arithmetic(**bad)
+
+
+def test_ranges_without_a_problem_are_refused() -> None:
+    """The one calculation that these ranges leave is 100//2, and it is in one split only."""
+    options: dict[str, Any] = {"operands": (100, 100), "factors": (90, 99), "max_value": 100, "families": ["bus"]}
+    mine, other = ("train", "test") if in_split("100//2", "train") else ("test", "train")
+    assert problems(1, split=mine, steps=(1, 1), **options)[0].calculation == "100//2"
+    with pytest.raises(UserError, match=f"no {other} problem.*widen the ranges"):
+        problems(1, split=other, steps=(1, 1), **options)

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmchat.tasks.base import Task, exchange, reference_answer
+from lmchat.types import Conversation, UserError
+
+
+class Numbers(Task):
+    """The numbers below ``size`` as conversations."""
+
+    def __init__(self, size: int = 20, **slice: Any) -> None:
+        super().__init__(**slice)
+        self.size = size
+
+    def num_examples(self) -> int:
+        return self.size
+
+    def example(self, index: int) -> Conversation:
+        return exchange("next?", str(index))
+
+
+def values(task: Task) -> list[int]:
+    return [int(reference_answer(task[index])) for index in range(len(task))]
+
+
+def test_slices_as_the_reference_does(fixtures: Path) -> None:
+    oracle = json.loads((fixtures / "c12_tasks.json").read_text())["slice"]
+    task = Numbers(start=oracle["start"], stop=oracle["stop"], step=oracle["step"])
+    assert len(task) == oracle["length"]
+    assert values(task) == oracle["items"]
+
+
+@pytest.mark.parametrize("start", [0, 3, 25])
+@pytest.mark.parametrize("stop", [None, 25, 26, 400])
+@pytest.mark.parametrize("step", [1, 4, 100])
+def test_slices_as_a_list_does(start: int, stop: int | None, step: int) -> None:
+    task = Numbers(size=26, start=start, stop=stop, step=step)
+    assert values(task) == list(range(26))[start:stop:step]
+    assert [int(reference_answer(conversation)) for conversation in task] == values(task)
+
+
+def test_counts_from_the_end_and_ends() -> None:
+    task = Numbers(start=5, stop=8)
+    assert reference_answer(task[-1]) == "7"
+    with pytest.raises(IndexError):
+        task[3]
+
+
+@pytest.mark.parametrize("bad", [{"start": -1}, {"step": 0}, {"start": 3, "stop": 2}])
+def test_refuses_impossible_slices(bad: dict[str, int]) -> None:
+    with pytest.raises(UserError, match="slice"):
+        Numbers(**bad)
+
+
+def test_a_task_without_answers_says_so() -> None:
+    task = Numbers()
+    with pytest.raises(UserError, match="no correct answers"):
+        task.reward(task[0], "1")
+    with pytest.raises(UserError, match="letters"):
+        task.letters(task[0])
+
+
+def test_reference_answer_is_the_last_part() -> None:
+    parts = [{"type": "text", "text": "first"}, {"type": "text", "text": "#### 3"}]
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": parts}]
+    assert reference_answer({"messages": messages}) == "#### 3"  # type: ignore[typeddict-item]

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmchat.tasks.jsonl import JSONLConversations, parse_messages
+from lmchat.tasks.rows import MalformedRow
+from lmchat.tasks.smoltalk import SmolTalk
+
+USER = {"role": "user", "content": "hello"}
+ASSISTANT = {"role": "assistant", "content": "hi"}
+SYSTEM = {"role": "system", "content": "be brief"}
+TOOL = {
+    "role": "assistant",
+    "content": [
+        {"type": "text", "text": ""},
+        {"type": "python", "text": "1+1"},
+        {"type": "python_output", "text": "2"},
+        {"type": "text", "text": "2."},
+    ],
+}
+
+
+@pytest.mark.parametrize("messages", [[USER, ASSISTANT], [SYSTEM, USER, TOOL], [USER, ASSISTANT, USER, TOOL, USER]])
+def test_good_conversations_pass_unchanged(messages: list[Any]) -> None:
+    assert parse_messages(messages) == {"messages": messages}
+
+
+@pytest.mark.parametrize(
+    ("messages", "complaint"),
+    [
+        ([], "no assistant message"),
+        ([USER], "no assistant message"),
+        ([SYSTEM, USER], "no assistant message"),
+        ([ASSISTANT, USER], "roles are assistant, user"),
+        ([USER, USER], "roles are user, user"),
+        ([SYSTEM, ASSISTANT], "roles are system, assistant"),
+        ([USER, SYSTEM, ASSISTANT], "roles are user, system, assistant"),
+        ([USER, {"role": "tool", "content": "x"}], "message 2: role 'tool'"),
+        ([USER, {"role": "assistant"}], "message 2: field 'content' is missing"),
+        ([USER, {"role": "assistant", "content": ""}], "message 2: field 'content' is empty"),
+        ([USER, {"role": "assistant", "content": [{"type": "text", "text": ""}]}], "message 2 is empty"),
+        ([USER, {"role": "assistant", "content": []}], "message 2 is empty"),
+        ([USER, {"role": "assistant", "content": None}], "message 2: the content is NoneType"),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": "x"}]}, ASSISTANT],
+            "content of a user message is list",
+        ),
+        ([USER, {"role": "assistant", "content": [{"type": "image", "text": "x"}]}], "message 2, part 1"),
+        ([USER, {"role": "assistant", "content": [{"type": "text"}]}], "message 2, part 1"),
+        (["hello", ASSISTANT], "message 1: the row is str"),
+    ],
+)
+def test_bad_conversations_are_explained(messages: list[Any], complaint: str) -> None:
+    with pytest.raises(MalformedRow, match=complaint):
+        parse_messages(messages)
+
+
+def test_rows_are_lists_or_objects_in_the_order_of_the_file(tmp_path: Path) -> None:
+    rows = [[USER, ASSISTANT], {"messages": [SYSTEM, USER, TOOL], "source": "somewhere"}]
+    path = tmp_path / "chat.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert list(JSONLConversations(str(path))) == [{"messages": [USER, ASSISTANT]}, {"messages": [SYSTEM, USER, TOOL]}]
+    with pytest.warns(UserWarning, match="1 of 2 rows"):
+        assert len(SmolTalk(path=str(path), skip_malformed=True)) == 1  # which has objects only
+
+
+def test_real_conversations_load(shared_data: Path) -> None:
+    task = JSONLConversations(str(shared_data / "chat" / "val.jsonl"))
+    assert len(task) == 767
+    assert len(JSONLConversations(str(shared_data / "chat" / "identity_conversations.jsonl"))) == 945

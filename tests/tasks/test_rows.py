@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+
+from lmchat.tasks.base import exchange, reference_answer
+from lmchat.tasks.rows import HubDataset, MalformedRow, RowTask, field, read_rows
+from lmchat.types import Conversation, UserError
+
+
+class Texts(RowTask):
+    """Rows with a text each."""
+
+    def __init__(self, path: str | None = None, split: str = "test", **options: Any) -> None:
+        super().__init__(hub=HubDataset("nobody/nothing", None, split), path=path, **options)
+
+    def conversation(self, row: Any) -> Conversation:
+        return exchange("say it", field(row, "text", str))
+
+
+ROWS = [{"text": f"text {number}"} for number in range(7)]
+
+
+def texts(task: RowTask) -> list[str]:
+    return [reference_answer(conversation) for conversation in task]
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    if path.name.endswith(".gz"):
+        path.write_bytes(gzip.compress(lines.encode()))
+    elif path.suffix == ".parquet":
+        parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=3)
+    else:
+        path.write_text(lines)
+    return path
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.parquet"])
+def test_reads_every_format(tmp_path: Path, name: str) -> None:
+    task = Texts(str(write(tmp_path / name, ROWS)), shuffle_seed=None)
+    assert texts(task) == [row["text"] for row in ROWS]
+
+
+def test_order_is_that_of_the_reference(tmp_path: Path, fixtures: Path) -> None:
+    oracle = json.loads((fixtures / "c12_tasks.json").read_text())["dataset_shuffle_seed42_first20"]
+    for size, first in oracle.items():
+        if int(size) < 2_000:
+            path = write(tmp_path / f"{size}.jsonl", [{"text": str(number)} for number in range(int(size))])
+            assert texts(Texts(str(path), stop=20)) == [str(number) for number in first]
+        assert np.random.default_rng(42).permutation(int(size))[:20].tolist() == first
+
+
+def test_a_folder_gives_the_files_of_the_split_in_order(tmp_path: Path) -> None:
+    write(tmp_path / "test-00001-of-00002.parquet", ROWS[3:])
+    write(tmp_path / "test-00000-of-00002.jsonl", ROWS[:3])
+    write(tmp_path / "train.jsonl", [{"text": "not this"}])
+    write(tmp_path / "testing.jsonl", [{"text": "nor this"}])
+    (tmp_path / "test.txt").write_text("nor this")
+    task = Texts(str(tmp_path), shuffle_seed=None)
+    assert texts(task) == [row["text"] for row in ROWS]
+    assert len(read_rows(tmp_path)) == len(ROWS) + 2
+
+
+def test_malformed_rows_are_refused_with_file_and_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(
+        b'{"text": "good"}\n\n{"text": 3}\n{"txt": "x"}\n{"text": \n[1]\n{"text": ""}\n{"text": "\xff"}\n'
+        b'{"text": "\\ud800"}\n{"text": "good too"}\n' + b"[" * 100_000 + b"\n"
+    )
+    with pytest.raises(UserError) as caught:
+        len(Texts(str(path)))
+    message = str(caught.value)
+    assert "8 of 10 rows are malformed" in message
+    for expected in (
+        f"{path}, line 3: field 'text' is int, not str",
+        "line 4: field 'text' is missing (there are: txt)",
+        "line 5: not JSON",
+        "line 6: the row is list",
+        "line 7: field 'text' is empty",
+        "...",
+        "skip_malformed",
+    ):
+        assert expected in message
+    assert "line 8" not in message  # only the first few are listed
+
+    task = Texts(str(path), skip_malformed=True, shuffle_seed=None)
+    with pytest.warns(UserWarning, match="8 of 10 rows are malformed"):
+        assert texts(task) == ["good", "good too"]
+    assert len(task.malformed) == 8
+    assert "surrogate" in task.malformed[6]
+
+
+def test_malformed_parquet_rows_are_located(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.parquet", [{"text": "good"}, {"text": None}])
+    with pytest.raises(UserError, match=r"rows.parquet, row 1: field 'text' is NoneType"):
+        len(Texts(str(path)))
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.parquet"])
+def test_truncated_files_are_named(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / name, ROWS)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=f"cannot read .*{name}"):
+        len(Texts(str(path)))
+
+
+def test_missing_and_useless_paths(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no file or folder"):
+        len(Texts(str(tmp_path / "nowhere")))
+    with pytest.raises(UserError, match=r"holds no test\.jsonl"):
+        len(Texts(str(tmp_path)))
+    (tmp_path / "rows.csv").write_text("text\na\n")
+    with pytest.raises(UserError, match="is none of"):
+        len(Texts(str(tmp_path / "rows.csv")))
+    (tmp_path / "rows.jsonl").write_text("\n")
+    with pytest.raises(UserError, match="holds no rows"):
+        len(Texts(str(tmp_path / "rows.jsonl")))
+
+
+def test_the_hub_is_asked_at_first_access_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked = []
+
+    def load_dataset(repository: str, config: str | None, split: str) -> datasets.Dataset:
+        asked.append((repository, config, split))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    task = Texts(split="train", shuffle_seed=None)
+    assert asked == []
+    assert task.name == "Texts/train"
+    assert texts(task) == [row["text"] for row in ROWS]
+    assert asked == [("nobody/nothing", None, "train")]
+
+
+def test_a_hub_failure_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def load_dataset(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(UserError, match=r"nobody/nothing \(test\).*no route.*`path`"):
+        len(Texts())
+
+
+def test_field_takes_no_truth_value_for_a_number() -> None:
+    assert field({"answer": 1}, "answer", int) == 1
+    with pytest.raises(MalformedRow, match="bool"):
+        field({"answer": True}, "answer", int)
