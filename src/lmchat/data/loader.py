@@ -92,4 +92,5 @@ class PackedBatches(IterableDataset[Batch]):
         """The packer's state, its buffer as an int64 tensor, with epoch (from 0) and shard for the log."""
         state = packer.state()
         state["buffer"] = torch.from_numpy(state["buffer"])
-        return {**state, "epoch": packer.epoch, "shard": self.shards.shard_of(packer.document)}
+        epoch, document = divmod(packer.placed, len(self.shards))
+        return {**state, "epoch": epoch, "shard": self.shards.shard_of(document)}

@@ -78,14 +78,9 @@ class BestFitPacker(Iterator[Row]):
         self._keys: list[int] = []
 
     @property
-    def epoch(self) -> int:
-        """The epoch, from 0, of the last document that entered the buffer."""
-        return max(0, self._next - 1) // len(self.lengths)
-
-    @property
-    def document(self) -> int:
-        """The last document that entered the buffer."""
-        return max(0, self._next - 1) % len(self.lengths)
+    def placed(self) -> int:
+        """Documents placed in rows so far, all epochs counted."""
+        return self._next - len(self._keys)
 
     def __next__(self) -> Row:
         keys, documents, pad = self._keys, len(self.lengths), self.policy == "pad"

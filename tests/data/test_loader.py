@@ -1,0 +1,123 @@
+"""Batches of packed rows: their content, their order for any world size, and their state."""
+
+from __future__ import annotations
+
+import io
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from byte_tokenizer import ByteTokenizer
+from torch.utils.data import DataLoader
+
+from conftest import WriteShards
+from lmchat.data.loader import PackedBatches
+from lmchat.data.packing import BestFitPacker
+from lmchat.data.token_shards import TokenShards, prepare_token_shards
+from lmchat.types import Batch, UserError
+
+T, ROWS, BUFFER = 16, 2, 10
+
+
+@pytest.fixture
+def texts() -> list[list[str]]:
+    """Four shards of documents of 1 to 40 tokens."""
+    rng = np.random.default_rng(1)
+    return [["".join(rng.choice(list("abcdefgh"), rng.integers(0, 40))) for _ in range(n)] for n in (50, 1, 70, 9)]
+
+
+@pytest.fixture
+def shards(write_shards: WriteShards, texts: list[list[str]]) -> tuple[TokenShards, TokenShards]:
+    folder = write_shards(*texts)
+    prepare_token_shards(folder, ByteTokenizer(), progress=False)
+    return TokenShards.open_split(folder, ByteTokenizer())
+
+
+def _batches(shards: TokenShards, **options: Any) -> PackedBatches:
+    return PackedBatches(shards, **{"sequence_len": T, "micro_batch_size": ROWS, "buffer_size": BUFFER, **options})
+
+
+def _rows(batch: Batch) -> list[list[int]]:
+    """The packed rows again, T + 1 tokens each."""
+    assert torch.equal(batch["inputs"][:, 1:], batch["targets"][:, :-1])
+    return torch.cat([batch["inputs"], batch["targets"][:, -1:]], dim=1).tolist()
+
+
+def test_rows_hold_the_heads_of_the_packed_documents(
+    shards: tuple[TokenShards, TokenShards], texts: list[list[str]]
+) -> None:
+    documents = [ByteTokenizer().document(text) for shard in texts[:-1] for text in shard if text]
+    packer = BestFitPacker(np.array(list(map(len, documents))), row_tokens=T + 1, buffer_size=BUFFER)
+    expected = [[token for d, n in row for token in documents[d][:n]] for row in islice(packer, 100 * ROWS)]
+    batches = list(islice(_batches(shards[0]), 100))
+    assert [row for batch in batches for row in _rows(batch)] == expected
+    for tensor in (batches[0]["inputs"], batches[0]["targets"]):
+        assert (tensor.shape, tensor.dtype, tensor.is_contiguous()) == ((ROWS, T), torch.int64, True)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_the_sequence_of_rows_does_not_depend_on_the_world_size(
+    shards: tuple[TokenShards, TokenShards], world_size: int
+) -> None:
+    rounds = 24 // world_size
+    ranks = [islice(_batches(shards[0], rank=r, world_size=world_size), rounds) for r in range(world_size)]
+    dealt = [_rows(batch) for batches in zip(*ranks, strict=True) for batch in batches]
+    assert dealt == [_rows(batch) for batch in islice(_batches(shards[0]), 24)]
+
+
+def test_resumes_exactly_at_every_batch_also_on_another_world_size(shards: tuple[TokenShards, TokenShards]) -> None:
+    whole = list(islice(_batches(shards[0]), 120))
+    assert whole[-1]["state"]["epoch"] == 2
+    for at in range(0, 108, 7):
+        file = io.BytesIO()
+        torch.save(whole[at]["state"], file)
+        state = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+        rest = [_rows(batch) for batch in whole[at + 1 : at + 13]]
+        for world_size in (1, 2, 3):
+            ranks = [iter(_batches(shards[0], rank=r, world_size=world_size, state=state)) for r in range(world_size)]
+            assert [_rows(next(rank)) for _ in range(12 // world_size) for rank in ranks] == rest
+
+
+def test_all_ranks_carry_the_same_state(shards: tuple[TokenShards, TokenShards]) -> None:
+    first, second = (next(islice(_batches(shards[0], rank=r, world_size=2), 5, None))["state"] for r in (0, 1))
+    third = next(islice(_batches(shards[0]), 11, None))["state"]
+    assert torch.equal(first.pop("buffer"), third["buffer"])
+    assert torch.equal(second.pop("buffer"), third.pop("buffer"))
+    assert first == second == third
+
+
+def test_the_state_tells_epoch_and_shard(shards: tuple[TokenShards, TokenShards]) -> None:
+    seen = [(batch["state"]["epoch"], batch["state"]["shard"]) for batch in islice(_batches(shards[0]), 150)]
+    assert seen == sorted(seen)
+    assert {(0, 0), (0, 2), (1, 0), (1, 2)} <= set(seen)
+
+
+def test_evaluation_starts_over_each_time(shards: tuple[TokenShards, TokenShards]) -> None:
+    batches = _batches(shards[1], rounds=30)
+    first, second = ([_rows(batch) for batch in batches] for _ in range(2))
+    assert first == second
+    assert len(first) == len(batches) == 30
+    assert "state" not in next(iter(batches))
+    with pytest.raises(TypeError):
+        len(_batches(shards[0]))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_through_a_torch_data_loader(shards: tuple[TokenShards, TokenShards], num_workers: int) -> None:
+    loader = DataLoader(_batches(shards[0]), batch_size=None, num_workers=num_workers)
+    loaded, direct = list(islice(loader, 5)), list(islice(_batches(shards[0]), 5))
+    assert list(map(_rows, loaded)) == list(map(_rows, direct))
+    assert torch.equal(loaded[-1]["state"]["buffer"], direct[-1]["state"]["buffer"])
+
+
+def test_user_mistakes_are_named(shards: tuple[TokenShards, TokenShards], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="micro_batch_size is 0"):
+        _batches(shards[0], micro_batch_size=0)
+    with pytest.raises(UserError, match="num_workers is 2"):
+        next(iter(DataLoader(_batches(shards[0]), batch_size=None, num_workers=2)))
+    state = next(iter(_batches(shards[0])))["state"]
+    with pytest.raises(UserError, match="resume on the same data"):
+        next(iter(_batches(shards[1], state=state)))

@@ -1,0 +1,147 @@
+"""The packer against the reference's measured rows, against a brute-force twin, and its state."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmchat.data.packing import BestFitPacker
+from lmchat.types import UserError
+
+
+def _reference_rows(fixtures: Path, name: str) -> tuple[np.ndarray, list[list[tuple[int, int]]]]:
+    """Oracle case c06: document lengths and rows; ``segments`` counts the segments of each row."""
+    data = np.load(fixtures / "packing.npz")
+    segments = list(zip(data[f"{name}_documents"].tolist(), data[f"{name}_tokens"].tolist(), strict=True))
+    ends = np.cumsum(data[f"{name}_segments"])
+    return data[f"{name}_lengths"], [
+        segments[end - n : end] for n, end in zip(data[f"{name}_segments"], ends, strict=True)
+    ]
+
+
+def test_pretraining_rows_are_those_of_the_reference(fixtures: Path) -> None:
+    lengths, rows = _reference_rows(fixtures, "pretrain")
+    assert list(BestFitPacker(lengths, row_tokens=257, buffer_size=100, refill=128, epochs=1)) == rows
+
+
+def test_sft_rows_are_those_of_the_reference(fixtures: Path) -> None:
+    """The oracle shows the 256 input columns of rows of 257, over more than one epoch."""
+    lengths, rows = _reference_rows(fixtures, "sft")
+    packer = BestFitPacker(lengths, row_tokens=257, buffer_size=100, refill=1, policy="pad")
+
+    def visible(row: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        *head, (document, tokens) = row
+        return [*head, (document, tokens - 1)] if sum(n for _, n in row) == 257 and tokens > 1 else row
+
+    assert [visible(row) for row in islice(packer, len(rows))] == rows
+
+
+def _brute_force(lengths, row_tokens, buffer_size, refill, policy, epochs):  # type: ignore[no-untyped-def]
+    """The rules read out aloud: lists, scanned from the front."""
+    stream = [document for _ in range(epochs) for document in range(len(lengths))]
+    buffer: list[int] = []
+    rows = []
+    while True:
+        row: list[tuple[int, int]] = []
+        room = row_tokens
+        while room > 0:
+            while len(buffer) < buffer_size and stream:
+                buffer += stream[:refill]
+                del stream[:refill]
+            if len(buffer) < buffer_size and (policy == "crop" or not buffer):
+                break
+            fitting = [i for i, document in enumerate(buffer) if lengths[document] <= room]
+            if fitting:
+                best = max(fitting, key=lambda i: (lengths[buffer[i]], -i))
+                document = buffer.pop(best)
+                row.append((document, lengths[document]))
+            elif policy == "crop":
+                shortest = min(range(len(buffer)), key=lambda i: (lengths[buffer[i]], i))
+                row.append((buffer.pop(shortest), room))
+            else:
+                break
+            room -= row[-1][1]
+        if not row or (policy == "crop" and room):
+            return rows
+        rows.append(row)
+
+
+packings = st.fixed_dictionaries(
+    {
+        "lengths": st.lists(st.integers(1, 12), min_size=1, max_size=60),
+        "row_tokens": st.integers(12, 20),
+        "buffer_size": st.integers(1, 12),
+        "refill": st.integers(1, 5),
+        "policy": st.sampled_from(["crop", "pad"]),
+        "epochs": st.integers(1, 3),
+    }
+)
+
+
+@given(packings)
+def test_equals_brute_force(case: dict) -> None:
+    if case["policy"] == "crop":
+        case["row_tokens"] -= 6  # some documents are longer than a row
+    lengths = np.array(case.pop("lengths"))
+    assert list(BestFitPacker(lengths, **case)) == _brute_force(lengths.tolist(), **case)
+
+
+@given(packings)
+def test_padding_places_every_document_once_per_epoch(case: dict) -> None:
+    lengths = np.array(case.pop("lengths"))
+    rows = list(BestFitPacker(lengths, **{**case, "policy": "pad"}))
+    placed = Counter(segment for row in rows for segment in row)
+    assert placed == dict.fromkeys(enumerate(lengths.tolist()), case["epochs"])
+    assert max(sum(tokens for _, tokens in row) for row in rows) <= case["row_tokens"]
+
+
+@given(packings, st.integers(0, 40))
+def test_a_restored_packer_continues_exactly(case: dict, rows_before: int) -> None:
+    lengths = np.array(case.pop("lengths"))
+    packer = BestFitPacker(lengths, **case)
+    list(islice(packer, rows_before))
+    state = packer.state()
+    state = json.loads(json.dumps({**state, "buffer": state["buffer"].tolist()}))
+    restored = BestFitPacker(lengths, **case)
+    restored.restore(state)
+    assert list(restored) == list(packer)
+
+
+def test_without_epochs_the_rows_go_on() -> None:
+    packer = BestFitPacker(np.array([3, 4]), row_tokens=7, buffer_size=1, refill=2)
+    assert list(islice(packer, 3)) == [[(1, 4), (0, 3)]] * 3
+    assert packer.placed == 6
+
+
+def test_a_document_longer_than_any_key_is_cropped() -> None:
+    lengths = np.array([1 << 40, 5])
+    assert next(BestFitPacker(lengths, row_tokens=8, buffer_size=1, refill=2)) == [(1, 5), (0, 3)]
+
+
+def test_the_state_is_small() -> None:
+    lengths = np.random.default_rng(0).integers(1, 3000, 5000)
+    packer = BestFitPacker(lengths, row_tokens=2049)
+    list(islice(packer, 500))
+    buffer = packer.state()["buffer"]
+    assert buffer.dtype == np.int64
+    assert buffer.nbytes <= 8 * (1000 + 128)
+    assert (np.diff(buffer) > 0).all()
+
+
+def test_user_mistakes_are_named() -> None:
+    with pytest.raises(UserError, match="buffer_size is 0"):
+        BestFitPacker(np.array([1]), row_tokens=4, buffer_size=0)
+    with pytest.raises(UserError, match="no documents"):
+        BestFitPacker(np.array([], dtype=int), row_tokens=4)
+    with pytest.raises(UserError, match="document 1 has 9 tokens, a row holds 4"):
+        next(BestFitPacker(np.array([2, 9]), row_tokens=4, policy="pad"))
+    state = BestFitPacker(np.array([2, 3]), row_tokens=4).state()
+    with pytest.raises(UserError, match="2 documents, this one has 3"):
+        BestFitPacker(np.array([2, 3, 4]), row_tokens=4).restore(state)
