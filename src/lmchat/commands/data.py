@@ -1,0 +1,112 @@
+"""``lmchat data``: fetch shards of text, make them from any folder, tokenize them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lmchat.paths import base_data_dir, tokenizer_dir
+
+
+def download(
+    num_shards: int = 8,
+    repo_id: str = "karpathy/fineweb-edu-100b-shuffle",
+    output: Path | None = None,
+    revision: str = "main",
+    pattern: str = "*.parquet",
+    num_workers: int = 8,
+) -> None:
+    """Fetch pretraining shards from the Hugging Face hub; run again to continue or to fetch more.
+
+    Args:
+        num_shards: training shards to fetch, of about 250 million characters each; -1 is all. The last shard of the
+            repository always comes too, for validation.
+        repo_id: data set on the hub, for example karpathy/climbmix-400b-shuffle. HF_ENDPOINT names another hub.
+        output: folder of the shards; default is $LMCHAT_BASE_DIR/base_data.
+        revision: branch, tag or commit of the repository.
+        pattern: which files of the repository are shards, for example "sample/10BT/*.parquet".
+        num_workers: simultaneous transfers.
+    """
+    from lmchat.data.download import download_shards
+
+    report = download_shards(
+        repo_id,
+        output or base_data_dir(),
+        num_shards=num_shards,
+        revision=revision,
+        pattern=pattern,
+        num_workers=num_workers,
+    )
+    print(
+        f"{report.shards} shards ({report.size / 1e9:.2f} GB) in {report.directory}, "
+        f"{report.shards - report.present} of them fetched now; the last is for validation"
+    )
+
+
+def import_(
+    source: Path,
+    output: Path | None = None,
+    text_field: str = "text",
+    separator: str | None = None,
+    validation_fraction: float = 0.01,
+    shard_characters: int = 250_000_000,
+    seed: int = 0,
+) -> None:
+    """Make shards from the .txt, .md, .rst, .jsonl, .jsonl.gz and .parquet files under a folder.
+
+    Documents are shuffled, and exact duplicates dropped.
+
+    Args:
+        source: folder, or one file.
+        output: folder to make; default is $LMCHAT_BASE_DIR/base_data.
+        text_field: field of JSON lines and column of parquet files that holds the text.
+        separator: string that divides plain text files into documents; by default a file is a document.
+        validation_fraction: share of the documents that go to the last shard, for validation.
+        shard_characters: characters that make a shard full.
+        seed: seed of the shuffle.
+    """
+    from lmchat.data.importing import import_folder
+
+    output = output or base_data_dir()
+    report = import_folder(
+        source,
+        output,
+        text_field=text_field,
+        separator=separator,
+        validation_fraction=validation_fraction,
+        shard_characters=shard_characters,
+        seed=seed,
+    )
+    shards = report.shards
+    print(
+        f"{shards.train_documents:,} documents for training in {shards.train_shards} shards and "
+        f"{shards.validation_documents:,} for validation in one, {shards.characters:,} characters, in {output}"
+    )
+    print(
+        f"left out: {shards.duplicates:,} duplicates, {shards.blank:,} blank documents, {report.other_files:,} "
+        f"files of other kinds, {len(report.undecodable):,} files that are not UTF-8 text"
+    )
+    for path in report.undecodable[:10]:
+        print(f"  not UTF-8 text: {path}")
+
+
+def tokenize(data_dir: Path | None = None, tokenizer: Path | None = None, num_threads: int | None = None) -> None:
+    """Tokenize shards ahead of training, which otherwise does it when it starts.
+
+    Args:
+        data_dir: folder of the shards; default is $LMCHAT_BASE_DIR/base_data.
+        tokenizer: folder of the tokenizer; default is $LMCHAT_BASE_DIR/tokenizer.
+        num_threads: default is one per core.
+    """
+    from lmchat.data.token_shards import prepare_token_shards
+    from lmchat.tokenizer.bpe import Tokenizer
+
+    report = prepare_token_shards(
+        data_dir or base_data_dir(), Tokenizer.load(tokenizer or tokenizer_dir()), num_threads=num_threads
+    )
+    print(
+        f"{report.tokens:,} tokens of {report.documents:,} documents in {report.directory}; "
+        f"{report.made} of {report.shards} shards tokenized now, {report.skipped:,} empty documents skipped"
+    )
+
+
+COMMANDS = {"download": download, "import": import_, "tokenize": tokenize}

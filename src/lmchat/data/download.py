@@ -1,0 +1,289 @@
+"""Parquet shards from the Hugging Face hub: in parallel, verified, continued where an earlier run stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import fnmatch
+import hashlib
+import json
+import logging
+import queue
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.hf_api import RepoFile, RepoFolder
+from huggingface_hub.utils import disable_progress_bars
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from lmchat.data.parquet_text import open_parquet
+from lmchat.types import UserError
+
+_ATTEMPTS = 5
+_FIRST_PAUSE_SECONDS = 0.5
+_POLL_SECONDS = 0.25
+_SOURCE = "source.json"
+_STAGING = ".download"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A parquet file of a repository. sha256: None for the rare file that the hub keeps in git itself."""
+
+    path: str
+    size: int
+    sha256: str | None
+
+    @property
+    def name(self) -> str:
+        return self.path.rsplit("/", 1)[-1]
+
+
+@dataclass(frozen=True)
+class DownloadReport:
+    """What `download_shards` found. present: shards that an earlier run had fetched."""
+
+    directory: Path
+    shards: int
+    present: int
+    size: int
+
+
+class _Damaged(Exception):
+    """A file is not what the hub announced."""
+
+
+def download_shards(
+    repo_id: str,
+    output: Path,
+    *,
+    num_shards: int,
+    revision: str = "main",
+    pattern: str = "*.parquet",
+    num_workers: int = 8,
+    progress: bool = True,
+) -> DownloadReport:
+    """Fetch the first ``num_shards`` training shards of a data set, and its last shard, for validation.
+
+    A file gets its name in ``output`` when its size and checksum are verified, so what is there is complete, and a
+    later run fetches the rest. Failed transfers are tried again after growing pauses.
+
+    Args:
+        repo_id: data set on the hub (``HF_ENDPOINT`` names another hub).
+        num_shards: training shards; -1 is all of them.
+        revision: branch, tag or commit; resolved to a commit once, so all shards are of the same.
+        pattern: which files of the repository are shards.
+        num_workers: simultaneous transfers.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        UserError: no such repository, revision or shards; a file that stays broken; no room; ``output`` holds another
+            repository's shards.
+    """
+    for name, value in (("num_shards", num_shards), ("num_workers", num_workers)):
+        if value < 1 and (name, value) != ("num_shards", -1):
+            raise UserError(f"{name} is {value}; it must be at least 1")
+    hub = _Hub(repo_id, revision, output / _STAGING)
+    shards = _choose(hub.list_shards(pattern), num_shards, repo_id)
+    with _claim(output, repo_id):
+        missing = [shard for shard in shards if not _is_present(output / shard.name, shard)]
+        _fetch_all(hub, missing, output, num_workers, progress)
+        shutil.rmtree(output / _STAGING, ignore_errors=True)
+    return DownloadReport(output, len(shards), len(shards) - len(missing), sum(shard.size for shard in shards))
+
+
+def _choose(shards: list[Shard], num_shards: int, repo_id: str) -> list[Shard]:
+    """The validation shard first: a training run that starts meanwhile must not take another one for it."""
+    *train, validation = shards
+    if num_shards > len(train):
+        raise UserError(f"num_shards is {num_shards}; {repo_id} has {len(train)} training shards (-1 takes all)")
+    return [validation, *(train if num_shards == -1 else train[:num_shards])]
+
+
+def _is_present(path: Path, shard: Shard) -> bool:
+    return path.is_file() and path.stat().st_size == shard.size
+
+
+@contextlib.contextmanager
+def _claim(output: Path, repo_id: str) -> Iterator[None]:
+    """Make the folder, note whose shards it holds, and keep other downloads out of it."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        source = output / _SOURCE
+        if source.exists() and (other := json.loads(source.read_text())["repo_id"]) != repo_id:
+            raise UserError(f"{output} holds shards of {other}, not of {repo_id}; choose another folder with --output")
+        source.write_text(json.dumps({"repo_id": repo_id}) + "\n")
+        lock = (output / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"cannot write to {output} ({error.strerror})") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another download into {output} is running; wait for it, or stop it") from error
+        yield
+
+
+class _Hub:
+    """One data set at one commit."""
+
+    def __init__(self, repo_id: str, revision: str, staging: Path) -> None:
+        disable_progress_bars()
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+        self.repo_id = repo_id
+        self.revision = revision
+        self.staging = staging
+        self.api = HfApi()
+
+    def list_shards(self, pattern: str) -> list[Shard]:
+        """The files that match, by name. Raises `UserError` unless there are two or more."""
+
+        def list_files() -> list[RepoFile | RepoFolder]:
+            self.revision = self.api.dataset_info(self.repo_id, revision=self.revision).sha or self.revision
+            return list(
+                self.api.list_repo_tree(self.repo_id, recursive=True, revision=self.revision, repo_type="dataset")
+            )
+
+        entries = _persistently(list_files, f"{self.repo_id} at revision {self.revision}")
+        shards = [
+            Shard(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None)
+            for entry in entries
+            if isinstance(entry, RepoFile) and fnmatch.fnmatch(entry.path, pattern)
+        ]
+        if len(shards) < 2:
+            raise UserError(
+                f"{self.repo_id} has {len(shards)} file(s) that match {pattern!r}; two or more are needed, the last "
+                "for validation: choose others with --pattern"
+            )
+        if len({shard.name for shard in shards}) < len(shards):
+            raise UserError(f"{self.repo_id} has files of the same name in several folders; choose one with --pattern")
+        return sorted(shards, key=lambda shard: shard.name)
+
+    def fetch(self, shard: Shard, output: Path) -> None:
+        """Download, verify, and only then give the file its name."""
+
+        def transfer() -> None:
+            path = Path(
+                self.api.hf_hub_download(
+                    self.repo_id, shard.path, repo_type="dataset", revision=self.revision, local_dir=self.staging
+                )
+            )
+            try:
+                _verify(path, shard)
+            except _Damaged:
+                path.unlink()
+                raise
+            path.replace(output / shard.name)
+
+        _persistently(transfer, f"{self.repo_id}/{shard.path}")
+
+    def staged_bytes(self) -> int:
+        """Bytes of the files under way."""
+        total = 0
+        for path in self.staging.rglob("*"):
+            with contextlib.suppress(FileNotFoundError):
+                total += path.stat().st_size if path.is_file() else 0
+        return total
+
+
+def _verify(path: Path, shard: Shard) -> None:
+    if (size := path.stat().st_size) != shard.size:
+        raise _Damaged(f"it has {size} bytes, not {shard.size}")
+    if shard.sha256 is not None:
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+                raise _Damaged("its checksum is wrong")
+    open_parquet(path).close()
+
+
+def _persistently(action: Callable[[], T], what: str) -> T:
+    """Try until it works: faults of the network or the server pass, others are the user's to know at once."""
+    for attempt in range(_ATTEMPTS):
+        if attempt:
+            time.sleep(_FIRST_PAUSE_SECONDS * 2 ** (attempt - 1))
+        try:
+            return action()
+        except RepositoryNotFoundError as error:
+            raise UserError(
+                f"cannot download {what}: there is no such data set on the hub, or it is private or gated "
+                "(`hf auth login` gives access to yours); check the name"
+            ) from error
+        except (RevisionNotFoundError, HFValidationError) as error:
+            raise UserError(f"cannot download {what}: {_first_line(error)}") from error
+        except (OSError, HTTPError, _Damaged) as error:
+            if isinstance(error, HfHubHTTPError) and error.response.status_code in (400, 401, 403):
+                raise UserError(f"cannot download {what}: {_first_line(error)}") from error
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise UserError(f"cannot download {what}: no space is left; make room and run again") from error
+            last = error
+    raise UserError(
+        f"cannot download {what}: {_first_line(last)} ({_ATTEMPTS} attempts); what is complete is kept, run again "
+        "to continue"
+    ) from last
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _fetch_all(hub: _Hub, shards: Sequence[Shard], output: Path, num_workers: int, progress: bool) -> None:
+    """Fetch in parallel; the first failure ends it. Threads are daemons: an interrupt need not wait for them."""
+    waiting: queue.SimpleQueue[Shard] = queue.SimpleQueue()
+    done: queue.SimpleQueue[Shard | Exception] = queue.SimpleQueue()
+    for shard in shards:
+        waiting.put(shard)
+    stop = threading.Event()
+
+    def work() -> None:
+        with contextlib.suppress(queue.Empty):
+            while not stop.is_set():
+                shard = waiting.get_nowait()
+                try:
+                    hub.fetch(shard, output)
+                    done.put(shard)
+                except Exception as error:  # handed to the main thread
+                    done.put(error)
+
+    for _ in range(min(num_workers, len(shards))):
+        threading.Thread(target=work, daemon=True).start()
+    try:
+        _watch(hub, shards, done, progress)
+    finally:
+        stop.set()
+
+
+def _watch(hub: _Hub, shards: Sequence[Shard], done: queue.SimpleQueue[Shard | Exception], progress: bool) -> None:
+    """A progress bar until every shard is done. Raises the first failure."""
+    columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    leftover = hub.staged_bytes()
+    left, complete = len(shards), 0
+    with Progress(
+        TextColumn("{task.description}"), *columns, console=Console(stderr=True), disable=not progress
+    ) as bar:
+        task = bar.add_task("", total=sum(shard.size for shard in shards))
+        while left:
+            with contextlib.suppress(queue.Empty):
+                result = done.get(timeout=_POLL_SECONDS)
+                if isinstance(result, Exception):
+                    raise result
+                left -= 1
+                complete += result.size
+            received = complete + max(0, hub.staged_bytes() - leftover)
+            bar.update(task, completed=received, description=f"Downloading {len(shards) - left}/{len(shards)} shards")

@@ -1,0 +1,133 @@
+"""A stand-in for the Hugging Face hub: the few endpoints a download uses, over real HTTP, with faults on order."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+import time
+from collections import defaultdict
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import TracebackType
+from typing import Any, Literal
+
+COMMIT = "c0ffee" * 6 + "c0de"
+Fault = Literal["error", "truncate", "corrupt", "stall"]
+"""error: status 503. truncate: the body ends halfway. corrupt: one byte differs. stall: half the body, then silence."""
+
+
+class HubServer:
+    """Serves one data set of the given files until the ``with`` block ends.
+
+    Args:
+        repo_id: its name.
+        files: path to content.
+
+    Attributes:
+        faults: path to the faults of its next GETs, in order ("tree" for the listing).
+        gets: GETs served so far, by path.
+    """
+
+    def __init__(self, repo_id: str, files: dict[str, bytes]) -> None:
+        self.repo_id = repo_id
+        self.files = files
+        self.faults: dict[str, list[Fault]] = defaultdict(list)
+        self.gets: list[str] = []
+        self.released = threading.Event()
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self._http.daemon_threads = True
+        self.endpoint = f"http://127.0.0.1:{self._http.server_address[1]}"
+
+    def __enter__(self) -> HubServer:
+        threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.released.set()
+        self._http.shutdown()
+        self._http.server_close()
+
+    def wait_for_gets(self, count: int, seconds: float = 30) -> None:
+        deadline = time.monotonic() + seconds
+        while len(self.gets) < count:
+            assert time.monotonic() < deadline, f"only {len(self.gets)} of {count} requests came"
+            time.sleep(0.02)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: HubServer
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self._serve_file(body=False)
+
+    def do_GET(self) -> None:
+        api = f"/api/datasets/{self.hub.repo_id}/"
+        if self.path.startswith(api + "revision/") or self.path.startswith(api + "tree/"):
+            if self.path.split("?")[0].rsplit("/", 1)[-1] not in ("main", COMMIT):
+                return self._send(404, b"", {"X-Error-Code": "RevisionNotFound"})
+            if self.path.startswith(api + "revision/"):
+                return self._send_json({"id": self.hub.repo_id, "sha": COMMIT, "siblings": []})
+            if self.hub.faults["tree"]:
+                self.hub.faults["tree"].pop(0)
+                return self._send(503, b"")
+            return self._send_json([self._entry(path) for path in self.hub.files])
+        return self._serve_file(body=True)
+
+    def _entry(self, path: str) -> dict[str, Any]:
+        content = self.hub.files[path]
+        lfs = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
+        return {"type": "file", "path": path, "oid": "0" * 40, "size": len(content), "lfs": lfs}
+
+    def _serve_file(self, body: bool) -> None:
+        match = re.fullmatch(rf"/datasets/{self.hub.repo_id}/resolve/(\w+)/(.+)", self.path)
+        if match is None:
+            return self._send(404, b"", {"X-Error-Code": "RepoNotFound"})
+        content = self.hub.files.get(match[2])
+        if content is None:
+            return self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
+        headers = {
+            "ETag": f'"{hashlib.sha256(content).hexdigest()}"',
+            "X-Repo-Commit": COMMIT,
+            "Accept-Ranges": "bytes",
+        }
+        if not body:
+            return self._send(200, content, headers)
+        self.hub.gets.append(match[2])
+        fault = self.hub.faults[match[2]].pop(0) if self.hub.faults[match[2]] else None
+        start = 0
+        if requested := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
+            start = int(requested[1])
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        if fault == "error":
+            return self._send(503, b"")
+        if fault == "corrupt":
+            content = content[:-1] + bytes([content[-1] ^ 1])
+        return self._send(206 if start else 200, content[start:], headers, fault=fault)
+
+    def _send_json(self, value: Any) -> None:
+        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def _send(
+        self, status: int, content: bytes, headers: dict[str, str] | None = None, fault: Fault | None = None
+    ) -> None:
+        self.send_response(status)
+        for name, value in {**(headers or {}), "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        if fault not in ("truncate", "stall"):
+            self.wfile.write(content)
+            return
+        self.wfile.write(content[: len(content) // 2])
+        self.wfile.flush()
+        if fault == "stall":
+            self.hub.released.wait()
+        self.close_connection = True

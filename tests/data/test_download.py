@@ -1,0 +1,171 @@
+"""Downloads from a stand-in hub over real HTTP: faults, resuming after a kill, and the user's mistakes."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hub_server import HubServer
+
+from lmchat.data import download
+from lmchat.data.download import DownloadReport
+from lmchat.types import UserError
+
+REPO = "some/shards"
+
+
+def _parquet(seed: int) -> bytes:
+    file = io.BytesIO()
+    texts = [f"document {number} of shard {seed} " * 20 for number in range(50 + seed)]
+    pq.write_table(pa.table({"text": texts}), file, compression="none")
+    return file.getvalue()
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    files = {f"shard_{number:05d}.parquet": _parquet(number) for number in range(6)}
+    with HubServer(REPO, {**files, "README.md": b"about", "other/table.parquet": _parquet(9)}) as server:
+        yield server
+
+
+def _start(hub: HubServer, output: Path, **options: object) -> subprocess.Popen[str]:
+    options = {"repo_id": REPO, "num_shards": 3, "pattern": "shard_*.parquet", "output": output, **options}
+    arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, "-m", "lmchat", "data", "download", *arguments]
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def _download(hub: HubServer, output: Path, **options: object) -> tuple[int, str]:
+    """Exit status, and what was printed."""
+    process = _start(hub, output, **options)
+    printed, errors = process.communicate(timeout=120)
+    assert "Traceback" not in errors
+    return process.returncode, printed + errors
+
+
+def _assert_complete(hub: HubServer, output: Path, *numbers: int) -> None:
+    names = {f"shard_{number:05d}.parquet" for number in numbers}
+    assert {path.name for path in output.glob("*.parquet")} == names
+    assert all((output / name).read_bytes() == hub.files[name] for name in names)
+    assert not (output / ".download").exists()
+
+
+def test_first_shards_and_the_last_survive_every_fault(hub: HubServer, tmp_path: Path) -> None:
+    hub.faults["tree"] = ["error"]
+    hub.faults["shard_00000.parquet"] = ["truncate", "error"]
+    hub.faults["shard_00001.parquet"] = ["corrupt"]
+    hub.faults["shard_00005.parquet"] = ["error", "corrupt", "truncate"]
+    status, printed = _download(hub, tmp_path)
+    assert status == 0, printed
+    assert "4 shards" in printed
+    assert "4 of them fetched now" in printed
+    _assert_complete(hub, tmp_path, 0, 1, 2, 5)
+    assert not any(hub.faults.values())
+
+    # More later: what is there is not fetched again.
+    hub.gets.clear()
+    status, printed = _download(hub, tmp_path, num_shards=-1)
+    assert status == 0, printed
+    _assert_complete(hub, tmp_path, *range(6))
+    assert sorted(hub.gets) == ["shard_00003.parquet", "shard_00004.parquet"]
+
+
+def test_a_killed_download_is_continued(hub: HubServer, tmp_path: Path) -> None:
+    hub.faults["shard_00001.parquet"] = ["stall"]
+    process = _start(hub, tmp_path, num_workers=2)
+    hub.wait_for_gets(4)  # the others are through the second worker, or on their way
+    while len(list(tmp_path.glob("*.parquet"))) < 3:
+        assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    _ = process.communicate()
+    assert not (tmp_path / "shard_00001.parquet").exists()
+    hub.gets.clear()
+    status, printed = _download(hub, tmp_path)
+    assert status == 0, printed
+    assert "1 of them fetched now" in printed
+    _assert_complete(hub, tmp_path, 0, 1, 2, 5)
+    assert hub.gets == ["shard_00001.parquet"]
+
+
+@pytest.fixture
+def fetch(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., DownloadReport]:
+    """`download_shards` from the stand-in hub, in this process."""
+    monkeypatch.setattr(download, "HfApi", partial(download.HfApi, endpoint=hub.endpoint))
+    monkeypatch.setattr(download, "_FIRST_PAUSE_SECONDS", 0.01)
+
+    def run(
+        repo_id: str = REPO, num_shards: int = 3, pattern: str = "shard_*.parquet", **options: Any
+    ) -> DownloadReport:
+        return download.download_shards(
+            repo_id, tmp_path, num_shards=num_shards, pattern=pattern, progress=False, **options
+        )
+
+    return run
+
+
+def test_a_shard_that_stays_broken_is_named_and_the_rest_is_kept(
+    hub: HubServer, tmp_path: Path, fetch: Callable[..., DownloadReport]
+) -> None:
+    hub.faults["shard_00002.parquet"] = ["corrupt"] * 99
+    with pytest.raises(UserError, match=r"some/shards/shard_00002\.parquet: its checksum is wrong \(\d attempts\)"):
+        fetch(num_workers=1)
+    assert {path.name for path in tmp_path.glob("*.parquet")} == {f"shard_0000{n}.parquet" for n in (0, 1, 5)}
+    hub.faults.clear()
+    assert fetch() == DownloadReport(
+        tmp_path, 4, 3, sum(len(hub.files[f"shard_0000{n}.parquet"]) for n in (0, 1, 2, 5))
+    )
+
+
+def test_a_shard_that_is_no_parquet_file_is_named(hub: HubServer, fetch: Callable[..., DownloadReport]) -> None:
+    hub.files["shard_00005.parquet"] = b"something else"
+    with pytest.raises(UserError, match=r"cannot read .*shard_00005\.parquet, truncated or no parquet file"):
+        fetch()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"repo_id": "no/such"}, "no/such at revision main: there is no such data set on the hub"),
+        ({"revision": "nowhere"}, "cannot download some/shards at revision nowhere"),
+        ({"repo_id": "a/b/c"}, "Repo id must be in the form"),
+        ({"num_shards": 6}, "num_shards is 6; some/shards has 5 training shards"),
+        ({"num_workers": 0}, "num_workers is 0; it must be at least 1"),
+        ({"pattern": "other/*.parquet"}, r"has 1 file\(s\) that match 'other/\*\.parquet'"),
+    ],
+)
+def test_user_mistakes_are_named(
+    fetch: Callable[..., DownloadReport], options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        fetch(**options)
+
+
+def test_shards_of_two_repositories_are_not_mixed(tmp_path: Path, fetch: Callable[..., DownloadReport]) -> None:
+    (tmp_path / "source.json").write_text(json.dumps({"repo_id": "other/shards"}))
+    with pytest.raises(UserError, match="holds shards of other/shards, not of some/shards; choose another folder"):
+        fetch()
+
+
+def test_two_downloads_into_one_folder_are_refused(
+    hub: HubServer, tmp_path: Path, fetch: Callable[..., DownloadReport]
+) -> None:
+    hub.faults["shard_00005.parquet"] = ["stall"]
+    process = _start(hub, tmp_path)
+    hub.wait_for_gets(1)
+    with pytest.raises(UserError, match=r"another download into .* is running"):
+        fetch()
+    process.kill()
+    process.communicate()
