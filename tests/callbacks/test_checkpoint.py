@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lmchat.callbacks.checkpoint import StepCheckpoint
 from lmchat.checkpoint import writer
 from lmchat.checkpoint.layout import CheckpointPaths, committed_steps
-from lmchat.checkpoint.load import find_checkpoint, load_model_state, load_rank_state
+from lmchat.checkpoint.load import Checkpoint, find_checkpoint, load_model_state, load_rank_state
 from lmchat.types import UserError
 
 ACCUMULATE = 3
@@ -144,6 +146,12 @@ def train(folder: Path, *callbacks: Callback, resume: bool = False, steps: int =
     return module
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    """Threads do not survive a fork, and their sums may differ."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Module:
     folder = tmp_path_factory.mktemp("unbroken")
@@ -160,11 +168,18 @@ def tensors_of(tree: Any) -> list[torch.Tensor]:
     return [tensor for child in children for tensor in tensors_of(child)]
 
 
+def loop_counters(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Without the validation loop's: an evaluation that a resumed run does not repeat is not counted."""
+    loop = checkpoint.meta["lightning"]["loops"]["fit_loop"]
+    assert loop["epoch_loop.batch_progress"]["total"]["ready"] == checkpoint.step * ACCUMULATE
+    return {name: counters for name, counters in loop.items() if "val_loop" not in name}
+
+
 def assert_same_end(folder: Path, unbroken: Module) -> None:
     """Weights, optimizer state, random states and data position are those of the unbroken run."""
     ours, theirs = find_checkpoint(folder), find_checkpoint(unbroken.folder)
     assert ours.step == theirs.step == STEPS
-    assert ours.meta["lightning"] == theirs.meta["lightning"]
+    assert loop_counters(ours) == loop_counters(theirs)
     for read in (load_model_state, lambda checkpoint: load_rank_state(checkpoint, 0)):
         pairs = list(zip(tensors_of(read(ours)), tensors_of(read(theirs)), strict=True))
         assert pairs
@@ -196,6 +211,19 @@ def test_an_interruption_loses_the_partial_step_only(interruption: str, tmp_path
     assert_same_end(tmp_path, unbroken)
 
 
+def test_a_half_taken_step_is_not_saved(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class FailInStep(Callback):
+        def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+            interrupt = Interrupt("step", 6, raise_error)
+            trainer.optimizers[0].register_step_post_hook(interrupt.step)
+
+    with caplog.at_level("INFO"):
+        broken = train(tmp_path, FailInStep(), every_n_steps=3)
+    assert str(broken.interrupted_by) == "out of memory"
+    assert committed_steps(tmp_path) == [3]
+    assert "interrupted at step 5; resume with --ckpt_path" in caplog.text and "meta_000003.json" in caplog.text
+
+
 @pytest.mark.parametrize("kill_at", [0, 1])
 def test_periodic_saves_resume_in_mid_epoch(kill_at: int, tmp_path: Path, unbroken: Module) -> None:
     """Only what is on disk counts: the newest checkpoint is removed, as if the run had been killed before it."""
@@ -209,6 +237,49 @@ def test_periodic_saves_resume_in_mid_epoch(kill_at: int, tmp_path: Path, unbrok
     assert resumed.losses == unbroken.losses[step * ACCUMULATE :]
     assert_same_end(tmp_path, unbroken)
     assert resumed.evaluated == list(range(step + 2, STEPS + 1, 2))
+
+
+class LogLosses(Callback):
+    """Writes each micro-batch's place in the run and its loss to a file, at once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Module, *_: Any) -> None:
+        with self.path.open("a") as file:
+            file.write(f"{trainer.fit_loop.total_batch_idx} {pl_module.losses[-1]!r}\n")
+
+
+def test_killed_at_random_moments_and_resumed_until_done(tmp_path: Path, unbroken: Module) -> None:
+    """SIGKILL, also while saving. Every loss ever computed is the unbroken run's at the same place."""
+    processes = multiprocessing.get_context("fork")
+    generator = random.Random(1)
+    log = tmp_path / "losses"
+    log.touch()
+    kills = 0
+    while True:
+        resume = bool(committed_steps(tmp_path / "run"))
+        options = {"resume": resume, "every_n_steps": 1, "keep_last": 2}
+        enough = len(log.read_text().splitlines()) + generator.randint(4, 12)
+        process = processes.Process(target=train, args=(tmp_path / "run", LogLosses(log)), kwargs=options)
+        process.start()
+        while process.is_alive() and len(log.read_text().splitlines()) < enough:
+            time.sleep(0.001)
+        process.join(generator.uniform(0, 0.01))
+        process.kill()
+        process.join()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        kills += 1
+    assert kills >= 2
+    places: set[int] = set()
+    for line in log.read_text().splitlines():
+        place, loss = line.split()
+        assert float(loss) == unbroken.losses[int(place)]
+        places.add(int(place))
+    assert places == set(range(STEPS * ACCUMULATE))
+    assert_same_end(tmp_path / "run", unbroken)
 
 
 class CountSaves(Callback):
@@ -257,11 +328,10 @@ def test_old_checkpoints_go_after_newer_ones_are_complete(tmp_path: Path) -> Non
 
 
 def test_an_error_of_the_writing_thread_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, calls = writer.write_file, []
+    write = writer.write_file
 
     def full_disk(path: Path, content: Any) -> Any:
-        calls.append(path)
-        if path.name == CheckpointPaths(path.parent, 4).model.name:
+        if path.name.startswith("model") and path.name >= "model_000004":
             raise UserError(f"cannot write {path}: No space left on device")
         return write(path, content)
 

@@ -205,7 +205,7 @@ class StepCheckpoint(Checkpoint):
 
 def _is_between_batches(trainer: L.Trainer) -> bool:
     progress = trainer.fit_loop.epoch_loop.batch_progress.total
-    return progress.processed == progress.ready
+    return progress.processed == progress.ready  # type: ignore[attr-defined]
 
 
 def _on_rank_zero(trainer: L.Trainer, check: Callable[[], None]) -> None:

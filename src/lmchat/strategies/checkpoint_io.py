@@ -60,7 +60,7 @@ class LMChatCheckpointIO(CheckpointIO):
             if self.rank == 0
             else {},
             rank_state=snapshot(rest),
-            meta=meta,
+            meta=snapshot(meta),
             rank=self.rank,
             world_size=self.world_size,
             keep_last=self.keep_last,
