@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 
 from lmchat.tasks.jsonl import JSONLConversations, parse_messages
@@ -40,8 +42,8 @@ def test_good_conversations_pass_unchanged(messages: list[Any]) -> None:
         ([SYSTEM, ASSISTANT], "roles are system, assistant"),
         ([USER, SYSTEM, ASSISTANT], "roles are user, system, assistant"),
         ([USER, {"role": "tool", "content": "x"}], "message 2: role 'tool'"),
-        ([USER, {"role": "assistant"}], "message 2: field 'content' is missing"),
-        ([USER, {"role": "assistant", "content": ""}], "message 2: field 'content' is empty"),
+        ([USER, {"role": "assistant"}], "message 2 is no object"),
+        ([USER, {"role": "assistant", "content": ""}], "message 2 is empty"),
         ([USER, {"role": "assistant", "content": [{"type": "text", "text": ""}]}], "message 2 is empty"),
         ([USER, {"role": "assistant", "content": []}], "message 2 is empty"),
         ([USER, {"role": "assistant", "content": None}], "message 2: the content is NoneType"),
@@ -51,7 +53,7 @@ def test_good_conversations_pass_unchanged(messages: list[Any]) -> None:
         ),
         ([USER, {"role": "assistant", "content": [{"type": "image", "text": "x"}]}], "message 2, part 1"),
         ([USER, {"role": "assistant", "content": [{"type": "text"}]}], "message 2, part 1"),
-        (["hello", ASSISTANT], "message 1: the row is str"),
+        (["hello", ASSISTANT], "message 1 is no object"),
     ],
 )
 def test_bad_conversations_are_explained(messages: list[Any], complaint: str) -> None:
@@ -64,8 +66,15 @@ def test_rows_are_lists_or_objects_in_the_order_of_the_file(tmp_path: Path) -> N
     path = tmp_path / "chat.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert list(JSONLConversations(str(path))) == [{"messages": [USER, ASSISTANT]}, {"messages": [SYSTEM, USER, TOOL]}]
+    assert JSONLConversations(str(path)).name == "JSONLConversations/chat"
     with pytest.warns(UserWarning, match="1 of 2 rows"):
         assert len(SmolTalk(path=str(path), skip_malformed=True)) == 1  # which has objects only
+
+
+def test_parquet_holds_conversations_too(tmp_path: Path) -> None:
+    rows = [{"messages": [SYSTEM, USER, ASSISTANT], "source": "x"}]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
+    assert list(SmolTalk(path=str(tmp_path))) == [{"messages": [SYSTEM, USER, ASSISTANT]}]
 
 
 def test_real_conversations_load(shared_data: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from lmchat.generation.calculator import calculate
 from lmchat.tasks.spelling import COUNT_QUESTIONS, SPELL_QUESTIONS, SimpleSpelling, SpellingBee
-from lmchat.tasks.words import read_words, split_words, words_from_text
+from lmchat.tasks.words import read_words, split_words, words_from_text, write_words
 from lmchat.types import UserError
 
 
@@ -138,10 +138,10 @@ def test_word_files_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("LMCHAT_BASE_DIR", str(tmp_path))
     with pytest.raises(UserError, match=r"no word list .*words\.txt; make one"):
         len(SpellingBee())
-    (tmp_path / "words.txt").write_text("cat\n")
+    assert write_words(["cat"]) == tmp_path / "words.txt"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["list.txt", "words.txt"]
     assert read_words(None) == ["cat"]
-    splits = [len(SimpleSpelling(split)) for split in ("train",)]
-    assert splits == [1]
+    assert len(SimpleSpelling("train")) == 1
     with pytest.raises(UserError, match="no test words"):
         len(SimpleSpelling("test"))
     with pytest.raises(UserError, match="size=0"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from lmchat.tasks.rows import MalformedRow, RowTask, checked_text, field
@@ -30,11 +31,9 @@ def parse_messages(messages: list[Any]) -> Conversation:
 
 
 def _message(message: Any, what: str) -> Message:
-    try:
-        role = field(message, "role", str)
-        content = field(message, "content", object)
-    except MalformedRow as error:
-        raise MalformedRow(f"{what}: {error}") from None
+    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+        raise MalformedRow(f"{what} is no object with role and content")
+    role, content = message["role"], message["content"]
     match role, content:
         case "system" | "user" | "assistant", str():
             return {"role": role, "content": checked_text(content, what)}
@@ -72,6 +71,11 @@ class JSONLConversations(RowTask):
             options: see `RowTask`.
         """
         super().__init__(hub=None, path=path, shuffle_seed=shuffle_seed, **options)
+        self.file = path
+
+    @property
+    def name(self) -> str:
+        return f"{super().name}/{Path(self.file).name.split('.')[0]}"
 
     def conversation(self, row: Any) -> Conversation:
         return parse_messages(row if isinstance(row, list) else field(row, "messages", list))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -39,6 +40,16 @@ def words_from_text(
         counts.update(_LOWER_CASE_WORD.findall(text))
     words = [word for word, count in counts.items() if count >= min_count and min_letters <= len(word) <= max_letters]
     return sorted(words, key=lambda word: (-counts[word], word))[:max_words]
+
+
+def write_words(words: Iterable[str], path: str | Path | None = None) -> Path:
+    """Write a word list, a word a line, to ``path`` or to `default_words_path`; returns where."""
+    file = Path(path).expanduser() if path is not None else default_words_path()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    unfinished.write_text("".join(f"{word}\n" for word in words), encoding="utf-8")
+    unfinished.replace(file)
+    return file
 
 
 def read_words(path: str | Path | None) -> list[str]:
