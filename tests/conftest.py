@@ -33,3 +33,32 @@ def shared_data() -> Path:
 def fixtures() -> Path:
     """Small committed numeric fixtures."""
     return Path(__file__).parent / "fixtures"
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base folder with the documentation every Python carries as three shards, and a tokenizer of 512 entries."""
+    from pydoc_data.topics import topics
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from lmchat.tokenizer.bpe import Tokenizer
+
+    base = tmp_path_factory.mktemp("base")
+    data = base / "base_data"
+    data.mkdir()
+    texts = [text for _, text in sorted(topics.items())]
+    for number in range(3):
+        pq.write_table(pa.table({"text": texts[number::3]}), data / f"shard_{number:05d}.parquet")
+    Tokenizer.train(texts, 512).save(base / "tokenizer")
+    return base
+
+
+@pytest.fixture
+def base(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A base folder of the test's own as `LMCHAT_BASE_DIR`; tokenizer and shards are `tiny_base`'s."""
+    for name in ("base_data", "tokenizer"):
+        (tmp_path / name).symlink_to(tiny_base / name)
+    monkeypatch.setenv("LMCHAT_BASE_DIR", str(tmp_path))
+    return tmp_path

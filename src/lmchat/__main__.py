@@ -38,7 +38,7 @@ def _run_command(name: str, args: list[str]) -> None:
     from jsonargparse import auto_cli
 
     module = import_module(f"lmchat.commands.{name}")
-    auto_cli(module.COMMANDS, args=args, prog=f"lmchat {name}", allow_abbrev=False)
+    auto_cli(module.COMMANDS, args=args, prog=f"lmchat {name}", allow_abbrev=False, exit_on_error=False)
 
 
 def main(args: list[str] | None = None) -> int:
@@ -55,6 +55,9 @@ def main(args: list[str] | None = None) -> int:
     name = args[0]
     if name not in TRAINER_COMMANDS and name not in COMMANDS:
         return _fail(f"unknown command {name!r}; the commands are {', '.join([*TRAINER_COMMANDS, *COMMANDS])}")
+    from jsonargparse import ArgumentError
+
+    from lmchat.argument_errors import explain
     from lmchat.types import UserError
 
     try:
@@ -62,6 +65,8 @@ def main(args: list[str] | None = None) -> int:
             _run_trainer(args)
         else:
             _run_command(name, args[1:])
+    except ArgumentError as error:
+        return _fail(explain(str(error), args))
     except UserError as error:
         return _fail(str(error))
     except KeyboardInterrupt:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
+from pathlib import Path
 from typing import Any
 
 import lightning as L
-from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lmchat.callbacks.batch_plan import BatchPlan
 from lmchat.callbacks.checkpoint import StepCheckpoint
@@ -18,6 +20,8 @@ from lmchat.callbacks.gc_freeze import GCFreeze
 from lmchat.callbacks.monitor import Monitor
 from lmchat.callbacks.samples import Samples
 from lmchat.callbacks.scaling_laws import ScalingLaws
+from lmchat.checkpoint.layout import checkpoint_dir
+from lmchat.checkpoint.load import Checkpoint, find_checkpoint
 from lmchat.paths import base_dir
 from lmchat.stages import pretrain  # noqa: F401  (known to jsonargparse by its short class names)
 from lmchat.stages.base import StageModule
@@ -33,6 +37,15 @@ TRAINER_DEFAULTS = {
 }
 
 
+UNHELPFUL_WARNINGS = [
+    ".*does not have many workers.*",
+    ".*LightningCLI's args parameter.*",
+    ".*isinstance.treespec, LeafSpec.*",
+    ".*`IterableDataset` has `__len__` defined.*",
+]
+"""Lightning's advice that does not apply here: packed batches cost no time to load, and know their own length."""
+
+
 class LMChatCLI(LightningCLI):
     """Adds the callbacks every stage has, TensorBoard and CSV logs by default, and ``--ckpt_path last``."""
 
@@ -40,24 +53,48 @@ class LMChatCLI(LightningCLI):
         # The order is that of their set-up: the plan first, then what is derived from it.
         parser.add_lightning_class_args(ScalingLaws, "scaling_laws")
         parser.add_lightning_class_args(BatchPlan, "batch_plan")
-        parser.add_lightning_class_args(EvalSchedule, "eval")
         parser.add_lightning_class_args(Monitor, "monitor")
         parser.add_lightning_class_args(Samples, "samples")
         parser.add_lightning_class_args(GCFreeze, "gc_freeze")
+        parser.add_lightning_class_args(EvalSchedule, "eval")
         parser.add_lightning_class_args(StepCheckpoint, "checkpoint")
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning would let the checkpoint's hyperparameters beat the user's; `fit` resolves the path."""
+        """Lightning would let the checkpoint's hyperparameters beat the user's; the stage adopts it instead."""
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        self.checkpoint = self._find_checkpoint()
+        if self.checkpoint is not None:
+            self.model.adopt(self.checkpoint)
         if self._get(self.config_init, "trainer")["logger"] in (None, True):
             folder, name = base_dir() / "logs" / self.model.stage, self.model.tag
             tensorboard = TensorBoardLogger(folder, name=name)
-            kwargs["logger"] = [tensorboard, CSVLogger(folder, name=name, version=tensorboard.version)]
-        return super().instantiate_trainer(**kwargs)
+            kwargs["logger"] = [tensorboard, CSVLogger(tensorboard.log_dir, name="csv", version="")]
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ValueError, MisconfigurationException) as error:
+            raise UserError(f"--trainer: {error}") from error
+
+    def _find_checkpoint(self) -> Checkpoint | None:
+        path = self._get(self.config, "ckpt_path")
+        if path is None:
+            return None
+        directory = self._get(self.config, "checkpoint")["dirpath"]
+        if path == "last" and directory is None:
+            directory = checkpoint_dir(self.model.stage, self.model.tag)
+        return find_checkpoint(path, directory=directory and Path(directory), warn=rank_zero_warn)
+
+    def _resume_path(self) -> Path | None:
+        """What the trainer restores: a checkpoint of the same stage. Another stage's only gives its weights."""
+        if self.checkpoint is None or self.checkpoint.stage != self.model.stage:
+            return None
+        return self.checkpoint.paths.meta
 
     def fit(self, model: StageModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
-        self.trainer.fit(model, ckpt_path=ckpt_path, **kwargs)
+        self.trainer.fit(model, ckpt_path=self._resume_path(), **kwargs)
+
+    def validate(self, model: StageModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
+        self.trainer.validate(model, ckpt_path=self._resume_path(), **kwargs)
 
 
 def main(args: list[str]) -> None:
@@ -66,7 +103,11 @@ def main(args: list[str]) -> None:
     Raises:
         UserError: the arguments or the config are wrong.
     """
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    for message in UNHELPFUL_WARNINGS:
+        warnings.filterwarnings("ignore", message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )
     options = {"exit_on_error": False, "allow_abbrev": False}
     try:
         LMChatCLI(
@@ -87,5 +128,5 @@ def main(args: list[str]) -> None:
             },
             args=args,
         )
-    except (ArgumentError, MisconfigurationException) as error:
+    except MisconfigurationException as error:
         raise UserError(str(error)) from error

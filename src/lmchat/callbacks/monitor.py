@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import lightning as L
@@ -47,7 +48,11 @@ class Monitor(Callback):
         if trainer.is_global_zero:
             self._describe(trainer, pl_module)
             self._bar = tqdm(
-                total=self.total_steps, initial=self.first_step, unit="step", disable=not sys.stderr.isatty(), leave=False
+                total=self.total_steps,
+                initial=self.first_step,
+                unit="step",
+                disable=not sys.stderr.isatty(),
+                leave=False,
             )
         self._window_start = time.perf_counter()
 
@@ -59,8 +64,8 @@ class Monitor(Callback):
             f"vocabulary {config.vocab_size:,}, {module.net.compute_dtype} on {module.device}, "
             f"attention {module.net.attention_backend}\n"
             f"{self.total_steps:,} steps × {self.step_tokens:,} tokens ({data.micro_batch_size} rows × "
-            f"{module.sequence_len} × {trainer.accumulate_grad_batches} micro-batches × {trainer.world_size} rank(s)) = "
-            f"{self.total_steps * self.step_tokens:,} tokens, lr scale {module.lr_scale:.3g}, "
+            f"{module.sequence_len} × {trainer.accumulate_grad_batches} micro-batches × {trainer.world_size} rank(s)) "
+            f"= {self.total_steps * self.step_tokens:,} tokens, lr scale {module.lr_scale:.3g}, "
             f"weight decay {module.weight_decay:.3g}",
             flush=True,
         )
@@ -99,6 +104,7 @@ class Monitor(Callback):
             self._warm_seconds += seconds
             self._warm_steps += steps
         rate = self.step_tokens * steps / seconds
+        position = trainer.datamodule.progress()
         metrics = {
             "loss": values[0],
             "loss_ema": values[1],
@@ -107,7 +113,7 @@ class Monitor(Callback):
             "tokens_per_second": rate,
             "memory_gb": peak_memory_bytes(module.device) / 1e9,
             "tokens": step * self.step_tokens,
-            **trainer.datamodule.progress(),
+            **position,
         }
         if self._peak:
             metrics["mfu"] = rate * self._flops_per_token / (self._peak * trainer.world_size)
@@ -116,9 +122,9 @@ class Monitor(Callback):
         for logger in trainer.loggers:
             logger.log_metrics({f"train/{name}": value for name, value in metrics.items()}, step=step)
         if trainer.is_global_zero:
-            self._show(step, metrics)
+            self._show(step, metrics, position)
 
-    def _show(self, step: int, metrics: dict[str, float]) -> None:
+    def _show(self, step: int, metrics: dict[str, float], position: Iterable[str]) -> None:
         parts = [
             f"step {step}/{self.total_steps}",
             f"loss {metrics['loss_ema']:.4f}",
@@ -127,7 +133,7 @@ class Monitor(Callback):
             f"{metrics['tokens_per_second']:,.0f} tok/s",
             *([f"mfu {100 * metrics['mfu']:.0f} %"] if "mfu" in metrics else []),
             f"{metrics['memory_gb']:.1f} GB",
-            f"epoch {metrics['epoch']:.0f} shard {metrics['shard']:.0f}",
+            " ".join(f"{name} {metrics[name]:g}" for name in position),
             *([f"eta {_clock(metrics['eta_seconds'])}"] if "eta_seconds" in metrics else []),
         ]
         _say(" | ".join(parts))

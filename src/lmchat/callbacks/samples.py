@@ -46,7 +46,7 @@ class Samples(Callback):
         engine = Engine(pl_module.net, tokenizer)
         prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in self.prompts]
         results = engine.generate(prompts, max_new_tokens=self.max_new_tokens, temperature=0.0)
-        return [tokenizer.decode(samples[0].ids).replace("\n", "⏎") for samples in results]
+        return [tokenizer.decode(samples[0].content).replace("\n", "⏎") for samples in results]
 
 
 def _is_terminal() -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 import lightning as L
 import torch
 
+from lmchat.checkpoint.load import Checkpoint
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT, default_compute_dtype
 from lmchat.optim.muon_adamw import MuonAdamW, build_param_groups
@@ -95,13 +96,38 @@ class StageModule(L.LightningModule):
         """The optimizer's settings for optimizer step ``step``, counted from 0."""
 
     @property
+    @abstractmethod
+    def default_tag(self) -> str:
+        """Name of the run where the user gives none."""
+
+    @property
     def tag(self) -> str:
-        """Name of the run: its folder under the stage's checkpoints."""
-        return self._tag or f"d{self.config.n_layer}"
+        """Name of the run: its folder under the stage's checkpoints and logs."""
+        return self._tag or self.default_tag
+
+    @abstractmethod
+    def adopt(self, checkpoint: Checkpoint) -> None:
+        """Makes ready to continue from ``checkpoint``, before anything is built.
+
+        Raises:
+            UserError: this stage, as configured, cannot continue from it.
+        """
+
+    def check_same_tokenizer(self, checkpoint: Checkpoint) -> None:
+        """Raises UserError if the checkpoint was trained with another tokenizer."""
+        if checkpoint.meta["tokenizer_fingerprint"] != self.tokenizer.fingerprint:
+            raise UserError(
+                f"{checkpoint.paths.meta} was trained with another tokenizer than the one in {self.tokenizer_path}; "
+                "give its own with --model.tokenizer_dir"
+            )
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return Path(self.tokenizer_dir) if self.tokenizer_dir else default_tokenizer_dir()
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer.load(Path(self.tokenizer_dir) if self.tokenizer_dir else default_tokenizer_dir())
+        return Tokenizer.load(self.tokenizer_path)
 
     @property
     def total_steps(self) -> int:
@@ -170,7 +196,7 @@ class StageModule(L.LightningModule):
         return {
             "stage": self.stage,
             "tag": self.tag,
-            "model": self.config.to_dict(),
+            "model": asdict(self.config),
             "tokenizer_fingerprint": self.tokenizer.fingerprint,
             "global_batch_tokens": self.global_batch_tokens,
             "total_steps": self.total_steps,

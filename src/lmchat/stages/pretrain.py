@@ -10,13 +10,14 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
+from lmchat.checkpoint.load import Checkpoint
 from lmchat.data.loader import PackedBatches
 from lmchat.data.token_shards import TokenShards, prepare_token_shards
 from lmchat.evaluation.bits_per_byte import BitsPerByte
 from lmchat.model.config import GPTConfig
 from lmchat.paths import base_data_dir
 from lmchat.scaling import config_for_depth
-from lmchat.schedules import lr_multiplier, muon_momentum, weight_decay
+from lmchat.schedules import linear_warmdown, muon_momentum, weight_decay_multiplier
 from lmchat.stages.base import Schedule, StageModule
 from lmchat.types import Batch, UserError
 
@@ -80,18 +81,29 @@ class PretrainModule(StageModule):
     def config(self) -> GPTConfig:
         return config_for_depth(**self.shape)
 
+    @property
+    def default_tag(self) -> str:
+        return f"d{self.depth}"
+
+    def adopt(self, checkpoint: Checkpoint) -> None:
+        if checkpoint.stage != self.stage:
+            raise UserError(
+                f"{checkpoint.paths.meta} is of stage {checkpoint.stage}; pretraining continues its own only"
+            )
+        self.check_same_tokenizer(checkpoint)
+        for name, value in checkpoint.meta["model"].items():
+            if (mine := getattr(self.config, name)) != value:
+                raise UserError(
+                    f"{checkpoint.paths.meta} has {name} {value}, this run {mine}; "
+                    f"train that one on as it is, or start anew with another --model.tag"
+                )
+
     def schedule(self, step: int) -> Schedule:
         steps = self.total_steps
         return Schedule(
-            lr_multiplier=lr_multiplier(
-                step,
-                steps,
-                warmup_ratio=self.warmup_ratio,
-                warmdown_ratio=self.warmdown_ratio,
-                final_lr_fraction=self.final_lr_fraction,
-            ),
+            lr_multiplier=linear_warmdown(step, steps, self.warmup_ratio, self.warmdown_ratio, self.final_lr_fraction),
             momentum=muon_momentum(step),
-            weight_decay=weight_decay(step, steps, self.weight_decay),
+            weight_decay=self.weight_decay * weight_decay_multiplier(step, steps),
         )
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
@@ -99,17 +111,15 @@ class PretrainModule(StageModule):
         self.track_loss(loss)
         return loss
 
-    def on_validation_epoch_start(self) -> None:
-        self._bits_per_byte = BitsPerByte(torch.from_numpy(self.tokenizer.token_bytes).to(self.device))
+    def configure_model(self) -> None:
+        super().configure_model()
+        if not hasattr(self, "bits_per_byte"):
+            self.bits_per_byte = BitsPerByte(torch.from_numpy(self.tokenizer.token_bytes))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         nats = self.net.loss(batch["inputs"], batch["targets"], reduction="none")
-        self._bits_per_byte.update(nats, batch["targets"])
-
-    def on_validation_epoch_end(self) -> None:
-        totals = self._bits_per_byte
-        totals.totals = self.trainer.strategy.reduce(totals.totals, reduce_op="sum")
-        self.log("val/bpb", totals.compute(), rank_zero_only=True)
+        self.bits_per_byte.update(nats, batch["targets"])
+        self.log("val/bpb", self.bits_per_byte)
 
 
 class FineWebDataModule(L.LightningDataModule):
@@ -132,6 +142,8 @@ class FineWebDataModule(L.LightningDataModule):
         eval_tokens: int = 40 * 524288,
     ) -> None:
         super().__init__()
+        if micro_batch_size < 1:
+            raise UserError(f"--data.micro_batch_size is {micro_batch_size}; it must be at least 1 row")
         self.data_dir = Path(data_dir) if data_dir else base_data_dir()
         self.micro_batch_size = micro_batch_size
         self.buffer_size = buffer_size
@@ -184,6 +196,10 @@ class FineWebDataModule(L.LightningDataModule):
         # Called when a batch is consumed: loaders are read ahead, so their own position would be too far.
         self._state = batch.pop("state", self._state)
         return batch
+
+    def progress(self) -> dict[str, float]:
+        """Where the last consumed batch was, for the log: epoch and shard, counted from 0."""
+        return {name: self._state[name] for name in ("epoch", "shard")} if self._state else {}
 
     def state_dict(self) -> dict[str, Any]:
         return {"position": self._state}
