@@ -159,7 +159,7 @@ BAKERY = Family(
         Step("-", "The children eat {n} {items}.", "Not eaten are"),
         Step("-", "{n} {items} get burnt and are thrown away.", "Good are"),
         Step("*", "For a party {who} needs {n} times that number and bakes the rest.", "For the party there are"),
-        Step("/", "{who} freezes half of the {items}, the rest stays on the table.", "On the table stay", operand=2),
+        Step("/", "{who} gives away half of the {items}.", "Half of them is", operand=2),
         Step(
             "/",
             "{who} packs all {items} in {n} equal boxes.",
@@ -345,7 +345,7 @@ SCHOOL = Family(
         Step("-", "{n} {items} go home.", "There stay"),
         Step("-", "{n} {items} are ill and leave.", "Healthy are"),
         Step("*", "For the festival the number of {items} becomes {n} times as large.", "At the festival there are"),
-        Step("/", "Half of the {items} go to the gym, the others stay.", "Half of them is", operand=2),
+        Step("/", "Half of the {items} go home for lunch.", "Half of them is", operand=2),
         Step(
             "/",
             "They form {n} teams of the same size.",
