@@ -172,7 +172,7 @@ class Engine:
                 token, forced = row.completion.ids[-1], row.completion.mask[-1] == 0
                 in_call = token == call_start or (in_call and token != call_end)
                 role: Role = "python_output" if forced else "python" if in_call or token == call_end else "text"
-                is_special = tokenizer.token_bytes[token] == 0
+                is_special = bool(tokenizer.token_bytes[token] == 0)
                 # A special token, like the end of the row, ends a character that is still incomplete.
                 bytes_ = b"" if is_special else tokenizer.decode_bytes([token])
                 yield Piece(token, decoder.decode(bytes_, final=is_special or row.done), role)

@@ -48,11 +48,13 @@ class Sampler:
         if self.temperature == 0 or self.top_k == 1:
             best, ids = logits.max(dim=-1)
             return ids.masked_fill(~best.isfinite(), -1)
-        top_k = min(self.top_k or logits.size(-1), logits.size(-1))
-        values, ids = logits.topk(top_k, dim=-1)
-        best = values[:, :1].double()
-        cumulative = ((values - best) / self.temperature).exp().cumsum(dim=-1)
+        candidates: Tensor | None = None
+        if self.top_k is not None and self.top_k < logits.size(-1):
+            logits, candidates = logits.topk(self.top_k, dim=-1)
+        best = logits.amax(dim=-1, keepdim=True).double()
+        cumulative = ((logits - best) / self.temperature).exp().cumsum(dim=-1)
         threshold = uniforms.to(cumulative)[:, None] * cumulative[:, -1:]
         # Rounding may carry a threshold next to the total up to it.
-        choice = (cumulative <= threshold).sum(dim=-1, keepdim=True).clamp(max=top_k - 1)
-        return ids.gather(-1, choice).masked_fill(~best.isfinite(), -1).squeeze(-1)
+        choice = (cumulative <= threshold).sum(dim=-1, keepdim=True).clamp(max=logits.size(-1) - 1)
+        chosen = choice if candidates is None else candidates.gather(-1, choice)
+        return chosen.masked_fill(~best.isfinite(), -1).squeeze(-1)

@@ -1,0 +1,471 @@
+"""The engine against the reference's recorded runs, plain full forward passes, and a model that follows a script."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lmchat.generation.engine import Completion, Engine
+from lmchat.model.config import GPTConfig
+from lmchat.model.gpt import GPT
+from lmchat.model.kv_cache import KVCache
+from lmchat.tokenizer.bpe import Tokenizer
+from lmchat.types import UserError
+
+TOKENIZER = Tokenizer({bytes([byte]): byte for byte in range(256)})
+"""Single bytes, then the special tokens from 256 on."""
+
+BOS, ASSISTANT_END, PYTHON_START, PYTHON_END, OUTPUT_START, OUTPUT_END = (
+    TOKENIZER.special(name)
+    for name in ("bos", "assistant_end", "python_start", "python_end", "output_start", "output_end")
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _model(compute_dtype: torch.dtype = torch.float64, seed: int = 0) -> GPT:
+    """All weights random, none zero; short windows; in float64 so that no rounding decides between tokens."""
+    config = GPTConfig(
+        sequence_len=32,
+        vocab_size=TOKENIZER.vocab_size,
+        n_layer=3,
+        n_head=4,
+        n_kv_head=2,
+        n_embd=64,
+        window_pattern="SL",
+    )
+    model = GPT(config, compute_dtype=compute_dtype)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            scale = 1.0 if "wte" in name or weight.dim() == 1 else 0.15
+            weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
+    return model
+
+
+def _prompts(*lengths: int, seed: int = 1) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [[BOS, *rng.integers(0, 256, length - 1).tolist()] for length in lengths]
+
+
+def _greedy_without_cache(model: GPT, prompt: Sequence[int], count: int) -> list[int]:
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(count):
+            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cached decoding equals the full forward pass
+
+
+def test_greedy_equals_the_full_forward_pass() -> None:
+    """Prompts of many lengths together, well past the length the windows are made for."""
+    model = _model()
+    prompts = _prompts(1, 7, 32, 33, 90)
+    completions = Engine(model, TOKENIZER).generate(
+        prompts, max_new_tokens=70, temperature=0, stop_tokens=(), calculator=False
+    )
+    for prompt, [completion] in zip(prompts, completions, strict=True):
+        assert completion.ids == _greedy_without_cache(model, prompt, 70)
+        assert completion.mask == [1] * 70
+        assert not completion.finished
+
+
+@pytest.mark.parametrize(("compute_dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_logprobs_equal_the_full_forward_pass(compute_dtype: torch.dtype, tolerance: float) -> None:
+    model = _model(compute_dtype)
+    prompts = _prompts(3, 40)
+    completions = Engine(model, TOKENIZER).generate(
+        prompts, num_samples=3, max_new_tokens=50, temperature=1.3, top_k=None, stop_tokens=(), logprobs=True
+    )
+    for prompt, samples in zip(prompts, completions, strict=True):
+        for sample in samples:
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + sample.ids]))[0, len(prompt) - 1 : -1]
+            expected = logits.log_softmax(-1).gather(-1, torch.tensor(sample.ids)[:, None]).squeeze(-1)
+            sampled = torch.tensor(sample.mask) == 1
+            assert sampled.any()
+            assert torch.allclose(
+                torch.tensor(sample.logprobs).to(expected)[sampled], expected[sampled], atol=tolerance
+            )
+            assert not torch.tensor(sample.logprobs)[~sampled].any()
+
+
+def test_casting_weights_once_changes_nothing() -> None:
+    """bf16 compute over fp32 weights: the same tokens as a model that casts at every use."""
+    model = _model(torch.bfloat16)
+    [prompt] = _prompts(9)
+    [[completion]] = Engine(model, TOKENIZER).generate(
+        [prompt], max_new_tokens=30, temperature=0, stop_tokens=(), calculator=False
+    )
+    with torch.no_grad():
+        cache = KVCache(model.config, 1, 64, dtype=torch.bfloat16)
+        ids = [int(model(torch.tensor([prompt]), cache)[0, -1].argmax())]
+        while len(ids) < 30:
+            ids.append(int(model(torch.tensor([ids[-1:]]), cache)[0, -1].argmax()))
+    assert completion.ids == ids
+
+
+class _AnyTokenizer:
+    """Stands in for the tokenizer of an oracle model, whose vocabulary has no special tokens."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+
+@pytest.mark.parametrize("name", ["kv2", "l5"])
+def test_reference_continuations(oracles: Path, name: str) -> None:
+    config = GPTConfig(**json.loads((oracles / "c05_gpt.json").read_text())[name]["config"])
+    arrays = np.load(oracles / f"c05_gpt_{name}.npz")
+    model = GPT(config)
+    model.load_state_dict({key[2:]: torch.from_numpy(arrays[key]) for key in arrays.files if key.startswith("w/")})
+    runs = json.loads((oracles / "c11_engine.json").read_text())
+    runs = {key: run for key, run in runs.items() if key.startswith(f"{name}_")}
+    prompts = [arrays["ids"][0, : run["prompt_length"]].tolist() for run in runs.values()]
+
+    completions = Engine(model, cast(Tokenizer, _AnyTokenizer(config.vocab_size))).generate(
+        prompts, num_samples=2, max_new_tokens=64, temperature=0, stop_tokens=(), calculator=False, logprobs=True
+    )
+
+    for (key, run), prompt, samples in zip(runs.items(), prompts, completions, strict=True):
+        logits = torch.from_numpy(np.load(oracles / f"c11_logits_{key}.npz")["logits_after_prompt_and_8_decodes"])
+        expected = logits.log_softmax(-1).gather(-1, torch.tensor(run["generated"][:9])[:, None]).squeeze(-1)
+        for sample in samples:
+            assert sample.ids == run["generated"]
+            assert [0] * len(prompt) + sample.mask == run["mask"]
+            assert torch.allclose(torch.tensor(sample.logprobs[:9]), expected, atol=2e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples and who shares the batch
+
+
+def test_a_sample_does_not_depend_on_the_batch() -> None:
+    model = _model()
+    prompts = _prompts(4, 21, 11, 60, 5)
+    seeds = [3, 1, 4, 1, 5]
+    options: dict[str, Any] = {"max_new_tokens": 40, "top_k": 20, "stop_tokens": range(12)}
+    engine = Engine(model, TOKENIZER)
+    together = engine.generate(prompts, num_samples=4, seed=seeds, **options)
+    assert len({len(sample.ids) for samples in together for sample in samples}) > 4, "rows should end at many lengths"
+
+    reverse = engine.generate(prompts[::-1], num_samples=4, seed=seeds[::-1], **options)
+    assert reverse[::-1] == together
+    in_turn = Engine(model, TOKENIZER, max_rows=3).generate(prompts, num_samples=4, seed=seeds, **options)
+    assert in_turn == together
+    for prompt, seed, samples in zip(prompts, seeds, together, strict=True):
+        assert engine.generate([prompt], num_samples=2, seed=seed, **options) == [samples[:2]]
+
+
+def test_more_new_tokens_only_add_to_a_sample() -> None:
+    engine, prompts = Engine(_model(), TOKENIZER), _prompts(8)
+    [[short]] = engine.generate(prompts, max_new_tokens=10, stop_tokens=())
+    [[long]] = engine.generate(prompts, max_new_tokens=30, stop_tokens=())
+    assert long.ids[:10] == short.ids
+
+
+def test_seeds_and_samples_differ() -> None:
+    engine, [prompt] = Engine(_model(), TOKENIZER), _prompts(8)
+    first, second = (engine.generate([prompt], num_samples=8, max_new_tokens=12, seed=seed)[0] for seed in (0, 1))
+    assert len({tuple(sample.ids) for sample in first + second}) == 16
+
+
+def test_first_tokens_follow_the_model() -> None:
+    model, [prompt] = _model(), _prompts(8)
+    [samples] = Engine(model, TOKENIZER, max_rows=4000).generate(
+        [prompt], num_samples=4000, max_new_tokens=1, top_k=4, temperature=2.0, stop_tokens=(), calculator=False
+    )
+    with torch.no_grad():
+        values, ids = model(torch.tensor([prompt]))[0, -1].topk(4)
+    observed = np.bincount([sample.ids[0] for sample in samples], minlength=265)[ids] / 4000
+    assert observed.sum() == 1
+    assert np.abs(observed - (values / 2).softmax(-1).numpy()).max() < 0.03
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tool use, with a model that follows a script
+
+
+class _ScriptedModel(nn.Module):
+    """Says ``scripts[i][step]`` after a prompt that ends in i, then stops; remembers which batches it was given.
+
+    The script's number is kept in the KV cache, so that a row that is moved must take its cache along.
+    """
+
+    def __init__(self, scripts: Sequence[Sequence[int]], prompt_length: int) -> None:
+        super().__init__()
+        self.config = GPTConfig(
+            sequence_len=64, vocab_size=TOKENIZER.vocab_size, n_layer=1, n_head=1, n_kv_head=1, n_embd=32
+        )
+        self.compute_dtype = torch.float32
+        self.lm_head = nn.Linear(1, 1)
+        self.scripts, self.prompt_length = scripts, prompt_length
+        self.batches: list[tuple[int, int]] = []
+
+    def hidden(self, ids: Tensor, kv_cache: KVCache) -> Tensor:
+        self.batches.append(tuple(ids.shape))
+        if ids.size(1) == self.prompt_length:
+            kv_cache.keys[0, :, 0, 0, 0] = ids[:, -1].float()
+        numbers = kv_cache.keys[0, :, 0, 0, 0].long().tolist()
+        kv_cache.advance(ids.size(1))
+        steps = (kv_cache.lengths - self.prompt_length).tolist()
+        says = [(*self.scripts[n], *[ASSISTANT_END] * 99)[step] for n, step in zip(numbers, steps, strict=True)]
+        return nn.functional.one_hot(torch.tensor(says), TOKENIZER.vocab_size)[:, None].expand(-1, ids.size(1), -1)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return hidden * 10.0
+
+    def forward(self, ids: Tensor, kv_cache: KVCache) -> Tensor:
+        return self.logits(self.hidden(ids, kv_cache))
+
+
+def _run_scripts(scripts: Sequence[Sequence[int]], **options: Any) -> tuple[list[Completion], _ScriptedModel]:
+    model = _ScriptedModel(scripts, prompt_length=3)
+    prompts = [[BOS, 65, number] for number in range(len(scripts))]
+    engine = Engine(cast(GPT, model), TOKENIZER)
+    return [samples[0] for samples in engine.generate(prompts, temperature=0, **options)], model
+
+
+def _tool_cases(fixtures: Path) -> dict[str, Any]:
+    return json.loads((fixtures / "engine.json").read_text())["tool_use"]
+
+
+def test_tool_use_as_the_reference(fixtures: Path) -> None:
+    """Each recorded case, its rows side by side; ours keeps the token that ends a row."""
+    for name, case in _tool_cases(fixtures).items():
+        scripts = list(zip(*case["sampled_by_step"], strict=True))
+        completions, _ = _run_scripts(scripts, max_new_tokens=case["max_tokens"])
+        for row, completion in enumerate(completions):
+            ids, mask = case["batch_tokens"][row][3:], case["batch_masks"][row][3:]
+            assert completion.content == ids, name
+            assert completion.mask[: len(ids)] == mask, name
+            columns = [column[row] for column in case["columns"]]
+            assert completion.ids == columns[: len(completion.ids)], name
+            assert completion.mask == [column[row] for column in case["column_masks"]][: len(completion.ids)], name
+            assert completion.finished == (len(completion.ids) > len(ids)) == (name != "max_tokens_cut_in_forced")
+            if completion.finished:
+                assert completion.ids[-1] in (ASSISTANT_END, BOS)
+                assert completion.mask[-1] == 1
+
+
+def test_tool_use_of_all_cases_in_one_batch(fixtures: Path) -> None:
+    cases = [case for case in _tool_cases(fixtures).values() if case["max_tokens"] >= 20]
+    scripts = [script for case in cases for script in zip(*case["sampled_by_step"], strict=True)]
+    expected = [tokens[3:] for case in cases for tokens in case["batch_tokens"]]
+    completions, model = _run_scripts(scripts, max_new_tokens=60)
+    assert [completion.content for completion in completions] == expected
+    # Every row is decoded until it ends and no longer, after one prefill of all.
+    assert model.batches[0] == (len(scripts), 3)
+    lengths = [len(completion.ids) for completion in completions]
+    assert [rows for rows, _ in model.batches[1:]] == [
+        sum(n > step for n in lengths) for step in range(1, max(lengths))
+    ]
+
+
+def _script(text: str) -> list[int]:
+    marks = {"<": PYTHON_START, ">": PYTHON_END, "[": OUTPUT_START, "]": OUTPUT_END, "|": ASSISTANT_END}
+    return [marks.get(character, ord(character)) for character in text]
+
+
+@pytest.mark.parametrize(
+    ("says", "becomes"),
+    [
+        ("<2*3>.....ok|", "<2*3>[6]..ok|"),
+        ("<1,000*2>......|", "<1,000*2>[2000]|"),
+        ("<1/0>ok|", "<1/0>ok|"),
+        ("<()>ok|", "<()>ok|"),
+        ("<>ok|", "<>ok|"),
+        ("<9*9>....<1+1>...|", "<9*9>[81]<1+1>[2]|"),
+        ("[7]<1+1>...|", "[7]<1+1>[2]|"),  # output tokens the model makes up are its own
+        ("<'a,b'.count(',')>...|", "<'a,b'.count(',')>[1]|"),
+    ],
+)
+def test_calls_and_answers(says: str, becomes: str) -> None:
+    [completion], _ = _run_scripts([_script(says)], max_new_tokens=60)
+    # A forced token takes the place of what the script would say at that step.
+    assert completion.ids == _script(becomes)
+    forced = [token for token, sampled in zip(completion.ids, completion.mask, strict=True) if not sampled]
+    assert len(forced) == sum(a != b for a, b in zip(says, becomes, strict=True))
+
+
+def test_without_the_calculator_nothing_is_forced() -> None:
+    [completion], _ = _run_scripts([_script("<2*3>ok|")], max_new_tokens=20, calculator=False)
+    assert completion.ids == _script("<2*3>ok|")
+    assert completion.mask == [1] * 8
+
+
+def test_own_stop_tokens() -> None:
+    [completion], _ = _run_scripts([_script("ab.cd|")], max_new_tokens=20, stop_tokens=[ord(".")])
+    assert (completion.ids, completion.finished) == (_script("ab."), True)
+    [completion], _ = _run_scripts([_script("ab|")], max_new_tokens=5, stop_tokens=[])
+    assert (completion.ids, completion.finished) == (_script("ab|||"), False)
+
+
+def test_prompts_are_read_once() -> None:
+    model = _ScriptedModel([_script("abc|"), _script("de|")], prompt_length=3)
+    engine = Engine(cast(GPT, model), TOKENIZER)
+    [first, second, again] = engine.generate(
+        [[BOS, 65, 0], [BOS, 65, 1], [BOS, 65, 0]], num_samples=5, max_new_tokens=9, temperature=0
+    )
+    assert model.batches == [(2, 3), (15, 1), (15, 1), (10, 1)]
+    assert [sample.ids for sample in first + again] == [_script("abc|")] * 10
+    assert [sample.ids for sample in second] == [_script("de|")] * 5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Streaming
+
+
+def test_stream_gives_what_generate_gives() -> None:
+    engine, [prompt] = Engine(_model(), TOKENIZER), _prompts(12)
+    options: dict[str, Any] = {"max_new_tokens": 60, "top_k": 30, "seed": 9}
+    [[completion]] = engine.generate([prompt], **options)
+    pieces = list(engine.stream(prompt, **options))
+    assert [piece.id for piece in pieces] == completion.ids
+    ordinary = [token for token in completion.ids if token < 256]
+    if len(ordinary) == len(completion.ids):
+        assert "".join(piece.text for piece in pieces) == TOKENIZER.decode(ordinary)
+
+
+def _stream_script(script: list[int], **options: Any) -> list[tuple[str, str]]:
+    """(role, text) of each run of pieces of one role."""
+    model = _ScriptedModel([script], prompt_length=3)
+    stream = Engine(cast(GPT, model), TOKENIZER).stream([BOS, 65, 0], temperature=0, max_new_tokens=80, **options)
+    return [
+        (role, "".join(piece.text for piece in pieces))
+        for role, pieces in groupby(stream, key=lambda piece: piece.role)
+    ]
+
+
+def test_stream_roles() -> None:
+    assert _stream_script(_script("so <2*3>... it is 6|")) == [
+        ("text", "so "),
+        ("python", "2*3"),
+        ("python_output", "6"),
+        ("text", " it is 6"),
+    ]
+    assert _stream_script(_script("<2*3>|"), calculator=False) == [("python", "2*3"), ("text", "")]
+
+
+def test_stream_text_waits_for_whole_characters() -> None:
+    text = "né 🙂!"
+    model = _ScriptedModel([[*text.encode(), ASSISTANT_END]], prompt_length=3)
+    pieces = list(Engine(cast(GPT, model), TOKENIZER).stream([BOS, 65, 0], temperature=0))
+    assert [piece.text for piece in pieces] == ["n", "", "é", " ", "", "", "", "🙂", "!", ""]
+
+
+@pytest.mark.parametrize("limit", [3, 80])
+def test_stream_ends_within_a_character(limit: int) -> None:
+    model = _ScriptedModel([[ord("a"), *"🙂".encode()[:2], ASSISTANT_END]], prompt_length=3)
+    pieces = Engine(cast(GPT, model), TOKENIZER).stream([BOS, 65, 0], temperature=0, max_new_tokens=limit)
+    assert "".join(piece.text for piece in pieces) == "a\ufffd"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model is left as it was
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_model_is_restored(training: bool) -> None:
+    model = _model(torch.bfloat16).train(training)
+    before = {name: (id(weight), weight.clone()) for name, weight in model.named_parameters()}
+    engine = Engine(model, TOKENIZER)
+    engine.generate(_prompts(5), max_new_tokens=4)
+    stream = engine.stream(_prompts(5)[0], max_new_tokens=4)
+    next(stream)
+    assert not torch.is_inference_mode_enabled()
+    assert torch.is_grad_enabled()
+    del stream
+    gc.collect()
+    assert all(module.training is training for module in model.modules())
+    for name, weight in model.named_parameters():
+        assert id(weight) == before[name][0]
+        assert torch.equal(weight, before[name][1])
+
+
+def test_training_goes_on_after_generation() -> None:
+    """Nothing made in inference mode may stay behind in the model."""
+    model = _model(torch.float32)
+    Engine(model, TOKENIZER).generate(_prompts(5, 40), max_new_tokens=4)
+    ids = torch.tensor([_prompts(33)[0]])
+    model.loss(ids[:, :-1], ids[:, 1:]).backward()
+    assert all(weight.grad is not None for weight in model.parameters())
+
+
+def test_model_is_restored_after_an_error() -> None:
+    model = _model(torch.bfloat16)
+    masters = [id(weight) for weight in model.parameters()]
+    with torch.no_grad():
+        model.transformer.wte.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="not finite"):
+        Engine(model, TOKENIZER).generate(_prompts(5), max_new_tokens=4)
+    assert [id(weight) for weight in model.parameters()] == masters
+    assert model.training
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompts": [[BOS], []]}, "prompt 1 is empty"),
+        ({"prompts": [[BOS, 265]]}, "ids 256 to 265"),
+        ({"prompts": [[-1]]}, "ids -1"),
+        ({"prompts": [[BOS] * 320]}, "limit of 320"),
+        ({"max_new_tokens": 320}, "limit of 320"),
+        ({"max_new_tokens": 10**12}, "limit of 320"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"num_samples": 0}, "num_samples"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_k": 0}, "top_k"),
+        ({"seed": -1}, "seed"),
+        ({"seed": [1, 2]}, "2 seeds for 1 prompts"),
+    ],
+)
+def test_mistakes(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Engine(_model(), TOKENIZER).generate(**{"prompts": [[BOS]], "max_new_tokens": 4, **options})
+
+
+def test_mistakes_in_a_stream_come_with_the_call() -> None:
+    engine = Engine(_model(), TOKENIZER)
+    for prompt, options in (([], {}), ([BOS], {"top_k": 0}), ([BOS], {"max_new_tokens": 0}), ([BOS], {"seed": -1})):
+        with pytest.raises(UserError):
+            engine.stream(prompt, **options)
+
+
+def test_the_context_can_be_filled_to_the_limit() -> None:
+    [prompt] = _prompts(310)
+    [[completion]] = Engine(_model(), TOKENIZER).generate([prompt], max_new_tokens=10, stop_tokens=(), temperature=0)
+    assert len(completion.ids) == 10
+
+
+def test_no_prompts() -> None:
+    assert Engine(_model(), TOKENIZER).generate([]) == []
+
+
+def test_tokenizer_of_another_model() -> None:
+    with pytest.raises(UserError, match="the model has 265 tokens, the tokenizer 300"):
+        Engine(_model(), cast(Tokenizer, _AnyTokenizer(300)))
+    with pytest.raises(UserError, match="max_rows"):
+        Engine(_model(), TOKENIZER, max_rows=0)
