@@ -26,18 +26,18 @@ class EvalSchedule(Callback):
         self.at_start = at_start
         self.at_end = at_end
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         if stage != "fit":
             return
         # Lightning counts micro-batches over the whole run when check_val_every_n_epoch is None.
         trainer.check_val_every_n_epoch = None
         trainer.val_check_interval = (self.every_n_steps * trainer.accumulate_grad_batches) or 2**62
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if self.at_start and trainer.global_step == 0:
             _run_validation(trainer)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         done_in_loop = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
         if self.at_end and trainer.global_step >= trainer.max_steps and not done_in_loop:
             _run_validation(trainer)

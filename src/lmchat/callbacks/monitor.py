@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from lmchat.hardware import peak_flops, peak_memory_bytes
 from lmchat.scaling import flops_per_token
+from lmchat.stages.base import StageModule
 
 EMA_DECAY = 0.9
 
@@ -37,7 +38,7 @@ class Monitor(Callback):
         self.ema_steps = 0
         self._bar: tqdm | None = None
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.total_steps = trainer.max_steps
         self.step_tokens = pl_module.global_batch_tokens
         self.first_step = self._last_step = trainer.global_step
@@ -56,9 +57,9 @@ class Monitor(Callback):
             )
         self._window_start = time.perf_counter()
 
-    def _describe(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def _describe(self, trainer: L.Trainer, module: StageModule) -> None:
         config, parameters = module.config, sum(p.numel() for p in module.net.parameters())
-        data = trainer.datamodule
+        data = module.data
         print(
             f"{module.stage} {module.tag}: {config.n_layer} layers × {config.n_embd}, {parameters:,} parameters, "
             f"vocabulary {config.vocab_size:,}, {module.net.compute_dtype} on {module.device}, "
@@ -74,12 +75,12 @@ class Monitor(Callback):
     def on_validation_start(self, *_: Any) -> None:
         self._pause_start = time.perf_counter()
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._paused += time.perf_counter() - self._pause_start
         if trainer.is_global_zero and "val/bpb" in trainer.callback_metrics:
             _say(f"step {trainer.global_step}/{self.total_steps} | val bpb {trainer.callback_metrics['val/bpb']:.4f}")
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         step = trainer.global_step
         if step == self._last_step:
             return
@@ -92,7 +93,7 @@ class Monitor(Callback):
         if first or step % self.every_n_steps == 0 or step == self.total_steps:
             self._record(trainer, pl_module, loss)
 
-    def _record(self, trainer: L.Trainer, module: L.LightningModule, loss: torch.Tensor) -> None:
+    def _record(self, trainer: L.Trainer, module: StageModule, loss: torch.Tensor) -> None:
         assert self.loss_ema is not None
         loss = trainer.strategy.reduce(loss, reduce_op="mean")
         values = torch.stack([loss, self.loss_ema / (1 - EMA_DECAY**self.ema_steps)]).tolist()
@@ -104,7 +105,7 @@ class Monitor(Callback):
             self._warm_seconds += seconds
             self._warm_steps += steps
         rate = self.step_tokens * steps / seconds
-        position = trainer.datamodule.progress()
+        position = module.data.progress()
         metrics = {
             "loss": values[0],
             "loss_ema": values[1],

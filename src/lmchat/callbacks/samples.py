@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from lmchat.generation.engine import Engine
+from lmchat.stages.base import StageModule
 
 PROMPTS = (
     "The capital of France is",
@@ -32,18 +35,18 @@ class Samples(Callback):
         self.prompts = list(prompts)
         self.max_new_tokens = max_new_tokens
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.sanity_checking or not trainer.is_global_zero or not self.max_new_tokens:
             return
         for prompt, text in zip(self.prompts, self._complete(pl_module), strict=True):
             print(f"  {prompt}\033[1m{text}\033[0m" if _is_terminal() else f"  {prompt} ▸{text}", flush=True)
             for logger in trainer.loggers:
-                if hasattr(logger.experiment, "add_text"):
+                if isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_text(f"samples/{prompt}", prompt + text, trainer.global_step)
 
-    def _complete(self, pl_module: L.LightningModule) -> list[str]:
-        tokenizer = pl_module.tokenizer
-        engine = Engine(pl_module.net, tokenizer)
+    def _complete(self, module: StageModule) -> list[str]:
+        tokenizer = module.tokenizer
+        engine = Engine(module.net, tokenizer)
         prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in self.prompts]
         results = engine.generate(prompts, max_new_tokens=self.max_new_tokens, temperature=0.0)
         return [tokenizer.decode(samples[0].content).replace("\n", "⏎") for samples in results]

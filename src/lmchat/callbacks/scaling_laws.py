@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
@@ -28,7 +30,7 @@ class ScalingLaws(Callback):
         self.target_flops = target_flops
         self.lr_scale = lr_scale
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         if stage != "fit" or not pl_module.scales_with_depth:
             return
         plan = make_plan(

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
+from torch.utils.data import DataLoader, IterableDataset
 
 from lmchat.checkpoint.load import Checkpoint
 from lmchat.model.config import GPTConfig
@@ -17,7 +18,7 @@ from lmchat.model.gpt import GPT, default_compute_dtype
 from lmchat.optim.muon_adamw import MuonAdamW, build_param_groups
 from lmchat.paths import tokenizer_dir as default_tokenizer_dir
 from lmchat.tokenizer.bpe import Tokenizer
-from lmchat.types import UserError
+from lmchat.types import Batch, UserError
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -52,6 +53,7 @@ class StageModule(L.LightningModule):
     stage: ClassVar[str]
     scales_with_depth: ClassVar[bool] = False
     net: GPT
+    sequence_len: int
 
     def __init__(
         self,
@@ -130,6 +132,13 @@ class StageModule(L.LightningModule):
         return Tokenizer.load(self.tokenizer_path)
 
     @property
+    def data(self) -> StageDataModule:
+        """The DataModule of the run."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, StageDataModule)
+        return data
+
+    @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return self.trainer.max_steps
@@ -165,7 +174,7 @@ class StageModule(L.LightningModule):
             n_embd=self.config.n_embd,
             lr_scale=self.lr_scale,
             weight_decay=self.weight_decay,
-            **self.learning_rates,
+            **self.learning_rates,  # type: ignore[arg-type]
         )
         return MuonAdamW(groups)
 
@@ -204,3 +213,50 @@ class StageModule(L.LightningModule):
             "lr_scale": self.lr_scale,
             "weight_decay": self.weight_decay,
         }
+
+
+class StageDataModule(L.LightningDataModule):
+    """Micro-batches whose position is that of the last one consumed.
+
+    Args:
+        micro_batch_size: rows per micro-batch and rank.
+    """
+
+    def __init__(self, micro_batch_size: int) -> None:
+        super().__init__()
+        if micro_batch_size < 1:
+            raise UserError(f"--data.micro_batch_size is {micro_batch_size}; it must be at least 1 row")
+        self.micro_batch_size = micro_batch_size
+        self.position: dict[str, Any] | None = None
+
+    @property
+    def run(self) -> L.Trainer:
+        """The trainer, which is there once a run begins."""
+        assert self.trainer is not None
+        return self.trainer
+
+    @property
+    def module(self) -> StageModule:
+        """The stage that is trained."""
+        module = self.run.lightning_module
+        assert isinstance(module, StageModule)
+        return module
+
+    def loader(self, batches: IterableDataset[Batch]) -> DataLoader:
+        """Wraps ``batches`` for Lightning; in pinned memory where they are copied to a GPU, so that copies overlap."""
+        return DataLoader(batches, batch_size=None, pin_memory=self.module.device.type == "cuda")
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        # Called when a batch is consumed: loaders are read ahead, so their own position would be too far.
+        self.position = batch.pop("state", self.position)
+        return batch
+
+    def progress(self) -> dict[str, float]:
+        """Where the last consumed batch was, for the log: epoch and shard, counted from 0."""
+        return {name: self.position[name] for name in ("epoch", "shard")} if self.position else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.position = state_dict["position"]

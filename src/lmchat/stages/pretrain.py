@@ -6,7 +6,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
@@ -18,7 +17,7 @@ from lmchat.model.config import GPTConfig
 from lmchat.paths import base_data_dir
 from lmchat.scaling import config_for_depth
 from lmchat.schedules import linear_warmdown, muon_momentum, weight_decay_multiplier
-from lmchat.stages.base import Schedule, StageModule
+from lmchat.stages.base import Schedule, StageDataModule, StageModule
 from lmchat.types import Batch, UserError
 
 
@@ -122,7 +121,7 @@ class PretrainModule(StageModule):
         self.log("val/bpb", self.bits_per_byte)
 
 
-class FineWebDataModule(L.LightningDataModule):
+class FineWebDataModule(StageDataModule):
     """Parquet shards of text → token files → best-fit packed rows. The last shard is the validation set.
 
     The stream of rows does not depend on the number of ranks, and its position is part of a checkpoint.
@@ -141,49 +140,38 @@ class FineWebDataModule(L.LightningDataModule):
         buffer_size: int = 1000,
         eval_tokens: int = 40 * 524288,
     ) -> None:
-        super().__init__()
-        if micro_batch_size < 1:
-            raise UserError(f"--data.micro_batch_size is {micro_batch_size}; it must be at least 1 row")
+        super().__init__(micro_batch_size)
         self.data_dir = Path(data_dir) if data_dir else base_data_dir()
-        self.micro_batch_size = micro_batch_size
         self.buffer_size = buffer_size
         self.eval_tokens = eval_tokens
-        self._state: dict[str, Any] | None = None
-
-    @property
-    def _module(self) -> PretrainModule:
-        return self.trainer.lightning_module  # type: ignore[return-value]
 
     def prepare_data(self) -> None:
-        prepare_token_shards(self.data_dir, self._module.tokenizer)
+        prepare_token_shards(self.data_dir, self.module.tokenizer)
 
     def setup(self, stage: str) -> None:
-        self.train_shards, self.val_shards = TokenShards.open_split(self.data_dir, self._module.tokenizer)
+        self.train_shards, self.val_shards = TokenShards.open_split(self.data_dir, self.module.tokenizer)
 
     def _batches(self, shards: TokenShards, **kwargs: Any) -> PackedBatches:
         return PackedBatches(
             shards,
             micro_batch_size=self.micro_batch_size,
-            sequence_len=self._module.sequence_len,
+            sequence_len=self.module.sequence_len,
             buffer_size=self.buffer_size,
-            rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
+            rank=self.run.global_rank,
+            world_size=self.run.world_size,
             **kwargs,
         )
 
-    def _loader(self, batches: PackedBatches) -> DataLoader:
-        return DataLoader(batches, batch_size=None, pin_memory=self._module.device.type == "cuda")
-
     def train_dataloader(self) -> DataLoader:
-        return self._loader(self._batches(self.train_shards, state=self._state))
+        return self.loader(self._batches(self.train_shards, state=self.position))
 
     def val_dataloader(self) -> DataLoader:
-        return self._loader(self._batches(self.val_shards, rounds=self.eval_rounds))
+        return self.loader(self._batches(self.val_shards, rounds=self.eval_rounds))
 
     @property
     def eval_rounds(self) -> int:
         """Micro-batches per rank in one evaluation."""
-        tokens = self.micro_batch_size * self._module.sequence_len * self.trainer.world_size
+        tokens = self.micro_batch_size * self.module.sequence_len * self.run.world_size
         rounds = self.eval_tokens // tokens
         if rounds == 0:
             raise UserError(
@@ -191,18 +179,3 @@ class FineWebDataModule(L.LightningDataModule):
                 f"use --data.eval_tokens {tokens} or more"
             )
         return rounds
-
-    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        # Called when a batch is consumed: loaders are read ahead, so their own position would be too far.
-        self._state = batch.pop("state", self._state)
-        return batch
-
-    def progress(self) -> dict[str, float]:
-        """Where the last consumed batch was, for the log: epoch and shard, counted from 0."""
-        return {name: self._state[name] for name in ("epoch", "shard")} if self._state else {}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"position": self._state}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._state = state_dict["position"]
