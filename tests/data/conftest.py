@@ -13,11 +13,9 @@ import pytest
 # Test modules are imported by path; this makes the helpers beside them importable by name.
 sys.path.insert(0, str(Path(__file__).parent))
 
-WriteShards = Callable[..., Path]
-
 
 @pytest.fixture
-def write_shards(tmp_path: Path) -> WriteShards:
+def write_shards(tmp_path: Path) -> Callable[..., Path]:
     """Writes lists of texts as shard_00000.parquet and so on into a folder, which it returns."""
 
     def write(*shards: Sequence[str | None], column: str = "text") -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ import torch
 from byte_tokenizer import ByteTokenizer
 from torch.utils.data import DataLoader
 
-from conftest import WriteShards
 from lmchat.data.loader import PackedBatches
 from lmchat.data.packing import BestFitPacker
 from lmchat.data.token_shards import TokenShards, prepare_token_shards
@@ -30,7 +30,7 @@ def texts() -> list[list[str]]:
 
 
 @pytest.fixture
-def shards(write_shards: WriteShards, texts: list[list[str]]) -> tuple[TokenShards, TokenShards]:
+def shards(write_shards: Callable[..., Path], texts: list[list[str]]) -> tuple[TokenShards, TokenShards]:
     folder = write_shards(*texts)
     prepare_token_shards(folder, ByteTokenizer(), progress=False)
     return TokenShards.open_split(folder, ByteTokenizer())

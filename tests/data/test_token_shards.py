@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 from byte_tokenizer import ByteTokenizer
 
-from conftest import WriteShards
 from lmchat.data import token_shards
 from lmchat.data.token_shards import Header, TokenShards, prepare_token_shards, token_dir
 from lmchat.types import UserError
 
+WriteShards = Callable[..., Path]
 TEXTS = [["the", "quick", "", None, "brown fox"], ["jumps"], ["over", "die Größe", "the"], ["lazy", "dog"]]
 
 
