@@ -85,7 +85,7 @@ def test_documents_are_kept_once_and_split(
     *train, validation = _read(output)
     documents = [text for shard in (*train, validation) for text in shard]
     assert sorted(documents) == sorted(unique)
-    assert len(validation) == report.validation_documents == min(max(1, round(fraction * len(unique))), len(unique))
+    assert len(validation) == report.validation_documents == min(max(1, round(fraction * len(unique))), len(unique) - 1)
     assert len(train) == report.train_shards
     assert all(sum(map(len, shard)) >= shard_characters for shard in train[:-1])
     assert all(sum(map(len, shard[:-1])) < shard_characters for shard in train)

@@ -183,7 +183,7 @@ def write_shards(
 
     Args:
         output: folder to make; it appears when it is complete.
-        validation_fraction: share of the documents, at least one, that go to the last shard.
+        validation_fraction: share of the documents that go to the last shard, which is never empty, nor are the others.
         shard_characters: a training shard with this many is full.
         seed: decides the order.
         expected_bytes: rough size of the text, which decides the number of buckets to sort in.
@@ -204,7 +204,7 @@ def write_shards(
                 f"found {unique} document(s) with text, at least 2 are needed, as one is kept for validation; "
                 "give more files, or cut a long one into documents with --separator"
             )
-        validation = max(1, round(validation_fraction * unique))
+        validation = min(max(1, round(validation_fraction * unique)), unique - 1)
         ordered = (text for bucket in buckets for text in _read_in_order(bucket))
         with _ShardWriter(staging / "shards") as writer:
             for number, text in enumerate(ordered):
