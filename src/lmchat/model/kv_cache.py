@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lmchat.model.attention import attend, masked_attention, window_mask
+from lmchat.model.attention import Attend, attention, window_mask
 from lmchat.model.config import GPTConfig
 from lmchat.types import UserError
 
@@ -34,6 +34,7 @@ class KVCache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths = torch.zeros(batch_size, dtype=torch.int64)
+        self._incoming: _Incoming | None = None
 
     @property
     def batch_size(self) -> int:
@@ -52,36 +53,42 @@ class KVCache:
 
     def positions(self, length: int) -> Tensor:
         """(B, T) positions of the next `length` tokens of each row, on the cache's device."""
-        positions = self.lengths[:, None] + torch.arange(length)
-        return positions.to(self.keys.device, non_blocking=True)
+        return self._expect(length).positions
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-        """Add the new tokens' k and v (B, T, kv heads, head_dim), return q's attention over all that is held."""
-        length = q.size(1)
-        end = self.longest + length
-        if end > self.max_len:
-            raise UserError(f"{end} tokens do not fit a KV cache of {self.max_len}; make max_len larger")
-        positions = self.positions(length)
-        rows = torch.arange(self.batch_size, device=q.device)[:, None]
-        self.keys[layer][rows, :, positions] = k
-        self.values[layer][rows, :, positions] = v
-        if end == length:
+    def attend(self, attend: Attend, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+        """Add the new tokens' k and v (B, T, kv heads, head_dim), return q's attention over all that is held.
+
+        attend: used where nothing was held before, that is in prefill.
+        """
+        incoming = self._expect(q.size(1))
+        self.keys[layer][incoming.rows, :, incoming.positions] = k
+        self.values[layer][incoming.rows, :, incoming.positions] = v
+        if incoming.end == q.size(1):
             return attend(q, k, v, window)
-        start = max(0, int(self.lengths.min()) - window)
-        mask = window_mask(positions, torch.arange(start, end, device=q.device), window)
-        keys = self.keys[layer, :, :, start:end].transpose(1, 2)
-        values = self.values[layer, :, :, start:end].transpose(1, 2)
-        return masked_attention(q, keys, values, mask[:, None])
+        start, mask = incoming.visible(window)
+        keys = self.keys[layer, :, :, start : incoming.end].transpose(1, 2)
+        values = self.values[layer, :, :, start : incoming.end].transpose(1, 2)
+        return attention(q, keys, values, mask)
 
     def advance(self, length: int) -> None:
         """Count `length` more tokens in every row; the model calls it once all layers have added theirs."""
         self.lengths = self.lengths + length
+        self._incoming = None
+
+    def _expect(self, length: int) -> _Incoming:
+        """Worked out by the first to ask in a model call, until `advance` ends it."""
+        if self._incoming is None or self._incoming.length != length:
+            if (end := self.longest + length) > self.max_len:
+                raise UserError(f"{end} tokens do not fit a KV cache of {self.max_len}; make max_len larger")
+            self._incoming = _Incoming(self.lengths, length, self.keys.device)
+        return self._incoming
 
     def select(self, rows: Sequence[int] | Tensor, max_len: int | None = None) -> KVCache:
         """A new cache of the given rows, in that order, repeats allowed, with room for `max_len` tokens."""
         rows = torch.as_tensor(rows, dtype=torch.int64)
         selected = object.__new__(KVCache)
         selected.lengths = self.lengths[rows.cpu()]
+        selected._incoming = None
         selected.keys = _select(self.keys, rows, selected.longest, max_len or self.max_len)
         selected.values = _select(self.values, rows, selected.longest, max_len or self.max_len)
         return selected
@@ -105,6 +112,29 @@ class KVCache:
             order[gap] = row
         self.keys, self.values, self.lengths = self.keys[:, :kept], self.values[:, :kept], self.lengths[:kept]
         return order
+
+
+class _Incoming:
+    """Where the tokens of one model call go and what they see, which all layers share.
+
+    positions: (B, T). rows: (B, 1), to index with positions. end: positions held once they are in.
+    """
+
+    def __init__(self, lengths: Tensor, length: int, device: torch.device) -> None:
+        self.length = length
+        self.positions = (lengths[:, None] + torch.arange(length)).to(device, non_blocking=True)
+        self.rows = torch.arange(len(lengths), device=device)[:, None]
+        self.first = int(lengths.min())
+        self.end = int(lengths.max()) + length
+        self._visible: dict[int, tuple[int, Tensor]] = {}
+
+    def visible(self, window: int) -> tuple[int, Tensor]:
+        """The first position any row sees, and which from there to `end` each token sees: (B, 1, T, positions)."""
+        if window not in self._visible:
+            start = max(0, self.first - window)
+            held = torch.arange(start, self.end, device=self.positions.device)
+            self._visible[window] = start, window_mask(self.positions, held, window)[:, None]
+        return self._visible[window]
 
 
 def _select(held: Tensor, rows: Tensor, length: int, max_len: int) -> Tensor:
