@@ -1,0 +1,158 @@
+"""Decode throughput of the generation engine against a plain loop over the same model.
+
+    python benchmarks/decode.py [--depth 4] [--rows 1 16 64] [--prompt 64] [--new 128] [--top-k 50]
+
+The plain loop serves one prompt, all rows in step: a contiguous cache with a single position, slices in place of masks,
+`torch.multinomial` in place of per-row random numbers, no tools, no row that ends early. It is the floor that the
+engine's generality is measured against. Without a cache, every token costs a pass over the whole context. All run on
+one thread and take turns, so that other load meets them alike; CPU time of this process is measured. The last table
+counts the operators that one decode step dispatches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lmchat.generation.engine import Engine
+from lmchat.model.attention import attend
+from lmchat.model.gpt import GPT
+from lmchat.scaling import config_for_depth
+from lmchat.tokenizer.bpe import SPECIAL_TOKENS, Tokenizer
+
+VOCAB_SIZE = 8192
+
+
+class PlainCache:
+    """Keys and values of rows that are all at one position."""
+
+    def __init__(self, model: GPT, rows: int, max_len: int) -> None:
+        config = model.config
+        shape = (config.n_layer, 2, rows, max_len, config.n_kv_head, config.head_dim)
+        self.held = torch.zeros(shape, dtype=model.compute_dtype)
+        self.longest = 0
+
+    def positions(self, length: int) -> Tensor:
+        return torch.arange(self.longest, self.longest + length)[None]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+        end = self.longest + q.size(1)
+        keys, values = self.held[layer]
+        keys[:, self.longest : end] = k
+        values[:, self.longest : end] = v
+        if q.size(1) > 1:
+            return attend(q, k, v, window)
+        start = max(0, self.longest - window)
+        q, keys, values = (x.transpose(1, 2) for x in (q, keys[:, start:end], values[:, start:end]))
+        grouped = q.size(1) != keys.size(1)
+        return torch.nn.functional.scaled_dot_product_attention(q, keys, values, enable_gqa=grouped).transpose(1, 2)
+
+    def advance(self, length: int) -> None:
+        self.longest += length
+
+
+def plain_loop(model: GPT, prompt: list[int], rows: int, new: int, top_k: int, cached: bool = True) -> Tensor:
+    """(rows, new) sampled ids."""
+    generator = torch.Generator().manual_seed(42)
+    ids = torch.tensor([prompt]).expand(rows, -1)
+    cache: PlainCache | None = PlainCache(model, rows, len(prompt) + new) if cached else None
+    context, out = ids, []
+    for _ in range(new):
+        logits = model.logits(model.hidden(context, cache)[:, -1])  # type: ignore[arg-type]
+        values, candidates = logits.topk(top_k)
+        choice = torch.multinomial(values.softmax(-1), 1, generator=generator)
+        out.append(candidates.gather(-1, choice))
+        context = out[-1] if cached else torch.cat((context, out[-1]), dim=1)
+    return torch.cat(out, dim=1)
+
+
+class CountOperators(TorchDispatchMode):
+    """Counts what reaches the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operators_per_step(run: Callable[[int], object]) -> float:
+    """Of `run(new tokens)`: the difference between a longer and a shorter run, over the steps between them."""
+    counts = []
+    for new in (4, 12):
+        with CountOperators() as counter:
+            run(new)
+        counts.append(counter.count)
+    return (counts[1] - counts[0]) / 8
+
+
+def best_seconds(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """CPU seconds of each, taking turns; the best of the repeats."""
+    seconds = dict.fromkeys(runs, float("inf"))
+    for _ in range(repeats):
+        for name, run in runs.items():
+            start = time.process_time()
+            run()
+            seconds[name] = min(seconds[name], time.process_time() - start)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--top-k", type=int, default=50)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--without-cache", action="store_true", help="also time one row without a cache")
+    options = parser.parse_args()
+
+    torch.set_num_threads(1)
+    model = GPT(config_for_depth(options.depth, VOCAB_SIZE, 256))
+    model.init_weights(torch.Generator().manual_seed(0))
+    # Two-byte ranks fill the vocabulary up; nothing is decoded to text here.
+    ranks = [bytes([i]) for i in range(256)] + [bytes(divmod(i, 256)) for i in range(VOCAB_SIZE - 256)]
+    tokenizer = Tokenizer({token: rank for rank, token in enumerate(ranks[: VOCAB_SIZE - len(SPECIAL_TOKENS)])})
+    prompt = torch.randint(0, VOCAB_SIZE - 9, (options.prompt,), generator=torch.Generator().manual_seed(1)).tolist()
+
+    def engine(rows: int, new: int) -> object:
+        return Engine(model, tokenizer, max_rows=rows).generate(
+            [prompt], num_samples=rows, max_new_tokens=new, top_k=options.top_k, stop_tokens=()
+        )
+
+    @torch.inference_mode()
+    def plain(rows: int, new: int, cached: bool = True) -> object:
+        return plain_loop(model, prompt, rows, new, options.top_k, cached)
+
+    console = Console()
+    table = Table(
+        "rows", "plain loop, tokens/s", "engine, tokens/s", "engine / plain", title=f"decode, depth {options.depth}"
+    )
+    for rows in options.rows:
+        runs = {"plain": lambda r=rows: plain(r, options.new), "engine": lambda r=rows: engine(r, options.new)}
+        seconds = best_seconds(runs, options.repeats)
+        rates = {name: rows * options.new / second for name, second in seconds.items()}
+        cells = (f"{rates['plain']:,.0f}", f"{rates['engine']:,.0f}", f"{rates['engine'] / rates['plain']:.2f}")
+        table.add_row(str(rows), *cells)
+    console.print(table)
+    if options.without_cache:
+        seconds = best_seconds({"": lambda: plain(1, options.new, cached=False)}, 1)
+        console.print(f"without a cache, 1 row: {options.new / seconds['']:,.0f} tokens/s")
+    console.print(
+        f"operators per step, 16 rows: plain {operators_per_step(lambda new: plain(16, new)):.0f}, "
+        f"engine {operators_per_step(lambda new: engine(16, new)):.0f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
