@@ -11,7 +11,7 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmchat.generation.calculator import MAX_CHARACTERS, MAX_DEPTH, MAX_DIGITS, calculate
@@ -128,6 +128,7 @@ def _larger(parts: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
     return st.one_of(binary, parts.map("({})".format), parts.map("-{}".format), parts.map("+{}".format))
 
 
+@settings(deadline=None)
 @given(st.recursive(NUMBERS, _larger, max_leaves=12))
 def test_valid_arithmetic_equals_python(expression: str) -> None:
     """Every expression here is valid Python once the thousands commas are gone, and no longer than the limits."""
@@ -142,11 +143,13 @@ def test_valid_arithmetic_equals_python(expression: str) -> None:
 WORDS = st.text([chr(code) for code in range(32, 127) if chr(code) not in "\\'\""], max_size=40)
 
 
+@settings(deadline=None)
 @given(WORDS, WORDS, st.sampled_from("'\""), st.sampled_from("'\""))
 def test_counting_equals_python(text: str, part: str, quote: str, other: str) -> None:
     assert calculate(f"{quote}{text}{quote}.count({other}{part}{other})") == str(text.count(part))
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_any_text_gives_a_string_or_nothing(text: str) -> None:
     result = calculate(text)
@@ -199,9 +202,9 @@ def _hostile(rng: random.Random) -> str:
 
 
 def test_hostile_input_is_harmless() -> None:
-    """20,000 pieces: nothing raises, hangs, imports, opens anything or answers at length."""
+    """12,000 pieces: nothing raises, hangs, imports, opens anything or answers at length."""
     rng = random.Random(0)
-    pieces = [_hostile(rng) for _ in range(20_000)]
+    pieces = [_hostile(rng) for _ in range(12_000)]
     events: list[str] = []
     watching = True
     harmful = ("import", "open", "exec", "compile", "os.", "socket.", "subprocess.", "ctypes.")
