@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -88,9 +89,9 @@ def test_a_killed_download_is_continued(hub: HubServer, tmp_path: Path) -> None:
     hub.wait_for_gets(4)  # the others are through the second worker, or on their way
     while len(list(tmp_path.glob("*.parquet"))) < 3:
         assert process.poll() is None
+        time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
-    process.wait()
-    _ = process.communicate()
+    process.communicate()
     assert not (tmp_path / "shard_00001.parquet").exists()
     hub.gets.clear()
     status, printed = _download(hub, tmp_path)
