@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -15,8 +16,9 @@ Reduction = Literal["mean", "sum", "none"]
 LOGIT_SOFTCAP = 15.0
 """Logits are bounded to ±15 by cap · tanh(logits / cap), in training and in sampling."""
 
-CHUNK_TOKENS = 512
-"""Tokens whose logits exist at one time."""
+CHUNK_TOKENS = {"cpu": 512, "cuda": 4096}
+"""Tokens whose logits exist at one time. On a CPU they should stay in its cache; a GPU wants large products.
+The CUDA figure is an estimate, not a measurement."""
 
 
 def softcap(logits: Tensor, cap: float = LOGIT_SOFTCAP) -> Tensor:
@@ -33,36 +35,38 @@ def linear_cross_entropy(
     softcap: float = LOGIT_SOFTCAP,
     reduction: Reduction = "mean",
     weights: Tensor | None = None,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
 ) -> Tensor:
     """Cross-entropy of soft-capped logits ``hidden @ weight.T`` against `targets`.
 
     hidden: (..., width), in the compute dtype. weight: (>= vocab_size, width); rows from `vocab_size` on are padding.
-    targets: (...) integer ids, `IGNORE_INDEX` where no loss is taken. weights: (...) constant factor per token,
-    for policy gradients.
+    targets: (...) integer ids, `IGNORE_INDEX` where no loss is taken. softcap: at most 50, so that exp(logits) stays
+    in range without looking for the largest. weights: (...) constant factor per token, for policy gradients.
+    chunk_tokens: by default that of the device in `CHUNK_TOKENS`.
 
     Returns fp32 (fp64 for fp64 input): "sum" and "mean" a scalar, "none" the shape of `targets` with 0 at ignored
     targets. "mean" divides by the number of targets not ignored, whatever their weights. With no such target the loss
     is 0 and so is its gradient.
 
     The gradients are computed together with the loss, chunk by chunk, while the logits are at hand; "none" computes
-    them again in the backward pass.
+    the logits again in the backward pass. Differentiable once.
     """
+    assert 0 < softcap <= 50, softcap
+    assert reduction in ("mean", "sum", "none"), reduction
     flat_targets = targets.reshape(-1)
-    flat_hidden = hidden.reshape(-1, hidden.size(-1))
     live = flat_targets != IGNORE_INDEX
-    coefficients = live.to(_accumulation_dtype(hidden.dtype))
+    coefficients = live.to(torch.promote_types(hidden.dtype, torch.float32))
     if weights is not None:
         coefficients = coefficients * weights.detach().reshape(-1)
     if reduction == "mean":
         coefficients = coefficients / live.sum().clamp(min=1)
     function = _TokenLosses if reduction == "none" else _SummedLoss
-    loss = function.apply(flat_hidden, weight, flat_targets, coefficients, vocab_size, softcap, chunk_tokens)
+    options = (vocab_size, softcap, chunk_tokens or CHUNK_TOKENS.get(hidden.device.type, 1024))
+    loss = function.apply(hidden.reshape(-1, hidden.size(-1)), weight, flat_targets, coefficients, options)
     return loss.view(targets.shape) if reduction == "none" else loss
 
 
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+_Options = tuple[int, float, int]  # vocab_size, softcap, chunk_tokens
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -70,32 +74,19 @@ class _SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        coefficients: Tensor,
-        vocab_size: int,
-        cap: float,
-        chunk_tokens: int,
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, coefficients: Tensor, options: _Options
     ) -> Tensor:
-        if not any(ctx.needs_input_grad[:2]):
-            return _token_losses(hidden, weight, targets, coefficients, vocab_size, cap, chunk_tokens).sum()
-        losses, grad_hidden, grad_weight = _losses_and_gradients(
-            hidden, weight, targets, coefficients, vocab_size, cap, chunk_tokens
-        )
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        if not any(ctx.needs_input_grad):
+            return _token_losses(hidden, weight, targets, coefficients, options).sum()
+        losses, *gradients = _losses_and_gradients(hidden, weight, targets, coefficients, options)
+        ctx.save_for_backward(*gradients)
         return losses.sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            grad_hidden * grad_output.to(grad_hidden.dtype),
-            grad_weight * grad_output,
-            *[None] * 5,
-        )
+        return grad_hidden * grad_output.to(grad_hidden.dtype), grad_weight * grad_output, None, None, None
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -103,76 +94,69 @@ class _TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        coefficients: Tensor,
-        vocab_size: int,
-        cap: float,
-        chunk_tokens: int,
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, coefficients: Tensor, options: _Options
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, targets, coefficients)
-        ctx.options = (vocab_size, cap, chunk_tokens)
-        return _token_losses(hidden, weight, targets, coefficients, vocab_size, cap, chunk_tokens)
+        ctx.options = options
+        return _token_losses(hidden, weight, targets, coefficients, options)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         hidden, weight, targets, coefficients = ctx.saved_tensors
-        _, grad_hidden, grad_weight = _losses_and_gradients(
-            hidden, weight, targets, coefficients * grad_output, *ctx.options
-        )
-        return grad_hidden, grad_weight, *[None] * 5
+        _, *gradients = _losses_and_gradients(hidden, weight, targets, coefficients * grad_output, ctx.options)
+        return *gradients, None, None, None
 
 
-def _token_losses(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    coefficients: Tensor,
-    vocab_size: int,
-    cap: float,
-    chunk_tokens: int,
-) -> Tensor:
-    weight = weight[:vocab_size].to(hidden.dtype)
+def _token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, coefficients: Tensor, options: _Options) -> Tensor:
+    """coefficient · nll (tokens,)."""
     losses = torch.empty_like(coefficients)
-    for chunk in _chunks(len(targets), chunk_tokens):
-        logits = softcap((hidden[chunk] @ weight.T).to(losses.dtype), cap)
-        picked = logits.gather(1, targets[chunk].clamp(min=0)[:, None])[:, 0]
-        losses[chunk] = (logits.logsumexp(1) - picked) * coefficients[chunk]
+    for chunk, picks, bounded in _bounded_logits(hidden, weight, targets, coefficients.dtype, options):
+        logits = bounded.mul_(options[1])
+        picked = logits.gather(1, picks)
+        losses[chunk] = (logits.exp_().sum(1).log() - picked[:, 0]) * coefficients[chunk]
     return losses
 
 
 def _losses_and_gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    coefficients: Tensor,
-    vocab_size: int,
-    cap: float,
-    chunk_tokens: int,
+    hidden: Tensor, weight: Tensor, targets: Tensor, coefficients: Tensor, options: _Options
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses (tokens,), and the gradients of their sum by hidden (tokens, width) and weight (rows, width)."""
+    """coefficient · nll (tokens,), and the gradients of their sum by hidden (tokens, width) and weight (rows, width).
+
+    With z the raw logits, b = tanh(z / cap) and p = softmax(cap · b), d nll / dz = (p - onehot)(1 - b²).
+    """
+    vocab_size, cap, _ = options
     cast_weight = weight[:vocab_size].to(hidden.dtype)
     losses = torch.empty_like(coefficients)
     grad_hidden = torch.empty_like(hidden)
     grad_weight = torch.zeros_like(weight)
-    for chunk in _chunks(len(targets), chunk_tokens):
-        picks = targets[chunk].clamp(min=0)[:, None]
-        scale = coefficients[chunk][:, None]
-        bounded = torch.tanh((hidden[chunk] @ cast_weight.T).to(losses.dtype) / cap)
-        logits = bounded * cap
-        log_normalizer = logits.logsumexp(1, keepdim=True)
-        losses[chunk] = ((log_normalizer - logits.gather(1, picks)) * scale)[:, 0]
-        # d nll / d logits is softmax - onehot; d (cap tanh(z / cap)) / dz is 1 - tanh².
-        grad = torch.exp(logits - log_normalizer) * scale
-        grad = grad.scatter_add(1, picks, -scale) * (1 - bounded * bounded)
+    for chunk, picks, bounded in _bounded_logits(hidden, weight, targets, coefficients.dtype, options):
+        scale = coefficients[chunk, None]
+        picked = bounded.gather(1, picks)
+        grad = (bounded * cap).exp_()
+        normalizer = grad.sum(1, keepdim=True)
+        losses[chunk] = ((normalizer.log() - cap * picked) * scale)[:, 0]
+        grad.mul_(scale / normalizer)
+        grad.addcmul_(grad, bounded.square_(), value=-1)
+        grad.scatter_add_(1, picks, scale * (picked.square() - 1))
         grad = grad.to(hidden.dtype)
-        grad_hidden[chunk] = grad @ cast_weight
+        torch.mm(grad, cast_weight, out=grad_hidden[chunk])
         grad_weight[:vocab_size] += grad.T @ hidden[chunk]
     return losses, grad_hidden, grad_weight
 
 
-def _chunks(tokens: int, chunk_tokens: int) -> list[slice]:
-    return [slice(start, start + chunk_tokens) for start in range(0, tokens, chunk_tokens)]
+def _bounded_logits(
+    hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, options: _Options
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Per chunk: its slice, its targets (tokens, 1) with 0 at ignored ones, and tanh(logits / cap) in `dtype`.
+
+    The logits of all chunks share one buffer, which the caller may overwrite: fresh memory for each would cost a page
+    fault per 4 KB.
+    """
+    vocab_size, cap, chunk_tokens = options
+    cast_weight = weight[:vocab_size].to(hidden.dtype)
+    buffer = hidden.new_empty(min(chunk_tokens, len(targets)), vocab_size)
+    for start in range(0, len(targets), chunk_tokens):
+        chunk = slice(start, min(start + chunk_tokens, len(targets)))
+        logits = torch.mm(hidden[chunk], cast_weight.T, out=buffer[: chunk.stop - start])
+        yield chunk, targets[chunk, None].clamp(min=0), logits.to(dtype).div_(cap).tanh_()

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Self, cast
+from typing import Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmchat.losses import Reduction, linear_cross_entropy, softcap
-from lmchat.model.attention import attend
+from lmchat.model.attention import BACKENDS, Attend, attend, choose_backend
 from lmchat.model.config import GATE_CHANNELS, GPTConfig
 from lmchat.model.kv_cache import KVCache
+from lmchat.model.precision import default_compute_dtype as default_compute_dtype
 from lmchat.types import UserError
 
 ROTARY_BASE = 10_000
@@ -66,9 +67,12 @@ class Embedding(nn.Embedding):
 class SelfAttention(nn.Module):
     """Causal attention with rotary positions, normed queries and keys, and gated value embeddings on some layers."""
 
+    attend: Attend
+
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
+        self.attend = attend
         self.window = config.window_sizes[layer]
         self.head_dim = config.head_dim
         kv_width = config.n_kv_head * config.head_dim
@@ -92,7 +96,10 @@ class SelfAttention(nn.Module):
             v = v + gate.unsqueeze(-1) * value_embedding.view_as(v)
         q = norm(rotate(q, cos, sin))
         k = norm(rotate(k, cos, sin))
-        out = attend(q, k, v, self.window) if kv_cache is None else kv_cache.attend(self.layer, q, k, v, self.window)
+        if kv_cache is None:
+            out = self.attend(q, k, v, self.window)
+        else:
+            out = kv_cache.attend(self.layer, q, k, v, self.window)
         return self.c_proj(out.reshape(batch, length, -1))
 
 
@@ -142,7 +149,9 @@ class GPT(nn.Module):
     small updates are kept.
 
     compute_dtype: of the residual stream and the matrix products; see `default_compute_dtype`.
+    attention: a name of `BACKENDS`, or "auto".
     rotary_dtype: the rotary tables are rounded to it; bf16 is what nanochat's weights are trained with.
+    attention_backend: the name of the backend in use, chosen anew when the model moves to another device.
     """
 
     cos: Tensor
@@ -160,7 +169,7 @@ class GPT(nn.Module):
         self.config = config
         self.compute_dtype = compute_dtype
         self.rotary_dtype = rotary_dtype
-        self.attention_backend = "masked"
+        self.attention = attention
         vocab = config.padded_vocab_size
         self.transformer = Transformer(config)
         self.lm_head = Linear(config.n_embd, vocab)
@@ -170,29 +179,47 @@ class GPT(nn.Module):
         self.value_embeds = nn.ModuleDict(
             {str(layer): Embedding(vocab, kv_width) for layer in config.value_embedding_layers}
         )
-        self._build_rotary_tables()
+        self._follow_device()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.lm_head.weight.device
 
     @property
     def blocks(self) -> list[Block]:
         """The blocks, first to last."""
         return cast(list[Block], list(self.transformer.h))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or cast the weights, as `to` and `to_empty` do."""
+        super()._apply(fn, recurse)
+        self._follow_device()
+        return self
+
+    def _follow_device(self) -> None:
+        """Set up what is neither weight nor saved: rotary tables, which `to_empty` leaves unset, and attention."""
+        self._build_rotary_tables()
+        if self.device.type == "meta":
+            self.attention_backend = self.attention
+            return
+        config = self.config
+        self.attention_backend = choose_backend(
+            self.attention, self.device, self.compute_dtype, config.head_dim, config.n_head != config.n_kv_head
+        )
+        for block in self.blocks:
+            block.attn.attend = BACKENDS[self.attention_backend]
+
     def _build_rotary_tables(self) -> None:
         """(10 rows, 1, head_dim / 2) each, on the weights' device; computed on the CPU so that all devices agree."""
-        config, device = self.config, self.lm_head.weight.device
+        config = self.config
         channels = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
         frequencies = 1.0 / (ROTARY_BASE ** (channels / config.head_dim))
         positions = torch.arange(ROTARY_ROWS * config.sequence_len, dtype=torch.float32, device="cpu")
         angles = torch.outer(positions, frequencies)[:, None]
         for name, table in (("cos", angles.cos()), ("sin", angles.sin())):
-            table = table.to(self.rotary_dtype).to(device, self.compute_dtype)
+            table = table.to(self.rotary_dtype).to(self.device, self.compute_dtype)
             self.register_buffer(name, table, persistent=False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move or cast the weights, then rebuild the rotary tables, which `to_empty` would leave unset."""
-        super()._apply(fn, recurse)
-        self._build_rotary_tables()
-        return self
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
@@ -282,20 +309,3 @@ class GPT(nn.Module):
     def extra_repr(self) -> str:
         """What the model computes in."""
         return f"compute_dtype={self.compute_dtype}"
-
-
-def default_compute_dtype(device: torch.device | str) -> torch.dtype:
-    """The dtype matrix products are fastest in: bf16 on CUDA from sm80 on and on CPUs with bf16 units, else fp32."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        capable = torch.cuda.get_device_capability(device) >= (8, 0)
-    elif device.type == "cpu":
-        capable = _cpu_has_bf16_units()
-    else:
-        capable = False
-    return torch.bfloat16 if capable else torch.float32
-
-
-def _cpu_has_bf16_units() -> bool:
-    capabilities: Any = torch.backends.cpu.get_cpu_capability()
-    return bool(torch.cpu._is_amx_tile_supported()) and capabilities is not None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lmchat.model.attention import Attend, attention, window_mask
+from lmchat.model.attention import attend, attention, window_mask
 from lmchat.model.config import GPTConfig
 from lmchat.types import UserError
 
@@ -55,11 +55,8 @@ class KVCache:
         """(B, T) positions of the next `length` tokens of each row, on the cache's device."""
         return self._expect(length).positions
 
-    def attend(self, attend: Attend, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-        """Add the new tokens' k and v (B, T, kv heads, head_dim), return q's attention over all that is held.
-
-        attend: used where nothing was held before, that is in prefill.
-        """
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+        """Add the new tokens' k and v (B, T, kv heads, head_dim), return q's attention over all that is held."""
         incoming = self._expect(q.size(1))
         self.keys[layer][incoming.rows, :, incoming.positions] = k
         self.values[layer][incoming.rows, :, incoming.positions] = v

@@ -1,0 +1,48 @@
+"""Which dtype a device multiplies matrices fastest in."""
+
+from __future__ import annotations
+
+import time
+from functools import cache
+
+import torch
+from torch import Tensor
+
+REQUIRED_SPEEDUP = 1.2
+"""bf16 must beat fp32 by this much on a CPU; with real units it does by 2 to 20."""
+
+
+def default_compute_dtype(device: torch.device | str) -> torch.dtype:
+    """bf16 on CUDA from sm80 on, and on CPUs whose bf16 units prove real; else fp32."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        has_units = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        has_units = device.type == "cpu" and cpu_multiplies_bf16()
+    return torch.bfloat16 if has_units else torch.float32
+
+
+@cache
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU reports bf16 matrix units (AMX or AVX512-bf16) and a product on them is right and faster.
+
+    The report alone does not say that the math library uses them; without units bf16 is emulated and slow.
+    """
+    if not (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 768, 768, generator=generator)
+    exact, rounded = a @ b, (a.bfloat16() @ b.bfloat16()).float()
+    if not torch.allclose(rounded, exact, rtol=0.02, atol=0.02 * float(exact.abs().max())):
+        return False
+    return _seconds(a, b) > REQUIRED_SPEEDUP * _seconds(a.bfloat16(), b.bfloat16())
+
+
+def _seconds(a: Tensor, b: Tensor, repeats: int = 5) -> float:
+    """The fastest of a few products."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - start)
+    return min(times)
