@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from lmchat.commands import demo as command
+from lmchat.commands.demo import Demo, demo, read_log
+from lmchat.types import UserError
+
+TINY = """
+seed_everything: 1
+trainer: {accelerator: cpu, max_steps: 4}
+model:
+  class_path: PretrainModule
+  init_args: {depth: 1, sequence_len: 32, aspect_ratio: 32, head_dim: 16, window_pattern: L, global_batch_tokens: 128}
+data: {class_path: FineWebDataModule, init_args: {micro_batch_size: 4, eval_tokens: 256}}
+scaling_laws: {lr_scale: 1.0}
+monitor: {every_n_steps: 1}
+samples: {max_new_tokens: 0}
+"""
+
+
+@pytest.fixture(autouse=True)
+def tiny_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / command.PRETRAIN_CONFIG).write_text(TINY)
+    monkeypatch.setattr(command, "CONFIGS", tmp_path / "configs")
+    monkeypatch.setattr(command, "VOCAB_SIZE", 300)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 7))) for _ in range(100)]
+    for number in range(80):
+        (folder / f"{number}.txt").write_text(" ".join(rng.choices(words, k=60)))
+    return folder
+
+
+def fake_stages(monkeypatch: pytest.MonkeyPatch, calls: list[str], failing: str | None = None) -> None:
+    def stage(name: str):
+        def work(run: Demo) -> dict[str, float]:
+            calls.append(name)
+            if name == failing:
+                raise UserError("the disk is full")
+            return dict.fromkeys(["gzip_bpb", "xz_bpb", "ngram_bpb"], 2.0) if name == "baselines" else {"tokens": 7}
+
+        return work
+
+    monkeypatch.setattr(command, "STAGES", {name: (name, stage(name)) for name in ("corpus", "baselines", "last")})
+
+
+def test_a_user_trains_on_a_folder_of_text(text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The real stages through the real entry point, for a few steps; then again."""
+    output = tmp_path / "run"
+    demo(text=text, output=output)
+    summary = json.loads((output / "summary.json").read_text())
+    stages = summary["stages"]
+    assert list(stages) == list(command.STAGES)
+    assert stages["corpus"]["documents"] == 80
+    assert stages["tokenizer"]["vocab_size"] == 300
+    assert stages["tokens"]["tokens"] > 1000
+    assert stages["pretrain"]["tokens"] == 4 * 128
+    assert stages["pretrain"]["tokens_per_second"] > 0
+    assert 0 < stages["pretrain"]["bpb_after"] < stages["pretrain"]["bpb_before"] < 8
+    assert 0 < stages["baselines"]["ngram_bpb"] < stages["baselines"]["gzip_bpb"] < 8
+    assert summary["minutes"] == pytest.approx(sum(stage["seconds"] for stage in stages.values()) / 60, abs=0.01)
+    checkpoints = output / "base_checkpoints" / command.TAG
+    assert [path.name for path in checkpoints.glob("meta_*")] == ["meta_000004.json"]
+    assert "bits per byte" in capfd.readouterr().out
+
+    demo(text=text, output=output)
+    assert json.loads((output / "summary.json").read_text()) == summary
+    assert capfd.readouterr().out.count("done in an earlier run") == len(stages)
+
+
+def test_a_failed_stage_is_reported_and_taken_up_again(
+    monkeypatch: pytest.MonkeyPatch, text: Path, tmp_path: Path
+) -> None:
+    calls: list[str] = []
+    fake_stages(monkeypatch, calls, failing="last")
+    with pytest.raises(UserError, match="disk is full"):
+        demo(text=text, output=tmp_path / "run")
+    assert list(json.loads((tmp_path / "run" / "summary.json").read_text())["stages"]) == ["corpus", "baselines"]
+    fake_stages(monkeypatch, calls)
+    demo(text=text, output=tmp_path / "run")
+    assert calls == ["corpus", "baselines", "last", "last"]
+
+
+def test_a_failing_training_names_the_stage(text: Path, tmp_path: Path) -> None:
+    config = tmp_path / "configs" / command.PRETRAIN_CONFIG
+    config.write_text(TINY.replace("head_dim: 16", "head_dim: 17"))
+    with pytest.raises(UserError, match="stage pretrain failed with exit status 2"):
+        demo(text=text, output=tmp_path / "run")
+
+
+def test_another_recipe_does_not_continue(monkeypatch: pytest.MonkeyPatch, text: Path, tmp_path: Path) -> None:
+    fake_stages(monkeypatch, [])
+    demo(text=text, output=tmp_path / "run")
+    with pytest.raises(UserError, match="another text; delete it"):
+        demo(text=tmp_path, output=tmp_path / "run")
+    (tmp_path / "configs" / command.PRETRAIN_CONFIG).write_text(TINY.replace("max_steps: 4", "max_steps: 5"))
+    with pytest.raises(UserError, match=r"another demo_pretrain.yaml"):
+        demo(text=text, output=tmp_path / "run")
+
+
+def test_a_folder_of_something_else_is_left_alone(text: Path) -> None:
+    before = sorted(text.iterdir())
+    with pytest.raises(UserError, match="holds something else"):
+        demo(output=text)
+    assert sorted(text.iterdir()) == before
+
+
+def test_training_sees_no_network(tmp_path: Path) -> None:
+    environment = command._offline(Demo(tmp_path, None, 15))
+    assert environment["HF_HUB_OFFLINE"] == "1"
+    assert environment["LMCHAT_BASE_DIR"] == str(tmp_path)
+
+
+def test_logs_of_an_interrupted_run_are_read_in_order_of_steps(tmp_path: Path) -> None:
+    for version, rows in enumerate(["0,3.0,\n10,,500\n10,2.5,\n", "20,,700\n20,2.1,\n"]):
+        folder = tmp_path / f"version_{version}" / "csv"
+        folder.mkdir(parents=True)
+        (folder / "metrics.csv").write_text("step,val/bpb,train/tokens_per_second\n" + rows)
+    rows = read_log(tmp_path)
+    assert [row["val/bpb"] for row in rows if "val/bpb" in row] == [3.0, 2.5, 2.1]
+    assert [row["train/tokens_per_second"] for row in rows if "train/tokens_per_second" in row] == [500, 700]
+
+
+def test_the_recipe_of_the_repository_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.undo()
+    assert set(Demo(tmp_path, None, 15).recipe()) == {"text", "vocab_size", command.PRETRAIN_CONFIG}
