@@ -23,7 +23,7 @@ from lmchat.callbacks.scaling_laws import ScalingLaws
 from lmchat.checkpoint.layout import checkpoint_dir
 from lmchat.checkpoint.load import Checkpoint, find_checkpoint
 from lmchat.paths import base_dir
-from lmchat.stages import pretrain  # noqa: F401  (known to jsonargparse by its short class names)
+from lmchat.stages import grpo, pretrain, sft  # noqa: F401  (known to jsonargparse by their short class names)
 from lmchat.stages.base import StageModule
 from lmchat.types import UserError
 

@@ -44,8 +44,31 @@ class Batch(TypedDict):
     inputs: (rows, sequence_len) int64. targets: (rows, sequence_len) int64, `IGNORE_INDEX` where no loss is taken.
     state: the loader's state after this batch, absent in evaluation. It travels with the batch because loaders
     are read ahead of the training step: a checkpoint must hold the position of what was trained on.
+    loss_tokens: targets that the whole optimizer step takes a loss on, over all its micro-batches and ranks; absent
+    where every micro-batch has as many.
     """
 
     inputs: Tensor
     targets: Tensor
+    state: NotRequired[dict[str, Any]]
+    loss_tokens: NotRequired[int]
+
+
+class Rollout(TypedDict):
+    """Sampled answers to one question.
+
+    inputs: (samples, tokens) int64. targets: (samples, tokens) int64, `IGNORE_INDEX` except where a token was sampled.
+    advantages, rewards: (samples,) float32. num_tokens: sampled tokens. truncated: samples cut off before they ended.
+    surprisal: −log p of the sampled tokens under the policy that sampled them, summed, in nats.
+    loss_tokens, state: as in `Batch`.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    advantages: Tensor
+    rewards: Tensor
+    num_tokens: int
+    truncated: int
+    surprisal: float
+    loss_tokens: NotRequired[int]
     state: NotRequired[dict[str, Any]]

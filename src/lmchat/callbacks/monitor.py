@@ -19,12 +19,34 @@ from lmchat.stages.base import StageModule
 EMA_DECAY = 0.9
 
 
+class Stopwatch:
+    """Seconds and steps of training: time that is paused does not count."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._paused = 0.0
+        self._pause_start = 0.0
+
+    def pause(self) -> None:
+        self._pause_start = time.perf_counter()
+
+    def resume(self) -> None:
+        self._paused += time.perf_counter() - self._pause_start
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        now = time.perf_counter()
+        seconds = now - self._start - self._paused
+        self._start, self._paused = now, 0.0
+        return seconds
+
+
 class Monitor(Callback):
     """Measures training at step boundaries, with one device synchronisation per logged step and none between.
 
     Logged under ``train/``: loss, loss_ema (debiased, decay 0.9), lr_multiplier, step_ms, tokens_per_second, mfu,
-    memory_gb, tokens, epoch, shard, eta_seconds. The speed is that of the steps since the last record, evaluation and
-    checkpoints left out; the first steps, which compile and warm up, do not enter the time left.
+    memory_gb, tokens, eta_seconds, and the data's own position or figures. Speed is that of the steps since the last
+    record, evaluation left out; the first steps, which compile and warm up, do not enter the time left.
 
     Args:
         every_n_steps: optimizer steps between records; the first and the last step are always recorded.
@@ -34,92 +56,87 @@ class Monitor(Callback):
     def __init__(self, every_n_steps: int = 10, warmup_steps: int = 3) -> None:
         self.every_n_steps = every_n_steps
         self.warmup_steps = warmup_steps
-        self.loss_ema: torch.Tensor | None = None
+        self.loss_ema: torch.Tensor | float = 0.0
         self.ema_steps = 0
+        self.tokens = 0
         self._bar: tqdm | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.total_steps = trainer.max_steps
-        self.step_tokens = pl_module.global_batch_tokens
         self.first_step = self._last_step = trainer.global_step
         self._peak = peak_flops(pl_module.device, pl_module.net.compute_dtype)
-        self._flops_per_token = flops_per_token(pl_module.config)
-        self._paused = self._warm_seconds = 0.0
-        self._warm_steps = 0
+        self._lap_steps = self._lap_tokens = 0
+        self._warm_seconds, self._warm_steps = 0.0, 0
         if trainer.is_global_zero:
-            self._describe(trainer, pl_module)
+            print(self._description(trainer, pl_module), flush=True)
+            terminal = sys.stderr.isatty()
             self._bar = tqdm(
-                total=self.total_steps,
-                initial=self.first_step,
-                unit="step",
-                disable=not sys.stderr.isatty(),
-                leave=False,
+                total=self.total_steps, initial=self.first_step, unit="step", disable=not terminal, leave=False
             )
-        self._window_start = time.perf_counter()
+        self._watch = Stopwatch()
 
-    def _describe(self, trainer: L.Trainer, module: StageModule) -> None:
+    def _description(self, trainer: L.Trainer, module: StageModule) -> str:
         config, parameters = module.config, sum(p.numel() for p in module.net.parameters())
-        data = module.data
-        print(
+        return (
             f"{module.stage} {module.tag}: {config.n_layer} layers × {config.n_embd}, {parameters:,} parameters, "
             f"vocabulary {config.vocab_size:,}, {module.net.compute_dtype} on {module.device}, "
             f"attention {module.net.attention_backend}\n"
-            f"{self.total_steps:,} steps × {self.step_tokens:,} tokens ({data.micro_batch_size} rows × "
-            f"{module.sequence_len} × {trainer.accumulate_grad_batches} micro-batches × {trainer.world_size} rank(s)) "
-            f"= {self.total_steps * self.step_tokens:,} tokens, lr scale {module.lr_scale:.3g}, "
-            f"weight decay {module.weight_decay:.3g}",
-            flush=True,
+            f"{self.total_steps:,} steps of {module.data.describe_step(trainer.world_size)}, "
+            f"lr scale {module.lr_scale:.3g}, weight decay {module.weight_decay:.3g}"
         )
 
-    # Time that is not training is taken out of the window.
-    def on_validation_start(self, *_: Any) -> None:
-        self._pause_start = time.perf_counter()
+    def on_validation_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.state.fn == "fit":
+            self._watch.pause()
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self._paused += time.perf_counter() - self._pause_start
-        if trainer.is_global_zero and "val/bpb" in trainer.callback_metrics:
-            _say(f"step {trainer.global_step}/{self.total_steps} | val bpb {trainer.callback_metrics['val/bpb']:.4f}")
+    def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.state.fn != "fit":
+            return
+        self._watch.resume()
+        figures = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        if trainer.is_global_zero and figures:
+            shown = " | ".join(f"{name.removeprefix('val/')} {value:.4f}" for name, value in figures.items())
+            _say(f"step {trainer.global_step}/{self.total_steps} | held out: {shown}")
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         step = trainer.global_step
         if step == self._last_step:
             return
-        loss = pl_module.pop_step_loss()
-        self.ema_steps += 1
-        self.loss_ema = (1 - EMA_DECAY) * loss + (EMA_DECAY * self.loss_ema if self.loss_ema is not None else 0)
-        self._steps_in_window = getattr(self, "_steps_in_window", 0) + 1
         self._last_step = step
-        first = step - self.first_step == 1
-        if first or step % self.every_n_steps == 0 or step == self.total_steps:
+        loss = pl_module.pop_step_loss()
+        self.loss_ema = EMA_DECAY * self.loss_ema + (1 - EMA_DECAY) * loss
+        self.ema_steps += 1
+        step_tokens = pl_module.data.step_tokens
+        self.tokens += step_tokens
+        self._lap_tokens += step_tokens
+        self._lap_steps += 1
+        if step == self.first_step + 1 or step % self.every_n_steps == 0 or step == self.total_steps:
             self._record(trainer, pl_module, loss)
 
     def _record(self, trainer: L.Trainer, module: StageModule, loss: torch.Tensor) -> None:
-        assert self.loss_ema is not None
         loss = trainer.strategy.reduce(loss, reduce_op="mean")
-        values = torch.stack([loss, self.loss_ema / (1 - EMA_DECAY**self.ema_steps)]).tolist()
-        now = time.perf_counter()
-        seconds, steps = now - self._window_start - self._paused, self._steps_in_window
-        self._window_start, self._paused, self._steps_in_window = now, 0.0, 0
-        step = trainer.global_step
-        if step - self.first_step > self.warmup_steps:
-            self._warm_seconds += seconds
-            self._warm_steps += steps
-        rate = self.step_tokens * steps / seconds
+        ema = torch.as_tensor(self.loss_ema, device=loss.device) / (1 - EMA_DECAY**self.ema_steps)
+        loss_value, ema_value = torch.stack([loss, ema.to(loss.dtype)]).tolist()
+        step, seconds = trainer.global_step, self._watch.lap()
+        rate = self._lap_tokens / seconds
         position = module.data.progress()
         metrics = {
-            "loss": values[0],
-            "loss_ema": values[1],
+            "loss": loss_value,
+            "loss_ema": ema_value,
             "lr_multiplier": module.schedule(step - 1).lr_multiplier,
-            "step_ms": 1000 * seconds / steps,
+            "step_ms": 1000 * seconds / self._lap_steps,
             "tokens_per_second": rate,
             "memory_gb": peak_memory_bytes(module.device) / 1e9,
-            "tokens": step * self.step_tokens,
+            "tokens": self.tokens,
             **position,
         }
-        if self._peak:
-            metrics["mfu"] = rate * self._flops_per_token / (self._peak * trainer.world_size)
-        if self._warm_steps:
+        if self._peak and module.trains_on_every_token:
+            metrics["mfu"] = rate * flops_per_token(module.config) / (self._peak * trainer.world_size)
+        if step - self.first_step > self.warmup_steps:
+            self._warm_seconds += seconds
+            self._warm_steps += self._lap_steps
             metrics["eta_seconds"] = (self.total_steps - step) * self._warm_seconds / self._warm_steps
+        self._lap_steps = self._lap_tokens = 0
         for logger in trainer.loggers:
             logger.log_metrics({f"train/{name}": value for name, value in metrics.items()}, step=step)
         if trainer.is_global_zero:
@@ -134,7 +151,7 @@ class Monitor(Callback):
             f"{metrics['tokens_per_second']:,.0f} tok/s",
             *([f"mfu {100 * metrics['mfu']:.0f} %"] if "mfu" in metrics else []),
             f"{metrics['memory_gb']:.1f} GB",
-            " ".join(f"{name} {metrics[name]:g}" for name in position),
+            " ".join(f"{name} {metrics[name]:.3g}" for name in position),
             *([f"eta {_clock(metrics['eta_seconds'])}"] if "eta_seconds" in metrics else []),
         ]
         _say(" | ".join(parts))
@@ -153,12 +170,12 @@ class Monitor(Callback):
             self._bar = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"loss_ema": None if self.loss_ema is None else float(self.loss_ema), "ema_steps": self.ema_steps}
+        return {"loss_ema": float(self.loss_ema), "ema_steps": self.ema_steps, "tokens": self.tokens}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        value = state_dict["loss_ema"]
-        self.loss_ema = None if value is None else torch.tensor(value)
+        self.loss_ema = state_dict["loss_ema"]
         self.ema_steps = state_dict["ema_steps"]
+        self.tokens = state_dict["tokens"]
 
 
 def _say(line: str) -> None:

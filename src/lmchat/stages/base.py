@@ -52,6 +52,7 @@ class StageModule(L.LightningModule):
 
     stage: ClassVar[str]
     scales_with_depth: ClassVar[bool] = False
+    trains_on_every_token: ClassVar[bool] = True
     net: GPT
     sequence_len: int
 
@@ -242,6 +243,27 @@ class StageDataModule(L.LightningDataModule):
         assert isinstance(module, StageModule)
         return module
 
+    def accumulation_steps(self, world_size: int) -> int:
+        """Micro-batches per rank and optimizer step. Raises UserError if they cannot fill the global batch."""
+        tokens = self.module.global_batch_tokens
+        if tokens is None:
+            raise UserError("no global batch is set; give --model.global_batch_tokens, e.g. 524288")
+        return accumulation_steps(tokens, self.micro_batch_size, self.module.sequence_len, world_size)
+
+    def describe_step(self, world_size: int) -> str:
+        """What an optimizer step consists of, for a person."""
+        micro_batches = self.accumulation_steps(world_size)
+        return (
+            f"{self.module.global_batch_tokens:,} tokens ({self.micro_batch_size} rows × {self.module.sequence_len} × "
+            f"{micro_batches} micro-batches × {world_size} rank(s))"
+        )
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of the last optimizer step, over all ranks."""
+        assert self.module.global_batch_tokens is not None
+        return self.module.global_batch_tokens
+
     def loader(self, batches: IterableDataset[Batch]) -> DataLoader:
         """Wraps ``batches`` for Lightning; in pinned memory where they are copied to a GPU, so that copies overlap."""
         return DataLoader(batches, batch_size=None, pin_memory=self.module.device.type == "cuda")
@@ -260,3 +282,29 @@ class StageDataModule(L.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.position = state_dict["position"]
+
+
+def accumulation_steps(global_batch_tokens: int, micro_batch_size: int, sequence_len: int, world_size: int) -> int:
+    """Micro-batches per rank and optimizer step.
+
+    Args:
+        global_batch_tokens: tokens per optimizer step over all ranks.
+        micro_batch_size: rows per micro-batch and rank.
+        sequence_len: tokens per row.
+        world_size: number of ranks.
+
+    Raises:
+        UserError: the global batch is not a whole number of rounds of micro-batches; names what would fit.
+    """
+    round_tokens = micro_batch_size * sequence_len * world_size
+    steps, rest = divmod(global_batch_tokens, round_tokens)
+    if rest == 0 and steps > 0:
+        return steps
+    smaller = [n for n in range(1, micro_batch_size) if global_batch_tokens % (n * sequence_len * world_size) == 0]
+    nearest = [n * round_tokens for n in (steps, steps + 1) if n]
+    remedies = [f"--data.micro_batch_size {smaller[-1]}"] if smaller else []
+    remedies += [f"--model.global_batch_tokens {tokens}" for tokens in nearest]
+    raise UserError(
+        f"global_batch_tokens {global_batch_tokens} is not a multiple of micro_batch_size {micro_batch_size} × "
+        f"sequence_len {sequence_len} × {world_size} rank(s) = {round_tokens}; use {' or '.join(remedies)}"
+    )

@@ -1,0 +1,101 @@
+"""Conversations rendered once to tokens and loss masks, then mapped into memory by every process of a node."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from lmchat.tokenizer.bpe import Tokenizer
+from lmchat.tokenizer.render import render_conversation
+from lmchat.types import Conversation, UserError
+
+
+class Conversations(Protocol):
+    """Conversations at random access, as a task or a mixture has them."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Conversation: ...
+
+
+@dataclass(frozen=True)
+class RenderReport:
+    """conversations, tokens: how many there are. supervised: tokens under the mask. truncated: conversations that were
+    cut. unsupervised: conversations of which no token is under the mask, cut ones among them."""
+
+    conversations: int
+    tokens: int
+    supervised: int
+    truncated: int
+    unsupervised: int
+
+    def __str__(self) -> str:
+        return ", ".join(f"{value:,} {name}" for name, value in asdict(self).items())
+
+
+def render_all(
+    conversations: Conversations, tokenizer: Tokenizer, max_tokens: int, folder: Path, *, title: str
+) -> RenderReport:
+    """Renders ``conversations`` into ``folder``, to be opened with `RenderedConversations`.
+
+    Args:
+        max_tokens: longest rendered conversation; the rest of a longer one is cut off.
+        title: of the progress bar on stderr.
+
+    Raises:
+        UserError: a conversation is malformed, or there is none; it names the conversation's index.
+    """
+    from rich.console import Console
+    from rich.progress import track
+
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    tokens, masks, truncated = [], [], 0
+    for index in track(range(len(conversations)), title, console=Console(stderr=True)):
+        try:
+            ids, mask = render_conversation(tokenizer, conversations[index], max_tokens + 1)
+        except UserError as error:
+            raise UserError(f"conversation {index}: {error}") from error
+        truncated += len(ids) > max_tokens
+        tokens.append(np.array(ids[:max_tokens], dtype=dtype))
+        masks.append(np.array(mask[:max_tokens], dtype=bool))
+    if not tokens:
+        raise UserError("there are no conversations; name at least one task that has some")
+    folder.mkdir(parents=True, exist_ok=True)
+    lengths = np.array([len(ids) for ids in tokens], dtype=np.int64)
+    supervised = np.array([mask.sum() for mask in masks], dtype=np.int64)
+    arrays = {
+        "tokens": np.concatenate(tokens),
+        "mask": np.concatenate(masks),
+        "offsets": np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
+        "supervised": supervised,
+    }
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+    return RenderReport(len(tokens), int(lengths.sum()), int(supervised.sum()), truncated, int((supervised == 0).sum()))
+
+
+class RenderedConversations:
+    """What `render_all` wrote, in memory-mapped arrays.
+
+    Attributes:
+        lengths: (conversations,) int64, tokens of each.
+        supervised: (conversations,) int64, tokens of each that a loss is taken on.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._tokens = np.load(folder / "tokens.npy", mmap_mode="r")
+        self._mask = np.load(folder / "mask.npy", mmap_mode="r")
+        self._offsets = np.load(folder / "offsets.npy")
+        self.supervised: npt.NDArray[np.int64] = np.load(folder / "supervised.npy")
+        self.lengths: npt.NDArray[np.int64] = np.diff(self._offsets)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> tuple[npt.NDArray[np.unsignedinteger], npt.NDArray[np.bool_]]:
+        """Tokens and mask of a conversation."""
+        span = slice(self._offsets[index], self._offsets[index + 1])
+        return self._tokens[span], self._mask[span]

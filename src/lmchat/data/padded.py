@@ -1,0 +1,117 @@
+"""Micro-batches of padded rows of whole conversations: one epoch, planned ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset
+
+from lmchat.data.conversations import RenderedConversations
+from lmchat.data.packing import BestFitPacker, Row
+from lmchat.types import IGNORE_INDEX, Batch
+
+BUFFER_SIZE = 100
+"""Conversations that best fit chooses from, as in the reference."""
+
+
+class PaddedPlan:
+    """Which conversations share a row, decided for the whole epoch on lengths alone.
+
+    Rows are packed best fit and padded; every conversation is in exactly one row. Rows are dealt to steps in order, and
+    the last step is filled up with empty rows.
+
+    Args:
+        sequence_len: T; a row is packed with T + 1 tokens, inputs and targets overlapping in T − 1 of them.
+        rows_per_step: rows of an optimizer step, over all ranks.
+    """
+
+    def __init__(self, conversations: RenderedConversations, sequence_len: int, rows_per_step: int) -> None:
+        self.conversations = conversations
+        self.sequence_len = sequence_len
+        self.rows_per_step = rows_per_step
+        self.rows: list[Row] = list(
+            BestFitPacker(
+                conversations.lengths,
+                row_tokens=sequence_len + 1,
+                buffer_size=BUFFER_SIZE,
+                refill=1,
+                policy="pad",
+                epochs=1,
+            )
+        )
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the epoch."""
+        return -(-len(self.rows) // self.rows_per_step)
+
+    def row(self, index: int) -> Row:
+        """A row by its place in the epoch; empty beyond the last."""
+        return self.rows[index] if index < len(self.rows) else []
+
+    def loss_tokens(self, step: int) -> int:
+        """Tokens that a loss is taken on in an optimizer step, over all ranks; at least 1, to divide by."""
+        rows = self.rows[step * self.rows_per_step : (step + 1) * self.rows_per_step]
+        return max(1, int(sum(self.conversations.supervised[document] for row in rows for document, _ in row)))
+
+
+class PaddedBatches(IterableDataset[Batch]):
+    """The micro-batches of one rank: micro-batch k of the plan belongs to rank k mod W, as in pretraining.
+
+    A batch says how many tokens the whole optimizer step takes a loss on (``loss_tokens``), so that each micro-batch
+    can be weighted by its share.
+
+    Args:
+        bos_id: fills rows up, without a loss.
+        state: continue after the batch that carried it; None is the beginning.
+        rounds: number of batches; None is the epoch and one more, which is read ahead and never trained on.
+    """
+
+    def __init__(
+        self,
+        plan: PaddedPlan,
+        *,
+        bos_id: int,
+        micro_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        state: dict[str, Any] | None = None,
+        rounds: int | None = None,
+    ) -> None:
+        self.plan = plan
+        self.bos_id = bos_id
+        self.micro_batch_size = micro_batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.first = state["rounds"] if state else 0
+        self.rounds = rounds
+
+    @property
+    def rounds_per_step(self) -> int:
+        return self.plan.rows_per_step // (self.micro_batch_size * self.world_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        last = self.plan.steps * self.rounds_per_step + 1 if self.rounds is None else self.rounds
+        for number in range(self.first, last):
+            batch = self._gather((number * self.world_size + self.rank) * self.micro_batch_size)
+            if self.rounds is None:
+                batch["loss_tokens"] = self.plan.loss_tokens(number // self.rounds_per_step)
+                done = min(1.0, (number + 1) * self.micro_batch_size * self.world_size / len(self.plan.rows))
+                batch["state"] = {"rounds": number + 1, "epoch": done}
+            yield batch
+
+    def _gather(self, first_row: int) -> Batch:
+        shape = (self.micro_batch_size, self.plan.sequence_len + 1)
+        tokens, targets = np.full(shape, self.bos_id, np.int64), np.full(shape, IGNORE_INDEX, np.int64)
+        for line in range(self.micro_batch_size):
+            at = 0
+            for document, length in self.plan.row(first_row + line):
+                ids, mask = self.plan.conversations[document]
+                tokens[line, at : at + length] = ids
+                targets[line, at : at + length][mask] = ids[mask]
+                at += length
+        inputs, shifted = torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(targets[:, 1:].copy())
+        return Batch(inputs=inputs, targets=shifted)

@@ -1,0 +1,72 @@
+"""Answers to a task's questions, and whether they are right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import IterableDataset
+
+from lmchat.generation.engine import Engine
+from lmchat.tasks.base import Task
+from lmchat.tokenizer.render import render_for_completion
+from lmchat.types import Conversation
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Some questions of one task, for one pass of the engine."""
+
+    task: Task
+    conversations: list[Conversation]
+
+
+class TaskQuestions(IterableDataset[Questions]):
+    """One rank's share of the questions of some tasks, in batches.
+
+    Args:
+        tasks: asked one after the other; rank r of W asks questions r, r + W, … of each.
+        batch_size: questions per batch.
+    """
+
+    def __init__(self, tasks: Sequence[Task], *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        self.tasks = list(tasks)
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+
+    def __iter__(self) -> Iterator[Questions]:
+        for task in self.tasks:
+            own = range(self.rank, len(task), self.world_size)
+            for start in range(0, len(own), self.batch_size):
+                yield Questions(task, [task[index] for index in own[start : start + self.batch_size]])
+
+
+def grade(engine: Engine, questions: Questions, *, max_new_tokens: int = 256) -> list[bool]:
+    """Whether each question is answered right: sampled greedily, or by the likeliest letter for categorical tasks."""
+    task, conversations = questions.task, questions.conversations
+    if task.kind == "categorical":
+        answers = _likeliest_letters(engine, questions)
+    else:
+        answers = _greedy_answers(engine, conversations, max_new_tokens)
+    return [task.evaluate(*pair) for pair in zip(conversations, answers, strict=True)]
+
+
+def _greedy_answers(engine: Engine, conversations: Sequence[Conversation], max_new_tokens: int) -> list[str]:
+    prompts = [render_for_completion(engine.tokenizer, conversation) for conversation in conversations]
+    samples = engine.generate(prompts, temperature=0.0, max_new_tokens=max_new_tokens)
+    return [engine.tokenizer.decode(completions[0].content) for completions in samples]
+
+
+@torch.inference_mode()
+def _likeliest_letters(engine: Engine, questions: Questions) -> list[str]:
+    model, tokenizer = engine.model, engine.tokenizer
+    answers = []
+    for conversation in questions.conversations:
+        letters = questions.task.letters(conversation)
+        prompt = torch.tensor([render_for_completion(tokenizer, conversation)], device=model.lm_head.weight.device)
+        logits = model.logits(model.hidden(prompt)[0, -1])
+        scores = logits[[tokenizer.encode(letter)[0] for letter in letters]]
+        answers.append(letters[int(scores.argmax())])
+    return answers

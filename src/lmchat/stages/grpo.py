@@ -1,0 +1,202 @@
+"""Reinforcement learning on questions with checkable answers: on-policy groups, advantages within the group."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+import lmchat.tasks  # noqa: F401  (makes every task known by its short class name)
+from lmchat.data.rollouts import Rollouts, Sampling
+from lmchat.evaluation.chat_tasks import Questions, TaskQuestions
+from lmchat.evaluation.pass_at_k import PassAtK
+from lmchat.schedules import rl_lr_multiplier
+from lmchat.stages.base import Schedule, StageDataModule
+from lmchat.stages.chat import ChatModule, sum_over_step
+from lmchat.tasks.base import Task
+from lmchat.tokenizer.render import render_for_completion
+from lmchat.types import Rollout, UserError
+
+
+class GRPOModule(ChatModule):
+    """Policy gradient on groups of samples: −Σ log p · advantage, without ratio, clipping or KL term.
+
+    Fresh samples at every step make the policy that is trained the one that sampled (GRPO, arXiv:2402.03300, stripped
+    down as in nanochat).
+
+    Args:
+        normalization: what the sum is divided by. "step": the sampled tokens of the whole optimizer step (DAPO,
+            arXiv:2503.14476). "group": the sampled tokens of each group, averaged over groups, as in nanochat.
+        momentum: Muon's, without a ramp.
+    """
+
+    stage: ClassVar[str] = "grpo"
+    trains_on_every_token: ClassVar[bool] = False
+    earlier_stages = ("sft", "pretrain")
+
+    def __init__(
+        self,
+        normalization: Literal["step", "group"] = "step",
+        momentum: float = 0.95,
+        *,
+        embedding_lr: float = 0.2,
+        init_lr_fraction: float = 0.05,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(embedding_lr=embedding_lr, init_lr_fraction=init_lr_fraction, **kwargs)
+        self.normalization = normalization
+        self.momentum = momentum
+
+    def schedule(self, step: int) -> Schedule:
+        return Schedule(rl_lr_multiplier(step, self.total_steps), self.momentum, self.weight_decay)
+
+    def training_step(self, batch: Rollout, batch_idx: int) -> torch.Tensor:
+        if not batch["advantages"].any():
+            # Nothing to learn from: no gradient at all, so that a step of such groups moves no optimizer state.
+            loss = torch.zeros((), device=self.device, requires_grad=True)
+        elif self.normalization == "group":
+            loss = self._policy_loss(batch) / max(1, batch["num_tokens"])
+        else:
+            loss = sum_over_step(self._policy_loss(batch), batch["loss_tokens"], self)
+        self.track_loss(loss)
+        return loss
+
+    def _policy_loss(self, batch: Rollout) -> torch.Tensor:
+        """−Σ log p(token) · advantage over the sampled tokens."""
+        weights = batch["advantages"][:, None].expand(batch["targets"].shape)
+        return self.net.loss(batch["inputs"], batch["targets"], reduction="sum", weights=weights)
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        if not hasattr(self, "pass_at_k") and isinstance(self.data, RolloutDataModule):
+            samples = self.data.eval_sampling.num_samples
+            self.pass_at_k = nn.ModuleDict({f"pass@{k}": PassAtK(k) for k in range(1, samples + 1)})
+
+    def validation_step(self, batch: Questions, batch_idx: int) -> None:
+        assert isinstance(self.data, RolloutDataModule)
+        engine, sampling = self.engine, self.data.eval_sampling
+        prompts = [render_for_completion(self.tokenizer, conversation) for conversation in batch.conversations]
+        samples = engine.generate(
+            prompts,
+            num_samples=sampling.num_samples,
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+        )
+        right = torch.tensor(
+            [
+                sum(batch.task.evaluate(conversation, self.tokenizer.decode(sample.content)) for sample in group)
+                for conversation, group in zip(batch.conversations, samples, strict=True)
+            ],
+            device=self.device,
+        )
+        for name, metric in cast(dict[str, PassAtK], self.pass_at_k).items():
+            metric.update(right, sampling.num_samples)
+            self.log(f"val/{name}", metric)
+
+
+class RolloutDataModule(StageDataModule):
+    """Questions, and the current policy's sampled and graded answers to them. One group is one micro-batch.
+
+    Args:
+        task: questions to learn from.
+        eval_task: held-out questions.
+        questions_per_step: over all ranks.
+        epochs: passes over the questions; ``trainer.max_steps`` may end it sooner.
+        num_samples: answers per question.
+        max_new_tokens: longest answer.
+        temperature: of the sampling.
+        top_k: sample from the k likeliest tokens; null is all.
+        eval_num_samples: answers per held-out question, for pass@1 … pass@k.
+        eval_temperature: 0 is greedy decoding.
+        eval_batch_size: held-out questions answered together.
+        seed: of the questions' order and the samples.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        eval_task: Task,
+        questions_per_step: int = 16,
+        epochs: int = 1,
+        num_samples: int = 16,
+        max_new_tokens: int = 256,
+        temperature: float = 1.0,
+        top_k: int | None = 50,
+        eval_num_samples: int = 8,
+        eval_temperature: float = 1.0,
+        eval_batch_size: int = 16,
+        seed: int = 42,
+    ) -> None:
+        super().__init__(micro_batch_size=num_samples)
+        self.task = task
+        self.eval_task = eval_task
+        self.questions_per_step = questions_per_step
+        self.epochs = epochs
+        self.sampling = Sampling(num_samples, max_new_tokens, temperature, top_k)
+        self.eval_sampling = replace(self.sampling, num_samples=eval_num_samples, temperature=eval_temperature)
+        self.eval_batch_size = eval_batch_size
+        self.seed = seed
+
+    def setup(self, stage: str) -> None:
+        loop = self.run.fit_loop.epoch_loop
+        steps = self.epochs * len(self.task) // self.questions_per_step
+        if stage == "fit" and steps < 1:
+            raise UserError(
+                f"{self.epochs} epoch(s) of {len(self.task)} questions are less than one step of "
+                f"--data.questions_per_step {self.questions_per_step}; ask fewer per step"
+            )
+        loop.max_steps = min(loop.max_steps, steps) if loop.max_steps > 0 else steps
+
+    def accumulation_steps(self, world_size: int) -> int:
+        groups, rest = divmod(self.questions_per_step, world_size)
+        if rest or not groups:
+            raise UserError(
+                f"--data.questions_per_step {self.questions_per_step} is not a multiple of {world_size} ranks; "
+                f"use {max(1, groups) * world_size} or {(groups + 1) * world_size}"
+            )
+        return groups
+
+    def describe_step(self, world_size: int) -> str:
+        return f"{self.questions_per_step} questions × {self.sampling.num_samples} samples"
+
+    @property
+    def step_tokens(self) -> int:
+        return int(self.position["sampled_tokens"]) * self.run.world_size if self.position else 0
+
+    def train_dataloader(self) -> DataLoader:
+        module = self.module
+        assert isinstance(module, GRPOModule)
+        return self.loader(
+            Rollouts(
+                self.task,
+                lambda: module.engine,
+                self.sampling,
+                questions_per_step=self.questions_per_step,
+                steps=module.total_steps,
+                seed=self.seed,
+                rank=self.run.global_rank,
+                world_size=self.run.world_size,
+                all_reduce=self._sum_over_ranks,
+                state=self.position,
+            )
+        )
+
+    def _sum_over_ranks(self, number: int) -> int:
+        tensor = torch.tensor(number, device=self.module.device)
+        return int(self.run.strategy.reduce(tensor, reduce_op="sum"))
+
+    def val_dataloader(self) -> DataLoader:
+        questions = TaskQuestions(
+            [self.eval_task],
+            batch_size=self.eval_batch_size,
+            rank=self.run.global_rank,
+            world_size=self.run.world_size,
+        )
+        return DataLoader(questions, batch_size=None)
+
+    def progress(self) -> dict[str, float]:
+        return {name: value for name, value in self.position.items() if name != "steps"} if self.position else {}
