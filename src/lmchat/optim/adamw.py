@@ -1,0 +1,45 @@
+"""AdamW's update (arXiv:1711.05101), in torch's fused kernel: one pass over memory for all tensors of a call."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+
+def adamw_update(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One step, in place on all but ``grads``.
+
+    p ← p(1 − lr·wd); m ← lerp(m, g, 1−β₁); v ← lerp(v, g², 1−β₂); p ← p − lr/(1−β₁ᵗ) · m / (√(v/(1−β₂ᵗ)) + eps).
+    Elementwise, so any split of a tensor gives the same numbers.
+
+    Args:
+        params: tensors of any shape; ``grads``, ``exp_avgs`` (m) and ``exp_avg_sqs`` (v) match them one by one.
+        steps: 0-dim fp32 tensors on the parameters' devices: steps taken before this one (t − 1).
+    """
+    adamw(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        steps,
+        fused=True,
+        amsgrad=False,
+        maximize=False,
+        lr=lr,
+        beta1=betas[0],
+        beta2=betas[1],
+        eps=eps,
+        weight_decay=weight_decay,
+    )

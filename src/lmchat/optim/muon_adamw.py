@@ -1,0 +1,310 @@
+"""MuonAdamW: Muon for the blocks' matrices, AdamW for everything else, in one torch optimizer."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lmchat.hardware import fast_matmul_dtype
+from lmchat.optim.adamw import adamw_update
+from lmchat.optim.muon import muon_update, second_moment_shape
+from lmchat.types import UserError
+
+REFERENCE_WIDTH = 768
+"""Width at which the AdamW learning rates of the tables hold; elsewhere they are × √(REFERENCE_WIDTH / n_embd)."""
+
+
+def build_param_groups(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    n_embd: int,
+    *,
+    lr_scale: float = 1.0,
+    embedding_lr: float = 0.3,
+    unembedding_lr: float = 0.004,
+    matrix_lr: float = 0.02,
+    scalar_lr: float = 0.5,
+    weight_decay: float = 0.2,
+    momentum: float = 0.95,
+    betas: tuple[float, float] = (0.8, 0.95),
+    muon_beta2: float = 0.95,
+) -> list[dict[str, Any]]:
+    """The reference's groups in its order: head, tables, scalars, then one Muon group per matrix shape, ascending.
+
+    Args:
+        named_parameters: a GPT's; the name alone decides the group.
+        n_embd: width of the model.
+        lr_scale: factor on every learning rate, from the batch size.
+        weight_decay: Muon's; AdamW has none.
+        momentum: Muon's until a schedule sets it.
+        betas: AdamW's, except for x0_lambdas, whose first is 0.96.
+
+    Each group holds ``name``, ``kind`` ("adamw" or "muon"), ``params``, ``param_names``, ``lr``, ``initial_lr``, and
+    its rule's settings. Raises UserError for a parameter that belongs to no group.
+    """
+    table_scale = (n_embd / REFERENCE_WIDTH) ** -0.5
+    adamw_groups = {
+        "lm_head": (unembedding_lr * table_scale, betas),
+        "wte": (embedding_lr * table_scale, betas),
+        "value_embeds": (embedding_lr * table_scale, betas),
+        "resid_lambdas": (scalar_lr * 0.01, betas),
+        "x0_lambdas": (scalar_lr, (0.96, betas[1])),
+    }
+    members: dict[str | tuple[int, int], list[tuple[str, nn.Parameter]]] = defaultdict(list)
+    for name, param in named_parameters:
+        members[_group_key(name, param)].append((name, param))
+
+    groups = []
+    for key, (lr, group_betas) in adamw_groups.items():
+        if key in members:
+            settings = {"kind": "adamw", "lr": lr * lr_scale, "betas": group_betas, "eps": 1e-10, "weight_decay": 0.0}
+            groups.append(_group(key, members[key], settings))
+    for shape in sorted(key for key in members if isinstance(key, tuple)):
+        settings = {"kind": "muon", "lr": matrix_lr * lr_scale, "momentum": momentum, "beta2": muon_beta2}
+        groups.append(_group(f"muon_{shape[0]}x{shape[1]}", members[shape], settings | {"weight_decay": weight_decay}))
+    return groups
+
+
+def _group_key(name: str, param: nn.Parameter) -> str | tuple[int, int]:
+    """Name of the AdamW group, or shape of the Muon group, that a parameter belongs to."""
+    if name.startswith("transformer.h.") and param.ndim == 2:
+        return param.size(0), param.size(1)
+    part = name.removeprefix("transformer.").split(".")[0]
+    if part in ("lm_head", "wte", "value_embeds", "resid_lambdas", "x0_lambdas"):
+        return part
+    raise UserError(
+        f"parameter {name} of shape {tuple(param.shape)} belongs to no optimizer group; name it as in GPT, or give "
+        "MuonAdamW param groups of your own"
+    )
+
+
+def _group(name: str, members: Sequence[tuple[str, nn.Parameter]], settings: dict[str, Any]) -> dict[str, Any]:
+    names, params = zip(*members, strict=True)
+    return {
+        "name": name,
+        "params": list(params),
+        "param_names": list(names),
+        "initial_lr": settings["lr"],
+        **settings,
+    }
+
+
+StateDict = dict[str, Any]
+
+
+class MuonAdamW(Optimizer):
+    """Muon and AdamW groups stepped together.
+
+    Schedules set ``lr``, ``momentum`` and ``weight_decay`` in ``param_groups`` between steps, as plain numbers.
+    Parameters without a gradient are left alone, and their state too. ``state[param]`` holds, in the parameter's dtype,
+    ``momentum_buffer`` (rows, cols) and ``second_moment`` for Muon, views of one stack per group, and ``exp_avg``,
+    ``exp_avg_sq`` and ``step`` for AdamW.
+
+    Args:
+        param_groups: as `build_param_groups` makes them.
+        polar_dtype: of Muon's orthogonalisation; "auto" is bf16 where the device multiplies it fast. bf16 moves a
+            single update by 3 to 6 % of its norm.
+        compile: compile Muon's update, once per shape of a stack; "auto" is on a GPU only, since on a CPU the matrix
+            products dominate.
+    """
+
+    def __init__(
+        self,
+        param_groups: Iterable[dict[str, Any]],
+        *,
+        polar_dtype: torch.dtype | Literal["auto"] = "auto",
+        compile: bool | Literal["auto"] = "auto",
+    ) -> None:
+        self._polar_dtype = polar_dtype
+        self._compile = compile
+        self._compiled_update = torch.compile(muon_update, dynamic=False)
+        self._stacks: dict[str, tuple[Tensor, Tensor]] = {}
+        self._names: dict[Tensor, str] = {}
+        super().__init__([dict(group) for group in param_groups], defaults={})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, which needs ``name``, ``kind`` and its rule's settings."""
+        name, kind = param_group.get("name"), param_group.get("kind")
+        if kind not in ("adamw", "muon"):
+            raise UserError(f'param group {name} has kind {kind}; give "adamw" or "muon"')
+        if any(name == group["name"] for group in self.param_groups):
+            raise UserError(f"two param groups are named {name}; give each its own name")
+        shapes = {tuple(param.shape) for param in param_group["params"]}
+        if kind == "muon" and (len(shapes) != 1 or len(*shapes) != 2):
+            raise UserError(f"Muon group {name} holds shapes {sorted(shapes)}; give it matrices of one shape")
+        super().add_param_group(param_group)
+        names = param_group.setdefault("param_names", [f"{name}.{i}" for i in range(len(param_group["params"]))])
+        self._names.update(zip(param_group["params"], names, strict=True))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Steps every group once, after running ``closure`` (forward and backward), whose result it returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if group["kind"] == "muon":
+                self._step_muon(group)
+            else:
+                self._step_adamw(group)
+        return loss
+
+    def _step_adamw(self, group: dict[str, Any]) -> None:
+        params = [param for param in group["params"] if param.grad is not None]
+        self._update_adamw(group, params, [param.grad for param in params], [self._adamw_state(p, p) for p in params])
+
+    def _step_muon(self, group: dict[str, Any]) -> None:
+        params = group["params"]
+        momentum_buffers, second_moments = self._muon_state(group["name"], params)
+        if all(param.grad is not None for param in params):
+            stacked = torch.stack(params)
+            grads = torch.stack([param.grad for param in params])
+            self._update_muon(group, stacked, grads, momentum_buffers, second_moments)
+            torch._foreach_copy_(params, stacked.unbind())
+            return
+        for i, param in enumerate(params):
+            if param.grad is not None:
+                alone = slice(i, i + 1)
+                self._update_muon(group, param[None], param.grad[None], momentum_buffers[alone], second_moments[alone])
+
+    def _update_adamw(
+        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]]
+    ) -> None:
+        """AdamW on any parts of the group's tensors; ``states`` match the parts."""
+        adamw_update(
+            params,
+            grads,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [state["step"] for state in states],
+            lr=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+        )
+
+    def _update_muon(
+        self, group: dict[str, Any], params: Tensor, grads: Tensor, momentum_buffers: Tensor, second_moments: Tensor
+    ) -> None:
+        """Muon on a stack of any of the group's matrices."""
+        settings = {key: group[key] for key in ("lr", "momentum", "weight_decay", "beta2")}
+        update = muon_update
+        if self._compile is True or (self._compile == "auto" and params.is_cuda):
+            # Tensors: a compiled kernel would be made anew for every new number.
+            settings = {key: torch.tensor(value, dtype=params.dtype) for key, value in settings.items()}
+            update = self._compiled_update
+        update(params, grads, momentum_buffers, second_moments, **settings, polar_dtype=self._dtype_for_polar(params))
+
+    def _dtype_for_polar(self, params: Tensor) -> torch.dtype:
+        if self._polar_dtype != "auto":
+            return self._polar_dtype
+        return fast_matmul_dtype(params.device) if params.dtype == torch.float32 else params.dtype
+
+    def _adamw_state(self, param: Tensor, part: Tensor) -> dict[str, Tensor]:
+        """State of the ``part`` of ``param`` that is stepped here, zeros at first."""
+        state = self.state[param]
+        if not state:
+            state["exp_avg"] = torch.zeros_like(part)
+            state["exp_avg_sq"] = torch.zeros_like(part)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=part.device)
+        return state
+
+    def _muon_state(self, key: str, params: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Stacked momentum buffers and second moments of ``params``, zeros at first."""
+        if key not in self._stacks:
+            shape = params[0].shape
+            momentum_buffers = params[0].new_zeros(len(params), *shape)
+            second_moments = params[0].new_zeros(len(params), *second_moment_shape(*shape))
+            for i, param in enumerate(params):
+                self.state[param] = {"momentum_buffer": momentum_buffers[i], "second_moment": second_moments[i]}
+            self._stacks[key] = momentum_buffers, second_moments
+        return self._stacks[key]
+
+    def state_dict(self) -> StateDict:
+        """State and settings keyed by names, ready for `torch.save` and for ``torch.load(weights_only=True)``.
+
+        ``state``: parameter name to its tensors. ``param_groups``: the groups, with ``param_names`` for parameters.
+        """
+        return {
+            "world_size": 1,
+            "state": {self._names[param]: self._saved_state(param) for param in self.state},
+            "param_groups": [
+                {key: value for key, value in group.items() if key != "params"} for group in self.param_groups
+            ],
+        }
+
+    def _saved_state(self, param: Tensor) -> dict[str, Any]:
+        return dict(self.state[param])
+
+    def load_state_dict(self, state_dict: StateDict | Sequence[StateDict]) -> None:
+        """Restores state and settings exactly, from one `state_dict` or from those of all ranks of a sharded run.
+
+        Raises UserError where the parameters are others than those saved, or where ranks are missing.
+        """
+        parts = [state_dict] if isinstance(state_dict, dict) else list(state_dict)
+        _check_all_ranks(parts)
+        saved_groups = {group["name"]: group for group in parts[0]["param_groups"]}
+        _check_same_parameters(self.param_groups, saved_groups)
+        self.state.clear()
+        self._stacks.clear()
+        for group in self.param_groups:
+            group.update({key: value for key, value in saved_groups[group["name"]].items() if key != "param_names"})
+            self._allocate_state(group)
+        for param, state in self.state.items():
+            name = self._names[param]
+            pieces = [part["state"][name] for part in parts if name in part["state"]]
+            for key, target in state.items() if pieces else ():
+                saved = pieces[0][key] if target.ndim == 0 else read_rows(pieces, key, self._first_row(param), target)
+                if saved.shape != target.shape:
+                    raise UserError(
+                        f"saved {key} of {name} has shape {tuple(saved.shape)}, the parameter needs "
+                        f"{tuple(target.shape)}; load it into a model of the saved shape"
+                    )
+                target.copy_(saved)
+
+    def _allocate_state(self, group: dict[str, Any]) -> None:
+        if group["kind"] == "muon":
+            self._muon_state(group["name"], group["params"])
+        else:
+            for param in group["params"]:
+                self._adamw_state(param, param)
+
+    def _first_row(self, param: Tensor) -> int:
+        """First row of ``param`` whose state is kept here."""
+        return 0
+
+
+def read_rows(pieces: Sequence[dict[str, Any]], key: str, start: int, like: Tensor) -> Tensor:
+    """``len(like)`` rows from ``start`` on of a saved tensor that lies in pieces from ``row_start`` on (default 0).
+
+    Pieces may overlap; only the rows needed are touched, so memory-mapped files are read in part.
+    """
+    stop, position, found = start + len(like), start, []
+    for piece in sorted(pieces, key=lambda piece: piece.get("row_start", 0)):
+        first, rows = piece.get("row_start", 0), piece[key]
+        if first <= position < min(stop, first + len(rows)):
+            found.append(rows[position - first : stop - first])
+            position += len(found[-1])
+    return torch.cat(found) if found else like[:0]
+
+
+def _check_all_ranks(parts: Sequence[StateDict]) -> None:
+    world_size = parts[0]["world_size"]
+    if len(parts) != world_size:
+        raise UserError(
+            f"this optimizer state was saved by {world_size} ranks but {len(parts)} were given; give those of all ranks"
+        )
+
+
+def _check_same_parameters(groups: Sequence[dict[str, Any]], saved_groups: dict[str, dict[str, Any]]) -> None:
+    here = {(group["name"], name) for group in groups for name in group["param_names"]}
+    saved = {(group["name"], name) for group in saved_groups.values() for name in group["param_names"]}
+    if here != saved:
+        group, name = min(here ^ saved)
+        where = "in the model but not in the saved optimizer" if (group, name) in here else "saved but not in the model"
+        raise UserError(f"parameter {name} of group {group} is {where} state; load it into a model of the same shape")
