@@ -215,7 +215,7 @@ class _ScriptedModel(nn.Module):
             sequence_len=64, vocab_size=TOKENIZER.vocab_size, n_layer=1, n_head=1, n_kv_head=1, n_embd=32
         )
         self.compute_dtype = torch.float32
-        self.lm_head = nn.Linear(1, 1)
+        self.device = torch.device("cpu")
         self.scripts, self.prompt_length = scripts, prompt_length
         self.batches: list[tuple[int, int]] = []
 

@@ -181,7 +181,7 @@ class Engine:
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
         vocab_size, limit = self.model.config.vocab_size, self.context_limit
-        checked = [tuple(prompt) for prompt in prompts]
+        checked = [tuple(map(int, prompt)) for prompt in prompts]
         for index, prompt in enumerate(checked):
             if not prompt:
                 raise UserError(f"prompt {index} is empty; begin it with <|bos|>")
@@ -240,7 +240,7 @@ class Engine:
         for ids, prompt in zip(padded, index, strict=True):
             ids[: len(prompt)] = torch.tensor(prompt)
         model = self.model
-        device = model.lm_head.weight.device
+        device = model.device
         cache = KVCache(model.config, padded.size(0), padded.size(1), model.compute_dtype, device)
         hidden = model.hidden(padded.to(device), cache)
         cache.lengths = lengths
