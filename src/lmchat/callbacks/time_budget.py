@@ -1,0 +1,65 @@
+"""A run that fits into the time there is."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+
+class TimeBudget(Callback):
+    """Takes fewer steps on a machine too slow for all of them; on any other it changes nothing.
+
+    In the first part of the run, where the learning rate does not depend on its length, the rest is forecast from the
+    steps so far, evaluations included, and ``max_steps`` is lowered where the forecast is over the budget. A run is
+    reproducible as long as that does not happen; what was lowered stays so in a resumed run.
+
+    Args:
+        minutes: time that training may take, counted from its first step.
+        check_every_n_steps: optimizer steps between forecasts.
+        until: share of the run after which nothing is changed any more.
+    """
+
+    def __init__(self, minutes: float, check_every_n_steps: int = 20, until: float = 0.4) -> None:
+        self.minutes = minutes
+        self.check_every_n_steps = check_every_n_steps
+        self.until = until
+        self.lowered_to: int | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if self.lowered_to is not None:
+            _set_max_steps(trainer, min(self.lowered_to, trainer.max_steps))
+        self._start = time.perf_counter()
+        self._first_step = self._last_step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        step = trainer.global_step
+        done = step - self._first_step
+        if step == self._last_step or done % self.check_every_n_steps or step > self.until * trainer.max_steps:
+            return
+        self._last_step = step
+        seconds = time.perf_counter() - self._start
+        affordable = step + int((60 * self.minutes - seconds) * done / seconds)
+        # All ranks take the same steps.
+        affordable = trainer.strategy.broadcast(affordable)
+        if affordable < trainer.max_steps:
+            # The part that is over stays within `until`, so that no learning rate was other than it would have been.
+            self.lowered_to = max(affordable, int(step / self.until))
+            rank_zero_warn(
+                f"{trainer.max_steps} steps would take longer than {self.minutes:g} minutes at "
+                f"{seconds / done:.2f} s per step; the run is shortened to {self.lowered_to} steps"
+            )
+            _set_max_steps(trainer, self.lowered_to)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"lowered_to": self.lowered_to}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.lowered_to = state_dict["lowered_to"]
+
+
+def _set_max_steps(trainer: L.Trainer, steps: int) -> None:
+    trainer.fit_loop.epoch_loop.max_steps = steps

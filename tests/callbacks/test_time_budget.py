@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import lightning as L
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from lmchat.callbacks import time_budget
+from lmchat.callbacks.time_budget import TimeBudget
+
+ACCUMULATION = 2
+
+
+class Line(L.LightningModule):
+    """A regression whose every micro-batch takes as long as the clock says."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+        self.clock = clock
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        self.clock.now += self.clock.seconds_per_step / ACCUMULATION
+        return self.layer(batch).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+class Clock:
+    def __init__(self, seconds_per_step: float) -> None:
+        self.now = 100.0
+        self.seconds_per_step = seconds_per_step
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+def steps_taken(
+    monkeypatch: pytest.MonkeyPatch, seconds_per_step: float, budget: TimeBudget, max_steps: int = 100
+) -> int:
+    clock = Clock(seconds_per_step)
+    monkeypatch.setattr(time_budget, "time", clock)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=max_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=ACCUMULATION,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[budget],
+    )
+    trainer.fit(Line(clock), DataLoader(torch.ones(1000, 1), batch_size=1))
+    return trainer.global_step
+
+
+def test_a_fast_machine_takes_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = TimeBudget(minutes=1, check_every_n_steps=5)
+    assert steps_taken(monkeypatch, 0.5, budget) == 100
+    assert budget.lowered_to is None
+
+
+def test_a_slow_machine_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = TimeBudget(minutes=1, check_every_n_steps=5)
+    with pytest.warns(UserWarning, match="shortened to 60 steps"):
+        assert steps_taken(monkeypatch, 1.0, budget) == 60
+
+
+def test_a_run_is_never_cut_to_where_its_end_would_have_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five steps are 40 % of twelve: with fewer, the learning rate should have fallen already."""
+    budget = TimeBudget(minutes=1, check_every_n_steps=5, until=0.4)
+    with pytest.warns(UserWarning, match="shortened to 12 steps"):
+        assert steps_taken(monkeypatch, 30.0, budget) == 12
+
+
+def test_a_resumed_run_stays_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = TimeBudget(minutes=1)
+    budget.load_state_dict({"lowered_to": 30})
+    assert steps_taken(monkeypatch, 0.0, budget) == 30
+    assert budget.state_dict() == {"lowered_to": 30}
