@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,8 @@ CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 PRETRAIN_CONFIG = "demo_pretrain.yaml"
 VOCAB_SIZE = 4096
 VALIDATION_SHARE = 0.05
+OVERHEAD_MINUTES = 1.0
+"""Kept free for starting processes, the last evaluation and the last checkpoint."""
 TAG = "demo"
 
 Figures = dict[str, Any]
@@ -35,11 +37,22 @@ Figures = dict[str, Any]
 
 @dataclass(frozen=True)
 class Demo:
-    """The folder that everything goes to, the user's text (None: this machine's documentation), the time to take."""
+    """One run of the demo.
+
+    Args:
+        output: folder that everything goes to.
+        text: the user's text; None is this machine's documentation.
+        minutes: time to take, from now on.
+    """
 
     output: Path
     text: Path | None
     minutes: float
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def minutes_left(self) -> float:
+        return self.minutes - (time.perf_counter() - self.started) / 60
 
     @property
     def data_dir(self) -> Path:
@@ -74,7 +87,7 @@ def demo(text: Path | None = None, output: Path = Path("runs/demo"), minutes: fl
         text: folder of your own text (.txt, .md, .rst, .jsonl or .parquet); by default the documentation of Python
             and its packages on this machine.
         output: folder for data, tokenizer, checkpoints, logs and summary.json.
-        minutes: time the demo may take on this machine.
+        minutes: time to take at most; on a slow machine the model is trained for fewer steps.
     """
     from rich.console import Console
 
@@ -141,8 +154,6 @@ def tokenize(run: Demo) -> Figures:
 
 def measure_baselines(run: Demo) -> Figures:
     """What compressors and an n-gram model make of the held-out text."""
-    from dataclasses import asdict
-
     from lmchat.data.parquet_text import list_shards, read_documents
     from lmchat.evaluation.compression_baseline import compression_baselines
 
@@ -157,7 +168,14 @@ def measure_baselines(run: Demo) -> Figures:
 
 def pretrain(run: Demo) -> Figures:
     """A GPT on the token files, from the last checkpoint if there is one."""
-    _fit(run, "pretrain", PRETRAIN_CONFIG)
+    budget = max(run.minutes_left - OVERHEAD_MINUTES, 0.1)
+    _fit(
+        run,
+        "pretrain",
+        PRETRAIN_CONFIG,
+        "--trainer.callbacks+=lmchat.callbacks.time_budget.TimeBudget",
+        f"--trainer.callbacks.minutes={budget}",
+    )
     rows = read_log(run.output / "logs" / "pretrain" / TAG)
     bits = [row["val/bpb"] for row in rows if "val/bpb" in row]
     speeds = sorted(row["train/tokens_per_second"] for row in rows if "train/tokens_per_second" in row)
