@@ -1,0 +1,72 @@
+"""Every config runs, shrunk, through the real entry point."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import lightning.pytorch  # noqa: F401  (its log handler keeps the stderr of its import: not that of one test)
+import pytest
+
+from lmchat.__main__ import main
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+SMALL_PRETRAIN = """
+trainer: {accelerator: cpu, devices: 1, max_steps: 3}
+model: {init_args: {depth: 2, sequence_len: 32, head_dim: 32, global_batch_tokens: 128, compile: false}}
+data: {init_args: {micro_batch_size: 2, eval_tokens: 128}}
+eval: {every_n_steps: 2}
+monitor: {every_n_steps: 1}
+samples: {max_new_tokens: 2}
+checkpoint: {every_n_steps: 2}
+"""
+
+
+def test_every_config_is_covered() -> None:
+    names = {path.name for path in CONFIGS.glob("*.yaml")}
+    assert names == {*PRETRAIN, *OVERLAYS}
+
+
+PRETRAIN = ["d12_pretrain.yaml", "d20_pretrain.yaml", "d26_pretrain.yaml", "demo_pretrain.yaml"]
+OVERLAYS = ["cpu.yaml"]
+
+
+@pytest.mark.parametrize("names", [[name] for name in PRETRAIN] + [["d12_pretrain.yaml", name] for name in OVERLAYS])
+def test_a_config_trains(names: list[str], base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = base / "small.yaml"
+    small.write_text(SMALL_PRETRAIN)
+    configs = [argument for name in names for argument in ("--config", str(CONFIGS / name))]
+    assert main(["fit", *configs, "--config", str(small)]) == 0
+    metas = sorted(base.glob("base_checkpoints/*/meta_*.json"))
+    assert [json.loads(path.read_text())["step"] for path in metas] == [2, 3]
+    assert json.loads(metas[-1].read_text())["stage"] == "pretrain"
+    (metrics,) = base.rglob("metrics.csv")
+    assert {"train/loss", "train/tokens_per_second", "val/bpb"} <= set(metrics.read_text().splitlines()[0].split(","))
+    assert list(base.rglob("events.out.tfevents*"))
+    printed = capsys.readouterr().out
+    assert "step 3/3" in printed
+    assert "bpb" in printed
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_a_config_says_what_it_reproduces_and_how_to_run_it(path: Path) -> None:
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert any("Run:" in line for line in header)
+
+
+def test_the_config_in_force_can_be_printed(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", "--config", str(CONFIGS / "d26_pretrain.yaml"), "--model.depth", "4", "--print_config"])
+    assert exit_.value.code == 0
+    printed = capsys.readouterr().out
+    assert "depth: 4" in printed
+    assert "tokens_per_parameter: 8.25" in printed
+
+
+def test_environment_variables_set_options(
+    base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LMCHAT_FIT__EVAL__EVERY_N_STEPS", "77")
+    with pytest.raises(SystemExit):
+        main(["fit", "--print_config"])
+    assert "every_n_steps: 77" in capsys.readouterr().out

@@ -1,0 +1,107 @@
+"""A run that is cut short and resumed through the command line repeats the unbroken run bit for bit."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lmchat.checkpoint.load import find_checkpoint, load_model_state, load_rank_state
+
+STEPS = 12
+CONFIG = f"""
+trainer: {{accelerator: cpu, devices: 1, max_steps: {STEPS}}}
+model:
+  class_path: PretrainModule
+  init_args: {{depth: 2, sequence_len: 32, head_dim: 32, window_pattern: SL, global_batch_tokens: 384}}
+data:
+  class_path: FineWebDataModule
+  init_args: {{micro_batch_size: 4, eval_tokens: 256, buffer_size: 20}}
+monitor: {{every_n_steps: 1}}
+eval: {{every_n_steps: 4}}
+samples: {{max_new_tokens: 2}}
+checkpoint: {{every_n_steps: 1}}
+"""
+
+
+def run(base: Path, *options: str, kill_at_step: int | None = None) -> None:
+    """`lmchat fit` in a process of its own; with ``kill_at_step``, SIGKILL once that step's checkpoint is there."""
+    (base / "tiny.yaml").write_text(CONFIG)
+    command = [sys.executable, "-m", "lmchat", "fit", "--config", str(base / "tiny.yaml"), *options]
+    environment = {**os.environ, "LMCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if kill_at_step is not None:
+        awaited = base / "base_checkpoints" / "d2" / f"meta_{kill_at_step:06d}.json"
+        deadline = time.monotonic() + 120
+        while not awaited.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert awaited.exists()
+        return
+    _, error = process.communicate(timeout=240)
+    assert process.returncode == 0, error
+
+
+def losses(base: Path) -> dict[int, str]:
+    """Loss by step as written, of all runs in order: later ones repeat what an earlier one had not saved."""
+    found: dict[int, str] = {}
+    for path in sorted(base.rglob("metrics.csv"), key=lambda path: path.stat().st_mtime):
+        with path.open() as file:
+            for row in csv.DictReader(file):
+                if row.get("train/loss"):
+                    step = int(row["step"])
+                    assert found.setdefault(step, row["train/loss"]) == row["train/loss"], f"step {step} differs"
+    return found
+
+
+def same(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return isinstance(b, list | tuple) and len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = new_base(tiny_base, tmp_path_factory)
+    run(base)
+    return base
+
+
+def new_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("run")
+    for name in ("base_data", "tokenizer"):
+        (base / name).symlink_to(tiny_base / name)
+    return base
+
+
+@pytest.mark.parametrize("kill_at_step", [3, 8])
+def test_a_killed_run_continues_as_if_nothing_had_happened(
+    kill_at_step: int, unbroken: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    base = new_base(tiny_base, tmp_path_factory)
+    run(base, kill_at_step=kill_at_step)
+    run(base, "--ckpt_path", "last")
+    expected = losses(unbroken)
+    assert sorted(expected) == list(range(1, STEPS + 1))
+    # A killed logger may have lost its last lines; what there is must agree, and the resumed part must be there.
+    resumed = losses(base)
+    assert resumed.items() <= expected.items()
+    assert set(range(kill_at_step + 2, STEPS + 1)) <= set(resumed)
+    checkpoints = [find_checkpoint(folder / "base_checkpoints" / "d2") for folder in (unbroken, base)]
+    assert [checkpoint.step for checkpoint in checkpoints] == [STEPS, STEPS]
+    assert same(*map(load_model_state, checkpoints))
+    states = [load_rank_state(checkpoint, 0) for checkpoint in checkpoints]
+    for name in ("optimizer_states", "rng", "FineWebDataModule"):
+        assert same(states[0][name], states[1][name]), name
