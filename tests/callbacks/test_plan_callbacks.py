@@ -1,0 +1,150 @@
+"""The callbacks that plan, evaluate and measure a run, watched from within real runs."""
+
+from __future__ import annotations
+
+import csv
+import gc
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
+
+from lmchat.callbacks.batch_plan import BatchPlan
+from lmchat.callbacks.eval_schedule import EvalSchedule
+from lmchat.callbacks.gc_freeze import GCFreeze
+from lmchat.callbacks.monitor import EMA_DECAY, Monitor
+from lmchat.callbacks.scaling_laws import ScalingLaws
+from lmchat.scaling import make_plan
+from lmchat.stages.base import accumulation_steps
+from lmchat.stages.pretrain import FineWebDataModule, PretrainModule
+from lmchat.types import UserError
+
+SMALL = {"depth": 2, "sequence_len": 32, "head_dim": 32, "window_pattern": "L"}
+
+
+def train(base: Path, *callbacks: Callback, max_steps: int = 4, batch: int = 64, **trainer: Any) -> L.Trainer:
+    module = PretrainModule(**SMALL, global_batch_tokens=batch)
+    data = FineWebDataModule(micro_batch_size=1, eval_tokens=64)
+    run = L.Trainer(
+        accelerator="cpu",
+        max_epochs=-1,
+        max_steps=max_steps,
+        num_sanity_val_steps=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        callbacks=[ScalingLaws(), BatchPlan(), *callbacks],
+        logger=CSVLogger(base / "logs", name="test", version=""),
+        **trainer,
+    )
+    run.fit(module, data)
+    return run
+
+
+class Watch(Callback):
+    """Notes the optimizer step of every validation, and the collector's state after every step."""
+
+    def __init__(self) -> None:
+        self.validated: list[int] = []
+        self.collector: dict[int, tuple[bool, bool]] = {}
+
+    def on_validation_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self.validated.append(trainer.global_step)
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.collector[trainer.global_step] = gc.isenabled(), gc.get_freeze_count() > 0
+
+
+@pytest.mark.parametrize(
+    ("every", "steps", "expected"), [(2, 5, [0, 2, 4, 5]), (2, 4, [0, 2, 4]), (0, 3, [0, 3]), (10, 3, [0, 3])]
+)
+def test_evaluation_happens_at_the_start_on_schedule_and_at_the_end(
+    every: int, steps: int, expected: list[int], base: Path
+) -> None:
+    watch = Watch()
+    train(base, EvalSchedule(every), watch, max_steps=steps)
+    assert watch.validated == expected
+
+
+def test_the_collector_is_off_during_training_and_restored_after(base: Path) -> None:
+    assert gc.isenabled()
+    gc.unfreeze()
+    watch = Watch()
+    train(base, GCFreeze(every_n_steps=2), watch)
+    assert watch.collector[1] == (False, True)
+    assert watch.collector[4] == (False, True)
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+
+
+def test_the_collector_is_restored_after_an_exception(base: Path) -> None:
+    class Failure(Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.global_step == 2:
+                raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        train(base, GCFreeze(), Failure())
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+
+
+def test_depth_alone_decides_the_plan(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = PretrainModule(**SMALL)
+    data = FineWebDataModule(micro_batch_size=1, eval_tokens=64)
+    trainer = L.Trainer(accelerator="cpu", max_epochs=-1, logger=False, enable_checkpointing=False)
+    trainer.strategy.connect(module)
+    data.trainer = module.trainer = trainer
+    trainer.datamodule = data
+    ScalingLaws(tokens_per_parameter=8).setup(trainer, module, "fit")
+    BatchPlan().setup(trainer, module, "fit")
+    plan = make_plan(**SMALL, vocab_size=512, ratio=8)
+    assert trainer.max_steps == plan.steps > 0
+    assert module.global_batch_tokens == plan.global_batch_tokens
+    assert trainer.accumulate_grad_batches * 32 == plan.global_batch_tokens
+    assert math.isclose(module.lr_scale, math.sqrt(plan.global_batch_tokens / 2**19))
+    assert module.weight_decay == plan.weight_decay
+    groups = {group["name"]: group for group in module_with_network(module).configure_optimizers().param_groups}
+    assert math.isclose(groups["x0_lambdas"]["lr"], 0.5 * module.lr_scale)
+
+
+def module_with_network(module: PretrainModule) -> PretrainModule:
+    module.configure_model()
+    return module
+
+
+def test_what_is_set_by_hand_stays(base: Path) -> None:
+    run = train(base, max_steps=3, batch=128)
+    assert run.global_step == 3
+    assert run.accumulate_grad_batches == 4
+
+
+@pytest.mark.parametrize(("tokens", "rows", "world", "expected"), [(64, 1, 1, 2), (64, 1, 2, 1), (3072, 8, 3, 4)])
+def test_accumulation_fills_the_batch(tokens: int, rows: int, world: int, expected: int) -> None:
+    assert accumulation_steps(tokens, rows, 32, world) == expected
+
+
+def test_a_batch_that_does_not_divide_names_what_would() -> None:
+    with pytest.raises(UserError, match=r"96 is not a multiple.*micro_batch_size 1 or.*64 or.*128"):
+        accumulation_steps(96, 2, 32, 1)
+
+
+def test_the_monitor_records_what_it_says(base: Path) -> None:
+    run = train(base, Monitor(every_n_steps=1), max_steps=5)
+    with (Path(run.loggers[0].log_dir) / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["train/loss"]]
+    assert [int(row["step"]) for row in rows] == [1, 2, 3, 4, 5]
+    ema = 0.0
+    for number, row in enumerate(rows, start=1):
+        ema = EMA_DECAY * ema + (1 - EMA_DECAY) * float(row["train/loss"])
+        assert math.isclose(float(row["train/loss_ema"]), ema / (1 - EMA_DECAY**number), rel_tol=1e-5)
+        assert float(row["train/tokens"]) == 64 * number
+        assert math.isclose(float(row["train/tokens_per_second"]), 64e3 / float(row["train/step_ms"]), rel_tol=1e-6)
+        assert 0 < float(row["train/mfu"]) < 2
+        assert float(row["train/memory_gb"]) > 0.01
+    assert [float(row["train/lr_multiplier"]) for row in rows[-2:]] == [1.0, 0.5]
+    assert float(rows[-1]["train/eta_seconds"]) == 0
