@@ -202,11 +202,12 @@ def test_state_is_named_and_shaped_per_parameter() -> None:
     take_steps(optimizer, params, range(1))
     state = optimizer.state_dict()["state"]
     assert state.keys() == SHAPES.keys()
-    assert {key: tuple(value.shape) for key, value in state["transformer.h.1.mlp.c_proj.weight"].items()} == {
+    matrix, table = state["transformer.h.1.mlp.c_proj.weight"], state["lm_head.weight"]
+    assert {key: tuple(matrix[key].shape) for key in matrix.keys() - {"row_start"}} == {
         "momentum_buffer": (8, 32),
         "second_moment": (1, 32),
     }
-    assert {key: tuple(value.shape) for key, value in state["lm_head.weight"].items()} == {
+    assert {key: tuple(table[key].shape) for key in table.keys() - {"row_start"}} == {
         "exp_avg": (24, 8),
         "exp_avg_sq": (24, 8),
         "step": (),
@@ -236,14 +237,12 @@ def test_foreign_state_is_refused() -> None:
     fewer = {name: param for name, param in make_params().items() if "h.1." not in name}
     with pytest.raises(UserError, match=r"transformer\.h\.1\..* saved but not in the model"):
         make_optimizer(fewer).load_state_dict(saved)
-    wider = {name: nn.Parameter(torch.zeros(2 * shape[0], *shape[1:])) for name, shape in SHAPES.items()}
-    with pytest.raises(UserError, match="not in the"):
-        make_optimizer(wider).load_state_dict(saved)
     taller = {**make_params(), "transformer.wte.weight": nn.Parameter(torch.zeros(30, 8))}
-    with pytest.raises(UserError, match=r"exp_avg of transformer.wte.weight has shape \(24, 8\)"):
+    with pytest.raises(UserError, match=r"transformer.wte.weight of shape \((24|30), 8\)"):
         make_optimizer(taller).load_state_dict(saved)
-    with pytest.raises(UserError, match="saved by 2 ranks but 1 were given"):
-        make_optimizer(params).load_state_dict({**saved, "world_size": 2})
+    del saved["state"]["lm_head.weight"]
+    with pytest.raises(UserError, match=r"rows 0 to 24 of exp_avg of lm_head\.weight are not in the saved"):
+        make_optimizer(params).load_state_dict(saved)
 
 
 def test_compiled_update_follows_schedules_without_recompiling() -> None:

@@ -156,23 +156,23 @@ class MuonAdamW(Optimizer):
 
     def _step_adamw(self, group: dict[str, Any]) -> None:
         params = [param for param in group["params"] if param.grad is not None]
-        self._update_adamw(group, params, [param.grad for param in params], [self._adamw_state(p, p) for p in params])
+        self.update_adamw(group, params, [param.grad for param in params], [self.adamw_state(p, p) for p in params])
 
     def _step_muon(self, group: dict[str, Any]) -> None:
         params = group["params"]
-        momentum_buffers, second_moments = self._muon_state(group["name"], params)
+        momentum_buffers, second_moments = self.muon_state(group["name"], params)
         if all(param.grad is not None for param in params):
             stacked = torch.stack(params)
             grads = torch.stack([param.grad for param in params])
-            self._update_muon(group, stacked, grads, momentum_buffers, second_moments)
+            self.update_muon(group, stacked, grads, momentum_buffers, second_moments)
             torch._foreach_copy_(params, stacked.unbind())
             return
         for i, param in enumerate(params):
             if param.grad is not None:
                 alone = slice(i, i + 1)
-                self._update_muon(group, param[None], param.grad[None], momentum_buffers[alone], second_moments[alone])
+                self.update_muon(group, param[None], param.grad[None], momentum_buffers[alone], second_moments[alone])
 
-    def _update_adamw(
+    def update_adamw(
         self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]]
     ) -> None:
         """AdamW on any parts of the group's tensors; ``states`` match the parts."""
@@ -188,7 +188,7 @@ class MuonAdamW(Optimizer):
             weight_decay=group["weight_decay"],
         )
 
-    def _update_muon(
+    def update_muon(
         self, group: dict[str, Any], params: Tensor, grads: Tensor, momentum_buffers: Tensor, second_moments: Tensor
     ) -> None:
         """Muon on a stack of any of the group's matrices."""
@@ -205,7 +205,7 @@ class MuonAdamW(Optimizer):
             return self._polar_dtype
         return fast_matmul_dtype(params.device) if params.dtype == torch.float32 else params.dtype
 
-    def _adamw_state(self, param: Tensor, part: Tensor) -> dict[str, Tensor]:
+    def adamw_state(self, param: Tensor, part: Tensor) -> dict[str, Tensor]:
         """State of the ``part`` of ``param`` that is stepped here, zeros at first."""
         state = self.state[param]
         if not state:
@@ -214,7 +214,7 @@ class MuonAdamW(Optimizer):
             state["step"] = torch.zeros((), dtype=torch.float32, device=part.device)
         return state
 
-    def _muon_state(self, key: str, params: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def muon_state(self, key: str, params: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Stacked momentum buffers and second moments of ``params``, zeros at first."""
         if key not in self._stacks:
             shape = params[0].shape
@@ -228,83 +228,91 @@ class MuonAdamW(Optimizer):
     def state_dict(self) -> StateDict:
         """State and settings keyed by names, ready for `torch.save` and for ``torch.load(weights_only=True)``.
 
-        ``state``: parameter name to its tensors. ``param_groups``: the groups, with ``param_names`` for parameters.
+        ``state``: parameter name to its tensors; where they are rows of the whole only, ``row_start`` is the first.
+        ``param_groups``: the groups, with ``param_names`` and ``param_shapes`` for parameters.
         """
+        self._allocate_state()
         return {
-            "world_size": 1,
-            "state": {self._names[param]: self._saved_state(param) for param in self.state},
-            "param_groups": [
-                {key: value for key, value in group.items() if key != "params"} for group in self.param_groups
-            ],
+            "state": {
+                self._names[param]: {**state, "row_start": self._first_row(param)}
+                for param, state in self.state.items()
+            },
+            "param_groups": [_saved_group(group) for group in self.param_groups],
         }
-
-    def _saved_state(self, param: Tensor) -> dict[str, Any]:
-        return dict(self.state[param])
 
     def load_state_dict(self, state_dict: StateDict | Sequence[StateDict]) -> None:
         """Restores state and settings exactly, from one `state_dict` or from those of all ranks of a sharded run.
 
-        Raises UserError where the parameters are others than those saved, or where ranks are missing.
+        Raises UserError where the parameters are others than those saved, or where state of some is missing.
         """
         parts = [state_dict] if isinstance(state_dict, dict) else list(state_dict)
-        _check_all_ranks(parts)
         saved_groups = {group["name"]: group for group in parts[0]["param_groups"]}
         _check_same_parameters(self.param_groups, saved_groups)
-        self.state.clear()
-        self._stacks.clear()
         for group in self.param_groups:
-            group.update({key: value for key, value in saved_groups[group["name"]].items() if key != "param_names"})
-            self._allocate_state(group)
+            settings = saved_groups[group["name"]].items()
+            group.update({key: value for key, value in settings if key not in ("param_names", "param_shapes")})
+        self._allocate_state()
         for param, state in self.state.items():
             name = self._names[param]
             pieces = [part["state"][name] for part in parts if name in part["state"]]
-            for key, target in state.items() if pieces else ():
-                saved = pieces[0][key] if target.ndim == 0 else read_rows(pieces, key, self._first_row(param), target)
-                if saved.shape != target.shape:
-                    raise UserError(
-                        f"saved {key} of {name} has shape {tuple(saved.shape)}, the parameter needs "
-                        f"{tuple(target.shape)}; load it into a model of the saved shape"
-                    )
-                target.copy_(saved)
+            for key, tensor in state.items():
+                _restore(tensor, pieces, key, self._first_row(param), name)
 
-    def _allocate_state(self, group: dict[str, Any]) -> None:
-        if group["kind"] == "muon":
-            self._muon_state(group["name"], group["params"])
-        else:
-            for param in group["params"]:
-                self._adamw_state(param, param)
+    def _allocate_state(self) -> None:
+        for group in self.param_groups:
+            if group["kind"] == "muon":
+                self.muon_state(group["name"], group["params"])
+            else:
+                for param in group["params"]:
+                    self.adamw_state(param, param)
 
     def _first_row(self, param: Tensor) -> int:
         """First row of ``param`` whose state is kept here."""
         return 0
 
 
-def read_rows(pieces: Sequence[dict[str, Any]], key: str, start: int, like: Tensor) -> Tensor:
-    """``len(like)`` rows from ``start`` on of a saved tensor that lies in pieces from ``row_start`` on (default 0).
+def _restore(tensor: Tensor, pieces: Sequence[dict[str, Any]], key: str, start: int, name: str) -> None:
+    """Fills ``tensor``, rows of the state ``key`` of parameter ``name`` from ``start`` on, from its saved pieces.
 
-    Pieces may overlap; only the rows needed are touched, so memory-mapped files are read in part.
+    Pieces may overlap. Only the rows needed are read, so of memory-mapped files only a part.
     """
-    stop, position, found = start + len(like), start, []
-    for piece in sorted(pieces, key=lambda piece: piece.get("row_start", 0)):
-        first, rows = piece.get("row_start", 0), piece[key]
-        if first <= position < min(stop, first + len(rows)):
-            found.append(rows[position - first : stop - first])
-            position += len(found[-1])
-    return torch.cat(found) if found else like[:0]
-
-
-def _check_all_ranks(parts: Sequence[StateDict]) -> None:
-    world_size = parts[0]["world_size"]
-    if len(parts) != world_size:
+    if tensor.ndim == 0 and pieces:
+        tensor.copy_(pieces[0][key])
+        return
+    done, rows = 0, len(tensor) if tensor.ndim else 1
+    for piece in sorted(pieces, key=lambda piece: piece["row_start"]):
+        first = start + done - piece["row_start"]
+        if first < 0:
+            break
+        found = piece[key][first : first + rows - done]
+        tensor[done : done + len(found)] = found
+        done += len(found)
+    if done < rows:
         raise UserError(
-            f"this optimizer state was saved by {world_size} ranks but {len(parts)} were given; give those of all ranks"
+            f"rows {start + done} to {start + rows} of {key} of {name} are not in the saved optimizer state; "
+            "give the files of all ranks"
         )
 
 
 def _check_same_parameters(groups: Sequence[dict[str, Any]], saved_groups: dict[str, dict[str, Any]]) -> None:
-    here = {(group["name"], name) for group in groups for name in group["param_names"]}
-    saved = {(group["name"], name) for group in saved_groups.values() for name in group["param_names"]}
+    here, saved = _identities(map(_saved_group, groups)), _identities(saved_groups.values())
     if here != saved:
-        group, name = min(here ^ saved)
-        where = "in the model but not in the saved optimizer" if (group, name) in here else "saved but not in the model"
-        raise UserError(f"parameter {name} of group {group} is {where} state; load it into a model of the same shape")
+        group, name, shape = min(here ^ saved)
+        where = "in the model but not saved" if (group, name, shape) in here else "saved but not in the model"
+        raise UserError(
+            f"optimizer state does not fit: parameter {name} of shape {shape} in group {group} is {where}; "
+            "resume with the model that was saved"
+        )
+
+
+def _identities(saved_groups: Iterable[dict[str, Any]]) -> set[tuple[str, str, tuple[int, ...]]]:
+    return {
+        (group["name"], name, tuple(shape))
+        for group in saved_groups
+        for name, shape in zip(group["param_names"], group["param_shapes"], strict=True)
+    }
+
+
+def _saved_group(group: dict[str, Any]) -> dict[str, Any]:
+    shapes = [tuple(param.shape) for param in group["params"]]
+    return {key: value for key, value in group.items() if key != "params"} | {"param_shapes": shapes}
