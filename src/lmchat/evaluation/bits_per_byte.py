@@ -40,7 +40,7 @@ class BitsPerByte(Metric):
 
     def compute(self) -> Tensor:
         """Bits per byte, a float64 scalar; infinite where no text was counted."""
-        return torch.where(self.num_bytes > 0, self.nats / (math.log(2) * self.num_bytes), math.inf)
+        return torch.where(self.num_bytes > 0, self.nats / (math.log(2) * self.num_bytes.double()), math.inf)
 
 
 def bits_per_byte(nll: Tensor, targets: Tensor, token_bytes: Tensor) -> Tensor:

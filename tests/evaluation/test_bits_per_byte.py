@@ -1,0 +1,70 @@
+"""Bits per byte against the reference implementation's, and its defining properties."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lmchat.evaluation.bits_per_byte import BitsPerByte, bits_per_byte
+from lmchat.types import IGNORE_INDEX
+
+
+@pytest.fixture(scope="module")
+def recorded(fixtures: Path) -> dict[str, torch.Tensor]:
+    with np.load(fixtures / "bpb.npz") as arrays:
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def test_the_references_figures_batch_by_batch(recorded: dict[str, torch.Tensor]) -> None:
+    metric = BitsPerByte(recorded["token_bytes"])
+    for nll, targets, expected in zip(recorded["nll"], recorded["targets"], recorded["bpb"], strict=True):
+        metric.update(nll, targets)
+        assert float(metric.compute()) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_sums_of_two_ranks_are_those_of_one(recorded: dict[str, torch.Tensor]) -> None:
+    ranks = [BitsPerByte(recorded["token_bytes"]) for _ in range(2)]
+    for step, (nll, targets) in enumerate(zip(recorded["nll"], recorded["targets"], strict=True)):
+        ranks[step % 2].update(nll, targets)
+    for name, reduction in ranks[0]._reductions.items():
+        total = reduction(torch.stack([getattr(rank, name) for rank in ranks]))
+        setattr(ranks[0], name, total)
+    ranks[0]._computed = None
+    assert float(ranks[0].compute()) == pytest.approx(float(recorded["bpb"][-1]), rel=1e-6)
+
+
+def test_a_uniform_model_over_bytes_needs_eight_bits() -> None:
+    targets = torch.arange(256)
+    nll = torch.full((256,), math.log(256))
+    assert float(bits_per_byte(nll, targets, torch.ones(256, dtype=torch.int32))) == pytest.approx(8)
+
+
+def test_special_tokens_and_ignored_targets_do_not_count() -> None:
+    token_bytes = torch.tensor([0, 1, 3])
+    nll = torch.tensor([[100.0, 1.0], [2.0, 50.0]])
+    targets = torch.tensor([[0, 1], [2, IGNORE_INDEX]])
+    assert float(bits_per_byte(nll, targets, token_bytes)) == pytest.approx(3 / (4 * math.log(2)))
+
+
+def test_not_a_number_where_nothing_counts_does_no_harm() -> None:
+    nll = torch.tensor([math.nan, 2.0])
+    assert float(bits_per_byte(nll, torch.tensor([IGNORE_INDEX, 1]), torch.tensor([1, 2]))) == pytest.approx(
+        1 / math.log(2)
+    )
+
+
+def test_no_text_at_all_is_infinite() -> None:
+    assert float(bits_per_byte(torch.ones(3), torch.tensor([0, 0, IGNORE_INDEX]), torch.tensor([0, 5]))) == math.inf
+
+
+def test_sums_stay_exact_over_a_long_evaluation() -> None:
+    metric = BitsPerByte(torch.tensor([1]))
+    targets, nll = torch.zeros(1000, dtype=torch.int64), torch.full((1000,), 0.1)
+    for _ in range(2000):
+        metric.update(nll, targets)
+    assert int(metric.num_bytes) == 2_000_000
+    assert float(metric.compute()) == pytest.approx(float(nll[0]) / math.log(2), rel=1e-9)

@@ -1,0 +1,39 @@
+"""Large blocks are reused: counted in page faults of a fresh process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from lmchat.model.allocator import keep_large_blocks
+
+PROGRAM = """
+import resource, sys, torch
+from lmchat.model.allocator import keep_large_blocks
+if sys.argv[1] == "keep":
+    assert keep_large_blocks()
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):
+    torch.ones(2**24)
+before = faults()
+for _ in range(10):
+    torch.ones(2**24)
+print(faults() - before)
+"""
+
+
+def faults(mode: str) -> int:
+    out = subprocess.run([sys.executable, "-c", PROGRAM, mode], capture_output=True, text=True, check=True)
+    return int(out.stdout)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a glibc setting")
+def test_blocks_of_64_mb_come_back_without_page_faults() -> None:
+    assert faults("keep") < 0.05 * faults("default")
+
+
+def test_elsewhere_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert keep_large_blocks() is False

@@ -1,0 +1,58 @@
+"""The compute dtype follows what a CPU proves, not what it claims."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from lmchat.model import precision
+from lmchat.model.precision import cpu_multiplies_bf16, default_compute_dtype
+
+
+@pytest.fixture(autouse=True)
+def fresh_choice() -> Iterator[None]:
+    cpu_multiplies_bf16.cache_clear()
+    yield
+    cpu_multiplies_bf16.cache_clear()
+
+
+def claim(monkeypatch: pytest.MonkeyPatch, amx: bool = False, avx512: bool = False, speedup: float = 4.0) -> None:
+    """Pretend this CPU reports the units, and that products on them are `speedup` times faster."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(precision, "_seconds", lambda a, b: 1.0 if a.dtype == torch.float32 else 1 / speedup)
+
+
+def test_without_units_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    claim(monkeypatch, speedup=100)
+    assert default_compute_dtype("cpu") == torch.float32
+
+
+@pytest.mark.parametrize("unit", ["amx", "avx512"])
+def test_with_fast_units_bf16(monkeypatch: pytest.MonkeyPatch, unit: str) -> None:
+    claim(monkeypatch, **{unit: True})
+    assert default_compute_dtype("cpu") == torch.bfloat16
+
+
+def test_units_that_the_library_does_not_use_are_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    claim(monkeypatch, amx=True, speedup=0.8)
+    assert default_compute_dtype("cpu") == torch.float32
+
+
+def test_units_that_miscalculate_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    claim(monkeypatch, amx=True)
+    exact = torch.Tensor.bfloat16
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda self: exact(self) * 1.1)
+    assert default_compute_dtype("cpu") == torch.float32
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
+def test_cuda_from_sm80(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: torch.dtype) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert default_compute_dtype("cuda") == expected
+
+
+def test_other_devices_fp32() -> None:
+    assert default_compute_dtype("meta") == torch.float32

@@ -1,0 +1,169 @@
+"""The chunked head against the plain one: values, gradients, masks, weights and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lmchat.losses import linear_cross_entropy, softcap
+from lmchat.types import IGNORE_INDEX
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def plain(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, reduction: str, weights: Tensor | None
+) -> Tensor:
+    """The whole table of logits at once, by the definition."""
+    logits = 15 * torch.tanh((hidden @ weight.T)[..., :vocab_size] / 15)
+    losses = F.cross_entropy(
+        logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+    ).view(targets.shape)
+    if weights is not None:
+        losses = losses * weights
+    if reduction == "none":
+        return losses
+    return losses.sum() / ((targets != IGNORE_INDEX).sum() if reduction == "mean" else 1)
+
+
+def problem(
+    shape: tuple[int, ...], width: int, vocab_size: int, seed: int, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, a table with padding rows, and targets of which about a quarter are ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = 3 * torch.randn(*shape, width, generator=generator, dtype=dtype)
+    weight = torch.randn(vocab_size + 5, width, generator=generator, dtype=dtype)
+    targets = torch.randint(vocab_size, shape, generator=generator)
+    targets[torch.rand(shape, generator=generator) < 0.25] = IGNORE_INDEX
+    targets.view(-1)[0] = vocab_size - 1
+    return hidden.requires_grad_(), weight.requires_grad_(), targets
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=st.integers(1, 3),
+    length=st.integers(1, 11),
+    vocab_size=st.integers(2, 40),
+    chunk_tokens=st.integers(1, 40),
+    reduction=st.sampled_from(["mean", "sum", "none"]),
+    weighted=st.booleans(),
+    seed=st.integers(0, 100),
+)
+def test_equals_the_plain_head(
+    rows: int, length: int, vocab_size: int, chunk_tokens: int, reduction: Any, weighted: bool, seed: int
+) -> None:
+    hidden, weight, targets = problem((rows, length), 6, vocab_size, seed)
+    weights = torch.randn(rows, length, dtype=torch.float64) if weighted else None
+    expected = plain(hidden, weight, targets, vocab_size, reduction, weights)
+    actual = linear_cross_entropy(
+        hidden, weight, targets, vocab_size=vocab_size, reduction=reduction, weights=weights, chunk_tokens=chunk_tokens
+    )
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+    upstream = torch.randn_like(expected)
+    gradients = torch.autograd.grad(actual, (hidden, weight), upstream)
+    torch.testing.assert_close(
+        gradients, torch.autograd.grad(expected, (hidden, weight), upstream), rtol=1e-8, atol=1e-10
+    )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_gradients_are_those_of_finite_differences(reduction: Any) -> None:
+    hidden, weight, targets = problem((2, 3), 4, 7, 1)
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        return linear_cross_entropy(hidden, weight, targets, vocab_size=7, reduction=reduction, chunk_tokens=4)
+
+    assert torch.autograd.gradcheck(loss, (hidden, weight))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_nothing_to_learn_is_zero_and_not_nan(reduction: Any) -> None:
+    hidden, weight, targets = problem((2, 3), 4, 7, 1)
+    loss = linear_cross_entropy(
+        hidden, weight, torch.full_like(targets, IGNORE_INDEX), vocab_size=7, reduction=reduction
+    ).sum()
+    loss.backward()
+    assert loss == 0
+    assert not hidden.grad.any() and not weight.grad.any()
+
+
+def test_padding_rows_of_the_table_learn_nothing() -> None:
+    hidden, weight, targets = problem((2, 9), 4, 7, 1)
+    linear_cross_entropy(hidden, weight, targets, vocab_size=7).backward()
+    assert weight.grad.shape == weight.shape
+    assert weight.grad[:7].any(dim=1).all() and not weight.grad[7:].any()
+
+
+def test_large_logits_stay_finite() -> None:
+    hidden, weight, targets = problem((4, 4), 8, 50, 2, torch.float32)
+    big = (1e4 * hidden).detach().requires_grad_()
+    loss = linear_cross_entropy(big, weight, targets, vocab_size=50)
+    loss.backward()
+    torch.testing.assert_close(loss, plain(big, weight, targets, 50, "mean", None))
+    assert big.grad.isfinite().all()
+
+
+def test_half_precision_input_keeps_an_fp32_loss_and_gradient() -> None:
+    hidden, weight, targets = problem((4, 32), 16, 100, 3, torch.float32)
+    half = (0.3 * hidden).detach().bfloat16().requires_grad_()
+    small = (0.3 * weight).detach().requires_grad_()
+    loss = linear_cross_entropy(half, small, targets, vocab_size=100, chunk_tokens=48)
+    loss.backward()
+    exact = half.detach().double().requires_grad_(), small.detach().double().requires_grad_()
+    expected = plain(*exact, targets, 100, "mean", None)
+    expected.backward()
+    assert loss.dtype == small.grad.dtype == torch.float32 and half.grad.dtype == torch.bfloat16
+    assert loss.item() == pytest.approx(expected.item(), rel=2e-3)
+    for half_grad, exact_grad in ((half.grad, exact[0].grad), (small.grad, exact[1].grad)):
+        assert (half_grad - exact_grad).norm() < 0.02 * exact_grad.norm()
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor any operator returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_table_of_logits_never_exists(reduction: Any) -> None:
+    hidden, weight, targets = problem((4, 64), 8, 300, 4, torch.float32)
+    with LargestTensor() as largest:
+        linear_cross_entropy(
+            hidden, weight, targets, vocab_size=300, reduction=reduction, chunk_tokens=16
+        ).sum().backward()
+    assert largest.elements <= 16 * 300 < targets.numel() * 300
+
+
+def test_softcap_bounds_and_leaves_small_logits() -> None:
+    logits = torch.tensor([-1e9, -0.01, 0.0, 0.01, 1e9])
+    torch.testing.assert_close(softcap(logits), torch.tensor([-15.0, -0.01, 0.0, 0.01, 15.0]))
+
+
+def test_without_gradients_nothing_is_kept() -> None:
+    hidden, weight, targets = problem((2, 3), 4, 7, 1)
+    with torch.no_grad():
+        loss = linear_cross_entropy(hidden, weight, targets, vocab_size=7)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, plain(hidden, weight, targets, 7, "mean", None).detach())

@@ -1,0 +1,119 @@
+"""Plans against those of the reference implementation, and the laws' own properties."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from lmchat.model.gpt import GPT
+from lmchat.scaling import (
+    config_for_depth,
+    flops_per_token,
+    make_plan,
+    optimal_batch_tokens,
+    parameter_counts,
+)
+from lmchat.types import UserError
+
+CASES = json.loads((Path(__file__).parent / "fixtures" / "scaling_laws.json").read_text())
+D12 = {"vocab_size": 32768, "sequence_len": 2048}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"d{case['depth']}-{case['ratio']}")
+def test_plans_are_the_references(case: dict) -> None:
+    plan = make_plan(case["depth"], ratio=case["ratio"], **case["options"])
+    config, counts = plan.config, plan.counts
+    assert (config.n_embd, config.n_head, config.n_kv_head, config.head_dim) == (
+        case["model_dim"],
+        case["n_head"],
+        case["n_kv_head"],
+        case["head_dim"],
+    )
+    assert list(config.window_sizes) == case["window_sizes"]
+    assert list(config.value_embedding_layers) == case["ve_layers"]
+    assert {name: getattr(counts, name) for name in case["param_counts"]} == case["param_counts"]
+    assert counts.scaling == case["scaling_params"]
+    assert plan.target_tokens == case["target_tokens"]
+    assert plan.reference_tokens == case["D_REF"]
+    assert plan.global_batch_tokens == case["total_batch_size"]
+    assert plan.lr_scale == pytest.approx(case["batch_lr_scale"], rel=1e-12)
+    assert plan.weight_decay == pytest.approx(case["weight_decay_scaled"], rel=1e-12)
+    assert plan.steps == case["num_iterations"]
+    assert plan.total_tokens == case["total_training_tokens"]
+    assert plan.flops_per_token == case["flops_per_token"]
+    assert plan.total_flops == pytest.approx(case["total_training_flops"], rel=1e-12)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 5, 7, 11, 13])
+def test_widths_round_up_to_whole_heads(depth: int) -> None:
+    config = config_for_depth(depth, 32768, 2048)
+    assert config.n_embd % 128 == 0
+    assert 0 <= config.n_embd - 64 * depth < 128
+
+
+@pytest.mark.parametrize(("depth", "n_kv_head", "pattern"), [(3, 1, "SSSL"), (4, 2, "SL"), (5, None, "L")])
+def test_counts_are_those_of_a_built_model(depth: int, n_kv_head: int | None, pattern: str) -> None:
+    config = config_for_depth(depth, 1000, 64, head_dim=32, n_kv_head=n_kv_head, window_pattern=pattern)
+    with torch.device("meta"):
+        model = GPT(config)
+    counts = parameter_counts(config)
+    assert counts.total == sum(p.numel() for p in model.parameters())
+    assert counts.transformer_matrices == sum(p.numel() for p in model.transformer.h.parameters())
+    assert counts.wte == counts.lm_head == 1024 * config.n_embd
+    # 6 operations per matrix weight, 12 · width per visible key: the formula of the scaling-law literature.
+    visible = sum(min(window, 64) for window in config.window_sizes)
+    assert flops_per_token(config) == 6 * (counts.transformer_matrices + counts.lm_head) + 12 * config.n_embd * visible
+
+
+def test_an_explicit_horizon_beats_flops_which_beat_the_ratio() -> None:
+    by_ratio = make_plan(12, **D12)
+    by_flops = make_plan(12, **D12, target_flops=1e18)
+    by_steps = make_plan(12, **D12, target_flops=1e18, max_steps=77)
+    assert by_ratio.steps == by_ratio.target_tokens // by_ratio.global_batch_tokens
+    assert by_flops.total_flops == pytest.approx(1e18, rel=0.01)
+    assert by_steps.steps == 77
+    assert by_ratio.global_batch_tokens == by_flops.global_batch_tokens == by_steps.global_batch_tokens
+
+
+def test_an_explicit_batch_moves_rates_and_decay_by_the_same_laws() -> None:
+    plan = make_plan(12, **D12, global_batch_tokens=4096)
+    assert plan.lr_scale == pytest.approx(math.sqrt(4096 / 2**19))
+    assert plan.weight_decay == pytest.approx(0.2 * plan.lr_scale, rel=1e-6)  # depth 12 is its own reference
+
+
+def test_depth_12_is_the_fixed_point() -> None:
+    plan = make_plan(12, **D12)
+    assert plan.global_batch_tokens == 2**19
+    assert plan.lr_scale == 1.0
+
+
+@pytest.mark.parametrize("factor", [0.01, 0.3, 1.0, 7.0, 400.0])
+def test_batches_are_the_nearest_powers_of_two(factor: float) -> None:
+    batch = optimal_batch_tokens(int(1e9 * factor), 1e9)
+    exact = 2**19 * factor**0.383
+    assert batch.bit_count() == 1
+    assert 1 / math.sqrt(2) - 1e-9 <= batch / exact <= math.sqrt(2) + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"depth": 0}, "depth is 0"),
+        ({"head_dim": 0}, "head_dim is 0"),
+        ({"aspect_ratio": -1}, "aspect_ratio is -1"),
+        ({"ratio": 0}, "ratio is 0"),
+        ({"global_batch_tokens": 0}, "global_batch_tokens is 0"),
+        ({"max_steps": 0}, "max_steps 0 is not one step"),
+        ({"target_flops": 1.0}, "target_flops 1 is not one step"),
+        ({"global_batch_tokens": 10**12}, "is not one step of 1,000,000,000,000 tokens"),
+        ({"n_kv_head": 4}, "n_kv_head 4 does not divide n_head 6"),
+        ({"window_pattern": "SX"}, "window_pattern is 'SX'"),
+    ],
+)
+def test_mistakes_are_named(changes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_plan(**({"depth": 12} | D12 | changes))
