@@ -1,0 +1,54 @@
+"""What the documentation shows runs as printed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmchat.__main__ import COMMANDS, TRAINER_COMMANDS, main
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def test_the_functions_page_runs_from_top_to_bottom() -> None:
+    names: dict[str, Any] = {}
+    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "functions.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 6
+    for block in blocks:
+        exec(block, names)
+    assert names["rows"] == [[(1, 9)], [(0, 5), (3, 4)], [(2, 3)]][: len(names["rows"])]
+    assert names["logits"].shape == (2, 256, 512)
+
+
+def test_every_make_target_that_is_named_exists() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
+    for page in ("README.md", "CONTRIBUTING.md"):
+        text = (REPOSITORY / page).read_text()
+        assert set(re.findall(r"`make ([a-z-]+)", text)) <= targets
+
+
+def test_every_lmchat_command_that_is_named_exists() -> None:
+    for page in (REPOSITORY / "README.md", *(REPOSITORY / "configs").glob("*.yaml")):
+        named = set(re.findall(r"^\s*(?:# Run: )?lmchat ([a-z]+)", page.read_text(), re.MULTILINE))
+        assert named <= {*COMMANDS, *TRAINER_COMMANDS}, page
+
+
+def test_every_path_in_the_readme_exists() -> None:
+    for path in re.findall(r"`((?:src|docs|configs|tests)/[\w./]+)`", (REPOSITORY / "README.md").read_text()):
+        assert (REPOSITORY / path).exists(), path
+
+
+def test_help_lists_every_command_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    import subprocess
+    import sys
+
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in (*COMMANDS, *TRAINER_COMMANDS))
+    check = "import sys; from lmchat.__main__ import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], capture_output=True).returncode == 0
+    check = "import sys, lmchat; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check]).returncode == 0
