@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -48,11 +49,12 @@ def fake_stages(monkeypatch: pytest.MonkeyPatch, calls: list[str], failing: str 
             calls.append(name)
             if name == failing:
                 raise UserError("the disk is full")
-            return dict.fromkeys(["gzip_bpb", "xz_bpb", "ngram_bpb"], 2.0) if name == "baselines" else {"tokens": 7}
+            return dict.fromkeys(["gzip_bpb", "xz_bpb", "ngram_bpb"], 2.0) if name == "baselines" else {"steps": 7}
 
         return work
 
-    monkeypatch.setattr(command, "STAGES", {name: (name, stage(name)) for name in ("corpus", "baselines", "last")})
+    names = ("corpus", "baselines", "pretrain")
+    monkeypatch.setattr(command, "STAGES", {name: (name, stage(name)) for name in names})
 
 
 def test_a_user_trains_on_a_folder_of_text(text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -72,7 +74,12 @@ def test_a_user_trains_on_a_folder_of_text(text: Path, tmp_path: Path, capfd: py
     assert summary["minutes"] == pytest.approx(sum(stage["seconds"] for stage in stages.values()) / 60, abs=0.01)
     checkpoints = output / "base_checkpoints" / command.TAG
     assert [path.name for path in checkpoints.glob("meta_*")] == ["meta_000004.json"]
-    assert "bits per byte" in capfd.readouterr().out
+    printed = capfd.readouterr().out
+    assert "bits per byte" in printed
+    next_command = printed.strip().splitlines()[-1].split()
+    assert next_command[-2:] == ["--trainer.max_steps", "8"]
+    subprocess.run(" ".join(next_command), shell=True, check=True, timeout=120)
+    assert (checkpoints / "meta_000008.json").is_file()
 
     demo(text=text, output=output)
     assert json.loads((output / "summary.json").read_text()) == summary
@@ -83,13 +90,13 @@ def test_a_failed_stage_is_reported_and_taken_up_again(
     monkeypatch: pytest.MonkeyPatch, text: Path, tmp_path: Path
 ) -> None:
     calls: list[str] = []
-    fake_stages(monkeypatch, calls, failing="last")
+    fake_stages(monkeypatch, calls, failing="pretrain")
     with pytest.raises(UserError, match="disk is full"):
         demo(text=text, output=tmp_path / "run")
     assert list(json.loads((tmp_path / "run" / "summary.json").read_text())["stages"]) == ["corpus", "baselines"]
     fake_stages(monkeypatch, calls)
     demo(text=text, output=tmp_path / "run")
-    assert calls == ["corpus", "baselines", "last", "last"]
+    assert calls == ["corpus", "baselines", "pretrain", "pretrain"]
 
 
 def test_a_failing_training_names_the_stage(text: Path, tmp_path: Path) -> None:

@@ -19,12 +19,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lmchat.checkpoint.layout import STAGE_FOLDERS, committed_steps
 from lmchat.types import UserError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+LMCHAT = Path(sys.executable).with_name("lmchat")
 PRETRAIN_CONFIG = "demo_pretrain.yaml"
 VOCAB_SIZE = 4096
 VALIDATION_SHARE = 0.05
@@ -106,9 +108,8 @@ def demo(text: Path | None = None, output: Path = Path("runs/demo"), minutes: fl
         summary["minutes"] = round(sum(figures["seconds"] for figures in summary["stages"].values()) / 60, 2)
         _write_json(run.summary, summary)
     console.print(_table(summary))
-    console.print(
-        f"These figures are in {run.summary}. Next, train on for longer:\n  {_next_command(run)}", soft_wrap=True
-    )
+    console.print(f"These figures are in {run.summary}. Next, train the model for as long again:")
+    console.print(f"  {_next_command(run, summary)}", soft_wrap=True, highlight=False)
 
 
 COMMANDS = demo
@@ -184,6 +185,7 @@ def pretrain(run: Demo) -> Figures:
             f"no figures in the log of pretraining under {run.output / 'logs'}; delete the folder, run again"
         )
     return {
+        "steps": committed_steps(run.output / STAGE_FOLDERS["pretrain"] / TAG)[-1],
         "tokens": int(max(row["train/tokens"] for row in rows if "train/tokens" in row)),
         "tokens_per_second": round(speeds[len(speeds) // 2]),
         "bpb_before": round(bits[0], 4),
@@ -212,8 +214,6 @@ def read_log(folder: Path) -> list[dict[str, float]]:
 
 def _fit(run: Demo, stage: str, config: str, *options: str) -> None:
     """``lmchat fit``, in a process of its own, which continues from its last checkpoint."""
-    from lmchat.checkpoint.layout import STAGE_FOLDERS, committed_steps
-
     command = ["fit", "--config", str(CONFIGS / config), "--model.tag", TAG, *options]
     if committed_steps(run.output / STAGE_FOLDERS[stage] / TAG):
         command += ["--ckpt_path", "last"]
@@ -276,5 +276,13 @@ def _table(summary: dict[str, Any]) -> Table:
     return table
 
 
-def _next_command(run: Demo) -> str:
-    return f"LMCHAT_BASE_DIR={run.output} lmchat fit --config configs/{PRETRAIN_CONFIG} --trainer.max_steps 10000"
+def _next_command(run: Demo, summary: dict[str, Any]) -> str:
+    """Trains the model for as long again."""
+    steps = summary["stages"]["pretrain"]["steps"]
+    options = f"--model.tag {TAG} --ckpt_path last --trainer.max_steps {2 * steps}"
+    return f"LMCHAT_BASE_DIR={run.output} {_short(LMCHAT)} fit --config {_short(CONFIGS / PRETRAIN_CONFIG)} {options}"
+
+
+def _short(path: Path) -> str:
+    """The path from here if it is below."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
