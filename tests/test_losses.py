@@ -90,6 +90,20 @@ def test_gradients_are_those_of_finite_differences(reduction: Any) -> None:
     assert torch.autograd.gradcheck(loss, (hidden, weight))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_is_the_same(dtype: torch.dtype) -> None:
+    hidden, weight, targets = problem((4, 10), 16, 100, 3, torch.float32)
+    hidden = hidden.detach().to(dtype).requires_grad_()
+    losses = [
+        linear_cross_entropy(hidden, weight, targets, vocab_size=100, chunk_tokens=16, fused=fused)
+        for fused in (False, True)
+    ]
+    torch.testing.assert_close(*losses)
+    gradients = [torch.autograd.grad(loss, (hidden, weight)) for loss in losses]
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_nothing_to_learn_is_zero_and_not_nan(reduction: Any) -> None:
     hidden, weight, targets = problem((2, 3), 4, 7, 1)

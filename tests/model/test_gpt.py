@@ -46,7 +46,7 @@ def random_tokens(config: GPTConfig = SMALL, rows: int = 2, length: int = 16, se
     return ids[:, :-1], ids[:, 1:]
 
 
-# The reference implementation ------------------------------------------------------------------------------------------
+# The reference implementation -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=["kv2", "l5"])
@@ -137,7 +137,7 @@ def test_reference_decoding(oracles: Path, name: str, prompt_length: int) -> Non
     torch.testing.assert_close(torch.stack(logits[:9]), expected, rtol=0, atol=2e-5)
 
 
-# A twin, written from the formulas, one token and one head at a time ---------------------------------------------------
+# A twin, written from the formulas, one token and one head at a time --------------------------------------------------
 
 
 def rms(x: Tensor) -> Tensor:
@@ -219,7 +219,7 @@ def test_against_the_formulas(config: GPTConfig) -> None:
         )
 
 
-# Habits ----------------------------------------------------------------------------------------------------------------
+# Habits ---------------------------------------------------------------------------------------------------------------
 
 
 def test_initial_weights_have_the_references_distribution() -> None:
@@ -386,3 +386,9 @@ def test_compiled_blocks_compute_the_same_without_breaks() -> None:
     for (name, a), b in zip(model.named_parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
     assert list(compiled.state_dict()) == names
+    graphs = counters["stats"]["unique_graphs"]
+    with torch.inference_mode():
+        cache = KVCache(SMALL, 2, 24)
+        for chunk in (ids, ids[:, :1], ids[:, :3]):
+            assert compiled(chunk, cache).isfinite().all()
+    assert counters["stats"]["unique_graphs"] == graphs, "decoding compiles nothing"

@@ -170,6 +170,7 @@ class GPT(nn.Module):
         self.compute_dtype = compute_dtype
         self.rotary_dtype = rotary_dtype
         self.attention = attention
+        self.fused_head = False
         vocab = config.padded_vocab_size
         self.transformer = Transformer(config)
         self.lm_head = Linear(config.n_embd, vocab)
@@ -249,9 +250,15 @@ class GPT(nn.Module):
         self.x0_lambdas.fill_(0.1)
 
     def compile_blocks(self) -> None:
-        """Compile each block in place for fixed shapes; parameter names stay. Blocks of one kind share their code."""
+        """Compile each block in place for fixed shapes, on CUDA the head's loss too; parameter names stay.
+
+        Blocks of one kind share their code: there are four at most, by window and value embedding.
+        """
+        # Torch gives up after 8 variants of one function; evaluation and its batch shape double and double again.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
         for block in self.blocks:
             block.compile(dynamic=False)
+        self.fused_head = self.device.type == "cuda"
 
     def forward(self, ids: Tensor, kv_cache: KVCache | None = None) -> Tensor:
         """Logits (B, T, vocab_size) in fp32 for ids (B, T); with a cache, of the tokens after those it holds."""
@@ -273,6 +280,7 @@ class GPT(nn.Module):
             vocab_size=self.config.vocab_size,
             reduction=reduction,
             weights=weights,
+            fused=self.fused_head,
         )
 
     def hidden(self, ids: Tensor, kv_cache: KVCache | None = None) -> Tensor:
@@ -285,7 +293,9 @@ class GPT(nn.Module):
         x0 = x
         for layer, block in enumerate(self.blocks):
             x = self.resid_lambdas[layer] * x + self.x0_lambdas[layer] * x0
-            x = block(x, self._value_embedding(layer, ids), cos, sin, kv_cache)
+            # Compiled blocks are for the fixed shapes of training: a growing cache would compile them at every step.
+            run = block if kv_cache is None else block.forward
+            x = run(x, self._value_embedding(layer, ids), cos, sin, kv_cache)
         if kv_cache is not None:
             kv_cache.advance(ids.size(1))
         return norm(x)
