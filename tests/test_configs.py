@@ -24,11 +24,13 @@ checkpoint: {every_n_steps: 2}
 
 def test_every_config_is_covered() -> None:
     names = {path.name for path in CONFIGS.glob("*.yaml")}
-    assert names == {*PRETRAIN, *OVERLAYS}
+    assert names == {*PRETRAIN, *OVERLAYS, *CHAT}
 
 
 PRETRAIN = ["d12_pretrain.yaml", "d20_pretrain.yaml", "d26_pretrain.yaml", "demo_pretrain.yaml"]
 OVERLAYS = ["cpu.yaml"]
+CHAT = ["sft.yaml", "grpo.yaml"]
+"""Run by tests/stages/test_chat_stages.py, with data that is at hand."""
 
 
 @pytest.mark.parametrize("names", [[name] for name in PRETRAIN] + [["d12_pretrain.yaml", name] for name in OVERLAYS])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch.utils.data import IterableDataset
@@ -14,12 +13,12 @@ from lmchat.tokenizer.render import render_for_completion
 from lmchat.types import Conversation
 
 
-@dataclass(frozen=True)
 class Questions:
-    """Some questions of one task, for one pass of the engine."""
+    """Some questions of one task, for one pass of the engine. Lightning would copy a dataclass to the device."""
 
-    task: Task
-    conversations: list[Conversation]
+    def __init__(self, task: Task, conversations: list[Conversation]) -> None:
+        self.task = task
+        self.conversations = conversations
 
 
 class TaskQuestions(IterableDataset[Questions]):

@@ -268,9 +268,10 @@ class StageDataModule(L.LightningDataModule):
         """Wraps ``batches`` for Lightning; in pinned memory where they are copied to a GPU, so that copies overlap."""
         return DataLoader(batches, batch_size=None, pin_memory=self.module.device.type == "cuda")
 
-    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         # Called when a batch is consumed: loaders are read ahead, so their own position would be too far.
-        self.position = batch.pop("state", self.position)
+        if self.run.training:
+            self.position = batch.pop("state")
         return batch
 
     def progress(self) -> dict[str, float]:

@@ -1,0 +1,233 @@
+"""Fine-tuning and reinforcement learning, through the command line and in their plans."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import lightning.pytorch  # noqa: F401  (its log handler keeps the stderr of its import: not that of one test)
+import numpy as np
+import pytest
+import torch
+
+from lmchat.__main__ import main
+from lmchat.checkpoint.load import find_checkpoint, load_model_state
+from lmchat.data.conversations import RenderedConversations, render_all
+from lmchat.data.mixture import Mixture, MixturePart
+from lmchat.data.padded import PaddedBatches, PaddedPlan
+from lmchat.tasks import Arithmetic, Identity
+from lmchat.tokenizer.bpe import Tokenizer
+from lmchat.tokenizer.render import render_conversation
+from lmchat.types import IGNORE_INDEX
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+PRETRAIN = """
+trainer: {accelerator: cpu, devices: 1, max_steps: 2}
+model:
+  class_path: PretrainModule
+  init_args: {depth: 1, sequence_len: 256, head_dim: 32, window_pattern: L, global_batch_tokens: 2048, tag: tiny}
+data: {class_path: FineWebDataModule, init_args: {micro_batch_size: 4, eval_tokens: 1024}}
+samples: {max_new_tokens: 0}
+"""
+SFT = """
+trainer: {accelerator: cpu, devices: 1}
+model: {class_path: SFTModule, init_args: {max_new_tokens: 8}}
+data:
+  class_path: SFTDataModule
+  init_args:
+    micro_batch_size: 4
+    eval_tokens: 2048
+    train:
+      - task: {class_path: Identity, init_args: {split: train, size: 24}}
+        epochs: 2
+      - task: {class_path: Arithmetic, init_args: {split: train, size: 16}}
+    val:
+      - task: {class_path: Identity, init_args: {split: test, size: 8}}
+    eval_tasks:
+      - {class_path: Arithmetic, init_args: {split: test, size: 4}}
+eval: {every_n_steps: 0}
+monitor: {every_n_steps: 1}
+samples: {max_new_tokens: 0}
+checkpoint: {every_n_steps: 2}
+"""
+GRPO = """
+trainer: {accelerator: cpu, devices: 1, max_steps: 2}
+model: {class_path: GRPOModule}
+data:
+  class_path: RolloutDataModule
+  init_args:
+    task: {class_path: Arithmetic, init_args: {split: train, size: 8}}
+    eval_task: {class_path: Arithmetic, init_args: {split: test, size: 4}}
+    questions_per_step: 2
+    num_samples: 3
+    eval_num_samples: 2
+    max_new_tokens: 8
+eval: {every_n_steps: 0}
+monitor: {every_n_steps: 1}
+samples: {max_new_tokens: 0}
+checkpoint: {every_n_steps: 1}
+"""
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base folder with a checkpoint of each stage."""
+    base = tmp_path_factory.mktemp("pipeline")
+    for name in ("base_data", "tokenizer"):
+        (base / name).symlink_to(tiny_base / name)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("LMCHAT_BASE_DIR", str(base))
+        fit(base, "pretrain", PRETRAIN)
+        fit(base, "sft", SFT, "--ckpt_path", str(base / "base_checkpoints" / "tiny"))
+        fit(base, "grpo", GRPO, "--ckpt_path", str(base / "chatsft_checkpoints" / "tiny"))
+    return base
+
+
+def fit(base: Path, name: str, config: str, *options: str) -> None:
+    path = base / f"{name}.yaml"
+    path.write_text(config)
+    shipped = [] if name == "pretrain" else ["--config", str(CONFIGS / f"{config_of(config)}.yaml")]
+    assert main(["fit", *shipped, "--config", str(path), *options]) == 0
+
+
+def config_of(config: str) -> str:
+    """The shipped config that ``config`` shrinks."""
+    return "sft" if config is SFT else "grpo"
+
+
+def log(base: Path, stage: str) -> list[dict[str, str]]:
+    (path,) = (base / "logs" / stage).rglob("metrics.csv")
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_each_stage_starts_from_the_one_before(pipeline: Path) -> None:
+    for folder, stage in (("base", "pretrain"), ("chatsft", "sft"), ("chatrl", "grpo")):
+        checkpoint = find_checkpoint(pipeline / f"{folder}_checkpoints" / "tiny")
+        assert checkpoint.stage == stage
+        assert checkpoint.meta["model"]["sequence_len"] == 256
+        assert checkpoint.meta["global_batch_tokens"] == 2048
+
+
+def test_fine_tuning_takes_exactly_one_epoch(pipeline: Path) -> None:
+    rows = [row for row in log(pipeline, "sft") if row["train/loss"]]
+    rendered = RenderedConversations(pipeline / "rendered" / "tiny" / "train")
+    plan = PaddedPlan(rendered, 256, 8)
+    assert len(rendered) == 2 * 24 + 16
+    assert len(rows) == plan.steps > 1
+    assert float(rows[-1]["train/epoch"]) == 1
+    assert float(rows[-1]["train/loss"]) < float(rows[0]["train/loss"])
+
+
+def test_held_out_figures_are_logged(pipeline: Path) -> None:
+    sft = [row for row in log(pipeline, "sft") if row["val/bpb"]]
+    assert len(sft) == 2
+    assert float(sft[1]["val/bpb"]) < float(sft[0]["val/bpb"])
+    assert all(0 <= float(row["val/Arithmetic/test"]) <= 1 for row in sft)
+    grpo = [row for row in log(pipeline, "grpo") if row["val/pass@1"]]
+    assert len(grpo) == 2
+    assert all(0 <= float(row["val/pass@1"]) <= float(row["val/pass@2"]) <= 1 for row in grpo)
+
+
+def test_steps_without_a_signal_leave_the_model_alone(pipeline: Path) -> None:
+    rows = [row for row in log(pipeline, "grpo") if row["train/loss"]]
+    assert [float(row["train/no_signal"]) for row in rows] == [2, 2], "an untrained model solves nothing"
+    before = load_model_state(find_checkpoint(pipeline / "chatsft_checkpoints" / "tiny"))
+    after = load_model_state(find_checkpoint(pipeline / "chatrl_checkpoints" / "tiny"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_a_stage_resumes_its_own_run(stage: str, pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LMCHAT_BASE_DIR", str(pipeline))
+    folder = {"sft": "chatsft_checkpoints", "grpo": "chatrl_checkpoints"}[stage]
+    last = find_checkpoint(pipeline / folder / "tiny")
+    other = f"{stage}_again"
+    first = {"sft": 2, "grpo": 1}[stage]
+    start = pipeline / folder / "tiny" / f"meta_{first:06d}.json"
+    config = {"sft": SFT, "grpo": GRPO}[stage]
+    fit(pipeline, other, config, "--ckpt_path", str(start), "--model.tag", other)
+    again = find_checkpoint(pipeline / folder / other)
+    assert again.step == last.step
+    expected, actual = load_model_state(last), load_model_state(again)
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+
+
+def test_a_chat_stage_without_a_checkpoint_says_what_it_needs(
+    pipeline: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LMCHAT_BASE_DIR", str(pipeline))
+    (pipeline / "sft.yaml").write_text(SFT)
+    assert main(["fit", "--config", str(pipeline / "sft.yaml"), "--model.tag", "none"]) == 2
+    assert "--ckpt_path" in capfd.readouterr().err
+
+
+@pytest.fixture
+def rendered(tiny_base: Path, tmp_path: Path) -> tuple[Mixture, Tokenizer, RenderedConversations]:
+    tokenizer = Tokenizer.load(tiny_base / "tokenizer")
+    mixture = Mixture([MixturePart(Identity("train", size=30)), MixturePart(Arithmetic("train", size=20), epochs=2)])
+    report = render_all(mixture, tokenizer, 128, tmp_path, title="")
+    assert report.conversations == 70
+    return mixture, tokenizer, RenderedConversations(tmp_path)
+
+
+def test_every_conversation_is_in_the_plan_once(rendered: tuple[Mixture, Tokenizer, RenderedConversations]) -> None:
+    plan = PaddedPlan(rendered[2], 128, 8)
+    assert sorted(document for row in plan.rows for document, _ in row) == list(range(70))
+    assert sum(plan.loss_tokens(step) for step in range(plan.steps)) == rendered[2].supervised.sum()
+
+
+@pytest.mark.parametrize(("rows", "world"), [(8, 1), (4, 2), (2, 1), (1, 4)])
+def test_batches_hold_the_same_rows_for_every_split(
+    rows: int, world: int, rendered: tuple[Mixture, Tokenizer, RenderedConversations]
+) -> None:
+    mixture, tokenizer, conversations = rendered
+    plan = PaddedPlan(conversations, 128, 8)
+    ranks = [
+        list(PaddedBatches(plan, bos_id=tokenizer.bos_id, micro_batch_size=rows, rank=rank, world_size=world))
+        for rank in range(world)
+    ]
+    batches = [batch for round_ in zip(*ranks, strict=True) for batch in round_]
+    inputs = torch.cat([batch["inputs"] for batch in batches])
+    targets = torch.cat([batch["targets"] for batch in batches])
+    for index, row in enumerate(plan.rows):
+        ids, mask = [], []
+        for document, _ in row:
+            own_ids, own_mask = render_conversation(tokenizer, mixture[document], 128)
+            ids += own_ids
+            mask += own_mask
+        expected = [token if spoken else IGNORE_INDEX for token, spoken in zip(ids, mask, strict=True)]
+        expected += [IGNORE_INDEX] * (129 - len(expected))
+        assert targets[index].tolist() == expected[1:]
+        assert inputs[index, : min(len(ids), 128)].tolist() == ids[:128]
+    assert (targets[len(plan.rows) :] == IGNORE_INDEX).all()
+    live = [int((batch["targets"] != IGNORE_INDEX).sum()) for batch in batches]
+    per_step = 8 // rows
+    for step in range(plan.steps):
+        assert sum(live[step * per_step : (step + 1) * per_step]) == batches[step * per_step]["loss_tokens"]
+
+
+def test_a_conversation_cut_short_is_counted(tiny_base: Path, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(tiny_base / "tokenizer")
+    report = render_all(Arithmetic("train", size=5), tokenizer, 16, tmp_path, title="")
+    assert report.truncated == 5
+    assert report.unsupervised == 5
+    assert (RenderedConversations(tmp_path).lengths == 16).all()
+
+
+def test_the_split_into_micro_batches_does_not_change_the_weights(
+    pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LMCHAT_BASE_DIR", str(pipeline))
+    weights = []
+    for rows in (8, 2):
+        tag = f"rows{rows}"
+        options = ("--model.tag", tag, "--data.micro_batch_size", str(rows), "--trainer.max_steps", "2")
+        fit(pipeline, tag, SFT, "--ckpt_path", str(pipeline / "base_checkpoints" / "tiny"), *options)
+        weights.append(load_model_state(find_checkpoint(pipeline / "chatsft_checkpoints" / tag)))
+    meta = json.loads(next((pipeline / "chatsft_checkpoints" / "rows2").glob("meta_*.json")).read_text())
+    assert meta["step"] == 2
+    for name, expected in weights[0].items():
+        scale = float(expected.abs().max()) or 1.0
+        assert np.abs((weights[1][name] - expected).numpy()).max() < 2e-3 * scale, name
