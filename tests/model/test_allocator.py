@@ -15,7 +15,7 @@ from lmchat.model.allocator import keep_large_blocks
 if sys.argv[1] == "keep":
     assert keep_large_blocks()
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(3):
+for _ in range(12):  # Alignment leaves splinters between the first few blocks.
     torch.ones(2**24)
 before = faults()
 for _ in range(10):
@@ -31,8 +31,7 @@ def faults(mode: str) -> int:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a glibc setting")
 def test_blocks_of_64_mb_come_back_without_page_faults() -> None:
-    # Not zero: under memory pressure the system takes idle pages back.
-    assert faults("keep") < 0.3 * faults("default")
+    assert faults("keep") < 0.05 * faults("default")
 
 
 def test_elsewhere_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
