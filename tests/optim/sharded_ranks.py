@@ -6,6 +6,7 @@ Smaller worlds are subgroups of the four. Results go to files: processes only me
 from __future__ import annotations
 
 import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -133,8 +134,11 @@ def traffic(rank: int, world_size: int, group: dist.ProcessGroup) -> dict[str, A
             loss_of(params, 1, micro_batch).backward()
             calls.append(counted.calls)
         optimizer.step()
-    rounded = copies(params)
-    optimizer.gather_exact()
+    rounded, saved = copies(params), deepcopy(optimizer.state_dict())
+    with torch.no_grad():
+        for param in params.values():
+            param.copy_(param.bfloat16())
+    optimizer.load_state_dict(saved)
     return {
         "calls_after_micro_batches": calls,
         "calls": counted.calls,

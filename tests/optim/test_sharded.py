@@ -132,9 +132,9 @@ def test_reductions_start_in_the_last_backward_and_not_before(world_size: int, r
         assert traffic["calls"] == 2 * traffic["buckets"] - 1  # Small tensors are not gathered.
 
 
-def test_narrow_gathers_round_at_the_others_only(ranks: Results) -> None:
+def test_narrow_gathers_round_at_the_others_only_and_lose_nothing(ranks: Results) -> None:
     traffic = [ranks[rank]["traffic_2"] for rank in range(2)]
-    exact = traffic[0]["params"]
+    exact = traffic[0]["params"]  # restored from what the two ranks saved
     assert_same(traffic[1]["params"], exact, tolerance=0)
     for name, value in exact.items():
         rounded = [outcome["rounded"][name] for outcome in traffic]

@@ -119,8 +119,8 @@ class MuonAdamW(Optimizer):
         polar_dtype: torch.dtype | Literal["auto"] = "auto",
         compile: bool | Literal["auto"] = "auto",
     ) -> None:
-        self._polar_dtype = polar_dtype
-        self._compile = compile
+        self.polar_dtype = polar_dtype
+        self.compile = compile
         self._compiled_update = torch.compile(muon_update, dynamic=False)
         self._stacks: dict[str, tuple[Tensor, Tensor]] = {}
         self._names: dict[Tensor, str] = {}
@@ -194,15 +194,15 @@ class MuonAdamW(Optimizer):
         """Muon on a stack of any of the group's matrices."""
         settings = {key: group[key] for key in ("lr", "momentum", "weight_decay", "beta2")}
         update = muon_update
-        if self._compile is True or (self._compile == "auto" and params.is_cuda):
+        if self.compile is True or (self.compile == "auto" and params.is_cuda):
             # Tensors: a compiled kernel would be made anew for every new number.
             settings = {key: torch.tensor(value, dtype=params.dtype) for key, value in settings.items()}
             update = self._compiled_update
         update(params, grads, momentum_buffers, second_moments, **settings, polar_dtype=self._dtype_for_polar(params))
 
     def _dtype_for_polar(self, params: Tensor) -> torch.dtype:
-        if self._polar_dtype != "auto":
-            return self._polar_dtype
+        if self.polar_dtype != "auto":
+            return self.polar_dtype
         return fast_matmul_dtype(params.device) if params.dtype == torch.float32 else params.dtype
 
     def adamw_state(self, param: Tensor, part: Tensor) -> dict[str, Tensor]:
@@ -228,7 +228,7 @@ class MuonAdamW(Optimizer):
     def state_dict(self) -> StateDict:
         """State and settings keyed by names, ready for `torch.save` and for ``torch.load(weights_only=True)``.
 
-        ``state``: parameter name to its tensors; where they are rows of the whole only, ``row_start`` is the first.
+        ``state``: parameter name to its tensors; where they are some rows of the whole, ``row_start`` is the first.
         ``param_groups``: the groups, with ``param_names`` and ``param_shapes`` for parameters.
         """
         self._allocate_state()
@@ -240,9 +240,11 @@ class MuonAdamW(Optimizer):
             "param_groups": [_saved_group(group) for group in self.param_groups],
         }
 
+    @torch.no_grad()
     def load_state_dict(self, state_dict: StateDict | Sequence[StateDict]) -> None:
         """Restores state and settings exactly, from one `state_dict` or from those of all ranks of a sharded run.
 
+        Where these hold exact parameters too, because others had rounded ones, the parameters are restored as well.
         Raises UserError where the parameters are others than those saved, or where state of some is missing.
         """
         parts = [state_dict] if isinstance(state_dict, dict) else list(state_dict)
@@ -257,6 +259,8 @@ class MuonAdamW(Optimizer):
             pieces = [part["state"][name] for part in parts if name in part["state"]]
             for key, tensor in state.items():
                 _restore(tensor, pieces, key, self._first_row(param), name)
+            if pieces and "param" in pieces[0]:
+                _restore(self._own_part(param), pieces, "param", self._first_row(param), name)
 
     def _allocate_state(self) -> None:
         for group in self.param_groups:
@@ -269,6 +273,10 @@ class MuonAdamW(Optimizer):
     def _first_row(self, param: Tensor) -> int:
         """First row of ``param`` whose state is kept here."""
         return 0
+
+    def _own_part(self, param: Tensor) -> Tensor:
+        """The part of ``param`` whose state is kept here."""
+        return param
 
 
 def _restore(tensor: Tensor, pieces: Sequence[dict[str, Any]], key: str, start: int, name: str) -> None:

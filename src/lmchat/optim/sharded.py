@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lmchat.optim.muon_adamw import MuonAdamW
+from lmchat.optim.muon_adamw import MuonAdamW, StateDict
 
 # torch 2.13 renamed both and warns of the old names.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -347,7 +347,7 @@ def make_buckets(groups: Iterable[Group], collectives: Collectives, bucket_bytes
         for first in range(0, len(params), count):
             members = params[first : first + count]
             owners = deal(len(members), loads, matrix_bytes)
-            buckets.append(MatrixBucket(group, f"{group['name']}.{first}", members, owners, collectives))
+            buckets.append(MatrixBucket(group, f"{group['name']}[{first}]", members, owners, collectives))
     if small:
         buckets.append(SmallBucket(small, collectives))
     return buckets
@@ -467,3 +467,20 @@ class ShardedMuonAdamW(MuonAdamW):
     def _first_row(self, param: Tensor) -> int:
         bucket = self._bucket_of[param]
         return bucket.start if isinstance(bucket, RowBucket) else 0
+
+    def _own_part(self, param: Tensor) -> Tensor:
+        bucket = self._bucket_of[param]
+        return bucket.own if isinstance(bucket, RowBucket) else param
+
+    def state_dict(self) -> StateDict:
+        """This rank's share; where others hold rounded parameters, it holds this rank's exact ones as ``param``."""
+        saved = super().state_dict()
+        if self._gather_dtype is not None:
+            for param in self.state:
+                saved["state"][self._names[param]]["param"] = self._own_part(param).detach()
+        return saved
+
+    def load_state_dict(self, state_dict: StateDict | Sequence[StateDict]) -> None:
+        """As of `MuonAdamW`, on all ranks at once: from this rank's share if as many ranks saved it, or from all."""
+        super().load_state_dict(state_dict)
+        self.gather_exact()

@@ -1,0 +1,95 @@
+"""`zero2_muon` in real Trainer runs of one and more processes: the same numbers, quiet accumulation, preemption."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+
+from lmchat.optim.muon_adamw import MuonAdamW
+from lmchat.strategies.zero2_muon import Zero2MuonStrategy
+from lmchat.types import UserError
+
+SCRIPT = Path(__file__).with_name("zero2_fit.py")
+MICRO_BATCHES_PER_STEP, STEPS = 12, 3
+
+
+def fit(folder: Path, devices: int, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), str(folder), str(devices), *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+
+
+def results(folder: Path, devices: int) -> list[dict[str, Any]]:
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(devices)]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+    """What every rank saw in undisturbed runs, by the number of processes."""
+    seen = {}
+    for devices in (1, 3):
+        folder = tmp_path_factory.mktemp(f"fit{devices}")
+        process = fit(folder, devices)
+        assert process.returncode == 0, process.stderr
+        seen[devices] = results(folder, devices)
+    return seen
+
+
+def test_is_registered() -> None:
+    assert StrategyRegistry["zero2_muon"]["strategy"] is Zero2MuonStrategy
+    trainer = L.Trainer(accelerator="cpu", devices=1, strategy="zero2_muon", logger=False)
+    assert isinstance(trainer.strategy, Zero2MuonStrategy)
+
+
+def test_three_processes_train_what_one_trains(runs: dict[int, list[dict[str, Any]]]) -> None:
+    (one,) = runs[1]
+    # Micro-batch k of the global order is the rank's k mod 3.
+    interleaved = [loss for losses in zip(*(rank["losses"] for rank in runs[3]), strict=True) for loss in losses]
+    assert len(one["losses"]) == MICRO_BATCHES_PER_STEP * STEPS
+    assert interleaved == pytest.approx(one["losses"], abs=1e-10)
+    for rank in runs[3]:
+        for name, weight in one["weights"].items():
+            torch.testing.assert_close(rank["weights"][name], weight, rtol=0, atol=1e-10)
+
+
+def test_accumulation_is_silent(runs: dict[int, list[dict[str, Any]]]) -> None:
+    for rank in runs[3]:
+        per_step = MICRO_BATCHES_PER_STEP // 3
+        before_step = [rank["collectives"][i : i + per_step] for i in range(0, per_step * STEPS, per_step)]
+        assert all(len(set(counts)) == 1 for counts in before_step)
+        assert before_step[0][0] < before_step[1][0] < before_step[2][0]
+
+
+def test_sigterm_on_one_rank_ends_all_after_the_same_step(tmp_path: Path) -> None:
+    middle_of_second_step = 6 + 2
+    process = fit(tmp_path, 2, "--sigterm-at", str(middle_of_second_step))
+    assert "Traceback" not in process.stderr
+    for rank in results(tmp_path, 2):
+        assert rank["exception"] == "SIGTERMException"
+        assert rank["step"] == 2
+        assert len(rank["losses"]) == 2 * 6
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "clip", "message"),
+    [(MuonAdamW, 1.0, "gradient_clip_val is 1.0"), (torch.optim.SGD, None, r"needs one MuonAdamW, not \['SGD'\]")],
+)
+def test_what_it_cannot_do_is_refused(
+    optimizer: Any, clip: float | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = {"name": "wte", "kind": "adamw", "lr": 0.1, "params": [torch.nn.Parameter(torch.zeros(2))]}
+
+    def configure(self: DDPStrategy, trainer: L.Trainer) -> None:
+        self.optimizers = [optimizer([group])]
+
+    monkeypatch.setattr(DDPStrategy, "setup_optimizers", configure)
+    trainer: Any = SimpleNamespace(gradient_clip_val=clip)
+    with pytest.raises(UserError, match=message):
+        Zero2MuonStrategy().setup_optimizers(trainer)
