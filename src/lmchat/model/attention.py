@@ -158,7 +158,7 @@ def probe(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, gr
     generator = torch.Generator().manual_seed(0)
     heads = (4, 2 if grouped else 4)
     shapes = [(2, 160, heads[0], head_dim), *[(2, 160, heads[1], head_dim)] * 2, (2, 160, heads[0], head_dim)]
-    q, k, v, grad = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+    q, k, v, grad = (torch.randn(shape, generator=generator, device="cpu").to(device, dtype) for shape in shapes)
     tolerance = 0.03 if dtype.itemsize < 4 else 1e-4
     for window in (5, 160):
         expected = _output_and_gradients(attend_masked, q.float(), k.float(), v.float(), grad.float(), window)

@@ -31,7 +31,7 @@ def cpu_multiplies_bf16() -> bool:
     if not (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
         return False
     generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(2, 768, 768, generator=generator)
+    a, b = torch.randn(2, 768, 768, generator=generator, device="cpu")
     exact, rounded = a @ b, (a.bfloat16() @ b.bfloat16()).float()
     if not torch.allclose(rounded, exact, rtol=0.02, atol=0.02 * float(exact.abs().max())):
         return False
