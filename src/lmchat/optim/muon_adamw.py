@@ -93,6 +93,9 @@ def _group(name: str, members: Sequence[tuple[str, nn.Parameter]], settings: dic
     }
 
 
+MAX_STACK_SHAPES = 64
+"""For so many shapes of a stack Muon's update is compiled; by torch's limit of 8 further ones would run eagerly."""
+
 StateDict = dict[str, Any]
 
 
@@ -136,8 +139,8 @@ class MuonAdamW(Optimizer):
         shapes = {tuple(param.shape) for param in param_group["params"]}
         if kind == "muon" and (len(shapes) != 1 or len(*shapes) != 2):
             raise UserError(f"Muon group {name} holds shapes {sorted(shapes)}; give it matrices of one shape")
-        super().add_param_group(param_group)
         names = param_group.setdefault("param_names", [f"{name}.{i}" for i in range(len(param_group["params"]))])
+        super().add_param_group(param_group)
         self._names.update(zip(param_group["params"], names, strict=True))
 
     @torch.no_grad()
@@ -193,14 +196,17 @@ class MuonAdamW(Optimizer):
     ) -> None:
         """Muon on a stack of any of the group's matrices."""
         settings = {key: group[key] for key in ("lr", "momentum", "weight_decay", "beta2")}
-        update = muon_update
-        if self.compile is True or (self.compile == "auto" and params.is_cuda):
-            # Tensors: a compiled kernel would be made anew for every new number.
-            settings = {key: torch.tensor(value, dtype=params.dtype) for key, value in settings.items()}
-            update = self._compiled_update
-        update(params, grads, momentum_buffers, second_moments, **settings, polar_dtype=self._dtype_for_polar(params))
+        state, polar_dtype = (momentum_buffers, second_moments), self.polar_dtype_for(params)
+        if not (params.is_cuda if self.compile == "auto" else self.compile):
+            muon_update(params, grads, *state, **settings, polar_dtype=polar_dtype)
+            return
+        # Tensors: a compiled kernel would be made anew for every new number.
+        settings = {key: torch.tensor(value, dtype=params.dtype) for key, value in settings.items()}
+        with torch._dynamo.config.patch(recompile_limit=MAX_STACK_SHAPES):
+            self._compiled_update(params, grads, *state, **settings, polar_dtype=polar_dtype)
 
-    def _dtype_for_polar(self, params: Tensor) -> torch.dtype:
+    def polar_dtype_for(self, params: Tensor) -> torch.dtype:
+        """The dtype in which matrices of the dtype and device of ``params`` are orthogonalised."""
         if self.polar_dtype != "auto":
             return self.polar_dtype
         return fast_matmul_dtype(params.device) if params.dtype == torch.float32 else params.dtype
