@@ -46,23 +46,6 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return None
 
 
-def fast_matmul_dtype(device: torch.device) -> torch.dtype:
-    """The type matrix products are fastest in: bf16 on CUDA from sm80 on and on CPUs with bf16 units, else fp32.
-
-    Without such units a bf16 product is emulated, 10 to 100 times slower than in fp32. Flags decide, not a timing:
-    the numbers of a run must not depend on what else the machine was doing when it started.
-    """
-    import torch
-
-    if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
-    elif device.type == "cpu":
-        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    else:
-        fast = False
-    return torch.bfloat16 if fast else torch.float32
-
-
 def _measured_matmul_flops(dtype: torch.dtype, size: int = 1024, seconds: float = 0.3) -> float:
     import torch
 

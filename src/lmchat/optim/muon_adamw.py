@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lmchat.hardware import fast_matmul_dtype
+from lmchat.model.precision import default_compute_dtype
 from lmchat.optim.adamw import adamw_update
 from lmchat.optim.muon import muon_update, second_moment_shape
 from lmchat.types import UserError
@@ -209,7 +209,7 @@ class MuonAdamW(Optimizer):
         """The dtype in which matrices of the dtype and device of ``params`` are orthogonalised."""
         if self.polar_dtype != "auto":
             return self.polar_dtype
-        return fast_matmul_dtype(params.device) if params.dtype == torch.float32 else params.dtype
+        return default_compute_dtype(params.device) if params.dtype == torch.float32 else params.dtype
 
     def adamw_state(self, param: Tensor, part: Tensor) -> dict[str, Tensor]:
         """State of the ``part`` of ``param`` that is stepped here, zeros at first."""
