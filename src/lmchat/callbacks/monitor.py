@@ -130,7 +130,7 @@ class Monitor(Callback):
             "tokens": self.tokens,
             **position,
         }
-        if self._peak and module.trains_on_every_token:
+        if self._peak and module.packed_rows:
             metrics["mfu"] = rate * flops_per_token(module.config) / (self._peak * trainer.world_size)
         if step - self.first_step > self.warmup_steps:
             self._warm_seconds += seconds

@@ -10,17 +10,24 @@ from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lmchat.checkpoint.load import Checkpoint
+from lmchat.model.allocator import keep_large_blocks
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT, default_compute_dtype
 from lmchat.optim.muon_adamw import MuonAdamW, build_param_groups
 from lmchat.paths import tokenizer_dir as default_tokenizer_dir
+from lmchat.scaling import flops_per_token
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.types import Batch, UserError
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+COMPILE_FLOPS_ON_CPU = 1e13
+"""A CPU compiles for a minute or two and is then 1.2 times as fast: minutes of training must follow for that to pay."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +54,14 @@ class StageModule(L.LightningModule):
         compute_dtype: type of activations and matrix products; "auto" is bf16 where the device multiplies it fast,
             else fp32. Master weights are fp32 always.
         attention: name of the attention backend; "auto" runs the candidates and takes the best that is right.
-        compile: use torch.compile; "auto" is on a GPU only.
+        compile: use torch.compile; "auto" is yes where it works and pays: on a GPU, and on a CPU for runs of
+            `COMPILE_FLOPS_ON_CPU` or more; never where shapes change from batch to batch.
     """
 
     stage: ClassVar[str]
     scales_with_depth: ClassVar[bool] = False
-    trains_on_every_token: ClassVar[bool] = True
+    packed_rows: ClassVar[bool] = True
+    """Every micro-batch has the same shape, and all of its tokens are trained on."""
     net: GPT
     sequence_len: int
 
@@ -157,6 +166,8 @@ class StageModule(L.LightningModule):
         if hasattr(self, "net"):
             return
         device = self.trainer.strategy.root_device
+        if device.type == "cpu":
+            keep_large_blocks()
         dtype = default_compute_dtype(device) if self.compute_dtype == "auto" else COMPUTE_DTYPES[self.compute_dtype]
         with torch.device("meta"):
             net = GPT(self.config, compute_dtype=dtype, attention=self.attention)
@@ -165,9 +176,14 @@ class StageModule(L.LightningModule):
         self.net = net
 
     def on_fit_start(self) -> None:
-        on_gpu = self.device.type == "cuda"
-        if self.compile_mode is True or (self.compile_mode == "auto" and on_gpu):
+        if self.compile_mode is True or (self.compile_mode == "auto" and self._compiling_pays() and compiler_works()):
             self.net.compile_blocks()
+
+    def _compiling_pays(self) -> bool:
+        if not self.packed_rows or self.device.type == "cuda":
+            return self.packed_rows
+        tokens = self.total_steps * self.data.step_tokens
+        return tokens * flops_per_token(self.config) >= COMPILE_FLOPS_ON_CPU
 
     def configure_optimizers(self) -> MuonAdamW:
         groups = build_param_groups(
@@ -214,6 +230,16 @@ class StageModule(L.LightningModule):
             "lr_scale": self.lr_scale,
             "weight_decay": self.weight_decay,
         }
+
+
+def compiler_works() -> bool:
+    """Whether torch.compile works here, found by using it: it needs a C++ compiler and Python's headers."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8))
+    except Exception as error:  # Whatever the tool chain lacks, training goes on without it.
+        rank_zero_warn(f"torch.compile does not work here, training without it ({str(error).splitlines()[0]})")
+        return False
+    return True
 
 
 class StageDataModule(L.LightningDataModule):

@@ -34,7 +34,7 @@ class GRPOModule(ChatModule):
     """
 
     stage: ClassVar[str] = "grpo"
-    trains_on_every_token: ClassVar[bool] = False
+    packed_rows: ClassVar[bool] = False
     earlier_stages = ("sft", "pretrain")
 
     def __init__(
