@@ -14,6 +14,7 @@ TRAINER_COMMANDS = {
 COMMANDS = {
     "tokenizer": "train, evaluate, look at or import a tokenizer",
     "data": "download shards, or turn a folder of text into shards",
+    "chat": "talk to a model in the terminal",
     "demo": "the pipeline on this machine's own documentation, offline",
 }
 
@@ -38,6 +39,8 @@ def _run_command(name: str, args: list[str]) -> None:
     from jsonargparse import auto_cli
 
     module = import_module(f"lmchat.commands.{name}")
+    short = getattr(module, "SHORT_OPTIONS", {})
+    args = [short.get(arg, arg) for arg in args]
     auto_cli(module.COMMANDS, args=args, prog=f"lmchat {name}", allow_abbrev=False, exit_on_error=False)
 
 

@@ -16,6 +16,7 @@ from lmchat.checkpoint.load import find_checkpoint, load_model_state
 from lmchat.data.conversations import RenderedConversations, render_all
 from lmchat.data.mixture import Mixture, MixturePart
 from lmchat.data.padded import PaddedBatches, PaddedPlan
+from lmchat.generation.engine import Engine, Piece
 from lmchat.tasks import Arithmetic, Identity
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.tokenizer.render import render_conversation
@@ -231,3 +232,40 @@ def test_the_split_into_micro_batches_does_not_change_the_weights(
     for name, expected in weights[0].items():
         scale = float(expected.abs().max()) or 1.0
         assert np.abs((weights[1][name] - expected).numpy()).max() < 2e-3 * scale, name
+
+
+def test_chat_takes_the_furthest_stage_and_answers(
+    pipeline: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LMCHAT_BASE_DIR", str(pipeline))
+    answers = []
+    for _ in range(2):
+        assert main(["chat", "-p", "Who are you?", "--max_new_tokens", "12"]) == 0
+        out, error = capfd.readouterr()
+        assert "grpo" in error
+        answers.append(out)
+    assert answers[0] == answers[1] != "\n"
+    base = str(pipeline / "base_checkpoints" / "tiny")
+    assert main(["chat", "--checkpoint", base, "--prompt", "Hi", "--max_new_tokens", "2"]) == 0
+    assert "pretrain tiny" in capfd.readouterr().err
+
+
+def test_chat_keeps_the_conversation_until_it_is_reset(
+    pipeline: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LMCHAT_BASE_DIR", str(pipeline))
+    lines = iter(["Hello", "Hello", "/reset", "/nonsense", "Hello", "", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    prompts = []
+    monkeypatch.setattr(
+        Engine, "stream", lambda self, prompt, **_: prompts.append(prompt) or iter([Piece(1, "x", "text")])
+    )
+    assert main(["chat"]) == 0
+    assert len(prompts) == 3
+    assert len(prompts[1]) > len(prompts[0]) == len(prompts[2])
+    assert "/nonsense" in capfd.readouterr().err
+
+
+def test_chat_without_a_model_says_how_to_get_one(base: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["chat", "-p", "Hi"]) == 2
+    assert "lmchat fit" in capfd.readouterr().err

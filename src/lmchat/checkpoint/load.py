@@ -14,6 +14,8 @@ import torch
 
 from lmchat.checkpoint.layout import CheckpointPaths, committed_steps
 from lmchat.checkpoint.writer import FORMAT, json_digest
+from lmchat.model.config import GPTConfig
+from lmchat.model.gpt import GPT, default_compute_dtype
 from lmchat.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -154,3 +156,12 @@ def load_model_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
 def load_rank_state(checkpoint: Checkpoint, rank: int) -> dict[str, Any]:
     """What ``rank`` alone saved: ``optimizer_states``, ``rng``, callbacks and data position, on the CPU."""
     return torch.load(checkpoint.paths.optimizer(rank), map_location="cpu", weights_only=True)
+
+
+def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> GPT:
+    """The checkpoint's network in evaluation mode, in the compute dtype that suits ``device``."""
+    with torch.device("meta"):
+        net = GPT(GPTConfig(**checkpoint.meta["model"]), compute_dtype=default_compute_dtype(device))
+    net.to_empty(device=device)
+    net.load_state_dict(load_model_state(checkpoint))
+    return net.eval()

@@ -1,0 +1,138 @@
+"""``lmchat chat``: talk to a model in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from lmchat.types import Conversation, Message, Part, UserError
+
+if TYPE_CHECKING:
+    from lmchat.checkpoint.load import Checkpoint
+    from lmchat.generation.engine import Engine, Piece
+
+HELP = "/reset begins anew, /system TEXT sets a system prompt and begins anew, /quit (or Ctrl-D) leaves"
+FURTHEST_FIRST = ("grpo", "sft", "pretrain")
+
+
+def chat(
+    checkpoint: Path | None = None,
+    prompt: str | None = None,
+    system: str | None = None,
+    temperature: float = 0.6,
+    top_k: int = 50,
+    max_new_tokens: int = 256,
+    seed: int = 42,
+) -> None:
+    """Talk to a model; answers appear as they are written, calculator calls and their results in brackets.
+
+    Args:
+        checkpoint: folder or file of a checkpoint; by default the newest of the furthest stage that there is.
+        prompt: answer this one message and leave.
+        system: a system prompt.
+        temperature: 0 for the likeliest answer.
+        top_k: sample from the k likeliest tokens.
+        max_new_tokens: longest answer.
+        seed: of the sampling; each answer of a conversation draws anew.
+    """
+    found = _find(checkpoint)
+    engine = _engine(found)
+    print(f"{found.stage} {found.meta['tag']}, step {found.step}: {found.paths.meta}", file=sys.stderr)
+    stream = partial(engine.stream, temperature=temperature, top_k=top_k, max_new_tokens=max_new_tokens)
+    talk = _begin(system)
+    if prompt is not None:
+        _answer(engine, talk, prompt, partial(stream, seed=seed))
+        return
+    print(HELP, file=sys.stderr)
+    for turn, line in enumerate(_lines()):
+        match line.split(maxsplit=1):
+            case ["/quit" | "/exit"]:
+                return
+            case ["/reset"]:
+                talk = _begin(system)
+            case ["/system", text]:
+                system = text
+                talk = _begin(system)
+            case [word, *_] if word.startswith("/"):
+                print(f"unknown command {word}: {HELP}", file=sys.stderr)
+            case [_, *_]:
+                _answer(engine, talk, line, partial(stream, seed=seed + turn))
+
+
+COMMANDS = chat
+SHORT_OPTIONS = {"-p": "--prompt"}
+
+
+def _find(path: Path | None) -> Checkpoint:
+    from lmchat.checkpoint.layout import STAGE_FOLDERS
+    from lmchat.checkpoint.load import find_checkpoint
+    from lmchat.paths import base_dir
+
+    if path is not None:
+        return find_checkpoint(path)
+    for stage in FURTHEST_FIRST:
+        metas = base_dir().glob(f"{STAGE_FOLDERS[stage]}/*/meta_*.json")
+        if newest := max(metas, key=lambda meta: meta.stat().st_mtime, default=None):
+            return find_checkpoint(newest.parent)
+    raise UserError(f"there is no model in {base_dir()}; train one first with `lmchat fit`, or name one: --checkpoint")
+
+
+def _engine(checkpoint: Checkpoint) -> Engine:
+    import torch
+
+    from lmchat.checkpoint.load import load_model
+    from lmchat.generation.engine import Engine
+    from lmchat.paths import tokenizer_dir
+    from lmchat.tokenizer.bpe import Tokenizer
+
+    # A pipeline's tokenizer lies beside its checkpoints.
+    beside = checkpoint.paths.directory.parent.parent / "tokenizer"
+    folder = beside if beside.is_dir() else tokenizer_dir()
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.fingerprint != checkpoint.meta["tokenizer_fingerprint"]:
+        raise UserError(f"{checkpoint.paths.meta} was trained with another tokenizer than the one in {folder}")
+    return Engine(load_model(checkpoint, "cuda" if torch.cuda.is_available() else "cpu"), tokenizer)
+
+
+def _begin(system: str | None) -> list[Message]:
+    return [{"role": "system", "content": system}] if system else []
+
+
+def _lines() -> Iterator[str]:
+    while True:
+        try:
+            yield input("\n> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+
+
+def _answer(engine: Engine, talk: list[Message], question: str, stream: Callable[[list[int]], Iterator[Piece]]) -> None:
+    """Prints the answer to ``question`` as it comes, and adds both to ``talk``."""
+    from lmchat.tokenizer.render import render_for_completion
+
+    talk.append({"role": "user", "content": question})
+    prompt = render_for_completion(engine.tokenizer, cast(Conversation, {"messages": talk}))
+    parts: list[Part] = []
+    for piece in stream(prompt):
+        if not piece.text:
+            continue
+        if not parts or parts[-1]["type"] != piece.role:
+            print(_mark(parts[-1]["type"] if parts else "text", piece.role), end="")
+            parts.append({"type": piece.role, "text": ""})
+        parts[-1]["text"] += piece.text
+        print(piece.text, end="", flush=True)
+    print(_mark(parts[-1]["type"], "text") if parts else "", flush=True)
+    # An empty answer cannot be rendered again; the question goes with it.
+    if parts:
+        talk.append({"role": "assistant", "content": parts})
+    else:
+        talk.pop()
+
+
+def _mark(before: str, after: str) -> str:
+    """What stands between two parts of an answer: a calculator call is shown as ``[call = result]``."""
+    closing = "]" if before != "text" and after == "text" else ""
+    return closing + {"python": "[", "python_output": " = "}.get(after, "")
