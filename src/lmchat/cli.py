@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import signal
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lmchat.callbacks.batch_plan import BatchPlan
@@ -25,6 +27,7 @@ from lmchat.checkpoint.load import Checkpoint, find_checkpoint
 from lmchat.paths import base_dir
 from lmchat.stages import grpo, pretrain, sft  # noqa: F401  (known to jsonargparse by their short class names)
 from lmchat.stages.base import StageModule
+from lmchat.strategies import zero2_muon  # noqa: F401  (registers the strategy by name)
 from lmchat.types import UserError
 
 TRAINER_DEFAULTS = {
@@ -130,3 +133,6 @@ def main(args: list[str]) -> None:
         )
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
+    except SIGTERMException:
+        # A SystemExit without a status: a scheduler would take the preempted run for a finished one.
+        sys.exit(128 + signal.SIGTERM)

@@ -114,9 +114,8 @@ class Monitor(Callback):
             self._record(trainer, pl_module, loss)
 
     def _record(self, trainer: L.Trainer, module: StageModule, loss: torch.Tensor) -> None:
-        loss = trainer.strategy.reduce(loss, reduce_op="mean")
-        ema = torch.as_tensor(self.loss_ema, device=loss.device) / (1 - EMA_DECAY**self.ema_steps)
-        loss_value, ema_value = torch.stack([loss, ema.to(loss.dtype)]).tolist()
+        ema = torch.as_tensor(self.loss_ema, device=loss.device, dtype=loss.dtype) / (1 - EMA_DECAY**self.ema_steps)
+        loss_value, ema_value = trainer.strategy.reduce(torch.stack([loss, ema]), reduce_op="mean").tolist()
         step, seconds = trainer.global_step, self._watch.lap()
         rate = self._lap_tokens / seconds
         position = module.data.progress()
