@@ -2,8 +2,8 @@
 
     python benchmarks/gpu_run.py [DEPTH]
 
-Trains on random token ids packed as documents of web-like lengths, so that it needs neither data nor a tokenizer's
-training. The table's last line is the median of the steps after compilation. Never run on a GPU so far.
+Trains a tokenizer and the model on random words, packed as documents of web-like lengths. The last lines are the card
+and the median of the second half of the steps, after compilation. Never run on a GPU so far.
 """
 
 from __future__ import annotations

@@ -53,7 +53,8 @@ def test_a_config_trains(names: list[str], base: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
 def test_a_config_says_what_it_reproduces_and_how_to_run_it(path: Path) -> None:
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    assert any("Run:" in line for line in header)
+    for word in ("Reproduces:", "Run: "):
+        assert any(word in line for line in header), word
 
 
 def test_the_config_in_force_can_be_printed(base: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,8 +49,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 def _measured_matmul_flops(dtype: torch.dtype, size: int = 1024, seconds: float = 0.3) -> float:
     import torch
 
-    a = torch.randn(size, size).to(dtype)
-    b = torch.randn(size, size).to(dtype)
+    generator = torch.Generator().manual_seed(0)  # training's own random numbers stay as they are
+    a, b = torch.randn(2, size, size, generator=generator).to(dtype)
     torch.mm(a, b)
     best, start = float("inf"), time.perf_counter()
     while time.perf_counter() - start < seconds:

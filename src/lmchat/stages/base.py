@@ -125,8 +125,14 @@ class StageModule(L.LightningModule):
             UserError: this stage, as configured, cannot continue from it.
         """
 
-    def check_same_tokenizer(self, checkpoint: Checkpoint) -> None:
-        """Raises UserError if the checkpoint was trained with another tokenizer."""
+    def continue_numerics(self, checkpoint: Checkpoint) -> None:
+        """Takes the compute dtype of a run of this stage where "auto" leaves it open: found anew, it might differ.
+
+        Raises:
+            UserError: the checkpoint was trained with another tokenizer.
+        """
+        if checkpoint.stage == self.stage and self.compute_dtype == "auto":
+            self.compute_dtype = checkpoint.meta["compute_dtype"]
         if checkpoint.meta["tokenizer_fingerprint"] != self.tokenizer.fingerprint:
             raise UserError(
                 f"{checkpoint.paths.meta} was trained with another tokenizer than the one in {self.tokenizer_path}; "
@@ -217,12 +223,18 @@ class StageModule(L.LightningModule):
         self._loss_sum, self._loss_count = None, 0
         return mean
 
+    def _numerics(self) -> dict[str, str]:
+        """The compute dtype and the attention backend in use, by name."""
+        names = {dtype: name for name, dtype in COMPUTE_DTYPES.items()}
+        return {"compute_dtype": names[self.net.compute_dtype], "attention": self.net.attention_backend}
+
     def checkpoint_meta(self) -> dict[str, Any]:
         """What a later stage or a reader needs to know of this one, as JSON."""
         return {
             "stage": self.stage,
             "tag": self.tag,
             "model": asdict(self.config),
+            **(self._numerics() if hasattr(self, "net") else {}),
             "tokenizer_fingerprint": self.tokenizer.fingerprint,
             "global_batch_tokens": self.global_batch_tokens,
             "total_steps": self.total_steps,
@@ -291,7 +303,7 @@ class StageDataModule(L.LightningDataModule):
         return self.module.global_batch_tokens
 
     def loader(self, batches: IterableDataset[Batch]) -> DataLoader:
-        """Wraps ``batches`` for Lightning; in pinned memory where they are copied to a GPU, so that copies overlap."""
+        """Wraps ``batches`` for Lightning; pinned where they go to a GPU, so that the copy does not hold up the CPU."""
         return DataLoader(batches, batch_size=None, pin_memory=self.module.device.type == "cuda")
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:

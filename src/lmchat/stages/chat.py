@@ -52,7 +52,7 @@ class ChatModule(StageModule):
                 f"{checkpoint.paths.meta} is of stage {checkpoint.stage}; {self.stage} starts from "
                 f"{' or '.join(self.earlier_stages)}"
             )
-        self.check_same_tokenizer(checkpoint)
+        self.continue_numerics(checkpoint)
         self._config = GPTConfig(**checkpoint.meta["model"])
         self._inherited_tag = checkpoint.meta["tag"]
         if self.global_batch_tokens is None:

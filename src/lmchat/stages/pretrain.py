@@ -89,7 +89,7 @@ class PretrainModule(StageModule):
             raise UserError(
                 f"{checkpoint.paths.meta} is of stage {checkpoint.stage}; pretraining continues its own only"
             )
-        self.check_same_tokenizer(checkpoint)
+        self.continue_numerics(checkpoint)
         for name, value in checkpoint.meta["model"].items():
             if (mine := getattr(self.config, name)) != value:
                 raise UserError(
