@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TEXT ?=
-OUTPUT ?= runs/demo
+OUTPUT ?= runs/demo$(if $(TEXT),-$(shell basename -- "$(TEXT)"))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow test-gpu lint types format bench loss-compare clean
@@ -25,8 +25,8 @@ $(INSTALLED): pyproject.toml
 
 setup: $(INSTALLED)  ## make the virtual environment and install lmchat into it
 
-demo: $(INSTALLED)  ## train and try a small model on this machine's own text, offline (TEXT=folder for yours)
-	@$(BIN)/lmchat demo --output $(OUTPUT) $(if $(TEXT),--text $(TEXT))
+demo: $(INSTALLED)  ## train and try a small model on this machine's own text, offline (TEXT=folder for yours, OUTPUT=folder for results)
+	@$(BIN)/lmchat demo --output "$(OUTPUT)" $(if $(TEXT),--text "$(TEXT)")
 
 test: $(INSTALLED)  ## run the tests (minutes, on two cores)
 	@$(BIN)/python -m pytest -m 'not slow and not gpu'

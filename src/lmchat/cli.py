@@ -45,8 +45,10 @@ UNHELPFUL_WARNINGS = [
     ".*LightningCLI's args parameter.*",
     ".*isinstance.treespec, LeafSpec.*",
     ".*`IterableDataset` has `__len__` defined.*",
+    r".*add the following callbacks: \['TimeBudget'\].*",
 ]
-"""Lightning's advice that does not apply here: packed batches cost no time to load, and know their own length."""
+"""Lightning's advice that does not apply here: packed batches cost no time to load, and know their own length; a run
+that was short of time may be continued or evaluated without a limit."""
 
 
 class LMChatCLI(LightningCLI):

@@ -1,8 +1,14 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import shlex
+import shutil
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -59,8 +65,10 @@ def fake_stages(monkeypatch: pytest.MonkeyPatch, calls: list[str], failing: str 
 
 def test_a_user_trains_on_a_folder_of_text(text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """The real stages through the real entry point, for a few steps; then again."""
-    output = tmp_path / "run"
+    output = tmp_path / "a run"
     demo(text=text, output=output)
+    first_out = capfd.readouterr().out
+    assert "gzip, xz and an n-gram model are reading the text" in first_out
     summary = json.loads((output / "summary.json").read_text())
     stages = summary["stages"]
     assert list(stages) == list(command.STAGES)
@@ -74,16 +82,109 @@ def test_a_user_trains_on_a_folder_of_text(text: Path, tmp_path: Path, capfd: py
     assert summary["minutes"] == pytest.approx(sum(stage["seconds"] for stage in stages.values()) / 60, abs=0.01)
     checkpoints = output / "base_checkpoints" / command.TAG
     assert [path.name for path in checkpoints.glob("meta_*")] == ["meta_000004.json"]
-    printed = capfd.readouterr().out
-    assert "bits per byte" in printed
-    next_command = printed.strip().splitlines()[-1].split()
-    assert next_command[-2:] == ["--trainer.max_steps", "8"]
-    subprocess.run(" ".join(next_command), shell=True, check=True, timeout=120)
+    assert "bits per byte" in first_out
+    next_command = first_out.strip().splitlines()[-1]
+    assert shlex.split(next_command)[-2:] == ["--trainer.max_steps", "8"]
+    continued = subprocess.run(next_command, shell=True, check=True, timeout=120, capture_output=True, text=True)
+    assert "following callbacks" not in continued.stderr
     assert (checkpoints / "meta_000008.json").is_file()
 
     demo(text=text, output=output)
     assert json.loads((output / "summary.json").read_text()) == summary
     assert capfd.readouterr().out.count("done in an earlier run") == len(stages)
+
+
+def test_figures_are_of_the_last_step_also_where_its_log_is_lost(
+    monkeypatch: pytest.MonkeyPatch, text: Path, tmp_path: Path
+) -> None:
+    run = Demo(tmp_path / "run", text, 15)
+    for stage in (command.collect_text, command.train_tokenizer, command.tokenize):
+        stage(run)
+    logged = command.pretrain(run)
+    log = next((run.output / "logs").rglob("metrics.csv"))
+    header, *rows = log.read_text().splitlines()
+    steps, bits = header.split(",").index("step"), header.split(",").index("val/bpb")
+    evaluations = [row for row in rows if row.split(",")[bits]]
+    assert [row.split(",")[steps] for row in evaluations] == ["0", "4"]
+    # The evaluations are lost, and the last step is not the last that was recorded.
+    kept = [row for row in rows if row not in evaluations and row.split(",")[steps] != "4"]
+    stale = evaluations[0].split(",")
+    stale[steps], stale[bits] = "2", "9.0"
+    log.write_text("\n".join([header, *kept, ",".join(stale)]) + "\n")
+    lmchat = command._lmchat
+    monkeypatch.setattr(command, "_lmchat", lambda run, name, *rest: name == "fit" or lmchat(run, name, *rest))
+    measured = command.pretrain(run)
+    assert measured["tokens"] == 4 * 128
+    assert "bpb_before" not in measured
+    assert measured["bpb_after"] == pytest.approx(logged["bpb_after"], abs=1e-3)
+
+
+def test_ctrl_c_waits_for_the_checkpoint(text: Path, tmp_path: Path) -> None:
+    """Both processes get the signal, as in a terminal; the trainer takes longer than Python's patience of 0.25 s."""
+    trainer, driver = tmp_path / "trainer.sh", tmp_path / "driver.py"
+    trainer.write_text(
+        "#!/bin/sh\ncd " + shlex.quote(str(tmp_path)) + "\n"
+        "trap 'sleep 1; touch saved; exit 1' INT\ntouch started\nwhile :; do sleep 0.1; done\n"
+    )
+    trainer.chmod(0o755)
+    driver.write_text(
+        "import sys\nfrom pathlib import Path\nfrom lmchat.__main__ import main\nfrom lmchat.commands import demo\n"
+        f"demo.CONFIGS = Path({str(command.CONFIGS)!r})\n"
+        "demo.STAGES = {'pretrain': demo.STAGES['pretrain']}\n"
+        f"sys.executable = {str(trainer)!r}\n"
+        f"sys.exit(main(['demo', '--output', {str(tmp_path / 'run')!r}]))\n"
+    )
+    process = subprocess.Popen([sys.executable, str(driver)], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "started").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        printed, _ = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert (tmp_path / "saved").exists()
+    assert process.returncode == 130
+    assert "Run the same command again to continue" in printed
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_one_small_file_is_enough(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, newline: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "VOCAB_SIZE", 4096)
+    (tmp_path / "book").mkdir()
+    paragraphs = [f"Paragraph {number}.{newline}Its second line says {number**2}." for number in range(60)]
+    (tmp_path / "book" / "it.txt").write_bytes((newline * 2).join(paragraphs).encode())
+    run = Demo(tmp_path / "run", tmp_path / "book", 15)
+    assert command.collect_text(run)["documents"] == 60
+    size = command.train_tokenizer(run)["vocab_size"]
+    assert 265 < size < 4096
+    assert f"the tokenizer gets {size}" in capfd.readouterr().out
+    assert command.tokenize(run)["validation_tokens"] > 0
+
+
+def test_many_files_stay_whole_and_lines_are_the_last_resort(text: Path, tmp_path: Path) -> None:
+    assert command._separator(text) is None
+    (tmp_path / "lines.txt").write_text("one\ntwo\nthree")
+    assert command._separator(tmp_path / "lines.txt") == "\n"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_make_gives_another_text_another_folder() -> None:
+    def command_line(*variables: str) -> list[str]:
+        root = Path(__file__).resolve().parents[2]
+        shown = subprocess.run(
+            ["make", "-n", "-o", ".venv/.installed", "demo", *variables],
+            cwd=root, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        return shlex.split(shown.stdout.strip().splitlines()[-1])[1:]
+
+    assert command_line() == ["demo", "--output", "runs/demo"]
+    assert command_line("TEXT=/a b/my books") == ["demo", "--output", "runs/demo-my books", "--text", "/a b/my books"]
+    assert command_line("TEXT=x", "OUTPUT=o p") == ["demo", "--output", "o p", "--text", "x"]
 
 
 def test_a_failed_stage_is_reported_and_taken_up_again(
@@ -109,7 +210,7 @@ def test_a_failing_training_names_the_stage(text: Path, tmp_path: Path) -> None:
 def test_another_recipe_does_not_continue(monkeypatch: pytest.MonkeyPatch, text: Path, tmp_path: Path) -> None:
     fake_stages(monkeypatch, [])
     demo(text=text, output=tmp_path / "run")
-    with pytest.raises(UserError, match="another text; delete it"):
+    with pytest.raises(UserError, match=r"another text; delete it.*OUTPUT="):
         demo(text=tmp_path, output=tmp_path / "run")
     (tmp_path / "configs" / command.PRETRAIN_CONFIG).write_text(TINY.replace("max_steps: 4", "max_steps: 5"))
     with pytest.raises(UserError, match=r"another demo_pretrain.yaml"):

@@ -52,6 +52,14 @@ _WHITESPACE_LIMIT = 500_000
 _LONG_WHITESPACE = re.compile(rf"(?<!\s)\s{{{_WHITESPACE_LIMIT}}}")
 
 
+class TooFewMerges(UserError):
+    """A text has too few pairs for the vocabulary asked for; ``possible_vocab_size`` is the largest it gives."""
+
+    def __init__(self, message: str, possible_vocab_size: int) -> None:
+        super().__init__(message)
+        self.possible_vocab_size = possible_vocab_size
+
+
 class Tokenizer:
     """A byte-level BPE vocabulary with the nine special tokens of a conversation after its last rank.
 
@@ -86,7 +94,8 @@ class Tokenizer:
         Of pairs that occur equally often, the one with the lower ids is merged first.
 
         Raises:
-            UserError: ``vocab_size`` is below the bytes and special tokens, or the text has too few pairs to merge.
+            UserError: ``vocab_size`` is below the bytes and special tokens.
+            TooFewMerges: the text has too few pairs to merge.
         """
         from tokenizers import Tokenizer as HuggingFaceTokenizer
         from tokenizers import models, trainers
@@ -109,9 +118,10 @@ class Tokenizer:
         trained.train_from_iterator(texts, trainer)
         vocab = trained.get_vocab()
         if (possible := len(vocab) + len(SPECIAL_TOKENS)) < vocab_size:
-            raise UserError(
+            raise TooFewMerges(
                 f"the text has pairs for only {len(vocab) - 256} merges, vocab_size {vocab_size} needs "
-                f"{vocab_size - _SMALLEST_VOCABULARY}: give more text, or a vocab_size of at most {possible}"
+                f"{vocab_size - _SMALLEST_VOCABULARY}: give more text, or a vocab_size of at most {possible}",
+                possible,
             )
         return cls({files.from_characters(token): rank for token, rank in vocab.items()}, pattern)
 
