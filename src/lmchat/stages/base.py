@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -81,6 +82,8 @@ class StageModule(L.LightningModule):
         compile: bool | Literal["auto"] = "auto",
     ) -> None:
         super().__init__()
+        if tag and (tag.startswith(".") or re.search(r"[/\\]", tag)):
+            raise UserError(f"--model.tag is {tag}; it names a folder: leave out slashes and the dot in front")
         self.tokenizer_dir = tokenizer_dir
         self.global_batch_tokens = global_batch_tokens
         self.learning_rates = {
