@@ -21,14 +21,20 @@ class ScalingLaws(Callback):
         tokens_per_parameter: training tokens per scaling parameter (the blocks' matrices and the head).
         target_flops: total training FLOPs to spend, in place of the ratio.
         lr_scale: factor on every learning rate; null takes √(batch / 2¹⁹).
+        weight_decay: Muon's weight decay at the start of training, as it is; null scales the module's by the law.
     """
 
     def __init__(
-        self, tokens_per_parameter: float = 10.5, target_flops: float | None = None, lr_scale: float | None = None
+        self,
+        tokens_per_parameter: float = 10.5,
+        target_flops: float | None = None,
+        lr_scale: float | None = None,
+        weight_decay: float | None = None,
     ) -> None:
         self.tokens_per_parameter = tokens_per_parameter
         self.target_flops = target_flops
         self.lr_scale = lr_scale
+        self.weight_decay = weight_decay
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         if stage != "fit" or not pl_module.scales_with_depth:
@@ -43,5 +49,5 @@ class ScalingLaws(Callback):
         )
         trainer.fit_loop.epoch_loop.max_steps = plan.steps
         pl_module.global_batch_tokens = plan.global_batch_tokens
-        pl_module.weight_decay = plan.weight_decay
+        pl_module.weight_decay = plan.weight_decay if self.weight_decay is None else self.weight_decay
         pl_module.lr_scale = plan.lr_scale if self.lr_scale is None else self.lr_scale
