@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -88,6 +88,15 @@ def altered_checkpoint(base: Path) -> None:
     model.write_bytes(model.read_bytes()[:-1])
 
 
+def base_is_a_file(base: Path) -> None:
+    own_data(base)
+    config = base / "tiny.yaml"
+    folders = {"model": f"tokenizer_dir: {base / 'tokenizer'}", "data": f"data_dir: {base / 'own'}"}
+    text = TINY.replace("{depth", f"{{{folders['model']}, depth").replace("{micro", f"{{{folders['data']}, micro")
+    config.write_text(text)
+    os.environ["LMCHAT_BASE_DIR"] = str(config)  # The fixture puts it back.
+
+
 def nothing(base: Path) -> None:
     pass
 
@@ -95,42 +104,138 @@ def nothing(base: Path) -> None:
 OWN = ["--data.data_dir", "{base}/own"]
 CASES: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
     # case: (what is wrong in the base folder, arguments after the config, what the message must hold)
-    "unknown key": (nothing, ["--model.dept", "3"], ["dept"]),
-    "unknown callback option": (nothing, ["--monitor.every_steps", "3"], ["every_steps"]),
-    "abbreviated flag": (nothing, ["--trainer.max_step", "3"], ["max_step"]),
-    "wrong type": (nothing, ["--model.depth", "deep"], ["depth", "deep", "int"]),
-    "unknown class": (nothing, ["--model", "PretrainModul"], ["PretrainModul"]),
-    "missing config": (nothing, ["--config", "nowhere.yaml"], ["nowhere.yaml"]),
-    "broken yaml": (broken_yaml, [], ["tiny.yaml"]),
-    "no tokenizer": (no_tokenizer, [], ["tokenizer", "lmchat tokenizer train"]),
-    "damaged tokenizer": (damaged_tokenizer, [], ["tokenizer.json", "damaged"]),
-    "no data folder": (no_data, [], ["base_data", "lmchat data"]),
-    "empty data folder": (empty_data, OWN, ["own", "lmchat data"]),
-    "one shard only": (one_shard, OWN, ["own", "shard"]),
-    "parquet without text": (no_text_column, OWN, ["shard_00001.parquet", "text", "content"]),
-    "truncated parquet": (truncated_parquet, OWN, ["shard_00001.parquet"]),
-    "indivisible batch": (nothing, ["--model.global_batch_tokens", "100"], ["100", "64", "128"]),
-    "bad window pattern": (nothing, ["--model.window_pattern", "SXL"], ["SXL", "S and L"]),
-    "odd head size": (nothing, ["--model.head_dim", "33"], ["head"]),
-    "kv heads": (nothing, ["--model.n_kv_head", "7"], ["n_kv_head", "7"]),
-    "depth zero": (nothing, ["--model.depth", "0"], ["depth", "0"]),
-    "bf16-true": (nothing, ["--trainer.precision", "bf16-true"], ["bf16-true", "compute_dtype"]),
-    "16-mixed": (nothing, ["--trainer.precision", "16-mixed"], ["16-mixed", "compute_dtype"]),
-    "checkpoint folder without checkpoints": (nothing, ["--ckpt_path", "last"], ["base_checkpoints/d1"]),
-    "missing checkpoint": (nothing, ["--ckpt_path", "{base}/model_000007.pt"], ["step 7"]),
-    "no checkpoint at all": (nothing, ["--ckpt_path", "{base}/tiny.yaml"], ["tiny.yaml", "not a checkpoint"]),
-    "truncated checkpoint": (altered_checkpoint, ["--ckpt_path", "last"], ["model_000001.pt", "truncated"]),
-    "second run in the same folder": (finished_run, [], ["base_checkpoints/d1", "--ckpt_path last"]),
+    "unknown key": (nothing, ["--model.dept", "3"], ["no option 'dept'", "`lmchat fit --model.help PretrainModule`"]),
+    "unknown callback option": (
+        nothing,
+        ["--monitor.every_steps", "3"],
+        ["--monitor.every_steps", "`lmchat fit --help` lists them"],
+    ),
+    "abbreviated flag": (
+        nothing,
+        ["--trainer.max_step", "3"],
+        ["--trainer.max_step 3", "written in full, `lmchat fit --help`"],
+    ),
+    "wrong type": (nothing, ["--model.depth", "deep"], ["--model.depth is deep; it must be int"]),
+    "unknown class": (nothing, ["--model", "PretrainModul"], ["--model is PretrainModul", "see `lmchat fit --help`"]),
+    "missing config": (
+        nothing,
+        ["--config", "nowhere.yaml"],
+        ["nowhere.yaml is not there", "give the path of a YAML file"],
+    ),
+    "broken yaml": (broken_yaml, [], ["tiny.yaml is no valid YAML", "line 2, column 1"]),
+    "no tokenizer": (no_tokenizer, [], ["{base}/tokenizer", "train one with `lmchat tokenizer train`"]),
+    "damaged tokenizer": (
+        damaged_tokenizer,
+        [],
+        ["tokenizer.json is damaged", "`lmchat tokenizer train --output {base}/tokenizer`"],
+    ),
+    "no data folder": (no_data, [], ["{base}/base_data", "`lmchat data download`", "`lmchat data import`"]),
+    "empty data folder": (empty_data, OWN, ["{base}/own", "`lmchat data download` fetches"]),
+    "one shard only": (one_shard, OWN, ["{base}/own has only shard_00000.parquet", "`lmchat data import` makes"]),
+    "parquet without text": (no_text_column, OWN, ["shard_00001.parquet has no column `text`", "it has: content"]),
+    "truncated parquet": (truncated_parquet, OWN, ["shard_00001.parquet", "fetch or make it anew"]),
+    "indivisible batch": (
+        nothing,
+        ["--model.global_batch_tokens", "100"],
+        ["100", "use --model.global_batch_tokens 64 or --model.global_batch_tokens 128"],
+    ),
+    "bad window pattern": (
+        nothing,
+        ["--model.window_pattern", "SXL"],
+        ["window_pattern is 'SXL'", "the letters S and L, like SSSL"],
+    ),
+    "odd head size": (nothing, ["--model.head_dim", "33"], ["head size", "an even multiple of n_head"]),
+    "kv heads": (nothing, ["--model.n_kv_head", "7"], ["n_kv_head 7", "choose a divisor"]),
+    "depth zero": (nothing, ["--model.depth", "0"], ["depth is 0", "at least 1"]),
+    "bf16-true": (
+        nothing,
+        ["--trainer.precision", "bf16-true"],
+        ["bf16-true", "leave it at 32-true", "--model.compute_dtype bf16"],
+    ),
+    "16-mixed": (
+        nothing,
+        ["--trainer.precision", "16-mixed"],
+        ["16-mixed", "leave it at 32-true", "--model.compute_dtype bf16"],
+    ),
+    "checkpoint folder without checkpoints": (
+        nothing,
+        ["--ckpt_path", "last"],
+        ["base_checkpoints/d1", "train one first (lmchat fit)"],
+    ),
+    "missing checkpoint": (
+        nothing,
+        ["--ckpt_path", "{base}/model_000007.pt"],
+        ["step 7", "there is none in that folder"],
+    ),
+    "no checkpoint at all": (
+        nothing,
+        ["--ckpt_path", "{base}/tiny.yaml"],
+        ["tiny.yaml is not a checkpoint", "give its folder, a model_005000.pt"],
+    ),
+    "truncated checkpoint": (
+        altered_checkpoint,
+        ["--ckpt_path", "last"],
+        ["model_000001.pt is truncated", "copy it again"],
+    ),
+    "base folder that is a file": (base_is_a_file, [], ["tiny.yaml", "set LMCHAT_BASE_DIR"]),
+    "second run in the same folder": (
+        finished_run,
+        [],
+        ["base_checkpoints/d1", "resume it with --ckpt_path last", "--model.tag"],
+    ),
     "other shape than the checkpoint": (
         finished_run,
         ["--ckpt_path", "last", "--model.sequence_len", "16"],
-        ["sequence_len", "16", "32"],
+        ["sequence_len 32, this run 16", "another --model.tag"],
     ),
-    "eval smaller than a batch": (nothing, ["--data.eval_tokens", "3"], ["eval_tokens", "3", "64"]),
-    "negative evaluation interval": (nothing, ["--eval.every_n_steps", "-1"], ["eval.every_n_steps", "-1"]),
-    "checkpoint interval zero": (nothing, ["--checkpoint.every_n_steps", "0"], ["checkpoint.every_n_steps", "0"]),
-    "unknown attention backend": (nothing, ["--model.attention", "flashy"], ["flashy"]),
-    "no micro-batch": (nothing, ["--data.micro_batch_size", "0"], ["micro_batch_size", "0"]),
+    "eval smaller than a batch": (
+        nothing,
+        ["--data.eval_tokens", "3"],
+        ["--data.eval_tokens 3", "use --data.eval_tokens 64 or more"],
+    ),
+    "negative evaluation interval": (nothing, ["--eval.every_n_steps", "-1"], ["--eval.every_n_steps is -1", "use 0"]),
+    "checkpoint interval zero": (
+        nothing,
+        ["--checkpoint.every_n_steps", "0"],
+        ["--checkpoint.every_n_steps is 0", "1 or more, or null"],
+    ),
+    "unknown attention backend": (
+        nothing,
+        ["--model.attention", "flashy"],
+        ["attention is 'flashy'", "choose auto or one of", "masked"],
+    ),
+    "no micro-batch": (nothing, ["--data.micro_batch_size", "0"], ["--data.micro_batch_size is 0", "at least 1"]),
+    "no monitor interval": (nothing, ["--monitor.every_n_steps", "0"], ["monitor.every_n_steps is 0", "1 or more"]),
+    "accumulation by hand": (
+        nothing,
+        ["--trainer.accumulate_grad_batches", "7"],
+        ["--trainer.accumulate_grad_batches 7", "use --model.global_batch_tokens"],
+    ),
+    "evaluation by micro-batches": (
+        nothing,
+        ["--trainer.val_check_interval", "3"],
+        ["--trainer.val_check_interval 3", "use --eval.every_n_steps"],
+    ),
+    "evaluation by epochs": (
+        nothing,
+        ["--trainer.check_val_every_n_epoch", "2"],
+        ["--trainer.check_val_every_n_epoch 2", "use --eval.every_n_steps"],
+    ),
+    "no steps": (nothing, ["--trainer.max_steps", "0"], ["--trainer.max_steps is 0", "1 step or more", "leave it out"]),
+    "negative steps": (nothing, ["--trainer.max_steps", "-2"], ["--trainer.max_steps is -2", "1 step or more"]),
+    "folder as config": (nothing, ["--config", "{base}"], ["--config {base} is a folder", "a YAML file"]),
+    "one of a few words": (
+        nothing,
+        ["--model.compute_dtype", "bf17"],
+        ["--model.compute_dtype is bf17; it must be auto, bf16 or fp32"],
+    ),
+    "yes, no or auto": (nothing, ["--model.compile", "maybe"], ["--model.compile is maybe; it must be bool or auto"]),
+    "tag that leaves the folder": (
+        nothing,
+        ["--model.tag", "a/../../b"],
+        ["--model.tag is a/../../b", "leave out slashes"],
+    ),
+    "hidden tag": (nothing, ["--model.tag", ".."], ["--model.tag is ..", "leave out", "dot"]),
 }
 
 
@@ -141,33 +246,56 @@ def test_mistakes_get_one_clear_message(case: str, base: Path, config: Path, cap
     capfd.readouterr()
     status = main(["fit", "--config", str(config), *(text.format(base=base) for text in arguments)])
     error = capfd.readouterr().err
-    message = error[error.rfind("lmchat: ") :]
     assert status == 2
+    assert_one_line(error, [text.format(base=base) for text in wanted])
+
+
+def assert_one_line(error: str, wanted: list[str]) -> None:
     assert "Traceback" not in error
-    assert message.count("\n") <= 4, message
+    *before, message = error.splitlines()
+    assert message.startswith("lmchat: ")
+    assert not any(line.startswith("lmchat: ") for line in before)
     for text in wanted:
-        assert re.search(re.escape(text), message), f"{text!r} is not in: {message}"
+        assert text in message
 
 
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
-        (["fitt"], ["fitt", "fit"]),
-        (["fit"], ["--config"]),
-        (["tokenizer"], ["train"]),
-        (["tokenizer", "train", "--vocab_sizes", "3"], ["vocab_sizes"]),
-        (["tokenizer", "train", "--data", "nowhere"], ["nowhere"]),
-        (["data", "import", "nowhere"], ["nowhere"]),
+        (["fitt"], ["unknown command 'fitt'", "the commands are fit, validate, tokenizer"]),
+        (["test"], ["unknown command 'test'", "the commands are"]),
+        (["predict"], ["unknown command 'predict'", "the commands are"]),
+        (["fit"], ["model missing", "--config configs/d12_pretrain.yaml"]),
+        (["fit", "--config=broken.yaml"], ["broken.yaml is no valid YAML", "line 2, column 1"]),
+        (["validate", "--config", "tiny.yaml"], ["give one with --ckpt_path"]),
+        (["tokenizer"], ["one of {train,"]),
+        (["tokenizer", "train", "--vocab_sizes", "3"], ["--vocab_sizes", "`lmchat tokenizer --help` lists them"]),
+        (["tokenizer", "train", "--vocab_size", "many"], ["--vocab_size is many; it must be int"]),
+        (["tokenizer", "train", "--data", "nowhere"], ["nowhere", "lmchat data"]),
+        (["data", "import"], ["lmchat data import: source missing", "`lmchat data import --help`"]),
+        (["data", "import", "nowhere"], ["nowhere does not exist"]),
     ],
 )
 def test_mistakes_in_other_commands(
-    arguments: list[str], wanted: list[str], base: Path, capfd: pytest.CaptureFixture[str]
+    arguments: list[str],
+    wanted: list[str],
+    base: Path,
+    config: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(base)
+    (base / "broken.yaml").write_text("model: [")
+    capfd.readouterr()
     assert main(arguments) == 2
-    error = capfd.readouterr().err
-    assert "Traceback" not in error
-    for text in wanted:
-        assert text in error
+    assert_one_line(capfd.readouterr().err, wanted)
+
+
+def test_a_checkpoint_is_validated(base: Path, config: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    finished_run(base)
+    capfd.readouterr()
+    assert main(["validate", "--config", str(config), "--ckpt_path", "last"]) == 0
+    assert "val/bpb" in capfd.readouterr().out
 
 
 def test_nothing_is_lost_by_a_mistake(base: Path, config: Path) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from pathlib import Path
 
 TRAINER_COMMANDS = {
     "fit": "train a stage: lmchat fit --config configs/d12_pretrain.yaml",
     "validate": "evaluate a stage's checkpoint on its validation data",
-    "test": "run a stage's test loop",
-    "predict": "run a stage's prediction loop",
 }
 COMMANDS = {
     "tokenizer": "train, evaluate, look at or import a tokenizer",
@@ -72,13 +71,30 @@ def main(args: list[str] | None = None) -> int:
         return _fail(explain(str(error), args))
     except UserError as error:
         return _fail(str(error))
+    except OSError as error:
+        from lmchat.paths import base_dir
+
+        if not _concerns(error, base_dir()):
+            raise
+        return _fail(
+            f"{error.filename}: {error.strerror}; lmchat keeps its files in {base_dir()}: "
+            "set LMCHAT_BASE_DIR to a folder that can be written to"
+        )
     except KeyboardInterrupt:
         return 130
     return 0
 
 
+def _concerns(error: OSError, folder: Path) -> bool:
+    """Whether ``error`` is about something in ``folder``, or about a folder above that it would be made in."""
+    if not isinstance(error.filename, str) or (isinstance(error, FileNotFoundError) and folder.is_dir()):
+        return False
+    path, folder = Path(error.filename).absolute(), folder.absolute()
+    return path.is_relative_to(folder) or folder.is_relative_to(path)
+
+
 def _fail(message: str) -> int:
-    print(f"lmchat: {message}", file=sys.stderr)
+    print(f"lmchat: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 

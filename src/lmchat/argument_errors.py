@@ -11,12 +11,14 @@ _REJECTED = re.compile(r"Option '([^']+)' is not accepted")
 _CLASS = re.compile(r"given class_path '(?:[\w.]+\.)?(\w+)'")
 _MISSING_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
 _MISFIT = re.compile(r"Expected an? (.+?)\. Got value: (.*)")
-_UNION = re.compile(r"Subtypes: \[(.+)\]\n(?:.*\n)*?.*Given value type: .*\n\s*Given value: (.*)")
-_TYPE_NAME = re.compile(r"<class '(?:\w+\.)*(\w+)'>")
+_UNION = re.compile(r"Subtypes: \[(.+)\]\n(?:(?!\s*Subtypes: ).*\n)*?.*Given value type: .*\n\s*Given value: (.*)")
+_TYPE = re.compile(r"<class '(?:\w+\.)*(\w+)'>|(?:typing\.)?Literal\[([^\]]*)\]|([^,\s](?:[^,\[]|\[[^\]]*\])*)")
+_PATH = re.compile(r"(Path is not a file|File does not exist): '(.*)'")
+_PATH_PROBLEMS = {"Path is not a file": "a folder", "File does not exist": "not there"}
 
 
 def explain(message: str, args: Sequence[str]) -> str:
-    """What is wrong, with which value, and what to do.
+    """What is wrong, with which value, and what to do; line breaks are for the caller to drop.
 
     Args:
         message: of a `jsonargparse.ArgumentError`.
@@ -24,6 +26,8 @@ def explain(message: str, args: Sequence[str]) -> str:
     """
     command = f"lmchat {args[0]}"
     option = ".".join(_KEY.findall(message))
+    if path := _PATH.search(message):
+        return f"--{option} {path[2]} is {_PATH_PROBLEMS[path[1]]}; give the path of a YAML file"
     if rejected := _REJECTED.search(message):
         owner = match[1] if (match := _CLASS.search(message)) else command
         return (
@@ -40,24 +44,31 @@ def explain(message: str, args: Sequence[str]) -> str:
     if unknown := re.search(r"unrecognized arguments: (.*)", message, re.DOTALL):
         return f"unknown option {unknown[1]}; options are written in full, `{command} --help` lists them"
     if missing := re.search(r"arguments are required: (.*)", message):
-        names = missing[1].replace(f"{args[0]}.", "")
-        return f"{command}: {names} missing; give a config that names them, e.g. --config configs/d12_pretrain.yaml"
+        return _missing(missing[1].split(", "), args)
     if "Problems parsing config" in message:
-        return f"{_configs(args)} is no valid YAML: {_one_line(message.split(':', 1)[1])}"
-    return _one_line(message)
+        return f"{_configs(args)} is no valid YAML: {message.split(':', 1)[1]}"
+    return message
+
+
+def _missing(names: Sequence[str], args: Sequence[str]) -> str:
+    """Required arguments come with the name of the command or subcommand in front."""
+    owner, _ = names[0].split(".", 1)
+    listed = ", ".join(name.removeprefix(f"{owner}.") for name in names)
+    if owner == args[0]:
+        return f"lmchat {owner}: {listed} missing; give them in a config, e.g. --config configs/d12_pretrain.yaml"
+    command = f"lmchat {args[0]} {owner}"
+    return f"{command}: {listed} missing; see `{command} --help`"
 
 
 def _readable(types: str) -> str:
-    names = _TYPE_NAME.sub(r"\1", types).replace("typing.", "")
-    return " or ".join(re.split(r", (?![^\[]*\])", names))
+    """Type hints, as Python prints them, as the values that may be written: ``auto, bf16 or fp32``."""
+    names = []
+    for class_name, literals, other in _TYPE.findall(types):
+        names += [text.strip("' ") for text in literals.split(",")] if literals else [class_name or other]
+    *first, last = dict.fromkeys("null" if name == "NoneType" else name for name in names)
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def _configs(args: Sequence[str]) -> str:
-    return (
-        " or ".join(after for flag, after in pairwise(args) if flag in ("--config", "-c"))
-        or "the config"
-    )
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    joined = [arg.removeprefix("--config=") for arg in args if arg.startswith("--config=")]
+    return " or ".join([after for flag, after in pairwise(args) if flag in ("--config", "-c")] + joined) or "the config"

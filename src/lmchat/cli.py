@@ -51,8 +51,21 @@ UNHELPFUL_WARNINGS = [
 that was short of time may be continued or evaluated without a limit."""
 
 
+DECIDED_BY = {
+    "accumulate_grad_batches": "--model.global_batch_tokens and --data.micro_batch_size",
+    "val_check_interval": "--eval.every_n_steps",
+    "check_val_every_n_epoch": "--eval.every_n_steps",
+}
+"""Options of the trainer that the callbacks set, and what they set them from."""
+
+
 class LMChatCLI(LightningCLI):
     """Adds the callbacks every stage has, TensorBoard and CSV logs by default, and ``--ckpt_path last``."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Of Lightning's, those that the stages have a loop for."""
+        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in ("fit", "validate")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         # The order is that of their set-up: the plan first, then what is derived from it.
@@ -67,7 +80,25 @@ class LMChatCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Lightning would let the checkpoint's hyperparameters beat the user's; the stage adopts it instead."""
 
+    def before_instantiate_classes(self) -> None:
+        if self.subcommand == "validate" and self._get(self.config, "ckpt_path") is None:
+            raise UserError("lmchat validate evaluates a checkpoint; give one with --ckpt_path, e.g. --ckpt_path last")
+
+    def _check_trainer_options(self) -> None:
+        """Raises UserError for a trainer option that would have no effect."""
+        assert self.subcommand is not None
+        trainer, parser = self._get(self.config, "trainer"), self._subcommand_parsers[self.subcommand]
+        for name, decisive in DECIDED_BY.items():
+            if trainer[name] != parser.get_default(f"trainer.{name}"):
+                raise UserError(f"--trainer.{name} {trainer[name]} has no effect: leave it out and use {decisive}")
+        if trainer["max_steps"] == 0 or trainer["max_steps"] < -1:
+            raise UserError(
+                f"--trainer.max_steps is {trainer['max_steps']}; give 1 step or more, or leave it out: the length of "
+                "the run then follows from --scaling_laws.tokens_per_parameter or from the stage's data"
+            )
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        self._check_trainer_options()
         self.checkpoint = self._find_checkpoint()
         if self.checkpoint is not None:
             self.model.adopt(self.checkpoint)
@@ -129,12 +160,23 @@ def main(args: list[str]) -> None:
                 "default_env": True,
                 "env_prefix": "LMCHAT",
                 **options,
-                **{name: dict(options) for name in LightningCLI.subcommands()},
+                **{name: dict(options) for name in LMChatCLI.subcommands()},
             },
             args=args,
         )
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
+    except ValueError as error:
+        if (mistake := _mistake_behind(error)) is None:
+            raise
+        raise mistake from None
     except SIGTERMException:
         # A SystemExit without a status: a scheduler would take the preempted run for a finished one.
         sys.exit(128 + signal.SIGTERM)
+
+
+def _mistake_behind(error: BaseException | None) -> UserError | None:
+    """The UserError that ``error`` is or comes from: jsonargparse wraps those of a class that it makes."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
