@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,34 @@ def send_sigterm() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def train(folder: Path, *callbacks: Callback, resume: bool = False, steps: int = STEPS, **options: Any) -> Module:
+class SizedStream(Stream):
+    """The micro-batches of a whole run, as sampled answers are."""
+
+    def __init__(self, position: int, length: int) -> None:
+        super().__init__(position)
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+
+class SizedData(Data):
+    def train_dataloader(self) -> DataLoader:
+        trainer = self.trainer
+        return DataLoader(
+            SizedStream(self.state["position"], trainer.max_steps * trainer.accumulate_grad_batches), batch_size=None
+        )
+
+
+def train(
+    folder: Path,
+    *callbacks: Callback,
+    resume: bool = False,
+    steps: int = STEPS,
+    accumulate: int = ACCUMULATE,
+    data: type[Data] = Data,
+    **options: Any,
+) -> Module:
     """One run; the module is returned also when it was interrupted."""
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002
@@ -128,9 +156,9 @@ def train(folder: Path, *callbacks: Callback, resume: bool = False, steps: int =
     trainer = L.Trainer(
         max_epochs=-1,
         max_steps=steps,
-        accumulate_grad_batches=ACCUMULATE,
+        accumulate_grad_batches=accumulate,
         num_sanity_val_steps=0,
-        val_check_interval=2 * ACCUMULATE,
+        val_check_interval=2 * accumulate,
         check_val_every_n_epoch=None,
         callbacks=[*callbacks, StepCheckpoint(str(folder), **options)],
         accelerator="cpu",
@@ -140,7 +168,7 @@ def train(folder: Path, *callbacks: Callback, resume: bool = False, steps: int =
     )
     ckpt_path = find_checkpoint("last", directory=folder).paths.meta if resume else None
     try:
-        trainer.fit(module, datamodule=Data(), ckpt_path=ckpt_path)
+        trainer.fit(module, datamodule=data(), ckpt_path=ckpt_path)
     except (RuntimeError, SystemExit, KeyboardInterrupt) as error:
         module.interrupted_by = error
     return module
@@ -280,6 +308,26 @@ def test_killed_at_random_moments_and_resumed_until_done(tmp_path: Path, unbroke
         places.add(int(place))
     assert places == set(range(STEPS * ACCUMULATE))
     assert_same_end(tmp_path / "run", unbroken)
+
+
+@pytest.mark.parametrize("data", [Data, SizedData])
+@pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 1), (3, 2)])
+def test_steps_and_evaluations_keep_their_place_with_another_accumulation(
+    before: int, after: int, data: type[Data], tmp_path: Path
+) -> None:
+    class MicroBatches(Callback):
+        def __init__(self) -> None:
+            self.of_step: Counter[int] = Counter()
+
+        def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+            self.of_step[trainer.global_step + 1] += 1
+
+    train(tmp_path, accumulate=before, data=data, steps=3)
+    counted = MicroBatches()
+    resumed = train(tmp_path, counted, resume=True, accumulate=after, data=data, steps=9)
+    assert counted.of_step == dict.fromkeys(range(4, 10), after)
+    assert resumed.evaluated == [4, 6, 8]
+    assert find_checkpoint(tmp_path).step == 9
 
 
 class CountSaves(Callback):

@@ -5,19 +5,24 @@ from __future__ import annotations
 import csv
 import gc
 import math
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 
 from lmchat.callbacks.batch_plan import BatchPlan
+from lmchat.callbacks.checkpoint import StepCheckpoint
 from lmchat.callbacks.eval_schedule import EvalSchedule
 from lmchat.callbacks.gc_freeze import GCFreeze
 from lmchat.callbacks.monitor import EMA_DECAY, Monitor
 from lmchat.callbacks.scaling_laws import ScalingLaws
+from lmchat.checkpoint.load import find_checkpoint
 from lmchat.scaling import make_plan
 from lmchat.stages.base import accumulation_steps
 from lmchat.stages.pretrain import FineWebDataModule, PretrainModule
@@ -26,9 +31,18 @@ from lmchat.types import UserError
 SMALL = {"depth": 2, "sequence_len": 32, "head_dim": 32, "window_pattern": "L"}
 
 
-def train(base: Path, *callbacks: Callback, max_steps: int = 4, batch: int = 64, **trainer: Any) -> L.Trainer:
+def train(
+    base: Path,
+    *callbacks: Callback,
+    max_steps: int = 4,
+    batch: int = 64,
+    micro_batch_size: int = 1,
+    ckpt_path: Path | None = None,
+    log: str = "",
+) -> L.Trainer:
+    torch.manual_seed(1)
     module = PretrainModule(**SMALL, global_batch_tokens=batch)
-    data = FineWebDataModule(micro_batch_size=1, eval_tokens=64)
+    data = FineWebDataModule(micro_batch_size=micro_batch_size, eval_tokens=256)
     run = L.Trainer(
         accelerator="cpu",
         max_epochs=-1,
@@ -36,24 +50,33 @@ def train(base: Path, *callbacks: Callback, max_steps: int = 4, batch: int = 64,
         num_sanity_val_steps=0,
         enable_progress_bar=False,
         enable_model_summary=False,
-        enable_checkpointing=False,
+        enable_checkpointing=any(isinstance(callback, StepCheckpoint) for callback in callbacks),
         callbacks=[ScalingLaws(), BatchPlan(), *callbacks],
-        logger=CSVLogger(base / "logs", name="test", version=""),
-        **trainer,
+        logger=CSVLogger(base / "logs", name="test", version=log),
     )
-    run.fit(module, data)
+    run.fit(module, data, ckpt_path=ckpt_path)
     return run
 
 
+def records(run: L.Trainer) -> list[dict[str, str]]:
+    """Of the training steps."""
+    with (Path(run.loggers[0].log_dir) / "metrics.csv").open() as file:
+        return [row for row in csv.DictReader(file) if row["train/loss"]]
+
+
 class Watch(Callback):
-    """Notes the optimizer step of every validation, and the collector's state after every step."""
+    """Notes the step of every validation, the micro-batches of every step, the collector's state after them."""
 
     def __init__(self) -> None:
         self.validated: list[int] = []
+        self.micro_batches: Counter[int] = Counter()
         self.collector: dict[int, tuple[bool, bool]] = {}
 
     def on_validation_start(self, trainer: L.Trainer, *_: Any) -> None:
         self.validated.append(trainer.global_step)
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self.micro_batches[trainer.global_step + 1] += 1
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         self.collector[trainer.global_step] = gc.isenabled(), gc.get_freeze_count() > 0
@@ -68,6 +91,79 @@ def test_evaluation_happens_at_the_start_on_schedule_and_at_the_end(
     watch = Watch()
     train(base, EvalSchedule(every), watch, max_steps=steps)
     assert watch.validated == expected
+
+
+def test_the_final_evaluation_does_not_rely_on_the_schedule(base: Path) -> None:
+    """Step 4 is on the schedule, but the loop was kept from evaluating it."""
+
+    class NoEvaluationInTheLoop(Callback):
+        def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+            trainer.val_check_batch = 2**62
+
+    watch = Watch()
+    train(base, EvalSchedule(2), watch, NoEvaluationInTheLoop(), max_steps=4)
+    assert watch.validated == [0, 4]
+
+
+@pytest.mark.parametrize(("before", "after"), [(8, 2), (2, 8)])
+def test_a_run_resumed_with_another_micro_batch_size_takes_the_same_steps(before: int, after: int, base: Path) -> None:
+    """A step is 8 rows. Losses differ by the order of sums only, over steps that each depend on all before."""
+    unbroken_watch, watch = Watch(), Watch()
+    options: dict[str, Any] = {"batch": 256, "max_steps": 8}
+    unbroken = train(base, Monitor(1), EvalSchedule(2), unbroken_watch, **options, micro_batch_size=before, log="a")
+
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            trainer.should_stop = trainer.global_step == 3
+
+    checkpoints = base / "checkpoints"
+    train(base, Stop(), StepCheckpoint(str(checkpoints)), **options, micro_batch_size=before, log="b")
+    start = find_checkpoint("last", directory=checkpoints)
+    assert start.step == 3
+    resumed = train(
+        base,
+        Monitor(1),
+        EvalSchedule(2),
+        watch,
+        StepCheckpoint(str(checkpoints)),
+        **options,
+        micro_batch_size=after,
+        ckpt_path=start.paths.meta,
+        log="c",
+    )
+    assert unbroken_watch.micro_batches == dict.fromkeys(range(1, 9), 8 // before)
+    assert watch.micro_batches == dict.fromkeys(range(4, 9), 8 // after)
+    assert unbroken_watch.validated == [0, 2, 4, 6, 8]
+    assert watch.validated == [4, 6, 8]
+    expected = {int(row["step"]): float(row["train/loss"]) for row in records(unbroken)}
+    actual = {int(row["step"]): float(row["train/loss"]) for row in records(resumed)}
+    assert actual == pytest.approx({step: expected[step] for step in range(4, 9)}, rel=1e-4)
+    assert find_checkpoint("last", directory=checkpoints).step == 8
+
+
+def test_a_resumed_run_freezes_after_its_first_step_not_its_first_micro_batch(base: Path) -> None:
+    gc.unfreeze()
+    checkpoints = base / "checkpoints"
+    train(base, StepCheckpoint(str(checkpoints)), max_steps=2)
+
+    class AfterEachMicroBatch(Callback):
+        def __init__(self) -> None:
+            self.frozen: list[bool] = []
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.frozen.append(gc.get_freeze_count() > 0)
+
+    watch = AfterEachMicroBatch()
+    start = find_checkpoint("last", directory=checkpoints).paths.meta
+    train(base, GCFreeze(), watch, StepCheckpoint(str(checkpoints)), max_steps=4, ckpt_path=start)
+    assert watch.frozen == [False, True, True, True]
+
+
+@pytest.mark.parametrize(("callback", "flag"), [(Monitor, "--monitor"), (GCFreeze, "--gc_freeze")])
+@pytest.mark.parametrize("steps", [0, -1])
+def test_intervals_must_be_positive(callback: type, flag: str, steps: int) -> None:
+    with pytest.raises(UserError, match=f"{flag}.every_n_steps is {steps}; use 1 or more"):
+        callback(every_n_steps=steps)
 
 
 def test_the_collector_is_off_during_training_and_restored_after(base: Path) -> None:
@@ -135,8 +231,7 @@ def test_a_batch_that_does_not_divide_names_what_would() -> None:
 
 def test_the_monitor_records_what_it_says(base: Path) -> None:
     run = train(base, Monitor(every_n_steps=1), max_steps=5)
-    with (Path(run.loggers[0].log_dir) / "metrics.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["train/loss"]]
+    rows = records(run)
     assert [int(row["step"]) for row in rows] == [1, 2, 3, 4, 5]
     ema = 0.0
     for number, row in enumerate(rows, start=1):
@@ -148,3 +243,27 @@ def test_the_monitor_records_what_it_says(base: Path) -> None:
         assert float(row["train/memory_gb"]) > 0.01
     assert [float(row["train/lr_multiplier"]) for row in rows[-2:]] == [1.0, 0.5]
     assert float(rows[-1]["train/eta_seconds"]) == 0
+
+
+def test_the_monitor_follows_a_run_that_is_shortened(base: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    class Shorten(Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.global_step == 2:
+                trainer.fit_loop.epoch_loop.max_steps = 5
+
+    run = train(base, Monitor(every_n_steps=4), Shorten(), max_steps=20)
+    rows = records(run)
+    assert [int(row["step"]) for row in rows] == [1, 4, 5]
+    assert float(rows[-1]["train/eta_seconds"]) == 0
+    assert "step 5/5 |" in capfd.readouterr().out
+
+
+def test_what_follows_an_evaluation_is_no_training_time(base: Path) -> None:
+    class Slow(Callback):
+        """Set up after the monitor, as the samples are."""
+
+        def on_validation_end(self, *_: Any) -> None:
+            time.sleep(2)
+
+    rows = records(train(base, Monitor(every_n_steps=1), Slow(), EvalSchedule(2, at_start=False), max_steps=4))
+    assert max(float(row["train/step_ms"]) for row in rows[1:]) < 2000

@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader
 
 from lmchat.callbacks import time_budget
 from lmchat.callbacks.time_budget import TimeBudget
+from lmchat.types import UserError
 
 ACCUMULATION = 2
 
@@ -80,3 +81,8 @@ def test_a_resumed_run_stays_short(monkeypatch: pytest.MonkeyPatch) -> None:
     budget.load_state_dict({"lowered_to": 30})
     assert steps_taken(monkeypatch, 0.0, budget) == 30
     assert budget.state_dict() == {"lowered_to": 30}
+
+
+def test_forecasts_need_steps_between_them() -> None:
+    with pytest.raises(UserError, match="check_every_n_steps is 0; use 1 or more"):
+        TimeBudget(minutes=1, check_every_n_steps=0)

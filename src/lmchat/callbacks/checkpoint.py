@@ -16,6 +16,9 @@ What this asks of the rest:
 - Evaluation runs in Lightning's validation loop, after the save of the same step. Its random numbers are taken back.
   A run resumed from that save does not repeat the evaluation of the step.
 - Nothing is decided from the time of day, and no other state of the module enters the loss.
+
+A run may be resumed with another number of micro-batches per step. Lightning's counters are in micro-batches, so they
+are rewritten from the step; the loader's length, where it has one, is that of the whole run in today's micro-batches.
 """
 
 from __future__ import annotations
@@ -111,6 +114,8 @@ class StepCheckpoint(Checkpoint):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         self._rng_to_restore = checkpoint.get("rng")
+        if trainer.state.fn == TrainerFn.FITTING and "loops" in checkpoint:
+            _recount_micro_batches(checkpoint, trainer.accumulate_grad_batches)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._saved_step = trainer.global_step
@@ -201,6 +206,20 @@ class StepCheckpoint(Checkpoint):
         checkpoint |= boundary.data
         checkpoint["rng"] = boundary.rng
         checkpoint["meta"] = pl_module.checkpoint_meta()
+
+
+def _recount_micro_batches(checkpoint: dict[str, Any], accumulate_grad_batches: int) -> None:
+    """Sets the restored counters to what they would be had every step had this many micro-batches.
+
+    Lightning decides by them when the optimizer steps, when validation is due, and how far a loader with an end has
+    come. A boundary lies before the end of its micro-batch, hence ``completed`` is one behind.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    ready = checkpoint["global_step"] * accumulate_grad_batches
+    for counters in (progress["total"], progress["current"]):
+        counters.update(ready=ready, started=ready, processed=ready, completed=ready - 1)
+    # The last batch of a shorter run; a run that is over does not get as far as to ask.
+    progress["is_last_batch"] = False
 
 
 def _is_between_batches(trainer: L.Trainer) -> bool:

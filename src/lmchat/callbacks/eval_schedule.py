@@ -25,6 +25,7 @@ class EvalSchedule(Callback):
         self.every_n_steps = every_n_steps
         self.at_start = at_start
         self.at_end = at_end
+        self._last_evaluated_step: int | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         if stage != "fit":
@@ -37,9 +38,13 @@ class EvalSchedule(Callback):
         if self.at_start and trainer.global_step == 0:
             _run_validation(trainer)
 
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if not trainer.sanity_checking:
+            self._last_evaluated_step = trainer.global_step
+
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        done_in_loop = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
-        if self.at_end and trainer.global_step >= trainer.max_steps and not done_in_loop:
+        complete = trainer.global_step >= trainer.max_steps
+        if self.at_end and complete and self._last_evaluated_step != trainer.global_step:
             _run_validation(trainer)
 
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from lmchat.hardware import peak_flops, peak_memory_bytes
 from lmchat.scaling import flops_per_token
 from lmchat.stages.base import StageModule
+from lmchat.types import UserError
 
 EMA_DECAY = 0.9
 
@@ -25,13 +26,18 @@ class Stopwatch:
     def __init__(self) -> None:
         self._start = time.perf_counter()
         self._paused = 0.0
-        self._pause_start = 0.0
+        self._pause_start: float | None = None
 
     def pause(self) -> None:
-        self._pause_start = time.perf_counter()
+        """Stops the watch, if it runs."""
+        if self._pause_start is None:
+            self._pause_start = time.perf_counter()
 
     def resume(self) -> None:
-        self._paused += time.perf_counter() - self._pause_start
+        """Lets the watch go on, if it is stopped."""
+        if self._pause_start is not None:
+            self._paused += time.perf_counter() - self._pause_start
+            self._pause_start = None
 
     def lap(self) -> float:
         """Seconds since the last lap."""
@@ -46,7 +52,8 @@ class Monitor(Callback):
 
     Logged under ``train/``: loss, loss_ema (debiased, decay 0.9), lr_multiplier, step_ms, tokens_per_second, mfu,
     memory_gb, tokens, eta_seconds, and the data's own position or figures. Speed is that of the steps since the last
-    record, evaluation left out; the first steps, which compile and warm up, do not enter the time left.
+    record, without evaluation and what callbacks do after it; the first steps, which compile and warm up, do not enter
+    the time left.
 
     Args:
         every_n_steps: optimizer steps between records; the first and the last step are always recorded.
@@ -54,6 +61,8 @@ class Monitor(Callback):
     """
 
     def __init__(self, every_n_steps: int = 10, warmup_steps: int = 3) -> None:
+        if every_n_steps < 1:
+            raise UserError(f"--monitor.every_n_steps is {every_n_steps}; use 1 or more")
         self.every_n_steps = every_n_steps
         self.warmup_steps = warmup_steps
         self.loss_ema: torch.Tensor | float = 0.0
@@ -62,7 +71,6 @@ class Monitor(Callback):
         self._bar: tqdm | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self.total_steps = trainer.max_steps
         self.first_step = self._last_step = trainer.global_step
         self._peak = peak_flops(pl_module.device, pl_module.net.compute_dtype)
         self._lap_steps = self._lap_tokens = 0
@@ -71,7 +79,7 @@ class Monitor(Callback):
             print(self._description(trainer, pl_module), flush=True)
             terminal = sys.stderr.isatty()
             self._bar = tqdm(
-                total=self.total_steps, initial=self.first_step, unit="step", disable=not terminal, leave=False
+                total=trainer.max_steps, initial=self.first_step, unit="step", disable=not terminal, leave=False
             )
         self._watch = Stopwatch()
 
@@ -81,7 +89,7 @@ class Monitor(Callback):
             f"{module.stage} {module.tag}: {config.n_layer} layers × {config.n_embd}, {parameters:,} parameters, "
             f"vocabulary {config.vocab_size:,}, {module.net.compute_dtype} on {module.device}, "
             f"attention {module.net.attention_backend}\n"
-            f"{self.total_steps:,} steps of {module.data.describe_step(trainer.world_size)}, "
+            f"{trainer.max_steps:,} steps of {module.data.describe_step(trainer.world_size)}, "
             f"lr scale {module.lr_scale:.3g}, weight decay {module.weight_decay:.3g}"
         )
 
@@ -89,14 +97,17 @@ class Monitor(Callback):
         if trainer.state.fn == "fit":
             self._watch.pause()
 
+    def on_train_batch_start(self, *_: Any) -> None:
+        # Not at the end of the validation: callbacks after this one still sample, and that is no training.
+        self._watch.resume()
+
     def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.state.fn != "fit":
             return
-        self._watch.resume()
         figures = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         if trainer.is_global_zero and figures:
             shown = " | ".join(f"{name.removeprefix('val/')} {value:.4f}" for name, value in figures.items())
-            _say(f"step {trainer.global_step}/{self.total_steps} | held out: {shown}")
+            _say(f"step {trainer.global_step}/{trainer.max_steps} | held out: {shown}")
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         step = trainer.global_step
@@ -110,7 +121,7 @@ class Monitor(Callback):
         self.tokens += step_tokens
         self._lap_tokens += step_tokens
         self._lap_steps += 1
-        if step == self.first_step + 1 or step % self.every_n_steps == 0 or step == self.total_steps:
+        if step == self.first_step + 1 or step % self.every_n_steps == 0 or step == trainer.max_steps:
             self._record(trainer, pl_module, loss)
 
     def _record(self, trainer: L.Trainer, module: StageModule, loss: torch.Tensor) -> None:
@@ -134,16 +145,16 @@ class Monitor(Callback):
         if step - self.first_step > self.warmup_steps:
             self._warm_seconds += seconds
             self._warm_steps += self._lap_steps
-            metrics["eta_seconds"] = (self.total_steps - step) * self._warm_seconds / self._warm_steps
+            metrics["eta_seconds"] = (trainer.max_steps - step) * self._warm_seconds / self._warm_steps
         self._lap_steps = self._lap_tokens = 0
         for logger in trainer.loggers:
             logger.log_metrics({f"train/{name}": value for name, value in metrics.items()}, step=step)
         if trainer.is_global_zero:
-            self._show(step, metrics, position)
+            self._show(step, trainer.max_steps, metrics, position)
 
-    def _show(self, step: int, metrics: dict[str, float], position: Iterable[str]) -> None:
+    def _show(self, step: int, max_steps: int, metrics: dict[str, float], position: Iterable[str]) -> None:
         parts = [
-            f"step {step}/{self.total_steps}",
+            f"step {step}/{max_steps}",
             f"loss {metrics['loss_ema']:.4f}",
             f"lr × {metrics['lr_multiplier']:.2f}",
             f"{metrics['step_ms']:,.0f} ms",
@@ -155,6 +166,7 @@ class Monitor(Callback):
         ]
         _say(" | ".join(parts))
         if self._bar is not None:
+            self._bar.total = max_steps
             self._bar.update(step - self._bar.n)
 
     def on_train_end(self, *_: Any) -> None:

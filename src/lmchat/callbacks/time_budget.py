@@ -9,6 +9,8 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lmchat.types import UserError
+
 
 class TimeBudget(Callback):
     """Takes fewer steps on a machine too slow for all of them; on any other it changes nothing.
@@ -24,6 +26,8 @@ class TimeBudget(Callback):
     """
 
     def __init__(self, minutes: float, check_every_n_steps: int = 20, until: float = 0.4) -> None:
+        if check_every_n_steps < 1:
+            raise UserError(f"TimeBudget's check_every_n_steps is {check_every_n_steps}; use 1 or more")
         self.minutes = minutes
         self.check_every_n_steps = check_every_n_steps
         self.until = until
