@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -13,9 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from lmchat.checkpoint.layout import committed_steps
 from lmchat.checkpoint.load import find_checkpoint, load_model_state, load_rank_state
 
-STEPS = 12
+STEPS = 30
+LATEST_KILL = 12  # far enough from the end that a run cannot finish before the signal
 CONFIG = f"""
 trainer: {{accelerator: cpu, devices: 1, max_steps: {STEPS}}}
 model:
@@ -45,6 +48,7 @@ def run(base: Path, *options: str, kill_at_step: int | None = None) -> None:
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert awaited.exists()
+        assert process.returncode == -signal.SIGKILL
         return
     _, error = process.communicate(timeout=240)
     assert process.returncode == 0, error
@@ -86,19 +90,24 @@ def new_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base
 
 
-@pytest.mark.parametrize("kill_at_step", [3, 8])
+@pytest.mark.parametrize("earliest_kill", [1, 7])
 def test_a_killed_run_continues_as_if_nothing_had_happened(
-    kill_at_step: int, unbroken: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory
+    earliest_kill: int, unbroken: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     base = new_base(tiny_base, tmp_path_factory)
+    seed = time.time_ns()
+    kill_at_step = random.Random(seed).randint(earliest_kill, LATEST_KILL)
+    print(f"seed {seed}: killed once step {kill_at_step} is saved")
     run(base, kill_at_step=kill_at_step)
+    last = committed_steps(base / "base_checkpoints" / "d2")[-1]
+    assert kill_at_step <= last < STEPS
     run(base, "--ckpt_path", "last")
     expected = losses(unbroken)
     assert sorted(expected) == list(range(1, STEPS + 1))
     # A killed logger may have lost its last lines; what there is must agree, and the resumed part must be there.
     resumed = losses(base)
     assert resumed.items() <= expected.items()
-    assert set(range(kill_at_step + 2, STEPS + 1)) <= set(resumed)
+    assert set(range(last + 1, STEPS + 1)) <= set(resumed)
     checkpoints = [find_checkpoint(folder / "base_checkpoints" / "d2") for folder in (unbroken, base)]
     assert [checkpoint.step for checkpoint in checkpoints] == [STEPS, STEPS]
     assert same(*map(load_model_state, checkpoints))
