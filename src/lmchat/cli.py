@@ -105,7 +105,7 @@ class LMChatCLI(LightningCLI):
         if self._get(self.config_init, "trainer")["logger"] in (None, True):
             folder, name = base_dir() / "logs" / self.model.stage, self.model.tag
             tensorboard = TensorBoardLogger(folder, name=name)
-            kwargs["logger"] = [tensorboard, CSVLogger(tensorboard.log_dir, name="csv", version="")]
+            kwargs["logger"] = [tensorboard, CSVLogger(tensorboard.log_dir, "csv", "", flush_logs_every_n_steps=10)]
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, MisconfigurationException) as error:

@@ -15,8 +15,9 @@ from lmchat.types import UserError
 class TimeBudget(Callback):
     """Takes fewer steps on a machine too slow for all of them; on any other it changes nothing.
 
-    In the first part of the run, where the learning rate does not depend on its length, the rest is forecast from the
-    steps so far, evaluations included, and ``max_steps`` is lowered where the forecast is over the budget. A run is
+    In the first part of the run, where the learning rate (without warmup) does not depend on its length, the rest is
+    forecast from the steps so far, evaluations included, and ``max_steps`` is lowered where the forecast is over the
+    budget. Muon's weight decay, which does depend on the length from the start, falls faster from there on. A run is
     reproducible as long as that does not happen; what was lowered stays so in a resumed run.
 
     Args:

@@ -1,0 +1,81 @@
+"""The CPU is the reference for a GPU: `make test-gpu` on a machine with a card. Never run on one so far."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lmchat.model.config import GPTConfig
+from lmchat.model.gpt import GPT
+from lmchat.optim.muon_adamw import MuonAdamW, build_param_groups
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+CONFIG = GPTConfig(sequence_len=256, vocab_size=512, n_layer=4, n_head=2, n_kv_head=2, n_embd=128)
+
+
+def network(device: str, dtype: torch.dtype = torch.float32) -> GPT:
+    net = GPT(CONFIG, compute_dtype=dtype)
+    net.init_weights(torch.Generator().manual_seed(0))
+    return net.to(device)
+
+
+def batch(device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(512, (4, 257), generator=torch.Generator().manual_seed(1)).to(device)
+    return ids[:, :-1], ids[:, 1:]
+
+
+def train(net: GPT, device: str, steps: int = 5) -> list[float]:
+    """The losses of a few optimizer steps on one batch, with Muon in fp32."""
+    optimizer = MuonAdamW(build_param_groups(net.named_parameters(), n_embd=128), polar_dtype=torch.float32)
+    losses = []
+    for _ in range(steps):
+        loss = net.loss(*batch(device))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_a_card_trains_as_the_cpu_does() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    assert train(network("cuda"), "cuda") == pytest.approx(train(network("cpu"), "cpu"), abs=2e-3)
+
+
+def test_bf16_stays_near_fp32() -> None:
+    inputs, targets = batch("cuda")
+    exact = network("cpu").loss(inputs.cpu(), targets.cpu()).item()
+    assert network("cuda", torch.bfloat16).loss(inputs, targets).item() == pytest.approx(exact, rel=0.01)
+
+
+def test_compiled_blocks_give_the_same_losses() -> None:
+    compiled = network("cuda", torch.bfloat16)
+    compiled.compile_blocks()
+    assert train(compiled, "cuda") == pytest.approx(train(network("cuda", torch.bfloat16), "cuda"), rel=0.02)
+
+
+def test_a_run_resumes_on_a_card(base: Path) -> None:
+    from lmchat.__main__ import main
+    from lmchat.checkpoint.load import find_checkpoint, load_model_state
+
+    config = base / "tiny.yaml"
+    config.write_text("""
+trainer: {accelerator: gpu, devices: 1, max_steps: 6}
+model:
+  class_path: PretrainModule
+  init_args: {depth: 2, sequence_len: 256, head_dim: 64, global_batch_tokens: 2048, compile: false}
+data: {class_path: FineWebDataModule, init_args: {micro_batch_size: 4, eval_tokens: 1024}}
+samples: {max_new_tokens: 2}
+checkpoint: {every_n_steps: 3}
+""")
+    assert main(["fit", "--config", str(config), "--model.tag", "unbroken"]) == 0
+    start = base / "base_checkpoints" / "unbroken" / "meta_000003.json"
+    assert main(["fit", "--config", str(config), "--model.tag", "resumed", "--ckpt_path", str(start)]) == 0
+    expected, actual = (
+        load_model_state(find_checkpoint(base / "base_checkpoints" / tag)) for tag in ("unbroken", "resumed")
+    )
+    for name, weight in expected.items():
+        torch.testing.assert_close(actual[name], weight, rtol=1e-3, atol=1e-4)
