@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -134,7 +135,15 @@ def test_ctrl_c_waits_for_the_checkpoint(text: Path, tmp_path: Path) -> None:
         f"sys.executable = {str(trainer)!r}\n"
         f"sys.exit(main(['demo', '--output', {str(tmp_path / 'run')!r}]))\n"
     )
-    process = subprocess.Popen([sys.executable, str(driver)], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    # A shell's background job ignores the signal, and would hand that on.
+    interruptible = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(
+        [sys.executable, str(driver)],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=interruptible,
+    )
     try:
         deadline = time.monotonic() + 60
         while not (tmp_path / "started").exists():
@@ -176,9 +185,11 @@ def test_many_files_stay_whole_and_lines_are_the_last_resort(text: Path, tmp_pat
 def test_make_gives_another_text_another_folder() -> None:
     def command_line(*variables: str) -> list[str]:
         root = Path(__file__).resolve().parents[2]
+        # The test itself may run under make, which would pass on its flags.
+        environment = {name: value for name, value in os.environ.items() if "MAKE" not in name and name != "MFLAGS"}
         shown = subprocess.run(
             ["make", "-n", "-o", ".venv/.installed", "demo", *variables],
-            cwd=root, capture_output=True, text=True, check=True,
+            cwd=root, env=environment, capture_output=True, text=True, check=True,
         )  # fmt: skip
         return shlex.split(shown.stdout.strip().splitlines()[-1])[1:]
 
