@@ -36,6 +36,10 @@ def test_every_lmchat_command_that_is_named_exists() -> None:
         assert named <= {*COMMANDS, *TRAINER_COMMANDS}, page
 
 
+def test_the_readme_has_no_gaps() -> None:
+    assert not re.search(r"TODO|TBD|DEMO_TABLE|XXX", (REPOSITORY / "README.md").read_text())
+
+
 def test_every_path_in_the_readme_exists() -> None:
     for path in re.findall(r"`((?:src|docs|configs|tests)/[\w./]+)`", (REPOSITORY / "README.md").read_text()):
         assert (REPOSITORY / path).exists(), path
