@@ -13,13 +13,15 @@ OUTPUT ?= runs/demo$(if $(TEXT),-$(shell basename -- "$(TEXT)"))
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# A torch that satisfies the range is used where it is (a GPU image has its own); otherwise pip brings one.
+# A torch that satisfies the range is used where it is (a GPU image has its own), together with what lies beside it;
+# otherwise pip brings one.
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "lmchat needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) --version); run make PYTHON=python3.12"; exit 1; }
 	@echo "Setting up $(VENV) (once; some minutes)"
-	@flags=$$($(PYTHON) -c 'import importlib.metadata as m; v = tuple(map(int, m.version("torch").split(".")[:2])); print("--system-site-packages" if (2, 11) <= v < (2, 14) else "")' 2>/dev/null); \
-	  $(PYTHON) -m venv $$flags $(VENV)
+	@$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import importlib.metadata as m; t = m.distribution("torch"); v = tuple(map(int, t.version.split(".")[:2])); print(t.locate_file("") if (2, 11) <= v < (2, 14) else "")' \
+	  2>/dev/null > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch_of_parent.pth" || true
 	@$(BIN)/python -m pip install -q -e '.[dev,plot]' || { echo "The installation failed; the message above says why"; exit 1; }
 	@touch $@
 
@@ -39,13 +41,13 @@ test-gpu: $(INSTALLED)  ## run the GPU tests and 20 steps of d12 on one card
 	@$(BIN)/python benchmarks/gpu_run.py
 
 lint: $(INSTALLED)  ## check style
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check .
 
 types: $(INSTALLED)  ## check types
-	@$(BIN)/mypy
+	@$(BIN)/python -m mypy
 
 format: $(INSTALLED)  ## put the code into the house style
-	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+	@$(BIN)/python -m ruff format . && $(BIN)/python -m ruff check --fix .
 
 bench: $(INSTALLED)  ## measure the CPU benchmarks, as ratios within one run
 	@for file in benchmarks/*.py; do case $$file in *gpu*|*loss_compare*) ;; *) echo "== $$file"; $(BIN)/python $$file || exit 1;; esac; done
