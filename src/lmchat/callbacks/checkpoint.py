@@ -166,13 +166,13 @@ class StepCheckpoint(Checkpoint):
     def _save_interrupted(self, trainer: L.Trainer, exception: BaseException) -> None:
         if self._stepping and _is_between_batches(trainer):
             self._mark_boundary(trainer)  # a callback before this one has failed, the step has not
-        if not self._stepping:
-            try:
+        try:
+            if not self._stepping:
                 self._save(trainer)
-                self._io.wait()
-            # Training has failed already; what else fails must not hide why.
-            except Exception as error:
-                rank_zero_warn(f"could not save step {trainer.global_step} on {type(exception).__name__}: {error}")
+            self._io.wait()  # also for an earlier step that is still being written
+        # Training has failed already; what else fails must not hide why.
+        except Exception as error:
+            rank_zero_warn(f"could not save step {trainer.global_step} on {type(exception).__name__}: {error}")
         steps = committed_steps(self.directory)
         if steps:
             latest = CheckpointPaths(self.directory, steps[-1]).meta
