@@ -12,7 +12,7 @@ TRAINER_COMMANDS = {
 }
 COMMANDS = {
     "tokenizer": "train, evaluate, look at or import a tokenizer",
-    "data": "download shards, or turn a folder of text into shards",
+    "data": "download shards, make them from a folder of text, tokenize them, list their words",
     "chat": "talk to a model in the terminal",
     "demo": "the pipeline on this machine's own documentation, offline",
 }

@@ -59,3 +59,12 @@ def test_user_mistakes_end_in_one_line(
     errors = capsys.readouterr().err
     assert message in errors
     assert "Traceback" not in errors
+
+
+def test_words_makes_the_list_that_spelling_reads(base: Path, tiny_base: Path) -> None:
+    from lmchat.tasks.words import read_words
+
+    assert main(["data", "words", "--data_dir", str(tiny_base / "base_data")]) == 0
+    found = read_words(None)
+    assert {"statement", "function"} <= set(found)
+    assert all(word.isalpha() and word == word.lower() for word in found)

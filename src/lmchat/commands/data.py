@@ -109,4 +109,20 @@ def tokenize(data_dir: Path | None = None, tokenizer: Path | None = None, num_th
     )
 
 
-COMMANDS = {"download": download, "import": import_, "tokenize": tokenize}
+def words(data_dir: Path | None = None, output: Path | None = None) -> None:
+    """Make the word list of the spelling tasks from the words of the training shards.
+
+    Args:
+        data_dir: folder of parquet shards; default is $LMCHAT_BASE_DIR/base_data.
+        output: file to write; default is $LMCHAT_BASE_DIR/words.txt.
+    """
+    from lmchat.data.parquet_text import list_shards, read_documents
+    from lmchat.paths import base_data_dir
+    from lmchat.tasks.words import words_from_text, write_words
+
+    *train, _ = list_shards(data_dir or base_data_dir())
+    found = words_from_text(text or "" for shard in train for text in read_documents(shard))
+    print(f"{len(found):,} words: {write_words(found, output)}")
+
+
+COMMANDS = {"download": download, "import": import_, "tokenize": tokenize, "words": words}
