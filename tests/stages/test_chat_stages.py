@@ -33,7 +33,7 @@ samples: {max_new_tokens: 0}
 """
 SFT = """
 trainer: {accelerator: cpu, devices: 1}
-model: {class_path: SFTModule, init_args: {max_new_tokens: 8}}
+model: {class_path: SFTModule}
 data:
   class_path: SFTDataModule
   init_args:
@@ -47,6 +47,7 @@ data:
       - task: {class_path: Identity, init_args: {split: test, size: 8}}
     eval_tasks:
       - {class_path: Arithmetic, init_args: {split: test, size: 4}}
+    eval_max_new_tokens: 8
 eval: {every_n_steps: 0}
 monitor: {every_n_steps: 1}
 samples: {max_new_tokens: 0}
@@ -60,6 +61,8 @@ data:
   init_args:
     task: {class_path: Arithmetic, init_args: {split: train, size: 8}}
     eval_task: {class_path: Arithmetic, init_args: {split: test, size: 4}}
+    eval_tasks:
+      - {class_path: Identity, init_args: {split: test, size: 4}}
     questions_per_step: 2
     num_samples: 3
     eval_num_samples: 2
@@ -129,6 +132,7 @@ def test_held_out_figures_are_logged(pipeline: Path) -> None:
     grpo = [row for row in log(pipeline, "grpo") if row["val/pass@1"]]
     assert len(grpo) == 2
     assert all(0 <= float(row["val/pass@1"]) <= float(row["val/pass@2"]) <= 1 for row in grpo)
+    assert all(0 <= float(row["val/Identity/test"]) <= 1 for row in grpo)
 
 
 def test_steps_without_a_signal_leave_the_model_alone(pipeline: Path) -> None:

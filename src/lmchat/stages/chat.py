@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric
 
 from lmchat.checkpoint.load import Checkpoint, load_model_state
+from lmchat.evaluation.chat_tasks import Questions, TaskQuestions, grade
 from lmchat.generation.engine import Engine
 from lmchat.model.config import GPTConfig
-from lmchat.stages.base import StageModule
+from lmchat.stages.base import StageDataModule, StageModule
+from lmchat.tasks.base import Task
 from lmchat.types import UserError
 
 
@@ -65,10 +70,46 @@ class ChatModule(StageModule):
         if self._start is not None:
             self.net.load_state_dict(load_model_state(self._start))
             self._start = None
+        if not hasattr(self, "accuracy"):
+            tasks = self.data.eval_tasks if isinstance(self.data, ChatDataModule) else []
+            self.accuracy = nn.ModuleDict({task.name: MeanMetric() for task in tasks})
+
+    def log_accuracy(self, questions: Questions) -> None:
+        """Asks the questions, decoding greedily, and logs the share of right answers as ``val/<task>``."""
+        assert isinstance(self.data, ChatDataModule)
+        right = grade(self.engine, questions, max_new_tokens=self.data.eval_max_new_tokens)
+        metric = cast(MeanMetric, self.accuracy[questions.task.name])
+        metric.update(torch.tensor(right, dtype=torch.float32))
+        self.log(f"val/{questions.task.name}", metric, add_dataloader_idx=False)
 
     @property
     def engine(self) -> Engine:
         return Engine(self.net, self.tokenizer)
+
+
+class ChatDataModule(StageDataModule):
+    """Data of a stage that is judged by answers to questions.
+
+    Args:
+        eval_tasks: tasks whose questions are asked in evaluation; slice them with their ``stop``.
+        eval_batch_size: questions answered together.
+        eval_max_new_tokens: longest answer in evaluation.
+    """
+
+    def __init__(
+        self, micro_batch_size: int, eval_tasks: list[Task] | None, eval_batch_size: int, eval_max_new_tokens: int
+    ) -> None:
+        super().__init__(micro_batch_size)
+        self.eval_tasks = eval_tasks or []
+        self.eval_batch_size = eval_batch_size
+        self.eval_max_new_tokens = eval_max_new_tokens
+
+    def questions(self, tasks: list[Task]) -> DataLoader:
+        """This rank's share of the tasks' questions."""
+        questions = TaskQuestions(
+            tasks, batch_size=self.eval_batch_size, rank=self.run.global_rank, world_size=self.run.world_size
+        )
+        return DataLoader(questions, batch_size=None)
 
 
 def sum_over_step(loss_sum: torch.Tensor, loss_tokens: int, module: StageModule) -> torch.Tensor:

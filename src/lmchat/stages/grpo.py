@@ -11,11 +11,11 @@ from torch.utils.data import DataLoader
 
 import lmchat.tasks  # noqa: F401  (makes every task known by its short class name)
 from lmchat.data.rollouts import Rollouts, Sampling
-from lmchat.evaluation.chat_tasks import Questions, TaskQuestions
+from lmchat.evaluation.chat_tasks import Questions
 from lmchat.evaluation.pass_at_k import PassAtK
 from lmchat.schedules import rl_lr_multiplier
-from lmchat.stages.base import Schedule, StageDataModule
-from lmchat.stages.chat import ChatModule, sum_over_step
+from lmchat.stages.base import Schedule
+from lmchat.stages.chat import ChatDataModule, ChatModule, sum_over_step
 from lmchat.tasks.base import Task
 from lmchat.tokenizer.render import render_for_completion
 from lmchat.types import Rollout, UserError
@@ -75,8 +75,11 @@ class GRPOModule(ChatModule):
             samples = self.data.eval_sampling.num_samples
             self.pass_at_k = nn.ModuleDict({f"pass@{k}": PassAtK(k) for k in range(1, samples + 1)})
 
-    def validation_step(self, batch: Questions, batch_idx: int) -> None:
+    def validation_step(self, batch: Questions, batch_idx: int, dataloader_idx: int = 0) -> None:
         assert isinstance(self.data, RolloutDataModule)
+        if batch.task is not self.data.eval_task:
+            self.log_accuracy(batch)
+            return
         engine, sampling = self.engine, self.data.eval_sampling
         prompts = [render_for_completion(self.tokenizer, conversation) for conversation in batch.conversations]
         samples = engine.generate(
@@ -95,15 +98,16 @@ class GRPOModule(ChatModule):
         )
         for name, metric in cast(dict[str, PassAtK], self.pass_at_k).items():
             metric.update(right, sampling.num_samples)
-            self.log(f"val/{name}", metric)
+            self.log(f"val/{name}", metric, add_dataloader_idx=False)
 
 
-class RolloutDataModule(StageDataModule):
+class RolloutDataModule(ChatDataModule):
     """Questions, and the current policy's sampled and graded answers to them. One group is one micro-batch.
 
     Args:
         task: questions to learn from.
-        eval_task: held-out questions.
+        eval_task: held-out questions of the same kind.
+        eval_tasks: other tasks, to see what becomes of what the model could do before; answered greedily.
         questions_per_step: over all ranks.
         epochs: passes over the questions; ``trainer.max_steps`` may end it sooner.
         num_samples: answers per question.
@@ -120,6 +124,7 @@ class RolloutDataModule(StageDataModule):
         self,
         task: Task,
         eval_task: Task,
+        eval_tasks: list[Task] | None = None,
         questions_per_step: int = 16,
         epochs: int = 1,
         num_samples: int = 16,
@@ -131,14 +136,13 @@ class RolloutDataModule(StageDataModule):
         eval_batch_size: int = 16,
         seed: int = 42,
     ) -> None:
-        super().__init__(micro_batch_size=num_samples)
+        super().__init__(num_samples, eval_tasks, eval_batch_size, max_new_tokens)
         self.task = task
         self.eval_task = eval_task
         self.questions_per_step = questions_per_step
         self.epochs = epochs
         self.sampling = Sampling(num_samples, max_new_tokens, temperature, top_k)
         self.eval_sampling = replace(self.sampling, num_samples=eval_num_samples, temperature=eval_temperature)
-        self.eval_batch_size = eval_batch_size
         self.seed = seed
 
     def setup(self, stage: str) -> None:
@@ -190,13 +194,7 @@ class RolloutDataModule(StageDataModule):
         return int(self.run.strategy.reduce(tensor, reduce_op="sum"))
 
     def val_dataloader(self) -> DataLoader:
-        questions = TaskQuestions(
-            [self.eval_task],
-            batch_size=self.eval_batch_size,
-            rank=self.run.global_rank,
-            world_size=self.run.world_size,
-        )
-        return DataLoader(questions, batch_size=None)
+        return self.questions([self.eval_task, *self.eval_tasks])
 
     def progress(self) -> dict[str, float]:
         return {name: value for name, value in self.position.items() if name != "steps"} if self.position else {}

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
-from torchmetrics import MeanMetric
 
 import lmchat.tasks  # noqa: F401  (makes every task known by its short class name)
 from lmchat.data.conversations import RenderedConversations, render_all
 from lmchat.data.mixture import Mixture, MixturePart
 from lmchat.data.padded import PaddedBatches, PaddedPlan
 from lmchat.evaluation.bits_per_byte import BitsPerByte
-from lmchat.evaluation.chat_tasks import Questions, TaskQuestions, grade
+from lmchat.evaluation.chat_tasks import Questions
 from lmchat.paths import base_dir
 from lmchat.schedules import muon_momentum, sft_lr_multiplier
-from lmchat.stages.base import Schedule, StageDataModule
-from lmchat.stages.chat import ChatModule, sum_over_step
+from lmchat.stages.base import Schedule
+from lmchat.stages.chat import ChatDataModule, ChatModule, sum_over_step
 from lmchat.tasks.base import Task
 from lmchat.types import Batch, UserError
 
@@ -29,16 +27,14 @@ class SFTModule(ChatModule):
 
     Args:
         constant_until: share of the epoch after which the learning rate falls linearly to 0.
-        max_new_tokens: longest answer to an evaluation question.
     """
 
     stage: ClassVar[str] = "sft"
     earlier_stages = ("pretrain",)
 
-    def __init__(self, constant_until: float = 0.8, max_new_tokens: int = 256, **kwargs: Any) -> None:
+    def __init__(self, constant_until: float = 0.8, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.constant_until = constant_until
-        self.max_new_tokens = max_new_tokens
 
     def schedule(self, step: int) -> Schedule:
         return Schedule(
@@ -57,22 +53,17 @@ class SFTModule(ChatModule):
         super().configure_model()
         if not hasattr(self, "bits_per_byte"):
             self.bits_per_byte = BitsPerByte(torch.from_numpy(self.tokenizer.token_bytes))
-            tasks = self.data.eval_tasks if isinstance(self.data, SFTDataModule) else []
-            self.accuracy = nn.ModuleDict({task.name: MeanMetric() for task in tasks})
 
     def validation_step(self, batch: Batch | Questions, batch_idx: int, dataloader_idx: int = 0) -> None:
         if isinstance(batch, Questions):
-            right = grade(self.engine, batch, max_new_tokens=self.max_new_tokens)
-            metric = cast(MeanMetric, self.accuracy[batch.task.name])
-            metric.update(torch.tensor(right, dtype=torch.float32))
-            self.log(f"val/{batch.task.name}", metric, add_dataloader_idx=False)
+            self.log_accuracy(batch)
         else:
             nats = self.net.loss(batch["inputs"], batch["targets"], reduction="none")
             self.bits_per_byte.update(nats, batch["targets"])
             self.log("val/bpb", self.bits_per_byte, add_dataloader_idx=False)
 
 
-class SFTDataModule(StageDataModule):
+class SFTDataModule(ChatDataModule):
     """A mixture of tasks → rendered conversations → padded rows, planned for the whole epoch.
 
     The number of steps follows from the plan; a smaller ``trainer.max_steps`` ends the epoch early.
@@ -84,6 +75,7 @@ class SFTDataModule(StageDataModule):
         micro_batch_size: rows per micro-batch and rank.
         eval_tokens: tokens per evaluation of the bits per byte, over all ranks.
         eval_batch_size: questions answered together.
+        eval_max_new_tokens: longest answer to them.
         shuffle_seed: seed of the mixture's order.
     """
 
@@ -95,13 +87,12 @@ class SFTDataModule(StageDataModule):
         micro_batch_size: int = 16,
         eval_tokens: int = 20 * 524288,
         eval_batch_size: int = 32,
+        eval_max_new_tokens: int = 256,
         shuffle_seed: int = 42,
     ) -> None:
-        super().__init__(micro_batch_size)
+        super().__init__(micro_batch_size, eval_tasks, eval_batch_size, eval_max_new_tokens)
         self.mixtures = {"train": Mixture(train, shuffle_seed), "val": Mixture(val, shuffle_seed)}
-        self.eval_tasks = eval_tasks or []
         self.eval_tokens = eval_tokens
-        self.eval_batch_size = eval_batch_size
 
     def _folder(self, split: str) -> Path:
         return base_dir() / "rendered" / self.module.tag / split
@@ -149,15 +140,9 @@ class SFTDataModule(StageDataModule):
     def val_dataloader(self) -> list[DataLoader]:
         round_rows = self.micro_batch_size * self.run.world_size
         rows = min(len(self.val_plan.rows), self.eval_tokens // self.module.sequence_len)
-        questions = TaskQuestions(
-            self.eval_tasks,
-            batch_size=self.eval_batch_size,
-            rank=self.run.global_rank,
-            world_size=self.run.world_size,
-        )
         return [
             self.loader(self._batches(self.val_plan, rounds=max(1, -(-rows // round_rows)))),
-            DataLoader(questions, batch_size=None),
+            self.questions(self.eval_tasks),
         ]
 
     def progress(self) -> dict[str, float]:
