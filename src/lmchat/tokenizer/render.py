@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from lmchat.messages import check_messages
 from lmchat.tokenizer.bpe import Tokenizer
-from lmchat.types import Conversation, UserError
+from lmchat.types import Conversation
 
 _MARKED_PARTS = {"python": ("python_start", "python_end", 1), "python_output": ("output_start", "output_end", 0)}
-_TURNS = ("user", "assistant")
 
 
 def render_conversation(
@@ -25,7 +25,7 @@ def render_conversation(
     """Ids of a conversation and its loss mask (0 or 1 per id), both cut to ``max_tokens``.
 
     Raises:
-        UserError: roles out of order, an empty message or an unknown part; it names the message's index.
+        UserError: the conversation breaks a rule of `lmchat.messages.check_messages`.
     """
     ids, mask = _render(tokenizer, _turns(conversation))
     return ids[:max_tokens], mask[:max_tokens]
@@ -73,45 +73,8 @@ def _turn_spans(tokenizer: Tokenizer, role: str, content: Any) -> Iterator[tuple
 def _turns(conversation: Conversation) -> list[dict[str, Any]]:
     """The checked messages, a leading system message merged into the first user message."""
     messages: list[Any] = list(conversation["messages"])
-    for index, message in enumerate(messages):
-        _check_message(index, message)
-    has_system = bool(messages) and messages[0]["role"] == "system"
-    for index, message in enumerate(messages[has_system:], start=has_system):
-        expected = _TURNS[(index - has_system) % 2]
-        if message["role"] != expected:
-            raise UserError(
-                f"message {index} has role {message['role']!r} where {expected!r} is due: after an optional system "
-                "message, user and assistant take turns"
-            )
-    if len(messages) == has_system:
-        raise UserError("a conversation needs at least one user message")
-    if has_system:
+    check_messages(messages)
+    if messages[0]["role"] == "system":
         merged = f"{messages[0]['content']}\n\n{messages[1]['content']}"
         messages[:2] = [{"role": "user", "content": merged}]
     return messages
-
-
-def _check_message(index: int, message: Any) -> None:
-    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-        raise UserError(f"message {index} must be an object with role and content, not {message!r:.200}")
-    role, content = message["role"], message["content"]
-    if role not in ("system", *_TURNS):
-        raise UserError(f"message {index} has unknown role {role!r}: use system, user or assistant")
-    if role == "assistant" and isinstance(content, list):
-        for part in content:
-            _check_part(index, part)
-        content = "".join(part["text"] for part in content)
-    if not isinstance(content, str):
-        kinds = "a string or a list of parts" if role == "assistant" else "a string"
-        raise UserError(f"message {index} ({role}) has content of type {type(content).__name__}: it must be {kinds}")
-    if not content:
-        raise UserError(f"message {index} ({role}) is empty: give it content or leave the conversation out")
-
-
-def _check_part(index: int, part: Any) -> None:
-    if not isinstance(part, dict) or not isinstance(part.get("text"), str):
-        raise UserError(f"message {index} has a part that is not an object with type and text: {part!r:.200}")
-    if part.get("type") not in ("text", *_MARKED_PARTS):
-        raise UserError(
-            f"message {index} has a part of unknown type {part.get('type')!r}: use text, python or python_output"
-        )
