@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,6 +12,7 @@ from lmchat.__main__ import main
 from lmchat.data.token_shards import TokenShards
 from lmchat.tokenizer.bpe import Tokenizer
 
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards", "mix", "it"]
 
 
@@ -50,6 +53,10 @@ def test_a_folder_of_text_becomes_token_files(base: Path, tmp_path: Path, capsys
         (["tokenize"], "no data folder"),
         (["tokenize", "--tokenizer", "nowhere"], "no tokenizer in nowhere"),
         (["download", "--num_shards", "0"], "num_shards is 0"),
+        (["show", "nowhere.jsonl"], "no file or folder nowhere.jsonl"),
+        (["show", "nowhere.yaml"], "cannot read nowhere.yaml"),
+        (["show", str(CONFIGS / "grpo.yaml")], "no mixture data.init_args.train"),
+        (["show", "nowhere.jsonl", "--rows", "-1"], "--rows is -1"),
     ],
 )
 def test_user_mistakes_end_in_one_line(
@@ -68,3 +75,109 @@ def test_words_makes_the_list_that_spelling_reads(base: Path, tiny_base: Path) -
     found = read_words(None)
     assert {"statement", "function"} <= set(found)
     assert all(word.isalpha() and word == word.lower() for word in found)
+
+
+SUM = [
+    {"role": "user", "content": "2+2?\nquick"},
+    {
+        "role": "assistant",
+        "content": [
+            {"type": "text", "text": "It is "},
+            {"type": "python", "text": "2+2"},
+            {"type": "python_output", "text": "4"},
+            {"type": "text", "text": "4.\nBye\x1b"},
+        ],
+    },
+]
+LONG = [{"role": "user", "content": "x" * 60}, {"role": "assistant", "content": "no"}]
+SHOWN = r"""conversation 0, JSONLConversations/chat: 36 tokens, 19 supervised
+  <|bos|><|user_start|>2+2?⏎
+  quick<|user_end|><|assistant_start|>
++ It is <|python_start|>2+2<|python_end|>
+  <|output_start|>4<|output_end|>
++ 4.⏎
++ Bye\x1b<|assistant_end|>
+
+conversation 1, JSONLConversations/chat: 40 tokens, 0 supervised, truncated
+  <|bos|><|user_start|>xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx
+
+JSONLConversations/chat: 2 conversations
+2 conversations, 76 tokens, 19 supervised, 1 truncated, 1 unsupervised
+"""
+
+
+def write_rows(path: Path, *rows: Any) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_show_tells_what_is_learned_from_what_is_read(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat = write_rows(tmp_path / "chat.jsonl", {"messages": SUM}, {"messages": LONG})
+    assert main(["data", "show", str(chat), "--max_tokens", "40"]) == 0
+    assert capsys.readouterr().out == SHOWN
+    counts = SHOWN.splitlines()[-2:]
+    first, second = SHOWN.split("\n\n")[:2]
+    for option, expected in (
+        (["--start", "1"], [second]),
+        (["--rows", "1"], [first]),
+        (["--only", "truncated"], [second]),
+        (["--only", "unsupervised", "--start", "2"], []),
+    ):
+        assert main(["data", "show", str(chat), "--max_tokens", "40", *option]) == 0
+        printed = capsys.readouterr().out
+        assert printed.splitlines()[-2:] == counts
+        assert printed.split("\n\n")[:-1] == expected
+    assert main(["data", "show", str(chat), "--rows", "0", "--limit", "1"]) == 0
+    assert "1 conversations, 36 tokens" in capsys.readouterr().out
+
+
+def test_show_colours_what_is_learned(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    chat = write_rows(tmp_path / "chat.jsonl", SUM)
+    assert main(["data", "show", str(chat)]) == 0
+    printed = capsys.readouterr().out
+    green, magenta, dim = "\x1b[32m", "\x1b[35m", "\x1b[2m"
+    assert f"{green}It is \x1b[0m{magenta}<|python_start|>\x1b[0m{green}2+2\x1b[0m" in printed
+    assert f"{magenta}<|output_start|>\x1b[0m{dim}4\x1b[0m" in printed
+
+
+def test_show_takes_the_mixture_of_a_config(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chat = write_rows(tmp_path / "chat.jsonl", SUM)
+    config = tmp_path / "mine.yaml"
+    train = f"[{{task: {{class_path: JSONLConversations, init_args: {{path: {chat}}}}}, epochs: 3}}]"
+    val = "[{task: {class_path: Identity, init_args: {split: test, size: 2}}}]"
+    config.write_text(f"data: {{class_path: SFTDataModule, init_args: {{train: {train}, val: {val}}}}}\n")
+    assert main(["data", "show", str(config), "--rows", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "JSONLConversations/chat: 3 conversations\n3 conversations, 108 tokens, 57 supervised" in printed
+    assert main(["data", "show", str(config), "--split", "val"]) == 0
+    assert "Identity/test: 2 conversations" in capsys.readouterr().out
+
+
+USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ([ASSISTANT, USER], "where 'user' is due"),
+        ([USER, {"role": "assistant", "content": ""}], "message 1 (assistant) is empty"),
+        ([USER, {"role": "assistant", "content": [{"type": "image", "text": "x"}]}], "unknown type 'image'"),
+        ([USER, {"role": "tool", "content": "x"}], "unknown role 'tool'"),
+        ({"text": "a"}, "'messages' is missing"),
+    ],
+)
+def test_show_names_file_and_line_of_what_it_cannot_render(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], row: Any, complaint: str
+) -> None:
+    chat = write_rows(tmp_path / "chat.jsonl", [USER, ASSISTANT], row)
+    assert main(["data", "show", str(chat)]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert f"{chat}, line 2" in error
+    assert complaint in error

@@ -52,13 +52,13 @@ def render_all(
     from rich.progress import track
 
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    tokens, masks, truncated = [], [], 0
+    tokens, masks, truncated = [], [], []
     for index in track(range(len(conversations)), title, console=Console(stderr=True)):
         try:
             ids, mask = render_conversation(tokenizer, conversations[index], max_tokens + 1)
         except UserError as error:
             raise UserError(f"conversation {index}: {error}") from error
-        truncated += len(ids) > max_tokens
+        truncated.append(len(ids) > max_tokens)
         tokens.append(np.array(ids[:max_tokens], dtype=dtype))
         masks.append(np.array(mask[:max_tokens], dtype=bool))
     if not tokens:
@@ -71,10 +71,17 @@ def render_all(
         "mask": np.concatenate(masks),
         "offsets": np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
         "supervised": supervised,
+        "truncated": np.array(truncated),
     }
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
-    return RenderReport(len(tokens), int(lengths.sum()), int(supervised.sum()), truncated, int((supervised == 0).sum()))
+    return RenderReport(
+        conversations=len(tokens),
+        tokens=int(lengths.sum()),
+        supervised=int(supervised.sum()),
+        truncated=sum(truncated),
+        unsupervised=int((supervised == 0).sum()),
+    )
 
 
 class RenderedConversations:
@@ -83,6 +90,7 @@ class RenderedConversations:
     Attributes:
         lengths: (conversations,) int64, tokens of each.
         supervised: (conversations,) int64, tokens of each that a loss is taken on.
+        truncated: (conversations,) bool, which were cut.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -90,6 +98,7 @@ class RenderedConversations:
         self._mask = np.load(folder / "mask.npy", mmap_mode="r")
         self._offsets = np.load(folder / "offsets.npy")
         self.supervised: npt.NDArray[np.int64] = np.load(folder / "supervised.npy")
+        self.truncated: npt.NDArray[np.bool_] = np.load(folder / "truncated.npy")
         self.lengths: npt.NDArray[np.int64] = np.diff(self._offsets)
 
     def __len__(self) -> int:
