@@ -69,6 +69,20 @@ def no_text_column(base: Path) -> None:
     pq.write_table(pa.table({"content": ["a"]}), own_data(base) / "shard_00001.parquet")
 
 
+def text_of_numbers(base: Path) -> None:
+    pq.write_table(pa.table({"text": [1]}), own_data(base) / "shard_00001.parquet")
+
+
+def link_to_a_lost_shard(base: Path) -> None:
+    shard = own_data(base) / "shard_00001.parquet"
+    shard.unlink()
+    shard.symlink_to(base / "elsewhere.parquet")
+
+
+def logs_on_a_disk_that_is_gone(base: Path) -> None:
+    (base / "logs").symlink_to(base / "unmounted")
+
+
 def truncated_parquet(base: Path) -> None:
     shard = own_data(base) / "shard_00001.parquet"
     shard.write_bytes(shard.read_bytes()[:-100])
@@ -132,7 +146,30 @@ CASES: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
     "no data folder": (no_data, [], ["{base}/base_data", "`lmchat data download`", "`lmchat data import`"]),
     "empty data folder": (empty_data, OWN, ["{base}/own", "`lmchat data download` fetches"]),
     "one shard only": (one_shard, OWN, ["{base}/own has only shard_00000.parquet", "`lmchat data import` makes"]),
-    "parquet without text": (no_text_column, OWN, ["shard_00001.parquet has no column `text`", "it has: content"]),
+    "parquet without text": (
+        no_text_column,
+        OWN,
+        [
+            "shard_00001.parquet has no column `text`",
+            "it has: content",
+            "`lmchat data import FOLDER --text_field COLUMN`",
+        ],
+    ),
+    "parquet with numbers": (
+        text_of_numbers,
+        OWN,
+        ["column `text`", "shard_00001.parquet holds int64", "`lmchat data import FOLDER --text_field COLUMN`"],
+    ),
+    "shard that is a broken link": (
+        link_to_a_lost_shard,
+        OWN,
+        ["shard_00001.parquet is a link to {base}/elsewhere.parquet", "put it back or fetch it anew"],
+    ),
+    "file missing in the base folder": (
+        logs_on_a_disk_that_is_gone,
+        [],
+        ["{base}/logs/pretrain", "put it back", "set LMCHAT_BASE_DIR to another folder"],
+    ),
     "truncated parquet": (truncated_parquet, OWN, ["shard_00001.parquet", "fetch or make it anew"]),
     "indivisible batch": (
         nothing,
@@ -150,12 +187,12 @@ CASES: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
     "bf16-true": (
         nothing,
         ["--trainer.precision", "bf16-true"],
-        ["bf16-true", "leave it at 32-true", "--model.compute_dtype bf16"],
+        ["--trainer.precision is bf16-true,", "leave it at 32-true", "--model.compute_dtype bf16"],
     ),
     "16-mixed": (
         nothing,
         ["--trainer.precision", "16-mixed"],
-        ["16-mixed", "leave it at 32-true", "--model.compute_dtype bf16"],
+        ["--trainer.precision is 16-mixed,", "leave it at 32-true", "--model.compute_dtype bf16"],
     ),
     "checkpoint folder without checkpoints": (
         nothing,
@@ -165,7 +202,12 @@ CASES: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
     "missing checkpoint": (
         nothing,
         ["--ckpt_path", "{base}/model_000007.pt"],
-        ["step 7", "there is none in that folder"],
+        ["step 7", "there is none in that folder", "train one first (lmchat fit)", "--ckpt_path"],
+    ),
+    "checkpoint of another step": (
+        finished_run,
+        ["--ckpt_path", "{base}/base_checkpoints/d1/model_000007.pt"],
+        ["step 7", "complete there: steps 1; give one of these with --ckpt_path"],
     ),
     "no checkpoint at all": (
         nothing,
@@ -296,6 +338,19 @@ def test_a_checkpoint_is_validated(base: Path, config: Path, capfd: pytest.Captu
     capfd.readouterr()
     assert main(["validate", "--config", str(config), "--ckpt_path", "last"]) == 0
     assert "val/bpb" in capfd.readouterr().out
+
+
+def test_a_finished_run_says_so(base: Path, config: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Not a mistake: a scheduler that starts a run again until it is done must see that it is."""
+    caplog.set_level("INFO")
+    finished_run(base)
+    assert "nothing to train" not in caplog.text
+    assert main(["fit", "--config", str(config), "--ckpt_path", "last"]) == 0
+    assert "nothing to train: " in caplog.text and "meta_000001.json is of step 1, the run's last" in caplog.text
+    assert "raise --trainer.max_steps" in caplog.text
+    caplog.clear()
+    assert main(["fit", "--config", str(config), "--ckpt_path", "last", "--trainer.max_steps", "2"]) == 0
+    assert "nothing to train" not in caplog.text
 
 
 def test_nothing_is_lost_by_a_mistake(base: Path, config: Path) -> None:

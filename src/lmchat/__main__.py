@@ -76,10 +76,10 @@ def main(args: list[str] | None = None) -> int:
 
         if not _concerns(error, base_dir()):
             raise
-        return _fail(
-            f"{error.filename}: {error.strerror}; lmchat keeps its files in {base_dir()}: "
-            "set LMCHAT_BASE_DIR to a folder that can be written to"
-        )
+        remedy = "set LMCHAT_BASE_DIR to a folder that can be written to"
+        if isinstance(error, FileNotFoundError) and base_dir().is_dir():
+            remedy = "put it back (a link on the way to it may point nowhere), or set LMCHAT_BASE_DIR to another folder"
+        return _fail(f"{error.filename}: {error.strerror}; lmchat keeps its files in {base_dir()}: {remedy}")
     except KeyboardInterrupt:
         return 130
     return 0
@@ -87,7 +87,7 @@ def main(args: list[str] | None = None) -> int:
 
 def _concerns(error: OSError, folder: Path) -> bool:
     """Whether ``error`` is about something in ``folder``, or about a folder above that it would be made in."""
-    if not isinstance(error.filename, str) or (isinstance(error, FileNotFoundError) and folder.is_dir()):
+    if not isinstance(error.filename, str):
         return False
     path, folder = Path(error.filename).absolute(), folder.absolute()
     return path.is_relative_to(folder) or folder.is_relative_to(path)

@@ -13,7 +13,7 @@ import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lmchat.callbacks.batch_plan import BatchPlan
 from lmchat.callbacks.checkpoint import StepCheckpoint
@@ -26,7 +26,7 @@ from lmchat.checkpoint.layout import checkpoint_dir
 from lmchat.checkpoint.load import Checkpoint, find_checkpoint
 from lmchat.paths import base_dir
 from lmchat.stages import grpo, pretrain, sft  # noqa: F401  (known to jsonargparse by their short class names)
-from lmchat.stages.base import StageModule
+from lmchat.stages.base import StageModule, check_precision
 from lmchat.strategies import zero2_muon  # noqa: F401  (registers the strategy by name)
 from lmchat.types import UserError
 
@@ -85,12 +85,14 @@ class LMChatCLI(LightningCLI):
             raise UserError("lmchat validate evaluates a checkpoint; give one with --ckpt_path, e.g. --ckpt_path last")
 
     def _check_trainer_options(self) -> None:
-        """Raises UserError for a trainer option that would have no effect."""
+        """Raises UserError for a trainer option that would have no effect, or would touch the weights' type."""
         assert self.subcommand is not None
         trainer, parser = self._get(self.config, "trainer"), self._subcommand_parsers[self.subcommand]
         for name, decisive in DECIDED_BY.items():
             if trainer[name] != parser.get_default(f"trainer.{name}"):
                 raise UserError(f"--trainer.{name} {trainer[name]} has no effect: leave it out and use {decisive}")
+        # Here already: on a CPU the trainer would turn 16-mixed into bf16-mixed.
+        check_precision(trainer["precision"])
         if trainer["max_steps"] == 0 or trainer["max_steps"] < -1:
             raise UserError(
                 f"--trainer.max_steps is {trainer['max_steps']}; give 1 step or more, or leave it out: the length of "
@@ -127,7 +129,13 @@ class LMChatCLI(LightningCLI):
         return self.checkpoint.paths.meta
 
     def fit(self, model: StageModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
-        self.trainer.fit(model, ckpt_path=self._resume_path(), **kwargs)
+        path = self._resume_path()
+        self.trainer.fit(model, ckpt_path=path, **kwargs)
+        if path is not None and self.checkpoint is not None and self.checkpoint.step >= self.trainer.max_steps:
+            rank_zero_info(
+                f"nothing to train: {path} is of step {self.checkpoint.step}, the run's last; raise "
+                "--trainer.max_steps to train on, or start anew with another --model.tag"
+            )
 
     def validate(self, model: StageModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
         self.trainer.validate(model, ckpt_path=self._resume_path(), **kwargs)

@@ -78,7 +78,9 @@ def test_without_meta_a_checkpoint_was_never_finished(folder: Path) -> None:
     paths = CheckpointPaths(folder, 2)
     paths.meta.unlink()
     assert find_checkpoint(folder, warn=pytest.fail).step == 1
-    with pytest.raises(UserError, match=r"never finished \(meta_000002.json is missing\); complete there: steps 1"):
+    with pytest.raises(
+        UserError, match=r"never finished \(meta_000002.json is missing\); complete there: steps 1; give"
+    ):
         find_checkpoint(paths.model)
 
 

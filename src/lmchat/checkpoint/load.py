@@ -129,7 +129,9 @@ _REMEDY = "copy it again, or use an older checkpoint"
 
 def _absent(paths: CheckpointPaths) -> str:
     steps = committed_steps(paths.directory)
-    there = f"complete there: steps {', '.join(map(str, steps))}" if steps else "there is none in that folder"
+    there = "there is none in that folder; train one first (lmchat fit), or give another with --ckpt_path"
+    if steps:
+        there = f"complete there: steps {', '.join(map(str, steps))}; give one of these with --ckpt_path"
     if paths.model.exists():
         return f"{paths.model} belongs to a checkpoint that was never finished ({paths.meta.name} is missing); {there}"
     return f"there is no checkpoint of step {paths.step} in {paths.directory}; {there}"

@@ -166,7 +166,10 @@ class _Reader:
             raise UserError(f"{place} has no field `{self.text_field}` but {has}; name the field with --text_field")
         text = record[self.text_field]
         if not isinstance(text, str | None):
-            raise UserError(f"{place}: field `{self.text_field}` holds a {type(text).__name__}, not a string")
+            raise UserError(
+                f"{place}: field `{self.text_field}` holds a {type(text).__name__}, not a string; "
+                "name another field with --text_field"
+            )
         return text or ""
 
 

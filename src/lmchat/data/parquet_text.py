@@ -12,13 +12,14 @@ import pyarrow.parquet as pq
 from lmchat.types import UserError
 
 TEXT_COLUMN = "text"
+_NAME_COLUMN = "`lmchat data import FOLDER --text_field COLUMN` makes shards from another column"
 
 
 def list_shards(data_dir: Path) -> list[Path]:
     """The parquet files of a folder by name: all but the last are for training, the last is for validation.
 
     Raises:
-        UserError: the folder is missing or has fewer than two shards.
+        UserError: the folder is missing, has fewer than two shards, or one that is a broken link.
     """
     if not data_dir.is_dir():
         raise UserError(
@@ -32,6 +33,11 @@ def list_shards(data_dir: Path) -> list[Path]:
             f"the data folder {data_dir} has {found}; at least two shards are needed (the last by name is the "
             "validation set): `lmchat data download` fetches them, `lmchat data import` makes them from any text"
         )
+    for shard in shards:
+        if not shard.exists():
+            raise UserError(
+                f"{shard} is a link to {shard.readlink()}, which is not there; put it back or fetch it anew"
+            )
     return shards
 
 
@@ -45,10 +51,12 @@ def check_text_column(parquet: pq.ParquetFile, path: Path, column: str = TEXT_CO
     """Raise `UserError` unless the file has a string column of this name."""
     schema = parquet.schema_arrow
     if schema.names.count(column) != 1:
-        raise UserError(f"{path} has no column `{column}` (it has: {', '.join(schema.names) or 'none'})")
+        raise UserError(
+            f"{path} has no column `{column}` (it has: {', '.join(schema.names) or 'none'}); {_NAME_COLUMN}"
+        )
     kind = schema.field(column).type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise UserError(f"column `{column}` of {path} holds {kind}, not strings")
+        raise UserError(f"column `{column}` of {path} holds {kind}, not strings; {_NAME_COLUMN}")
 
 
 def read_documents(path: Path, column: str = TEXT_COLUMN) -> Iterator[str | None]:

@@ -163,11 +163,7 @@ class StageModule(L.LightningModule):
         return self.trainer.max_steps
 
     def setup(self, stage: str) -> None:
-        if self.trainer.precision != "32-true":
-            raise UserError(
-                f"--trainer.precision is {self.trainer.precision}, which would cast or autocast the fp32 master "
-                "weights; leave it at 32-true and choose the compute type with --model.compute_dtype bf16"
-            )
+        check_precision(self.trainer.precision)
         if stage == "fit" and self.total_steps < 1:
             raise UserError(f"--trainer.max_steps is {self.total_steps}; give a positive number of steps")
 
@@ -245,6 +241,15 @@ class StageModule(L.LightningModule):
             "lr_scale": self.lr_scale,
             "weight_decay": self.weight_decay,
         }
+
+
+def check_precision(precision: str | int | None) -> None:
+    """Raises UserError unless the trainer's ``precision`` leaves the fp32 master weights as they are."""
+    if precision not in (None, 32, "32", "32-true"):
+        raise UserError(
+            f"--trainer.precision is {precision}, which would cast or autocast the fp32 master weights; leave it at "
+            "32-true and choose the compute type with --model.compute_dtype bf16"
+        )
 
 
 def compiler_works() -> bool:
