@@ -29,7 +29,10 @@ def build(*parts: dict[str, Any]) -> Mixture:
 def test_every_task_builds_from_its_short_name_without_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)  # importing it would fail
     names = [name for name in lmchat.tasks.__all__ if name != "Task"]
-    options = {"JSONLConversations": {"path": "/nowhere.jsonl"}}
+    options: dict[str, dict[str, Any]] = {
+        "Dialogue": {"tasks": [{"class_path": "SmolTalk"}, {"class_path": "Identity"}]},
+        "JSONLConversations": {"path": "/nowhere.jsonl"},
+    }
     mixture = build(*({"task": {"class_path": name, "init_args": options.get(name, {})}} for name in names))
     assert [type(part.task).__name__ for part in mixture.parts] == names
 

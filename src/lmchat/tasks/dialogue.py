@@ -1,0 +1,56 @@
+"""Conversations of several turns, made of the exchanges of other tasks, as users ask one thing after another."""
+
+from __future__ import annotations
+
+import random
+from functools import cached_property
+from typing import Any
+
+from lmchat.tasks.base import Task
+from lmchat.types import Conversation, UserError
+
+
+class Dialogue(Task):
+    """Conversations of a random number of examples of some tasks, all of which are shuffled.
+
+    Every example is in exactly one conversation. System messages are left out but for the first of a conversation.
+    """
+
+    def __init__(self, tasks: list[Task], max_examples: int = 3, seed: int = 0, **slice: Any) -> None:
+        """Choose what is joined.
+
+        Args:
+            tasks: where the exchanges come from.
+            max_examples: a conversation has one to so many examples, each number as likely as the others.
+            seed: of the order and the numbers.
+            slice: see `Task`.
+        """
+        super().__init__(**slice)
+        if not tasks or max_examples < 1:
+            raise UserError(
+                f"dialogue: {len(tasks)} tasks with max_examples={max_examples} are not possible; use 1 or more"
+            )
+        self.tasks = tasks
+        self.max_examples = max_examples
+        self.seed = seed
+
+    @cached_property
+    def _conversations(self) -> list[list[tuple[int, int]]]:
+        """Per conversation, the number of the task and of the example of each of its parts."""
+        rng = random.Random(f"{self.seed}")
+        examples = [(number, index) for number, task in enumerate(self.tasks) for index in range(len(task))]
+        rng.shuffle(examples)
+        conversations = []
+        while examples:
+            size = rng.randint(1, self.max_examples)
+            conversations.append(examples[-size:])
+            del examples[-size:]
+        return conversations
+
+    def num_examples(self) -> int:
+        return len(self._conversations)
+
+    def example(self, index: int) -> Conversation:
+        parts = [self.tasks[number][example]["messages"] for number, example in self._conversations[index]]
+        later = [[message for message in part if message["role"] != "system"] for part in parts[1:]]
+        return {"messages": sum(later, parts[0])}

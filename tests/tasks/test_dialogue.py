@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from lmchat.tasks.arithmetic import Arithmetic
+from lmchat.tasks.base import Task, exchange
+from lmchat.tasks.dialogue import Dialogue
+from lmchat.tasks.identity import Identity
+from lmchat.types import Conversation, UserError
+
+
+class WithSystem(Task):
+    def num_examples(self) -> int:
+        return 3
+
+    def example(self, index: int) -> Conversation:
+        return {"messages": [{"role": "system", "content": f"s{index}"}, *exchange(f"q{index}", "a")["messages"]]}
+
+
+def test_every_example_is_asked_once() -> None:
+    tasks: list[Task] = [Arithmetic(size=40), Identity(size=30), Arithmetic(size=20, start=5, seed=1)]
+    dialogue = Dialogue(tasks, max_examples=3)
+    asked = Counter(str(message) for conversation in dialogue for message in conversation["messages"])
+    assert asked == Counter(str(message) for task in tasks for example in task for message in example["messages"])
+    assert len(dialogue) < 40 + 30 + 15
+
+
+def test_the_number_of_examples_varies_up_to_the_limit() -> None:
+    exchanges = Counter(len(example["messages"]) // 2 for example in Dialogue([Arithmetic(size=600)], max_examples=3))
+    assert set(exchanges) == {1, 2, 3}
+    assert min(exchanges.values()) > 70
+    assert Counter(len(example["messages"]) for example in Dialogue([Arithmetic(size=9)], max_examples=1)) == {2: 9}
+
+
+def test_a_conversation_has_one_system_message_at_most() -> None:
+    (conversation,) = [c for c in Dialogue([WithSystem()], max_examples=9, seed=3) if len(c["messages"]) > 5]
+    roles = [message["role"] for message in conversation["messages"]]
+    assert roles == ["system", *["user", "assistant"] * (len(roles) // 2)]
+
+
+def test_another_seed_is_another_order() -> None:
+    first, again, other = (list(Dialogue([Arithmetic(size=20)], seed=seed)) for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def test_nothing_to_join_is_refused() -> None:
+    with pytest.raises(UserError, match="0 tasks"):
+        Dialogue([])
+    with pytest.raises(UserError, match="max_examples=0"):
+        Dialogue([Identity()], max_examples=0)
