@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -118,6 +119,22 @@ def test_user_mistakes_are_named(shards: tuple[TokenShards, TokenShards], tmp_pa
         _batches(shards[0], micro_batch_size=0)
     with pytest.raises(UserError, match="num_workers is 2"):
         next(iter(DataLoader(_batches(shards[0]), batch_size=None, num_workers=2)))
+
+
+def test_a_position_holds_for_the_same_documents_only(
+    write_shards: Callable[..., Path], texts: list[list[str]], shards: tuple[TokenShards, TokenShards], tmp_path: Path
+) -> None:
+    """A copy under other names is the same data; as many documents of the same lengths in other words are not."""
     state = next(iter(_batches(shards[0])))["state"]
-    with pytest.raises(UserError, match="resume on the same data"):
-        next(iter(_batches(shards[1], state=state)))
+    expected = _rows(list(islice(_batches(shards[0]), 2))[1])
+    copies = [Path(shutil.copy(path, tmp_path / f"{path.stem}.copy")) for path in shards[0].paths]
+    assert _rows(next(iter(_batches(TokenShards(copies, ByteTokenizer()), state=state)))) == expected
+
+    other = write_shards(*[[text.replace("a", "b") for text in shard] for shard in texts])
+    prepare_token_shards(other, ByteTokenizer(), progress=False)
+    train, _ = TokenShards.open_split(other, ByteTokenizer())
+    assert [train.lengths[i] for i in range(len(train))] == [shards[0].lengths[i] for i in range(len(train))]
+    reordered = TokenShards(copies[::-1], ByteTokenizer())
+    for different in (train, reordered, shards[1]):
+        with pytest.raises(UserError, match=f"{state['data']}, those of .* {different.fingerprint}; .*--data.data_dir"):
+            _batches(different, state=state)

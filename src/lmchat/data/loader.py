@@ -30,6 +30,9 @@ class PackedBatches(IterableDataset[Batch]):
         rank, world_size: r of W.
         state: continue after the batch that carried it; None is the beginning.
         rounds: for evaluation: this many batches at each iteration, without state. None is without end.
+
+    Raises:
+        UserError: the state is a position in other documents.
     """
 
     def __init__(
@@ -47,6 +50,12 @@ class PackedBatches(IterableDataset[Batch]):
         for name, value in (("sequence_len", sequence_len), ("micro_batch_size", micro_batch_size)):
             if value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1")
+        if state is not None and state["data"] != shards.fingerprint:
+            raise UserError(
+                f"the run to resume read documents with the fingerprint {state['data']}, those of "
+                f"{shards.paths[0].parent} have {shards.fingerprint}; give the data it began with by --data.data_dir, "
+                "or start a new run with another --model.tag"
+            )
         assert 0 <= rank < world_size
         self.shards = shards
         self.sequence_len = sequence_len
@@ -89,8 +98,9 @@ class PackedBatches(IterableDataset[Batch]):
         return Batch(inputs=inputs, targets=targets)
 
     def _state(self, packer: BestFitPacker) -> dict[str, Any]:
-        """The packer's state, its buffer as an int64 tensor, with epoch (from 0) and shard for the log."""
+        """The packer's state, its buffer as an int64 tensor; whose documents it counts; epoch (from 0) and shard."""
         state = packer.state()
         state["buffer"] = torch.from_numpy(state["buffer"])
         epoch, document = divmod(packer.placed, len(self.shards))
-        return {**state, "epoch": epoch, "shard": self.shards.shard_of(document)}
+        shard = self.shards.shard_of(document)
+        return {**state, "data": self.shards.fingerprint, "epoch": epoch, "shard": shard}

@@ -136,19 +136,14 @@ class BestFitPacker(Iterator[Row]):
     def state(self) -> dict[str, Any]:
         """Where the packer stands, between two rows: exact, about 8 bytes per buffered document.
 
-        documents: how many there are; next: documents that have entered the buffer, all epochs counted;
-        buffer: (n,) int64, those of them still in it, in order of arrival.
+        next: documents that have entered the buffer, all epochs counted; buffer: (n,) int64, those of them still in
+        it, in order of arrival.
         """
         arrivals = _LAST_ARRIVAL - (np.array(self._keys, dtype=np.int64) & _LAST_ARRIVAL)
-        return {"documents": len(self.lengths), "next": self._next, "buffer": np.sort(arrivals)}
+        return {"next": self._next, "buffer": np.sort(arrivals)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a `state`, whose buffer may be any sequence of ints. Raises `UserError` on other data."""
-        if state["documents"] != len(self.lengths):
-            raise UserError(
-                f"the position to resume from is in a data set of {state['documents']} documents, this one has "
-                f"{len(self.lengths)}; resume on the same data, or start a new run"
-            )
+        """Continue from a `state` on the same lengths; its buffer may be any sequence of ints."""
         self._next = int(state["next"])
         arrivals = np.asarray(state["buffer"], dtype=np.int64)
         lengths = np.array([self.lengths[int(d)] for d in arrivals % len(self.lengths)], dtype=np.int64)

@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, overload
 
@@ -398,6 +399,12 @@ class TokenShards:
     def __len__(self) -> int:
         """Number of documents."""
         return self._firsts[-1]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names the documents and their order, wherever the files lie and whatever they are called."""
+        contents = [(header.documents, header.tokens, header.crc32) for header in self._headers]
+        return hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:12]
 
     @property
     def tokens(self) -> int:
