@@ -252,7 +252,7 @@ def test_every_rank_writes_its_own_and_rank_0_completes(tmp_path: Path, save) ->
 def test_a_rank_that_never_writes_is_named(tmp_path: Path, save) -> None:
     save(tmp_path, 1)
     with pytest.raises(UserError, match=r"receipt_000002_rank1.json did not appear"):
-        save(tmp_path, 2, world_size=2, peer_timeout_seconds=0.1)
+        save(tmp_path, 2, world_size=2, peer_timeout_seconds=lambda: 0.1)
     assert assert_whole(tmp_path) == 1
 
 

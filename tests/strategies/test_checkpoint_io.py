@@ -123,3 +123,12 @@ def test_training_may_change_everything_while_it_is_written(
     assert_equal(loaded["state_dict"], dump()["state_dict"])
     assert_equal(loaded["optimizer_states"], dump()["optimizer_states"])
     assert_equal(loaded["loops"], dump()["loops"])
+
+
+def test_a_write_in_flight_stops_waiting_for_ranks_that_are_gone(paths: CheckpointPaths) -> None:
+    io = LMChatCheckpointIO(0, 2, elastic=True)
+    io.save_checkpoint(dump(), paths.model)
+    io.peer_timeout_seconds = 0.1
+    with pytest.raises(UserError, match=r"receipt_000005_rank1.json did not appear"):
+        io.wait()
+    assert not paths.meta.exists()

@@ -36,7 +36,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lmchat.checkpoint.layout import CheckpointPaths, checkpoint_dir, committed_steps
 from lmchat.checkpoint.load import DamagedCheckpoint, open_checkpoint
 from lmchat.checkpoint.rng import capture_rng, restore_rng
-from lmchat.checkpoint.writer import RunLock, snapshot
+from lmchat.checkpoint.writer import INTERRUPTED_PEER_TIMEOUT_SECONDS, RunLock, snapshot
 from lmchat.strategies.checkpoint_io import LMChatCheckpointIO
 from lmchat.types import UserError
 
@@ -166,6 +166,7 @@ class StepCheckpoint(Checkpoint):
     def _save_interrupted(self, trainer: L.Trainer, exception: BaseException) -> None:
         if self._stepping and _is_between_batches(trainer):
             self._mark_boundary(trainer)  # a callback before this one has failed, the step has not
+        self._io.peer_timeout_seconds = INTERRUPTED_PEER_TIMEOUT_SECONDS
         try:
             if not self._stepping:
                 self._save(trainer)

@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 PEER_TIMEOUT_SECONDS = 1800.0
+INTERRUPTED_PEER_TIMEOUT_SECONDS = 30.0
+"""The same once a run is being interrupted: the ranks that live write at the same time, the others never will."""
 _PLAIN = (type(None), bool, int, float, str, bytes)
 
 
@@ -147,7 +149,7 @@ def write_checkpoint(
     rank: int = 0,
     world_size: int = 1,
     keep_last: int | None = None,
-    peer_timeout_seconds: float = PEER_TIMEOUT_SECONDS,
+    peer_timeout_seconds: Callable[[], float] = lambda: PEER_TIMEOUT_SECONDS,
 ) -> None:
     """One rank's part of writing a checkpoint; on rank 0 it returns when the whole checkpoint is complete.
 
@@ -159,7 +161,7 @@ def write_checkpoint(
         rank: this process.
         world_size: how many ranks write.
         keep_last: how many complete checkpoints to keep; older ones go once this one is complete. None keeps all.
-        peer_timeout_seconds: how long rank 0 waits for the other ranks' files.
+        peer_timeout_seconds: how long rank 0 waits for the other ranks' files; asked while it waits.
 
     Raises:
         UserError: a file cannot be written, or another rank has not written its own in time.
@@ -204,12 +206,12 @@ def json_digest(value: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _await_receipt(receipt: Path, timeout_seconds: float) -> dict[str, FileRecord]:
-    deadline = time.monotonic() + timeout_seconds
+def _await_receipt(receipt: Path, timeout_seconds: Callable[[], float]) -> dict[str, FileRecord]:
+    begin = time.monotonic()
     while not receipt.exists():
-        if time.monotonic() > deadline:
+        if time.monotonic() - begin > timeout_seconds():
             raise UserError(
-                f"{receipt.name} did not appear in {receipt.parent} within {timeout_seconds:g} s, so the checkpoint "
+                f"{receipt.name} did not appear in {receipt.parent} within {timeout_seconds():g} s, so the checkpoint "
                 "stays incomplete; that rank failed, or the folder is not on a file system that all ranks share"
             )
         time.sleep(0.02)

@@ -9,7 +9,7 @@ from lightning.fabric.plugins import CheckpointIO
 
 from lmchat.checkpoint.layout import CheckpointPaths
 from lmchat.checkpoint.load import Checkpoint, load_model_state, load_rank_state, open_checkpoint
-from lmchat.checkpoint.writer import BackgroundWriter, snapshot, write_checkpoint
+from lmchat.checkpoint.writer import PEER_TIMEOUT_SECONDS, BackgroundWriter, snapshot, write_checkpoint
 from lmchat.types import UserError
 
 _NETWORK = "net."
@@ -36,6 +36,7 @@ class LMChatCheckpointIO(CheckpointIO):
 
     Attributes:
         keep_last: complete checkpoints to keep in the folder; None keeps all.
+        peer_timeout_seconds: how long rank 0 waits for the other ranks' files, also of a write in flight.
     """
 
     def __init__(self, rank: int = 0, world_size: int = 1, *, elastic: bool = False) -> None:
@@ -43,6 +44,7 @@ class LMChatCheckpointIO(CheckpointIO):
         self.world_size = world_size
         self.elastic = elastic
         self.keep_last: int | None = None
+        self.peer_timeout_seconds = PEER_TIMEOUT_SECONDS
         self._writer = BackgroundWriter()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -64,6 +66,7 @@ class LMChatCheckpointIO(CheckpointIO):
             rank=self.rank,
             world_size=self.world_size,
             keep_last=self.keep_last,
+            peer_timeout_seconds=lambda: self.peer_timeout_seconds,
         )
         self._writer.start(job)
 
