@@ -80,7 +80,13 @@ class NumericAnswerTask(Task):
 
 
 class GSM8K(NumericAnswerTask, RowTask):
-    """The 7,473 training and 1,319 test problems, with the calculator calls of their solutions."""
+    """The 7,473 training and 1,319 test problems, with the calculator calls of their solutions.
+
+    Of the 23,716 calls in the training solutions 24 % have a whole result, such as 48/2 = 24, that the calculator, like
+    the reference's, prints as 24.0 when the model makes the call. Both are kept as the reference has them: the result
+    carries no loss, so nothing wrong is learned, and answers are compared as numbers. `Arithmetic` divides with ``//``
+    and has no such difference.
+    """
 
     def __init__(
         self,
