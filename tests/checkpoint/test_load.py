@@ -77,11 +77,22 @@ def test_last_falls_back_and_says_so(file: str, how: str, folder: Path) -> None:
 def test_without_meta_a_checkpoint_was_never_finished(folder: Path) -> None:
     paths = CheckpointPaths(folder, 2)
     paths.meta.unlink()
-    assert find_checkpoint(folder, warn=pytest.fail).step == 1
+    said: list[str] = []
+    assert find_checkpoint(folder, warn=said.append).step == 1
+    assert f"step 2: it is unfinished ({paths.meta} is missing)" in said[0]
+    assert "falling back" in said[1] and "meta_000001.json" in said[1]
     with pytest.raises(
         UserError, match=r"never finished \(meta_000002.json is missing\); complete there: steps 1; give"
     ):
         find_checkpoint(paths.model)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "7", '{"format": 1}', "\xff\xfe"])
+def test_a_garbled_meta_is_damage(content: str, folder: Path) -> None:
+    meta = CheckpointPaths(folder, 2).meta
+    meta.write_bytes(content.encode("latin-1"))
+    with pytest.raises(DamagedCheckpoint, match=r"meta_000002.json is truncated or altered"):
+        find_checkpoint(meta)
 
 
 def test_only_the_files_asked_for_are_verified(folder: Path) -> None:

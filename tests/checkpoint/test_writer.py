@@ -23,7 +23,7 @@ import torch
 
 from lmchat.checkpoint import writer
 from lmchat.checkpoint.layout import CheckpointPaths, committed_steps
-from lmchat.checkpoint.load import find_checkpoint, load_model_state, load_rank_state, open_checkpoint
+from lmchat.checkpoint.load import load_model_state, load_rank_state, open_checkpoint
 from lmchat.checkpoint.writer import BackgroundWriter, RunLock, snapshot, write_file
 from lmchat.types import UserError
 
@@ -41,7 +41,7 @@ def run(target: Callable[[], None]) -> int | None:
 
 def assert_whole(directory: Path) -> int:
     """The newest checkpoint is complete and is that of its step; returns the step."""
-    checkpoint = find_checkpoint(directory, warn=pytest.fail)
+    checkpoint = open_checkpoint(CheckpointPaths(directory, committed_steps(directory)[-1]))
     value = torch.full((64, 16), float(checkpoint.step))
     assert torch.equal(load_model_state(checkpoint)["transformer.wte.weight"], value)
     state = load_rank_state(checkpoint, 0)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lmchat.checkpoint.layout import CheckpointPaths, committed_steps
+from lmchat.checkpoint.layout import CheckpointPaths, committed_steps, files_by_step
 from lmchat.checkpoint.writer import FORMAT, json_digest
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT, default_compute_dtype
@@ -57,7 +57,7 @@ def find_checkpoint(
         path: a ``model_*.pt`` or ``meta_*.json`` (that checkpoint and no other), a folder (its newest complete one),
             or ``last`` (the newest complete one in ``directory``).
         directory: the run's folder, for ``last``.
-        warn: called with a message for each newer checkpoint that is passed over because it is damaged.
+        warn: called with a message for each newer checkpoint that is passed over, being damaged or unfinished.
 
     Raises:
         DamagedCheckpoint: a file of the named checkpoint, or of each in the folder, is missing, truncated or altered.
@@ -75,14 +75,19 @@ def find_checkpoint(
 
 def _newest(directory: Path, warn: Callable[[str], None]) -> Checkpoint:
     damage: DamagedCheckpoint | None = None
-    for step in reversed(committed_steps(directory)):
+    steps = sorted(files_by_step(directory), reverse=True)
+    for step in steps:
+        paths = CheckpointPaths(directory, step)
+        if not paths.meta.exists():
+            warn(f"passing over the checkpoint of step {step}: it is unfinished ({paths.meta} is missing)")
+            continue
         try:
-            checkpoint = open_checkpoint(CheckpointPaths(directory, step))
+            checkpoint = open_checkpoint(paths)
         except DamagedCheckpoint as error:
             damage = damage or error
             warn(f"passing over the checkpoint of step {step}: {error}")
             continue
-        if damage is not None:
+        if step != steps[0]:
             warn(f"falling back to the newest complete checkpoint, {checkpoint.paths.meta}")
         return checkpoint
     if damage is not None:
@@ -115,7 +120,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
     try:
         meta = json.loads(path.read_bytes())
         stated = meta.pop("meta_sha256")
-    except (ValueError, AttributeError, KeyError) as error:
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise DamagedCheckpoint(f"{path} is truncated or altered; {_REMEDY}") from error
     if json_digest(meta) != stated:
         raise DamagedCheckpoint(f"{path} is altered: its content does not match its SHA-256; {_REMEDY}")
