@@ -14,7 +14,7 @@ LAYERS = [
     {"scaling", "data", "tasks", "generation"},
     {"evaluation", "checkpoint"},
     {"strategies", "callbacks", "stages"},
-    {"cli", "commands", "argument_errors", "__main__", "__init__"},
+    {"cli", "commands", "demo", "argument_errors", "__main__", "__init__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FIRST_LIGHTNING_LAYER = LEVEL["stages"]

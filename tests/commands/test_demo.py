@@ -15,17 +15,61 @@ from pathlib import Path
 import pytest
 
 from lmchat.commands import demo as command
-from lmchat.commands.demo import Demo, demo, read_log
+from lmchat.commands.demo import demo
+from lmchat.demo import run as demo_run
+from lmchat.demo import text as demo_text
+from lmchat.demo import training
+from lmchat.demo.run import Demo, read_log
 from lmchat.types import UserError
 
-TINY = """
+PRETRAIN = """
 seed_everything: 1
 trainer: {accelerator: cpu, max_steps: 4}
 model:
   class_path: PretrainModule
-  init_args: {depth: 1, sequence_len: 32, aspect_ratio: 32, head_dim: 16, window_pattern: L, global_batch_tokens: 128}
-data: {class_path: FineWebDataModule, init_args: {micro_batch_size: 4, eval_tokens: 256}}
+  init_args: {depth: 1, sequence_len: 128, aspect_ratio: 32, head_dim: 16, window_pattern: L, global_batch_tokens: 512}
+data: {class_path: FineWebDataModule, init_args: {micro_batch_size: 4, eval_tokens: 1024}}
 scaling_laws: {lr_scale: 1.0}
+monitor: {every_n_steps: 1}
+samples: {max_new_tokens: 0}
+"""
+SFT = """
+seed_everything: 1
+trainer: {accelerator: cpu}
+model: {class_path: SFTModule}
+data:
+  class_path: SFTDataModule
+  init_args:
+    micro_batch_size: 4
+    eval_tokens: 1024
+    eval_max_new_tokens: 2
+    train: [task: {class_path: SimpleSpelling, init_args: {size: 8}}]
+    val: [task: {class_path: SimpleSpelling, init_args: {size: 4}}]
+    eval_tasks:
+      - {class_path: Identity, init_args: {split: test, size: 2}}
+      - {class_path: SimpleSpelling, init_args: {split: test, size: 2}}
+      - {class_path: SpellingBee, init_args: {split: test, size: 2}}
+      - {class_path: Arithmetic, init_args: {split: test, size: 2}}
+monitor: {every_n_steps: 1}
+samples: {max_new_tokens: 0}
+"""
+GRPO = """
+seed_everything: 1
+trainer: {accelerator: cpu, max_steps: 2}
+model: {class_path: GRPOModule}
+data:
+  class_path: RolloutDataModule
+  init_args:
+    questions_per_step: 1
+    num_samples: 2
+    max_new_tokens: 3
+    eval_num_samples: 1
+    task: {class_path: Arithmetic, init_args: {size: 8}}
+    eval_task: {class_path: Arithmetic, init_args: {split: test, size: 2}}
+    eval_tasks:
+      - {class_path: Identity, init_args: {split: test, size: 2}}
+      - {class_path: SimpleSpelling, init_args: {split: test, size: 2}}
+      - {class_path: SpellingBee, init_args: {split: test, size: 2}}
 monitor: {every_n_steps: 1}
 samples: {max_new_tokens: 0}
 """
@@ -34,9 +78,10 @@ samples: {max_new_tokens: 0}
 @pytest.fixture(autouse=True)
 def tiny_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / command.PRETRAIN_CONFIG).write_text(TINY)
-    monkeypatch.setattr(command, "CONFIGS", tmp_path / "configs")
-    monkeypatch.setattr(command, "VOCAB_SIZE", 300)
+    for stage, config in (("pretrain", PRETRAIN), ("sft", SFT), ("grpo", GRPO)):
+        (tmp_path / "configs" / demo_run.CONFIG_FILES[stage]).write_text(config)
+    monkeypatch.setattr(demo_run, "CONFIGS", tmp_path / "configs")
+    monkeypatch.setattr(demo_run, "VOCAB_SIZE", 300)
 
 
 @pytest.fixture
@@ -76,19 +121,23 @@ def test_a_user_trains_on_a_folder_of_text(text: Path, tmp_path: Path, capfd: py
     assert stages["corpus"]["documents"] == 80
     assert stages["tokenizer"]["vocab_size"] == 300
     assert stages["tokens"]["tokens"] > 1000
-    assert stages["pretrain"]["tokens"] == 4 * 128
+    assert stages["pretrain"]["tokens"] == 4 * 512
     assert stages["pretrain"]["tokens_per_second"] > 0
     assert 0 < stages["pretrain"]["bpb_after"] < stages["pretrain"]["bpb_before"] < 8
     assert 0 < stages["baselines"]["ngram_bpb"] < stages["baselines"]["gzip_bpb"] < 8
     assert summary["minutes"] == pytest.approx(sum(stage["seconds"] for stage in stages.values()) / 60, abs=0.01)
-    checkpoints = output / "base_checkpoints" / command.TAG
-    assert [path.name for path in checkpoints.glob("meta_*")] == ["meta_000004.json"]
+    assert [path.name for path in (output / "base_checkpoints" / "demo").glob("meta_*")] == ["meta_000004.json"]
+    skills = ("identity", "spelling", "counting", "arithmetic_pass_at_1")
+    assert all(0 <= stages[stage][skill] <= 1 for stage in ("sft", "grpo") for skill in skills)
+    assert stages["grpo"]["steps"] == 2
+    assert 2 <= stages["grpo"]["tokens"] <= 2 * 2 * 3
+    assert stages["conversation"]["questions"] == 6
+    assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "bits per byte" in first_out
     next_command = first_out.strip().splitlines()[-1]
-    assert shlex.split(next_command)[-2:] == ["--trainer.max_steps", "8"]
-    continued = subprocess.run(next_command, shell=True, check=True, timeout=120, capture_output=True, text=True)
-    assert "following callbacks" not in continued.stderr
-    assert (checkpoints / "meta_000008.json").is_file()
+    answer = f"{next_command} -p 'Who are you?' --max_new_tokens 3"
+    talked = subprocess.run(answer, shell=True, check=True, timeout=120, capture_output=True, text=True)
+    assert "grpo demo, step 2" in talked.stderr
 
     demo(text=text, output=output)
     assert json.loads((output / "summary.json").read_text()) == summary
@@ -99,9 +148,9 @@ def test_figures_are_of_the_last_step_also_where_its_log_is_lost(
     monkeypatch: pytest.MonkeyPatch, text: Path, tmp_path: Path
 ) -> None:
     run = Demo(tmp_path / "run", text, 15)
-    for stage in (command.collect_text, command.train_tokenizer, command.tokenize):
+    for stage in (demo_text.collect_text, demo_text.train_tokenizer, demo_text.tokenize):
         stage(run)
-    logged = command.pretrain(run)
+    logged = training.pretrain(run)
     log = next((run.output / "logs").rglob("metrics.csv"))
     header, *rows = log.read_text().splitlines()
     steps, bits = header.split(",").index("step"), header.split(",").index("val/bpb")
@@ -112,10 +161,10 @@ def test_figures_are_of_the_last_step_also_where_its_log_is_lost(
     stale = evaluations[0].split(",")
     stale[steps], stale[bits] = "2", "9.0"
     log.write_text("\n".join([header, *kept, ",".join(stale)]) + "\n")
-    lmchat = command._lmchat
-    monkeypatch.setattr(command, "_lmchat", lambda run, name, *rest: name == "fit" or lmchat(run, name, *rest))
-    measured = command.pretrain(run)
-    assert measured["tokens"] == 4 * 128
+    lmchat = training.lmchat
+    monkeypatch.setattr(training, "lmchat", lambda run, name, *rest: name == "fit" or lmchat(run, name, *rest))
+    measured = training.pretrain(run)
+    assert measured["steps"] == 4
     assert "bpb_before" not in measured
     assert measured["bpb_after"] == pytest.approx(logged["bpb_after"], abs=1e-3)
 
@@ -130,7 +179,7 @@ def test_ctrl_c_waits_for_the_checkpoint(text: Path, tmp_path: Path) -> None:
     trainer.chmod(0o755)
     driver.write_text(
         "import sys\nfrom pathlib import Path\nfrom lmchat.__main__ import main\nfrom lmchat.commands import demo\n"
-        f"demo.CONFIGS = Path({str(command.CONFIGS)!r})\n"
+        f"import lmchat.demo.run\nlmchat.demo.run.CONFIGS = Path({str(demo_run.CONFIGS)!r})\n"
         "demo.STAGES = {'pretrain': demo.STAGES['pretrain']}\n"
         f"sys.executable = {str(trainer)!r}\n"
         f"sys.exit(main(['demo', '--output', {str(tmp_path / 'run')!r}]))\n"
@@ -163,22 +212,22 @@ def test_ctrl_c_waits_for_the_checkpoint(text: Path, tmp_path: Path) -> None:
 def test_one_small_file_is_enough(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, newline: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "VOCAB_SIZE", 4096)
+    monkeypatch.setattr(demo_run, "VOCAB_SIZE", 4096)
     (tmp_path / "book").mkdir()
     paragraphs = [f"Paragraph {number}.{newline}Its second line says {number**2}." for number in range(60)]
     (tmp_path / "book" / "it.txt").write_bytes((newline * 2).join(paragraphs).encode())
     run = Demo(tmp_path / "run", tmp_path / "book", 15)
-    assert command.collect_text(run)["documents"] == 60
-    size = command.train_tokenizer(run)["vocab_size"]
+    assert demo_text.collect_text(run)["documents"] == 60
+    size = demo_text.train_tokenizer(run)["vocab_size"]
     assert 265 < size < 4096
     assert f"the tokenizer gets {size}" in capfd.readouterr().out
-    assert command.tokenize(run)["validation_tokens"] > 0
+    assert demo_text.tokenize(run)["validation_tokens"] > 0
 
 
 def test_many_files_stay_whole_and_lines_are_the_last_resort(text: Path, tmp_path: Path) -> None:
-    assert command._separator(text) is None
+    assert demo_text._separator(text) is None
     (tmp_path / "lines.txt").write_text("one\ntwo\nthree")
-    assert command._separator(tmp_path / "lines.txt") == "\n"
+    assert demo_text._separator(tmp_path / "lines.txt") == "\n"
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
@@ -212,8 +261,8 @@ def test_a_failed_stage_is_reported_and_taken_up_again(
 
 
 def test_a_failing_training_names_the_stage(text: Path, tmp_path: Path) -> None:
-    config = tmp_path / "configs" / command.PRETRAIN_CONFIG
-    config.write_text(TINY.replace("head_dim: 16", "head_dim: 17"))
+    config = tmp_path / "configs" / "demo_pretrain.yaml"
+    config.write_text(PRETRAIN.replace("head_dim: 16", "head_dim: 17"))
     with pytest.raises(UserError, match="stage pretrain failed with exit status 2"):
         demo(text=text, output=tmp_path / "run")
 
@@ -223,7 +272,7 @@ def test_another_recipe_does_not_continue(monkeypatch: pytest.MonkeyPatch, text:
     demo(text=text, output=tmp_path / "run")
     with pytest.raises(UserError, match=r"another text; delete it.*OUTPUT="):
         demo(text=tmp_path, output=tmp_path / "run")
-    (tmp_path / "configs" / command.PRETRAIN_CONFIG).write_text(TINY.replace("max_steps: 4", "max_steps: 5"))
+    (tmp_path / "configs" / "demo_pretrain.yaml").write_text(PRETRAIN.replace("max_steps: 4", "max_steps: 5"))
     with pytest.raises(UserError, match=r"another demo_pretrain.yaml"):
         demo(text=text, output=tmp_path / "run")
 
@@ -236,7 +285,7 @@ def test_a_folder_of_something_else_is_left_alone(text: Path) -> None:
 
 
 def test_training_sees_no_network(tmp_path: Path) -> None:
-    environment = command._offline(Demo(tmp_path, None, 15))
+    environment = Demo(tmp_path, None, 15).environment()
     assert environment["HF_HUB_OFFLINE"] == "1"
     assert environment["LMCHAT_BASE_DIR"] == str(tmp_path)
 
@@ -253,4 +302,4 @@ def test_logs_of_an_interrupted_run_are_read_in_order_of_steps(tmp_path: Path) -
 
 def test_the_recipe_of_the_repository_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.undo()
-    assert set(Demo(tmp_path, None, 15).recipe()) == {"text", "vocab_size", command.PRETRAIN_CONFIG}
+    assert set(Demo(tmp_path, None, 15).recipe()) == {"text", "vocab_size", *demo_run.CONFIG_FILES.values()}

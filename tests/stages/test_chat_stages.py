@@ -101,7 +101,7 @@ def config_of(config: str) -> str:
 
 
 def log(base: Path, stage: str) -> list[dict[str, str]]:
-    (path,) = (base / "logs" / stage).rglob("metrics.csv")
+    (path,) = (base / "logs" / stage / "tiny").rglob("metrics.csv")
     with path.open() as file:
         return list(csv.DictReader(file))
 
@@ -112,6 +112,20 @@ def test_each_stage_starts_from_the_one_before(pipeline: Path) -> None:
         assert checkpoint.stage == stage
         assert checkpoint.meta["model"]["sequence_len"] == 256
         assert checkpoint.meta["global_batch_tokens"] == 2048
+
+
+@pytest.mark.parametrize(
+    ("stage", "small", "start"), [("sft", SFT, "base_checkpoints"), ("grpo", GRPO, "chatsft_checkpoints")]
+)
+def test_the_demos_config_runs(
+    stage: str, small: str, start: str, pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LMCHAT_BASE_DIR", str(pipeline))
+    shrunk = pipeline / f"demo_{stage}.yaml"
+    shrunk.write_text(small)
+    configs = ["--config", str(CONFIGS / shrunk.name), "--config", str(shrunk)]
+    started = ["--ckpt_path", str(pipeline / start / "tiny"), "--model.tag", "demo"]
+    assert main(["fit", *configs, *started, "--trainer.max_steps", "1"]) == 0
 
 
 def test_fine_tuning_takes_exactly_one_epoch(pipeline: Path) -> None:
@@ -141,6 +155,13 @@ def test_steps_without_a_signal_leave_the_model_alone(pipeline: Path) -> None:
     before = load_model_state(find_checkpoint(pipeline / "chatsft_checkpoints" / "tiny"))
     after = load_model_state(find_checkpoint(pipeline / "chatrl_checkpoints" / "tiny"))
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_step_consists_of_sampling_and_training_also_after_an_evaluation(pipeline: Path) -> None:
+    for row in (row for row in log(pipeline, "grpo") if row["train/loss"]):
+        rollout, training = (float(row[f"train/{name}_seconds"]) for name in ("rollout", "training"))
+        assert min(rollout, training) > 0
+        assert float(row["train/step_ms"]) > 1000 * (rollout + training) - 1e-6
 
 
 @pytest.mark.parametrize("stage", ["sft", "grpo"])

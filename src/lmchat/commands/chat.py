@@ -39,12 +39,12 @@ def chat(
         seed: of the sampling; each answer of a conversation draws anew.
     """
     found = _find(checkpoint)
-    engine = _engine(found)
+    engine = load_engine(found)
     print(f"{found.stage} {found.meta['tag']}, step {found.step}: {found.paths.meta}", file=sys.stderr)
     stream = partial(engine.stream, temperature=temperature, top_k=top_k, max_new_tokens=max_new_tokens)
     talk = _begin(system)
     if prompt is not None:
-        _answer(engine, talk, prompt, partial(stream, seed=seed))
+        answer(engine, talk, prompt, partial(stream, seed=seed))
         return
     print(HELP, file=sys.stderr)
     for turn, line in enumerate(_lines()):
@@ -59,7 +59,7 @@ def chat(
             case [word, *_] if word.startswith("/"):
                 print(f"unknown command {word}: {HELP}", file=sys.stderr)
             case [_, *_]:
-                _answer(engine, talk, line, partial(stream, seed=seed + turn))
+                answer(engine, talk, line, partial(stream, seed=seed + turn))
 
 
 COMMANDS = chat
@@ -80,7 +80,12 @@ def _find(path: Path | None) -> Checkpoint:
     raise UserError(f"there is no model in {base_dir()}; train one first with `lmchat fit`, or name one: --checkpoint")
 
 
-def _engine(checkpoint: Checkpoint) -> Engine:
+def load_engine(checkpoint: Checkpoint) -> Engine:
+    """The checkpoint's model with its tokenizer, on the GPU if there is one.
+
+    Raises:
+        UserError: the tokenizer is missing, or not the one that the model was trained with.
+    """
     import torch
 
     from lmchat.checkpoint.load import load_model
@@ -109,8 +114,8 @@ def _lines() -> Iterator[str]:
             return
 
 
-def _answer(engine: Engine, talk: list[Message], question: str, stream: Callable[[list[int]], Iterator[Piece]]) -> None:
-    """Prints the answer to ``question`` as it comes, and adds both to ``talk``."""
+def answer(engine: Engine, talk: list[Message], question: str, stream: Callable[[list[int]], Iterator[Piece]]) -> str:
+    """Prints the answer to ``question`` as it comes, adds both to ``talk``, and returns the answer's text."""
     from lmchat.tokenizer.render import render_for_completion
 
     talk.append({"role": "user", "content": question})
@@ -130,6 +135,7 @@ def _answer(engine: Engine, talk: list[Message], question: str, stream: Callable
         talk.append({"role": "assistant", "content": parts})
     else:
         talk.pop()
+    return "".join(part["text"] for part in parts)
 
 
 def _mark(before: str, after: str) -> str:

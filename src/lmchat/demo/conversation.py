@@ -1,0 +1,51 @@
+"""The end of the demo: talking to the model that it made, about what it was not trained on."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from lmchat.commands.chat import answer, load_engine
+from lmchat.demo.run import Demo, Figures
+from lmchat.types import Conversation, Message
+
+if TYPE_CHECKING:
+    from lmchat.tasks.base import Task
+
+
+def converse(run: Demo) -> Figures:
+    """Three short chats with questions that are held out, answered greedily and graded."""
+    from lmchat.checkpoint.load import find_checkpoint
+
+    engine = load_engine(find_checkpoint(run.checkpoints("grpo")))
+    stream = partial(engine.stream, temperature=0.0)
+    marks = []
+    for chat in script(run):
+        print()
+        talk: list[Message] = []
+        for task, example in chat:
+            question = str(example["messages"][0]["content"])
+            print(f"> {question}")
+            marks.append(task.evaluate(example, answer(engine, talk, question, stream)))
+            print("✓" if marks[-1] else "✗")
+    print(f"\n{sum(marks)} of {len(marks)} answers are right; no question was in the training data")
+    return {"questions": len(marks), "right": sum(marks)}
+
+
+def script(run: Demo) -> list[list[tuple[Task, Conversation]]]:
+    """Per chat, its questions and the tasks that they are from: who the model is, words, sums of two steps."""
+    from lmchat.tasks import Arithmetic, Identity, SimpleSpelling, SpellingBee
+
+    words = str(run.words)
+    identity, arithmetic = Identity("test"), Arithmetic("test", steps=(2, 2))
+    spelling, counting = SimpleSpelling("test", words_path=words), SpellingBee("test", words_path=words)
+    return [_ask(identity, identity), _ask(spelling, counting), _ask(arithmetic, arithmetic)]
+
+
+def _ask(*tasks: Task) -> list[tuple[Task, Conversation]]:
+    """The first question that stands alone of the first task, the second of the second, and so on."""
+    alone = [(example for example in task if len(example["messages"]) == 2) for task in tasks]
+    return [
+        (task, next(islice(found, number, None))) for number, (task, found) in enumerate(zip(tasks, alone, strict=True))
+    ]

@@ -1,0 +1,133 @@
+"""One run of the demo: where its files are, how its stages are started, and what they logged."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lmchat.checkpoint.layout import STAGE_FOLDERS, committed_steps
+from lmchat.types import UserError
+
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+CONFIG_FILES = {stage: f"demo_{stage}.yaml" for stage in ("pretrain", "sft", "grpo")}
+VOCAB_SIZE = 1024
+TAG = "demo"
+
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Demo:
+    """One run of the demo.
+
+    Args:
+        output: folder that everything goes to.
+        text: the user's text; None is this machine's documentation.
+        minutes: time to take, from now on.
+    """
+
+    output: Path
+    text: Path | None
+    minutes: float
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def minutes_left(self) -> float:
+        return self.minutes - (time.perf_counter() - self.started) / 60
+
+    @property
+    def data_dir(self) -> Path:
+        return self.output / "base_data"
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        return self.output / "tokenizer"
+
+    @property
+    def vocab_size(self) -> int:
+        return VOCAB_SIZE
+
+    @property
+    def words(self) -> Path:
+        return self.output / "words.txt"
+
+    @property
+    def summary(self) -> Path:
+        return self.output / "summary.json"
+
+    def checkpoints(self, stage: str) -> Path:
+        return self.output / STAGE_FOLDERS[stage] / TAG
+
+    def logs(self, stage: str) -> Path:
+        return self.output / "logs" / stage / TAG
+
+    def config(self, stage: str) -> Path:
+        """The stage's config. Raises UserError without a clone of the repository."""
+        path = CONFIGS / CONFIG_FILES[stage]
+        if not path.is_file():
+            raise UserError(f"no config {path}; the demo runs from a clone of the repository (pip install -e .)")
+        return path
+
+    def recipe(self) -> dict[str, str]:
+        """What the figures depend on. Stages of another recipe are not continued."""
+        return {
+            "text": str(self.text.resolve()) if self.text else "this machine's documentation",
+            "vocab_size": str(self.vocab_size),
+            **{
+                name: hashlib.sha256(self.config(stage).read_bytes()).hexdigest()[:16]
+                for stage, name in CONFIG_FILES.items()
+            },
+        }
+
+    def environment(self) -> dict[str, str]:
+        """Of a stage's process: files under the demo's folder, no network."""
+        offline = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"), "1")
+        return {**os.environ, **offline, "LMCHAT_BASE_DIR": str(self.output.resolve())}
+
+
+def lmchat(run: Demo, command: str, stage: str, *options: str) -> None:
+    """``lmchat fit`` or ``validate`` with the stage's config, in a process of its own."""
+    arguments = [command, "--config", str(run.config(stage)), "--model.tag", TAG, *options]
+    process = subprocess.Popen([sys.executable, "-m", "lmchat", *arguments], env=run.environment())
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:
+        # Ctrl-C in a terminal reaches the child too, which is saving a checkpoint; subprocess.run would kill it.
+        process.wait()
+        raise
+    if status:
+        raise UserError(
+            f"the stage {stage} failed with exit status {status}, its message is above; "
+            "`lmchat demo` with the same options continues from where it was"
+        )
+
+
+def start_from(run: Demo, stage: str, earlier: str | None = None) -> list[str]:
+    """Options that continue from the stage's last checkpoint; without one, from that of the earlier stage."""
+    if committed_steps(run.checkpoints(stage)):
+        return ["--ckpt_path", "last"]
+    return ["--ckpt_path", str(run.checkpoints(earlier).resolve())] if earlier else []
+
+
+def within(minutes: float) -> list[str]:
+    """Options that make a training take fewer steps where the machine is too slow for all of them."""
+    return [
+        "--trainer.callbacks+=lmchat.callbacks.time_budget.TimeBudget",
+        f"--trainer.callbacks.minutes={max(minutes, 0.1)}",
+    ]
+
+
+def read_log(folder: Path) -> list[dict[str, float]]:
+    """The rows of all CSV logs under a folder in the order of their steps; without the cells that are empty."""
+    rows = []
+    for path in folder.rglob("metrics.csv"):
+        with path.open(newline="") as file:
+            rows += [{key: float(value) for key, value in row.items() if key and value} for row in csv.DictReader(file)]
+    return sorted(rows, key=lambda row: row.get("step", 0))

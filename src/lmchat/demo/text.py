@@ -1,0 +1,118 @@
+"""The demo's text: found, cut into shards, tokenized, and given to simple models for comparison."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
+
+from lmchat.demo.run import Demo, Figures
+
+VALIDATION_SHARE = 0.05
+FEW_FILES = 20
+"""Fewer plain text files than this are cut into paragraphs, so that some text of each kind can be held out."""
+
+
+def collect_text(run: Demo) -> Figures:
+    """Shards of text in ``base_data``, the last one held out, and the list of their words."""
+    shutil.rmtree(run.data_dir, ignore_errors=True)  # of an interrupted run
+    figures = _import_text(run, run.text) if run.text is not None else _collect_documentation(run)
+    return {**figures, "words": _list_words(run)}
+
+
+def _import_text(run: Demo, text: Path) -> Figures:
+    from lmchat.data.importing import import_folder
+
+    imported = import_folder(
+        text, run.data_dir, separator=_separator(text), validation_fraction=VALIDATION_SHARE
+    ).shards
+    documents = imported.train_documents + imported.validation_documents
+    return {"documents": documents, "megabytes": round(imported.characters / 1e6, 2)}
+
+
+def _collect_documentation(run: Demo) -> Figures:
+    from rich.console import Console
+
+    from lmchat.data.local_corpus import collect_documentation
+
+    report = collect_documentation(run.data_dir, validation_share=VALIDATION_SHARE)
+    Console().print(report.table())
+    return {"documents": report.documents, "megabytes": round(report.characters / 1e6, 2)}
+
+
+def _list_words(run: Demo) -> int:
+    """Writes the words that the model learns to spell: the text's, and should they be few, those of Python's manual."""
+    from pydoc_data.topics import topics
+
+    from lmchat.data.parquet_text import list_shards, read_documents
+    from lmchat.tasks.words import words_from_text, write_words
+
+    *train, _ = list_shards(run.data_dir)
+    text = (text or "" for shard in train for text in read_documents(shard))
+    words = words_from_text(chain(text, topics.values()))
+    write_words(words, run.words)
+    return len(words)
+
+
+def _separator(text: Path) -> str | None:
+    """What cuts the user's plain text into documents: nothing if there are files enough, else blank lines or lines."""
+    from lmchat.data.importing import PLAIN_SUFFIXES
+
+    found = [text] if text.is_file() else [path for path in text.rglob("*") if path.is_file()]
+    files = [path for path in found if path.suffix.lower() in PLAIN_SUFFIXES]
+    if len(files) >= FEW_FILES:
+        return None
+    try:
+        content = b"\n".join(path.read_bytes() for path in files)
+    except OSError:
+        return None  # the import says which file it is
+    paragraph_breaks = ("\r\n\r\n", "\n\n")
+    return next((cut for cut in paragraph_breaks if content.count(cut.encode()) >= FEW_FILES), "\n")
+
+
+def train_tokenizer(run: Demo) -> Figures:
+    """A byte-level BPE on the training shards, with as many entries as the text gives."""
+    from lmchat.commands.tokenizer import train
+    from lmchat.tokenizer.bpe import TooFewMerges
+
+    vocab_size = run.vocab_size
+    try:
+        train(data=run.data_dir, vocab_size=vocab_size, output=run.tokenizer_dir)
+    except TooFewMerges as error:
+        vocab_size = error.possible_vocab_size
+        print(f"this text is too small for {run.vocab_size:,} entries; the tokenizer gets {vocab_size:,}")
+        train(data=run.data_dir, vocab_size=vocab_size, output=run.tokenizer_dir)
+    return {"vocab_size": vocab_size}
+
+
+def tokenize(run: Demo) -> Figures:
+    """Token files of all shards."""
+    from lmchat.data.token_shards import TokenShards, prepare_token_shards
+    from lmchat.tokenizer.bpe import Tokenizer
+
+    tokenizer = Tokenizer.load(run.tokenizer_dir)
+    prepare_token_shards(run.data_dir, tokenizer)
+    train, validation = TokenShards.open_split(run.data_dir, tokenizer)
+    print(f"{train.tokens:,} tokens to train on, {validation.tokens:,} held out")
+    return {"tokens": train.tokens, "validation_tokens": validation.tokens}
+
+
+def measure_baselines(run: Demo) -> Figures:
+    """What compressors and an n-gram model make of the held-out text."""
+    from rich.console import Console
+
+    from lmchat.data.parquet_text import list_shards, read_documents
+    from lmchat.evaluation.compression_baseline import compression_baselines
+
+    *train, validation = list_shards(run.data_dir)
+    console, activity = Console(), "gzip, xz and an n-gram model are reading the text"
+    if not console.is_terminal:
+        console.print(activity)
+    with console.status(activity):
+        baselines = compression_baselines(
+            (text or "" for shard in train for text in read_documents(shard)),
+            (text or "" for text in read_documents(validation)),
+        )
+    print(f"bits per byte: gzip {baselines.gzip:.3f}, xz {baselines.xz:.3f}, n-gram model {baselines.ngram:.3f}")
+    return {f"{name}_bpb": round(value, 4) for name, value in asdict(baselines).items()}
