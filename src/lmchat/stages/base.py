@@ -65,6 +65,8 @@ class StageModule(L.LightningModule):
     """Every micro-batch has the same shape, and all of its tokens are trained on."""
     net: GPT
     sequence_len: int
+    evaluated_at: float = 0.0
+    """When the last evaluation ended, by `time.perf_counter`."""
 
     def __init__(
         self,
@@ -351,7 +353,15 @@ def accumulation_steps(global_batch_tokens: int, micro_batch_size: int, sequence
     nearest = [n * round_tokens for n in (steps, steps + 1) if n]
     remedies = [f"--data.micro_batch_size {smaller[-1]}"] if smaller else []
     remedies += [f"--model.global_batch_tokens {tokens}" for tokens in nearest]
+    micro_batches, rest = divmod(global_batch_tokens, micro_batch_size * sequence_len)
+    remedies += [] if rest else [f"{ranks} rank(s)" for ranks in nearest_divisors(micro_batches, world_size)]
     raise UserError(
         f"global_batch_tokens {global_batch_tokens} is not a multiple of micro_batch_size {micro_batch_size} × "
         f"sequence_len {sequence_len} × {world_size} rank(s) = {round_tokens}; use {' or '.join(remedies)}"
     )
+
+
+def nearest_divisors(number: int, near: int) -> list[int]:
+    """The divisors of ``number`` next below and next above ``near``, as far as there are."""
+    divisors = [n for n in range(1, number + 1) if number % n == 0]
+    return [n for n in divisors if n < near][-1:] + [n for n in divisors if n > near][:1]

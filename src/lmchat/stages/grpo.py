@@ -14,7 +14,7 @@ from lmchat.data.rollouts import Rollouts, Sampling
 from lmchat.evaluation.chat_tasks import Questions
 from lmchat.evaluation.pass_at_k import PassAtK
 from lmchat.schedules import rl_lr_multiplier
-from lmchat.stages.base import Schedule
+from lmchat.stages.base import Schedule, nearest_divisors
 from lmchat.stages.chat import ChatDataModule, ChatModule, sum_over_step
 from lmchat.tasks.base import Task
 from lmchat.tokenizer.render import render_for_completion
@@ -158,9 +158,11 @@ class RolloutDataModule(ChatDataModule):
     def accumulation_steps(self, world_size: int) -> int:
         groups, rest = divmod(self.questions_per_step, world_size)
         if rest or not groups:
+            remedies = [f"--data.questions_per_step {n * world_size}" for n in (groups, groups + 1) if n]
+            remedies += [f"{ranks} rank(s)" for ranks in nearest_divisors(self.questions_per_step, world_size)]
             raise UserError(
                 f"--data.questions_per_step {self.questions_per_step} is not a multiple of {world_size} ranks; "
-                f"use {max(1, groups) * world_size} or {(groups + 1) * world_size}"
+                f"use {' or '.join(remedies)}"
             )
         return groups
 
