@@ -60,6 +60,8 @@ class StageModule(L.LightningModule):
     """
 
     stage: ClassVar[str]
+    earlier_stages: ClassVar[tuple[str, ...]] = ()
+    """The stages whose checkpoints this one may start from, the nearest first."""
     scales_with_depth: ClassVar[bool] = False
     packed_rows: ClassVar[bool] = True
     """Every micro-batch has the same shape, and all of its tokens are trained on."""
@@ -99,6 +101,7 @@ class StageModule(L.LightningModule):
         self.compute_dtype = compute_dtype
         self.attention = attention
         self.compile_mode = compile
+        self.inherited: dict[str, Any] = {}
         self._tag = tag
         self._loss_sum: torch.Tensor | None = None
         self._loss_count = 0
@@ -238,6 +241,7 @@ class StageModule(L.LightningModule):
             **(self._numerics() if hasattr(self, "net") else {}),
             "tokenizer_fingerprint": self.tokenizer.fingerprint,
             "global_batch_tokens": self.global_batch_tokens,
+            "micro_batch_size": self.data.micro_batch_size,
             "total_steps": self.total_steps,
             "learning_rates": self.learning_rates,
             "lr_scale": self.lr_scale,
@@ -268,14 +272,14 @@ class StageDataModule(L.LightningDataModule):
     """Micro-batches whose position is that of the last one consumed.
 
     Args:
-        micro_batch_size: rows per micro-batch and rank.
+        micro_batch_size: rows per micro-batch and rank; null takes that of the checkpoint the stage starts from.
     """
 
-    def __init__(self, micro_batch_size: int) -> None:
+    def __init__(self, micro_batch_size: int | None) -> None:
         super().__init__()
-        if micro_batch_size < 1:
+        if micro_batch_size is not None and micro_batch_size < 1:
             raise UserError(f"--data.micro_batch_size is {micro_batch_size}; it must be at least 1 row")
-        self.micro_batch_size = micro_batch_size
+        self._micro_batch_size = micro_batch_size
         self.position: dict[str, Any] | None = None
 
     @property
@@ -290,6 +294,16 @@ class StageDataModule(L.LightningDataModule):
         module = self.run.lightning_module
         assert isinstance(module, StageModule)
         return module
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Rows per micro-batch and rank. Raises UserError if neither the user nor a checkpoint gives it."""
+        size = self._micro_batch_size or self.module.inherited.get("micro_batch_size")
+        if size is None:
+            raise UserError(
+                "no micro-batch is set, and no checkpoint to start from names one; give --data.micro_batch_size 16"
+            )
+        return size
 
     def accumulation_steps(self, world_size: int) -> int:
         """Micro-batches per rank and optimizer step. Raises UserError if they cannot fill the global batch."""

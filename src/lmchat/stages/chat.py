@@ -9,10 +9,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
-from lmchat.checkpoint.load import Checkpoint, load_model_state
+from lmchat.checkpoint.load import Checkpoint, load_model_state, load_rank_state
 from lmchat.evaluation.chat_tasks import Questions, TaskQuestions, grade
 from lmchat.generation.engine import Engine
 from lmchat.model.config import GPTConfig
+from lmchat.optim.muon_adamw import MuonAdamW
 from lmchat.stages.base import StageDataModule, StageModule
 from lmchat.tasks.base import Task
 from lmchat.types import UserError
@@ -23,20 +24,43 @@ class ChatModule(StageModule):
 
     Args:
         init_lr_fraction: factor on every learning rate.
+        embedding_lr: AdamW learning rate of the token and value embeddings at width 768; null is the checkpoint's, as
+            for the other learning rates. None of them is scaled by the batch.
+        unembedding_lr: AdamW learning rate of the output head, likewise.
+        matrix_lr: Muon learning rate of the blocks' matrices.
+        scalar_lr: AdamW learning rate of the residual scalars.
+        warm_start_optimizer: begin with the moments of the earlier stage's optimizer, not with zeros. Learning rates,
+            momentum and weight decay are this stage's all the same.
     """
 
-    earlier_stages: tuple[str, ...]
-
-    def __init__(self, *, init_lr_fraction: float = 1.0, weight_decay: float = 0.0, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        init_lr_fraction: float = 1.0,
+        weight_decay: float = 0.0,
+        embedding_lr: float | None = None,
+        unembedding_lr: float | None = None,
+        matrix_lr: float | None = None,
+        scalar_lr: float | None = None,
+        warm_start_optimizer: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(weight_decay=weight_decay, **kwargs)
         self.lr_scale = init_lr_fraction
+        given = {
+            "embedding_lr": embedding_lr,
+            "unembedding_lr": unembedding_lr,
+            "matrix_lr": matrix_lr,
+            "scalar_lr": scalar_lr,
+        }
+        self._given_learning_rates = {name: lr for name, lr in given.items() if lr is not None}
+        self.warm_start_optimizer = warm_start_optimizer
         self._config: GPTConfig | None = None
         self._start: Checkpoint | None = None
-        self._inherited_tag = self.stage
 
     @property
     def default_tag(self) -> str:
-        return self._inherited_tag
+        return self.inherited.get("tag", self.stage)
 
     @property
     def config(self) -> GPTConfig:
@@ -59,20 +83,28 @@ class ChatModule(StageModule):
             )
         self.continue_numerics(checkpoint)
         self._config = GPTConfig(**checkpoint.meta["model"])
-        self._inherited_tag = checkpoint.meta["tag"]
+        self.inherited = checkpoint.meta
+        self.learning_rates = {**checkpoint.meta["learning_rates"], **self._given_learning_rates}
         if self.global_batch_tokens is None:
             self.global_batch_tokens = checkpoint.meta["global_batch_tokens"]
         if checkpoint.stage != self.stage:
             self._start = checkpoint
 
     def configure_model(self) -> None:
+        is_new = not hasattr(self, "net")
         super().configure_model()
-        if self._start is not None:
+        if is_new and self._start is not None:
             self.net.load_state_dict(load_model_state(self._start))
-            self._start = None
         if not hasattr(self, "accuracy"):
             tasks = self.data.eval_tasks if isinstance(self.data, ChatDataModule) else []
             self.accuracy = nn.ModuleDict({task.name: MeanMetric() for task in tasks})
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if self._start is not None and self.warm_start_optimizer:
+            (optimizer,) = self.trainer.optimizers
+            load_moments(cast(MuonAdamW, optimizer), self._start)
+        self._start = None
 
     def log_accuracy(self, questions: Questions) -> None:
         """Asks the questions, decoding greedily, and logs the share of right answers as ``val/<task>``."""
@@ -97,7 +129,11 @@ class ChatDataModule(StageDataModule):
     """
 
     def __init__(
-        self, micro_batch_size: int, eval_tasks: list[Task] | None, eval_batch_size: int, eval_max_new_tokens: int
+        self,
+        micro_batch_size: int | None,
+        eval_tasks: list[Task] | None,
+        eval_batch_size: int,
+        eval_max_new_tokens: int,
     ) -> None:
         super().__init__(micro_batch_size)
         self.eval_tasks = eval_tasks or []
@@ -110,6 +146,15 @@ class ChatDataModule(StageDataModule):
             tasks, batch_size=self.eval_batch_size, rank=self.run.global_rank, world_size=self.run.world_size
         )
         return DataLoader(questions, batch_size=None)
+
+
+def load_moments(optimizer: MuonAdamW, checkpoint: Checkpoint) -> None:
+    """Fills the optimizer's state from the checkpoint's, however many ranks wrote it; its settings stay as they are."""
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    shards = [load_rank_state(checkpoint, rank)["optimizer_states"] for rank in range(checkpoint.world_size)]
+    optimizer.load_state_dict([state for (state,) in shards])
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
 
 
 def sum_over_step(loss_sum: torch.Tensor, loss_tokens: int, module: StageModule) -> torch.Tensor:

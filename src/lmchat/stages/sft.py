@@ -72,7 +72,7 @@ class SFTDataModule(ChatDataModule):
         train: the mixture, each task with its number of epochs.
         val: held-out conversations for the bits per byte.
         eval_tasks: tasks whose questions are asked in evaluation; slice them with their ``stop``.
-        micro_batch_size: rows per micro-batch and rank.
+        micro_batch_size: rows per micro-batch and rank; null takes that of the checkpoint the stage starts from.
         eval_tokens: tokens per evaluation of the bits per byte, over all ranks.
         eval_batch_size: questions answered together.
         eval_max_new_tokens: longest answer to them.
@@ -84,7 +84,7 @@ class SFTDataModule(ChatDataModule):
         train: list[MixturePart],
         val: list[MixturePart],
         eval_tasks: list[Task] | None = None,
-        micro_batch_size: int = 16,
+        micro_batch_size: int | None = None,
         eval_tokens: int = 20 * 524288,
         eval_batch_size: int = 32,
         eval_max_new_tokens: int = 256,
