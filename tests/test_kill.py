@@ -1,0 +1,255 @@
+"""Real runs of one and of two processes, killed by SIGKILL again and again: not one loss differs from the unbroken run.
+
+The seed is printed; LMCHAT_KILL_SEED repeats its choices, LMCHAT_KILLS sets the number of kills in all.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+import torch
+
+from lmchat.checkpoint.layout import TEMPORARY_SUFFIX, committed_steps, files_by_step
+from lmchat.checkpoint.load import find_checkpoint, load_model_state, load_rank_state
+
+sys.path.insert(0, str(Path(__file__).parent))
+from killable_fit import alive, start_fit
+
+STEPS = 40
+KEEP_LAST = 2
+PATIENCE_SECONDS = 240.0
+CONFIG = """
+trainer:
+  accelerator: cpu
+  max_steps: {steps}
+  callbacks: [{{class_path: killable_fit.LossRecorder, init_args: {{directory: {base}}}}}]
+model:
+  class_path: PretrainModule
+  init_args: {{depth: 2, sequence_len: 32, head_dim: 32, window_pattern: SL, global_batch_tokens: 256}}
+data:
+  class_path: FineWebDataModule
+  init_args: {{micro_batch_size: 2, eval_tokens: 256, buffer_size: 20}}
+eval: {{every_n_steps: 10}}
+samples: {{max_new_tokens: 0}}
+checkpoint: {{every_n_steps: {every_n_steps}, keep_last: 2}}
+"""
+Records = dict[tuple[int, int], str]
+
+
+@dataclass
+class Run:
+    """A run in a base folder of its own, resumed as often as it is started."""
+
+    base: Path
+    strategy: str
+    world_size: int
+    every_n_steps: int
+    sessions: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.config = self.base / "tiny.yaml"
+        self.config.write_text(CONFIG.format(base=self.base, steps=STEPS, every_n_steps=self.every_n_steps))
+        self.checkpoints = self.base / "base_checkpoints" / "d2"
+
+    def start(self) -> list[BaseProcess]:
+        options = ["--trainer.strategy", self.strategy, "--trainer.devices", str(self.world_size)]
+        resume = ["--ckpt_path", "last"] if self.newest_step() else []
+        ranks = start_fit(["--config", str(self.config), *options, *resume], self.base, self.world_size)
+        self.sessions |= {rank.pid for rank in ranks if rank.pid}
+        return ranks
+
+    def newest_step(self) -> int:
+        """Of complete checkpoints; 0 where there is none."""
+        return (committed_steps(self.checkpoints) or [0])[-1]
+
+    def records(self, rank: int) -> list[tuple[tuple[int, int], str]]:
+        """Step and micro-batch, and the loss, of every micro-batch in the order of time."""
+        path = self.base / f"losses_rank{rank}.txt"
+        lines = path.read_text().splitlines() if path.exists() else []
+        fields = [line.split() for line in lines]
+        return [((int(step), int(micro_batch)), loss) for step, micro_batch, loss in fields]
+
+    def unfinished_files(self) -> list[Path]:
+        """Files of checkpoints that are being written, or were when the run was killed."""
+        committed = set(committed_steps(self.checkpoints))
+        return [
+            path
+            for step, paths in files_by_step(self.checkpoints).items()
+            for path in paths
+            if step not in committed or path.suffix == TEMPORARY_SUFFIX or path.name.startswith("receipt")
+        ]
+
+    def output(self) -> str:
+        paths = [self.base / f"output_rank{rank}.txt" for rank in range(self.world_size)]
+        return "\n".join(path.read_text()[-5000:] for path in paths if path.exists())
+
+    def finish(self) -> None:
+        ranks = self.start()
+        join(ranks)
+        assert [rank.exitcode for rank in ranks] == [0] * self.world_size, self.output()
+
+
+def join(ranks: list[BaseProcess]) -> None:
+    """Waits until all have ended; a rank that does not is an error."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    for rank in ranks:
+        rank.join(max(0.0, deadline - time.monotonic()))
+    hanging = [rank for rank in ranks if rank.is_alive()]
+    for rank in hanging:
+        rank.kill()
+        rank.join()
+    assert not hanging, f"{len(hanging)} of {len(ranks)} ranks did not end within {PATIENCE_SECONDS} s"
+
+
+def wait_until(condition: Callable[[], bool], ranks: list[BaseProcess]) -> None:
+    """Returns when it holds, or a rank has ended."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition() and all(rank.is_alive() for rank in ranks):
+        assert time.monotonic() < deadline, "the run does not get on"
+        time.sleep(0.0005)
+
+
+class Killer:
+    """Kills runs at moments drawn from a seed, and checks what each kill left behind."""
+
+    def __init__(self, unbroken: Run, seed: int) -> None:
+        self.expected = [dict(unbroken.records(rank)) for rank in range(unbroken.world_size)]
+        self.random = random.Random(seed)
+        self.kills = self.while_saving = self.of_one_rank = 0
+
+    def start_and_kill(self, run: Run) -> bool:
+        """Starts or resumes the run and kills it, or one of its ranks; False where the run has ended before that."""
+        before, old = run.newest_step(), [len(run.records(rank)) for rank in range(run.world_size)]
+        ranks = run.start()
+        self._wait_for_the_moment(run, ranks)
+        if len(run.records(0)) > old[0]:
+            victims = self.random.choice([*[ranks] * 4, *([rank] for rank in ranks)])
+        else:
+            victims = ranks  # before the ranks are connected only the launcher can notice that one is gone
+        ended = not all(rank.is_alive() for rank in ranks)
+        for rank in [] if ended else victims:
+            rank.kill()
+        join(ranks)
+        new = [run.records(rank)[count:] for rank, count in enumerate(old)]
+        for rank, records in enumerate(new):
+            for place, loss in records:
+                assert loss == self.expected[rank][place], f"rank {rank}, step and micro-batch {place}\n{run.output()}"
+        if ended:
+            assert [rank.exitcode for rank in ranks] == [0] * run.world_size, run.output()
+            return False
+        assert 0 not in [rank.exitcode for rank in ranks] or run.newest_step() == STEPS, "a lost rank went unnoticed"
+        self.kills += 1
+        self.while_saving += bool(run.unfinished_files())
+        self.of_one_rank += len(victims) < run.world_size
+        if new[0]:
+            self._check_steps(run, before, first=new[0][0][0][0], last=new[0][-1][0][0])
+        return True
+
+    def _wait_for_the_moment(self, run: Run, ranks: list[BaseProcess]) -> None:
+        """Half of the moments are when a temporary file is there, the others any, some before training has begun."""
+        begin, micro_batches = len(run.records(0)), self.random.randrange(16)
+        moment = self.random.choice(["saving", "saving", "saving", "training", "training", "starting"])
+        if moment == "starting":
+            time.sleep(self.random.uniform(0, 3))
+            return
+        wait_until(lambda: len(run.records(0)) >= begin + micro_batches, ranks)
+        if moment == "saving":
+            wait_until(lambda: any(run.checkpoints.glob(f"*{TEMPORARY_SUFFIX}")), ranks)
+            time.sleep(self.random.choice([0, 0.001]))
+        else:
+            time.sleep(self.random.uniform(0, 0.2))
+
+    @staticmethod
+    def _check_steps(run: Run, before: int, first: int, last: int) -> None:
+        assert first == before, f"the newest checkpoint was of step {before}, the run went on from {first}"
+        # Of two checkpoints that were begun, the older one is complete: the writer takes one at a time.
+        assert run.newest_step() >= (last // run.every_n_steps - 1) * run.every_n_steps
+        stale = [path for path in run.unfinished_files() if int(path.name.split("_")[1].split(".")[0]) <= before]
+        assert not stale, "the resumed run did not remove what the killed one had left"
+
+    def check_result(self, run: Run, unbroken: Run) -> None:
+        """The finished run has every loss of the unbroken one, its weights, its state, and no file too many."""
+        for rank in range(run.world_size):
+            assert dict(run.records(rank)) == self.expected[rank]
+        checkpoints = [find_checkpoint(each.checkpoints) for each in (unbroken, run)]
+        assert [checkpoint.step for checkpoint in checkpoints] == [STEPS, STEPS]
+        assert same(*map(load_model_state, checkpoints))
+        for rank in range(run.world_size):
+            states = [load_rank_state(checkpoint, rank) for checkpoint in checkpoints]
+            for name in ("optimizer_states", "rng", "FineWebDataModule"):
+                assert same(states[0][name], states[1][name]), name
+        assert not run.unfinished_files()
+        assert len(list(run.checkpoints.iterdir())) == KEEP_LAST * (2 + run.world_size) + len([".lock"])
+        assert not alive(run.sessions), "processes remain"
+
+
+def same(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return isinstance(b, list | tuple) and len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.fixture
+def new_run(tiny_base: Path, tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    runs: list[Run] = []
+
+    def make(*args: object) -> Run:
+        base = tmp_path / f"run{len(runs)}"
+        base.mkdir()
+        for name in ("base_data", "tokenizer"):
+            (base / name).symlink_to(tiny_base / name)
+        runs.append(Run(base, *args))  # type: ignore[arg-type]
+        return runs[-1]
+
+    yield make
+    for pid in alive(set().union(*(run.sessions for run in runs))):
+        os.kill(pid, 9)
+
+
+def kill_and_compare(new_run: Callable[..., Run], kills: int, *shape: object) -> None:
+    """Kills runs of the shape, finished ones making place for new ones, and compares all with an unbroken one."""
+    seed = int(os.environ.get("LMCHAT_KILL_SEED") or time.time_ns())
+    print(f"\nseed {seed}, {shape}:", end=" ")
+    begin = time.monotonic()
+    unbroken = new_run(*shape)
+    unbroken.finish()
+    killer = Killer(unbroken, seed)
+    run, finished = new_run(*shape), 0
+    while killer.kills < kills:
+        if not killer.start_and_kill(run):
+            killer.check_result(run, unbroken)
+            run, finished = new_run(*shape), finished + 1
+    run.finish()
+    killer.check_result(run, unbroken)
+    print(
+        f"{killer.kills} kills, {killer.while_saving} of them while files were being written, {killer.of_one_rank} of "
+        f"one rank alone, in {finished + 1} runs of {STEPS} steps, {(time.monotonic() - begin) / 60:.1f} minutes"
+    )
+    assert kills < 30 or killer.while_saving > kills / 10
+
+
+def test_three_kills_of_two_processes(new_run: Callable[..., Run]) -> None:
+    kill_and_compare(new_run, 3, "zero2_muon", 2, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    ("strategy", "world_size", "every_n_steps"),
+    [("auto", 1, 1), ("zero2_muon", 1, 2), ("zero2_muon", 2, 1), ("zero2_muon", 2, 2)],
+)
+def test_a_hundred_kills(new_run: Callable[..., Run], strategy: str, world_size: int, every_n_steps: int) -> None:
+    kills = int(os.environ.get("LMCHAT_KILLS", "120")) // 4
+    kill_and_compare(new_run, kills, strategy, world_size, every_n_steps)
