@@ -6,6 +6,7 @@ Smaller worlds are subgroups of the four. Results go to files: processes only me
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Collection
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from lmchat.optim import sharded
 from lmchat.optim.muon_adamw import MuonAdamW, build_param_groups
-from lmchat.optim.sharded import ShardedMuonAdamW
+from lmchat.optim.sharded import ShardedMuonAdamW, maximum_over
 
 RANKS = 4
 MICRO_BATCHES = 12
@@ -34,6 +35,8 @@ SHAPES = {
 }
 
 Params = dict[str, nn.Parameter]
+Groups = tuple[Callable[[Tensor], Tensor], dist.ProcessGroup]
+"""To agree over, and for gradients and parameters."""
 
 
 def make_params(dtype: torch.dtype = torch.float64) -> Params:
@@ -41,14 +44,23 @@ def make_params(dtype: torch.dtype = torch.float64) -> Params:
     return {name: nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for name, shape in SHAPES.items()}
 
 
-def loss_of(params: Params, step: int, micro_batch: int) -> Tensor:
-    """A loss whose gradient depends on the parameters, different for every micro-batch."""
+def loss_of(params: Params, step: int, micro_batch: int, absent: Collection[str] = ()) -> Tensor:
+    """A loss whose gradient depends on the parameters, different for every micro-batch; those ``absent`` get none."""
     generator = torch.Generator().manual_seed(1000 * step + micro_batch)
-    total = torch.zeros((), dtype=torch.float64)
-    for param in params.values():
+    total = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    for name, param in params.items():
         slope = torch.randn(param.shape, generator=generator, dtype=torch.float64)
-        total = total + (param * slope).sum() + 0.5 * (param * slope.flip(0)).square().sum()
+        if name not in absent:
+            total = total + (param * slope).sum() + 0.5 * (param * slope.flip(0)).square().sum()
     return total
+
+
+def sparse_loss_of(params: Params, step: int, micro_batch: int) -> Tensor:
+    """Some parameters get gradients from some micro-batches only, or from none; in step 1 nothing gets any."""
+    absent = {"transformer.h.2.attn.c_q.weight", "lm_head.weight", "x0_lambdas"} if step == 2 else set()
+    if micro_batch % 2:
+        absent |= {"value_embeds.4.weight", "transformer.h.1.mlp.c_fc.weight", "resid_lambdas"}
+    return loss_of(params, step, micro_batch, absent=params if step == 1 else absent)
 
 
 def set_schedule(optimizer: MuonAdamW, step: int) -> None:
@@ -58,7 +70,15 @@ def set_schedule(optimizer: MuonAdamW, step: int) -> None:
             group["momentum"], group["weight_decay"] = 0.85 + step / 100, 0.2 - step / 50
 
 
-def train(optimizer: MuonAdamW, params: Params, steps: range, rank: int, world_size: int, overlap: bool) -> None:
+def train(
+    optimizer: MuonAdamW,
+    params: Params,
+    steps: range,
+    rank: int,
+    world_size: int,
+    overlap: bool,
+    loss: Callable[[Params, int, int], Tensor] = loss_of,
+) -> None:
     """Micro-batch k of a step belongs to rank k mod world_size."""
     for step in steps:
         set_schedule(optimizer, step)
@@ -66,7 +86,7 @@ def train(optimizer: MuonAdamW, params: Params, steps: range, rank: int, world_s
         for micro_batch in mine:
             if overlap and micro_batch == mine[-1] and isinstance(optimizer, ShardedMuonAdamW):
                 optimizer.reduce_during_backward()
-            (loss_of(params, step, micro_batch) / len(mine)).backward()
+            (loss(params, step, micro_batch) / len(mine)).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -114,16 +134,35 @@ class CountedCollectives:
         return call
 
 
-def equivalence(rank: int, world_size: int, group: dist.ProcessGroup, overlap: bool) -> dict[str, Any]:
+def equivalence(rank: int, world_size: int, groups: Groups, overlap: bool) -> dict[str, Any]:
     params = make_params()
-    optimizer = ShardedMuonAdamW(groups_of(params), group, bucket_bytes=world_size * 2 * 8 * 16 * 8)
+    optimizer = ShardedMuonAdamW(groups_of(params), *groups, bucket_bytes=world_size * 2 * 8 * 16 * 8)
     train(optimizer, params, range(STEPS), rank, world_size, overlap)
     return {"params": copies(params), "optimizer": optimizer.state_dict()}
 
 
-def traffic(rank: int, world_size: int, group: dist.ProcessGroup) -> dict[str, Any]:
+def sparse_gradients(rank: int, world_size: int, groups: Groups) -> dict[str, Any]:
+    params = make_params()
+    optimizer = ShardedMuonAdamW(groups_of(params), *groups)
+    train(optimizer, params, range(STEPS), rank, world_size, overlap=True, loss=sparse_loss_of)
+    return {"params": copies(params), "optimizer": optimizer.state_dict()}
+
+
+def dropped_step(rank: int, world_size: int, groups: Groups) -> dict[str, Any]:
+    """A step that is dropped after its gradients have begun to travel, and one after it."""
+    params = make_params()
+    optimizer = ShardedMuonAdamW(groups_of(params), *groups)
+    optimizer.reduce_during_backward()
+    (loss_of(params, 7, rank) * torch.inf).backward()
+    optimizer.step(optimizer.drop_step)
+    dropped = copies(params)
+    train(optimizer, params, range(STEPS), rank, world_size, overlap=True)
+    return {"dropped": dropped, "params": copies(params), "optimizer": optimizer.state_dict()}
+
+
+def traffic(rank: int, world_size: int, groups: Groups) -> dict[str, Any]:
     params = make_params(torch.float32)
-    optimizer = ShardedMuonAdamW(groups_of(params), group, gather_dtype=torch.bfloat16)
+    optimizer = ShardedMuonAdamW(groups_of(params), *groups, gather_dtype=torch.bfloat16)
     train(optimizer, params, range(1), rank, world_size, overlap=True)
     calls = []
     with CountedCollectives(world_size) as counted:
@@ -150,13 +189,13 @@ def traffic(rank: int, world_size: int, group: dist.ProcessGroup) -> dict[str, A
     }
 
 
-def resharding(rank: int, groups: dict[int, dist.ProcessGroup], folder: Path) -> dict[str, Any]:
+def resharding(rank: int, groups: dict[int, Groups], folder: Path) -> dict[str, Any]:
     """One step on each of 4, 2, 3 and 1 ranks, each from the files that the one before wrote."""
     previous = None
     for step, world_size in enumerate((4, 2, 3, 1)):
         if rank < world_size:
             params = make_params()
-            optimizer = ShardedMuonAdamW(groups_of(params), groups[world_size])
+            optimizer = ShardedMuonAdamW(groups_of(params), *groups[world_size])
             if previous is not None:
                 files = [folder / f"resharding_{step - 1}_{r}.pt" for r in range(previous)]
                 parts = [torch.load(file, weights_only=True, mmap=True) for file in files]
@@ -172,9 +211,9 @@ def resharding(rank: int, groups: dict[int, dist.ProcessGroup], folder: Path) ->
     return {}
 
 
-def second_backward(group: dist.ProcessGroup) -> dict[str, Any]:
+def second_backward(groups: Groups) -> dict[str, Any]:
     params = make_params()
-    optimizer = ShardedMuonAdamW(groups_of(params), group)
+    optimizer = ShardedMuonAdamW(groups_of(params), *groups)
     optimizer.reduce_during_backward()
     loss_of(params, 0, 0).backward()
     try:
@@ -184,16 +223,22 @@ def second_backward(group: dist.ProcessGroup) -> dict[str, Any]:
     return {"message": ""}
 
 
+def new_groups(ranks: list[int]) -> Groups:
+    return maximum_over(dist.new_group(ranks)), dist.new_group(ranks)
+
+
 def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-    groups = {size: dist.new_group(list(range(size))) for size in range(1, RANKS + 1)}
+    groups = {size: new_groups(list(range(size))) for size in range(1, RANKS + 1)}
     results: dict[str, Any] = {}
-    for size, group in groups.items():
+    for size, pair in groups.items():
         if rank < size:
             for overlap in (False, True):
-                results[f"equivalence_{size}_{overlap}"] = equivalence(rank, size, group, overlap)
-            results[f"traffic_{size}"] = traffic(rank, size, group)
+                results[f"equivalence_{size}_{overlap}"] = equivalence(rank, size, pair, overlap)
+            results[f"sparse_{size}"] = sparse_gradients(rank, size, pair)
+            results[f"dropped_{size}"] = dropped_step(rank, size, pair)
+            results[f"traffic_{size}"] = traffic(rank, size, pair)
     results["resharding"] = resharding(rank, groups, folder)
     if rank == 0:
         results["second_backward"] = second_backward(groups[1])

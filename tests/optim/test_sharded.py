@@ -53,12 +53,13 @@ def one_process() -> list[tuple[dict[str, Tensor], dict[str, Any]]]:
     after = []
     for step in range(worker.STEPS):
         worker.train(optimizer, params, range(step, step + 1), rank=0, world_size=1, overlap=False)
-        state = {
-            name: {k: torch.as_tensor(v).clone() for k, v in values.items()}
-            for name, values in optimizer.state_dict()["state"].items()
-        }
-        after.append((worker.copies(params), state))
+        after.append((worker.copies(params), state_of(optimizer)))
     return after
+
+
+def state_of(optimizer: MuonAdamW) -> dict[str, dict[str, Tensor]]:
+    saved = optimizer.state_dict()["state"]
+    return {name: {k: torch.as_tensor(v).clone() for k, v in values.items()} for name, values in saved.items()}
 
 
 def assert_same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 1e-10) -> None:
@@ -67,18 +68,38 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 1
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}")
 
 
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
-@pytest.mark.parametrize("overlap", [False, True])
-def test_equal_to_one_process(world_size: int, overlap: bool, ranks: Results, one_process: list) -> None:
-    params, state = one_process[-1]
-    outcomes = [ranks[rank][f"equivalence_{world_size}_{overlap}"] for rank in range(world_size)]
+def assert_trained_the_same(outcomes: list[dict[str, Any]], params: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Every rank's parameters and the state of all together are those of one process."""
     for outcome in outcomes:
         assert_same(outcome["params"], params)
         assert_same(outcome["params"], outcomes[0]["params"], tolerance=0)
     merged = MuonAdamW(worker.groups_of(worker.make_params()))
     merged.load_state_dict([outcome["optimizer"] for outcome in outcomes])
-    for name, values in merged.state_dict()["state"].items():
-        assert_same({key: torch.as_tensor(value) for key, value in values.items()}, state[name])
+    for name, values in state_of(merged).items():
+        assert_same(values, state[name])
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("run", ["equivalence_{}_False", "equivalence_{}_True", "dropped_{}"])
+def test_equal_to_one_process(world_size: int, run: str, ranks: Results, one_process: list) -> None:
+    outcomes = [ranks[rank][run.format(world_size)] for rank in range(world_size)]
+    assert_trained_the_same(outcomes, *one_process[-1])
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_a_dropped_step_changes_nothing(world_size: int, ranks: Results) -> None:
+    for rank in range(world_size):
+        assert_same(ranks[rank][f"dropped_{world_size}"]["dropped"], worker.copies(worker.make_params()), tolerance=0)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_parameters_without_gradients_are_left_alone(world_size: int, ranks: Results) -> None:
+    params = worker.make_params()
+    optimizer = MuonAdamW(worker.groups_of(params))
+    worker.train(optimizer, params, range(worker.STEPS), 0, 1, overlap=False, loss=worker.sparse_loss_of)
+    assert float(optimizer.state[params["lm_head.weight"]]["step"]) == worker.STEPS - 2
+    outcomes = [ranks[rank][f"sparse_{world_size}"] for rank in range(world_size)]
+    assert_trained_the_same(outcomes, worker.copies(params), state_of(optimizer))
 
 
 def test_state_continues_on_another_world_size(ranks: Results, one_process: list) -> None:
@@ -110,7 +131,7 @@ def expected_bytes(world_size: int) -> dict[str, float]:
     return {
         "all_to_all_single": share * elements * 4,
         "all_gather": share * elements * 2,
-        "all_reduce": 2 * share * small * 4,
+        "all_reduce": 2 * share * (small * 4 + len(worker.SHAPES)),  # and a byte per parameter that has a gradient
     }
 
 
@@ -129,7 +150,8 @@ def test_reductions_start_in_the_last_backward_and_not_before(world_size: int, r
         *accumulating, last = traffic["calls_after_micro_batches"]
         assert not any(accumulating)
         assert last == traffic["buckets"]
-        assert traffic["calls"] == 2 * traffic["buckets"] - 1  # Small tensors are not gathered.
+        # Small tensors are not gathered; once the ranks agree which parameters have gradients.
+        assert traffic["calls"] == 2 * traffic["buckets"]
 
 
 def test_narrow_gathers_round_at_the_others_only_and_lose_nothing(ranks: Results) -> None:

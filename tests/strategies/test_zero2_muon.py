@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 
 from lmchat.optim.muon_adamw import MuonAdamW
+from lmchat.strategies import zero2_muon
 from lmchat.strategies.zero2_muon import Zero2MuonStrategy
 from lmchat.types import UserError
 
@@ -93,3 +94,36 @@ def test_what_it_cannot_do_is_refused(
     trainer: Any = SimpleNamespace(gradient_clip_val=clip)
     with pytest.raises(UserError, match=message):
         Zero2MuonStrategy().setup_optimizers(trainer)
+
+
+@pytest.mark.parametrize(
+    ("gather_dtype", "compute_dtype", "expected"),
+    [
+        ("auto", torch.bfloat16, torch.bfloat16),
+        ("auto", torch.float32, None),
+        ("fp32", torch.bfloat16, None),
+        ("bf16", torch.float32, torch.bfloat16),
+    ],
+)
+def test_parameters_travel_in_the_compute_dtype_unless_told_otherwise(
+    gather_dtype: Any, compute_dtype: torch.dtype, expected: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: dict[str, Any] = {}
+
+    def configure(self: DDPStrategy, trainer: L.Trainer) -> None:
+        group = {"name": "wte", "kind": "adamw", "lr": 0.1, "params": [torch.nn.Parameter(torch.zeros(2))]}
+        self.optimizers = [MuonAdamW([group])]
+
+    def shard(groups: Any, agree: Any, **options: Any) -> MuonAdamW:
+        made.update(options)
+        return MuonAdamW(groups)
+
+    monkeypatch.setattr(DDPStrategy, "setup_optimizers", configure)
+    monkeypatch.setattr(Zero2MuonStrategy, "_take_over_signals", lambda *_: None)
+    monkeypatch.setattr(zero2_muon, "ShardedMuonAdamW", shard)
+    strategy = Zero2MuonStrategy(gather_dtype=gather_dtype)
+    module: Any = SimpleNamespace(net=SimpleNamespace(compute_dtype=compute_dtype))
+    monkeypatch.setattr(Zero2MuonStrategy, "lightning_module", property(lambda _: module))
+    trainer: Any = SimpleNamespace(gradient_clip_val=None)
+    strategy.setup_optimizers(trainer)
+    assert made["gather_dtype"] == expected

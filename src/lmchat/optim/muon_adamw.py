@@ -127,6 +127,7 @@ class MuonAdamW(Optimizer):
         self._compiled_update = torch.compile(muon_update, dynamic=False)
         self._stacks: dict[str, tuple[Tensor, Tensor]] = {}
         self._names: dict[Tensor, str] = {}
+        self._dropped = False
         super().__init__([dict(group) for group in param_groups], defaults={})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -150,6 +151,8 @@ class MuonAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._take_dropped():
+            self.zero_grad()
         for group in self.param_groups:
             if group["kind"] == "muon":
                 self._step_muon(group)
@@ -157,23 +160,38 @@ class MuonAdamW(Optimizer):
                 self._step_adamw(group)
         return loss
 
+    def drop_step(self) -> None:
+        """Lets the step under way, whose closure has run, drop the gradients: parameters and state stay as they are."""
+        self._dropped = True
+
+    def _take_dropped(self) -> bool:
+        dropped, self._dropped = self._dropped, False
+        return dropped
+
     def _step_adamw(self, group: dict[str, Any]) -> None:
         params = [param for param in group["params"] if param.grad is not None]
         self.update_adamw(group, params, [param.grad for param in params], [self.adamw_state(p, p) for p in params])
 
     def _step_muon(self, group: dict[str, Any]) -> None:
         params = group["params"]
-        momentum_buffers, second_moments = self.muon_state(group["name"], params)
-        if all(param.grad is not None for param in params):
-            stacked = torch.stack(params)
-            grads = torch.stack([param.grad for param in params])
-            self.update_muon(group, stacked, grads, momentum_buffers, second_moments)
-            torch._foreach_copy_(params, stacked.unbind())
-            return
-        for i, param in enumerate(params):
-            if param.grad is not None:
-                alone = slice(i, i + 1)
-                self.update_muon(group, param[None], param.grad[None], momentum_buffers[alone], second_moments[alone])
+        live = [param.grad is not None for param in params]
+        if any(live):
+            grads = torch.stack([torch.zeros_like(param) if param.grad is None else param.grad for param in params])
+            self.step_matrices(group, group["name"], params, grads, live)
+
+    def step_matrices(
+        self, group: dict[str, Any], key: str, params: Sequence[Tensor], grads: Tensor, live: Sequence[bool]
+    ) -> None:
+        """Muon on those of the group's matrices ``params`` that are ``live``; grads: (n, rows, cols).
+
+        ``key`` names their stack of state.
+        """
+        momentum_buffers, second_moments = self.muon_state(key, params)
+        parts = [slice(0, len(params))] if all(live) else [slice(i, i + 1) for i, alive in enumerate(live) if alive]
+        for part in parts:
+            stacked = torch.stack(list(params[part]))
+            self.update_muon(group, stacked, grads[part], momentum_buffers[part], second_moments[part])
+            torch._foreach_copy_(list(params[part]), stacked.unbind())
 
     def update_adamw(
         self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]]

@@ -39,13 +39,14 @@ class BytesSent(NamedTuple):
 
 
 class Collectives:
-    """Asynchronous collectives over a process group (None is the default one).
+    """Collectives over a process group (None is the default one), of tensors on ``device``.
 
-    Each returns a function that waits for the result. Tensors have the ranks as their first dimension.
+    The asynchronous ones return a function that waits for the result; their tensors have the ranks as first dimension.
     """
 
-    def __init__(self, process_group: dist.ProcessGroup | None) -> None:
+    def __init__(self, process_group: dist.ProcessGroup | None, device: torch.device) -> None:
         self.process_group = process_group
+        self.device = device
         self.rank = dist.get_rank(process_group)
         self.world_size = dist.get_world_size(process_group)
 
@@ -86,11 +87,21 @@ class Collectives:
 
         return finish
 
-    def first_ranks(self, numbers: Sequence[int], device: torch.device) -> list[int]:
+    def first_ranks(self, numbers: Sequence[int]) -> list[int]:
         """The first rank's ``numbers``, on every rank."""
-        tensor = torch.tensor(numbers, device=device)
+        tensor = torch.tensor(numbers, device=self.device)
         dist.broadcast(tensor, group=self.process_group, group_src=0)
         return tensor.tolist()
+
+
+def maximum_over(process_group: dist.ProcessGroup | None) -> Callable[[Tensor], Tensor]:
+    """The maximum over the ranks of a group, of a tensor that is changed."""
+
+    def maximum(tensor: Tensor) -> Tensor:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=process_group)
+        return tensor
+
+    return maximum
 
 
 class Bucket(ABC):
@@ -117,8 +128,8 @@ class Bucket(ABC):
     def _begin_reduction(self, message: Tensor) -> Callable[[], Tensor]: ...
 
     @abstractmethod
-    def _step(self, optimizer: ShardedMuonAdamW, grads: Tensor) -> None:
-        """Steps what this rank steps, with what the reduction gave."""
+    def _step(self, optimizer: ShardedMuonAdamW, grads: Tensor, live: set[Tensor]) -> None:
+        """Steps those of ``live`` that this rank steps, with what the reduction gave."""
 
     @abstractmethod
     def bytes_sent(self, gather_dtype: torch.dtype | None) -> BytesSent:
@@ -143,12 +154,17 @@ class Bucket(ABC):
         assert self._message is not None and not self.missing
         self._reduced = self._begin_reduction(self._message)
 
-    def step(self, optimizer: ShardedMuonAdamW) -> None:
-        """Waits for the mean gradients and steps with them."""
+    def step(self, optimizer: ShardedMuonAdamW, live: set[Tensor]) -> None:
+        """Waits for the mean gradients and steps ``live`` parameters with them."""
+        self._step(optimizer, self.take(), live)
+
+    def take(self) -> Tensor:
+        """Waits for what the reduction gives and makes ready for the next step."""
         assert self._reduced is not None
-        self._step(optimizer, self._reduced())
+        reduced = self._reduced()
         self._message = self._reduced = None
         self.missing = set(self.params)
+        return reduced
 
     @abstractmethod
     def gather(self, dtype: torch.dtype | None) -> None:
@@ -213,13 +229,9 @@ class MatrixBucket(ShardedBucket):
         if self.own:
             optimizer.muon_state(self.key, self.own)
 
-    def _step(self, optimizer: ShardedMuonAdamW, grads: Tensor) -> None:
+    def _step(self, optimizer: ShardedMuonAdamW, grads: Tensor, live: set[Tensor]) -> None:
         if self.own:
-            stacked = torch.stack(self.own)
-            optimizer.update_muon(
-                self.group, stacked, grads[: len(self.own)], *optimizer.muon_state(self.key, self.own)
-            )
-            copy_all(self.own, stacked.unbind())
+            optimizer.step_matrices(self.group, self.key, self.own, grads, [param in live for param in self.own])
 
     def _part(self) -> Tensor:
         part = self.params[0].new_empty(self.shape[1:])
@@ -252,7 +264,7 @@ class RowBucket(ShardedBucket):
     def allocate_state(self, optimizer: ShardedMuonAdamW) -> None:
         optimizer.adamw_state(self.param, self.own)
 
-    def _step(self, optimizer: ShardedMuonAdamW, grads: Tensor) -> None:
+    def _step(self, optimizer: ShardedMuonAdamW, grads: Tensor, live: set[Tensor]) -> None:
         state = optimizer.adamw_state(self.param, self.own)
         optimizer.update_adamw(self.group, [self.own], [grads[: len(self.own)]], [state])
 
@@ -290,10 +302,11 @@ class SmallBucket(Bucket):
     def _begin_reduction(self, message: Tensor) -> Callable[[], Tensor]:
         return self.collectives.all_reduce_mean(message)
 
-    def _step(self, optimizer: ShardedMuonAdamW, grads: Tensor) -> None:
+    def _step(self, optimizer: ShardedMuonAdamW, grads: Tensor, live: set[Tensor]) -> None:
         for group, param in zip(self.groups, self.params, strict=True):
-            state = optimizer.adamw_state(param, param)
-            optimizer.update_adamw(group, [param], [self._place(grads, param)], [state])
+            if param in live:
+                state = optimizer.adamw_state(param, param)
+                optimizer.update_adamw(group, [param], [self._place(grads, param)], [state])
 
     def gather(self, dtype: torch.dtype | None) -> None:
         pass
@@ -356,13 +369,15 @@ def make_buckets(groups: Iterable[Group], collectives: Collectives, bucket_bytes
 class ShardedMuonAdamW(MuonAdamW):
     """MuonAdamW whose gradients and state are shared out among the ranks of a process group.
 
-    Every rank must hold the same parameters and take the same steps. `step` leaves ``param.grad`` None and a
-    parameter without a gradient counts as one with a zero gradient. ``state[param]`` exists on the owning rank only,
-    for a table its rows only.
+    Every rank must hold the same parameters and take (or drop) the same steps. `step` leaves ``param.grad`` None.
+    Parameters without a gradient on all ranks are left alone; without one on some ranks, it counts as zero there.
+    ``state[param]`` exists on the owning rank only, for a table its rows only.
 
     Args:
         param_groups: as of `MuonAdamW`.
-        process_group: None is the default group.
+        agree: the maximum over the ranks of a uint8 tensor on the CPU. It needs a group of its own, since ranks ask
+            with different numbers of reductions begun; one on the CPU does not wait for the device.
+        process_group: of the gradients and parameters; None is the default group.
         gather_dtype: dtype in which new values travel, by default the parameters' own. A narrower one halves those
             bytes; the owner keeps the exact values, others round, until `gather_exact`.
         bucket_bytes: size of a message of gradients, as far as one matrix per rank allows.
@@ -372,6 +387,7 @@ class ShardedMuonAdamW(MuonAdamW):
     def __init__(
         self,
         param_groups: Iterable[Group],
+        agree: Callable[[Tensor], Tensor],
         process_group: dist.ProcessGroup | None = None,
         *,
         gather_dtype: torch.dtype | None = None,
@@ -379,22 +395,25 @@ class ShardedMuonAdamW(MuonAdamW):
         **kwargs: Any,
     ) -> None:
         super().__init__(param_groups, **kwargs)
-        self._collectives = Collectives(process_group)
+        self._collectives = Collectives(process_group, self.param_groups[0]["params"][0].device)
         self._gather_dtype = gather_dtype
         self._buckets = make_buckets(self.param_groups, self._collectives, bucket_bytes)
         self._bucket_of = {param: bucket for bucket in self._buckets for param in bucket.params}
         self._overlapping = False
+        self._agree = agree
         self._completed: list[int] = []
-        self._order: list[int] | None = None
+        self._order = self._buckets
         self._reduced = 0
         for param in self._bucket_of:
             param.register_post_accumulate_grad_hook(self._on_gradient)
 
     @property
     def bytes_sent(self) -> BytesSent:
-        """What this rank sends in one step."""
+        """What this rank sends in one step in which every parameter has a gradient."""
         sent = [bucket.bytes_sent(self._gather_dtype) for bucket in self._buckets]
-        return BytesSent(*map(sum, zip(*sent, strict=True)))
+        ranks = self._collectives.world_size
+        agreement = BytesSent(0.0, 0.0, 2 * len(self._bucket_of) * (ranks - 1) / ranks)
+        return BytesSent(*map(sum, zip(agreement, *sent, strict=True)))
 
     def reduce_during_backward(self) -> None:
         """Lets the next backward pass, the last before `step`, start reductions as its gradients come in.
@@ -414,9 +433,8 @@ class ShardedMuonAdamW(MuonAdamW):
 
     def _reduce_in_order(self) -> None:
         """Reduces buckets that are complete, in the one order that all ranks keep."""
-        order = self._order or range(len(self._buckets))
-        while self._reduced < len(order) and not self._buckets[order[self._reduced]].missing:
-            self._buckets[order[self._reduced]].reduce()
+        while self._reduced < len(self._order) and not self._order[self._reduced].missing:
+            self._order[self._reduced].reduce()
             self._reduced += 1
 
     @torch.no_grad()
@@ -426,26 +444,42 @@ class ShardedMuonAdamW(MuonAdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for bucket in self._buckets:
+        live = self._params_with_gradients()
+        buckets = [bucket for bucket in self._order if not live.isdisjoint(bucket.params)]
+        for bucket in buckets[self._reduced :]:
             for param in tuple(bucket.missing):
                 bucket.collect(param)
-        self._reduce_in_order()
-        for index in self._order or range(len(self._buckets)):
-            self._buckets[index].step(self)
-            self._buckets[index].gather(self._gather_dtype)
-        for bucket in self._buckets:
-            bucket.finish()
+            bucket.reduce()
+        if self._take_dropped():
+            for bucket in buckets:
+                bucket.take()
+        else:
+            self._step_and_gather(buckets, live)
         self._learn_order()
         self._overlapping, self._reduced = False, 0
         self._completed.clear()
         return loss
 
+    def _params_with_gradients(self) -> set[Tensor]:
+        """On any rank. No rank returns, and so none changes a parameter, before all have ended their backward pass."""
+        here = [param.grad is not None or param not in bucket.missing for param, bucket in self._bucket_of.items()]
+        anywhere = self._agree(torch.tensor(here, dtype=torch.uint8))
+        return {param for param, live in zip(self._bucket_of, anywhere.tolist(), strict=True) if live}
+
+    def _step_and_gather(self, buckets: Sequence[Bucket], live: set[Tensor]) -> None:
+        for bucket in buckets:
+            bucket.step(self, live)
+            bucket.gather(self._gather_dtype)
+        for bucket in buckets:
+            bucket.finish()
+
     def _learn_order(self) -> None:
-        """Takes the order in which the first rank's first backward pass completed the buckets, once."""
-        if self._order is None and self._overlapping:
-            rest = [index for index in range(len(self._buckets)) if index not in self._completed]
-            device = self._buckets[0].params[0].device
-            self._order = self._collectives.first_ranks([*self._completed, *rest], device)
+        """Takes the order in which a backward pass of the first rank completed all buckets, once."""
+        if self._order is self._buckets and self._overlapping:
+            complete = len(self._completed) == len(self._buckets)
+            indices = self._collectives.first_ranks(self._completed if complete else [-1] * len(self._buckets))
+            if indices[0] >= 0:
+                self._order = [self._buckets[index] for index in indices]
 
     @torch.no_grad()
     def gather_exact(self) -> None:

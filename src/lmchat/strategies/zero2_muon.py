@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable
+import threading
 from types import FrameType
 from typing import Any, Literal
 
 import lightning as L
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lmchat.optim.muon_adamw import MuonAdamW
@@ -27,13 +31,17 @@ class Zero2MuonStrategy(DDPStrategy):
     The module is not wrapped, so accumulation needs no communication; reductions start in the backward pass of the
     micro-batch that ends a step. Every rank saves its own optimizer file, and any number of ranks can resume.
 
-    SIGTERM on any rank ends training on all ranks after the step in which they learn of it. Lightning would ask at
-    every micro-batch, and broadcast from within the signal handler, between this step's collectives.
+    SIGTERM or Ctrl-C on any rank ends training on all ranks, after the step or the evaluation's batch in which they
+    learn of it; a second Ctrl-C ends it at once. Lightning would ask at every micro-batch, and broadcast from within
+    the signal handler, between this step's collectives.
 
     Args:
         gather_dtype: in which new parameters travel; "auto" is bf16 where the network computes in bf16.
         bucket_mebibytes: size of a message of gradients.
         kwargs: as of `DDPStrategy`, e.g. ``process_group_backend``, ``timeout``.
+
+    Attributes:
+        agreed_signal: the signal that ended the run on all ranks, 0 for none.
     """
 
     def __init__(
@@ -46,8 +54,10 @@ class Zero2MuonStrategy(DDPStrategy):
         super().__init__(*args, **kwargs)
         self._gather_dtype = gather_dtype
         self._bucket_bytes = bucket_mebibytes * 2**20
-        self._sigterm_here = False
-        self._sigterm_anywhere: Callable[[], bool] | None = None
+        self._control_group: dist.ProcessGroup | None = None
+        self._signal_here = 0
+        self._sigint_handler: Any = None
+        self.agreed_signal = 0
 
     def setup_environment(self) -> None:
         super().setup_environment()
@@ -70,17 +80,18 @@ class Zero2MuonStrategy(DDPStrategy):
                 f"--trainer.gradient_clip_val is {trainer.gradient_clip_val}, but with zero2_muon no rank holds whole "
                 "gradients; leave it null"
             )
+        self._take_over_signals(trainer)
         plain = self.optimizers[0]
         self.optimizers = [
             ShardedMuonAdamW(
                 plain.param_groups,
+                self._agree,
                 gather_dtype=self._narrow_gather_dtype(),
                 bucket_bytes=self._bucket_bytes,
                 polar_dtype=plain.polar_dtype,
                 compile=plain.compile,
             )
         ]
-        self._take_over_sigterm(trainer)
 
     def _narrow_gather_dtype(self) -> torch.dtype | None:
         network = getattr(self.lightning_module, "net", None)
@@ -98,38 +109,82 @@ class Zero2MuonStrategy(DDPStrategy):
     def pre_backward(self, closure_loss: Tensor) -> None:
         assert self.lightning_module is not None
         if not self.lightning_module.trainer.fit_loop._should_accumulate():
-            self._sigterm_anywhere = self._ask_for_sigterm()
             self.optimizer.reduce_during_backward()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         output = super().optimizer_step(*args, **kwargs)
-        if self._sigterm_anywhere is not None and self._sigterm_anywhere():
+        if self.agreed_signal:
             assert self.lightning_module is not None
             # Lightning raises SIGTERMException at the end of this batch.
             self.lightning_module.trainer._signal_connector.received_sigterm = True
-        self._sigterm_anywhere = None
+            self._let_ranks_exit()
         return output
 
-    def _take_over_sigterm(self, trainer: L.Trainer) -> None:
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._agree_while_evaluating(busy=True)
+        return super().validation_step(*args, **kwargs)
+
+    def await_evaluation(self) -> None:
+        """Returns when all ranks have evaluated their batches: some may have more than others."""
+        while self._agree_while_evaluating(busy=False):
+            pass
+
+    def _agree_while_evaluating(self, busy: bool) -> bool:
+        """Whether any rank still evaluates. Raises SIGTERMException on all ranks after a signal on one."""
+        if self._control_group is None:  # not training
+            return False
+        any_busy = bool(self._agree(torch.tensor([busy], dtype=torch.uint8)))
+        if self.agreed_signal:
+            self._let_ranks_exit()
+            raise SIGTERMException
+        return any_busy
+
+    def _agree(self, flags: Tensor) -> Tensor:
+        """The maximum over ranks; the signals they have received along with it."""
+        message = torch.cat([flags, flags.new_tensor([self._signal_here])])
+        try:
+            dist.all_reduce(message, op=dist.ReduceOp.MAX, group=self._control_group)
+        except RuntimeError as error:
+            raise RuntimeError("another rank has failed; what it printed says why") from error
+        self.agreed_signal = int(message[-1])
+        return message[:-1]
+
+    def _take_over_signals(self, trainer: L.Trainer) -> None:
         # A group of its own on the CPU: asking neither waits for the device nor gets in between its collectives.
         self._control_group = dist.new_group(backend="gloo")
-        trainer._signal_connector._sigterm_notifier_fn = self._on_sigterm  # type: ignore[method-assign]
+        trainer.callbacks.append(_AwaitEvaluation())  # type: ignore[attr-defined]
+        trainer._signal_connector._sigterm_notifier_fn = self._on_signal  # type: ignore[method-assign]
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            self._sigint_handler = signal.signal(signal.SIGINT, self._on_signal)
 
-    def _on_sigterm(self, signum: int | signal.Signals, _: FrameType | None) -> None:
-        if not self._sigterm_here and self.launcher is not None:
-            self.launcher.kill(signal.Signals(signum))
-        self._sigterm_here = True
+    def _on_signal(self, signum: int | signal.Signals, _: FrameType | None) -> None:
+        if signum == signal.SIGINT:
+            if self._signal_here == signal.SIGINT:
+                raise KeyboardInterrupt
+            rank_zero_info("stopping after this step; press Ctrl-C again to stop at once")
+        self._signal_here = max(self._signal_here, int(signum))
 
-    def _ask_for_sigterm(self) -> Callable[[], bool]:
-        flag = torch.tensor([int(self._sigterm_here)])
-        work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._control_group, async_op=True)
+    def _let_ranks_exit(self) -> None:
+        # Lightning kills all ranks as soon as it sees that one has exited with a status other than 0.
+        if isinstance(self.launcher, _SubprocessScriptLauncher):
+            self.launcher.procs.clear()
 
-        def anywhere() -> bool:
-            work.wait()
-            return bool(flag.item())
+    def on_exception(self, exception: BaseException) -> None:
+        """Closes the connections to the other ranks, which may be waiting for this one; saving needs none."""
+        super().on_exception(exception)
+        if self._control_group is None or isinstance(exception, SIGTERMException):  # all ranks know
+            return
+        dist.destroy_process_group(self._control_group)
+        self._control_group = None
+        if self.root_device.type == "cpu":
+            dist.destroy_process_group()
 
-        return anywhere
+    def teardown(self) -> None:
+        if self._sigint_handler is not None:
+            signal.signal(signal.SIGINT, self._sigint_handler)
+            self._sigint_handler = None
+        super().teardown()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The module's weights, exact; while an exception is handled as they are, since other ranks may be gone."""
@@ -147,6 +202,14 @@ class Zero2MuonStrategy(DDPStrategy):
         if "optimizer_shards" in checkpoint:
             checkpoint["optimizer_states"] = list(zip(*checkpoint.pop("optimizer_shards"), strict=True))
         return checkpoint
+
+
+class _AwaitEvaluation(Callback):
+    """Lets the ranks agree to the end of an evaluation, before its results are reduced."""
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        assert isinstance(trainer.strategy, Zero2MuonStrategy)
+        trainer.strategy.await_evaluation()
 
 
 StrategyRegistry.register(
