@@ -33,10 +33,10 @@ class Stopwatch:
         if self._pause_start is None:
             self._pause_start = time.perf_counter()
 
-    def resume(self) -> None:
-        """Lets the watch go on, if it is stopped."""
+    def resume(self, since: float) -> None:
+        """Lets the watch go on, if it is stopped, as if this were called at ``since`` (`time.perf_counter`)."""
         if self._pause_start is not None:
-            self._paused += time.perf_counter() - self._pause_start
+            self._paused += since - self._pause_start
             self._pause_start = None
 
     def lap(self) -> float:
@@ -97,9 +97,10 @@ class Monitor(Callback):
         if trainer.state.fn == "fit":
             self._watch.pause()
 
-    def on_train_batch_start(self, *_: Any) -> None:
-        # Not at the end of the validation: callbacks after this one still sample, and that is no training.
-        self._watch.resume()
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        # Not in on_validation_end: callbacks after this one still sample, and that is no training. But what was done
+        # since to get this batch is: reinforcement learning samples it.
+        self._watch.resume(pl_module.evaluated_at)
 
     def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.state.fn != "fit":
@@ -127,9 +128,9 @@ class Monitor(Callback):
     def _record(self, trainer: L.Trainer, module: StageModule, loss: torch.Tensor) -> None:
         ema = torch.as_tensor(self.loss_ema, device=loss.device, dtype=loss.dtype) / (1 - EMA_DECAY**self.ema_steps)
         loss_value, ema_value = trainer.strategy.reduce(torch.stack([loss, ema]), reduce_op="mean").tolist()
+        position = module.data.progress()
         step, seconds = trainer.global_step, self._watch.lap()
         rate = self._lap_tokens / seconds
-        position = module.data.progress()
         metrics = {
             "loss": loss_value,
             "loss_ema": ema_value,

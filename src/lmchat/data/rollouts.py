@@ -94,6 +94,8 @@ class Rollouts(IterableDataset[Rollout]):
         self.world_size = world_size
         self.all_reduce = all_reduce
         self.first_step = state["steps"] if state else 0
+        self.sampled_at = time.perf_counter()
+        """When the groups of the current step were ready."""
 
     def __len__(self) -> int:
         return self.steps * self.questions_per_step // self.world_size
@@ -102,11 +104,11 @@ class Rollouts(IterableDataset[Rollout]):
         for step in range(self.first_step, self.steps):
             started = time.perf_counter()
             groups = self._sample(step)
-            seconds = time.perf_counter() - started
+            self.sampled_at = time.perf_counter()
             tokens = self.all_reduce(sum(group["num_tokens"] for group in groups))
             for group in groups:
                 group["loss_tokens"] = max(1, tokens)
-                group["state"] = {"steps": step + 1, **_figures(groups), "rollout_seconds": seconds}
+                group["state"] = {"steps": step + 1, **_figures(groups), "rollout_seconds": self.sampled_at - started}
                 yield group
 
     def _sample(self, step: int) -> list[Rollout]:

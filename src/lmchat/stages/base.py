@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from abc import abstractmethod
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -214,6 +215,10 @@ class StageModule(L.LightningModule):
         optimizer.step(closure=optimizer_closure)
         # Lightning zeroes after the next forward, which would keep the gradients alive beside its activations.
         optimizer.zero_grad(set_to_none=True)
+
+    def on_validation_end(self) -> None:
+        # Called after that of every callback: from here on the time is training's again.
+        self.evaluated_at = time.perf_counter()
 
     def track_loss(self, loss: torch.Tensor) -> None:
         """Adds a micro-batch's loss to the step's; no device synchronisation."""

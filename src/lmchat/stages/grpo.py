@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, cast
 
@@ -176,20 +177,19 @@ class RolloutDataModule(ChatDataModule):
     def train_dataloader(self) -> DataLoader:
         module = self.module
         assert isinstance(module, GRPOModule)
-        return self.loader(
-            Rollouts(
-                self.task,
-                lambda: module.engine,
-                self.sampling,
-                questions_per_step=self.questions_per_step,
-                steps=module.total_steps,
-                seed=self.seed,
-                rank=self.run.global_rank,
-                world_size=self.run.world_size,
-                all_reduce=self._sum_over_ranks,
-                state=self.position,
-            )
+        self.rollouts = Rollouts(
+            self.task,
+            lambda: module.engine,
+            self.sampling,
+            questions_per_step=self.questions_per_step,
+            steps=module.total_steps,
+            seed=self.seed,
+            rank=self.run.global_rank,
+            world_size=self.run.world_size,
+            all_reduce=self._sum_over_ranks,
+            state=self.position,
         )
+        return self.loader(self.rollouts)
 
     def _sum_over_ranks(self, number: int) -> int:
         tensor = torch.tensor(number, device=self.module.device)
@@ -199,4 +199,8 @@ class RolloutDataModule(ChatDataModule):
         return self.questions([self.eval_task, *self.eval_tasks])
 
     def progress(self) -> dict[str, float]:
-        return {name: value for name, value in self.position.items() if name != "steps"} if self.position else {}
+        """Figures of the step's samples, and the seconds since they were ready: call it when the step is done."""
+        if not self.position:
+            return {}
+        figures = {name: value for name, value in self.position.items() if name != "steps"}
+        return {**figures, "training_seconds": time.perf_counter() - self.rollouts.sampled_at}
