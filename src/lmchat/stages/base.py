@@ -341,6 +341,25 @@ class StageDataModule(L.LightningDataModule):
             self.position = batch.pop("state")
         return batch
 
+    @cached_property
+    def copy_stream(self) -> torch.cuda.Stream:
+        """The CUDA stream that batches are copied on."""
+        return torch.cuda.Stream(self.module.device)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Copies on a stream of its own on a GPU, so that it need not wait for the step before (never run on one)."""
+        if device.type != "cuda":
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        compute = torch.cuda.current_stream(device)
+        with torch.cuda.stream(self.copy_stream):
+            batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        compute.wait_stream(self.copy_stream)
+        for value in batch.values() if isinstance(batch, dict) else ():
+            if isinstance(value, torch.Tensor):
+                # Freed in the order of the copies otherwise, while the step still reads it.
+                value.record_stream(compute)
+        return batch
+
     def progress(self) -> dict[str, float]:
         """Where the last consumed batch was, for the log: epoch and shard, counted from 0."""
         return {name: self.position[name] for name in ("epoch", "shard")} if self.position else {}
