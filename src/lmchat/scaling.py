@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from lmchat.model.config import GATE_CHANNELS, GPTConfig
 from lmchat.types import UserError
@@ -125,19 +126,14 @@ def flops_per_token(config: GPTConfig) -> int:
 def make_plan(
     depth: int,
     *,
-    vocab_size: int,
-    sequence_len: int,
-    aspect_ratio: int = 64,
-    head_dim: int = 128,
-    n_kv_head: int | None = None,
-    window_pattern: str = "SSSL",
     ratio: float = 10.5,
     target_flops: float | None = None,
     max_steps: int | None = None,
     global_batch_tokens: int | None = None,
     weight_decay: float = 0.2,
+    **shape: Any,
 ) -> Plan:
-    """Plan a pretraining run.
+    """Plan a pretraining run. `shape` is what `config_for_depth` takes beside the depth.
 
     The horizon is `max_steps` if given, else `target_flops` operations, else `ratio` tokens per scaling parameter.
     An explicit `global_batch_tokens` still moves learning rates and weight decay by the same laws.
@@ -148,14 +144,11 @@ def make_plan(
     """
     if ratio <= 0:
         raise UserError(f"ratio is {ratio}; tokens per parameter must be above 0")
-
-    def shape(layers: int, kv_heads: int | None) -> GPTConfig:
-        return config_for_depth(layers, vocab_size, sequence_len, aspect_ratio, head_dim, kv_heads, window_pattern)
-
-    config = shape(depth, n_kv_head)
+    config = config_for_depth(depth, **shape)
+    reference = config_for_depth(REFERENCE_DEPTH, **{**shape, "n_kv_head": None})
     counts = parameter_counts(config)
     target_tokens = int(ratio * counts.scaling)
-    reference_tokens = ratio * parameter_counts(shape(REFERENCE_DEPTH, None)).scaling
+    reference_tokens = ratio * parameter_counts(reference).scaling
     if global_batch_tokens is not None and global_batch_tokens < 1:
         raise UserError(f"global_batch_tokens is {global_batch_tokens}; it must be at least 1")
     batch = global_batch_tokens or optimal_batch_tokens(target_tokens, reference_tokens)
