@@ -124,13 +124,14 @@ class PretrainModule(StageModule):
 class FineWebDataModule(StageDataModule):
     """Parquet shards of text → token files → best-fit packed rows. The last shard is the validation set.
 
-    The stream of rows does not depend on the number of ranks, and its position is part of a checkpoint.
+    The stream of rows does not depend on the number of ranks, and its position is part of a checkpoint. Of a document
+    longer than a row, only the beginning is read: cut long ones up when they are imported (``--separator``).
 
     Args:
         data_dir: folder of the parquet shards; null is ``$LMCHAT_BASE_DIR/base_data``.
         micro_batch_size: rows per micro-batch and rank.
         buffer_size: documents that best-fit packing chooses from.
-        eval_tokens: tokens per evaluation over all ranks.
+        eval_tokens: tokens per evaluation over all ranks, rounded down to as many micro-batches for each.
     """
 
     def __init__(

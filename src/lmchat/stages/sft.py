@@ -73,7 +73,8 @@ class SFTDataModule(ChatDataModule):
         val: held-out conversations for the bits per byte.
         eval_tasks: tasks whose questions are asked in evaluation; slice them with their ``stop``.
         micro_batch_size: rows per micro-batch and rank; null takes that of the checkpoint the stage starts from.
-        eval_tokens: tokens per evaluation of the bits per byte, over all ranks.
+        eval_tokens: tokens per evaluation of the bits per byte, over all ranks, rounded up to as many micro-batches
+            for each, padding included.
         eval_batch_size: questions answered together.
         eval_max_new_tokens: longest answer to them.
         shuffle_seed: seed of the mixture's order.
