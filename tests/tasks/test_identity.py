@@ -1,43 +1,91 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Iterable
 
 import pytest
 
-from lmchat.tasks.identity import Identity, mentions, questions, vary
+from lmchat.tasks.identity import OPENERS, SHORTHAND, Identity, mentions, questions, shorten, vary
 from lmchat.tasks.identity_text import TOPICS
 from lmchat.tasks.jsonl import parse_messages
-from lmchat.types import Message, UserError
+from lmchat.types import UserError
 
 
-def wording(message: Message) -> str:
-    """A question without its case, punctuation and opener."""
-    text = str(message["content"]).lower()
-    for opener in ("hey, ", "so, ", "hello! ", "okay. ", "one more thing: "):
-        text = text.removeprefix(opener)
-    return re.sub(r"[?]", "", text)
+def wording(text: str) -> str:
+    """A question without its case, punctuation, opener and shorthand."""
+    text = re.sub("[?']", "", text.lower())
+    for opener in filter(None, OPENERS):
+        text = text.removeprefix(opener.lower())
+    longhand = {short: word for word, short in SHORTHAND.items()}
+    return re.sub(r"\w+", lambda word: longhand.get(word[0], word[0]), text)
 
 
 def asked(task: Identity) -> set[str]:
-    return {wording(message) for conversation in task for message in conversation["messages"][::2]}
+    return {wording(str(message["content"])) for conversation in task for message in conversation["messages"][::2]}
+
+
+def openings(texts: Iterable[str]) -> Counter[str]:
+    """How many of the texts begin with which two words."""
+    return Counter(" ".join(text.split()[:2]) for text in texts)
 
 
 def test_no_wording_is_in_both_splits() -> None:
-    train, test = asked(Identity("train", size=3_000)), asked(Identity("test", size=3_000))
+    train, test = asked(Identity("train", size=6_500)), asked(Identity("test", size=2_000))
     assert not train & test
-    assert len(train | test) == sum(len(topic.questions) for topic in TOPICS.values())
+    assert train | test == {wording(question) for topic in TOPICS.values() for question in topic.questions}
 
 
 def test_wordings_are_unique() -> None:
-    everything = [question.lower().rstrip("?") for topic in TOPICS.values() for question in topic.questions]
+    everything = [re.sub(r"\W", "", question.lower()) for topic in TOPICS.values() for question in topic.questions]
     assert len(set(everything)) == len(everything)
+
+
+def test_wordings_are_sentences() -> None:
+    for topic in TOPICS.values():
+        for question in topic.questions:
+            assert question[0].isupper()
+            assert re.fullmatch(r"[\w,'-]+( [\w,'-]+)*[?]?", question), question
+
+
+def test_questions_alone_have_question_marks() -> None:
+    for name in TOPICS.keys() - {"farewell", "greeting", "thanks"}:
+        for question in TOPICS[name].questions:
+            if re.match(r"Wh|How|(Is|Are|Am|Do|Did|Have|Can|Could|Would|Should|Will|May|In|By)\b", question):
+                assert question.endswith("?"), question
+            else:
+                assert not question.endswith("?") or not re.match("Tell|Please|I |Let|Describe|Explain|Say", question)
 
 
 def test_each_topic_has_enough_of_both() -> None:
     for topic in TOPICS.values():
-        assert len(questions(topic, "train")) >= 8
-        assert len(questions(topic, "test")) >= 2
-        assert {*questions(topic, "train"), *questions(topic, "test")} == set(topic.questions)
+        train, test = questions(topic, "train"), questions(topic, "test")
+        assert len(train) >= 48
+        assert len(test) >= 12
+        assert len(topic.questions) // 5 == len(test)
+        assert {*train, *test} == set(topic.questions)
+    assert all(len(TOPICS[name].questions) >= 90 for name in ("name", "maker", "nature"))
+
+
+def test_both_splits_have_the_same_kinds_of_wordings() -> None:
+    for topic in TOPICS.values():
+        test = openings(questions(topic, "test"))
+        for opening, count in openings(topic.questions).items():
+            if count >= 8:
+                assert 0.1 <= test[opening] / count <= 0.34, opening
+
+
+def test_most_test_wordings_consist_of_words_of_training_wordings() -> None:
+    for name, topic in TOPICS.items():
+        known = {word for question in questions(topic, "train") for word in wording(question).split()}
+        test = [wording(question).split() for question in questions(topic, "test")]
+        assert sum(known.issuperset(words) for words in test) >= 0.75 * len(test), name
+
+
+def test_the_first_words_of_an_answer_belong_to_its_topic_alone() -> None:
+    starts = [opening for topic in TOPICS.values() for opening in openings(topic.answers)]
+    assert len(set(starts)) == len(starts)
+    assert all(3 <= len(topic.answers) <= 5 for topic in TOPICS.values())
 
 
 @pytest.mark.parametrize("assistant", ["lmchat", "C-3PO+", "Ünal"])
@@ -80,9 +128,15 @@ def test_varied_questions_keep_their_words() -> None:
     import random
 
     rng = random.Random(0)
-    seen = {vary("Who are you?", rng) for _ in range(200)}
-    assert len(seen) > 10
-    assert all("who are you" in question.lower() for question in seen)
+    seen = {vary("Who are you?", rng) for _ in range(400)}
+    assert len(seen) > 20
+    assert {wording(question) for question in seen} == {"who are you"}
+    assert {"Who are you?", "who are you", "who r u?", "So, who are you?"} <= seen
+    assert {"tell me your name", "tell me ur name"} == {vary("Tell me your name", rng).lower() for _ in range(200)}
+
+
+def test_shorthand_replaces_whole_words() -> None:
+    assert shorten("What's your name, are you Yoursef?") == "whats ur name, r u yoursef?"
 
 
 def test_nameless_assistants_are_refused() -> None:

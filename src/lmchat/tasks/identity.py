@@ -14,7 +14,8 @@ from lmchat.types import Conversation, Message, UserError
 TEST_EVERY = 5
 """Every fifth wording of a question is a test question."""
 MAX_TURNS = 3
-OPENERS = ("", "", "", "", "", "Hey, ", "So, ", "Hello! ", "Okay. ", "One more thing: ")
+OPENERS = ("", "", "", "", "", "", "Hey, ", "So, ", "By the way, ", "Hello! ", "Okay. ", "One more thing: ")
+SHORTHAND = {"you": "u", "your": "ur", "are": "r", "please": "pls", "thanks": "thx"}
 
 
 class IdentityConversation(Conversation):
@@ -101,13 +102,20 @@ def mentions(text: str, words: str) -> bool:
 
 
 def vary(question: str, rng: random.Random) -> str:
-    """The question with an opener, without its punctuation, or in lower case, as users write."""
-    opener = rng.choice(OPENERS)
-    if opener.endswith(", ") and not question.startswith("I "):
+    """The question with an opener, without its question mark, in lower case or in shorthand, as users write."""
+    opener = rng.choice(OPENERS) if question.endswith("?") else ""
+    if opener.endswith(", "):
         question = question[0].lower() + question[1:]
     question = opener + question
     if rng.random() < 0.2:
         question = question.rstrip("?")
     if rng.random() < 0.2:
         question = question.lower()
+    if rng.random() < 0.1:
+        question = shorten(question)
     return question
+
+
+def shorten(text: str) -> str:
+    """The text as it is typed in a hurry: ``r u`` for ``are you``, no upper case and no apostrophes."""
+    return re.sub(r"\w+", lambda word: SHORTHAND.get(word[0], word[0]), text.lower().replace("'", ""))

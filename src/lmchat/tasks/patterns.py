@@ -1,0 +1,24 @@
+"""Many sentences from few: patterns with alternatives."""
+
+from __future__ import annotations
+
+import random
+import re
+
+
+def expand(*patterns: str) -> tuple[str, ...]:
+    """The sentences of each pattern, in which ``[a|b]`` stands for one of its alternatives, first letters capitalised.
+
+    Sentences with the same beginning stay together, and the alternatives that follow it are shuffled, always in the
+    same way. So every n-th sentence is a fair sample: of each beginning alike, and not always of the same ending.
+    """
+    return tuple(sentence[0].upper() + sentence[1:] for pattern in patterns for sentence in _sentences(pattern))
+
+
+def _sentences(pattern: str) -> list[str]:
+    rng = random.Random(pattern)
+    sentences = [""]
+    for part in re.split(r"\[(.*?)\]", pattern):
+        choices = part.split("|")
+        sentences = [start + choice for start in sentences for choice in rng.sample(choices, len(choices))]
+    return sentences
