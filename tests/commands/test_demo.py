@@ -64,7 +64,7 @@ data:
     num_samples: 2
     max_new_tokens: 3
     eval_num_samples: 1
-    task: {class_path: Arithmetic, init_args: {size: 8}}
+    train: [{task: {class_path: Arithmetic, init_args: {size: 8}}}]
     eval_task: {class_path: Arithmetic, init_args: {split: test, size: 2}}
     eval_tasks:
       - {class_path: Identity, init_args: {split: test, size: 2}}

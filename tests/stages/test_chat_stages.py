@@ -58,7 +58,7 @@ model: {class_path: GRPOModule}
 data:
   class_path: RolloutDataModule
   init_args:
-    task: {class_path: Arithmetic, init_args: {split: train, size: 8}}
+    train: [{task: {class_path: Arithmetic, init_args: {split: train, size: 8}}}]
     eval_task: {class_path: Arithmetic, init_args: {split: test, size: 4}}
     eval_tasks:
       - {class_path: Identity, init_args: {split: test, size: 4}}

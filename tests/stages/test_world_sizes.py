@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from lmchat.data.mixture import MixturePart
 from lmchat.stages.base import accumulation_steps
 from lmchat.stages.grpo import RolloutDataModule
 from lmchat.tasks import Arithmetic
@@ -64,7 +65,7 @@ def test_other_ranks_are_refused(world_size: int, nearest: list[str]) -> None:
 )
 def test_questions(world_size: int, expected: int | list[str]) -> None:
     task = Arithmetic("train", size=100)
-    data = RolloutDataModule(task, task, questions_per_step=16)
+    data = RolloutDataModule([MixturePart(task)], task, questions_per_step=16)
     if isinstance(expected, int):
         assert data.accumulation_steps(world_size) == expected
         return

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from lmchat.data.mixture import Mixture
 from lmchat.generation.engine import Completion, Engine
 from lmchat.tasks.base import Task
 from lmchat.tokenizer.render import render_for_completion
@@ -58,8 +59,9 @@ def collate_group(prompt: Sequence[int], completions: Sequence[Completion], rewa
 class Rollouts(IterableDataset[Rollout]):
     """On-policy groups of one rank, step by step: all groups of a step are sampled before the first is trained on.
 
-    Questions come in a shuffled order per epoch; rank r of W takes questions r, r + W, … of each step. It has a length,
-    so that Lightning does not read ahead: a group read ahead would be sampled from the policy before the last step.
+    Questions come in the mixture's order, over and over; rank r of W takes questions r, r + W, … of each step. It has a
+    length, so that Lightning does not read ahead: a group read ahead would be sampled from the policy before the last
+    step.
 
     Args:
         engine: called at each step for an engine on the current policy.
@@ -71,7 +73,7 @@ class Rollouts(IterableDataset[Rollout]):
 
     def __init__(
         self,
-        task: Task,
+        mixture: Mixture,
         engine: Callable[[], Engine],
         sampling: Sampling,
         *,
@@ -84,7 +86,7 @@ class Rollouts(IterableDataset[Rollout]):
         state: dict[str, Any] | None = None,
     ) -> None:
         assert questions_per_step % world_size == 0
-        self.task = task
+        self.mixture = mixture
         self.engine = engine
         self.sampling = sampling
         self.questions_per_step = questions_per_step
@@ -115,9 +117,10 @@ class Rollouts(IterableDataset[Rollout]):
         numbers = range(
             step * self.questions_per_step + self.rank, (step + 1) * self.questions_per_step, self.world_size
         )
-        conversations = [self._question(number) for number in numbers]
+        located = [self.mixture.locate(number % len(self.mixture)) for number in numbers]
+        questions = [(task, task[index]) for task, index in located]
         engine = self.engine()
-        prompts = [render_for_completion(engine.tokenizer, conversation) for conversation in conversations]
+        prompts = [render_for_completion(engine.tokenizer, conversation) for _, conversation in questions]
         samples = engine.generate(
             prompts,
             num_samples=self.sampling.num_samples,
@@ -128,24 +131,18 @@ class Rollouts(IterableDataset[Rollout]):
             logprobs=True,
         )
         return [
-            collate_group(
-                prompt, completions, self._rewards(engine, conversation, completions), engine.tokenizer.bos_id
-            )
-            for prompt, completions, conversation in zip(prompts, samples, conversations, strict=True)
+            collate_group(prompt, completions, _rewards(engine, *question, completions), engine.tokenizer.bos_id)
+            for prompt, completions, question in zip(prompts, samples, questions, strict=True)
         ]
-
-    def _question(self, number: int) -> Conversation:
-        epoch, place = divmod(number, len(self.task))
-        order = torch.randperm(len(self.task), generator=torch.Generator().manual_seed(self.seed + epoch))
-        return self.task[int(order[place])]
 
     def _seed(self, number: int) -> int:
         # A different stream of random numbers for every question of the run.
         return (self.seed << 32) + number
 
-    def _rewards(self, engine: Engine, conversation: Conversation, completions: Sequence[Completion]) -> Tensor:
-        texts = [engine.tokenizer.decode(completion.content) for completion in completions]
-        return torch.tensor([self.task.reward(conversation, text) for text in texts])
+
+def _rewards(engine: Engine, task: Task, conversation: Conversation, completions: Sequence[Completion]) -> Tensor:
+    texts = [engine.tokenizer.decode(completion.content) for completion in completions]
+    return torch.tensor([task.reward(conversation, text) for text in texts])
 
 
 def _figures(groups: Sequence[Rollout]) -> dict[str, float]:

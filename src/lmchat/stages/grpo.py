@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lmchat.tasks  # noqa: F401  (makes every task known by its short class name)
+from lmchat.data.mixture import Mixture, MixturePart
 from lmchat.data.rollouts import Rollouts, Sampling
 from lmchat.evaluation.chat_tasks import Questions
 from lmchat.evaluation.pass_at_k import PassAtK
@@ -106,11 +107,11 @@ class RolloutDataModule(ChatDataModule):
     """Questions, and the current policy's sampled and graded answers to them. One group is one micro-batch.
 
     Args:
-        task: questions to learn from.
+        train: the mixture of questions to learn from, each task with its number of epochs; ``trainer.max_steps`` may
+            end it sooner.
         eval_task: held-out questions of the same kind.
         eval_tasks: other tasks, to see what becomes of what the model could do before; answered greedily.
         questions_per_step: over all ranks.
-        epochs: passes over the questions; ``trainer.max_steps`` may end it sooner.
         num_samples: answers per question.
         max_new_tokens: longest answer.
         temperature: of the sampling.
@@ -123,11 +124,10 @@ class RolloutDataModule(ChatDataModule):
 
     def __init__(
         self,
-        task: Task,
+        train: list[MixturePart],
         eval_task: Task,
         eval_tasks: list[Task] | None = None,
         questions_per_step: int = 16,
-        epochs: int = 1,
         num_samples: int = 16,
         max_new_tokens: int = 256,
         temperature: float = 1.0,
@@ -138,20 +138,19 @@ class RolloutDataModule(ChatDataModule):
         seed: int = 42,
     ) -> None:
         super().__init__(num_samples, eval_tasks, eval_batch_size, max_new_tokens)
-        self.task = task
+        self.mixture = Mixture(train, seed)
         self.eval_task = eval_task
         self.questions_per_step = questions_per_step
-        self.epochs = epochs
         self.sampling = Sampling(num_samples, max_new_tokens, temperature, top_k)
         self.eval_sampling = replace(self.sampling, num_samples=eval_num_samples, temperature=eval_temperature)
         self.seed = seed
 
     def setup(self, stage: str) -> None:
         loop = self.run.fit_loop.epoch_loop
-        steps = self.epochs * len(self.task) // self.questions_per_step
+        steps = len(self.mixture) // self.questions_per_step
         if stage == "fit" and steps < 1:
             raise UserError(
-                f"{self.epochs} epoch(s) of {len(self.task)} questions are less than one step of "
+                f"{len(self.mixture)} questions are less than one step of "
                 f"--data.questions_per_step {self.questions_per_step}; ask fewer per step"
             )
         loop.max_steps = min(loop.max_steps, steps) if loop.max_steps > 0 else steps
@@ -178,7 +177,7 @@ class RolloutDataModule(ChatDataModule):
         module = self.module
         assert isinstance(module, GRPOModule)
         self.rollouts = Rollouts(
-            self.task,
+            self.mixture,
             lambda: module.engine,
             self.sampling,
             questions_per_step=self.questions_per_step,
