@@ -20,6 +20,7 @@ from lmchat.callbacks.checkpoint import StepCheckpoint
 from lmchat.callbacks.eval_schedule import EvalSchedule
 from lmchat.callbacks.gc_freeze import GCFreeze
 from lmchat.callbacks.monitor import Monitor
+from lmchat.callbacks.non_finite_loss import NonFiniteLoss
 from lmchat.callbacks.samples import Samples
 from lmchat.callbacks.scaling_laws import ScalingLaws
 from lmchat.checkpoint.layout import checkpoint_dir
@@ -74,6 +75,7 @@ class LMChatCLI(LightningCLI):
         parser.add_lightning_class_args(Monitor, "monitor")
         parser.add_lightning_class_args(Samples, "samples")
         parser.add_lightning_class_args(GCFreeze, "gc_freeze")
+        parser.add_lightning_class_args(NonFiniteLoss, "non_finite_loss")
         parser.add_lightning_class_args(EvalSchedule, "eval")
         parser.add_lightning_class_args(StepCheckpoint, "checkpoint")
 

@@ -116,7 +116,8 @@ class Monitor(Callback):
             return
         self._last_step = step
         loss = pl_module.pop_step_loss()
-        self.loss_ema = EMA_DECAY * self.loss_ema + (1 - EMA_DECAY) * loss
+        # One loss that is not finite would stay in the mean for ever.
+        self.loss_ema = torch.where(loss.isfinite(), EMA_DECAY * self.loss_ema + (1 - EMA_DECAY) * loss, self.loss_ema)
         self.ema_steps += 1
         step_tokens = pl_module.data.step_tokens
         self.tokens += step_tokens

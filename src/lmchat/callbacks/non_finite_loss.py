@@ -1,0 +1,89 @@
+"""What happens when a loss is NaN or infinite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lmchat.types import UserError
+
+NOWHERE = 2**62
+
+
+class NonFiniteLoss(Callback):
+    """Does not take an optimizer step to which any micro-batch of any rank contributes a loss that is not finite.
+
+    The ranks agree once per step, on one number; on a GPU it reaches the CPU while the last backward pass runs.
+
+    Args:
+        action: "stop" ends the run as it was before that step; "skip" drops the step's gradients, counts it in
+            ``train/skipped_steps`` and goes on.
+    """
+
+    def __init__(self, action: Literal["stop", "skip"] = "stop") -> None:
+        self.action = action
+        self.skipped_steps = 0
+        self._losses: list[Tensor] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._losses.clear()
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: Any, loss: Tensor) -> None:
+        self._losses.append(loss.detach())
+        if len(self._losses) == trainer.accumulate_grad_batches:
+            place = _first_non_finite(torch.stack(self._losses), trainer.global_rank, trainer.world_size)
+            if trainer.world_size > 1:  # not by the strategy's reduce, which waits for the device
+                dist.all_reduce(place, op=dist.ReduceOp.MIN)
+            self._place = _read_later(place)
+            self._losses.clear()
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
+        place = self._place()
+        if place == NOWHERE:
+            return
+        micro_batch, rank = divmod(place, trainer.world_size)
+        where = f"at step {trainer.global_step + 1}, in micro-batch {micro_batch} (from 0) of rank {rank}"
+        if self.action == "stop":
+            raise UserError(
+                f"the loss is not finite {where}; the step was not taken: resume with a lower learning rate, or leave "
+                "such steps out with --non_finite_loss.action skip"
+            )
+        optimizer.drop_step()
+        self.skipped_steps += 1
+        rank_zero_warn(f"the loss is not finite {where}: the step is skipped ({self.skipped_steps} so far)")
+        for logger in trainer.loggers:
+            logger.log_metrics({"train/skipped_steps": self.skipped_steps}, step=trainer.global_step + 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"skipped_steps": self.skipped_steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.skipped_steps = state_dict["skipped_steps"]
+
+
+def _first_non_finite(losses: Tensor, rank: int, world_size: int) -> Tensor:
+    """Place in the step's order of micro-batches, of which number k · W + r is the k-th of rank r; or `NOWHERE`."""
+    places = torch.arange(len(losses), device=losses.device) * world_size + rank
+    return torch.where(losses.isfinite(), NOWHERE, places).min()
+
+
+def _read_later(number: Tensor) -> Callable[[], int]:
+    """Begins to copy a number to the CPU; the function returned waits for it."""
+    copy = number.to("cpu", non_blocking=True)
+    if not number.is_cuda:
+        return lambda: int(copy)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> int:
+        copied.synchronize()
+        return int(copy)
+
+    return read

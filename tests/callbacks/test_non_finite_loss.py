@@ -1,0 +1,85 @@
+"""A loss that is not finite: the step is not taken, and the run ends as it was before it, or goes on without it."""
+
+from __future__ import annotations
+
+import csv
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lmchat.__main__ import main
+from lmchat.callbacks.non_finite_loss import NOWHERE, _first_non_finite
+from lmchat.checkpoint.layout import CheckpointPaths, committed_steps
+from lmchat.checkpoint.load import find_checkpoint, load_model_state
+from lmchat.model.gpt import GPT
+
+CONFIG = """
+trainer: {accelerator: cpu, devices: 1, max_steps: 4}
+model:
+  class_path: PretrainModule
+  init_args: {depth: 1, sequence_len: 32, head_dim: 32, window_pattern: L, global_batch_tokens: 128}
+data: {class_path: FineWebDataModule, init_args: {micro_batch_size: 2, eval_tokens: 256, buffer_size: 20}}
+eval: {every_n_steps: 0, at_start: false, at_end: false}
+monitor: {every_n_steps: 1}
+samples: {max_new_tokens: 0}
+checkpoint: {every_n_steps: %s}
+"""
+
+
+def train(base: Path, monkeypatch: pytest.MonkeyPatch, every_n_steps: int, *options: str) -> int:
+    """Exit status of a run of 4 steps of 2 micro-batches, of which number 5, counted from 0, has a loss of NaN."""
+    compute, calls = GPT.loss, iter(range(100))
+
+    def loss(self: GPT, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return compute(self, *args, **kwargs) * (torch.nan if next(calls) == 5 else 1.0)
+
+    monkeypatch.setattr(GPT, "loss", loss)
+    (base / "tiny.yaml").write_text(CONFIG % every_n_steps)
+    return main(["fit", "--config", str(base / "tiny.yaml"), *options])
+
+
+def test_by_default_the_run_ends_with_the_step_before_saved(
+    base: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert train(base, monkeypatch, 100) == 2
+    assert "the loss is not finite at step 3, in micro-batch 1 (from 0) of rank 0" in capfd.readouterr().err
+    folder = base / "base_checkpoints" / "d1"
+    assert committed_steps(folder) == [2]
+    assert all(tensor.isfinite().all() for tensor in load_model_state(find_checkpoint(folder)).values())
+    monkeypatch.undo()
+    monkeypatch.setenv("LMCHAT_BASE_DIR", str(base))
+    assert main(["fit", "--config", str(base / "tiny.yaml"), "--ckpt_path", "last"]) == 0
+    assert committed_steps(folder) == [2, 4]
+
+
+def test_such_steps_can_be_skipped_and_are_counted(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert train(base, monkeypatch, 1, "--non_finite_loss.action", "skip") == 0
+    folder = base / "base_checkpoints" / "d1"
+    weights = [load_model_state(find_checkpoint(CheckpointPaths(folder, step).meta)) for step in (1, 2, 3, 4)]
+    unchanged = [all(torch.equal(a[name], b[name]) for name in a) for a, b in pairwise(weights)]
+    assert unchanged == [False, True, False]
+    (path,) = (base / "logs").rglob("metrics.csv")
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["step"], row["train/skipped_steps"]) for row in rows if row["train/skipped_steps"]] == [("3", "1")]
+    losses = {row["step"]: (row["train/loss"], row["train/loss_ema"]) for row in rows if row["train/loss"]}
+    assert losses["3"][0] == "nan" != losses["3"][1]
+    assert "nan" not in losses["4"]
+
+
+@pytest.mark.parametrize(
+    ("losses", "rank", "world_size", "expected"),
+    [
+        ([1.0, 2.0], 0, 1, NOWHERE),
+        ([1.0, torch.inf, torch.nan], 0, 1, 1),
+        ([torch.nan, 1.0], 2, 3, 2),
+        ([1.0, -torch.inf], 1, 4, 5),
+    ],
+)
+def test_micro_batches_are_counted_over_all_ranks(
+    losses: list[float], rank: int, world_size: int, expected: int
+) -> None:
+    assert int(_first_non_finite(torch.tensor(losses), rank, world_size)) == expected
