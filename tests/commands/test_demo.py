@@ -224,8 +224,11 @@ def test_one_small_file_is_enough(
     assert demo_text.tokenize(run)["validation_tokens"] > 0
 
 
-def test_many_files_stay_whole_and_lines_are_the_last_resort(text: Path, tmp_path: Path) -> None:
+def test_many_short_files_stay_whole_and_lines_are_the_last_resort(text: Path, tmp_path: Path) -> None:
     assert demo_text._separator(text) is None
+    for path in text.iterdir():
+        path.write_text("A paragraph.\n\n" * 500)
+    assert demo_text._separator(text) == "\n\n"
     (tmp_path / "lines.txt").write_text("one\ntwo\nthree")
     assert demo_text._separator(tmp_path / "lines.txt") == "\n"
 

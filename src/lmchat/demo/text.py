@@ -12,6 +12,8 @@ from lmchat.demo.run import Demo, Figures
 VALIDATION_SHARE = 0.05
 FEW_FILES = 20
 """Fewer plain text files than this are cut into paragraphs, so that some text of each kind can be held out."""
+LONG_FILE_BYTES = 4_000
+"""Files longer than this on average are cut too: of a document, one row is read."""
 
 
 def collect_text(run: Demo) -> Figures:
@@ -56,17 +58,17 @@ def _list_words(run: Demo) -> int:
 
 
 def _separator(text: Path) -> str | None:
-    """What cuts the user's plain text into documents: nothing if there are files enough, else blank lines or lines."""
+    """What cuts plain text into documents: nothing if files are many and short, else blank lines or lines."""
     from lmchat.data.importing import PLAIN_SUFFIXES
 
     found = [text] if text.is_file() else [path for path in text.rglob("*") if path.is_file()]
     files = [path for path in found if path.suffix.lower() in PLAIN_SUFFIXES]
-    if len(files) >= FEW_FILES:
-        return None
     try:
         content = b"\n".join(path.read_bytes() for path in files)
     except OSError:
         return None  # the import says which file it is
+    if len(files) >= FEW_FILES and len(content) <= LONG_FILE_BYTES * len(files):
+        return None
     paragraph_breaks = ("\r\n\r\n", "\n\n")
     return next((cut for cut in paragraph_breaks if content.count(cut.encode()) >= FEW_FILES), "\n")
 
