@@ -8,7 +8,7 @@ TEXT ?=
 OUTPUT ?= runs/demo$(if $(TEXT),-$(shell basename -- "$(TEXT)"))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu lint types format bench loss-compare clean
+.PHONY: help setup demo tokenizer pretrain sft rl chat speedrun test test-slow test-gpu lint types format bench loss-compare clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,29 @@ setup: $(INSTALLED)  ## make the virtual environment and install lmchat into it
 
 demo: $(INSTALLED)  ## train and try a small model on this machine's own text, offline (TEXT=folder for yours, OUTPUT=folder for results)
 	@$(BIN)/lmchat demo --output "$(OUTPUT)" $(if $(TEXT),--text "$(TEXT)")
+
+# The full pipeline, for 8 GPUs. Smaller: make speedrun DEPTH=12 SHARDS=24. Other variables: BASE (folder), DEVICES,
+# STRATEGY, TEXT (folder of text, in place of the download), VOCAB_SIZE; PRETRAIN, SFT, RL (configs).
+PIPELINE := LMCHAT=$(BIN)/lmchat scripts/pipeline.sh
+export BASE TEXT DEPTH SHARDS DEVICES STRATEGY VOCAB_SIZE PRETRAIN SFT RL
+
+tokenizer: $(INSTALLED)  ## download text and train a tokenizer on it (DEPTH=26, BASE=folder, DEVICES=auto, SHARDS=160)
+	@$(PIPELINE) tokenizer
+
+pretrain: tokenizer  ## pretrain, and what comes before; finished stages are left alone, interrupted ones go on
+	@$(PIPELINE) pretrain
+
+sft: pretrain  ## fine-tune, and what comes before
+	@$(PIPELINE) sft
+
+rl: sft  ## reinforcement learning, and what comes before
+	@$(PIPELINE) rl
+
+speedrun: rl  ## the whole pipeline, d26 on 8 GPUs
+	@echo "Finished. Talk to it: make chat$(if $(BASE), BASE=$(BASE))"
+
+chat: $(INSTALLED)  ## talk to the model of the furthest stage
+	@$(if $(BASE),LMCHAT_BASE_DIR="$(BASE)") $(BIN)/lmchat chat
 
 test: $(INSTALLED)  ## run the tests (minutes, on two cores)
 	@$(BIN)/python -m pytest -m 'not slow and not gpu'

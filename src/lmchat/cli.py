@@ -23,7 +23,7 @@ from lmchat.callbacks.monitor import Monitor
 from lmchat.callbacks.non_finite_loss import NonFiniteLoss
 from lmchat.callbacks.samples import Samples
 from lmchat.callbacks.scaling_laws import ScalingLaws
-from lmchat.checkpoint.layout import checkpoint_dir
+from lmchat.checkpoint.layout import checkpoint_dir, committed_steps
 from lmchat.checkpoint.load import Checkpoint, find_checkpoint
 from lmchat.paths import base_dir
 from lmchat.stages import grpo, pretrain, sft  # noqa: F401  (known to jsonargparse by their short class names)
@@ -61,7 +61,11 @@ DECIDED_BY = {
 
 
 class LMChatCLI(LightningCLI):
-    """Adds the callbacks every stage has, TensorBoard and CSV logs by default, and ``--ckpt_path last``."""
+    """Adds the callbacks every stage has, TensorBoard and CSV logs by default, ``--ckpt_path last`` and ``auto``.
+
+    ``last`` is the run's newest checkpoint. ``auto`` is that too, or else the newest of the nearest earlier stage with
+    the same tag, or else a start from nothing; a run that is finished is left alone.
+    """
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -117,12 +121,20 @@ class LMChatCLI(LightningCLI):
 
     def _find_checkpoint(self) -> Checkpoint | None:
         path = self._get(self.config, "ckpt_path")
-        if path is None:
-            return None
-        directory = self._get(self.config, "checkpoint")["dirpath"]
-        if path == "last" and directory is None:
-            directory = checkpoint_dir(self.model.stage, self.model.tag)
-        return find_checkpoint(path, directory=directory and Path(directory), warn=rank_zero_warn)
+        given = self._get(self.config, "checkpoint")["dirpath"]
+        own = Path(given) if given else checkpoint_dir(self.model.stage, self.model.tag)
+        if path == "auto":
+            earlier = [checkpoint_dir(stage, self.model.tag) for stage in self.model.earlier_stages]
+            path = next((folder for folder in [own, *earlier] if committed_steps(folder)), None)
+        return None if path is None else find_checkpoint(path, directory=own, warn=rank_zero_warn)
+
+    def _is_finished(self) -> bool:
+        """Whether ``--ckpt_path auto`` has found the end of the run, and the user asks for no more steps."""
+        if self._resume_path() is None or self._get(self.config, "ckpt_path") != "auto":
+            return False
+        assert self.checkpoint is not None
+        max_steps = self._get(self.config, "trainer")["max_steps"]
+        return self.checkpoint.step >= max(self.checkpoint.meta["total_steps"], max_steps)
 
     def _resume_path(self) -> Path | None:
         """What the trainer restores: a checkpoint of the same stage. Another stage's only gives its weights."""
@@ -132,6 +144,9 @@ class LMChatCLI(LightningCLI):
 
     def fit(self, model: StageModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
         path = self._resume_path()
+        if self._is_finished():
+            rank_zero_info(f"{self.model.stage} {self.model.tag} is finished: {path}")
+            return
         self.trainer.fit(model, ckpt_path=path, **kwargs)
         if path is not None and self.checkpoint is not None and self.checkpoint.step >= self.trainer.max_steps:
             rank_zero_info(

@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# One stage of the full pipeline: scripts/pipeline.sh tokenizer|pretrain|sft|rl. `make speedrun` runs them in order.
+# What is finished is left alone, what was interrupted goes on where it stopped: run the same command again.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+LMCHAT=${LMCHAT:-lmchat}
+BASE=${BASE:-${LMCHAT_BASE_DIR:-$HOME/.cache/lmchat}}  # where everything goes
+TEXT=${TEXT:-}                                         # a folder of text to train on, in place of a download
+DEPTH=${DEPTH:-26}
+SHARDS=${SHARDS:-160}                                  # to download: 160 × 250 M characters are one epoch of d26
+DEVICES=${DEVICES:-auto}
+STRATEGY=${STRATEGY:-zero2_muon}
+TOKENIZER_SHARDS=8                                     # the 2 G characters that the tokenizer is trained on
+export LMCHAT_BASE_DIR=$BASE
+
+# The rest of the shards comes down while the tokenizer is trained on the first.
+tokenizer() {
+  if [ -n "$TEXT" ]; then
+    [ -d "$BASE/base_data" ] || $LMCHAT data import "$TEXT"
+  elif [ ! -f "$BASE/base_data/.complete_$SHARDS" ]; then
+    $LMCHAT data download --num_shards $((SHARDS < TOKENIZER_SHARDS ? SHARDS : TOKENIZER_SHARDS))
+    (exec $LMCHAT data download --num_shards "$SHARDS" > "$BASE/download.log" 2>&1) &
+    download=$!
+    trap 'kill "$download" 2> /dev/null || true' EXIT  # Ctrl-C does not reach what runs in the background
+  fi
+  [ -f "$BASE/words.txt" ] || $LMCHAT data words
+  if [ -f "$BASE/tokenizer/tokenizer.json" ]; then
+    echo "tokenizer: finished, in $BASE/tokenizer"
+  else
+    $LMCHAT tokenizer train ${VOCAB_SIZE:+--vocab_size "$VOCAB_SIZE"}
+  fi
+  if [ -n "${download:-}" ]; then
+    echo "waiting for the download, see $BASE/download.log"
+    wait "$download" || { tail -n 1 "$BASE/download.log" >&2; exit 1; }
+    touch "$BASE/base_data/.complete_$SHARDS"
+  fi
+}
+
+# Trains a stage from its last checkpoint or from the stage before, and evaluates it once: name, folder, options.
+stage() {
+  local checkpoints="$BASE/$2/d$DEPTH" report="$BASE/evaluations/d${DEPTH}_$1.txt"
+  local run=(--trainer.devices "$DEVICES" --trainer.strategy "$STRATEGY" --model.tag "d$DEPTH" "${@:3}")
+  $LMCHAT fit "${run[@]}" --ckpt_path auto
+  [ "$report" -nt "$(ls -t "$checkpoints"/meta_*.json | head -n 1)" ] && return
+  mkdir -p "$BASE/evaluations"
+  $LMCHAT validate "${run[@]}" --ckpt_path "$checkpoints" | tee "$report.tmp"
+  mv "$report.tmp" "$report"
+}
+
+case ${1:-} in
+  tokenizer) tokenizer ;;
+  pretrain) stage pretrain base_checkpoints --config "${PRETRAIN:-configs/d26_pretrain.yaml}" --model.depth "$DEPTH" ;;
+  sft) stage sft chatsft_checkpoints --config "${SFT:-configs/sft.yaml}" ;;
+  rl) stage rl chatrl_checkpoints --config "${RL:-configs/grpo.yaml}" ;;
+  *) echo "usage: scripts/pipeline.sh tokenizer|pretrain|sft|rl" >&2; exit 2 ;;
+esac
