@@ -147,7 +147,7 @@ class Killer:
             return False
         assert 0 not in [rank.exitcode for rank in ranks] or run.newest_step() == STEPS, "a lost rank went unnoticed"
         self.kills += 1
-        self.while_saving += bool(run.unfinished_files())
+        self.while_saving += bool(new[0] and run.unfinished_files())  # those of earlier runs are gone by now
         self.of_one_rank += len(victims) < run.world_size
         if new[0]:
             self._check_steps(run, before, first=new[0][0][0][0], last=new[0][-1][0][0])
