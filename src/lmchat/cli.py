@@ -5,11 +5,15 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -114,6 +118,13 @@ class LMChatCLI(LightningCLI):
             folder, name = base_dir() / "logs" / self.model.stage, self.model.tag
             tensorboard = TensorBoardLogger(folder, name=name)
             kwargs["logger"] = [tensorboard, CSVLogger(tensorboard.log_dir, "csv", "", flush_logs_every_n_steps=10)]
+        if SLURMEnvironment.detect():
+            # Requeueing, Lightning would save from within a signal handler, and elsewhere.
+            plugins = self._get(self.config_init, "trainer")["plugins"] or []
+            kwargs["plugins"] = [
+                *(plugins if isinstance(plugins, list) else [plugins]),
+                SLURMEnvironment(auto_requeue=False),
+            ]
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, MisconfigurationException) as error:
@@ -147,7 +158,8 @@ class LMChatCLI(LightningCLI):
         if self._is_finished():
             rank_zero_info(f"{self.model.stage} {self.model.tag} is finished: {path}")
             return
-        self.trainer.fit(model, ckpt_path=path, **kwargs)
+        with status_tells_signal(self.trainer):
+            self.trainer.fit(model, ckpt_path=path, **kwargs)
         if path is not None and self.checkpoint is not None and self.checkpoint.step >= self.trainer.max_steps:
             rank_zero_info(
                 f"nothing to train: {path} is of step {self.checkpoint.step}, the run's last; raise "
@@ -195,9 +207,25 @@ def main(args: list[str]) -> None:
         if (mistake := _mistake_behind(error)) is None:
             raise
         raise mistake from None
+
+
+@contextmanager
+def status_tells_signal(trainer: L.Trainer) -> Iterator[None]:
+    """A run that a signal ends exits with 128 + its number; SIGUSR1, SLURM's warning of the end, acts as SIGTERM."""
+    if threading.current_thread() is not threading.main_thread():  # the only one that hears of signals
+        yield
+        return
+    before = signal.signal(signal.SIGUSR1, lambda *_: signal.raise_signal(signal.SIGTERM))
+    try:
+        yield
     except SIGTERMException:
         # A SystemExit without a status: a scheduler would take the preempted run for a finished one.
-        sys.exit(128 + signal.SIGTERM)
+        sys.exit(128 + (getattr(trainer.strategy, "agreed_signal", 0) or signal.SIGTERM))
+    except SystemExit as status:
+        # Lightning gives Ctrl-C the status 1, which is that of an error.
+        sys.exit(128 + signal.SIGINT if isinstance(status.__context__, KeyboardInterrupt) else status.code)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def _mistake_behind(error: BaseException | None) -> UserError | None:

@@ -36,8 +36,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lmchat.checkpoint.layout import CheckpointPaths, checkpoint_dir, committed_steps
 from lmchat.checkpoint.load import DamagedCheckpoint, open_checkpoint
 from lmchat.checkpoint.rng import capture_rng, restore_rng
-from lmchat.checkpoint.writer import INTERRUPTED_PEER_TIMEOUT_SECONDS, RunLock, snapshot
+from lmchat.checkpoint.writer import INTERRUPTED_PEER_TIMEOUT_SECONDS, RunLock, await_commit, snapshot
 from lmchat.strategies.checkpoint_io import LMChatCheckpointIO
+from lmchat.strategies.zero2_muon import RankFailure
 from lmchat.types import UserError
 
 
@@ -157,6 +158,8 @@ class StepCheckpoint(Checkpoint):
         self._save(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        # Lightning would call it later; ranks that wait for this one must hear first, as they have to save too.
+        trainer.strategy.on_exception(exception)
         try:
             if self._boundary is not None or self._stepping:
                 self._save_interrupted(trainer, exception)
@@ -164,6 +167,8 @@ class StepCheckpoint(Checkpoint):
             self._release()
 
     def _save_interrupted(self, trainer: L.Trainer, exception: BaseException) -> None:
+        if isinstance(exception, RankFailure):
+            self._stepping = False
         if self._stepping and _is_between_batches(trainer):
             self._mark_boundary(trainer)  # a callback before this one has failed, the step has not
         self._io.peer_timeout_seconds = INTERRUPTED_PEER_TIMEOUT_SECONDS
@@ -171,6 +176,9 @@ class StepCheckpoint(Checkpoint):
             if not self._stepping:
                 self._save(trainer)
             self._io.wait()  # also for an earlier step that is still being written
+            if not trainer.is_global_zero and self._saved_step:
+                # A rank that exits with an error makes the launcher kill the others.
+                await_commit(CheckpointPaths(self.directory, self._saved_step), INTERRUPTED_PEER_TIMEOUT_SECONDS)
         # Training has failed already; what else fails must not hide why.
         except Exception as error:
             rank_zero_warn(f"could not save step {trainer.global_step} on {type(exception).__name__}: {error}")

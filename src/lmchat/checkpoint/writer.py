@@ -218,6 +218,13 @@ def _await_receipt(receipt: Path, timeout_seconds: Callable[[], float]) -> dict[
     return json.loads(receipt.read_bytes())
 
 
+def await_commit(paths: CheckpointPaths, timeout_seconds: float) -> None:
+    """Returns when rank 0 has made the checkpoint complete, or the time is over."""
+    begin = time.monotonic()
+    while not paths.meta.exists() and time.monotonic() - begin < timeout_seconds:
+        time.sleep(0.02)
+
+
 def _uncommit(paths: CheckpointPaths) -> None:
     """From here on the checkpoint does not exist, whatever of its files is still there."""
     if paths.meta.exists():

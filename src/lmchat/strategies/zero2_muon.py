@@ -25,6 +25,10 @@ from lmchat.strategies.checkpoint_io import LMChatCheckpointIO
 from lmchat.types import UserError
 
 
+class RankFailure(RuntimeError):
+    """Another rank has failed. This one learns of it before a step has changed anything."""
+
+
 class Zero2MuonStrategy(DDPStrategy):
     """Replicated parameters, sharded gradients and optimizer state: `ShardedMuonAdamW` in place of the MuonAdamW.
 
@@ -145,7 +149,7 @@ class Zero2MuonStrategy(DDPStrategy):
         try:
             dist.all_reduce(message, op=dist.ReduceOp.MAX, group=self._control_group)
         except RuntimeError as error:
-            raise RuntimeError("another rank has failed; what it printed says why") from error
+            raise RankFailure("another rank has failed; what it printed says why") from error
         self.agreed_signal = int(message[-1])
         return message[:-1]
 

@@ -1,0 +1,84 @@
+"""Callbacks for runs of `lmchat fit` in processes of their own: what goes wrong in them, and what they were fed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+
+
+def _signal(name: str) -> Any:
+    return lambda: os.kill(os.getpid(), getattr(signal, name))
+
+
+def _raise(error: Exception) -> Any:
+    def fail() -> None:
+        raise error
+
+    return fail
+
+
+DEEDS = {
+    "SIGTERM": _signal("SIGTERM"),
+    "SIGUSR1": _signal("SIGUSR1"),
+    "SIGINT": _signal("SIGINT"),
+    "error": _raise(RuntimeError("a fault of the test")),
+    "out of memory": _raise(torch.OutOfMemoryError("a fault of the test")),
+}
+
+
+class Fault(Callback):
+    """Does ``deed`` on one rank, in the named hook, at its ``count``-th call from 0."""
+
+    def __init__(self, deed: str, rank: int, hook: str, count: int) -> None:
+        self.deed, self.rank, self.left = DEEDS[deed], rank, count
+        setattr(self, hook, self._count)
+
+    def _count(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_rank == self.rank:
+            self.left -= 1
+            if self.left == -1:
+                self.deed()
+
+
+class NaNLoss(Callback):
+    """Makes the loss of a rank's micro-batch NaN, counted from 0 over the run."""
+
+    def __init__(self, rank: int, micro_batch: int) -> None:
+        self.rank, self.micro_batch = rank, micro_batch
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        compute, own = pl_module.training_step, trainer.global_rank == self.rank
+
+        def training_step(*args: Any) -> Any:
+            bad = own and trainer.fit_loop.total_batch_idx == self.micro_batch
+            return compute(*args) * (torch.nan if bad else 1.0)
+
+        pl_module.training_step = training_step
+
+
+class Diary(Callback):
+    """A line per micro-batch in a file of the rank's: step, place in the step over all ranks, what was in it, loss."""
+
+    def __init__(self, directory: str) -> None:
+        self.directory = Path(directory)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.file = (self.directory / f"diary_{trainer.world_size}_{trainer.global_rank}.txt").open("a", buffering=1)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.step = trainer.global_step
+        self.content = hashlib.sha256(
+            batch["inputs"].numpy().tobytes() + batch["targets"].numpy().tobytes()
+        ).hexdigest()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
+        number = trainer.fit_loop.total_batch_idx % trainer.accumulate_grad_batches
+        place = number * trainer.world_size + trainer.global_rank
+        loss = outputs["loss"].item() * trainer.accumulate_grad_batches
+        self.file.write(f"{self.step} {place} {self.content} {loss.hex()}\n")

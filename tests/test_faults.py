@@ -1,0 +1,169 @@
+"""Real runs of two processes in which something goes wrong on one: none hangs, the status tells, nothing is lost."""
+
+from __future__ import annotations
+
+import csv
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lmchat.checkpoint.layout import CheckpointPaths, committed_steps
+from lmchat.checkpoint.load import find_checkpoint, load_model_state, load_rank_state
+
+sys.path.insert(0, str(Path(__file__).parent))
+from killable_fit import _fit, fork_server, start_fit
+
+STEPS, RANKS, ACCUMULATE = 6, 2, 2
+EVAL_BATCHES = 8
+CONFIG = """
+trainer: {{accelerator: cpu, devices: 2, strategy: zero2_muon, max_steps: 6, callbacks: [{fault}]}}
+model:
+  class_path: PretrainModule
+  init_args: {{depth: 2, sequence_len: 32, head_dim: 32, window_pattern: SL, global_batch_tokens: 256}}
+data:
+  class_path: FineWebDataModule
+  init_args: {{micro_batch_size: 2, eval_tokens: 1024, buffer_size: 20}}
+eval: {{every_n_steps: 3}}
+monitor: {{every_n_steps: 1}}
+samples: {{max_new_tokens: 0}}
+checkpoint: {{every_n_steps: {every_n_steps}}}
+"""
+
+
+def run(base: Path, tiny_base: Path, fault: str = "", options: tuple[str, ...] = (), every_n_steps: int = 100) -> list:
+    """Exit statuses of the ranks."""
+    for name in ("base_data", "tokenizer"):
+        if not (base / name).exists():
+            (base / name).symlink_to(tiny_base / name)
+    config = base / "tiny.yaml"
+    config.write_text(CONFIG.format(fault=fault, every_n_steps=every_n_steps))
+    ranks = start_fit(["--config", str(config), *options], base, RANKS)
+    for rank in ranks:
+        rank.join(250)
+    hanging = [rank for rank in ranks if rank.is_alive()]
+    for rank in hanging:
+        rank.kill()
+    assert not hanging, output(base)
+    return [rank.exitcode for rank in ranks]
+
+
+def output(base: Path) -> str:
+    return "\n".join(path.read_text()[-4000:] for path in sorted(base.glob("output_rank*.txt")))
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an undisturbed run with a checkpoint of every step."""
+    base = tmp_path_factory.mktemp("unbroken")
+    assert run(base, tiny_base, every_n_steps=1) == [0, 0], output(base)
+    return base / "base_checkpoints" / "d2"
+
+
+def same(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return isinstance(b, list | tuple) and len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def assert_saved(base: Path, step: int, unbroken: Path) -> None:
+    """The newest checkpoint is the unbroken run's of that step."""
+    folder = base / "base_checkpoints" / "d2"
+    assert committed_steps(folder)[-1:] == [step], output(base)
+    ours, theirs = (find_checkpoint(CheckpointPaths(each, step).meta) for each in (folder, unbroken))
+    assert same(load_model_state(ours), load_model_state(theirs))
+    for rank in range(RANKS):
+        states = [load_rank_state(checkpoint, rank) for checkpoint in (ours, theirs)]
+        # Of the optimizer not the settings: a step that was begun has set them already, as every step does.
+        moments = [state["optimizer_states"][0]["state"] for state in states]
+        assert same(*moments)
+        for name in ("rng", "FineWebDataModule"):
+            assert same(states[0][name], states[1][name]), name
+
+
+FAULTS = {
+    # what, on which rank, in which hook, at which call of it; the exit statuses, and the step that is saved
+    "preemption": ("SIGTERM", 1, "on_train_batch_start", 5, [143, 143], 3),
+    "SLURM's warning": ("SIGUSR1", 0, "on_before_backward", 3, [143, 143], 2),
+    "Ctrl-C": ("SIGINT", 0, "on_train_batch_start", 2, [130, 130], 2),
+    "preemption while evaluating": ("SIGTERM", 1, "on_validation_batch_start", EVAL_BATCHES + 2, [143, 143], 3),
+    "error in the forward pass": ("error", 1, "on_train_batch_start", 4, [1, 1], 2),
+    "error in the backward pass": ("out of memory", 0, "on_after_backward", 5, [1, 1], 2),
+    "error while evaluating": ("error", 1, "on_validation_batch_start", EVAL_BATCHES + 2, [1, 1], 3),
+}
+
+
+QUICK = ("preemption while evaluating", "error in the backward pass")
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in FAULTS]
+)
+def test_a_fault_on_one_rank_ends_all_and_loses_no_step(
+    case: str, unbroken: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    deed, rank, hook, count, statuses, step = FAULTS[case]
+    arguments = f"{{deed: {deed}, rank: {rank}, hook: {hook}, count: {count}}}"
+    fault = f"{{class_path: faults.Fault, init_args: {arguments}}}"
+    assert run(tmp_path, tiny_base, fault) == statuses, output(tmp_path)
+    assert_saved(tmp_path, step, unbroken)
+
+
+@pytest.mark.slow
+def test_under_slurm_a_warned_run_saves_in_its_own_folder_and_ends(
+    unbroken: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    """As srun starts it. Lightning alone would save from within the handler, elsewhere, and call scontrol."""
+    for name in ("base_data", "tokenizer"):
+        (tmp_path / name).symlink_to(tiny_base / name)
+    fault = "{class_path: faults.Fault, init_args: {deed: SIGUSR1, rank: 1, hook: on_train_batch_start, count: 3}}"
+    config = tmp_path / "tiny.yaml"
+    config.write_text(CONFIG.format(fault=fault, every_n_steps=100))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    job = {"SLURM_JOB_ID": "4242", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
+    job |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LMCHAT_BASE_DIR": str(tmp_path)}
+    ranks = []
+    for rank in range(RANKS):
+        environment = {**job, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NODEID": "0"}
+        arguments = (["--config", str(config)], environment, tmp_path / f"output_rank{rank}.txt")
+        ranks.append(fork_server.Process(target=_fit, args=arguments))
+        ranks[-1].start()
+    for process in ranks:
+        process.join(250)
+    assert [process.exitcode for process in ranks] == [143, 143], output(tmp_path)
+    assert_saved(tmp_path, 2, unbroken)
+
+
+NAN = "{class_path: faults.NaNLoss, init_args: {rank: 1, micro_batch: 5}}"
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_the_run(unbroken: Path, tiny_base: Path, tmp_path: Path) -> None:
+    assert run(tmp_path, tiny_base, NAN) == [2, 2]
+    assert "the loss is not finite at step 3, in micro-batch 1 (from 0) of rank 1" in output(tmp_path)
+    assert_saved(tmp_path, 2, unbroken)
+    assert run(tmp_path, tiny_base, options=("--ckpt_path", "last")) == [0, 0]
+    assert_saved(tmp_path, STEPS, unbroken)
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_can_be_skipped(tiny_base: Path, tmp_path: Path) -> None:
+    options = ("--non_finite_loss.action", "skip")
+    assert run(tmp_path, tiny_base, NAN, options, every_n_steps=1) == [0, 0], output(tmp_path)
+    folder = tmp_path / "base_checkpoints" / "d2"
+    weights = [load_model_state(find_checkpoint(CheckpointPaths(folder, step).meta)) for step in (2, 3, 4)]
+    assert same(weights[0], weights[1]) and not same(weights[1], weights[2])
+    assert all(tensor.isfinite().all() for tensor in weights[2].values())
+    (path,) = (tmp_path / "logs").rglob("metrics.csv")
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["step"], row["train/skipped_steps"]) for row in rows if row["train/skipped_steps"]] == [("3", "1")]
+    assert all(row["train/loss_ema"] not in ("", "nan") for row in rows if row["train/loss"])
