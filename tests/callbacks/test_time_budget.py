@@ -65,14 +65,27 @@ def test_a_fast_machine_takes_all_steps(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_slow_machine_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     budget = TimeBudget(minutes=1, check_every_n_steps=5)
-    with pytest.warns(UserWarning, match="shortened to 60 steps"):
+    with pytest.warns(UserWarning, match="1 minutes are enough for 60 of 100 steps"):
         assert steps_taken(monkeypatch, 1.0, budget) == 60
+
+
+def test_a_slow_beginning_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    class SlowStart(TimeBudget):
+        def on_train_batch_end(self, trainer: L.Trainer, *args: object) -> None:
+            super().on_train_batch_end(trainer, *args)
+            if trainer.global_step == 5:
+                assert trainer.max_steps == 60
+                trainer.lightning_module.clock.seconds_per_step = 0.1
+
+    budget = SlowStart(minutes=1, check_every_n_steps=5)
+    with pytest.warns(UserWarning, match="enough for 60 of 100 steps"):
+        assert steps_taken(monkeypatch, 1.0, budget) == 100
 
 
 def test_a_run_is_never_cut_to_where_its_end_would_have_begun(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five steps are 40 % of twelve: with fewer, the learning rate should have fallen already."""
     budget = TimeBudget(minutes=1, check_every_n_steps=5, until=0.4)
-    with pytest.warns(UserWarning, match="shortened to 12 steps"):
+    with pytest.warns(UserWarning, match="enough for 12 of 100 steps"):
         assert steps_taken(monkeypatch, 30.0, budget) == 12
 
 

@@ -16,9 +16,10 @@ class TimeBudget(Callback):
     """Takes fewer steps on a machine too slow for all of them; on any other it changes nothing.
 
     In the first part of the run, where the learning rate (without warmup) does not depend on its length, the rest is
-    forecast from the steps so far, evaluations included, and ``max_steps`` is lowered where the forecast is over the
-    budget. Muon's weight decay, which does depend on the length from the start, falls faster from there on. A run is
-    reproducible as long as that does not happen; what was lowered stays so in a resumed run.
+    forecast from the steps so far, evaluations included. ``max_steps`` is lowered where the forecast is over the
+    budget, and raised again, up to what it was, where a later one is not. Muon's weight decay, which does depend on the
+    length from the start, falls faster from there on. A run is reproducible as long as that does not happen; what was
+    lowered stays so in a resumed run.
 
     Args:
         minutes: time that training may take, counted from its first step.
@@ -39,6 +40,7 @@ class TimeBudget(Callback):
             _set_max_steps(trainer, min(self.lowered_to, trainer.max_steps))
         self._start = time.perf_counter()
         self._first_step = self._last_step = trainer.global_step
+        self._most_steps = trainer.max_steps
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         step = trainer.global_step
@@ -50,14 +52,16 @@ class TimeBudget(Callback):
         affordable = step + int((60 * self.minutes - seconds) * done / seconds)
         # All ranks take the same steps.
         affordable = trainer.strategy.broadcast(affordable)
-        if affordable < trainer.max_steps:
-            # The part that is over stays within `until`, so that no learning rate was other than it would have been.
-            self.lowered_to = max(affordable, int(step / self.until))
-            rank_zero_warn(
-                f"{trainer.max_steps} steps would take longer than {self.minutes:g} minutes at "
-                f"{seconds / done:.2f} s per step; the run is shortened to {self.lowered_to} steps"
-            )
-            _set_max_steps(trainer, self.lowered_to)
+        # A part that is over stays within `until`, so that no learning rate was other than it would have been.
+        steps = min(max(affordable, int(step / self.until)), self._most_steps)
+        if steps == trainer.max_steps:
+            return
+        rank_zero_warn(
+            f"at {seconds / done:.2f} s per step, {self.minutes:g} minutes are enough for {steps} of "
+            f"{self._most_steps} steps"
+        )
+        self.lowered_to = steps
+        _set_max_steps(trainer, steps)
 
     def state_dict(self) -> dict[str, Any]:
         return {"lowered_to": self.lowered_to}
