@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -44,6 +45,8 @@ def test_a_config_trains(names: list[str], base: Path, capsys: pytest.CaptureFix
     assert json.loads(metas[-1].read_text())["stage"] == "pretrain"
     (metrics,) = base.rglob("metrics.csv")
     assert {"train/loss", "train/tokens_per_second", "val/bpb"} <= set(metrics.read_text().splitlines()[0].split(","))
+    evaluated = [row["step"] for row in csv.DictReader(metrics.open()) if row["val/bpb"]]
+    assert evaluated == ["0", "2", "3"]
     assert list(base.rglob("events.out.tfevents*"))
     printed = capsys.readouterr().out
     assert "step 3/3" in printed

@@ -216,6 +216,10 @@ class StageModule(L.LightningModule):
         # Lightning zeroes after the next forward, which would keep the gradients alive beside its activations.
         optimizer.zero_grad(set_to_none=True)
 
+    def on_validation_epoch_end(self) -> None:
+        # Lightning would log an evaluation after step n as of step n − 1, but one at the start or the end as of n.
+        self.log("step", float(self.trainer.global_step))
+
     def on_validation_end(self) -> None:
         # Called after that of every callback: from here on the time is training's again.
         self.evaluated_at = time.perf_counter()
