@@ -40,6 +40,20 @@ def test_a_conversation_has_one_system_message_at_most() -> None:
     assert roles == ["system", *["user", "assistant"] * (len(roles) // 2)]
 
 
+def test_the_last_answer_is_graded_by_its_own_task() -> None:
+    tasks: list[Task] = [Arithmetic("test", size=20), Identity("test", size=20)]
+    dialogue = Dialogue(tasks, max_examples=3)
+    names = set()
+    for conversation in dialogue:
+        answer = conversation["messages"][-1]["content"]
+        text = answer if isinstance(answer, str) else "".join(part["text"] for part in answer)
+        names.add(isinstance(answer, str))
+        assert dialogue.evaluate(conversation, text)
+        assert dialogue.reward(conversation, text) == 1
+        assert not dialogue.evaluate(conversation, "#### -1")
+    assert names == {True, False}
+
+
 def test_another_seed_is_another_order() -> None:
     first, again, other = (list(Dialogue([Arithmetic(size=20)], seed=seed)) for seed in (0, 0, 1))
     assert first == again != other

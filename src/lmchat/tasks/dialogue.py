@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import random
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 from lmchat.tasks.base import Task
 from lmchat.types import Conversation, UserError
 
 
+class DialogueConversation(Conversation):
+    """A conversation, and which example of which task its last question is, by their numbers."""
+
+    last: tuple[int, int]
+
+
 class Dialogue(Task):
     """Conversations of a random number of examples of some tasks, all of which are shuffled.
 
-    Every example is in exactly one conversation. System messages are left out but for the first of a conversation.
+    Every example is in exactly one conversation. System messages are left out but for the first of a conversation. An
+    answer to the last question is graded as its task does.
     """
 
     def __init__(self, tasks: list[Task], max_examples: int = 3, seed: int = 0, **slice: Any) -> None:
@@ -50,7 +57,19 @@ class Dialogue(Task):
     def num_examples(self) -> int:
         return len(self._conversations)
 
-    def example(self, index: int) -> Conversation:
+    def example(self, index: int) -> DialogueConversation:
         parts = [self.tasks[number][example]["messages"] for number, example in self._conversations[index]]
         later = [[message for message in part if message["role"] != "system"] for part in parts[1:]]
-        return {"messages": sum(later, parts[0])}
+        return {"messages": sum(later, parts[0]), "last": self._conversations[index][-1]}
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        task, example = self._last(conversation)
+        return task.evaluate(example, completion)
+
+    def reward(self, conversation: Conversation, completion: str) -> float:
+        task, example = self._last(conversation)
+        return task.reward(example, completion)
+
+    def _last(self, conversation: Conversation) -> tuple[Task, Conversation]:
+        number, index = cast(DialogueConversation, conversation)["last"]
+        return self.tasks[number], self.tasks[number][index]
