@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lmchat.demo.conversation import converse
-from lmchat.demo.report import draw_curves, table
+from lmchat.demo.report import draw_curves, skills_table, time_table
 from lmchat.demo.run import Demo, Figures
 from lmchat.demo.text import collect_text, measure_baselines, tokenize, train_tokenizer
 from lmchat.demo.training import finetune, pretrain, reinforce
@@ -68,8 +68,8 @@ def demo(text: Path | None = None, output: Path = Path("runs/demo"), minutes: fl
         summary["stages"][name] = {"seconds": round(time.perf_counter() - started, 1), **figures}
         summary["minutes"] = round(sum(figures["seconds"] for figures in summary["stages"].values()) / 60, 2)
         _write_json(run.summary, summary)
-    console.print(table(summary))
-    console.print(f"These figures are in {run.summary}. Next, talk to the model yourself:")
+    console.print(time_table(summary), skills_table(summary))
+    console.print(f"These figures are in {run.summary}. Next, talk to the model yourself:", soft_wrap=True)
     console.print(f"  {_next_command(run)}", soft_wrap=True, highlight=False)
 
 

@@ -23,13 +23,10 @@ REWARD_WINDOW = 10
 """Steps over which the curve of the reward is averaged."""
 
 
-def table(summary: dict[str, Any]) -> Table:
-    """All stages and their figures, for `rich`."""
-    from rich.table import Table
-
-    table = Table("stage", title=f"The demo took {summary['minutes']:.1f} minutes")
-    for column in ("tokens", "time", "tokens/s", "bits per byte", *SKILLS.values()):
-        table.add_column(column, justify="right")
+def time_table(summary: dict[str, Any]) -> Table:
+    """All stages with their time and speed, and the bits per byte of held-out text, for `rich`."""
+    table = _table("stage", "tokens", "time", "tokens/s", "bits per byte")
+    table.title = f"The demo took {summary['minutes']:.1f} minutes"
     for name, figures in summary["stages"].items():
         table.add_row(
             name,
@@ -37,11 +34,29 @@ def table(summary: dict[str, Any]) -> Table:
             f"{figures['seconds']:.0f} s",
             f"{figures['tokens_per_second']:,}" if "tokens_per_second" in figures else "",
             " → ".join(f"{figures[bits]:.3f}" for bits in ("bpb_before", "bpb_after") if bits in figures),
-            *(f"{figures[skill]:.1%}" if skill in figures else "" for skill in SKILLS),
         )
     table.add_section()
     for name, title in BASELINES.items():
         table.add_row(title, "", "", "", f"{summary['stages']['baselines'][name]:.3f}", style="dim")
+    return table
+
+
+def skills_table(summary: dict[str, Any]) -> Table:
+    """Shares of held-out questions that are answered right after each stage, for `rich`."""
+    table = _table("after", *SKILLS.values())
+    table.title = "Right answers to held-out questions"
+    for name, figures in summary["stages"].items():
+        if SKILLS.keys() <= figures.keys():
+            table.add_row(name, *(f"{figures[skill]:.1%}" for skill in SKILLS))
+    return table
+
+
+def _table(first: str, *columns: str) -> Table:
+    from rich.table import Table
+
+    table = Table(first)
+    for column in columns:
+        table.add_column(column, justify="right")
     return table
 
 
