@@ -26,7 +26,8 @@ TINY = """
 trainer: {accelerator: cpu, max_steps: 6}
 model:
   class_path: PretrainModule
-  init_args: {depth: 2, sequence_len: 32, head_dim: 32, window_pattern: SL, global_batch_tokens: 512, tag: tiny, compile: false}
+  init_args:
+    {depth: 2, sequence_len: 32, head_dim: 32, window_pattern: SL, global_batch_tokens: 512, tag: tiny, compile: false}
 data:
   class_path: FineWebDataModule
   init_args: {micro_batch_size: 2, eval_tokens: 512, buffer_size: 20}
