@@ -58,7 +58,7 @@ class GRPOModule(ChatModule):
     def training_step(self, batch: Rollout, batch_idx: int) -> torch.Tensor:
         if not batch["advantages"].any():
             # Nothing to learn from: no gradient at all, so that a step of such groups moves no optimizer state.
-            loss = torch.zeros((), device=self.device, requires_grad=True)
+            loss = self.net.lm_head.weight.new_zeros((), requires_grad=True)
         elif self.normalization == "group":
             loss = self._policy_loss(batch) / max(1, batch["num_tokens"])
         else:

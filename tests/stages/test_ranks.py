@@ -1,0 +1,121 @@
+"""Fine-tuning and reinforcement learning on 2 and 3 processes train what one process trains, in double precision."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lmchat.__main__ import main
+from lmchat.checkpoint.load import find_checkpoint, load_model_state
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from killable_fit import start_fit
+
+PRETRAIN = """
+trainer: {accelerator: cpu, devices: 1, max_steps: 1}
+model:
+  class_path: PretrainModule
+  init_args: {depth: 1, sequence_len: 256, head_dim: 32, window_pattern: L, global_batch_tokens: 3072, tag: tiny}
+data: {class_path: FineWebDataModule, init_args: {micro_batch_size: 2, eval_tokens: 1024}}
+eval: {every_n_steps: 0, at_start: false, at_end: false}
+samples: {max_new_tokens: 0}
+"""
+COMMON = """
+trainer: {{accelerator: cpu, max_steps: 3, callbacks: [{{class_path: faults.Diary, init_args: {{directory: {base}}}}}]}}
+eval: {{every_n_steps: 0}}
+monitor: {{every_n_steps: 1}}
+samples: {{max_new_tokens: 0}}
+"""
+STAGES = {
+    "sft": """
+model: {class_path: float64.Float64SFT}
+data:
+  class_path: SFTDataModule
+  init_args:
+    micro_batch_size: 2
+    eval_tokens: 1024
+    train: [{task: {class_path: Identity, init_args: {split: train, size: 60}}}]
+    val: [{task: {class_path: Identity, init_args: {split: test, size: 8}}}]
+""",
+    "grpo": """
+model: {class_path: float64.Float64GRPO}
+data:
+  class_path: RolloutDataModule
+  init_args:
+    train: [{task: {class_path: float64.Whims, init_args: {split: train, size: 18}}}]
+    eval_task: {class_path: Arithmetic, init_args: {split: test, size: 3}}
+    questions_per_step: 6
+    num_samples: 3
+    eval_num_samples: 2
+    max_new_tokens: 6
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def pretrained(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("pretrained")
+    for name in ("base_data", "tokenizer"):
+        (base / name).symlink_to(tiny_base / name)
+    (base / "pretrain.yaml").write_text(PRETRAIN)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("LMCHAT_BASE_DIR", str(base))
+        assert main(["fit", "--config", str(base / "pretrain.yaml")]) == 0
+    return base
+
+
+def diary(base: Path, world_size: int) -> dict[tuple[int, int], tuple[str, float]]:
+    """What was in each micro-batch and its loss, by step and place in the step over all ranks."""
+    entries = {}
+    for rank in range(world_size):
+        for line in (base / f"diary_{world_size}_{rank}.txt").read_text().splitlines():
+            step, place, content, loss = line.split()
+            entries[int(step), int(place)] = content, float.fromhex(loss)
+    return entries
+
+
+def train(stage: str, world_size: int, pretrained: Path) -> dict[str, torch.Tensor]:
+    config = pretrained / f"{stage}_{world_size}.yaml"
+    own = pretrained / f"{stage}_{world_size}"
+    own.mkdir()
+    config.write_text(STAGES[stage] + COMMON.format(base=own))
+    ranks = start_fit(
+        [
+            *("--config", str(config), "--ckpt_path", str(pretrained / "base_checkpoints" / "tiny")),
+            *("--model.tag", str(world_size), "--trainer.devices", str(world_size)),
+            *(("--trainer.strategy", "zero2_muon") if world_size > 1 else ()),
+        ],
+        pretrained,
+        world_size,
+    )
+    for rank in ranks:
+        rank.join(250)
+    hanging = [rank for rank in ranks if rank.is_alive()]
+    for rank in hanging:
+        rank.kill()
+    text = "\n".join(path.read_text()[-3000:] for path in pretrained.glob("output_rank*.txt"))
+    assert [rank.exitcode for rank in ranks] == [0] * world_size, text
+    folder = {"sft": "chatsft_checkpoints", "grpo": "chatrl_checkpoints"}[stage]
+    return load_model_state(find_checkpoint(pretrained / folder / str(world_size)))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_ranks_train_what_one_trains(stage: str, pretrained: Path) -> None:
+    weights = {world_size: train(stage, world_size, pretrained) for world_size in (1, 2, 3)}
+    entries = {world_size: diary(pretrained / f"{stage}_{world_size}", world_size) for world_size in weights}
+    losses = [loss for _, loss in entries[1].values()]
+    assert len(losses) == 3 * 6 and any(losses)
+    if stage == "grpo":
+        assert not all(losses), "no group without a signal"
+    for world_size in (2, 3):
+        assert entries[world_size].keys() == entries[1].keys()
+        for place, (content, loss) in entries[1].items():
+            assert entries[world_size][place][0] == content
+            # A loss is scaled by the number of ranks and micro-batches that share the step.
+            assert entries[world_size][place][1] == pytest.approx(loss, abs=1e-10)
+        for name, tensor in weights[1].items():
+            assert tensor.dtype == torch.float64
+            torch.testing.assert_close(weights[world_size][name], tensor, rtol=0, atol=1e-10, msg=name)
