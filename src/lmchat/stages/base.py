@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lmchat.checkpoint.load import Checkpoint
+from lmchat.evaluation.bits_per_byte import BitsPerByte
 from lmchat.model.allocator import keep_large_blocks
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT, default_compute_dtype
@@ -185,6 +186,7 @@ class StageModule(L.LightningModule):
         net.to_empty(device=device)
         net.init_weights()
         self.net = net
+        self.bits_per_byte = BitsPerByte(torch.from_numpy(self.tokenizer.token_bytes))
 
     def on_fit_start(self) -> None:
         if self.compile_mode is True or (self.compile_mode == "auto" and self._compiling_pays() and compiler_works()):
@@ -215,6 +217,12 @@ class StageModule(L.LightningModule):
         optimizer.step(closure=optimizer_closure)
         # Lightning zeroes after the next forward, which would keep the gradients alive beside its activations.
         optimizer.zero_grad(set_to_none=True)
+
+    def log_bits_per_byte(self, batch: Batch) -> None:
+        """Adds a batch of held-out rows to ``val/bpb``."""
+        nats = self.net.loss(batch["inputs"], batch["targets"], reduction="none")
+        self.bits_per_byte.update(nats, batch["targets"])
+        self.log("val/bpb", self.bits_per_byte, add_dataloader_idx=False)
 
     def on_validation_epoch_end(self) -> None:
         # Lightning would log an evaluation after step n as of step n − 1, but one at the start or the end as of n.

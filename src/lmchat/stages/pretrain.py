@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader
 from lmchat.checkpoint.load import Checkpoint
 from lmchat.data.loader import PackedBatches
 from lmchat.data.token_shards import TokenShards, prepare_token_shards
-from lmchat.evaluation.bits_per_byte import BitsPerByte
 from lmchat.model.config import GPTConfig
 from lmchat.paths import base_data_dir
 from lmchat.scaling import config_for_depth
@@ -110,15 +109,8 @@ class PretrainModule(StageModule):
         self.track_loss(loss)
         return loss
 
-    def configure_model(self) -> None:
-        super().configure_model()
-        if not hasattr(self, "bits_per_byte"):
-            self.bits_per_byte = BitsPerByte(torch.from_numpy(self.tokenizer.token_bytes))
-
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        nats = self.net.loss(batch["inputs"], batch["targets"], reduction="none")
-        self.bits_per_byte.update(nats, batch["targets"])
-        self.log("val/bpb", self.bits_per_byte)
+        self.log_bits_per_byte(batch)
 
 
 class FineWebDataModule(StageDataModule):

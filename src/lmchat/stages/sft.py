@@ -12,7 +12,6 @@ import lmchat.tasks  # noqa: F401  (makes every task known by its short class na
 from lmchat.data.conversations import RenderedConversations, render_all
 from lmchat.data.mixture import Mixture, MixturePart
 from lmchat.data.padded import PaddedBatches, PaddedPlan
-from lmchat.evaluation.bits_per_byte import BitsPerByte
 from lmchat.evaluation.chat_tasks import Questions
 from lmchat.paths import base_dir
 from lmchat.schedules import muon_momentum, sft_lr_multiplier
@@ -49,18 +48,11 @@ class SFTModule(ChatModule):
         self.track_loss(loss)
         return loss
 
-    def configure_model(self) -> None:
-        super().configure_model()
-        if not hasattr(self, "bits_per_byte"):
-            self.bits_per_byte = BitsPerByte(torch.from_numpy(self.tokenizer.token_bytes))
-
     def validation_step(self, batch: Batch | Questions, batch_idx: int, dataloader_idx: int = 0) -> None:
         if isinstance(batch, Questions):
             self.log_accuracy(batch)
         else:
-            nats = self.net.loss(batch["inputs"], batch["targets"], reduction="none")
-            self.bits_per_byte.update(nats, batch["targets"])
-            self.log("val/bpb", self.bits_per_byte, add_dataloader_idx=False)
+            self.log_bits_per_byte(batch)
 
 
 class SFTDataModule(ChatDataModule):
