@@ -55,7 +55,7 @@ def test_a_folder_of_text_becomes_token_files(base: Path, tmp_path: Path, capsys
         (["download", "--num_shards", "0"], "num_shards is 0"),
         (["show", "nowhere.jsonl"], "no file or folder nowhere.jsonl"),
         (["show", "nowhere.yaml"], "cannot read nowhere.yaml"),
-        (["show", str(CONFIGS / "grpo.yaml")], "no mixture data.init_args.train"),
+        (["show", str(CONFIGS / "d12_pretrain.yaml")], "no mixture data.init_args.train"),
         (["show", "nowhere.jsonl", "--rows", "-1"], "--rows is -1"),
     ],
 )
