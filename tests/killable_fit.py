@@ -20,6 +20,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from lmchat.__main__ import main
+from lmchat.callbacks import checkpoint
 
 fork_server = multiprocessing.get_context("forkserver")
 # Installed modules only: before Python 3.13 the server does not know where the tests are. The optimizer needs dynamo.
@@ -57,6 +58,7 @@ def _fit(args: list[str], environment: dict[str, str], output: Path) -> None:
     os.environ.update(environment)
     gc.freeze()
     torch.set_num_threads(1)
+    checkpoint.INTERRUPTED_PEER_TIMEOUT_SECONDS = 3.0  # it is waited for whenever rank 1 is killed in a save
     sys.exit(main(["fit", *args]))
 
 

@@ -23,7 +23,7 @@ from lmchat.checkpoint.load import find_checkpoint, load_model_state, load_rank_
 sys.path.insert(0, str(Path(__file__).parent))
 from killable_fit import alive, start_fit
 
-STEPS = 40
+STEPS = 20
 KEEP_LAST = 2
 PATIENCE_SECONDS = 240.0
 CONFIG = """
@@ -155,7 +155,7 @@ class Killer:
 
     def _wait_for_the_moment(self, run: Run, ranks: list[BaseProcess]) -> None:
         """Half of the moments are when a temporary file is there, the others any, some before training has begun."""
-        begin, micro_batches = len(run.records(0)), self.random.randrange(16)
+        begin, micro_batches = len(run.records(0)), self.random.randrange(12)
         moment = self.random.choice(["saving", "saving", "saving", "training", "training", "starting"])
         if moment == "starting":
             time.sleep(self.random.uniform(0, 3))
