@@ -8,6 +8,7 @@ import torch
 
 from lmchat.stages import base
 from lmchat.stages.grpo import GRPOModule
+from lmchat.stages.pretrain import PretrainModule
 from lmchat.stages.sft import SFTModule
 from lmchat.tasks import Arithmetic
 from lmchat.types import Conversation
@@ -28,6 +29,10 @@ class _Float64:
         generator = torch.Generator().manual_seed(0)
         for param in self.net.double().parameters():
             param.data += 0.02 * torch.randn(param.shape, generator=generator, dtype=torch.float64)
+
+
+class Float64Pretrain(_Float64, PretrainModule):
+    """Pretraining in fp64."""
 
 
 class Float64SFT(_Float64, SFTModule):
