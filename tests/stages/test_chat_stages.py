@@ -16,10 +16,11 @@ from lmchat.data.conversations import RenderedConversations, render_all
 from lmchat.data.mixture import Mixture, MixturePart
 from lmchat.data.padded import PaddedBatches, PaddedPlan
 from lmchat.generation.engine import Engine, Piece
-from lmchat.tasks import Arithmetic, Identity
+from lmchat.stages.sft import SFTDataModule
+from lmchat.tasks import Arithmetic, Identity, Task
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.tokenizer.render import render_conversation
-from lmchat.types import IGNORE_INDEX
+from lmchat.types import IGNORE_INDEX, UserError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PRETRAIN = """
@@ -294,3 +295,9 @@ def test_chat_keeps_the_conversation_until_it_is_reset(
 def test_chat_without_a_model_says_how_to_get_one(base: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["chat", "-p", "Hi"]) == 2
     assert "lmchat fit" in capfd.readouterr().err
+
+
+def test_evaluation_tasks_of_the_same_name_are_refused() -> None:
+    tasks: list[Task] = [Arithmetic("test", steps=(1, 1)), Identity("test"), Arithmetic("test", steps=(2, 2))]
+    with pytest.raises(UserError, match=r"Arithmetic/test, Identity/test, Arithmetic/test.*leave one of them out"):
+        SFTDataModule([MixturePart(Identity())], [MixturePart(Identity("test"))], tasks)

@@ -137,6 +137,11 @@ class ChatDataModule(StageDataModule):
     ) -> None:
         super().__init__(micro_batch_size)
         self.eval_tasks = eval_tasks or []
+        names = [task.name for task in self.eval_tasks]
+        if len(set(names)) < len(names):
+            raise UserError(
+                f"--data.eval_tasks are {', '.join(names)}: figures of equal names would mix; leave one of them out"
+            )
         self.eval_batch_size = eval_batch_size
         self.eval_max_new_tokens = eval_max_new_tokens
 
