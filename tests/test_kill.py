@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lmchat.checkpoint.layout import TEMPORARY_SUFFIX, committed_steps, files_by_step
+from lmchat.checkpoint.layout import committed_steps, files_by_step
 from lmchat.checkpoint.load import find_checkpoint, load_model_state, load_rank_state
+from lmchat.files import TEMPORARY_SUFFIX
 
 sys.path.insert(0, str(Path(__file__).parent))
 from killable_fit import alive, start_fit

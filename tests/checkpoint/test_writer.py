@@ -273,25 +273,6 @@ def test_a_snapshot_refuses_what_a_safe_loader_would(tmp_path: Path) -> None:
         snapshot({"callbacks": {"Mine": [1, tmp_path]}})
 
 
-def test_a_large_write_that_the_system_splits(tmp_path: Path) -> None:
-    class Reluctant:
-        """Takes at most 1,000 bytes at a time."""
-
-        def __init__(self) -> None:
-            self.taken = b""
-
-        def write(self, data: memoryview) -> int:
-            self.taken += bytes(data[:1000])
-            return min(1000, len(data))
-
-    raw = Reluctant()
-    file = writer.HashingFile(raw)
-    content = random.Random(0).randbytes(12_345)
-    assert file.write(content) == 12_345
-    assert raw.taken == content
-    assert file.record() == {"bytes": 12_345, "sha256": hashlib.sha256(content).hexdigest()}
-
-
 def test_an_error_that_is_not_the_disks_is_not_hidden(tmp_path: Path) -> None:
     def fail(file) -> None:
         raise RuntimeError("mine")

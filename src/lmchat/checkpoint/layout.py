@@ -13,15 +13,17 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from lmchat.files import TEMPORARY_SUFFIX
 from lmchat.paths import base_dir
 from lmchat.types import UserError
 
 STAGE_FOLDERS = {"pretrain": "base_checkpoints", "sft": "chatsft_checkpoints", "grpo": "chatrl_checkpoints"}
 LOCK_NAME = ".lock"
-TEMPORARY_SUFFIX = ".tmp"
 
 # The receipt is what a rank other than 0 leaves for rank 0 to put into meta; it is gone afterwards.
-_FILE_NAME = re.compile(r"(?:model|meta|optim|receipt)_(\d{6,})(?:_rank\d+)?\.(?:pt|json)(?:\.tmp)?")
+_FILE_NAME = re.compile(
+    rf"(?:model|meta|optim|receipt)_(\d{{6,}})(?:_rank\d+)?\.(?:pt|json)(?:{re.escape(TEMPORARY_SUFFIX)})?"
+)
 _CHECKPOINT_NAME = re.compile(r"(?:model_(\d{6,})\.pt|meta_(\d{6,})\.json)")
 
 
@@ -65,11 +67,6 @@ class CheckpointPaths:
 
     def receipt(self, rank: int) -> Path:
         return self.directory / f"receipt_{self.step:06d}_rank{rank}.json"
-
-
-def temporary(path: Path) -> Path:
-    """The name under which ``path`` is written before it is renamed."""
-    return path.with_name(path.name + TEMPORARY_SUFFIX)
 
 
 def files_by_step(directory: Path) -> dict[int, list[Path]]:

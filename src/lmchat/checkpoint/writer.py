@@ -7,7 +7,6 @@ receipts in the (shared) file system. There is no collective communication, so a
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import hashlib
@@ -18,21 +17,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from io import RawIOBase
 from pathlib import Path
-from typing import IO, Any, TypedDict, cast
+from typing import IO, Any, BinaryIO, TypedDict, cast
 
 import torch
 
 import lmchat
-from lmchat.checkpoint.layout import (
-    LOCK_NAME,
-    TEMPORARY_SUFFIX,
-    CheckpointPaths,
-    committed_steps,
-    files_by_step,
-    temporary,
-)
+from lmchat.checkpoint.layout import LOCK_NAME, CheckpointPaths, committed_steps, files_by_step
+from lmchat.files import TEMPORARY_SUFFIX, sync_folder, synced_file
 from lmchat.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -69,10 +61,10 @@ def snapshot(tree: Any, name: str = "checkpoint") -> Any:
 
 
 class HashingFile:
-    """An unbuffered file that hashes what is written to it. Remembers its own error, which torch.save would bury."""
+    """A file that hashes what is written to it. Remembers its own error, which torch.save would bury."""
 
-    def __init__(self, raw: RawIOBase) -> None:
-        self._raw = raw
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
         self._hash = hashlib.sha256()
         self._bytes = 0
         self.error: OSError | None = None
@@ -80,10 +72,7 @@ class HashingFile:
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         try:
-            # The system may take fewer bytes than it is given: 2 GiB at most, or what is left on the disk.
-            rest = view
-            while rest:
-                rest = rest[self._raw.write(rest) :]
+            self._file.write(view)
         except OSError as error:
             self.error = error
             raise
@@ -92,7 +81,7 @@ class HashingFile:
         return len(view)
 
     def flush(self) -> None:
-        """Nothing is buffered."""
+        """Left to the file's end."""
 
     def record(self) -> FileRecord:
         return {"bytes": self._bytes, "sha256": self._hash.hexdigest()}
@@ -104,31 +93,17 @@ def write_file(path: Path, write: Callable[[HashingFile], Any]) -> FileRecord:
     Raises:
         UserError: the file cannot be written, e.g. because the disk is full; nothing is left behind.
     """
-    scratch = temporary(path)
     file: HashingFile | None = None
     try:
-        with scratch.open("wb", buffering=0) as raw:
+        with synced_file(path) as raw:
             file = HashingFile(raw)
             write(file)
-            os.fsync(raw.fileno())
-        scratch.replace(path)
-        _sync_folder(path.parent)
     except BaseException as error:
-        with contextlib.suppress(OSError):
-            scratch.unlink()
         cause = file.error if file is not None and file.error else error
         if isinstance(cause, OSError):
             raise UserError(_cannot_write(path, cause)) from cause
         raise
     return file.record()
-
-
-def _sync_folder(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _cannot_write(path: Path, error: OSError) -> str:
@@ -229,7 +204,7 @@ def _uncommit(paths: CheckpointPaths) -> None:
     """From here on the checkpoint does not exist, whatever of its files is still there."""
     if paths.meta.exists():
         paths.meta.unlink()
-        _sync_folder(paths.directory)
+        sync_folder(paths.directory)
 
 
 def prune(newest: CheckpointPaths, keep_last: int) -> None:

@@ -19,6 +19,7 @@ from lmchat.demo.report import draw_curves, skills_table, time_table
 from lmchat.demo.run import Demo, Figures
 from lmchat.demo.text import collect_text, measure_baselines, tokenize, train_tokenizer
 from lmchat.demo.training import finetune, pretrain, reinforce
+from lmchat.files import replacing
 from lmchat.types import UserError
 
 LMCHAT = Path(sys.executable).with_name("lmchat")
@@ -99,9 +100,8 @@ def _open_summary(run: Demo) -> dict[str, Any]:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)
+    with replacing(path) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _next_command(run: Demo) -> str:

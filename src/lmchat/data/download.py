@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import fnmatch
 import hashlib
 import json
@@ -32,6 +31,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from lmchat.data.parquet_text import open_parquet
+from lmchat.files import locked
 from lmchat.types import UserError
 
 _ATTEMPTS = 5
@@ -130,14 +130,13 @@ def _claim(output: Path, repo_id: str) -> Iterator[None]:
         if source.exists() and (other := json.loads(source.read_text())["repo_id"]) != repo_id:
             raise UserError(f"{output} holds shards of {other}, not of {repo_id}; choose another folder with --output")
         source.write_text(json.dumps({"repo_id": repo_id}) + "\n")
-        lock = (output / ".lock").open("w")
     except OSError as error:
         raise UserError(f"cannot write to {output} ({error.strerror})") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another download into {output} is running; wait for it, or stop it") from error
+
+    def refuse() -> None:
+        raise UserError(f"another download into {output} is running; wait for it, or stop it")
+
+    with locked(output / ".lock", when_taken=refuse):
         yield
 
 

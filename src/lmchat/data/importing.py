@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lmchat.data.parquet_text import TEXT_COLUMN, read_documents
+from lmchat.files import new_folder
 from lmchat.types import UserError
 
 PLAIN_SUFFIXES = (".txt", ".md", ".rst")
@@ -198,8 +199,10 @@ def write_shards(
         raise UserError(f"validation_fraction is {validation_fraction}; it must be between 0 and 1, for example 0.01")
     if shard_characters < 1:
         raise UserError(f"shard_characters is {shard_characters}; it must be at least 1")
-    with _appears_when_complete(output) as staging:
-        buckets = [staging / f"{i}.arrow" for i in range(min(_MOST_BUCKETS, 1 + expected_bytes // _BUCKET_BYTES))]
+    with new_folder(output) as folder:
+        spilled = folder / "spilled"
+        spilled.mkdir()
+        buckets = [spilled / f"{i}.arrow" for i in range(min(_MOST_BUCKETS, 1 + expected_bytes // _BUCKET_BYTES))]
         read, blank = _spill(documents, buckets, seed)
         unique = sum(map(_count_unique, buckets))
         if unique < 2:
@@ -209,30 +212,14 @@ def write_shards(
             )
         validation = min(max(1, round(validation_fraction * unique)), unique - 1)
         ordered = (text for bucket in buckets for text in _read_in_order(bucket))
-        with _ShardWriter(staging / "shards") as writer:
+        with _ShardWriter(folder) as writer:
             for number, text in enumerate(ordered):
                 full = number < unique - validation and writer.shard_characters >= shard_characters
                 if number in (0, unique - validation) or full:
                     writer.start_shard()
                 writer.add(text)
+        shutil.rmtree(spilled)
     return WrittenShards(writer.shards - 1, unique - validation, validation, writer.characters, read - unique, blank)
-
-
-@contextlib.contextmanager
-def _appears_when_complete(output: Path) -> Iterator[Path]:
-    """A staging folder, whose folder ``shards`` becomes ``output``."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"the output folder {output} is not empty; choose another with --output, or delete it")
-    staging = output.with_name(f"{output.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        (staging / "shards").mkdir(parents=True)
-        yield staging
-        (staging / "shards").rename(output)
-    except OSError as error:
-        raise UserError(f"cannot write to {staging} ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _spill(documents: Iterable[str], buckets: list[Path], seed: int) -> tuple[int, int]:

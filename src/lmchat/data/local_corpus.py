@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lmchat.data.prose import dedent_docstring, paragraphs
+from lmchat.files import new_folder
 from lmchat.types import UserError
 
 if TYPE_CHECKING:
@@ -149,14 +149,27 @@ def collect_documentation(
     Raises:
         UserError: ``output`` holds something already, or there is too little prose for two shards.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"the output folder {output} is not empty; choose another, or delete it")
     sources = documentation_sources() if sources is None else sources
     report = CorpusReport({source.name: SourceReport() for source in sources})
+    with new_folder(output) as folder:
+        found = _read_all(sources, processes or os.cpu_count() or 1, progress)
+        train, validation = _deduplicate(found, validation_share, report)
+        if not train or not validation:
+            raise UserError(
+                f"found too little prose ({len(train) + len(validation)} documents) in {len(sources)} packages"
+            )
+        _write(folder, train, validation, train_shards)
+    return report
+
+
+def _deduplicate(
+    files: Iterable[tuple[Source, Path, list[str]]], validation_share: float, report: CorpusReport
+) -> tuple[list[str], list[str]]:
+    """Documents to train on and to hold out, without what stands in an earlier one; counted in ``report``."""
     seen: set[bytes] = set()
     held_out: list[tuple[Source, list[str]]] = []
     train: list[str] = []
-    for source, path, found in _read_all(sources, processes or os.cpu_count() or 1, progress):
+    for source, path, found in files:
         report.read += sum(map(len, found))
         if _fraction("/".join([source.name, *path.parts[-3:]])) < validation_share:
             held_out.append((source, found))
@@ -171,10 +184,7 @@ def collect_documentation(
         report.sources[source.name].add(documents)
         report.validation.add(documents)
         validation += documents
-    if not train or not validation:
-        raise UserError(f"found too little prose ({len(train) + len(validation)} documents) in {len(sources)} packages")
-    _write(output, train, validation, train_shards)
-    return report
+    return train, validation
 
 
 def _standard_library() -> list[Path]:
@@ -293,19 +303,13 @@ def _fraction(key: str) -> float:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) / 2**64
 
 
-def _write(output: Path, train: list[str], validation: list[str], train_shards: int) -> None:
+def _write(folder: Path, train: list[str], validation: list[str], train_shards: int) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     from lmchat.data.parquet_text import TEXT_COLUMN
 
-    staging = output.with_name(f"{output.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
     train = sorted(train, key=_fraction)
     parts = [train[at::train_shards] for at in range(train_shards)]
     for number, part in enumerate([*parts, sorted(validation, key=_fraction)]):
-        pq.write_table(pa.table({TEXT_COLUMN: part}), staging / f"shard_{number:05d}.parquet", compression="zstd")
-    if output.exists():
-        output.rmdir()
-    staging.rename(output)
+        pq.write_table(pa.table({TEXT_COLUMN: part}), folder / f"shard_{number:05d}.parquet", compression="zstd")

@@ -7,8 +7,6 @@ The header says which tokenizer and which parquet file the tokens come from, so 
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -20,7 +18,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, overload
 
@@ -29,6 +27,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from lmchat.data.parquet_text import check_text_column, list_shards, open_parquet, read_documents
+from lmchat.files import locked, synced_file
 from lmchat.paths import base_dir
 from lmchat.types import UserError
 
@@ -146,7 +145,8 @@ def prepare_token_shards(
     if stale:
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            with _only_one_process(directory):
+            waiting = f"Waiting for another process to finish tokenizing into {directory}"
+            with locked(directory / ".lock", when_taken=partial(print, waiting, file=sys.stderr, flush=True)):
                 stale = [
                     shard for shard in _stale(stale, directory, tokenizer) if not _restamp(directory, shard, tokenizer)
                 ]
@@ -221,17 +221,6 @@ def _identify(shard: Path) -> Source:
     with shard.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return Source(status.st_size, status.st_mtime_ns, _footer_digest(shard), sha256)
-
-
-@contextlib.contextmanager
-def _only_one_process(directory: Path) -> Iterator[None]:
-    with (directory / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"Waiting for another process to finish tokenizing into {directory}", file=sys.stderr, flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _tokenize_all(
@@ -317,7 +306,7 @@ def _write_token_file(path: Path, shard: Path, encode: _OrderedEncoder, fingerpr
     source = _identify(shard)
     rows = tokens = crc = 0
     lengths = [np.zeros(1, dtype=np.int64)]
-    with _appears_when_complete(path) as file:
+    with synced_file(path) as file:
 
         def append(array: npt.NDArray[Any]) -> None:
             nonlocal crc
@@ -337,19 +326,6 @@ def _write_token_file(path: Path, shard: Path, encode: _OrderedEncoder, fingerpr
         append(np.zeros(-tokens * encode.dtype.itemsize % 8, dtype=np.uint8))
         append(offsets)
         Header(fingerprint, encode.dtype.name, documents, tokens, rows - documents, crc, source).write(file)
-
-
-@contextlib.contextmanager
-def _appears_when_complete(path: Path) -> Iterator[BinaryIO]:
-    temporary = path.with_suffix(".tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class TokenShard:

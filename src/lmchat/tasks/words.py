@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from lmchat.files import replacing
 from lmchat.paths import base_dir
 from lmchat.tasks.split import Split, in_split
 from lmchat.types import UserError
@@ -46,9 +46,8 @@ def write_words(words: Iterable[str], path: str | Path | None = None) -> Path:
     """Write a word list, a word a line, to ``path`` or to `default_words_path`; returns where."""
     file = Path(path).expanduser() if path is not None else default_words_path()
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    unfinished.write_text("".join(f"{word}\n" for word in words), encoding="utf-8")
-    unfinished.replace(file)
+    with replacing(file) as unfinished:
+        unfinished.write_text("".join(f"{word}\n" for word in words), encoding="utf-8")
     return file
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import tiktoken
 
+from lmchat.files import replacing
 from lmchat.tokenizer import files
 from lmchat.types import UserError
 
@@ -170,10 +171,8 @@ class Tokenizer:
         hugging_face = files.hugging_face(self.ranks, self.pattern, SPECIAL_TOKENS)
         files.write_tiktoken_ranks(directory / "ranks.tiktoken", self.ranks)
         np.save(directory / "token_bytes.npy", self.token_bytes, allow_pickle=False)
-        # A reader must never see half a file: written aside, then renamed.
-        temporary = directory / f"{_FILE}.{os.getpid()}.tmp"
-        hugging_face.save(str(temporary))
-        temporary.replace(directory / _FILE)
+        with replacing(directory / _FILE) as unfinished:
+            hugging_face.save(str(unfinished))
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``. Special tokens in it are ordinary characters; lone surrogates become U+FFFD."""
