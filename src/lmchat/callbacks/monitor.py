@@ -66,7 +66,7 @@ class Monitor(Callback):
         self.every_n_steps = every_n_steps
         self.warmup_steps = warmup_steps
         self.loss_ema: torch.Tensor | float = 0.0
-        self.ema_steps = 0
+        self.ema_steps: torch.Tensor | int = 0
         self.tokens = 0
         self._bar: tqdm | None = None
 
@@ -118,7 +118,7 @@ class Monitor(Callback):
         loss = pl_module.pop_step_loss()
         # One loss that is not finite would stay in the mean for ever.
         self.loss_ema = torch.where(loss.isfinite(), EMA_DECAY * self.loss_ema + (1 - EMA_DECAY) * loss, self.loss_ema)
-        self.ema_steps += 1
+        self.ema_steps = self.ema_steps + loss.isfinite()
         step_tokens = pl_module.data.step_tokens
         self.tokens += step_tokens
         self._lap_tokens += step_tokens
@@ -127,7 +127,7 @@ class Monitor(Callback):
             self._record(trainer, pl_module, loss)
 
     def _record(self, trainer: L.Trainer, module: StageModule, loss: torch.Tensor) -> None:
-        ema = torch.as_tensor(self.loss_ema, device=loss.device, dtype=loss.dtype) / (1 - EMA_DECAY**self.ema_steps)
+        ema = torch.as_tensor(self.loss_ema) / (1 - EMA_DECAY**self.ema_steps)
         loss_value, ema_value = trainer.strategy.reduce(torch.stack([loss, ema]), reduce_op="mean").tolist()
         position = module.data.progress()
         step, seconds = trainer.global_step, self._watch.lap()
@@ -183,7 +183,7 @@ class Monitor(Callback):
             self._bar = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"loss_ema": float(self.loss_ema), "ema_steps": self.ema_steps, "tokens": self.tokens}
+        return {"loss_ema": float(self.loss_ema), "ema_steps": int(self.ema_steps), "tokens": self.tokens}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.loss_ema = state_dict["loss_ema"]
