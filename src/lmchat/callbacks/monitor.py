@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from tqdm import tqdm
 
@@ -128,7 +129,10 @@ class Monitor(Callback):
 
     def _record(self, trainer: L.Trainer, module: StageModule, loss: torch.Tensor) -> None:
         ema = torch.as_tensor(self.loss_ema) / (1 - EMA_DECAY**self.ema_steps)
-        loss_value, ema_value = trainer.strategy.reduce(torch.stack([loss, ema]), reduce_op="mean").tolist()
+        losses = torch.stack([loss, ema]) / trainer.world_size
+        if trainer.world_size > 1:  # not by the strategy's reduce, which adds a barrier
+            dist.all_reduce(losses)
+        loss_value, ema_value = losses.tolist()
         position = module.data.progress()
         step, seconds = trainer.global_step, self._watch.lap()
         rate = self._lap_tokens / seconds
