@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch  # noqa: F401  (its log handler keeps the stderr of its import: not that of one test)
 import pytest
@@ -20,7 +21,7 @@ from lmchat.stages.sft import SFTDataModule
 from lmchat.tasks import Arithmetic, Identity, Task
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.tokenizer.render import render_conversation
-from lmchat.types import IGNORE_INDEX, UserError
+from lmchat.types import IGNORE_INDEX, Batch, UserError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PRETRAIN = """
@@ -180,6 +181,37 @@ def test_a_stage_resumes_its_own_run(stage: str, pipeline: Path, monkeypatch: py
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
 
 
+@pytest.mark.parametrize(
+    ("stage", "old", "new", "message"),
+    [
+        ("sft", "split: train, size: 16", "split: train, size: 17", "Arithmetic/train: 16 conversations"),
+        ("grpo", "split: train, size: 8", "split: train, size: 8, seed: 1", "Arithmetic/train: 8 conversations"),
+        ("grpo", "questions_per_step: 2", "questions_per_step: 4", "questions per step: 2, now 4"),
+    ],
+)
+def test_a_stage_does_not_resume_on_other_data(
+    stage: str,
+    old: str,
+    new: str,
+    message: str,
+    pipeline: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("LMCHAT_BASE_DIR", str(pipeline))
+    config, folder = {"sft": (SFT, "chatsft_checkpoints"), "grpo": (GRPO, "chatrl_checkpoints")}[stage]
+    assert old in config
+    (pipeline / "changed.yaml").write_text(config.replace(old, new))
+    start = min((pipeline / folder / "tiny").glob("meta_*.json"))
+    arguments = ["--config", str(CONFIGS / f"{stage}.yaml"), "--config", str(pipeline / "changed.yaml")]
+    assert main(["fit", *arguments, "--ckpt_path", str(start), "--model.tag", "changed"]) == 2
+    errors = capfd.readouterr().err
+    assert message in errors
+    assert "--model.tag" in errors
+    assert "Traceback" not in errors
+    assert not (pipeline / folder / "changed" / "meta_000002.json").exists()
+
+
 def test_a_chat_stage_without_a_checkpoint_says_what_it_needs(
     pipeline: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -232,6 +264,29 @@ def test_batches_hold_the_same_rows_for_every_split(
     per_step = 8 // rows
     for step in range(plan.steps):
         assert sum(live[step * per_step : (step + 1) * per_step]) == batches[step * per_step]["loss_tokens"]
+
+
+@pytest.mark.parametrize(("rows", "world"), [(8, 1), (4, 2), (2, 1), (1, 4)])
+def test_a_position_holds_for_any_number_of_ranks(
+    rows: int, world: int, rendered: tuple[Mixture, Tokenizer, RenderedConversations]
+) -> None:
+    plan = PaddedPlan(rendered[2], 128, 8)
+
+    def batches(micro_batch_size: int, world_size: int, **kwargs: Any) -> list[Batch]:
+        loaders = [
+            PaddedBatches(plan, bos_id=0, micro_batch_size=micro_batch_size, rank=rank, world_size=world_size, **kwargs)
+            for rank in range(world_size)
+        ]
+        return [batch for round_ in zip(*loaders, strict=True) for batch in round_]
+
+    def inputs(batches: list[Batch]) -> torch.Tensor:
+        return torch.cat([batch["inputs"] for batch in batches])[: 8 * plan.steps]
+
+    # Two steps of 8 rows are four rounds of two ranks with 2 rows each.
+    states = [batch["state"] for batch in batches(2, 2)[6:8]]
+    assert states[0] == states[1]
+    unbroken, resumed = inputs(batches(8, 1)), inputs(batches(rows, world, state=states[0]))
+    assert torch.equal(resumed[: len(unbroken) - 16], unbroken[16:])
 
 
 def test_a_conversation_cut_short_is_counted(tiny_base: Path, tmp_path: Path) -> None:

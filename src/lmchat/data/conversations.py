@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -52,7 +53,7 @@ def render_all(
     from rich.progress import track
 
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    tokens, masks, truncated = [], [], []
+    tokens, masks, truncated, checksums = [], [], [], []
     for index in track(range(len(conversations)), title, console=Console(stderr=True)):
         try:
             ids, mask = render_conversation(tokenizer, conversations[index], max_tokens + 1)
@@ -61,6 +62,7 @@ def render_all(
         truncated.append(len(ids) > max_tokens)
         tokens.append(np.array(ids[:max_tokens], dtype=dtype))
         masks.append(np.array(mask[:max_tokens], dtype=bool))
+        checksums.append(zlib.crc32(masks[-1].tobytes(), zlib.crc32(tokens[-1].tobytes())))
     if not tokens:
         raise UserError("there are no conversations; name at least one task that has some")
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,6 +74,7 @@ def render_all(
         "offsets": np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
         "supervised": supervised,
         "truncated": np.array(truncated),
+        "checksums": np.array(checksums, dtype=np.uint32),
     }
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
@@ -91,6 +94,7 @@ class RenderedConversations:
         lengths: (conversations,) int64, tokens of each.
         supervised: (conversations,) int64, tokens of each that a loss is taken on.
         truncated: (conversations,) bool, which were cut.
+        checksums: (conversations,) uint32, CRC-32 of the tokens and mask of each.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -99,6 +103,7 @@ class RenderedConversations:
         self._offsets = np.load(folder / "offsets.npy")
         self.supervised: npt.NDArray[np.int64] = np.load(folder / "supervised.npy")
         self.truncated: npt.NDArray[np.bool_] = np.load(folder / "truncated.npy")
+        self.checksums: npt.NDArray[np.uint32] = np.load(folder / "checksums.npy")
         self.lengths: npt.NDArray[np.int64] = np.diff(self._offsets)
 
     def __len__(self) -> int:

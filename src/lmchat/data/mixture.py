@@ -80,6 +80,11 @@ class Mixture:
     def __iter__(self) -> Iterator[Conversation]:
         return (self[index] for index in range(len(self)))
 
+    @property
+    def part_numbers(self) -> np.ndarray:
+        """(conversations,) int64, the place in ``parts`` of the part that each conversation comes from."""
+        return np.searchsorted(self._ends, self._order, side="right")
+
     def counts(self) -> dict[str, int]:
         """Conversations of each task by name, repetitions included."""
         counts: Counter[str] = Counter()

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from lmchat.data.conversations import RenderedConversations
+from lmchat.data.fingerprint import check_fingerprint
 from lmchat.data.packing import BestFitPacker, Row
 from lmchat.types import IGNORE_INDEX, Batch
 
@@ -66,8 +67,12 @@ class PaddedBatches(IterableDataset[Batch]):
 
     Args:
         bos_id: fills rows up, without a loss.
-        state: continue after the batch that carried it; None is the beginning.
+        fingerprint: of the data that the plan is of; part of the state.
+        state: continue after the batch that carried it, with any number of ranks; None is the beginning.
         rounds: number of batches; None is the epoch and one more, which is read ahead and never trained on.
+
+    Raises:
+        UserError: the state is a position in other data.
     """
 
     def __init__(
@@ -78,6 +83,7 @@ class PaddedBatches(IterableDataset[Batch]):
         micro_batch_size: int,
         rank: int = 0,
         world_size: int = 1,
+        fingerprint: dict[str, str] | None = None,
         state: dict[str, Any] | None = None,
         rounds: int | None = None,
     ) -> None:
@@ -86,7 +92,10 @@ class PaddedBatches(IterableDataset[Batch]):
         self.micro_batch_size = micro_batch_size
         self.rank = rank
         self.world_size = world_size
-        self.first = state["rounds"] if state else 0
+        self.fingerprint = fingerprint or {}
+        if state is not None:
+            check_fingerprint(state["data"], self.fingerprint)
+        self.first = state["rows"] // (micro_batch_size * world_size) if state else 0
         self.rounds = rounds
 
     @property
@@ -99,8 +108,12 @@ class PaddedBatches(IterableDataset[Batch]):
             batch = self._gather((number * self.world_size + self.rank) * self.micro_batch_size)
             if self.rounds is None:
                 batch["loss_tokens"] = self.plan.loss_tokens(number // self.rounds_per_step)
-                done = min(1.0, (number + 1) * self.micro_batch_size * self.world_size / len(self.plan.rows))
-                batch["state"] = {"rounds": number + 1, "epoch": done}
+                rows = (number + 1) * self.micro_batch_size * self.world_size
+                batch["state"] = {
+                    "rows": rows,
+                    "epoch": min(1.0, rows / len(self.plan.rows)),
+                    "data": self.fingerprint,
+                }
             yield batch
 
     def _gather(self, first_row: int) -> Batch:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from lmchat.data.fingerprint import check_fingerprint
 from lmchat.data.mixture import Mixture
 from lmchat.generation.engine import Completion, Engine
 from lmchat.tasks.base import Task
@@ -68,7 +69,11 @@ class Rollouts(IterableDataset[Rollout]):
         questions_per_step: over all ranks, a multiple of ``world_size``.
         steps: of the whole run.
         all_reduce: sums a number over the ranks.
+        fingerprint: of the questions; part of the state.
         state: continue after the batch that carried it.
+
+    Raises:
+        UserError: the state is a position in other questions.
     """
 
     def __init__(
@@ -83,6 +88,7 @@ class Rollouts(IterableDataset[Rollout]):
         rank: int,
         world_size: int,
         all_reduce: Callable[[int], int],
+        fingerprint: dict[str, str],
         state: dict[str, Any] | None = None,
     ) -> None:
         assert questions_per_step % world_size == 0
@@ -95,6 +101,9 @@ class Rollouts(IterableDataset[Rollout]):
         self.rank = rank
         self.world_size = world_size
         self.all_reduce = all_reduce
+        self.fingerprint = fingerprint
+        if state is not None:
+            check_fingerprint(state["data"], fingerprint)
         self.first_step = state["steps"] if state else 0
         self.sampled_at = time.perf_counter()
         """When the groups of the current step were ready."""
@@ -110,7 +119,11 @@ class Rollouts(IterableDataset[Rollout]):
             tokens = self.all_reduce(sum(group["num_tokens"] for group in groups))
             for group in groups:
                 group["loss_tokens"] = max(1, tokens)
-                group["state"] = {"steps": step + 1, **_figures(groups), "rollout_seconds": self.sampled_at - started}
+                group["state"] = {
+                    "steps": step + 1,
+                    "data": self.fingerprint,
+                    "figures": {**_figures(groups), "rollout_seconds": self.sampled_at - started},
+                }
                 yield group
 
     def _sample(self, step: int) -> list[Rollout]:

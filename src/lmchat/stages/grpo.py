@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lmchat.tasks  # noqa: F401  (makes every task known by its short class name)
+from lmchat.data.fingerprint import conversation_checksums, fingerprint
 from lmchat.data.mixture import Mixture, MixturePart
 from lmchat.data.rollouts import Rollouts, Sampling
 from lmchat.evaluation.chat_tasks import Questions
@@ -172,7 +173,7 @@ class RolloutDataModule(ChatDataModule):
 
     @property
     def step_tokens(self) -> int:
-        return int(self.position["sampled_tokens"]) * self.run.world_size if self.position else 0
+        return int(self.position["figures"]["sampled_tokens"]) * self.run.world_size if self.position else 0
 
     def train_dataloader(self) -> DataLoader:
         module = self.module
@@ -187,6 +188,11 @@ class RolloutDataModule(ChatDataModule):
             rank=self.run.global_rank,
             world_size=self.run.world_size,
             all_reduce=self._sum_over_ranks,
+            fingerprint=fingerprint(
+                self.mixture,
+                conversation_checksums(self.mixture),
+                **{"questions per step": self.questions_per_step},
+            ),
             state=self.position,
         )
         return self.loader(self.rollouts)
@@ -204,5 +210,4 @@ class RolloutDataModule(ChatDataModule):
         """Figures of the step's samples, and the seconds since they were ready: call it when the step is done."""
         if not self.position:
             return {}
-        figures = {name: value for name, value in self.position.items() if name != "steps"}
-        return {**figures, "training_seconds": time.perf_counter() - self.rollouts.sampled_at}
+        return {**self.position["figures"], "training_seconds": time.perf_counter() - self.rollouts.sampled_at}

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 import lmchat.tasks  # noqa: F401  (makes every task known by its short class name)
 from lmchat.data.conversations import RenderedConversations, render_all
+from lmchat.data.fingerprint import fingerprint
 from lmchat.data.mixture import Mixture, MixturePart
 from lmchat.data.padded import PaddedBatches, PaddedPlan
 from lmchat.evaluation.chat_tasks import Questions
@@ -128,7 +129,11 @@ class SFTDataModule(ChatDataModule):
         )
 
     def train_dataloader(self) -> DataLoader:
-        return self.loader(self._batches(self.train_plan, state=self.position))
+        plan = self.train_plan
+        data = fingerprint(
+            self.mixtures["train"], plan.conversations.checksums, **{"rows per step": plan.rows_per_step}
+        )
+        return self.loader(self._batches(plan, fingerprint=data, state=self.position))
 
     def val_dataloader(self) -> list[DataLoader]:
         round_rows = self.micro_batch_size * self.run.world_size

@@ -1,0 +1,56 @@
+"""What a run draws its conversations from, in a few words: a resumed run must not go on with something else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+
+import numpy as np
+import numpy.typing as npt
+
+from lmchat.data.mixture import Mixture
+from lmchat.types import UserError
+
+_ORDER = "order"
+
+
+def conversation_checksums(mixture: Mixture) -> npt.NDArray[np.uint32]:
+    """(conversations,) CRC-32 of the messages of each."""
+    messages = (json.dumps(conversation["messages"], sort_keys=True) for conversation in mixture)
+    return np.fromiter((zlib.crc32(text.encode()) for text in messages), np.uint32, len(mixture))
+
+
+def fingerprint(mixture: Mixture, checksums: npt.NDArray[np.uint32], **settings: object) -> dict[str, str]:
+    """What the mixture consists of, by the name of the task; its order; and what else decides who comes when.
+
+    Args:
+        checksums: (conversations,) of each, in the order of the mixture.
+        settings: by the name in the message about a difference.
+    """
+    found = {name: str(value) for name, value in settings.items()}
+    names = [part.task.name for part in mixture.parts]
+    numbers = mixture.part_numbers
+    for name in dict.fromkeys(names):
+        own = checksums[np.isin(numbers, [number for number, other in enumerate(names) if other == name])]
+        own.sort()  # a change of another task, which shuffles them all differently, is none of this one
+        found[name] = f"{len(own):,} conversations {_digest(own)}"
+    return {**found, _ORDER: _digest(checksums)}
+
+
+def check_fingerprint(resumed: dict[str, str], current: dict[str, str]) -> None:
+    """Raises `UserError` with the differences, if there are any."""
+    names = [name for name in {**resumed, **current} if resumed.get(name) != current.get(name)]
+    if not names:
+        return
+    if len(names) > 1 and _ORDER in names:
+        names.remove(_ORDER)  # a consequence of the others
+    changes = "; ".join(f"{name}: {resumed.get(name, 'none')}, now {current.get(name, 'none')}" for name in names)
+    raise UserError(
+        f"the run to resume began with other data than the config gives now ({changes}); give it what it began with, "
+        "or start a new run with another --model.tag"
+    )
+
+
+def _digest(checksums: npt.NDArray[np.uint32]) -> str:
+    return hashlib.sha256(checksums.tobytes()).hexdigest()[:8]
