@@ -11,30 +11,41 @@ DEPTH=${DEPTH:-26}
 SHARDS=${SHARDS:-160}                                  # to download: 160 × 250 M characters are one epoch of d26
 DEVICES=${DEVICES:-auto}
 STRATEGY=${STRATEGY:-zero2_muon}
-TOKENIZER_SHARDS=8                                     # the 2 G characters that the tokenizer is trained on
+TOKENIZER_SHARDS=8                                     # the 2 G characters for the tokenizer and the word list
 export LMCHAT_BASE_DIR=$BASE
 
 # The rest of the shards comes down while the tokenizer is trained on the first.
 tokenizer() {
+  local first=$((SHARDS > 0 && SHARDS < TOKENIZER_SHARDS ? SHARDS : TOKENIZER_SHARDS))
   if [ -n "$TEXT" ]; then
     [ -d "$BASE/base_data" ] || $LMCHAT data import "$TEXT"
   elif [ ! -f "$BASE/base_data/.complete_$SHARDS" ]; then
-    $LMCHAT data download --num_shards $((SHARDS < TOKENIZER_SHARDS ? SHARDS : TOKENIZER_SHARDS))
+    $LMCHAT data download --num_shards "$first"
     (exec $LMCHAT data download --num_shards "$SHARDS" > "$BASE/download.log" 2>&1) &
     download=$!
     trap 'kill "$download" 2> /dev/null || true' EXIT  # Ctrl-C does not reach what runs in the background
   fi
-  [ -f "$BASE/words.txt" ] || $LMCHAT data words
+  [ -f "$BASE/words.txt" ] || $LMCHAT data words --max_shards "$first"
   if [ -f "$BASE/tokenizer/tokenizer.json" ]; then
     echo "tokenizer: finished, in $BASE/tokenizer"
   else
-    $LMCHAT tokenizer train ${VOCAB_SIZE:+--vocab_size "$VOCAB_SIZE"}
+    $LMCHAT tokenizer train --max_shards "$first" ${VOCAB_SIZE:+--vocab_size "$VOCAB_SIZE"}
   fi
-  if [ -n "${download:-}" ]; then
-    echo "waiting for the download, see $BASE/download.log"
-    wait "$download" || { tail -n 1 "$BASE/download.log" >&2; exit 1; }
-    touch "$BASE/base_data/.complete_$SHARDS"
+  [ -z "${download:-}" ] || finish_download
+}
+
+# Nothing is trained on a part of the shards: make goes no further than a download that failed.
+finish_download() {
+  local status=0
+  echo "waiting for the download, see $BASE/download.log"
+  wait "$download" || status=$?
+  trap - EXIT
+  if [ "$status" -ne 0 ]; then
+    tail -n 1 "$BASE/download.log" >&2
+    echo "the download of $SHARDS shards failed (status $status); what is complete is kept, run again to continue" >&2
+    exit "$status"
   fi
+  touch "$BASE/base_data/.complete_$SHARDS"
 }
 
 # Trains a stage from its last checkpoint or from the stage before, and evaluates it once: name, folder, options.

@@ -122,19 +122,21 @@ def tokenize(data_dir: Path | None = None, tokenizer: Path | None = None, num_th
     )
 
 
-def words(data_dir: Path | None = None, output: Path | None = None) -> None:
+def words(data_dir: Path | None = None, max_shards: int | None = None, output: Path | None = None) -> None:
     """Make the word list of the spelling tasks from the words of the training shards.
 
     Args:
         data_dir: folder of parquet shards; default is $LMCHAT_BASE_DIR/base_data.
+        max_shards: read this many at most, the first by name: the same ones while others are downloaded.
         output: file to write; default is $LMCHAT_BASE_DIR/words.txt.
     """
     from lmchat.data.parquet_text import list_shards, read_documents
-    from lmchat.paths import base_data_dir
     from lmchat.tasks.words import words_from_text, write_words
 
+    if max_shards is not None and max_shards < 1:
+        raise UserError(f"max_shards is {max_shards}; it must be at least 1")
     *train, _ = list_shards(data_dir or base_data_dir())
-    found = words_from_text(text or "" for shard in train for text in read_documents(shard))
+    found = words_from_text(text or "" for shard in train[:max_shards] for text in read_documents(shard))
     print(f"{len(found):,} words: {write_words(found, output)}")
 
 

@@ -35,6 +35,7 @@ def train(
     vocab_size: int = 32_768,
     max_chars: int = 2_000_000_000,
     doc_cap: int = 10_000,
+    max_shards: int | None = None,
     output: Path | None = None,
 ) -> None:
     """Train a byte-level BPE on parquet shards or text files.
@@ -45,13 +46,15 @@ def train(
         vocab_size: entries of the vocabulary, the nine special tokens included.
         max_chars: read this many characters at most.
         doc_cap: read this many characters of a document at most.
+        max_shards: read this many files at most, the first by name: the same ones while others are downloaded.
         output: folder to write; default is $LMCHAT_BASE_DIR/tokenizer.
     """
     from lmchat.tokenizer.bpe import Tokenizer
 
-    if min(max_chars, doc_cap) < 1:
-        raise UserError(f"max_chars and doc_cap must be at least 1, got {max_chars} and {doc_cap}")
-    files = _training_files(data or base_data_dir())
+    for name, value in (("max_chars", max_chars), ("doc_cap", doc_cap), ("max_shards", max_shards)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1")
+    files = _training_files(data or base_data_dir())[:max_shards]
     total_documents = sum(map(_count_documents, files))
     output = _writable(output or tokenizer_dir())
     started = time.perf_counter()
