@@ -143,3 +143,14 @@ def test_nameless_assistants_are_refused() -> None:
     for bad in ({"assistant": " "}, {"maker": ""}, {"size": 0}):
         with pytest.raises(UserError, match="identity"):
             Identity(**bad)
+
+
+def test_a_thousand_conversations_cover_the_topics_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmchat.tasks.identity.vary", lambda question, rng: question)
+    topic_of = {question: name for name, topic in TOPICS.items() for question in questions(topic, "train")}
+    counts = Counter(str(message["content"]) for row in Identity(size=1000) for message in row["messages"][::2])
+    per_topic = Counter(topic_of[question] for question in counts.elements())
+    assert per_topic.keys() == TOPICS.keys()
+    assert min(per_topic.values()) >= 100
+    assert max(per_topic.values()) < 150
+    assert len(counts) > 0.8 * len(topic_of)

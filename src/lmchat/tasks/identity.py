@@ -43,7 +43,7 @@ class Identity(Task):
 
         Args:
             split: train or test; test questions are worded as no training question is.
-            size: number of conversations.
+            size: number of conversations; 1,000 ask about each topic 100 times or more, in four fifths of its wordings.
             assistant: its name.
             maker: who made it.
             seed: other seeds give other conversations.
