@@ -60,7 +60,7 @@ def main(args: list[str] | None = None) -> int:
     from jsonargparse import ArgumentError
 
     from lmchat.argument_errors import explain
-    from lmchat.types import UserError
+    from lmchat.types import RankFailure, UserError
 
     try:
         if name in TRAINER_COMMANDS:
@@ -71,6 +71,8 @@ def main(args: list[str] | None = None) -> int:
         return _fail(explain(str(error), args))
     except UserError as error:
         return _fail(str(error))
+    except RankFailure as error:
+        return _fail(str(error), status=1)
     except OSError as error:
         from lmchat.paths import base_dir
 
@@ -93,9 +95,9 @@ def _concerns(error: OSError, folder: Path) -> bool:
     return path.is_relative_to(folder) or folder.is_relative_to(path)
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, status: int = 2) -> int:
     print(f"lmchat: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+    return status
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import signal
 import sys
 import threading
@@ -13,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from jsonargparse import Namespace
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from lmchat.argument_errors import config_paths
 from lmchat.callbacks.batch_plan import BatchPlan
 from lmchat.callbacks.checkpoint import StepCheckpoint
 from lmchat.callbacks.eval_schedule import EvalSchedule
@@ -33,7 +36,7 @@ from lmchat.paths import base_dir
 from lmchat.stages import grpo, pretrain, sft  # noqa: F401  (known to jsonargparse by their short class names)
 from lmchat.stages.base import StageModule, check_precision
 from lmchat.strategies import zero2_muon  # noqa: F401  (registers the strategy by name)
-from lmchat.types import UserError
+from lmchat.types import RankFailure, UserError
 
 TRAINER_DEFAULTS = {
     "max_epochs": -1,
@@ -64,6 +67,10 @@ DECIDED_BY = {
 """Options of the trainer that the callbacks set, and what they set them from."""
 
 
+_CONNECTION_LOST = re.compile(r"gloo/transport/\S+ ([\w ]+\w)|(ncclRemoteError)")
+"""What gloo and NCCL say where another process is gone, with the reason as a group."""
+
+
 class LMChatCLI(LightningCLI):
     """Adds the callbacks every stage has, TensorBoard and CSV logs by default, ``--ckpt_path last`` and ``auto``.
 
@@ -91,8 +98,17 @@ class LMChatCLI(LightningCLI):
         """Lightning would let the checkpoint's hyperparameters beat the user's; the stage adopts it instead."""
 
     def before_instantiate_classes(self) -> None:
+        self._check_groups()
         if self.subcommand == "validate" and self._get(self.config, "ckpt_path") is None:
             raise UserError("lmchat validate evaluates a checkpoint; give one with --ckpt_path, e.g. --ckpt_path last")
+
+    def _check_groups(self) -> None:
+        """Raises UserError for a group like ``trainer`` that is no mapping of options, which jsonargparse lets pass."""
+        assert self.subcommand is not None
+        for name in self._subcommand_parsers[self.subcommand].groups:
+            value = self._get(self.config, name)
+            if not isinstance(value, Namespace | None):
+                raise UserError(f"--{name} is {value}; it must be a mapping, as in {name}: {{option: value}}")
 
     def _check_trainer_options(self) -> None:
         """Raises UserError for a trainer option that would have no effect, or would touch the weights' type."""
@@ -158,7 +174,7 @@ class LMChatCLI(LightningCLI):
         if self._is_finished():
             rank_zero_info(f"{self.model.stage} {self.model.tag} is finished: {path}")
             return
-        with status_tells_signal(self.trainer):
+        with status_tells_signal(self.trainer), lost_rank_told(self.trainer):
             self.trainer.fit(model, ckpt_path=path, **kwargs)
         if path is not None and self.checkpoint is not None and self.checkpoint.step >= self.trainer.max_steps:
             rank_zero_info(
@@ -167,7 +183,8 @@ class LMChatCLI(LightningCLI):
             )
 
     def validate(self, model: StageModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
-        self.trainer.validate(model, ckpt_path=self._resume_path(), **kwargs)
+        with lost_rank_told(self.trainer):
+            self.trainer.validate(model, ckpt_path=self._resume_path(), **kwargs)
 
 
 def main(args: list[str]) -> None:
@@ -181,6 +198,7 @@ def main(args: list[str]) -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip:" not in record.getMessage()
     )
+    _check_encoding(args)
     options = {"exit_on_error": False, "allow_abbrev": False}
     try:
         LMChatCLI(
@@ -209,6 +227,16 @@ def main(args: list[str]) -> None:
         raise mistake from None
 
 
+def _check_encoding(args: list[str]) -> None:
+    for path in map(Path, config_paths(args)):
+        try:
+            path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"--config {path} is not text in UTF-8 ({error.reason}); save it as UTF-8") from error
+        except OSError:
+            continue  # told by the parser
+
+
 @contextmanager
 def status_tells_signal(trainer: L.Trainer) -> Iterator[None]:
     """A run that a signal ends exits with 128 + its number; SIGUSR1, SLURM's warning of the end, acts as SIGTERM."""
@@ -226,6 +254,21 @@ def status_tells_signal(trainer: L.Trainer) -> Iterator[None]:
         sys.exit(128 + signal.SIGINT if isinstance(status.__context__, KeyboardInterrupt) else status.code)
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+@contextmanager
+def lost_rank_told(trainer: L.Trainer) -> Iterator[None]:
+    """Turns the error of a collective whose other end is gone into a `RankFailure`, which needs no traceback."""
+    try:
+        yield
+    except RuntimeError as error:
+        cause = error.__cause__ if isinstance(error, RankFailure) else error
+        if not (match := _CONNECTION_LOST.search(str(cause))):
+            raise
+        reason = match[1] or match[2]
+        raise RankFailure(
+            f"rank {trainer.global_rank} has lost another rank ({reason}); what that one printed says why"
+        ) from error
 
 
 def _mistake_behind(error: BaseException | None) -> UserError | None:

@@ -18,6 +18,10 @@ class UserError(ValueError):
     """
 
 
+class RankFailure(RuntimeError):
+    """Another rank has failed, which says why itself. The command line prints the message without a traceback."""
+
+
 class Part(TypedDict):
     """One part of an assistant message: prose, a calculator call, or the calculator's answer."""
 

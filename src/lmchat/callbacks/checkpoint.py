@@ -36,9 +36,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lmchat.checkpoint.layout import CheckpointPaths, checkpoint_dir, committed_steps
 from lmchat.checkpoint.load import DamagedCheckpoint, open_checkpoint
 from lmchat.checkpoint.rng import capture_rng, restore_rng
-from lmchat.checkpoint.writer import INTERRUPTED_PEER_TIMEOUT_SECONDS, RunLock, await_commit, snapshot
+from lmchat.checkpoint.writer import INTERRUPTED_PEER_TIMEOUT_SECONDS, RunLock, await_commit, check_writable, snapshot
 from lmchat.strategies.checkpoint_io import LMChatCheckpointIO
-from lmchat.strategies.zero2_muon import RankFailure
+from lmchat.strategies.zero2_muon import LeftBeforeStep
 from lmchat.types import UserError
 
 
@@ -109,6 +109,8 @@ class StepCheckpoint(Checkpoint):
         meta = pl_module.checkpoint_meta()
         self.directory = Path(self.dirpath) if self.dirpath else checkpoint_dir(meta["stage"], meta["tag"])
         _on_rank_zero(trainer, self._claim_directory)
+        if self._io.rank > 0:  # now, not when its first file is due
+            check_writable(self.directory, self._io.rank)
 
     def _claim_directory(self) -> None:
         self._lock = RunLock(self.directory)
@@ -167,7 +169,7 @@ class StepCheckpoint(Checkpoint):
             self._release()
 
     def _save_interrupted(self, trainer: L.Trainer, exception: BaseException) -> None:
-        if isinstance(exception, RankFailure):
+        if isinstance(exception, LeftBeforeStep):
             self._stepping = False
         if self._stepping and _is_between_batches(trainer):
             self._mark_boundary(trainer)  # a callback before this one has failed, the step has not
@@ -181,7 +183,7 @@ class StepCheckpoint(Checkpoint):
                 await_commit(CheckpointPaths(self.directory, self._saved_step), INTERRUPTED_PEER_TIMEOUT_SECONDS)
         # Training has failed already; what else fails must not hide why.
         except Exception as error:
-            rank_zero_warn(f"could not save step {trainer.global_step} on {type(exception).__name__}: {error}")
+            rank_zero_warn(f"could not save step {trainer.global_step}: {error}")
         steps = committed_steps(self.directory)
         if steps:
             latest = CheckpointPaths(self.directory, steps[-1]).meta

@@ -218,6 +218,13 @@ def prune(newest: CheckpointPaths, keep_last: int) -> None:
             path.unlink(missing_ok=True)
 
 
+def check_writable(directory: Path, rank: int = 0) -> None:
+    """Raises UserError where ``rank`` cannot write files into the folder."""
+    probe = directory / f".probe_rank{rank}"
+    write_file(probe, lambda file: file.write(b"writable"))
+    probe.unlink()
+
+
 class RunLock:
     """The right of one run to write checkpoints into a folder; it ends with the process, however that ends.
 
@@ -250,9 +257,7 @@ class RunLock:
         self._prepare(directory)
 
     def _prepare(self, directory: Path) -> None:
-        probe = directory / ".probe"
-        write_file(probe, lambda file: file.write(b"writable"))
-        probe.unlink()
+        check_writable(directory)
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._file.flush()
@@ -287,7 +292,6 @@ class BackgroundWriter:
         try:
             job()
         except BaseException as error:
-            logger.error("checkpoint not written: %s", error)
             self._error = error
 
     def check(self) -> None:

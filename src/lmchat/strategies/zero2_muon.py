@@ -22,11 +22,11 @@ from torch import Tensor
 from lmchat.optim.muon_adamw import MuonAdamW
 from lmchat.optim.sharded import ShardedMuonAdamW
 from lmchat.strategies.checkpoint_io import LMChatCheckpointIO
-from lmchat.types import UserError
+from lmchat.types import RankFailure, UserError
 
 
-class RankFailure(RuntimeError):
-    """Another rank has failed. This one learns of it before a step has changed anything."""
+class LeftBeforeStep(RankFailure):
+    """Another rank has failed before this step has changed anything."""
 
 
 class Zero2MuonStrategy(DDPStrategy):
@@ -149,7 +149,7 @@ class Zero2MuonStrategy(DDPStrategy):
         try:
             dist.all_reduce(message, op=dist.ReduceOp.MAX, group=self._control_group)
         except RuntimeError as error:
-            raise RankFailure("another rank has failed; what it printed says why") from error
+            raise LeftBeforeStep("another rank has failed") from error
         self.agreed_signal = int(message[-1])
         return message[:-1]
 
@@ -177,6 +177,7 @@ class Zero2MuonStrategy(DDPStrategy):
     def on_exception(self, exception: BaseException) -> None:
         """Closes the connections to the other ranks, which may be waiting for this one; saving needs none."""
         super().on_exception(exception)
+        self._let_ranks_exit()
         if self._control_group is None or isinstance(exception, SIGTERMException):  # all ranks know
             return
         dist.destroy_process_group(self._control_group)
