@@ -15,6 +15,8 @@ _UNION = re.compile(r"Subtypes: \[(.+)\]\n(?:(?!\s*Subtypes: ).*\n)*?.*Given val
 _TYPE = re.compile(r"<class '(?:\w+\.)*(\w+)'>|(?:typing\.)?Literal\[([^\]]*)\]|([^,\s](?:[^,\[]|\[[^\]]*\])*)")
 _PATH = re.compile(r"(Path is not a file|File does not exist): '(.*)'")
 _PATH_PROBLEMS = {"Path is not a file": "a folder", "File does not exist": "not there"}
+_STRANGER = re.compile(r"does not accept option '([^']+)'")
+_NO_MAPPING = re.compile(r"Unable to load config '([^']*)'")
 
 
 def explain(message: str, args: Sequence[str]) -> str:
@@ -33,6 +35,12 @@ def explain(message: str, args: Sequence[str]) -> str:
         return (
             f"--{option}.{rejected[1]}: {owner} has no option {rejected[1]!r}; see `{command} --{option}.help {owner}`"
         )
+    if stranger := _STRANGER.search(message):
+        return f"there is no option --{stranger[1]}; `{command} --help` lists them"
+    if "Unexpected config" in message:
+        return f"{_configs(args)} has no options where they are due; write them as in trainer: {{max_steps: 100}}"
+    if stranger := _NO_MAPPING.search(message):
+        return f"--{option} is {stranger[1]}; it must be a mapping, as in {option}: {{option: value}}"
     if stranger := _MISSING_CLASS.search(message):
         return f"--{option} is {stranger[1]}, which is no known class; see `{command} --help` for those there are"
     if misfit := _MISFIT.findall(message):
@@ -70,5 +78,10 @@ def _readable(types: str) -> str:
 
 
 def _configs(args: Sequence[str]) -> str:
+    return " or ".join(config_paths(args)) or "the config"
+
+
+def config_paths(args: Sequence[str]) -> list[str]:
+    """The files that a command line names with ``--config``."""
     joined = [arg.removeprefix("--config=") for arg in args if arg.startswith("--config=")]
-    return " or ".join([after for flag, after in pairwise(args) if flag in ("--config", "-c")] + joined) or "the config"
+    return [after for flag, after in pairwise(args) if flag in ("--config", "-c")] + joined

@@ -105,7 +105,7 @@ class LMChatCLI(LightningCLI):
     def _check_groups(self) -> None:
         """Raises UserError for a group like ``trainer`` that is no mapping of options, which jsonargparse lets pass."""
         assert self.subcommand is not None
-        for name in self._subcommand_parsers[self.subcommand].groups:
+        for name in self._subcommand_parsers[self.subcommand].groups or ():
             value = self._get(self.config, name)
             if not isinstance(value, Namespace | None):
                 raise UserError(f"--{name} is {value}; it must be a mapping, as in {name}: {{option: value}}")
