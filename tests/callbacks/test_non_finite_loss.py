@@ -30,23 +30,36 @@ checkpoint: {every_n_steps: %s}
 """
 
 
-def train(base: Path, monkeypatch: pytest.MonkeyPatch, every_n_steps: int, *options: str) -> int:
-    """Exit status of a run of 4 steps of 2 micro-batches, of which number 5, counted from 0, has a loss of NaN."""
+PLACES = {
+    "loss": "the loss is not finite at step 3, in micro-batch 1 (from 0) of rank 0",
+    "gradient": "the gradient is not finite at step 3, of lm_head.weight and ",
+}
+
+
+def train(base: Path, monkeypatch: pytest.MonkeyPatch, what: str, every_n_steps: int, *options: str) -> int:
+    """Exit status of 4 steps of 2 micro-batches; in number 5, counted from 0, the loss or its gradient is NaN."""
     compute, calls = GPT.loss, iter(range(100))
 
     def loss(self: GPT, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return compute(self, *args, **kwargs) * (torch.nan if next(calls) == 5 else 1.0)
+        value = compute(self, *args, **kwargs)
+        if next(calls) != 5:
+            return value
+        if what == "loss":
+            return value * torch.nan
+        value.register_hook(lambda grad: grad * torch.nan)
+        return value
 
     monkeypatch.setattr(GPT, "loss", loss)
     (base / "tiny.yaml").write_text(CONFIG % every_n_steps)
     return main(["fit", "--config", str(base / "tiny.yaml"), *options])
 
 
+@pytest.mark.parametrize("what", PLACES)
 def test_by_default_the_run_ends_with_the_step_before_saved(
-    base: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    what: str, base: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert train(base, monkeypatch, 100) == 2
-    assert "the loss is not finite at step 3, in micro-batch 1 (from 0) of rank 0" in capfd.readouterr().err
+    assert train(base, monkeypatch, what, 100) == 2
+    assert PLACES[what] in capfd.readouterr().err
     folder = base / "base_checkpoints" / "d1"
     assert committed_steps(folder) == [2]
     assert all(tensor.isfinite().all() for tensor in load_model_state(find_checkpoint(folder)).values())
@@ -56,8 +69,9 @@ def test_by_default_the_run_ends_with_the_step_before_saved(
     assert committed_steps(folder) == [2, 4]
 
 
-def test_such_steps_can_be_skipped_and_are_counted(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert train(base, monkeypatch, 1, "--non_finite_loss.action", "skip") == 0
+@pytest.mark.parametrize("what", PLACES)
+def test_such_steps_can_be_skipped_and_are_counted(what: str, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert train(base, monkeypatch, what, 1, "--non_finite_loss.action", "skip") == 0
     folder = base / "base_checkpoints" / "d1"
     weights = [load_model_state(find_checkpoint(CheckpointPaths(folder, step).meta)) for step in (1, 2, 3, 4)]
     unchanged = [all(torch.equal(a[name], b[name]) for name in a) for a, b in pairwise(weights)]
@@ -67,9 +81,10 @@ def test_such_steps_can_be_skipped_and_are_counted(base: Path, monkeypatch: pyte
         rows = list(csv.DictReader(file))
     assert [(row["step"], row["train/skipped_steps"]) for row in rows if row["train/skipped_steps"]] == [("3", "1")]
     losses = {row["step"]: (row["train/loss"], row["train/loss_ema"]) for row in rows if row["train/loss"]}
-    assert losses["3"] == ("nan", losses["2"][1])
-    ema = sum((1 - EMA_DECAY) * EMA_DECAY**age * float(losses[step][0]) for age, step in enumerate("421"))
-    assert float(losses["4"][1]) == pytest.approx(ema / (1 - EMA_DECAY**3), rel=1e-5)
+    counted = "421" if what == "loss" else "4321"
+    assert (losses["3"] == ("nan", losses["2"][1])) == (what == "loss")
+    ema = sum((1 - EMA_DECAY) * EMA_DECAY**age * float(losses[step][0]) for age, step in enumerate(counted))
+    assert float(losses["4"][1]) == pytest.approx(ema / (1 - EMA_DECAY ** len(counted)), rel=1e-5)
 
 
 @pytest.mark.parametrize(

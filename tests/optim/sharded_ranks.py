@@ -149,15 +149,27 @@ def sparse_gradients(rank: int, world_size: int, groups: Groups) -> dict[str, An
 
 
 def dropped_step(rank: int, world_size: int, groups: Groups) -> dict[str, Any]:
-    """A step that is dropped after its gradients have begun to travel, and one after it."""
+    """Steps that are dropped for the last rank's gradient, once under way and once not, and good ones after them."""
     params = make_params()
     optimizer = ShardedMuonAdamW(groups_of(params), *groups)
-    optimizer.reduce_during_backward()
-    (loss_of(params, 7, rank) * torch.inf).backward()
-    optimizer.step(optimizer.drop_step)
+    found = []
+
+    def drop() -> None:
+        found.append(optimizer.non_finite_gradients())
+        optimizer.drop_step()
+
+    for overlap, name, value in ((True, "lm_head.weight", torch.inf), (False, "x0_lambdas", torch.nan)):
+        slope = value if rank == world_size - 1 else 1.0
+        overflow = params[name].register_hook(lambda grad, slope=slope: grad * slope)
+        if overlap:
+            optimizer.reduce_during_backward()
+        loss_of(params, 7, rank).backward()
+        overflow.remove()
+        optimizer.step(drop)
     dropped = copies(params)
     train(optimizer, params, range(STEPS), rank, world_size, overlap=True)
-    return {"dropped": dropped, "params": copies(params), "optimizer": optimizer.state_dict()}
+    found.append(optimizer.non_finite_gradients())
+    return {"found": found, "dropped": dropped, "params": copies(params), "optimizer": optimizer.state_dict()}
 
 
 def traffic(rank: int, world_size: int, groups: Groups) -> dict[str, Any]:

@@ -89,7 +89,9 @@ def test_equal_to_one_process(world_size: int, run: str, ranks: Results, one_pro
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_a_dropped_step_changes_nothing(world_size: int, ranks: Results) -> None:
     for rank in range(world_size):
-        assert_same(ranks[rank][f"dropped_{world_size}"]["dropped"], worker.copies(worker.make_params()), tolerance=0)
+        outcome = ranks[rank][f"dropped_{world_size}"]
+        assert outcome["found"] == [["lm_head.weight"], ["x0_lambdas"], []]
+        assert_same(outcome["dropped"], worker.copies(worker.make_params()), tolerance=0)
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)

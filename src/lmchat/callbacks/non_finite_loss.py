@@ -1,4 +1,4 @@
-"""What happens when a loss is NaN or infinite."""
+"""What happens when a loss or a gradient is NaN or infinite."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ NOWHERE = 2**62
 class NonFiniteLoss(Callback):
     """Does not take an optimizer step to which any micro-batch of any rank contributes a loss that is not finite.
 
-    The ranks agree once per step, on one number; on a GPU it reaches the CPU while the last backward pass runs.
+    Nor one whose gradient is not, which an overflow in the backward pass can bring about. The ranks agree once per
+    step on both; on a GPU the first reaches the CPU while the last backward pass runs.
 
     Args:
         action: "stop" ends the run as it was before that step; "skip" drops the step's gradients, counts it in
@@ -45,21 +46,30 @@ class NonFiniteLoss(Callback):
             self._losses.clear()
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
-        place = self._place()
-        if place == NOWHERE:
+        finding = self._finding(trainer, optimizer)
+        if finding is None:
             return
-        micro_batch, rank = divmod(place, trainer.world_size)
-        where = f"at step {trainer.global_step + 1}, in micro-batch {micro_batch} (from 0) of rank {rank}"
         if self.action == "stop":
             raise UserError(
-                f"the loss is not finite {where}; the step was not taken: resume with a lower learning rate, or leave "
+                f"{finding}; the step was not taken: resume with a lower learning rate, or leave "
                 "such steps out with --non_finite_loss.action skip"
             )
         optimizer.drop_step()
         self.skipped_steps += 1
-        rank_zero_warn(f"the loss is not finite {where}: the step is skipped ({self.skipped_steps} so far)")
+        rank_zero_warn(f"{finding}: the step is skipped ({self.skipped_steps} so far)")
         for logger in trainer.loggers:
             logger.log_metrics({"train/skipped_steps": self.skipped_steps}, step=trainer.global_step + 1)
+
+    def _finding(self, trainer: L.Trainer, optimizer: Any) -> str | None:
+        """What is not finite, the same on every rank."""
+        step, place = trainer.global_step + 1, self._place()
+        if place != NOWHERE:
+            micro_batch, rank = divmod(place, trainer.world_size)
+            return f"the loss is not finite at step {step}, in micro-batch {micro_batch} (from 0) of rank {rank}"
+        if names := optimizer.non_finite_gradients():
+            more = f" and {len(names) - 1} more" if names[1:] else ""
+            return f"the gradient is not finite at step {step}, of {names[0]}{more}, though every loss is"
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         return {"skipped_steps": self.skipped_steps}

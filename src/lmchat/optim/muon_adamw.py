@@ -160,6 +160,13 @@ class MuonAdamW(Optimizer):
                 self._step_adamw(group)
         return loss
 
+    @torch.no_grad()
+    def non_finite_gradients(self) -> list[str]:
+        """Names of the parameters with an infinite or NaN gradient; synchronises with the device."""
+        params = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
+        finite = are_finite([param.grad.sum() for param in params])
+        return [self._names[param] for param, good in zip(params, finite, strict=True) if not good]
+
     def drop_step(self) -> None:
         """Lets the step under way, whose closure has run, drop the gradients: parameters and state stay as they are."""
         self._dropped = True
@@ -301,6 +308,11 @@ class MuonAdamW(Optimizer):
     def _own_part(self, param: Tensor) -> Tensor:
         """The part of ``param`` whose state is kept here."""
         return param
+
+
+def are_finite(sums: Sequence[Tensor]) -> list[bool]:
+    """Of the tensors whose sums these are. A sum is the cheapest value that an infinity or NaN cannot leave finite."""
+    return torch.stack(list(sums)).isfinite().tolist() if sums else []
 
 
 def _restore(tensor: Tensor, pieces: Sequence[dict[str, Any]], key: str, start: int, name: str) -> None:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lmchat.optim.muon_adamw import MuonAdamW, StateDict
+from lmchat.optim.muon_adamw import MuonAdamW, StateDict, are_finite
 
 # torch 2.13 renamed both and warns of the old names.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -26,6 +26,9 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 
 SMALL_NUMEL = 1024
 """AdamW tensors below this many elements are all-reduced and stepped by every rank."""
+
+MISSING, FINITE, NON_FINITE = range(3)
+"""States of a gradient; of several ranks' the greatest counts."""
 
 Group = dict[str, Any]
 
@@ -113,6 +116,7 @@ class Bucket(ABC):
         self.params = list(params)
         self.collectives = collectives
         self.missing = set(self.params)
+        self.sums: dict[Tensor, Tensor] = {}
         self._message: Tensor | None = None
         self._reduced: Callable[[], Tensor] | None = None
 
@@ -146,6 +150,7 @@ class Bucket(ABC):
             place.zero_()
         else:
             place.copy_(param.grad)
+            self.sums[param] = param.grad.sum()
             param.grad = None
         self.missing.remove(param)
 
@@ -164,6 +169,7 @@ class Bucket(ABC):
         reduced = self._reduced()
         self._message = self._reduced = None
         self.missing = set(self.params)
+        self.sums.clear()
         return reduced
 
     @abstractmethod
@@ -404,6 +410,7 @@ class ShardedMuonAdamW(MuonAdamW):
         self._completed: list[int] = []
         self._order = self._buckets
         self._reduced = 0
+        self._agreed: list[int] | None = None
         for param in self._bucket_of:
             param.register_post_accumulate_grad_hook(self._on_gradient)
 
@@ -444,7 +451,7 @@ class ShardedMuonAdamW(MuonAdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        live = self._params_with_gradients()
+        live = {param for param, worst in zip(self._bucket_of, self._agree_on_gradients(), strict=True) if worst}
         buckets = [bucket for bucket in self._order if not live.isdisjoint(bucket.params)]
         for bucket in buckets[self._reduced :]:
             for param in tuple(bucket.missing):
@@ -456,15 +463,33 @@ class ShardedMuonAdamW(MuonAdamW):
         else:
             self._step_and_gather(buckets, live)
         self._learn_order()
-        self._overlapping, self._reduced = False, 0
+        self._overlapping, self._reduced, self._agreed = False, 0, None
         self._completed.clear()
         return loss
 
-    def _params_with_gradients(self) -> set[Tensor]:
-        """On any rank. No rank returns, and so none changes a parameter, before all have ended their backward pass."""
-        here = [param.grad is not None or param not in bucket.missing for param, bucket in self._bucket_of.items()]
-        anywhere = self._agree(torch.tensor(here, dtype=torch.uint8))
-        return {param for param, live in zip(self._bucket_of, anywhere.tolist(), strict=True) if live}
+    @torch.no_grad()
+    def non_finite_gradients(self) -> list[str]:
+        """Names of the parameters with an infinite or NaN gradient on any rank; synchronises with the device.
+
+        To be called by all ranks or by none, between the backward pass and the update: within `step`'s closure.
+        """
+        worst = zip(self._bucket_of, self._agree_on_gradients(), strict=True)
+        return [self._names[param] for param, state in worst if state == NON_FINITE]
+
+    def _agree_on_gradients(self) -> list[int]:
+        """The worst state of each parameter's gradient on any rank, agreed once per step.
+
+        No rank returns, and so none changes a parameter, before all have ended their backward pass.
+        """
+        if self._agreed is None:
+            sums = [
+                bucket.sums.get(param) if param.grad is None else param.grad.sum()
+                for param, bucket in self._bucket_of.items()
+            ]
+            finite = iter(are_finite([total for total in sums if total is not None]))
+            here = [MISSING if total is None else FINITE if next(finite) else NON_FINITE for total in sums]
+            self._agreed = self._agree(torch.tensor(here, dtype=torch.uint8)).tolist()
+        return self._agreed
 
     def _step_and_gather(self, buckets: Sequence[Bucket], live: set[Tensor]) -> None:
         for bucket in buckets:
