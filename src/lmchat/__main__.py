@@ -39,7 +39,7 @@ def _run_command(name: str, args: list[str]) -> None:
 
     module = import_module(f"lmchat.commands.{name}")
     short = getattr(module, "SHORT_OPTIONS", {})
-    args = [short.get(arg, arg) for arg in args]
+    args = [short.get(name, name) + equals + value for name, equals, value in (arg.partition("=") for arg in args)]
     auto_cli(module.COMMANDS, args=args, prog=f"lmchat {name}", allow_abbrev=False, exit_on_error=False)
 
 

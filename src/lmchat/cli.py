@@ -187,7 +187,33 @@ class LMChatCLI(LightningCLI):
             self.trainer.validate(model, ckpt_path=self._resume_path(), **kwargs)
 
 
-def main(args: list[str]) -> None:
+class DataModuleCLI(LMChatCLI):
+    """Reads the arguments of a run, and makes of it nothing but its data module."""
+
+    def _set_seed(self) -> None:
+        """A data module draws nothing when it is made."""
+
+    def instantiate_classes(self) -> None:
+        assert self.subcommand is not None
+        data = Namespace(data=self._get(self.config, "data"))
+        self.datamodule = self._subcommand_parsers[self.subcommand].instantiate(data).data
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing is run."""
+
+
+def read_data_module(configs: list[Path]) -> L.LightningDataModule:
+    """The data module that ``lmchat fit`` makes of these configs, each laid over those before it.
+
+    Raises:
+        UserError, jsonargparse.ArgumentError: a config is wrong.
+    """
+    layers = [argument for config in configs for argument in ("--config", str(config))]
+    # A config may be of the data alone.
+    return main(["fit", "--model", "SFTModule", *layers], DataModuleCLI).datamodule
+
+
+def main(args: list[str], cli: type[LMChatCLI] = LMChatCLI) -> LMChatCLI:
     """Runs a trainer command.
 
     Raises:
@@ -201,7 +227,7 @@ def main(args: list[str]) -> None:
     _check_encoding(args)
     options = {"exit_on_error": False, "allow_abbrev": False}
     try:
-        LMChatCLI(
+        return cli(
             StageModule,
             L.LightningDataModule,
             subclass_mode_model=True,

@@ -54,7 +54,9 @@ def test_a_folder_of_text_becomes_token_files(base: Path, tmp_path: Path, capsys
         (["tokenize", "--tokenizer", "nowhere"], "no tokenizer in nowhere"),
         (["download", "--num_shards", "0"], "num_shards is 0"),
         (["show", "nowhere.jsonl"], "no file or folder nowhere.jsonl"),
-        (["show", "nowhere.yaml"], "cannot read nowhere.yaml"),
+        (["show", "nowhere.yaml"], "nowhere.yaml is not there"),
+        (["show", "nowhere.jsonl", "--overlay", "mine.yaml"], "nowhere.jsonl is none"),
+        (["show", str(CONFIGS / "grpo.yaml"), "--split", "val"], "no mixture data.init_args.val"),
         (["show", str(CONFIGS / "d12_pretrain.yaml")], "no mixture data.init_args.train"),
         (["show", "nowhere.jsonl", "--rows", "-1"], "--rows is -1"),
     ],
@@ -158,6 +160,30 @@ def test_show_takes_the_mixture_of_a_config(base: Path, tmp_path: Path, capsys: 
     assert "JSONLConversations/chat: 3 conversations\n3 conversations, 108 tokens, 57 supervised" in printed
     assert main(["data", "show", str(config), "--split", "val"]) == 0
     assert "Identity/test: 2 conversations" in capsys.readouterr().out
+
+
+def test_show_lays_configs_over_each_other_as_fit_does(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = "[{task: {class_path: Identity, init_args: {size: SIZE}}}]"
+    overlays = []
+    for number, text in enumerate((f"train: {train.replace('SIZE', '4')}", "shuffle_seed: 7", "shuffle_seed: 8")):
+        overlays.append(tmp_path / f"{number}.yaml")
+        overlays[-1].write_text(f"data: {{init_args: {{{text}}}}}\n")
+    first, second, third = (["--overlay", str(path)] for path in overlays)
+
+    def show(*overlay: str) -> str:
+        assert main(["data", "show", str(CONFIGS / "sft.yaml"), *overlay, "--rows", "4"]) == 0
+        return capsys.readouterr().out
+
+    printed = [show(*first), show(*first, *second), show(*first, *third, *second), show(*first, *second, *third)]
+    for text in printed:
+        assert "Identity/train: 4 conversations\n4 conversations" in text
+    assert printed[1] == printed[2], "the last one holds"
+    assert len(set(printed)) == 3
+    overlays[1].write_text("data: {init_args: {shufle_seed: 7}}\n")
+    assert main(["data", "show", str(CONFIGS / "sft.yaml"), f"--overlay={overlays[1]}"]) == 2
+    assert "no option 'shufle_seed'" in capsys.readouterr().err
 
 
 USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}

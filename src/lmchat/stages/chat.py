@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
 from lmchat.checkpoint.load import Checkpoint, load_model_state, load_rank_state
+from lmchat.data.mixture import Mixture
 from lmchat.evaluation.chat_tasks import Questions, TaskQuestions, grade
 from lmchat.generation.engine import Engine
 from lmchat.model.config import GPTConfig
@@ -122,11 +123,16 @@ class ChatModule(StageModule):
 class ChatDataModule(StageDataModule):
     """Data of a stage that is judged by answers to questions.
 
+    Attributes:
+        mixtures: of conversations, by the split that they are of.
+
     Args:
         eval_tasks: tasks whose questions are asked in evaluation; slice them with their ``stop``.
         eval_batch_size: questions answered together.
         eval_max_new_tokens: longest answer in evaluation.
     """
+
+    mixtures: dict[str, Mixture]
 
     def __init__(
         self,

@@ -140,7 +140,7 @@ class RolloutDataModule(ChatDataModule):
         seed: int = 42,
     ) -> None:
         super().__init__(num_samples, eval_tasks, eval_batch_size, max_new_tokens)
-        self.mixture = Mixture(train, seed)
+        self.mixtures = {"train": Mixture(train, seed)}
         self.eval_task = eval_task
         self.questions_per_step = questions_per_step
         self.sampling = Sampling(num_samples, max_new_tokens, temperature, top_k)
@@ -149,10 +149,11 @@ class RolloutDataModule(ChatDataModule):
 
     def setup(self, stage: str) -> None:
         loop = self.run.fit_loop.epoch_loop
-        steps = len(self.mixture) // self.questions_per_step
+        questions = len(self.mixtures["train"])
+        steps = questions // self.questions_per_step
         if stage == "fit" and steps < 1:
             raise UserError(
-                f"{len(self.mixture)} questions are less than one step of "
+                f"{questions} questions are less than one step of "
                 f"--data.questions_per_step {self.questions_per_step}; ask fewer per step"
             )
         loop.max_steps = min(loop.max_steps, steps) if loop.max_steps > 0 else steps
@@ -178,8 +179,9 @@ class RolloutDataModule(ChatDataModule):
     def train_dataloader(self) -> DataLoader:
         module = self.module
         assert isinstance(module, GRPOModule)
+        mixture = self.mixtures["train"]
         self.rollouts = Rollouts(
-            self.mixture,
+            mixture,
             lambda: module.engine,
             self.sampling,
             questions_per_step=self.questions_per_step,
@@ -189,9 +191,7 @@ class RolloutDataModule(ChatDataModule):
             world_size=self.run.world_size,
             all_reduce=self._sum_over_ranks,
             fingerprint=fingerprint(
-                self.mixture,
-                conversation_checksums(self.mixture),
-                **{"questions per step": self.questions_per_step},
+                mixture, conversation_checksums(mixture), **{"questions per step": self.questions_per_step}
             ),
             state=self.position,
         )
