@@ -25,7 +25,8 @@ class TaskQuestions(IterableDataset[Questions]):
     """One rank's share of the questions of some tasks, in batches.
 
     Args:
-        tasks: asked one after the other; rank r of W asks questions r, r + W, … of each.
+        tasks: asked one after the other; rank r of W asks questions r, r + W, … of each. A rank for which there is
+            none gets a batch without questions, since a metric is summed over ranks only where all of them log it.
         batch_size: questions per batch.
     """
 
@@ -38,7 +39,7 @@ class TaskQuestions(IterableDataset[Questions]):
     def __iter__(self) -> Iterator[Questions]:
         for task in self.tasks:
             own = range(self.rank, len(task), self.world_size)
-            for start in range(0, len(own), self.batch_size):
+            for start in range(0, max(1, len(own)), self.batch_size):
                 yield Questions(task, [task[index] for index in own[start : start + self.batch_size]])
 
 
