@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
+import resource
 import signal
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,30 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import Callback
 
+CLONE_NEWNS, MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 0x20000, 1, 32, 4096, 1 << 14, 1 << 18
+
 
 def _signal(name: str) -> Any:
     return lambda: os.kill(os.getpid(), getattr(signal, name))
+
+
+def _fill_disk() -> None:
+    """The system call itself refuses, in this process, a file of 20 kB or more."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+
+
+def _make_read_only() -> None:
+    """The folder of checkpoints, for this process alone: in a mount namespace of its own."""
+    folder = Path(os.environ["LMCHAT_BASE_DIR"]) / "base_checkpoints" / "d2"
+    folder.mkdir(parents=True, exist_ok=True)
+    path, libc = os.fsencode(folder), ctypes.CDLL(None, use_errno=True)
+    steps = [
+        libc.unshare(CLONE_NEWNS),
+        libc.mount(None, b"/", None, MS_PRIVATE | MS_REC, None),
+        libc.mount(path, path, None, MS_BIND, None),
+        libc.mount(None, path, None, MS_BIND | MS_REMOUNT | MS_RDONLY, None),
+    ]
+    assert not any(steps), os.strerror(ctypes.get_errno())
 
 
 def _raise(error: Exception) -> Any:
@@ -27,6 +50,8 @@ DEEDS = {
     "SIGTERM": _signal("SIGTERM"),
     "SIGUSR1": _signal("SIGUSR1"),
     "SIGINT": _signal("SIGINT"),
+    "full disk": _fill_disk,
+    "read-only folder": _make_read_only,
     "error": _raise(RuntimeError("a fault of the test")),
     "out of memory": _raise(torch.OutOfMemoryError("a fault of the test")),
 }
@@ -39,7 +64,7 @@ class Fault(Callback):
         self.deed, self.rank, self.left = DEEDS[deed], rank, count
         setattr(self, hook, self._count)
 
-    def _count(self, trainer: Any, *_: Any) -> None:
+    def _count(self, trainer: Any, *_: Any, **__: Any) -> None:
         if trainer.global_rank == self.rank:
             self.left -= 1
             if self.left == -1:
@@ -60,6 +85,20 @@ class NaNLoss(Callback):
             return compute(*args) * (torch.nan if bad else 1.0)
 
         pl_module.training_step = training_step
+
+
+class InfiniteGradient(Callback):
+    """Makes a parameter's gradient infinite in a rank's micro-batch, counted from 0 over the run."""
+
+    def __init__(self, rank: int, micro_batch: int, parameter: str) -> None:
+        self.rank, self.micro_batch, self.parameter = rank, micro_batch, parameter
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        def overflow(grad: torch.Tensor) -> torch.Tensor:
+            return grad * (torch.inf if trainer.fit_loop.total_batch_idx == self.micro_batch else 1.0)
+
+        if trainer.global_rank == self.rank:
+            pl_module.net.get_parameter(self.parameter).register_hook(overflow)
 
 
 class Diary(Callback):

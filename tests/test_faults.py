@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import os
+import re
 import socket
 import sys
 from pathlib import Path
@@ -72,10 +74,10 @@ def same(a: object, b: object) -> bool:
     return a == b
 
 
-def assert_saved(base: Path, step: int, unbroken: Path) -> None:
-    """The newest checkpoint is the unbroken run's of that step."""
+def assert_saved(base: Path, step: int, unbroken: Path, newest: bool = True) -> None:
+    """The checkpoint of that step, by default the newest, is the unbroken run's."""
     folder = base / "base_checkpoints" / "d2"
-    assert committed_steps(folder)[-1:] == [step], output(base)
+    assert step in committed_steps(folder)[-1 if newest else 0 :], output(base)
     ours, theirs = (find_checkpoint(CheckpointPaths(each, step).meta) for each in (folder, unbroken))
     assert same(load_model_state(ours), load_model_state(theirs))
     for rank in range(RANKS):
@@ -142,22 +144,69 @@ def test_under_slurm_a_warned_run_saves_in_its_own_folder_and_ends(
     assert_saved(tmp_path, 2, unbroken)
 
 
-NAN = "{class_path: faults.NaNLoss, init_args: {rank: 1, micro_batch: 5}}"
+FULL_DISK = r"optim_00000[23]_rank{rank}.pt: File too large; free some space|model_00000[23].pt: File too large; free"
+READ_ONLY = r"{file}: Read-only file system; make the folder writable or choose another one"
+UNWRITABLE = {
+    # what, on which rank, in which hook, at which call of it; the exit statuses, and the message
+    ("full disk", 0, "on_train_batch_start", 5): ([2, 1], FULL_DISK.format(rank=0)),
+    ("full disk", 1, "on_train_batch_start", 5): ([1, 2], FULL_DISK.format(rank=1)),
+    ("read-only folder", 0, "on_train_batch_start", 5): ([2, 1], READ_ONLY.format(file=r"0000[23]_rank0\.pt")),
+    ("read-only folder", 1, "on_train_batch_start", 5): ([1, 2], READ_ONLY.format(file=r"0000[23]_rank1\.pt")),
+    ("read-only folder", 1, "setup", 0): ([1, 2], READ_ONLY.format(file=r"\.probe_rank1")),
+}
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_stops_the_run(unbroken: Path, tiny_base: Path, tmp_path: Path) -> None:
-    assert run(tmp_path, tiny_base, NAN) == [2, 2]
-    assert "the loss is not finite at step 3, in micro-batch 1 (from 0) of rank 1" in output(tmp_path)
+@pytest.mark.parametrize("case", UNWRITABLE, ids=lambda case: "-".join(map(str, case)))
+def test_a_rank_that_cannot_write_ends_all_and_loses_nothing_older(
+    case: tuple[str, int, str, int], unbroken: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    deed, rank, hook, count = case
+    if deed == "read-only folder" and os.geteuid() != 0:
+        pytest.skip("only the superuser may mount a folder read-only")
+    statuses, message = UNWRITABLE[case]
+    arguments = f"{{deed: {deed}, rank: {rank}, hook: {hook}, count: {count}}}"
+    fault = f"{{class_path: faults.Fault, init_args: {arguments}}}"
+    assert run(tmp_path, tiny_base, fault, every_n_steps=1) == statuses, output(tmp_path)
+    text = output(tmp_path)
+    assert len(re.findall(rf"lmchat: cannot write \S*(?:{message})", text)) == 1, text
+    assert text.count("lmchat: ") == 2 and f"rank {1 - rank} has lost another rank" in text
+    assert "Traceback" not in text
+    steps = committed_steps(tmp_path / "base_checkpoints" / "d2")
+    assert steps in ([], [1], [1, 2]) and (bool(steps) == (hook != "setup")), text
+    for step in steps:
+        assert_saved(tmp_path, step, unbroken, newest=step == steps[-1])
+    assert run(tmp_path, tiny_base, options=("--ckpt_path", "last") if steps else ()) == [0, 0], output(tmp_path)
+    assert_saved(tmp_path, STEPS, unbroken)
+
+
+LOSS = "the loss is not finite at step 3, in micro-batch 1 (from 0) of rank 1"
+GRADIENT = "the gradient is not finite at step 3, of transformer.h.1.mlp.c_fc.weight, though every loss is"
+NON_FINITE = {
+    # what, and what is said of it
+    "{class_path: faults.NaNLoss, init_args: {rank: 1, micro_batch: 5}}": LOSS,
+    "{class_path: faults.InfiniteGradient, init_args: "
+    "{rank: 1, micro_batch: 4, parameter: transformer.h.1.mlp.c_fc.weight}}": GRADIENT,
+}
+non_finite = pytest.mark.parametrize("fault", NON_FINITE, ids=("loss", "gradient"))
+
+
+@pytest.mark.slow
+@non_finite
+def test_what_is_not_finite_stops_the_run(fault: str, unbroken: Path, tiny_base: Path, tmp_path: Path) -> None:
+    assert run(tmp_path, tiny_base, fault) == [2, 2]
+    assert NON_FINITE[fault] in output(tmp_path)
     assert_saved(tmp_path, 2, unbroken)
     assert run(tmp_path, tiny_base, options=("--ckpt_path", "last")) == [0, 0]
     assert_saved(tmp_path, STEPS, unbroken)
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_can_be_skipped(tiny_base: Path, tmp_path: Path) -> None:
+@non_finite
+def test_what_is_not_finite_can_be_skipped(fault: str, tiny_base: Path, tmp_path: Path) -> None:
     options = ("--non_finite_loss.action", "skip")
-    assert run(tmp_path, tiny_base, NAN, options, every_n_steps=1) == [0, 0], output(tmp_path)
+    assert run(tmp_path, tiny_base, fault, options, every_n_steps=1) == [0, 0], output(tmp_path)
+    assert NON_FINITE[fault] in output(tmp_path)
     folder = tmp_path / "base_checkpoints" / "d2"
     weights = [load_model_state(find_checkpoint(CheckpointPaths(folder, step).meta)) for step in (2, 3, 4)]
     assert same(weights[0], weights[1]) and not same(weights[1], weights[2])
@@ -167,3 +216,11 @@ def test_a_loss_that_is_not_finite_can_be_skipped(tiny_base: Path, tmp_path: Pat
         rows = list(csv.DictReader(file))
     assert [(row["step"], row["train/skipped_steps"]) for row in rows if row["train/skipped_steps"]] == [("3", "1")]
     assert all(row["train/loss_ema"] not in ("", "nan") for row in rows if row["train/loss"])
+
+    unbroken = tmp_path / "unbroken"
+    folder.rename(unbroken)
+    folder.mkdir()
+    for path in unbroken.glob("*_000003*"):
+        (folder / path.name).symlink_to(path)
+    assert run(tmp_path, tiny_base, fault, (*options, "--ckpt_path", "last")) == [0, 0], output(tmp_path)
+    assert_saved(tmp_path, STEPS, unbroken)
