@@ -287,6 +287,18 @@ def test_a_folder_of_something_else_is_left_alone(text: Path) -> None:
     assert sorted(text.iterdir()) == before
 
 
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"recipe": 1}'])
+def test_a_damaged_summary_is_named(content: str, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text(content)
+    with pytest.raises(UserError, match=r"summary.json is damaged or no demo's .*; delete .*--output"):
+        demo(text, tmp_path)
+
+
+def test_the_time_to_take_is_positive(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--minutes is -1; give the time to take"):
+        demo(None, tmp_path, minutes=-1)
+
+
 def test_training_sees_no_network(tmp_path: Path) -> None:
     environment = Demo(tmp_path, None, 15).environment()
     assert environment["HF_HUB_OFFLINE"] == "1"

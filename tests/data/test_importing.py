@@ -149,6 +149,10 @@ def test_user_mistakes_are_named(source: Path, tmp_path: Path) -> None:
         import_folder(tmp_path / "nowhere", output, progress=False)
     with pytest.raises(UserError, match="lies inside the source"):
         import_folder(source, source / "deep" / "out", progress=False)
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes("Größe".encode("latin-1"))
+    with pytest.raises(UserError, match=r"found 0 document.* \(left out: 1 file.* not UTF-8 text, such as .*latin.txt"):
+        import_folder(latin, output, progress=False)
     with pytest.raises(UserError, match=r"validation_fraction is 1\.0"):
         import_folder(source, output, validation_fraction=1.0, progress=False)
     with pytest.raises(UserError, match="shard_characters is 0"):

@@ -7,6 +7,7 @@ Stages run in order, each a function from `Demo` to its row of figures. The figu
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import sys
 import time
@@ -51,6 +52,8 @@ def demo(text: Path | None = None, output: Path = Path("runs/demo"), minutes: fl
     """
     from rich.console import Console
 
+    if not 0 < minutes < math.inf:
+        raise UserError(f"--minutes is {minutes:g}; give the time to take, for example 15")
     console = Console()
     run = Demo(output.expanduser(), text.expanduser() if text else None, minutes)
     summary = _open_summary(run)
@@ -90,8 +93,15 @@ def _open_summary(run: Demo) -> dict[str, Any]:
         run.output.mkdir(parents=True, exist_ok=True)
         _write_json(run.summary, summary)
         return summary
-    summary = json.loads(run.summary.read_text())
-    if changed := [name for name, value in recipe.items() if summary["recipe"].get(name) != value]:
+    try:
+        summary = json.loads(run.summary.read_text())
+        changed = [name for name, value in recipe.items() if summary["recipe"].get(name) != value]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{run.summary} is damaged or no demo's ({error}); delete {run.output}, or choose another folder with "
+            "--output (make demo OUTPUT=folder)"
+        ) from error
+    if changed:
         raise UserError(
             f"{run.output} holds a demo with another {', '.join(changed)}; delete it, or choose another folder with "
             "--output (make demo OUTPUT=folder)"

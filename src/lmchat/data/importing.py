@@ -91,14 +91,20 @@ def import_folder(
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
         reader = _Reader(text_field, separator, bar, bar.add_task("Reading text", total=source_bytes))
-        shards = write_shards(
-            (text for path in files for text in reader.read(path)),
-            output,
-            validation_fraction=validation_fraction,
-            shard_characters=shard_characters,
-            seed=seed,
-            expected_bytes=source_bytes,
-        )
+        try:
+            shards = write_shards(
+                (text for path in files for text in reader.read(path)),
+                output,
+                validation_fraction=validation_fraction,
+                shard_characters=shard_characters,
+                seed=seed,
+                expected_bytes=source_bytes,
+            )
+        except UserError as error:
+            if not reader.undecodable:
+                raise
+            left_out = f"{len(reader.undecodable)} file(s) that are not UTF-8 text, such as {reader.undecodable[0]}"
+            raise UserError(f"{error} (left out: {left_out})") from error
     return ImportReport(shards, other_files, reader.undecodable)
 
 
