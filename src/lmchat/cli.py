@@ -35,7 +35,7 @@ from lmchat.checkpoint.load import Checkpoint, find_checkpoint
 from lmchat.paths import base_dir
 from lmchat.stages import grpo, pretrain, sft  # noqa: F401  (known to jsonargparse by their short class names)
 from lmchat.stages.base import StageModule, check_precision
-from lmchat.strategies import zero2_muon  # noqa: F401  (registers the strategy by name)
+from lmchat.strategies import zero2_muon
 from lmchat.types import RankFailure, UserError
 
 TRAINER_DEFAULTS = {
@@ -54,9 +54,10 @@ UNHELPFUL_WARNINGS = [
     ".*isinstance.treespec, LeafSpec.*",
     ".*`IterableDataset` has `__len__` defined.*",
     r".*add the following callbacks: \['TimeBudget'\].*",
+    ".*your dataloader is not resumable.*",
 ]
 """Lightning's advice that does not apply here: packed batches cost no time to load, and know their own length; a run
-that was short of time may be continued or evaluated without a limit."""
+that was short of time may be continued or evaluated without a limit; the position in the data is the DataModule's."""
 
 
 DECIDED_BY = {
@@ -243,7 +244,7 @@ def main(args: list[str], cli: type[LMChatCLI] = LMChatCLI) -> LMChatCLI:
                 **options,
                 **{name: dict(options) for name in LMChatCLI.subcommands()},
             },
-            args=args,
+            args=_with_strategy_class(args),
         )
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
@@ -251,6 +252,15 @@ def main(args: list[str], cli: type[LMChatCLI] = LMChatCLI) -> LMChatCLI:
         if (mistake := _mistake_behind(error)) is None:
             raise
         raise mistake from None
+
+
+def _with_strategy_class(args: list[str]) -> list[str]:
+    """Names zero2_muon by its class where options of the strategy follow: the parser takes them beside a class only."""
+    option, name = "--trainer.strategy", zero2_muon.Zero2MuonStrategy.__name__
+    if not any(arg.startswith(f"{option}.") for arg in args):
+        return args
+    joined = [arg.replace(f"{option}=zero2_muon", f"{option}={name}") for arg in args]
+    return [name if pair == (option, "zero2_muon") else pair[1] for pair in zip(["", *joined], joined, strict=False)]
 
 
 def _check_encoding(args: list[str]) -> None:

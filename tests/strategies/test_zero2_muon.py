@@ -13,6 +13,8 @@ import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 
+from lmchat.__main__ import main
+from lmchat.cli import LMChatCLI
 from lmchat.optim.muon_adamw import MuonAdamW
 from lmchat.strategies import zero2_muon
 from lmchat.strategies.zero2_muon import Zero2MuonStrategy
@@ -94,6 +96,31 @@ def test_what_it_cannot_do_is_refused(
     trainer: Any = SimpleNamespace(gradient_clip_val=clip)
     with pytest.raises(UserError, match=message):
         Zero2MuonStrategy().setup_optimizers(trainer)
+
+
+CONFIG = """
+trainer: {accelerator: cpu, devices: 2, max_steps: 2}
+model: {class_path: PretrainModule, init_args: {depth: 1, sequence_len: 32, head_dim: 32, global_batch_tokens: 128}}
+data: {class_path: FineWebDataModule, init_args: {micro_batch_size: 2}}
+"""
+FORMS = {
+    "--trainer.strategy zero2_muon": ("auto", 32),
+    "--trainer.strategy zero2_muon --trainer.strategy.gather_dtype fp32": ("fp32", 32),
+    "--trainer.strategy=zero2_muon --trainer.strategy.init_args.gather_dtype=bf16": ("bf16", 32),
+    "--trainer.strategy Zero2MuonStrategy --trainer.strategy.bucket_mebibytes 8": ("auto", 8),
+    '--trainer.strategy={"class_path":"Zero2MuonStrategy","init_args":{"gather_dtype":"fp32"}}': ("fp32", 32),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_its_options_are_taken_from_the_command_line(form: str, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    strategies: list[Any] = []
+    monkeypatch.setattr(LMChatCLI, "fit", lambda self, *_, **__: strategies.append(self.trainer.strategy))
+    (base / "own.yaml").write_text(CONFIG)
+    assert main(["fit", "--config", str(base / "own.yaml"), *form.split()]) == 0
+    (strategy,) = strategies
+    assert isinstance(strategy, Zero2MuonStrategy) and strategy.num_processes == 2
+    assert (strategy._gather_dtype, strategy._bucket_bytes // 2**20) == FORMS[form]
 
 
 @pytest.mark.parametrize(
