@@ -166,7 +166,9 @@ def test_a_step_consists_of_sampling_and_training_also_after_an_evaluation(pipel
 
 
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
-def test_a_stage_resumes_its_own_run(stage: str, pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_resumes_its_own_run(
+    stage: str, pipeline: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
     monkeypatch.setenv("LMCHAT_BASE_DIR", str(pipeline))
     folder = {"sft": "chatsft_checkpoints", "grpo": "chatrl_checkpoints"}[stage]
     last = find_checkpoint(pipeline / folder / "tiny")
@@ -177,6 +179,7 @@ def test_a_stage_resumes_its_own_run(stage: str, pipeline: Path, monkeypatch: py
     fit(pipeline, other, config, "--ckpt_path", str(start), "--model.tag", other)
     again = find_checkpoint(pipeline / folder / other)
     assert again.step == last.step
+    assert not [str(warning.message) for warning in recwarn if "resum" in str(warning.message)]
     expected, actual = load_model_state(last), load_model_state(again)
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
 
