@@ -94,7 +94,7 @@ def _newest(directory: Path, warn: Callable[[str], None]) -> Checkpoint:
         raise DamagedCheckpoint(f"{directory} holds no complete checkpoint: {damage}") from damage
     raise UserError(
         f"there is no checkpoint in {directory}; train one first (lmchat fit), "
-        "or give the folder or file of another one with --ckpt_path"
+        "or give the folder or file of another one"
     )
 
 
