@@ -92,6 +92,15 @@ def broken_yaml(base: Path) -> None:
     (base / "tiny.yaml").write_text("model: [")
 
 
+def with_config(content: str | bytes) -> Callable[[Path], None]:
+    """Writes ``own.yaml``."""
+
+    def write(base: Path) -> None:
+        (base / "own.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return write
+
+
 def finished_run(base: Path) -> None:
     assert main(["fit", "--config", str(base / "tiny.yaml")]) == 0
 
@@ -116,6 +125,7 @@ def nothing(base: Path) -> None:
 
 
 OWN = ["--data.data_dir", "{base}/own"]
+OVER = ["--config", "{base}/own.yaml"]
 CASES: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
     # case: (what is wrong in the base folder, arguments after the config, what the message must hold)
     "unknown key": (nothing, ["--model.dept", "3"], ["no option 'dept'", "`lmchat fit --model.help PretrainModule`"]),
@@ -137,6 +147,29 @@ CASES: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
         ["nowhere.yaml is not there", "give the path of a YAML file"],
     ),
     "broken yaml": (broken_yaml, [], ["tiny.yaml is no valid YAML", "line 2, column 1"]),
+    "unknown key in a config": (
+        with_config("modell: {depth: 3}"),
+        OVER,
+        ["there is no option --modell.depth; `lmchat fit --help` lists them"],
+    ),
+    "empty config": (
+        with_config(""),
+        OVER,
+        ["own.yaml has no options", "write them as in trainer: {{max_steps: 100}}"],
+    ),
+    "config that is a list": (with_config("- a"), OVER, ["own.yaml has no options", "write them as in trainer:"]),
+    "group that is a list": (
+        with_config("trainer: [1, 2]"),
+        OVER,
+        ["--trainer is [1, 2]; it must be a mapping, as in trainer: {{option: value}}"],
+    ),
+    "group that is a number": (with_config("eval: 5"), OVER, ["--eval is 5; it must be a mapping"]),
+    "group that is a word": (with_config("trainer: cpu"), OVER, ["--trainer is cpu; it must be a mapping"]),
+    "config in another encoding": (
+        with_config("# Größe".encode("latin-1")),
+        OVER,
+        ["own.yaml is not text in UTF-8", "save it as UTF-8"],
+    ),
     "no tokenizer": (no_tokenizer, [], ["{base}/tokenizer", "train one with `lmchat tokenizer train`"]),
     "damaged tokenizer": (
         damaged_tokenizer,
@@ -180,6 +213,18 @@ CASES: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
         nothing,
         ["--model.window_pattern", "SXL"],
         ["window_pattern is 'SXL'", "the letters S and L, like SSSL"],
+    ),
+    "depth left open": (nothing, ["--model.depth", "null"], ["PretrainModule needs depth", "--model.help"]),
+    "negative learning rate": (
+        nothing,
+        ["--model.matrix_lr", "-1"],
+        ["--model.matrix_lr is -1.0; it must be a number from 0"],
+    ),
+    "learning rate that is no number": (nothing, ["--model.embedding_lr", ".nan"], ["--model.embedding_lr is nan"]),
+    "share above one": (
+        nothing,
+        ["--model.warmdown_ratio", "2"],
+        ["--model.warmdown_ratio is 2.0; it must be a number from 0 to 1"],
     ),
     "odd head size": (nothing, ["--model.head_dim", "33"], ["head size", "an even multiple of n_head"]),
     "kv heads": (nothing, ["--model.n_kv_head", "7"], ["n_kv_head 7", "choose a divisor"]),

@@ -9,6 +9,7 @@ from itertools import pairwise
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _REJECTED = re.compile(r"Option '([^']+)' is not accepted")
 _CLASS = re.compile(r"given class_path '(?:[\w.]+\.)?(\w+)'")
+_INCOMPLETE = re.compile(r"class_path '(?:[\w.]+\.)?(\w+)':\s+the following arguments are required: (.*)")
 _MISSING_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
 _MISFIT = re.compile(r"Expected an? (.+?)\. Got value: (.*)")
 _UNION = re.compile(r"Subtypes: \[(.+)\]\n(?:(?!\s*Subtypes: ).*\n)*?.*Given value type: .*\n\s*Given value: (.*)")
@@ -40,9 +41,15 @@ def explain(message: str, args: Sequence[str]) -> str:
     if "Unexpected config" in message:
         return f"{_configs(args)} has no options where they are due; write them as in trainer: {{max_steps: 100}}"
     if stranger := _NO_MAPPING.search(message):
-        return f"--{option} is {stranger[1]}; it must be a mapping, as in {option}: {{option: value}}"
+        group = _KEY.findall(message)[-1]  # it stands there twice
+        return f"--{group} is {stranger[1]}; it must be a mapping, as in {group}: {{option: value}}"
     if stranger := _MISSING_CLASS.search(message):
         return f"--{option} is {stranger[1]}, which is no known class; see `{command} --help` for those there are"
+    if incomplete := _INCOMPLETE.search(message):
+        return (
+            f"--{option}: {incomplete[1]} needs {incomplete[2]}, which {command} was not given; see "
+            f"`{command} --{option}.help {incomplete[1]}`"
+        )
     if misfit := _MISFIT.findall(message):
         expected, value = misfit[-1]
         return f"--{option} is {value}; it must be {_readable(expected)}"

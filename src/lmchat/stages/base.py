@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from abc import abstractmethod
@@ -99,6 +100,7 @@ class StageModule(L.LightningModule):
             "scalar_lr": scalar_lr,
         }
         self.weight_decay = weight_decay
+        check_range(weight_decay=weight_decay, **self.learning_rates)
         self.lr_scale = 1.0
         self.compute_dtype = compute_dtype
         self.attention = attention
@@ -264,6 +266,14 @@ class StageModule(L.LightningModule):
             "lr_scale": self.lr_scale,
             "weight_decay": self.weight_decay,
         }
+
+
+def check_range(most: float = math.inf, **numbers: float) -> None:
+    """Raises UserError unless the module's options, given by name, are finite numbers from 0 to ``most``."""
+    for name, value in numbers.items():
+        if not 0 <= value <= most or math.isinf(value):
+            span = "from 0" if math.isinf(most) else f"from 0 to {most:g}"
+            raise UserError(f"--model.{name} is {value}; it must be a number {span}")
 
 
 def check_precision(precision: str | int | None) -> None:

@@ -15,7 +15,7 @@ from lmchat.evaluation.chat_tasks import Questions, TaskQuestions, grade
 from lmchat.generation.engine import Engine
 from lmchat.model.config import GPTConfig
 from lmchat.optim.muon_adamw import MuonAdamW
-from lmchat.stages.base import StageDataModule, StageModule
+from lmchat.stages.base import StageDataModule, StageModule, check_range
 from lmchat.tasks.base import Task
 from lmchat.types import UserError
 
@@ -55,6 +55,7 @@ class ChatModule(StageModule):
             "scalar_lr": scalar_lr,
         }
         self._given_learning_rates = {name: lr for name, lr in given.items() if lr is not None}
+        check_range(init_lr_fraction=init_lr_fraction, **self._given_learning_rates)
         self.warm_start_optimizer = warm_start_optimizer
         self._config: GPTConfig | None = None
         self._start: Checkpoint | None = None

@@ -16,7 +16,7 @@ from lmchat.model.config import GPTConfig
 from lmchat.paths import base_data_dir
 from lmchat.scaling import config_for_depth
 from lmchat.schedules import linear_warmdown, muon_momentum, weight_decay_multiplier
-from lmchat.stages.base import Schedule, StageDataModule, StageModule
+from lmchat.stages.base import Schedule, StageDataModule, StageModule, check_range
 from lmchat.types import Batch, UserError
 
 
@@ -52,6 +52,7 @@ class PretrainModule(StageModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        check_range(1, warmup_ratio=warmup_ratio, warmdown_ratio=warmdown_ratio, final_lr_fraction=final_lr_fraction)
         self.depth = depth
         self.sequence_len = sequence_len
         self.aspect_ratio = aspect_ratio
