@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -58,10 +59,22 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base
 
 
+@pytest.fixture(scope="session")
+def new_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
+    """Makes further base folders with the tokenizer and shards of `tiny_base`."""
+
+    def make() -> Path:
+        base = tmp_path_factory.mktemp("base")
+        for name in ("base_data", "tokenizer"):
+            (base / name).symlink_to(tiny_base / name)
+        return base
+
+    return make
+
+
 @pytest.fixture
-def base(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A base folder of the test's own as `LMCHAT_BASE_DIR`; tokenizer and shards are `tiny_base`'s."""
-    for name in ("base_data", "tokenizer"):
-        (tmp_path / name).symlink_to(tiny_base / name)
-    monkeypatch.setenv("LMCHAT_BASE_DIR", str(tmp_path))
-    return tmp_path
+def base(new_base: Callable[[], Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A base folder of the test's own as `LMCHAT_BASE_DIR`."""
+    base = new_base()
+    monkeypatch.setenv("LMCHAT_BASE_DIR", str(base))
+    return base

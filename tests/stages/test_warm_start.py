@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,9 @@ from torch import Tensor
 
 from lmchat.__main__ import main
 from lmchat.checkpoint.load import Checkpoint, find_checkpoint, load_model_state, load_rank_state
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from killable_fit import start_fit
 
 PRETRAIN_STEPS = 3
 PRETRAIN = f"""
@@ -42,16 +44,15 @@ samples: {max_new_tokens: 0}
 
 
 @pytest.fixture(scope="module")
-def base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(new_base: Callable[[], Path]) -> Path:
     """A base folder with a pretraining checkpoint."""
-    base = tmp_path_factory.mktemp("warm")
-    for name in ("base_data", "tokenizer"):
-        (base / name).symlink_to(tiny_base / name)
+    base = new_base()
     (base / "pretrain.yaml").write_text(PRETRAIN)
     (base / "sft.yaml").write_text(SFT)
-    environment = {**os.environ, "LMCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "lmchat", "fit", "--config", str(base / "pretrain.yaml")]
-    subprocess.run(command, env=environment, check=True, timeout=1200, capture_output=True)
+    ranks = start_fit(["--config", str(base / "pretrain.yaml")], base, 2)
+    for rank in ranks:
+        rank.join(250)
+    assert [rank.exitcode for rank in ranks] == [0, 0], (base / "output_rank0.txt").read_text()
     return base
 
 
@@ -156,13 +157,10 @@ def test_without_a_micro_batch_in_the_checkpoint_one_must_be_given(
     options = ["--config", str(base / "sft.yaml"), "--ckpt_path", str(copy)]
     assert main(["fit", *options, "--model.tag", "unknown"]) == 2
     assert "--data.micro_batch_size" in capfd.readouterr().err
-    assert main(["fit", *options, "--model.tag", "given", "--data.micro_batch_size", "4"]) == 0
-    assert find_checkpoint(base / "chatsft_checkpoints" / "given").meta["micro_batch_size"] == 4
-
-
-def test_the_weights_are_those_of_the_checkpoint(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LMCHAT_BASE_DIR", str(base))
-    still = fine_tune(base, "still", "--model.init_lr_fraction", "0", "--model.warm_start_optimizer", "true")
-    expected = load_model_state(find_checkpoint(base / "base_checkpoints" / "tiny"))
-    actual = load_model_state(still)
+    still = ("--model.init_lr_fraction", "0", "--model.warm_start_optimizer", "true")
+    assert main(["fit", *options, "--model.tag", "given", "--data.micro_batch_size", "4", *still]) == 0
+    given = find_checkpoint(base / "chatsft_checkpoints" / "given")
+    assert given.meta["micro_batch_size"] == 4
+    # Without a learning rate the weights are those of the checkpoint.
+    expected, actual = load_model_state(find_checkpoint(base / "base_checkpoints" / "tiny")), load_model_state(given)
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
