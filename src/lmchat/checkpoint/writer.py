@@ -31,8 +31,11 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 PEER_TIMEOUT_SECONDS = 1800.0
-INTERRUPTED_PEER_TIMEOUT_SECONDS = 30.0
-"""The same once a run is being interrupted: the ranks that live write at the same time, the others never will."""
+INTERRUPTED_PEER_TIMEOUT_SECONDS = 20.0
+"""The same once a run is being interrupted: the ranks that live write at the same time, the others never will.
+
+Less than the 30 seconds after which torchrun kills what is left, so that the first rank can say what became of the run.
+"""
 _PLAIN = (type(None), bool, int, float, str, bytes)
 
 
