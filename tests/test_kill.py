@@ -15,7 +15,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-import torch
 
 from lmchat.checkpoint.layout import committed_steps, files_by_step
 from lmchat.checkpoint.load import find_checkpoint, load_model_state, load_rank_state
@@ -23,23 +22,16 @@ from lmchat.files import TEMPORARY_SUFFIX
 
 sys.path.insert(0, str(Path(__file__).parent))
 from killable_fit import alive, start_fit
+from tiny_fit import config_options, same
 
 STEPS = 20
 KEEP_LAST = 2
 PATIENCE_SECONDS = 240.0
 CONFIG = """
 trainer:
-  accelerator: cpu
   max_steps: {steps}
   callbacks: [{{class_path: killable_fit.LossRecorder, init_args: {{directory: {base}}}}}]
-model:
-  class_path: PretrainModule
-  init_args: {{depth: 2, sequence_len: 32, head_dim: 32, window_pattern: SL, global_batch_tokens: 256}}
-data:
-  class_path: FineWebDataModule
-  init_args: {{micro_batch_size: 2, eval_tokens: 256, buffer_size: 20}}
 eval: {{every_n_steps: 10}}
-samples: {{max_new_tokens: 0}}
 checkpoint: {{every_n_steps: {every_n_steps}, keep_last: 2}}
 """
 Records = dict[tuple[int, int], str]
@@ -56,14 +48,14 @@ class Run:
     sessions: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.config = self.base / "tiny.yaml"
-        self.config.write_text(CONFIG.format(base=self.base, steps=STEPS, every_n_steps=self.every_n_steps))
+        own = CONFIG.format(base=self.base, steps=STEPS, every_n_steps=self.every_n_steps)
+        self.config = config_options(self.base, own)
         self.checkpoints = self.base / "base_checkpoints" / "d2"
 
     def start(self) -> list[BaseProcess]:
         options = ["--trainer.strategy", self.strategy, "--trainer.devices", str(self.world_size)]
         resume = ["--ckpt_path", "last"] if self.newest_step() else []
-        ranks = start_fit(["--config", str(self.config), *options, *resume], self.base, self.world_size)
+        ranks = start_fit([*self.config, *options, *resume], self.base, self.world_size)
         self.sessions |= {rank.pid for rank in ranks if rank.pid}
         return ranks
 
@@ -192,26 +184,12 @@ class Killer:
         assert not alive(run.sessions), "processes remain"
 
 
-def same(a: object, b: object) -> bool:
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and torch.equal(a, b)
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return isinstance(b, list | tuple) and len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
 @pytest.fixture
-def new_run(tiny_base: Path, tmp_path: Path) -> Iterator[Callable[..., Run]]:
+def new_run(new_base: Callable[[], Path]) -> Iterator[Callable[..., Run]]:
     runs: list[Run] = []
 
     def make(*args: object) -> Run:
-        base = tmp_path / f"run{len(runs)}"
-        base.mkdir()
-        for name in ("base_data", "tokenizer"):
-            (base / name).symlink_to(tiny_base / name)
-        runs.append(Run(base, *args))  # type: ignore[arg-type]
+        runs.append(Run(new_base(), *args))  # type: ignore[arg-type]
         return runs[-1]
 
     yield make

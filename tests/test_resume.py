@@ -9,24 +9,23 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from lmchat.checkpoint.layout import committed_steps
 from lmchat.checkpoint.load import find_checkpoint, load_model_state, load_rank_state
 
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny_fit import config_options, same
+
 STEPS = 30
 LATEST_KILL = 12  # far enough from the end that a run cannot finish before the signal
 CONFIG = f"""
-trainer: {{accelerator: cpu, devices: 1, max_steps: {STEPS}}}
-model:
-  class_path: PretrainModule
-  init_args: {{depth: 2, sequence_len: 32, head_dim: 32, window_pattern: SL, global_batch_tokens: 384}}
-data:
-  class_path: FineWebDataModule
-  init_args: {{micro_batch_size: 4, eval_tokens: 256, buffer_size: 20}}
+trainer: {{max_steps: {STEPS}}}
+model: {{init_args: {{global_batch_tokens: 384}}}}
+data: {{init_args: {{micro_batch_size: 4}}}}
 monitor: {{every_n_steps: 1}}
 eval: {{every_n_steps: 4}}
 samples: {{max_new_tokens: 2}}
@@ -36,8 +35,7 @@ checkpoint: {{every_n_steps: 1}}
 
 def run(base: Path, *options: str, kill_at_step: int | None = None) -> None:
     """`lmchat fit` in a process of its own; with ``kill_at_step``, SIGKILL once that step's checkpoint is there."""
-    (base / "tiny.yaml").write_text(CONFIG)
-    command = [sys.executable, "-m", "lmchat", "fit", "--config", str(base / "tiny.yaml"), *options]
+    command = [sys.executable, "-m", "lmchat", "fit", *config_options(base, CONFIG), *options]
     environment = {**os.environ, "LMCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if kill_at_step is not None:
@@ -66,35 +64,18 @@ def losses(base: Path) -> dict[int, str]:
     return found
 
 
-def same(a: object, b: object) -> bool:
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and torch.equal(a, b)
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return isinstance(b, list | tuple) and len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
 @pytest.fixture(scope="module")
-def unbroken(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    base = new_base(tiny_base, tmp_path_factory)
+def unbroken(new_base: Callable[[], Path]) -> Path:
+    base = new_base()
     run(base)
-    return base
-
-
-def new_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    base = tmp_path_factory.mktemp("run")
-    for name in ("base_data", "tokenizer"):
-        (base / name).symlink_to(tiny_base / name)
     return base
 
 
 @pytest.mark.parametrize("earliest_kill", [1, 7])
 def test_a_killed_run_continues_as_if_nothing_had_happened(
-    earliest_kill: int, unbroken: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory
+    earliest_kill: int, unbroken: Path, new_base: Callable[[], Path]
 ) -> None:
-    base = new_base(tiny_base, tmp_path_factory)
+    base = new_base()
     seed = time.time_ns()
     kill_at_step = random.Random(seed).randint(earliest_kill, LATEST_KILL)
     print(f"seed {seed}: killed once step {kill_at_step} is saved")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -56,10 +57,8 @@ data:
 
 
 @pytest.fixture(scope="module")
-def pretrained(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    base = tmp_path_factory.mktemp("pretrained")
-    for name in ("base_data", "tokenizer"):
-        (base / name).symlink_to(tiny_base / name)
+def pretrained(new_base: Callable[[], Path]) -> Path:
+    base = new_base()
     (base / "pretrain.yaml").write_text(PRETRAIN)
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("LMCHAT_BASE_DIR", str(base))
