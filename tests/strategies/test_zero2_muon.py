@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -69,17 +68,6 @@ def test_accumulation_is_silent(runs: dict[int, list[dict[str, Any]]]) -> None:
         before_step = [rank["collectives"][i : i + per_step] for i in range(0, per_step * STEPS, per_step)]
         assert all(len(set(counts)) == 1 for counts in before_step)
         assert before_step[0][0] < before_step[1][0] < before_step[2][0]
-
-
-def test_only_a_later_ctrl_c_ends_it_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = iter([100.0, 100.9, 101.1])  # the terminal's, the same one from torchrun, another
-    monkeypatch.setattr(zero2_muon, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
-    strategy = Zero2MuonStrategy()
-    strategy._on_signal(signal.SIGINT, None)
-    strategy._on_signal(signal.SIGINT, None)
-    assert strategy._signal_here == signal.SIGINT
-    with pytest.raises(KeyboardInterrupt):
-        strategy._on_signal(signal.SIGINT, None)
 
 
 def test_sigterm_on_one_rank_ends_all_after_the_same_step(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-import time
 from types import FrameType
 from typing import Any, Literal
 
@@ -24,9 +23,6 @@ from lmchat.optim.muon_adamw import MuonAdamW
 from lmchat.optim.sharded import ShardedMuonAdamW
 from lmchat.strategies.checkpoint_io import LMChatCheckpointIO
 from lmchat.types import RankFailure, UserError
-
-SAME_CTRL_C_SECONDS = 1.0
-"""torchrun passes on to its processes the Ctrl-C that the terminal has sent them already."""
 
 
 class LeftBeforeStep(RankFailure):
@@ -64,7 +60,6 @@ class Zero2MuonStrategy(DDPStrategy):
         self._bucket_bytes = bucket_mebibytes * 2**20
         self._control_group: dist.ProcessGroup | None = None
         self._signal_here = 0
-        self._sigint_at = 0.0
         self._sigint_handler: Any = None
         self.agreed_signal = 0
 
@@ -170,10 +165,7 @@ class Zero2MuonStrategy(DDPStrategy):
     def _on_signal(self, signum: int | signal.Signals, _: FrameType | None) -> None:
         if signum == signal.SIGINT:
             if self._signal_here == signal.SIGINT:
-                if time.monotonic() - self._sigint_at < SAME_CTRL_C_SECONDS:
-                    return
                 raise KeyboardInterrupt
-            self._sigint_at = time.monotonic()
             rank_zero_info("stopping after this step; press Ctrl-C again to stop at once")
         self._signal_here = max(self._signal_here, int(signum))
 
