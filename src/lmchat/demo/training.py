@@ -9,7 +9,7 @@ from lmchat.checkpoint.layout import committed_steps
 from lmchat.demo.run import Demo, Figures, lmchat, read_log, start_from, within
 from lmchat.types import UserError
 
-PRETRAIN_SHARE = 0.25
+PRETRAIN_SHARE = 0.18
 """Of the time that is left, what pretraining may take: fine-tuning gets its full epoch after it."""
 OVERHEAD_MINUTES = 1.0
 """Kept free for starting processes, the last evaluation and the last checkpoint."""
@@ -41,7 +41,7 @@ def finetune(run: Demo) -> Figures:
 
 
 def reinforce(run: Demo) -> Figures:
-    """The chat model after practising word problems that are longer than those it was taught with."""
+    """The chat model after practising word problems, half of them of kinds that it was not taught."""
     budget = run.minutes_left - OVERHEAD_MINUTES
     lmchat(run, "fit", "grpo", *within(budget), *start_from(run, "grpo", "sft"))
     figures, held_out = _progress(run, "grpo"), _last_evaluation(run, "grpo")
