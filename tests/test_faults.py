@@ -24,7 +24,8 @@ CONFIG = """
 trainer: {{accelerator: cpu, devices: 2, strategy: zero2_muon, max_steps: 6, callbacks: [{fault}]}}
 model:
   class_path: PretrainModule
-  init_args: {{depth: 2, sequence_len: 32, head_dim: 32, window_pattern: SL, global_batch_tokens: 256}}
+  init_args:  # fp32: what is saved without the other ranks has their weights as bf16 rounds them, beside the exact ones
+    {{depth: 2, sequence_len: 32, head_dim: 32, window_pattern: SL, global_batch_tokens: 256, compute_dtype: fp32}}
 data:
   class_path: FineWebDataModule
   init_args: {{micro_batch_size: 2, eval_tokens: 1024, buffer_size: 20}}

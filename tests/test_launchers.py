@@ -118,5 +118,4 @@ def test_a_mistake_is_told_without_a_traceback(launcher: str, base: Path) -> Non
     assert run.wait(250) == (2 if launcher == "Lightning" else 1)
     text = (base / "output.txt").read_text()
     assert "lmchat: global_batch_tokens 100 is not a multiple" in text
-    own = text if launcher == "Lightning" else text.partition("torch.distributed.elastic")[0]
-    assert "Traceback" not in own, text
+    assert "lmchat/__main__.py" not in text, text  # torchrun has a traceback of its own
