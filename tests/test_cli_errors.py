@@ -229,6 +229,21 @@ CASES: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
     "odd head size": (nothing, ["--model.head_dim", "33"], ["head size", "an even multiple of n_head"]),
     "kv heads": (nothing, ["--model.n_kv_head", "7"], ["n_kv_head 7", "choose a divisor"]),
     "depth zero": (nothing, ["--model.depth", "0"], ["depth is 0", "at least 1"]),
+    "devices that are a word": (
+        nothing,
+        ["--trainer.devices", "many"],
+        ["--trainer.devices is many", "auto, a number of devices"],
+    ),
+    "logger that is not installed": (
+        nothing,
+        ["--trainer.logger", "CometLogger"],
+        ["CometLogger needs comet-ml", "pip install"],
+    ),
+    "negative length of samples": (
+        nothing,
+        ["--samples.max_new_tokens", "-1"],
+        ["--samples.max_new_tokens is -1", "0 for no samples"],
+    ),
     "bf16-true": (
         nothing,
         ["--trainer.precision", "bf16-true"],

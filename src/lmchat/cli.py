@@ -70,6 +70,8 @@ DECIDED_BY = {
 
 _CONNECTION_LOST = re.compile(r"gloo/transport/\S+ ([\w ]+\w)|(ncclRemoteError)")
 """What gloo and NCCL say where another process is gone, with the reason as a group."""
+_NOT_INSTALLED = re.compile(r"class_path '(?:[\w.]+\.)?(\w+)':\s+Requirement '([^']+)' not met")
+_DEVICES = re.compile(r"auto|-?\d+(,\s*\d+)*")
 
 
 class LMChatCLI(LightningCLI):
@@ -120,6 +122,10 @@ class LMChatCLI(LightningCLI):
                 raise UserError(f"--trainer.{name} {trainer[name]} has no effect: leave it out and use {decisive}")
         # Here already: on a CPU the trainer would turn 16-mixed into bf16-mixed.
         check_precision(trainer["precision"])
+        if isinstance(trainer["devices"], str) and not _DEVICES.fullmatch(trainer["devices"]):
+            raise UserError(
+                f"--trainer.devices is {trainer['devices']}; it must be auto, a number of devices, or some like 0,1"
+            )
         if trainer["max_steps"] == 0 or trainer["max_steps"] < -1:
             raise UserError(
                 f"--trainer.max_steps is {trainer['max_steps']}; give 1 step or more, or leave it out: the length of "
@@ -249,6 +255,8 @@ def main(args: list[str], cli: type[LMChatCLI] = LMChatCLI) -> LMChatCLI:
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
     except ValueError as error:
+        if lacking := _NOT_INSTALLED.search(str(error)):
+            raise UserError(f"{lacking[1]} needs {lacking[2]}; install it: pip install '{lacking[2]}'") from None
         if (mistake := _mistake_behind(error)) is None:
             raise
         raise mistake from None

@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lmchat.generation.engine import Engine
 from lmchat.stages.base import StageModule
+from lmchat.types import UserError
 
 PROMPTS = (
     "The capital of France is",
@@ -32,6 +33,8 @@ class Samples(Callback):
     """
 
     def __init__(self, prompts: Sequence[str] = PROMPTS, max_new_tokens: int = 16) -> None:
+        if max_new_tokens < 0:
+            raise UserError(f"--samples.max_new_tokens is {max_new_tokens}; use 1 or more, or 0 for no samples")
         self.prompts = list(prompts)
         self.max_new_tokens = max_new_tokens
 
