@@ -56,6 +56,7 @@ def _fit(args: list[str], environment: dict[str, str], output: Path) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background starts its jobs deaf to it
     gc.freeze()
     torch.set_num_threads(1)
     checkpoint.INTERRUPTED_PEER_TIMEOUT_SECONDS = 3.0  # it is waited for whenever rank 1 is killed in a save

@@ -120,7 +120,7 @@ class Killer:
 
     def start_and_kill(self, run: Run) -> bool:
         """Starts or resumes the run and kills it, or one of its ranks; False where the run has ended before that."""
-        before, old = run.newest_step(), [len(run.records(rank)) for rank in range(run.world_size)]
+        kept, old = committed_steps(run.checkpoints), [len(run.records(rank)) for rank in range(run.world_size)]
         ranks = run.start()
         self._wait_for_the_moment(run, ranks)
         if len(run.records(0)) > old[0]:
@@ -143,7 +143,7 @@ class Killer:
         self.while_saving += bool(new[0] and run.unfinished_files())  # those of earlier runs are gone by now
         self.of_one_rank += len(victims) < run.world_size
         if new[0]:
-            self._check_steps(run, before, first=new[0][0][0][0], last=new[0][-1][0][0])
+            self._check_steps(run, kept, first=new[0][0][0][0], last=new[0][-1][0][0])
         return True
 
     def _wait_for_the_moment(self, run: Run, ranks: list[BaseProcess]) -> None:
@@ -161,11 +161,14 @@ class Killer:
             time.sleep(self.random.uniform(0, 0.2))
 
     @staticmethod
-    def _check_steps(run: Run, before: int, first: int, last: int) -> None:
+    def _check_steps(run: Run, kept: list[int], first: int, last: int) -> None:
+        before = (kept or [0])[-1]
         assert first == before, f"the newest checkpoint was of step {before}, the run went on from {first}"
         # Of two checkpoints that were begun, the older one is complete: the writer takes one at a time.
         assert run.newest_step() >= (last // run.every_n_steps - 1) * run.every_n_steps
-        stale = [path for path in run.unfinished_files() if int(path.name.split("_")[1].split(".")[0]) <= before]
+        steps = {path: int(path.name.split("_")[1].split(".")[0]) for path in run.unfinished_files()}
+        # Of those that were kept, one may just have been about to make place for a newer one.
+        stale = [path for path, step in steps.items() if step <= before and step not in kept]
         assert not stale, "the resumed run did not remove what the killed one had left"
 
     def check_result(self, run: Run, unbroken: Run) -> None:
