@@ -55,9 +55,12 @@ UNHELPFUL_WARNINGS = [
     ".*`IterableDataset` has `__len__` defined.*",
     r".*add the following callbacks: \['TimeBudget'\].*",
     ".*your dataloader is not resumable.*",
+    ".*smaller than the logging interval.*",
+    r".*It is recommended to use `self.log\('step'.*",
 ]
 """Lightning's advice that does not apply here: packed batches cost no time to load, and know their own length; a run
-that was short of time may be continued or evaluated without a limit; the position in the data is the DataModule's."""
+that was short of time may be continued or evaluated without a limit; the position in the data is the DataModule's; the
+monitor logs at its own interval, and the step is the same on all ranks."""
 
 
 DECIDED_BY = {
