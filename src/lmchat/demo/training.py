@@ -9,7 +9,7 @@ from lmchat.checkpoint.layout import committed_steps
 from lmchat.demo.run import Demo, Figures, lmchat, read_log, start_from, within
 from lmchat.types import UserError
 
-PRETRAIN_SHARE = 0.18
+PRETRAIN_SHARE = 0.22
 """Of the time that is left, what pretraining may take: fine-tuning gets its full epoch after it."""
 OVERHEAD_MINUTES = 1.0
 """Kept free for starting processes, the last evaluation and the last checkpoint."""
