@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from lmchat.checkpoint.layout import CheckpointPaths, committed_steps
 from lmchat.checkpoint.load import find_checkpoint, load_model_state, load_rank_state
 
 sys.path.insert(0, str(Path(__file__).parent))
 from killable_fit import _fit, fork_server, start_fit
+from tiny_fit import same
 
 STEPS, RANKS, ACCUMULATE = 6, 2, 2
 EVAL_BATCHES = 8
@@ -63,16 +63,6 @@ def unbroken(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("unbroken")
     assert run(base, tiny_base, every_n_steps=1) == [0, 0], output(base)
     return base / "base_checkpoints" / "d2"
-
-
-def same(a: object, b: object) -> bool:
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and torch.equal(a, b)
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return isinstance(b, list | tuple) and len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def assert_saved(base: Path, step: int, unbroken: Path, newest: bool = True) -> None:

@@ -41,7 +41,7 @@ def finetune(run: Demo) -> Figures:
 
 
 def reinforce(run: Demo) -> Figures:
-    """The chat model after practising word problems, half of them of kinds that it was not taught."""
+    """The chat model after practising word problems, most of them of kinds that it was not taught."""
     budget = run.minutes_left - OVERHEAD_MINUTES
     lmchat(run, "fit", "grpo", *within(budget), *start_from(run, "grpo", "sft"))
     figures, held_out = _progress(run, "grpo"), _last_evaluation(run, "grpo")
