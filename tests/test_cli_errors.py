@@ -229,6 +229,21 @@ CASES: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
     "odd head size": (nothing, ["--model.head_dim", "33"], ["head size", "an even multiple of n_head"]),
     "kv heads": (nothing, ["--model.n_kv_head", "7"], ["n_kv_head 7", "choose a divisor"]),
     "depth zero": (nothing, ["--model.depth", "0"], ["depth is 0", "at least 1"]),
+    "depth beyond all memory": (
+        nothing,
+        ["--model.depth", "100000000"],
+        ["depth 100000000", "finds no room on cpu", "choose a smaller --model.depth"],
+    ),
+    "stage without a start": (
+        nothing,
+        ["--model", "GRPOModule"],
+        ["grpo starts from a checkpoint", "give one of stage sft or pretrain with --ckpt_path"],
+    ),
+    "no batches": (
+        nothing,
+        ["--trainer.limit_train_batches", "0"],
+        ["--trainer.limit_train_batches is 0, which trains nothing", "use lmchat validate"],
+    ),
     "devices that are a word": (
         nothing,
         ["--trainer.devices", "many"],

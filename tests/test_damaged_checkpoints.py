@@ -14,17 +14,11 @@ from lmchat.checkpoint.load import find_checkpoint, load_model_state
 
 sys.path.insert(0, str(Path(__file__).parent))
 from killable_fit import start_fit
+from tiny_fit import config_options
 
 CONFIG = """
-trainer: {accelerator: cpu, strategy: zero2_muon, max_steps: 4}
-model:
-  class_path: PretrainModule
-  init_args: {depth: 2, sequence_len: 32, head_dim: 32, window_pattern: SL, global_batch_tokens: 256}
-data:
-  class_path: FineWebDataModule
-  init_args: {micro_batch_size: 2, eval_tokens: 256, buffer_size: 20}
+trainer: {strategy: zero2_muon, max_steps: 4}
 eval: {every_n_steps: 100}
-samples: {max_new_tokens: 0}
 checkpoint: {every_n_steps: 2}
 """
 PATIENCE_SECONDS = 240.0
@@ -65,7 +59,7 @@ CASES = [
 
 def fit(base: Path, world_size: int, *options: str) -> tuple[list[int | None], str]:
     """Exit status and output of the ranks."""
-    args = ["--config", str(base / "tiny.yaml"), "--trainer.devices", str(world_size), *options]
+    args = [*config_options(base, CONFIG), "--trainer.devices", str(world_size), *options]
     ranks = start_fit(args, base, world_size)
     for rank in ranks:
         rank.join(PATIENCE_SECONDS)
@@ -80,7 +74,6 @@ def finished(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("finished")
     for name in ("base_data", "tokenizer"):
         (base / name).symlink_to(tiny_base / name)
-    (base / "tiny.yaml").write_text(CONFIG)
     statuses, output = fit(base, 2)
     assert statuses == [0, 0], output
     return base

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pydoc
 import re
 import signal
 import sys
@@ -35,6 +36,7 @@ from lmchat.checkpoint.load import Checkpoint, find_checkpoint
 from lmchat.paths import base_dir
 from lmchat.stages import grpo, pretrain, sft  # noqa: F401  (known to jsonargparse by their short class names)
 from lmchat.stages.base import StageModule, check_precision
+from lmchat.stages.chat import ChatModule
 from lmchat.strategies import zero2_muon
 from lmchat.types import RankFailure, UserError
 
@@ -105,8 +107,16 @@ class LMChatCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         self._check_groups()
-        if self.subcommand == "validate" and self._get(self.config, "ckpt_path") is None:
+        if self._get(self.config, "ckpt_path") is None:
+            self._check_start()
+
+    def _check_start(self) -> None:
+        """Raises UserError where there is no start without a checkpoint, before data sets are downloaded for it."""
+        if self.subcommand == "validate":
             raise UserError("lmchat validate evaluates a checkpoint; give one with --ckpt_path, e.g. --ckpt_path last")
+        stage = pydoc.locate(self._get(self.config, "model").class_path)
+        if isinstance(stage, type) and issubclass(stage, ChatModule):
+            raise stage.checkpoint_missing()
 
     def _check_groups(self) -> None:
         """Raises UserError for a group like ``trainer`` that is no mapping of options, which jsonargparse lets pass."""
@@ -129,6 +139,8 @@ class LMChatCLI(LightningCLI):
             raise UserError(
                 f"--trainer.devices is {trainer['devices']}; it must be auto, a number of devices, or some like 0,1"
             )
+        if trainer["limit_train_batches"] == 0 and self.subcommand == "fit":
+            raise UserError("--trainer.limit_train_batches is 0, which trains nothing; use lmchat validate to evaluate")
         if trainer["max_steps"] == 0 or trainer["max_steps"] < -1:
             raise UserError(
                 f"--trainer.max_steps is {trainer['max_steps']}; give 1 step or more, or leave it out: the length of "
@@ -202,6 +214,9 @@ class DataModuleCLI(LMChatCLI):
 
     def _set_seed(self) -> None:
         """A data module draws nothing when it is made."""
+
+    def _check_start(self) -> None:
+        """Nothing is started."""
 
     def instantiate_classes(self) -> None:
         assert self.subcommand is not None

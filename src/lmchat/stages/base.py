@@ -23,7 +23,7 @@ from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT, default_compute_dtype
 from lmchat.optim.muon_adamw import MuonAdamW, build_param_groups
 from lmchat.paths import tokenizer_dir as default_tokenizer_dir
-from lmchat.scaling import flops_per_token
+from lmchat.scaling import flops_per_token, parameter_counts
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.types import Batch, UserError
 
@@ -183,9 +183,16 @@ class StageModule(L.LightningModule):
         if device.type == "cpu":
             keep_large_blocks()
         dtype = default_compute_dtype(device) if self.compute_dtype == "auto" else COMPUTE_DTYPES[self.compute_dtype]
-        with torch.device("meta"):
-            net = GPT(self.config, compute_dtype=dtype, attention=self.attention)
-        net.to_empty(device=device)
+        try:
+            with torch.device("meta"):
+                net = GPT(self.config, compute_dtype=dtype, attention=self.attention)
+            net.to_empty(device=device)
+        except RuntimeError as error:
+            billions = parameter_counts(self.config).total / 1e9
+            raise UserError(
+                f"a model of depth {self.config.n_layer} has {billions:,.1f} billion parameters and finds no room on "
+                f"{device} ({str(error).splitlines()[0]}); choose a smaller --model.depth"
+            ) from error
         net.init_weights()
         self.net = net
         self.bits_per_byte = BitsPerByte(torch.from_numpy(self.tokenizer.token_bytes))

@@ -64,13 +64,18 @@ class ChatModule(StageModule):
     def default_tag(self) -> str:
         return self.inherited.get("tag", self.stage)
 
+    @classmethod
+    def checkpoint_missing(cls) -> UserError:
+        """Says what this stage starts from."""
+        return UserError(
+            f"{cls.stage} starts from a checkpoint; give one of stage {' or '.join(cls.earlier_stages)} "
+            "with --ckpt_path, e.g. its folder"
+        )
+
     @property
     def config(self) -> GPTConfig:
         if self._config is None:
-            raise UserError(
-                f"{self.stage} starts from a checkpoint; give one of stage {' or '.join(self.earlier_stages)} "
-                "with --ckpt_path, e.g. its folder"
-            )
+            raise self.checkpoint_missing()
         return self._config
 
     @property
