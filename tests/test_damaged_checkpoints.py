@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from lmchat.checkpoint.load import find_checkpoint, load_model_state
-
-sys.path.insert(0, str(Path(__file__).parent))
 from killable_fit import start_fit
+from lmchat.checkpoint.load import find_checkpoint, load_model_state
 from tiny_fit import config_options
 
 CONFIG = """

@@ -6,16 +6,13 @@ import csv
 import os
 import re
 import socket
-import sys
 from pathlib import Path
 
 import pytest
 
+from killable_fit import _fit, fork_server, start_fit
 from lmchat.checkpoint.layout import CheckpointPaths, committed_steps
 from lmchat.checkpoint.load import find_checkpoint, load_model_state, load_rank_state
-
-sys.path.insert(0, str(Path(__file__).parent))
-from killable_fit import _fit, fork_server, start_fit
 from tiny_fit import same
 
 STEPS, RANKS, ACCUMULATE = 6, 2, 2

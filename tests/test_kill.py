@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import random
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,12 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from killable_fit import alive, start_fit
 from lmchat.checkpoint.layout import committed_steps, files_by_step
 from lmchat.checkpoint.load import find_checkpoint, load_model_state, load_rank_state
 from lmchat.files import TEMPORARY_SUFFIX
-
-sys.path.insert(0, str(Path(__file__).parent))
-from killable_fit import alive, start_fit
 from tiny_fit import config_options, same
 
 STEPS = 20

@@ -65,7 +65,7 @@ EVENTS: dict[str, tuple[Deed | None, int, str | None]] = {
 def start(launcher: str, base: Path, *options: str, fault: str = "") -> subprocess.Popen[bytes]:
     """A run in a session of its own, in which Ctrl-C works, and the folder of whose output is ``base``."""
     (base / "own.yaml").write_text(CONFIG % fault)
-    path = f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"
+    path = f"{Path(__file__).parent / 'helpers'}:{os.environ.get('PYTHONPATH', '')}"
     with (base / "output.txt").open("wb") as output:
         return subprocess.Popen(
             [*LAUNCHERS[launcher], "fit", "--config", base / "own.yaml", *options],

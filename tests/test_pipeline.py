@@ -18,7 +18,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent / "data"))
 from hub_server import HubServer
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -16,8 +16,6 @@ import pytest
 
 from lmchat.checkpoint.layout import committed_steps
 from lmchat.checkpoint.load import find_checkpoint, load_model_state, load_rank_state
-
-sys.path.insert(0, str(Path(__file__).parent))
 from tiny_fit import config_options, same
 
 STEPS = 30

@@ -5,23 +5,18 @@ What the buckets say they send is compared with counted bytes in tests/optim/tes
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+import make_scaling_tables as page
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT
 from lmchat.optim.muon_adamw import MuonAdamW, build_param_groups
 from lmchat.optim.sharded import Bucket, make_buckets
 from lmchat.scaling import config_for_depth
-
-DOCS = Path(__file__).resolve().parent.parent / "docs"
-sys.path.insert(0, str(DOCS))
-import make_scaling_tables as page  # noqa: E402
 
 
 def config_of(depth: int) -> GPTConfig:

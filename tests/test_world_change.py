@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from lmchat.checkpoint.load import find_checkpoint, load_model_state
-
-sys.path.insert(0, str(Path(__file__).parent))
 from killable_fit import start_fit
+from lmchat.checkpoint.load import find_checkpoint, load_model_state
 
 MICRO_BATCHES = 12
 CONFIG = """

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-
-# Test modules are imported by path; this makes the helpers beside them importable by name.
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture

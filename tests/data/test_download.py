@@ -17,8 +17,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hub_server import HubServer
 
+from hub_server import HubServer
 from lmchat.data import download
 from lmchat.data.download import DownloadReport
 from lmchat.types import UserError

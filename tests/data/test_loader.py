@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from byte_tokenizer import ByteTokenizer
 from torch.utils.data import DataLoader
 
+from byte_tokenizer import ByteTokenizer
 from lmchat.data.loader import PackedBatches
 from lmchat.data.packing import BestFitPacker
 from lmchat.data.token_shards import TokenShards, prepare_token_shards

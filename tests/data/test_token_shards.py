@@ -14,8 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from byte_tokenizer import ByteTokenizer
 
+import byte_tokenizer
+from byte_tokenizer import ByteTokenizer
 from lmchat.data import token_shards
 from lmchat.data.token_shards import Header, TokenShards, prepare_token_shards, token_dir
 from lmchat.types import UserError
@@ -178,7 +179,7 @@ print(prepare_token_shards(Path(sys.argv[2]), Slow(), num_threads=1, progress=Fa
 
 
 def _start(folder: Path, log: Path, seconds_per_document: float) -> subprocess.Popen[str]:
-    arguments = [Path(__file__).parent, folder, log, seconds_per_document]
+    arguments = [Path(byte_tokenizer.__file__).parent, folder, log, seconds_per_document]
     return subprocess.Popen(
         [sys.executable, "-c", _SLOW_PROCESS, *map(str, arguments)], stdout=subprocess.PIPE, text=True
     )

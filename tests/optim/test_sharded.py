@@ -13,15 +13,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import sharded_ranks as worker
 from lmchat.model.gpt import GPT
 from lmchat.optim.muon_adamw import MuonAdamW, build_param_groups
 from lmchat.optim.sharded import Bucket, RowBucket, deal, make_buckets
 from lmchat.scaling import config_for_depth
 from lmchat.types import UserError
 
-WORKER = Path(__file__).with_name("sharded_ranks.py")
-sys.path.insert(0, str(WORKER.parent))
-import sharded_ranks as worker  # noqa: E402
+WORKER = Path(worker.__file__)
 
 WORLD_SIZES = range(1, worker.RANKS + 1)
 Results = list[dict[str, Any]]

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import csv
-import sys
 from pathlib import Path
 
 import pytest
 
+from killable_fit import start_fit
 from lmchat.evaluation.chat_tasks import TaskQuestions
 from lmchat.tasks import Arithmetic, Identity
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from killable_fit import start_fit
 
 RANKS = 3
 PRETRAIN = """

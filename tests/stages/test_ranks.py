@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from killable_fit import start_fit
 from lmchat.__main__ import main
 from lmchat.checkpoint.load import find_checkpoint, load_model_state
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from killable_fit import start_fit
 
 PRETRAIN = """
 trainer: {accelerator: cpu, devices: 1, max_steps: 1}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from killable_fit import start_fit
 from lmchat.__main__ import main
 from lmchat.checkpoint.load import Checkpoint, find_checkpoint, load_model_state, load_rank_state
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from killable_fit import start_fit
 
 PRETRAIN_STEPS = 3
 PRETRAIN = f"""

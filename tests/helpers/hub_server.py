@@ -76,17 +76,28 @@ class _Handler(BaseHTTPRequestHandler):
         self._serve_file(body=False)
 
     def do_GET(self) -> None:
-        api = f"/api/datasets/{self.hub.repo_id}/"
-        if self.path.startswith(api + "revision/") or self.path.startswith(api + "tree/"):
-            if self.path.split("?")[0].rsplit("/", 1)[-1] not in ("main", COMMIT):
+        asked = re.fullmatch(rf"/api/datasets/{self.hub.repo_id}/(revision|tree)/(\w+)/?([^?]*)(\?.*)?", self.path)
+        if asked is not None:
+            kind, revision, folder, query = asked.groups()
+            if revision not in ("main", COMMIT):
                 return self._send(404, b"", {"X-Error-Code": "RevisionNotFound"})
-            if self.path.startswith(api + "revision/"):
+            if kind == "revision":
                 return self._send_json({"id": self.hub.repo_id, "sha": COMMIT, "siblings": []})
             if self.hub.faults["tree"]:
                 self.hub.faults["tree"].pop(0)
                 return self._send(503, b"")
-            return self._send_json([self._entry(path) for path in self.hub.files])
+            return self._send_json(self._entries(folder, "recursive=true" in (query or "").lower()))
         return self._serve_file(body=True)
+
+    def _entries(self, folder: str, recursive: bool) -> list[dict[str, Any]]:
+        """What is in a folder ("" is the top), and in its folders if asked for."""
+        inside = folder and f"{folder}/"
+        files = [path for path in self.hub.files if path.startswith(inside)]
+        if recursive:
+            return [self._entry(path) for path in files]
+        names = {path[len(inside) :].split("/")[0] for path in files}
+        folders = [{"type": "directory", "path": inside + name, "oid": "0" * 40} for name in sorted(names)]
+        return [self._entry(entry["path"]) if entry["path"] in files else entry for entry in folders]
 
     def _entry(self, path: str) -> dict[str, Any]:
         content = self.hub.files[path]
