@@ -23,7 +23,7 @@ def chat(
     prompt: str | None = None,
     system: str | None = None,
     temperature: float = 0.6,
-    top_k: int = 50,
+    top_k: int | None = 50,
     max_new_tokens: int = 256,
     seed: int = 42,
 ) -> None:
@@ -34,7 +34,7 @@ def chat(
         prompt: answer this one message and leave.
         system: a system prompt.
         temperature: 0 for the likeliest answer.
-        top_k: sample from the k likeliest tokens.
+        top_k: sample from the k likeliest tokens; null is all.
         max_new_tokens: longest answer.
         seed: of the sampling; each answer of a conversation draws anew.
     """

@@ -38,7 +38,7 @@ class Sampler:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise UserError(f"temperature is {self.temperature}; give 0 for the likeliest token, or a positive number")
         if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k is {self.top_k}; give at least 1, or none to sample from the whole vocabulary")
+            raise UserError(f"top_k is {self.top_k}; give at least 1, or null to sample from the whole vocabulary")
 
     def __call__(self, logits: Tensor, uniforms: Tensor) -> Tensor:
         """Token ids (B,) for logits (B, vocab) and one number in [0, 1) per row (B,); -1 where logits are not finite.
