@@ -82,6 +82,19 @@ def test_a_slow_beginning_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> Non
         assert steps_taken(monkeypatch, 1.0, budget) == 100
 
 
+def test_an_evaluation_before_the_first_step_is_not_taken_for_one_at_every_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class EvaluatedStart(TimeBudget):
+        def on_train_start(self, trainer: L.Trainer, pl_module: Line) -> None:
+            super().on_train_start(trainer, pl_module)
+            pl_module.clock.now += 20
+
+    budget = EvaluatedStart(minutes=1, check_every_n_steps=5)
+    assert steps_taken(monkeypatch, 0.35, budget) == 100
+    assert budget.lowered_to is None
+
+
 def test_a_run_is_never_cut_to_where_its_end_would_have_begun(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five steps are 40 % of twelve: with fewer, the learning rate should have fallen already."""
     budget = TimeBudget(minutes=1, check_every_n_steps=5, until=0.4)

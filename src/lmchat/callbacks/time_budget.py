@@ -16,10 +16,10 @@ class TimeBudget(Callback):
     """Takes fewer steps on a machine too slow for all of them; on any other it changes nothing.
 
     In the first part of the run, where the learning rate (without warmup) does not depend on its length, the rest is
-    forecast from the steps so far, evaluations included. ``max_steps`` is lowered where the forecast is over the
-    budget, and raised again, up to what it was, where a later one is not. Muon's weight decay, which does depend on the
-    length from the start, falls faster from there on. A run is reproducible as long as that does not happen; what was
-    lowered stays so in a resumed run.
+    forecast from the steps after the first. ``max_steps`` is lowered where the forecast is over the budget, and raised
+    again, up to what it was, where a later one is not. Muon's weight decay, which does depend on the length from the
+    start, falls faster from there on. A run is reproducible as long as that does not happen; what was lowered stays so
+    in a resumed run.
 
     Args:
         minutes: time that training may take, counted from its first step.
@@ -43,13 +43,18 @@ class TimeBudget(Callback):
         self._most_steps = trainer.max_steps
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        step = trainer.global_step
-        done = step - self._first_step
-        if step == self._last_step or done % self.check_every_n_steps or step > self.until * trainer.max_steps:
+        step, now = trainer.global_step, time.perf_counter()
+        if step == self._last_step:
             return
         self._last_step = step
-        seconds = time.perf_counter() - self._start
-        affordable = step + int((60 * self.minutes - seconds) * done / seconds)
+        done = step - self._first_step
+        if done == 1:
+            # It bore the evaluation before it, which the others will not.
+            self._first_step_end = now
+        if done == 1 or done % self.check_every_n_steps or step > self.until * trainer.max_steps:
+            return
+        per_step = (now - self._first_step_end) / (done - 1)
+        affordable = step + int((60 * self.minutes - (now - self._start)) / per_step)
         # All ranks take the same steps.
         affordable = trainer.strategy.broadcast(affordable)
         # A part that is over stays within `until`, so that no learning rate was other than it would have been.
@@ -57,8 +62,7 @@ class TimeBudget(Callback):
         if steps == trainer.max_steps:
             return
         rank_zero_warn(
-            f"at {seconds / done:.2f} s per step, {self.minutes:g} minutes are enough for {steps} of "
-            f"{self._most_steps} steps"
+            f"at {per_step:.2f} s per step, {self.minutes:g} minutes are enough for {steps} of {self._most_steps} steps"
         )
         self.lowered_to = steps
         _set_max_steps(trainer, steps)

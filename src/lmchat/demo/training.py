@@ -11,8 +11,8 @@ from lmchat.types import UserError
 
 PRETRAIN_SHARE = 0.22
 """Of the time that is left, what pretraining may take: fine-tuning gets its full epoch after it."""
-OVERHEAD_MINUTES = 1.0
-"""Kept free for starting processes, the last evaluation and the last checkpoint."""
+OVERHEAD_MINUTES = 1.25
+"""Kept free for starting processes, the evaluations to come and the last checkpoint."""
 SKILLS = {
     "identity": "val/Identity/test",
     "spelling": "val/SimpleSpelling/test",
