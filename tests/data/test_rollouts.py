@@ -1,0 +1,167 @@
+"""Groups of sampled answers: the rows of the reference, figures counted one by one, any number of ranks, resuming."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lmchat.data.mixture import Mixture, MixturePart
+from lmchat.data.rollouts import Rollouts, Sampling, collate_group
+from lmchat.generation.engine import Completion
+from lmchat.tasks.base import Task, exchange
+from lmchat.tokenizer.bpe import Tokenizer
+from lmchat.types import IGNORE_INDEX, Conversation, Rollout, UserError
+
+STEPS, QUESTIONS, SAMPLES, SEED = 3, 4, 5, 7
+
+
+class Guess(Task):
+    """Seven questions, fewer than the steps ask for; an answer is worth its number of a's, at most 1."""
+
+    def num_examples(self) -> int:
+        return 7
+
+    def example(self, index: int) -> Conversation:
+        return exchange(f"Question {index}?", "a")
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        return "a" in completion
+
+    def reward(self, conversation: Conversation, completion: str) -> float:
+        return min(1.0, completion.count("a") / 2)
+
+
+class Monkey:
+    """Types a's and b's, of which some were forced on it; the prompt and the seed decide which."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    def generate(
+        self, prompts: list[list[int]], *, num_samples: int, seed: list[int], **_: Any
+    ) -> list[list[Completion]]:
+        return [
+            [self._type(random.Random(f"{prompt}/{start}/{number}")) for number in range(num_samples)]
+            for prompt, start in zip(prompts, seed, strict=True)
+        ]
+
+    def _type(self, rng: random.Random) -> Completion:
+        length, stops = rng.randint(1, 6), rng.random() < 0.5
+        ids = [self.tokenizer.encode(rng.choice("ab"))[0] for _ in range(length)]
+        mask = [int(rng.random() < 0.8) for _ in ids]
+        if stops:
+            ids.append(self.tokenizer.special("assistant_end"))
+            mask.append(1)
+        return Completion(ids, mask, stops, [mask_bit * -rng.random() for mask_bit in mask])
+
+
+@pytest.fixture(scope="module")
+def monkey(tiny_base: Path) -> Monkey:
+    return Monkey(Tokenizer.load(tiny_base / "tokenizer"))
+
+
+def rollouts(monkey: Any, rank: int = 0, world_size: int = 1, **options: Any) -> Rollouts:
+    options = {"all_reduce": lambda number: number, "fingerprint": {"questions": "7"}, **options}
+    return Rollouts(
+        Mixture([MixturePart(Guess(), 1)]),
+        lambda: monkey,
+        Sampling(num_samples=SAMPLES),
+        questions_per_step=QUESTIONS,
+        steps=STEPS,
+        seed=SEED,
+        rank=rank,
+        world_size=world_size,
+        **options,
+    )
+
+
+def same(a: Rollout, b: Rollout) -> bool:
+    return all(torch.equal(a[key], b[key]) for key in ("inputs", "targets", "advantages", "rewards"))  # type: ignore[literal-required]
+
+
+def test_rows_are_those_of_the_reference(oracles: Path) -> None:
+    """Its rows have prompts of their own, so that here the prompt is a part of what was forced."""
+    with np.load(oracles / "c09_rl.npz") as arrays:
+        ids, mask = arrays["ids"].tolist(), arrays["mask"].tolist()
+        measured = {name: torch.from_numpy(arrays[name]) for name in ("inputs", "targets", "rewards", "advantages")}
+    lengths = [len(row) - row[::-1].index(1) for row in mask]
+    rows = zip(ids, mask, lengths, strict=True)
+    completions = [Completion(row[:end], bits[:end], True, [0.0] * end) for row, bits, end in rows]
+    group = collate_group([], completions, measured["rewards"], pad_id=ids[lengths.index(min(lengths))][-1])
+    for name, expected in measured.items():
+        torch.testing.assert_close(group[name], expected, rtol=0, atol=1e-7)  # type: ignore[literal-required]
+    assert group["num_tokens"] == sum(map(sum, mask))
+
+
+def test_prompt_padding_and_forced_tokens_are_no_targets_but_the_stop_token_is() -> None:
+    completions = [Completion([5, 6, 7], [1, 0, 1], True, [-1.0, 0.0, -2.0]), Completion([8], [1], False, [-4.0])]
+    group = collate_group([3, 4], completions, torch.tensor([1.0, 0.0]), pad_id=0)
+    assert group["inputs"].tolist() == [[3, 4, 5, 6], [3, 4, 8, 0]]
+    none = IGNORE_INDEX
+    assert group["targets"].tolist() == [[none, 5, none, 7], [none, 8, none, none]]
+    assert group["advantages"].tolist() == [0.5, -0.5]
+    assert (group["num_tokens"], group["truncated"], group["surprisal"]) == (3, 1, 7.0)
+
+
+def test_figures_are_those_counted_one_by_one(monkey: Monkey) -> None:
+    recorder = SimpleNamespace(tokenizer=monkey.tokenizer, asked=[])
+
+    def generate(prompts: list[list[int]], **options: Any) -> list[list[Completion]]:
+        recorder.asked.append(monkey.generate(prompts, **options))
+        return recorder.asked[-1]
+
+    recorder.generate = generate
+    groups = list(rollouts(recorder))
+    assert len(groups) == STEPS * QUESTIONS == len(rollouts(monkey))
+    for step, answers in enumerate(recorder.asked):
+        of_step = groups[step * QUESTIONS : (step + 1) * QUESTIONS]
+        completions = [completion for group in answers for completion in group]
+        texts = [monkey.tokenizer.decode(completion.content) for completion in completions]
+        values = [min(1.0, text.count("a") / 2) for text in texts]
+        tokens = sum(sum(completion.mask) for completion in completions)
+        signals = [len({values[i * SAMPLES + j] for j in range(SAMPLES)}) > 1 for i in range(QUESTIONS)]
+        expected = {
+            "reward": sum(values) / len(values),
+            "pass@1": sum(value == 1 for value in values) / len(values),
+            "length": tokens / len(values),
+            "truncated": sum(not completion.finished for completion in completions) / len(values),
+            "entropy": -sum(sum(completion.logprobs) for completion in completions) / tokens,
+            "no_signal": signals.count(False),
+            "sampled_tokens": tokens,
+        }
+        for group in of_step:
+            figures = group["state"]["figures"]
+            assert figures.pop("rollout_seconds") >= 0
+            assert figures == pytest.approx(expected)
+            assert group["loss_tokens"] == tokens
+
+
+def test_ranks_share_the_questions_out(monkey: Monkey) -> None:
+    alone = list(rollouts(monkey))
+    for world_size in (2, 4):
+        ranks = [list(rollouts(monkey, rank, world_size)) for rank in range(world_size)]
+        dealt = [group for groups in zip(*ranks, strict=True) for group in groups]
+        assert all(same(a, b) for a, b in zip(alone, dealt, strict=True))
+
+
+def test_a_question_that_comes_again_is_answered_anew(monkey: Monkey) -> None:
+    groups = list(rollouts(monkey))
+    first, again = groups[0], groups[7]
+    prompt = (first["targets"][0] != IGNORE_INDEX).nonzero()[0, 0]
+    assert torch.equal(first["inputs"][0, :prompt], again["inputs"][0, :prompt])
+    assert not same(first, again)
+
+
+def test_goes_on_where_it_stopped(monkey: Monkey) -> None:
+    whole = list(rollouts(monkey))
+    rest = list(rollouts(monkey, state=whole[QUESTIONS - 1]["state"]))
+    assert len(rest) == (STEPS - 1) * QUESTIONS
+    assert all(same(a, b) for a, b in zip(whole[QUESTIONS:], rest, strict=True))
+    with pytest.raises(UserError, match="questions"):
+        rollouts(monkey, state=whole[0]["state"], fingerprint={"questions": "8"})
