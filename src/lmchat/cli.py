@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import pydoc
 import re
 import signal
 import sys
@@ -107,16 +106,8 @@ class LMChatCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         self._check_groups()
-        if self._get(self.config, "ckpt_path") is None:
-            self._check_start()
-
-    def _check_start(self) -> None:
-        """Raises UserError where there is no start without a checkpoint, before data sets are downloaded for it."""
-        if self.subcommand == "validate":
+        if self.subcommand == "validate" and self._get(self.config, "ckpt_path") is None:
             raise UserError("lmchat validate evaluates a checkpoint; give one with --ckpt_path, e.g. --ckpt_path last")
-        stage = pydoc.locate(self._get(self.config, "model").class_path)
-        if isinstance(stage, type) and issubclass(stage, ChatModule):
-            raise stage.checkpoint_missing()
 
     def _check_groups(self) -> None:
         """Raises UserError for a group like ``trainer`` that is no mapping of options, which jsonargparse lets pass."""
@@ -152,6 +143,9 @@ class LMChatCLI(LightningCLI):
         self.checkpoint = self._find_checkpoint()
         if self.checkpoint is not None:
             self.model.adopt(self.checkpoint)
+        elif isinstance(self.model, ChatModule):
+            # Before its data sets are downloaded.
+            raise self.model.checkpoint_missing()
         if self._get(self.config_init, "trainer")["logger"] in (None, True):
             folder, name = base_dir() / "logs" / self.model.stage, self.model.tag
             tensorboard = TensorBoardLogger(folder, name=name)
@@ -214,9 +208,6 @@ class DataModuleCLI(LMChatCLI):
 
     def _set_seed(self) -> None:
         """A data module draws nothing when it is made."""
-
-    def _check_start(self) -> None:
-        """Nothing is started."""
 
     def instantiate_classes(self) -> None:
         assert self.subcommand is not None

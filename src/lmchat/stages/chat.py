@@ -64,11 +64,10 @@ class ChatModule(StageModule):
     def default_tag(self) -> str:
         return self.inherited.get("tag", self.stage)
 
-    @classmethod
-    def checkpoint_missing(cls) -> UserError:
+    def checkpoint_missing(self) -> UserError:
         """Says what this stage starts from."""
         return UserError(
-            f"{cls.stage} starts from a checkpoint; give one of stage {' or '.join(cls.earlier_stages)} "
+            f"{self.stage} starts from a checkpoint; give one of stage {' or '.join(self.earlier_stages)} "
             "with --ckpt_path, e.g. its folder"
         )
 
