@@ -13,7 +13,7 @@ import pytest
 
 from lmchat.generation.calculator import calculate
 from lmchat.tasks.arithmetic import MAX_STEPS, Arithmetic, WordProblem
-from lmchat.tasks.arithmetic_stories import FAMILIES, NAMES
+from lmchat.tasks.arithmetic_stories import FAMILIES, HE, PRONOUNS, SHE
 from lmchat.tasks.gsm8k import extract_answer, parse_answer
 from lmchat.tasks.split import in_split
 from lmchat.types import UserError
@@ -94,23 +94,23 @@ def _relay(amounts: dict[str, int], person: str, value: int) -> None:
 
 
 COMPARISONS: list[Rule] = [
-    (r"(\w+) (?:has|brings) (\d+) \w+\.", lambda a, m: _relay(a, m[0], int(m[1]))),
+    (r"(\w+) (?:has|brings|buys|finds) (\d+) \w+", lambda a, m: _relay(a, m[0], int(m[1]))),
     (
-        r"(\w+) has (\d+) more \w+ than (\w+)\.",
+        r"(\w+) has (\d+) more(?: \w+)? than (\w+)",
         lambda a, m: _relay(a, m[0], a[m[2]] + int(m[1])) if m[2] in a else _relay(a, m[2], a[m[0]] - int(m[1])),
     ),
     (
-        r"(\w+) has (\d+) fewer \w+ than (\w+)\.",
+        r"(\w+) has (\d+) fewer(?: \w+)? than (\w+)",
         lambda a, m: _relay(a, m[0], a[m[2]] - int(m[1])) if m[2] in a else _relay(a, m[2], a[m[0]] + int(m[1])),
     ),
     (
-        r"(\w+) has (\d+) times as many \w+ as (\w+)\.",
+        r"(\w+) has (\d+) times as many(?: \w+)? as (\w+)",
         lambda a, m: _relay(a, m[0], a[m[2]] * int(m[1])) if m[2] in a else _relay(a, m[2], a[m[0]] // int(m[1])),
     ),
-    (r"(\w+) has twice as many \w+ as (\w+)\.", lambda a, m: _relay(a, m[0], a[m[1]] * 2)),
-    (r"(\w+) has half as many \w+ as (\w+)\.", lambda a, m: _relay(a, m[0], a[m[1]] // 2)),
-    (r"How many \w+ does (\w+) have\?", lambda a, m: a.update(answer=a[m[0]])),
-    (r"How many \w+ has (\w+)\?", lambda a, m: a.update(answer=a[m[0]])),
+    (r"(\w+) has twice as many(?: \w+)? as (\w+)", lambda a, m: _relay(a, m[0], a[m[1]] * 2)),
+    (r"(\w+) has half as many(?: \w+)? as (\w+)", lambda a, m: _relay(a, m[0], a[m[1]] // 2)),
+    (r"How many \w+ does (\w+) have", lambda a, m: a.update(answer=a[m[0]])),
+    (r"How many \w+ has (\w+)", lambda a, m: a.update(answer=a[m[0]])),
     (r"How many \w+ do (?:they|all of them) have .*", lambda a, m: a.update(answer=sum(a.values()))),
 ]
 
@@ -125,24 +125,24 @@ def _change(kind: str) -> Callable[[dict[str, int], list[Any]], None]:
 
 
 BUS_RIDES: list[Rule] = [
-    (r"A bus leaves the station with (\d+) \w+\.", lambda a, m: a.update(now=int(m[0]))),
-    (r"There are (\d+) \w+ on \w+'s bus\.", lambda a, m: a.update(now=int(m[0]))),
-    (r"(\d+) \w+ sit and (\d+) \w+ stand on \w+'s bus\.", lambda a, m: a.update(now=int(m[0]) + int(m[1]))),
+    (r"A \w+ (?:leaves the station with|carries|has) (\d+) \w+", lambda a, m: a.update(now=int(m[0]))),
+    (r"There are (\d+) \w+ on \w+'s (?:bus|train)", lambda a, m: a.update(now=int(m[0]))),
+    (r"(\d+) \w+ sit and (\d+)(?: \w+)? stand on \w+'s bus", lambda a, m: a.update(now=int(m[0]) + int(m[1]))),
     (r"\w+ drives a train of (\d+) cars with (\d+) .*", lambda a, m: a.update(now=int(m[0]) * int(m[1]))),
     (r".*?(\d+) .*(?:get on|climb aboard).*", _change("+")),
-    (r".*?(\d+) \w+ (?:get off|leave).*", _change("-")),
-    (r".* half of the .* get off\.", _change("/")),
-    (r".* grows to (\d+) times as many\.", _change("*")),
-    (r"Every one of them pays \$(\d+)\.", _change("*")),
-    (r".* they form (\d+) equal groups\.", _change("/")),
-    (r"How many .*\?", lambda a, m: a.update(answer=a["now"])),
+    (r".*?(\d+) (?:\w+ |of them )?(?:get off|leave).*", _change("-")),
+    (r".* half of .* get off", _change("/")),
+    (r".* grows to (\d+) times as many", _change("*")),
+    (r"(?:every one|each) of them pays \$(\d+)", _change("*")),
+    (r".* they form (\d+) equal groups", _change("/")),
+    (r"How (?:many|much) .*", lambda a, m: a.update(answer=a["now"])),
 ]
 
 
 def work_out(question: str, rules: list[Rule]) -> int:
     amounts: dict[str, int] = {}
-    for sentence in re.split(r"(?<=[.?]) ", question):
-        matches = [(rule, re.fullmatch(pattern, sentence)) for pattern, rule in rules]
+    for sentence in re.split(r"[.?] |, and ", question.removesuffix("?")):
+        matches = [(rule, re.fullmatch(pattern, sentence, re.IGNORECASE)) for pattern, rule in rules]
         fitting = [(rule, match) for rule, match in matches if match]
         assert fitting, sentence
         rule, match = fitting[0]
@@ -189,14 +189,36 @@ def test_every_family_has_stories_of_every_length(family: str, steps: int) -> No
         assert "  " not in problem.question
 
 
+def regex(pattern: str) -> str:
+    """What a pattern's sentences look like, in a sentence of their own or after an "and"."""
+    start = r"(?:\w+|(?<=and)|(?<=then)) " if pattern.startswith("{who} ") else ""
+    text = re.escape(pattern.removeprefix("{who} ").removesuffix(".").removesuffix("?"))
+    text = re.sub(r"\\\[(.*?)\\\]", lambda found: f"(?:{found[1].replace(chr(92) + '|', '|')})", text)
+    return start + re.sub(r"\\{\w+\\}", r"\\w+", text)
+
+
 def test_every_operation_and_template_occurs() -> None:
-    text = "\n".join(f"{p.question}\n{p.calculation}" for p in problems(8_000))
+    text = "\n".join(f"{p.question}\n{p.calculation}" for p in problems(10_000))
     for family in FAMILIES.values():
-        templates = [*family.openings, *family.questions, *(step.story for step in (*family.starts, *family.steps))]
-        for template in filter(None, templates):
-            pattern = re.sub(r"\\{\w+\\}", r"\\w+", re.escape(template))
-            assert re.search(pattern, text), template
+        patterns = [*family.openings, *family.questions, *(step.story for step in (*family.starts, *family.steps))]
+        for pattern in filter(None, patterns):
+            assert re.search(regex(pattern), text, re.IGNORECASE), pattern
     assert all(operator in text for operator in ("+", "-", "*", "//"))
+
+
+def test_people_who_were_named_are_called_he_or_she_or_left_out() -> None:
+    """The pronoun is the person's own, says who is meant, and comes after the name; both kinds of links occur."""
+    found: Counter[str] = Counter()
+    for problem in problems(4_000):
+        names = re.findall(rf"\b(?:{'|'.join(PRONOUNS)})\b", problem.question)
+        for pronoun in re.finditer(r"\b[Hh]e\b|\b[Ss]he\b", problem.question):
+            assert {PRONOUNS[name] for name in names} == {pronoun[0].lower()}
+            assert len(set(names)) == 1
+            assert problem.question.index(names[0]) < pronoun.start()
+            found[pronoun[0]] += 1
+        found["left out"] += bool(re.search(r"\d[\w ]*,? (?:and|and then|then) [a-z]+s ", problem.question))
+        found["joined"] += ", and " in problem.question
+    assert min(found[kind] for kind in ("he", "He", "she", "She", "left out", "joined")) > 100, found
 
 
 def test_problems_depend_on_index_seed_and_split_alone() -> None:
@@ -214,8 +236,8 @@ def test_problems_are_the_same_in_another_process() -> None:
 
 
 def test_names_are_different_words() -> None:
-    assert len(set(NAMES)) == len(NAMES) >= 60
-    assert all(first < second for first, second in pairwise(NAMES))
+    assert len(PRONOUNS) == len(HE) + len(SHE) >= 60
+    assert all(first < second for names in (HE, SHE) for first, second in pairwise(names))
 
 
 @pytest.mark.parametrize(
@@ -227,7 +249,7 @@ def test_names_are_different_words() -> None:
         ({"operands": (0, 5)}, "operands="),
         ({"factors": (1, 5)}, "factors="),
         ({"operands": (2, 500), "max_value": 100}, "operands="),
-        ({"families": ["buss"]}, "buss.*choose from collection"),
+        ({"families": ["buss"]}, "buss.*choose from things"),
         ({"families": []}, "choose from"),
         ({"size": 0}, "size=0"),
     ],

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections import Counter
 
-from lmchat.tasks.patterns import expand
+from lmchat.tasks.patterns import expand, pick
 
 
 def test_every_alternative_meets_every_other() -> None:
@@ -30,3 +31,12 @@ def test_every_fifth_sentence_is_of_each_beginning_alike_and_of_changing_endings
     fifth = expand(f"[{'|'.join(letters)}] [{'|'.join(letters)}]")[4::5]
     assert Counter(sentence[0] for sentence in fifth) == dict.fromkeys(letters.upper(), 2)
     assert len({sentence[-1] for sentence in fifth}) >= 8
+
+
+def test_picked_sentences_are_those_of_the_pattern_each_as_often() -> None:
+    rng = random.Random(0)
+    picked = Counter(pick("[who|which man] made [you|me|us]{n}?", rng) for _ in range(6_000))
+    assert {sentence[0].upper() + sentence[1:] for sentence in picked} == set(
+        expand("[who|which man] made [you|me|us]{n}?")
+    )
+    assert min(picked.values()) > 850

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lmchat.tasks.arithmetic_stories import FAMILIES, NAMES, Family, Operation, Step
+from lmchat.tasks.arithmetic_stories import FAMILIES, PRONOUNS, WORKING, Family, Operation, Step
 from lmchat.tasks.gsm8k import AnswerRule, NumericAnswerTask, word_problem
+from lmchat.tasks.patterns import pick
 from lmchat.tasks.split import Split, in_split
 from lmchat.types import Conversation, UserError
 
@@ -17,6 +19,11 @@ MAX_STEPS = 6
 """No story has more steps: every family has as many different ones."""
 START_SHARE = 0.5
 """Share of the problems that begin with a calculation, where the family has such beginnings."""
+PRONOUN_SHARE = 0.5
+"""Share of the sentences about a person who was named before that say he or she."""
+JOINED_SHARE = 0.3
+"""Share of the sentences that are joined to the one before by an "and", where they can be."""
+CONJUNCTIONS = (" and ", " and then ", ", then ")
 SMALLEST_RESULT = 2
 """Results are plural: a story counts "2 marbles" at least."""
 
@@ -39,13 +46,20 @@ class _Impossible(Exception):
 
 @dataclass
 class _Draft:
-    """A problem in the making. ``turn`` is the person that the story is about just now."""
+    """A problem in the making.
+
+    ``turn`` is the person that the story is about just now, ``subject`` the one that the last sentence begins with,
+    ``joined`` whether that sentence is made of two.
+    """
 
     family: Family
+    rng: random.Random
     items: str
     people: list[str]
     quantities: list[int]
     turn: int = 0
+    subject: str = ""
+    joined: bool = False
     taken: list[Step] = field(default_factory=list)
     story: list[str] = field(default_factory=list)
     working: list[str] = field(default_factory=list)
@@ -56,10 +70,39 @@ class _Draft:
         who, prev = self.people[self.turn], self.people[self.turn - 1]
         return template.format(who=who, prev=prev, items=self.items, **numbers)
 
+    def tell(self, pattern: str, **numbers: int) -> None:
+        """Go on with the story, in a new sentence or in the last one."""
+        sentence = pick(pattern, self.rng)
+        subject = self.people[self.turn] if sentence.startswith("{who} ") else ""
+        self.joined = bool(self.story) and not self.joined and self.rng.random() < JOINED_SHARE
+        if self.joined:
+            link = ", and "
+            if subject and subject == self.subject:
+                link, sentence = self.rng.choice(CONJUNCTIONS), sentence.removeprefix("{who} ")
+            self.story[-1] = self.story[-1].removesuffix(".") + link + self.text(_lower(sentence), **numbers)
+        else:
+            if subject and self._says_pronoun():
+                sentence = PRONOUNS[subject] + sentence.removeprefix("{who}")
+            text = self.text(sentence, **numbers)
+            self.story.append(text[0].upper() + text[1:])
+        self.subject = subject
+
+    def ask(self, pattern: str) -> None:
+        """End the story with a question."""
+        question = pick(pattern, self.rng)
+        if self._says_pronoun():
+            question = re.sub(r"(does|did) \{who\}", rf"\1 {PRONOUNS[self.people[self.turn]]}", question)
+        self.story.append(self.text(question))
+
+    def _says_pronoun(self) -> bool:
+        """Whether to call the person he or she, who then is the only one of the story and was named in it."""
+        named = any(self.people[self.turn] in sentence for sentence in self.story)
+        return named and not self.family.relay and self.rng.random() < PRONOUN_SHARE
+
     def calculate(self, step: Step, expression: str, result: int) -> None:
         """Write a calculation into the solution."""
         words = self.text(step.result or self.family.result, r=f"<<{expression}={result}>>{result}")
-        self.working.append(f"{self.text(step.working)} {words}.")
+        self.working.append(f"{self.text(step.working or self.family.working or WORKING[step.op])} {words}.")
         self.taken.append(step)
         self.expressions.append(expression)
         self.quantities.append(result)
@@ -148,25 +191,24 @@ class Arithmetic(NumericAnswerTask):
         """A problem of either split. Raises `_Impossible` where the numbers do not work out."""
         family = rng.choice(self.families)
         num_steps = rng.randint(*self.steps)
-        people = rng.sample(NAMES, num_steps + 1)
-        draft = _Draft(family, rng.choice(family.items), people, [rng.randint(*self.operands)])
-        question = self._begin(draft, num_steps, rng)
+        people = rng.sample(tuple(PRONOUNS), num_steps + 1)
+        draft = _Draft(family, rng, rng.choice(family.items), people, [rng.randint(*self.operands)])
+        question = self._begin(draft, num_steps)
         while len(draft.expressions) < num_steps:
-            question = self._continue(draft, num_steps, rng)
-        draft.story.append(draft.text(question or rng.choice(family.questions)))
-        story = " ".join(filter(None, draft.story))
+            question = self._continue(draft, num_steps)
+        draft.ask(question or rng.choice(family.questions))
         solution = "\n".join([*draft.working, f"#### {draft.quantities[-1]}"])
-        return WordProblem(story, solution, " ".join(draft.expressions))
+        return WordProblem(" ".join(draft.story), solution, " ".join(draft.expressions))
 
-    def _begin(self, draft: _Draft, num_steps: int, rng: random.Random) -> str:
+    def _begin(self, draft: _Draft, num_steps: int) -> str:
         """Write the first sentence, which may be a step. Returns the question that the step asks, if any."""
         starts = [step for step in draft.family.starts if num_steps == 1 or not step.question]
-        if starts and rng.random() < START_SHARE:
-            return self._take(draft, rng.choice(starts), rng)
-        draft.story.append(draft.text(rng.choice(draft.family.openings), a=draft.quantities[0]))
+        if starts and draft.rng.random() < START_SHARE:
+            return self._take(draft, draft.rng.choice(starts))
+        draft.tell(draft.rng.choice(draft.family.openings), a=draft.quantities[0])
         return ""
 
-    def _continue(self, draft: _Draft, num_steps: int, rng: random.Random) -> str:
+    def _continue(self, draft: _Draft, num_steps: int) -> str:
         """Write the next step, each operation as likely as the others. Returns the question that it asks, if any."""
         last = len(draft.expressions) == num_steps - 1
         possible = [
@@ -176,18 +218,19 @@ class Arithmetic(NumericAnswerTask):
             and (last or not step.question)
             and (len(draft.quantities) > 1 or step.op != "total")
         ]
-        op = rng.choice(sorted({step.op for step in possible}))
+        op = draft.rng.choice(sorted({step.op for step in possible}))
         if draft.family.relay and op != "total":
             draft.turn += 1
-        return self._take(draft, rng.choice([step for step in possible if step.op == op]), rng)
+        return self._take(draft, draft.rng.choice([step for step in possible if step.op == op]))
 
-    def _take(self, draft: _Draft, step: Step, rng: random.Random) -> str:
+    def _take(self, draft: _Draft, step: Step) -> str:
         quantity = draft.quantities[-1]
-        operand = rng.choice(self._operands(step, quantity))
+        operand = draft.rng.choice(self._operands(step, quantity))
         expression, result = calculation(draft.quantities, step.op, operand)
         if not SMALLEST_RESULT <= result <= self.max_value:
             raise _Impossible
-        draft.story.append(draft.text(step.story, a=quantity, n=operand))
+        if step.story:
+            draft.tell(step.story, a=quantity, n=operand)
         draft.calculate(step, expression, result)
         return step.question
 
@@ -205,6 +248,10 @@ class Arithmetic(NumericAnswerTask):
         if not choices[step.op]:
             raise _Impossible
         return choices[step.op]
+
+
+def _lower(sentence: str) -> str:
+    return sentence[0].lower() + sentence[1:]
 
 
 def _check_range(name: str, limits: tuple[int, int], least: int, most: int) -> None:

@@ -1,8 +1,10 @@
 """The stories that arithmetic word problems are made of.
 
 A story is about one quantity: it begins with a number or with a first calculation, each step changes the quantity, and
-a question asks for it. Placeholders: ``{who}`` the person, ``{prev}`` the person before (in a relay), ``{items}`` what
-is counted, ``{a}`` the first number, ``{n}`` the number of a step.
+a question asks for it. Sentences are patterns: ``[a|b]`` stands for one of its alternatives (see `patterns`).
+Placeholders: ``{who}`` the person, ``{prev}`` the person before (in a relay), ``{items}`` what is counted, ``{a}`` the
+first number, ``{n}`` the number of a step. A sentence that tells what a person does begins with ``{who}``: only there
+may the person be called he or she, or be left out after an "and". No other sentence begins with a proper name.
 """
 
 from __future__ import annotations
@@ -12,6 +14,14 @@ from typing import Literal
 
 Operation = Literal["+", "-", "*", "/", "total"]
 
+WORKING: dict[Operation, str] = {
+    "+": "Adding gives",
+    "-": "Taking away leaves",
+    "*": "Multiplying gives",
+    "/": "Dividing gives",
+}
+"""The solution's words before a result, where neither step nor family has its own."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -19,18 +29,18 @@ class Step:
 
     Args:
         op: what happens to the quantity; ``total`` adds up the quantities of all persons of a relay.
-        story: the sentence that tells it.
-        working: the solution's words before the result.
+        story: the sentence that tells it; empty: the question alone asks for it.
         operand: the number where the story has a word for it, such as "twice".
         question: asks for the result of this step, which then is the last one; empty: the family asks.
+        working: the solution's words before the result; empty: as the family has it.
         result: the solution's words for the result ``{r}``; empty: as the family has it.
     """
 
     op: Operation
     story: str
-    working: str
     operand: int | None = None
     question: str = ""
+    working: str = ""
     result: str = ""
 
 
@@ -45,6 +55,7 @@ class Family:
         steps: what may happen.
         questions: ask for the quantity in the end.
         result: the solution's words for a result ``{r}``.
+        working: the solution's words before a result; empty: those of `WORKING`.
         relay: every step is about another person than the one before.
     """
 
@@ -54,92 +65,160 @@ class Family:
     steps: tuple[Step, ...]
     questions: tuple[str, ...]
     result: str = "{r} {items}"
+    working: str = ""
     relay: bool = False
 
+
+THINGS = Family(
+    items=(
+        "apples",
+        "oranges",
+        "eggs",
+        "birds",
+        "fish",
+        "cars",
+        "books",
+        "chairs",
+        "candies",
+        "flowers",
+        "bottles",
+        "balls",
+        "ducks",
+        "trees",
+        "pears",
+        "horses",
+        "keys",
+        "bricks",
+        "lemons",
+        "spoons",
+    ),
+    openings=(
+        "There are {a} {items}[| here| there| in one place| at first].",
+        "{who} [has|sees|counts|finds|has got|had] {a} {items}[| at first].",
+        "{a} {items} are [there|here|in one place][| at first| in the morning].",
+    ),
+    starts=(
+        Step("*", "There are {n} [rows|groups|boxes|lines] of {a} {items}."),
+        Step("*", "There are {a} [rows|groups|boxes|rooms] with {n} {items} [each|in each of them]."),
+        Step("*", "{who} [has|buys|gets|takes|brings] {n} [boxes|bags|packs|baskets] [of|with] {a} {items}[| each]."),
+        Step("*", "{who} has {a} [rows|boxes|bags] [of|with] {n} {items}[| each]."),
+        Step("*", "A [box|bag] holds {a} {items}. {who} has {n} of [those|them]."),
+        Step("*", "Each of {n} [boxes|bags|shelves] holds {a} {items}."),
+        Step("+", "{who} has {a} {items} in one box and {n} [|{items} ]in another."),
+        Step("+", "There are {a} {items} on the left and {n} [|{items} ]on the right."),
+        Step("+", "On [Monday|Sunday] {who} counts {a} {items}, the next day {n}."),
+    ),
+    steps=(
+        Step("+", "{n} more[| {items}] [come|arrive|are brought|are added]."),
+        Step("+", "{who} [gets|brings|adds|buys] {n} [more|more {items}|others]."),
+        Step("-", "{n} [|of them |{items} ][go away|are taken away|disappear|leave|are lost|are sold]."),
+        Step("-", "{who} [takes away|removes|uses|loses|gives away|sells] {n}[| {items}| of them]."),
+        Step("-", "{n} [|of them |of the {items} ]are [broken|bad|old|too small] and put away."),
+        Step("/", "Half of [them|the {items}] [go away|are taken away|are lost|leave].", operand=2),
+        Step("*", "[Later|In the end] there are {n} times as many[| {items}]."),
+        Step(
+            "/",
+            "[All of them|They|All {items}] are [shared equally by|divided equally among] {n} people.",
+            question="How many [|{items} ]does each [one|person|of them] get?",
+        ),
+        Step(
+            "/",
+            "{who} puts [all of them|the {items}] into {n} boxes, the same number in each.",
+            question="How many [|{items} ]are in each box?",
+        ),
+        Step(
+            "*",
+            "[Each|Each one|Each of them] costs ${n}.",
+            question="How [many dollars|much] do [all of them|the {items}] cost?",
+            result="${r}",
+        ),
+    ),
+    questions=(
+        "How many {items} are [there|there now|left|there in the end|there in total]?",
+        "How many are there [now|in the end|in total]?",
+    ),
+)
 
 COLLECTION = Family(
     items=("marbles", "stickers", "stamps", "coins", "shells", "cards", "buttons", "beads", "badges", "pebbles"),
     openings=(
-        "{who} has {a} {items}.",
-        "{who} owns {a} {items}.",
-        "{who} starts with {a} {items}.",
-        "{who} collects {items} and has {a} of them.",
+        "{who} [has|had|owns|starts with|has collected] {a} {items}.",
+        "{who} collects {items} and has {a}[| of them].",
     ),
     starts=(
-        Step("*", "{who} has {n} bags with {a} {items} in each.", "The bags hold"),
-        Step("*", "{who} fills {n} pages of an album with {a} {items} on each page.", "The album holds"),
-        Step("+", "{who} has {a} red {items} and {n} blue {items}.", "That makes"),
+        Step("*", "{who} has {n} [bags|boxes|packs] [of {a} {items}|with {a} {items} each|with {a} {items} in each]."),
+        Step("*", "{who} fills {n} pages of an album with {a} {items} on each page."),
+        Step("+", "{who} has {a} [red|big|old] {items} and {n} [blue|small|new] [ones|{items}]."),
         Step(
             "+",
-            "After giving away {n} {items}, {who} has {a} {items} left.",
-            "At first {who} had",
-            question="How many {items} did {who} have at first?",
+            "After [giving away|losing|selling] {n}[| {items}], {who} has {a} {items} left.",
+            question="How many {items} did {who} have [at first|in the beginning|before]?",
         ),
         Step(
             "-",
-            "After finding {n} {items}, {who} has {a} {items}.",
-            "Before that {who} had",
-            question="How many {items} did {who} have before?",
+            "After [finding|getting|buying] {n} {items}, {who} has {a}[| {items}].",
+            question="How many {items} did {who} have [at first|before]?",
         ),
     ),
     steps=(
-        Step("+", "{who} finds {n} more {items}.", "Now {who} has"),
-        Step("+", "A friend gives {who} {n} {items}.", "With the gift {who} has"),
-        Step("+", "{who} wins {n} {items} in a game.", "After the game {who} has"),
-        Step("-", "{who} gives {n} {items} to a friend.", "Then {who} has"),
-        Step("-", "{who} loses {n} {items}.", "That leaves"),
-        Step("-", "{who} trades away {n} {items}.", "After the trade {who} has"),
-        Step("*", "A year later {who} has {n} times as many {items}.", "A year later {who} has"),
-        Step("*", "{who} doubles the collection.", "Doubled, that makes", operand=2),
-        Step("/", "{who} makes {n} equal piles of the {items} and keeps one pile.", "One pile has"),
-        Step("/", "{who} gives half of the {items} to a cousin.", "Half of them is", operand=2),
+        Step("+", "{who} [finds|gets|buys|collects] {n} [more|more {items}|{items}|new ones]."),
+        Step("+", "A [friend|brother|sister|cousin] gives {who} {n}[| more| {items}| more {items}]."),
+        Step("+", "{who} wins {n}[| {items}| more] in a game."),
+        Step("-", "{who} gives {n}[| {items}| of them] [to a friend|away|to a sister]."),
+        Step("-", "{who} [loses|sells|breaks] {n}[| {items}| of them]."),
+        Step("-", "{who} trades away {n}[| {items}]."),
+        Step("*", "A year later {who} has {n} times as many[| {items}]."),
+        Step("*", "{who} doubles the [collection|number].", operand=2),
+        Step("/", "{who} makes {n} equal piles of [them|the {items}] and keeps one[| pile]."),
+        Step("/", "{who} [gives|sells] half of [them|the {items}] to a [cousin|friend].", operand=2),
         Step(
             "/",
-            "{who} puts all {items} into {n} boxes, the same number in each.",
-            "Each box holds",
+            "{who} puts [all {items}|all of them|them] into {n} boxes, the same number in each.",
             question="How many {items} are in each box?",
         ),
         Step(
             "*",
-            "Each of the {items} is worth ${n}.",
-            "They are worth",
+            "Each [of the {items}|of them|one] is worth ${n}.",
             question="How many dollars are the {items} worth together?",
             result="${r}",
         ),
     ),
     questions=(
-        "How many {items} does {who} have now?",
-        "How many {items} does {who} have in the end?",
+        "How many {items} does {who} have [now|in the end|then|left]?",
         "How many {items} are left with {who}?",
     ),
 )
 
 SHOPPING = Family(
     items=("pens", "notebooks", "mugs", "shirts", "towels", "candles", "toys", "plates", "hats", "lamps"),
-    openings=("{who} has {items} worth ${a} in the basket.", "{who} picks {items} for ${a}."),
+    openings=(
+        "{who} [has|puts] {items} worth ${a} in the basket.",
+        "{who} [picks|buys|chooses|takes] {items} for ${a}.",
+        "The {items} that {who} wants cost ${a}.",
+    ),
     starts=(
-        Step("*", "{who} buys {n} {items} for ${a} each.", "The {items} cost"),
-        Step("*", "In a shop {items} cost ${a} apiece, and {who} takes {n} of them.", "The {items} cost"),
-        Step("+", "{who} buys {items} for ${a} and a bag for ${n}.", "Together they cost"),
+        Step("*", "{who} [buys|takes|orders] {n} {items} for ${a} each."),
+        Step("*", "In a shop {items} cost ${a} [apiece|each], and {who} [takes|buys] {n}[| of them]."),
+        Step("*", "{items} cost ${n} each. {who} buys {a}[| of them]."),
+        Step("+", "{who} buys {items} for ${a} and a bag for ${n}."),
     ),
     steps=(
-        Step("+", "{who} also buys a book for ${n}.", "With the book that is"),
-        Step("+", "Wrapping costs ${n}.", "With the wrapping that is"),
-        Step("+", "Delivery adds ${n} to the bill.", "With delivery that is"),
-        Step("-", "A coupon takes ${n} off the bill.", "With the coupon that is"),
-        Step("-", "The shop gives a discount of ${n}.", "After the discount that is"),
-        Step("*", "{who} orders the same for {n} schools, one order for each.", "All the orders cost"),
-        Step("/", "Everything is sold at half price today.", "Half of it is", operand=2),
+        Step("+", "{who} also [buys|takes] a [book|ball|bag|cake] for ${n}."),
+        Step("+", "Wrapping costs ${n}[| more]."),
+        Step("+", "Delivery [adds ${n} to the bill|costs ${n}|costs another ${n}]."),
+        Step("-", "A coupon takes ${n} off[| the bill]."),
+        Step("-", "{who} [gets|has] a discount of ${n}."),
+        Step("*", "{who} orders the same for {n} schools, one order for each."),
+        Step("/", "Everything is sold at half price[| today].", operand=2),
         Step(
             "/",
             "{n} friends share the bill equally.",
-            "Each friend pays",
-            question="How many dollars does each friend pay?",
+            question="How [many dollars|much] does each friend pay?",
         ),
     ),
     questions=(
-        "How many dollars does it cost?",
-        "How much does {who} have to pay, in dollars?",
+        "How [many dollars|much] does it cost?",
+        "How much does {who} [have to pay|pay][|, in dollars]?",
         "What is the bill in dollars?",
     ),
     result="${r}",
@@ -147,319 +226,354 @@ SHOPPING = Family(
 
 BAKERY = Family(
     items=("cookies", "muffins", "rolls", "pies", "cupcakes", "tarts", "bagels", "waffles"),
-    openings=("{who} bakes {a} {items}.", "There are {a} {items} in {who}'s bakery."),
+    openings=("{who} [bakes|makes|has baked] {a} {items}.", "There are {a} {items} in {who}'s [bakery|kitchen]."),
     starts=(
-        Step("*", "{who} bakes {n} trays of {items} with {a} on each tray.", "The trays hold"),
-        Step("+", "{who} bakes {a} {items} in the morning and {n} in the afternoon.", "The day's baking is"),
+        Step("*", "{who} [bakes|makes] {n} trays of {items} with {a} on each[| tray]."),
+        Step("*", "{who} [bakes|makes|has] {n} [boxes|bags|trays] of {a} {items}[| each]."),
+        Step("+", "{who} bakes {a} {items} in the morning and {n} in the [afternoon|evening]."),
     ),
     steps=(
-        Step("+", "{who} bakes another {n} {items}.", "With those there are"),
-        Step("+", "A helper brings {n} fresh {items}.", "With the fresh ones there are"),
-        Step("-", "{who} sells {n} {items}.", "After the sale there are"),
-        Step("-", "The children eat {n} {items}.", "Not eaten are"),
-        Step("-", "{n} {items} get burnt and are thrown away.", "Good are"),
-        Step("*", "For a party {who} needs {n} times that number and bakes the rest.", "For the party there are"),
-        Step("/", "{who} gives away half of the {items}.", "Half of them is", operand=2),
+        Step("+", "{who} [bakes|makes] [another {n}|{n} more][| {items}]."),
+        Step("+", "A helper brings {n} [fresh {items}|more]."),
+        Step("-", "{who} sells {n}[| {items}| of them]."),
+        Step("-", "The children eat {n}[| {items}| of them]."),
+        Step("-", "{n} [|{items} |of them ]get burnt and are thrown away."),
+        Step("*", "For a party {who} needs {n} times that number and bakes the rest."),
+        Step("/", "{who} [gives away|sells] half of [them|the {items}].", operand=2),
         Step(
             "/",
-            "{who} packs all {items} in {n} equal boxes.",
-            "A box has",
-            question="How many {items} are in a box?",
+            "{who} [packs|puts] [all {items}|all of them|them] in {n} equal [boxes|bags].",
+            question="How many {items} are in [one of them|each]?",
         ),
         Step(
             "*",
-            "Each one sells for ${n}.",
-            "They bring in",
+            "Each [one|of them] sells for ${n}.",
             question="How many dollars do the {items} bring in?",
             result="${r}",
         ),
     ),
-    questions=("How many {items} are there in the end?", "How many {items} are there now?"),
+    questions=("How many {items} are [there in the end|there now|left|there]?",),
 )
 
 BUS = Family(
     items=("passengers", "people", "tourists", "students", "travelers"),
-    openings=("A bus leaves the station with {a} {items}.", "There are {a} {items} on {who}'s bus."),
+    openings=(
+        "A [bus|train] leaves the station with {a} {items}.",
+        "There are {a} {items} on {who}'s [bus|train].",
+        "A [bus|train|boat] [carries|has] {a} {items}.",
+    ),
     starts=(
-        Step("+", "{a} {items} sit and {n} {items} stand on {who}'s bus.", "The bus carries"),
-        Step("*", "{who} drives a train of {n} cars with {a} {items} in each car.", "The train carries"),
+        Step("+", "{a} {items} sit and {n} [|{items} ]stand on {who}'s bus."),
+        Step("*", "{who} drives a train of {n} cars with {a} {items} in each car."),
     ),
     steps=(
-        Step("+", "At the next stop {n} {items} get on.", "On board are now"),
-        Step("+", "{n} {items} climb aboard at the market.", "After the market there are"),
-        Step("-", "At the next stop {n} {items} get off.", "Still on board are"),
-        Step("-", "{n} {items} leave at the school.", "After the school there are"),
-        Step("/", "At the bridge half of the {items} get off.", "Half of them is", operand=2),
-        Step("*", "At the stadium the number of {items} on board grows to {n} times as many.", "That makes"),
+        Step("+", "At the [next stop|station|market] {n} [|{items} |more ]get on."),
+        Step("+", "{n} [|{items} |more ][climb aboard|get on] at the market."),
+        Step("-", "At the [next stop|station|bridge] {n} [|{items} |of them ]get off."),
+        Step("-", "{n} [|{items} |of them ][leave|get off] at the school."),
+        Step("/", "At the [bridge|school] half of [them|the {items}] get off.", operand=2),
+        Step("*", "At the stadium the number of {items} on board grows to {n} times as many."),
         Step(
             "*",
-            "Every one of them pays ${n}.",
-            "They pay",
-            question="How many dollars do they pay?",
+            "[Every one|Each] of them pays ${n}.",
+            question="How [many dollars|much] do they pay?",
             result="${r}",
         ),
         Step(
             "/",
             "At the last stop they form {n} equal groups.",
-            "Each group has",
             question="How many {items} are in each group?",
         ),
     ),
-    questions=("How many {items} are on board now?", "How many {items} are on board in the end?"),
+    questions=("How many {items} are [on board now|on board in the end|on board|left]?",),
 )
 
 READING = Family(
     items=("pages",),
-    openings=("{who} has a book of {a} {items} to read.", "{who} must read {a} {items} for school."),
+    openings=(
+        "{who} has a book of {a} {items} to read.",
+        "{who} [must read|has to read] {a} {items}[| for school].",
+    ),
     starts=(
-        Step("*", "{who} has {n} chapters to read with {a} {items} in each.", "To read are"),
-        Step("+", "{who} has two stories to read, one of {a} {items} and one of {n} {items}.", "To read are"),
+        Step("*", "{who} has {n} chapters to read with {a} {items} in each."),
+        Step("+", "{who} has two stories to read, one of {a} {items} and one of {n}[| {items}]."),
     ),
     steps=(
-        Step("-", "{who} reads {n} {items} on Monday.", "After Monday there are"),
-        Step("-", "{who} reads {n} {items} before bed.", "After that there are"),
-        Step("-", "The teacher lets {who} skip {n} {items}.", "Without those there are"),
-        Step("+", "The teacher adds {n} {items} to the reading.", "With those there are"),
-        Step("+", "{who} must also read a letter of {n} {items}.", "With the letter there are"),
-        Step("/", "Over the weekend {who} reads half of what is left.", "Half of it is", operand=2),
-        Step("*", "Then the reading list becomes {n} times as long.", "The list grows to"),
+        Step("-", "{who} reads {n}[| {items}| of them] on [Monday|Sunday]."),
+        Step("-", "{who} reads {n}[| {items}| of them] before bed."),
+        Step("-", "The teacher lets {who} skip {n}[| {items}| of them]."),
+        Step("+", "The teacher adds {n} [{items}|more] to the reading."),
+        Step("+", "{who} must also read a letter of {n} {items}."),
+        Step("/", "Over the weekend {who} reads half of what is left.", operand=2),
+        Step("*", "Then the reading list becomes {n} times as long."),
         Step(
             "/",
             "{who} reads the rest in {n} days, the same number of {items} each day.",
-            "Each day {who} reads",
             question="How many {items} does {who} read each day?",
         ),
     ),
-    questions=("How many {items} are left to read?", "How many {items} does {who} still have to read?"),
+    questions=("How many {items} are left[| to read]?", "How many {items} does {who} still have to read?"),
 )
 
 GARDEN = Family(
     items=("tulips", "carrots", "cabbages", "bushes", "beans", "roses", "pumpkins", "lilies", "onions"),
-    openings=("{who} grows {a} {items}.", "There are {a} {items} in {who}'s garden."),
+    openings=(
+        "{who} [grows|has planted|plants] {a} {items}.",
+        "There are {a} {items} in {who}'s garden.",
+        "A garden has {a} {items}.",
+    ),
     starts=(
-        Step("*", "{who} plants {n} rows of {items} with {a} in each row.", "The rows hold"),
-        Step("*", "{who} has {n} garden beds, each with {a} {items}.", "The beds hold"),
-        Step("+", "{who} plants {a} {items} in spring and {n} in summer.", "Planted are"),
+        Step("*", "{who} plants {n} rows of {items} with {a} in each[| row]."),
+        Step("*", "{who} has {n} [garden beds|fields], each with {a} {items}."),
+        Step(
+            "*",
+            "A [garden|farmer|field] has {a} rows [of {n} {items}|with {n} {items} each|with {n} {items} in each row].",
+        ),
+        Step("+", "{who} plants {a} {items} in spring and {n} [|more ]in summer."),
     ),
     steps=(
-        Step("+", "{who} plants {n} more {items}.", "With the new ones there are"),
-        Step("+", "A neighbor plants {n} {items} there too.", "With the neighbor's there are"),
-        Step("-", "Rabbits eat {n} {items}.", "The rabbits leave"),
-        Step("-", "{who} picks {n} {items}.", "Not picked are"),
-        Step("-", "Frost kills {n} {items}.", "Alive are"),
-        Step("*", "The next year {who} grows {n} times as many {items}.", "The next year there are"),
-        Step("/", "A storm destroys half of the {items}.", "The storm leaves", operand=2),
+        Step("+", "{who} plants {n} more[| {items}]."),
+        Step("+", "A neighbor plants {n} [{items}|more] there too."),
+        Step("-", "Rabbits eat {n}[| {items}| of them]."),
+        Step("-", "{who} [picks|sells|cuts] {n}[| {items}| of them]."),
+        Step("-", "Frost kills {n}[| {items}| of them]."),
+        Step("*", "The next year {who} grows {n} times as many[| {items}]."),
+        Step("/", "A storm destroys half of [them|the {items}].", operand=2),
         Step(
             "/",
-            "{who} ties all {items} into {n} equal bundles.",
-            "Each bundle has",
+            "{who} ties [all {items}|all of them|them] into {n} equal bundles.",
             question="How many {items} are in each bundle?",
         ),
     ),
-    questions=("How many {items} are in the garden now?", "How many {items} does {who} have in the garden?"),
+    questions=(
+        "How many {items} are [in the garden now|left|in the garden]?",
+        "How many {items} does {who} have in the garden?",
+    ),
 )
 
 SAVINGS = Family(
     items=("dollars",),
-    openings=("{who} has ${a} in the bank.", "{who} saved ${a}.", "There are ${a} in {who}'s purse."),
+    openings=(
+        "{who} has ${a}[| in the bank].",
+        "{who} [saved|has saved|has] {a} dollars.",
+        "There are ${a} in {who}'s purse.",
+    ),
     starts=(
-        Step("*", "{who} saves ${a} a week for {n} weeks.", "{who} saves"),
-        Step("*", "{who} works {n} hours for ${a} an hour.", "The work brings"),
-        Step("+", "{who} gets ${a} from an aunt and ${n} from an uncle.", "{who} gets"),
+        Step("*", "{who} saves ${a} [a|every|each] week for {n} weeks."),
+        Step("*", "{who} works {n} hours for ${a} an hour."),
+        Step("*", "{who} earns ${a} an hour and works {n} hours."),
+        Step("+", "{who} gets ${a} from an aunt and ${n} from an uncle."),
     ),
     steps=(
-        Step("+", "{who} earns ${n} by washing cars.", "With the earnings {who} has"),
-        Step("+", "Grandma gives {who} ${n}.", "With Grandma's money {who} has"),
-        Step("-", "{who} spends ${n} on lunch.", "After lunch {who} has"),
-        Step("-", "{who} pays ${n} for a ticket.", "After the ticket {who} has"),
-        Step("-", "{who} lends ${n} to a friend.", "That leaves"),
-        Step("*", "A year later the money has become {n} times as much.", "It becomes"),
-        Step("/", "{who} gives half of the money to charity.", "Half of it is", operand=2),
-        Step("/", "{who} puts the money in {n} equal parts and keeps one part.", "One part is"),
+        Step("+", "{who} earns [${n}|{n} dollars|another ${n}] by washing cars."),
+        Step("+", "A [neighbor|friend|brother|sister] gives {who} ${n}[| more]."),
+        Step("-", "{who} spends [${n}|{n} dollars] on [lunch|food|a book|a toy]."),
+        Step("-", "{who} [pays ${n} for a ticket|buys a ticket for ${n}]."),
+        Step("-", "{who} [lends|gives] ${n} to a friend."),
+        Step("*", "A year later the money has become {n} times as much."),
+        Step("/", "{who} gives half of [the money|it] to charity.", operand=2),
+        Step("/", "{who} puts the money in {n} equal parts and keeps one part."),
         Step(
             "/",
             "{who} spends all of it in {n} days, the same each day.",
-            "Each day {who} spends",
-            question="How many dollars does {who} spend each day?",
+            question="How [many dollars|much] does {who} spend each day?",
         ),
     ),
-    questions=("How many dollars does {who} have now?", "How much money does {who} have left, in dollars?"),
+    questions=(
+        "How many dollars does {who} have [now|left|in the end]?",
+        "How much [money |]does {who} have [now|left][|, in dollars]?",
+    ),
     result="${r}",
 )
 
 TANK = Family(
     items=("liters", "gallons", "buckets"),
-    openings=("A tank holds {a} {items} of water.", "{who} pours {a} {items} of water into an empty tank."),
+    openings=(
+        "A tank [holds|has] {a} {items} of water.",
+        "{who} pours {a} {items} of water into an empty tank.",
+    ),
     starts=(
-        Step("*", "A pump fills a tank with {a} {items} of water a minute for {n} minutes.", "The pump delivers"),
-        Step("+", "{who} pours {a} {items} of cold and {n} {items} of hot water into a tank.", "The tank gets"),
+        Step("*", "A pump fills a tank with {a} {items} of water a minute for {n} minutes."),
+        Step("+", "{who} pours {a} {items} of cold and {n} {items} of hot water into a tank."),
     ),
     steps=(
-        Step("+", "Rain adds {n} {items}.", "After the rain there are"),
-        Step("+", "{who} pours in {n} {items}.", "With those there are"),
-        Step("-", "{who} takes out {n} {items}.", "That leaves"),
-        Step("-", "{n} {items} leak out.", "After the leak there are"),
-        Step("/", "Then half of the water runs out.", "Half of it is", operand=2),
-        Step("*", "Overnight the water rises to {n} times as much.", "It rises to"),
+        Step("+", "Rain adds {n}[| more] {items}."),
+        Step("+", "{who} pours in {n}[| more] {items}."),
+        Step("-", "{who} [takes out|uses] {n} {items}."),
+        Step("-", "{n} {items} [leak|run|flow] out."),
+        Step("/", "Then half of the water runs out.", operand=2),
+        Step("*", "Overnight the water rises to {n} times as much."),
         Step(
             "/",
             "{who} fills {n} equal barrels with all of it.",
-            "Each barrel gets",
             question="How many {items} are in each barrel?",
         ),
     ),
-    questions=("How many {items} of water are in the tank now?", "How many {items} does the tank hold in the end?"),
+    questions=(
+        "How many {items} of water are in the tank[| now]?",
+        "How many {items} does the tank hold in the end?",
+        "How many {items} are [left|in the tank]?",
+    ),
 )
 
 POINTS = Family(
     items=("points",),
-    openings=("{who} scores {a} {items} in a game.", "{who} begins the round with {a} {items}."),
+    openings=("{who} [scores|wins|makes] {a} {items} in a game.", "{who} begins the round with {a} {items}."),
     starts=(
-        Step("*", "{who} hits {n} targets worth {a} {items} each.", "The targets give"),
-        Step("*", "{who} clears {n} levels and gets {a} {items} for each.", "The levels give"),
-        Step("+", "{who} scores {a} {items} in one game and {n} in another.", "Both games give"),
+        Step("*", "{who} hits {n} targets worth {a} {items} each."),
+        Step("*", "{who} clears {n} levels and gets {a} {items} for each."),
+        Step("+", "{who} scores {a} {items} in one game and {n} in another."),
     ),
     steps=(
-        Step("+", "{who} gets a bonus of {n} {items}.", "With the bonus that is"),
-        Step("+", "In the next round {who} scores {n} {items}.", "After that round {who} has"),
-        Step("-", "A mistake costs {n} {items}.", "After the mistake that is"),
-        Step("-", "{who} spends {n} {items} on a hint.", "After the hint {who} has"),
-        Step("*", "A magic star makes the score {n} times as high.", "The star makes it"),
-        Step("*", "A lucky card doubles the score.", "Doubled, that is", operand=2),
-        Step("/", "A trap cuts the score in half.", "Half of it is", operand=2),
-        Step("/", "A wizard divides the score by {n}.", "The wizard leaves"),
+        Step("+", "{who} gets a bonus of {n} {items}."),
+        Step("+", "In the next [round|game] {who} scores {n}[| more| {items}]."),
+        Step("-", "A mistake costs {n} {items}."),
+        Step("-", "{who} [spends {n} {items} on a hint|loses {n} {items}|loses {n}]."),
+        Step("*", "A magic star makes the score {n} times as high."),
+        Step("*", "A lucky card doubles the score.", operand=2),
+        Step("/", "A trap cuts the score in half.", operand=2),
+        Step("/", "A wizard divides the score by {n}."),
     ),
-    questions=("How many {items} does {who} have in the end?", "What is {who}'s final score?"),
+    questions=("How many {items} does {who} have [in the end|now]?", "What is {who}'s final score?"),
 )
 
 SCHOOL = Family(
     items=("children", "pupils", "girls", "boys", "students"),
-    openings=("There are {a} {items} in {who}'s school club.", "{a} {items} meet at {who}'s school."),
+    openings=(
+        "There are {a} {items} in {who}'s [school club|class|team].",
+        "{a} {items} meet at {who}'s school.",
+    ),
     starts=(
-        Step("*", "{who}'s school has {n} classes of {a} {items}.", "The classes have"),
-        Step("+", "{a} {items} come by foot and {n} {items} come by bike to {who}'s school.", "There come"),
+        Step("*", "There are {n} classes of {a} {items} in {who}'s school."),
+        Step("+", "{a} {items} come by foot and {n} [|{items} ]come by bike to {who}'s school."),
     ),
     steps=(
-        Step("+", "{n} more {items} join.", "With them there are"),
-        Step("+", "Another school sends {n} {items}.", "With the guests there are"),
-        Step("-", "{n} {items} go home.", "There stay"),
-        Step("-", "{n} {items} are ill and leave.", "Healthy are"),
-        Step("*", "For the festival the number of {items} becomes {n} times as large.", "At the festival there are"),
-        Step("/", "Half of the {items} go home for lunch.", "Half of them is", operand=2),
+        Step("+", "{n} more[| {items}] [join|come]."),
+        Step("+", "Another school sends {n}[| {items}| more]."),
+        Step("-", "{n} [|{items} |of them ]go home."),
+        Step("-", "{n} [|{items} |of them ]are ill and leave."),
+        Step("*", "For the festival the number of {items} becomes {n} times as large."),
+        Step("/", "Half of [them|the {items}] go home for lunch.", operand=2),
         Step(
             "/",
             "They form {n} teams of the same size.",
-            "Each team has",
             question="How many {items} are in each team?",
         ),
         Step(
             "*",
             "Each of them gets {n} sheets of paper.",
-            "They get",
             question="How many sheets of paper do they get?",
             result="{r} sheets",
         ),
     ),
-    questions=("How many {items} are there now?", "How many {items} are there in the end?"),
+    questions=("How many {items} are [there now|there in the end|left|there]?",),
 )
 
 WAREHOUSE = Family(
     items=("boxes", "crates", "parcels", "barrels", "cartons", "sacks"),
-    openings=("{who} stores {a} {items}.", "A warehouse holds {a} {items}.", "{a} {items} stand in {who}'s hall."),
+    openings=(
+        "{who} stores {a} {items}.",
+        "A [warehouse|ship|truck] [holds|has] {a} {items}.",
+        "{a} {items} stand in {who}'s hall.",
+    ),
     starts=(
-        Step("*", "{n} trucks bring {a} {items} each to {who}'s hall.", "The trucks bring"),
-        Step("*", "{who} stacks {n} shelves with {a} {items} on each shelf.", "The shelves hold"),
-        Step("+", "One ship carries {a} {items} and another one {n}.", "Both carry"),
+        Step("*", "{n} trucks bring {a} {items} each to {who}'s hall."),
+        Step("*", "{who} stacks {n} shelves with {a} {items} on each[| shelf]."),
+        Step("+", "One ship carries {a} {items} and another one {n}."),
     ),
     steps=(
-        Step("+", "A truck brings {n} {items}.", "With the delivery there are"),
-        Step("+", "{n} {items} arrive by train.", "After the train there are"),
-        Step("-", "{who} ships {n} {items} to a customer.", "There remain"),
-        Step("-", "{n} {items} are sent back.", "Not sent back are"),
-        Step("*", "By winter the stock is {n} times as large.", "By winter there are"),
-        Step("/", "{who} moves half of the {items} to another town.", "Half of them is", operand=2),
+        Step("+", "A [truck|ship] brings {n}[| {items}| more]."),
+        Step("+", "{n} [|{items} |more ]arrive by train."),
+        Step("-", "{who} [ships|sends|sells] {n}[| {items}| of them] to a customer."),
+        Step("-", "{n} [|{items} |of them ]are sent back."),
+        Step("*", "By winter the stock is {n} times as large."),
+        Step("/", "{who} moves half of [them|the {items}] to another town.", operand=2),
         Step(
             "/",
-            "{who} loads all {items} on {n} trucks, the same number on each.",
-            "Each truck gets",
+            "{who} loads [all {items}|all of them|them] on {n} trucks, the same number on each.",
             question="How many {items} are on each truck?",
         ),
         Step(
             "*",
             "Each of them weighs {n} kilograms.",
-            "They weigh",
             question="How many kilograms do the {items} weigh together?",
             result="{r} kilograms",
         ),
     ),
-    questions=("How many {items} are there now?", "How many {items} are in store in the end?"),
+    questions=("How many {items} are [there now|in store in the end|there|left]?",),
 )
 
 COMPARISON = Family(
     items=("apples", "books", "pencils", "balloons", "nuts", "photos", "magnets", "puzzles", "postcards"),
-    openings=("{who} has {a} {items}.", "{who} brings {a} {items}."),
+    openings=("{who} [has|brings|buys|finds] {a} {items}.",),
     starts=(),
     steps=(
-        Step("+", "{who} has {n} more {items} than {prev}.", "{who} has"),
-        Step("+", "{prev} has {n} fewer {items} than {who}.", "{who} has"),
-        Step("-", "{who} has {n} fewer {items} than {prev}.", "{who} has"),
-        Step("-", "{prev} has {n} more {items} than {who}.", "{who} has"),
-        Step("*", "{who} has {n} times as many {items} as {prev}.", "{who} has"),
-        Step("*", "{who} has twice as many {items} as {prev}.", "{who} has", operand=2),
-        Step("/", "{who} has half as many {items} as {prev}.", "{who} has", operand=2),
-        Step("/", "{prev} has {n} times as many {items} as {who}.", "{who} has"),
-        Step("total", "", "Together they have", question="How many {items} do they have altogether?"),
-        Step("total", "", "All of them have", question="How many {items} do all of them have in total?"),
+        Step("+", "{who} has {n} more[| {items}] than {prev}."),
+        Step("+", "{prev} has {n} fewer[| {items}] than {who}."),
+        Step("-", "{who} has {n} fewer[| {items}] than {prev}."),
+        Step("-", "{prev} has {n} more[| {items}] than {who}."),
+        Step("*", "{who} has {n} times as many[| {items}] as {prev}."),
+        Step("*", "{who} has twice as many[| {items}] as {prev}.", operand=2),
+        Step("/", "{who} has half as many[| {items}] as {prev}.", operand=2),
+        Step("/", "{prev} has {n} times as many[| {items}] as {who}."),
+        Step(
+            "total",
+            "",
+            question="How many {items} do [they|all of them] have [altogether|together|in total]?",
+            working="Together they have",
+        ),
     ),
     questions=("How many {items} does {who} have?", "How many {items} has {who}?"),
+    working="{who} has",
     relay=True,
 )
 
 AGES = Family(
     items=("years",),
-    openings=("{who} is {a} {items} old.",),
+    openings=("{who} is {a} {items} old.", "{who} is {a}."),
     starts=(),
     steps=(
-        Step("+", "{who} is {n} {items} older than {prev}.", "{who} is"),
-        Step("+", "{prev} is {n} {items} younger than {who}.", "{who} is"),
-        Step("-", "{who} is {n} {items} younger than {prev}.", "{who} is"),
-        Step("-", "{prev} is {n} {items} older than {who}.", "{who} is"),
-        Step("*", "{who} is {n} times as old as {prev}.", "{who} is"),
-        Step("*", "{who} is twice as old as {prev}.", "{who} is", operand=2),
-        Step("/", "{who} is half as old as {prev}.", "{who} is", operand=2),
-        Step("total", "", "Together they are", question="How many {items} old are they together?"),
+        Step("+", "{who} is {n} {items} older than {prev}."),
+        Step("+", "{prev} is {n} {items} younger than {who}."),
+        Step("-", "{who} is {n} {items} younger than {prev}."),
+        Step("-", "{prev} is {n} {items} older than {who}."),
+        Step("*", "{who} is {n} times as old as {prev}."),
+        Step("*", "{who} is twice as old as {prev}.", operand=2),
+        Step("/", "{who} is half as old as {prev}.", operand=2),
+        Step("total", "", question="How [many {items} |]old are they together?", working="Together they are"),
     ),
-    questions=("How old is {who}?", "What is the age of {who} in {items}?"),
+    questions=("How old is {who}?", "What is the age of {who}[| in {items}]?"),
     result="{r} {items} old",
+    working="{who} is",
     relay=True,
 )
 
 JOURNEY = Family(
     items=("kilometers", "miles", "meters"),
-    openings=("{who} plans a trip of {a} {items}.", "{who} has to go {a} {items}."),
+    openings=("{who} plans a trip of {a} {items}.", "{who} has to [go|walk|drive] {a} {items}."),
     starts=(
-        Step("*", "{who} plans to ride {a} {items} a day for {n} days.", "The plan is"),
-        Step("+", "{who} plans to go {a} {items} by train and {n} {items} by boat.", "The plan is"),
+        Step("*", "{who} plans to ride {a} {items} a day for {n} days."),
+        Step("+", "{who} plans to go {a} {items} by train and {n} {items} by boat."),
     ),
     steps=(
-        Step("+", "A closed road makes the way {n} {items} longer.", "The way becomes"),
-        Step("+", "{who} adds a visit that takes {n} {items}.", "With the visit it is"),
-        Step("-", "{who} goes {n} {items} before noon.", "After noon there remain"),
-        Step("-", "A short cut saves {n} {items}.", "With the short cut it is"),
-        Step("-", "{who} walks {n} {items} and rests.", "After the rest there remain"),
-        Step("*", "{who} changes the plan and wants to go {n} times as far.", "The new plan is"),
-        Step("/", "{who} goes half of the remaining way.", "Half of it is", operand=2),
+        Step("+", "A closed road makes the way {n} {items} longer."),
+        Step("+", "{who} adds a visit that takes {n} {items}."),
+        Step("-", "{who} [goes|drives|walks] {n} {items} before noon."),
+        Step("-", "A short cut saves {n} {items}."),
+        Step("-", "{who} walks {n} {items} and rests."),
+        Step("*", "{who} changes the plan and wants to go {n} times as far."),
+        Step("/", "{who} goes half of the [remaining way|rest].", operand=2),
         Step(
             "/",
             "{who} goes the rest in {n} equal stages.",
-            "Each stage is",
             question="How many {items} long is each stage?",
         ),
     ),
-    questions=("How many {items} are left to go?", "How many {items} does {who} still have to go?"),
+    questions=("How many {items} are left[| to go]?", "How many {items} does {who} still have to go?"),
 )
 
 FAMILIES: dict[str, Family] = {
+    "things": THINGS,
     "collection": COLLECTION,
     "shopping": SHOPPING,
     "bakery": BAKERY,
@@ -476,10 +590,15 @@ FAMILIES: dict[str, Family] = {
     "journey": JOURNEY,
 }
 
-NAMES = (
-    "Ada", "Aisha", "Alan", "Amir", "Ana", "Anton", "Bea", "Ben", "Bo", "Carla", "Cem", "Chen", "Clara", "Dan", "Dora",
-    "Ed", "Elif", "Ella", "Emil", "Eva", "Fay", "Felix", "Finn", "Gia", "Hana", "Hugo", "Ida", "Igor", "Ines", "Ivan",
-    "Jack", "Jana", "Jim", "Joy", "Kai", "Kim", "Lara", "Leo", "Lin", "Liz", "Luca", "Mary", "Max", "Maya", "Mia",
-    "Nam", "Nina", "Noah", "Ola", "Omar", "Otto", "Paul", "Petra", "Quin", "Rita", "Rosa", "Ruth", "Sam", "Sara", "Sue",
-    "Tariq", "Tim", "Tom", "Uma", "Vera", "Vik", "Wei", "Will", "Yara", "Yuki", "Zoe",
+SHE = (
+    "Ada", "Aisha", "Ana", "Bea", "Carla", "Clara", "Dora", "Elif", "Ella", "Eva", "Fay", "Gia", "Hana", "Ida", "Ines",
+    "Jana", "Joy", "Kim", "Lara", "Lin", "Liz", "Mary", "Maya", "Mia", "Nina", "Ola", "Petra", "Rita", "Rosa", "Ruth",
+    "Sara", "Sue", "Uma", "Vera", "Yara", "Yuki", "Zoe",
 )  # fmt: skip
+HE = (
+    "Alan", "Amir", "Anton", "Ben", "Bo", "Cem", "Chen", "Dan", "Ed", "Emil", "Felix", "Finn", "Hugo", "Igor", "Ivan",
+    "Jack", "Jim", "Kai", "Leo", "Luca", "Max", "Nam", "Noah", "Omar", "Otto", "Paul", "Quin", "Sam", "Tariq", "Tim",
+    "Tom", "Vik", "Wei", "Will",
+)  # fmt: skip
+PRONOUNS: dict[str, str] = {**dict.fromkeys(SHE, "she"), **dict.fromkeys(HE, "he")}
+"""The people of the stories, and what they are called when they were named before."""
