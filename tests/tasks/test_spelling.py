@@ -3,13 +3,13 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lmchat.generation.calculator import calculate
+from lmchat.tasks.patterns import expand
 from lmchat.tasks.spelling import COUNT_QUESTIONS, SPELL_QUESTIONS, SimpleSpelling, SpellingBee
 from lmchat.tasks.words import read_words, split_words, words_from_text, write_words
 from lmchat.types import UserError
@@ -71,6 +71,24 @@ def test_the_question_names_the_word_and_the_answer_is_graded(words_path: str) -
         assert not task.evaluate(conversation, word)
 
 
+def test_made_up_words_are_of_the_split_and_of_two_words_of_the_list(words_path: str) -> None:
+    words = set(read_words(words_path))
+    for split in ("train", "test"):
+        task = SimpleSpelling(split, size=1_500, words_path=words_path, made_up=0.5)
+        spellings = [spelled(str(conversation["messages"][1]["content"])) for conversation in task]
+        new = [word for word in spellings if word not in words]
+        assert 0.3 < len(new) / len(spellings) <= 0.55
+        assert split_words(new, split) == new
+        for word in new[:50]:
+            assert any(
+                any(first.startswith(word[:cut]) for first in task.words)
+                and any(last[cut:] == word[cut:] for last in task.words)
+                for cut in range(1, len(word) + 1)
+            )
+    with pytest.raises(UserError, match="made_up=2"):
+        SimpleSpelling(made_up=2)
+
+
 def test_counting_is_right_by_hand_and_by_calculator(words_path: str) -> None:
     task = SpellingBee("train", size=500, words_path=words_path)
     absent = 0
@@ -110,10 +128,10 @@ def test_examples_are_the_same_at_every_call_and_differ_by_seed(words_path: str)
     assert questions() == [SpellingBee(words_path=words_path)[i]["messages"][0]["content"] for i in range(50)]
 
 
-def test_no_template_is_there_twice() -> None:
-    for templates in (SPELL_QUESTIONS, COUNT_QUESTIONS):
-        assert len(set(templates)) == len(templates)
-        assert all(first != second for first, second in pairwise(sorted(map(str.lower, templates))))
+def test_no_wording_is_there_twice() -> None:
+    for patterns in (SPELL_QUESTIONS, COUNT_QUESTIONS):
+        wordings = [wording.rstrip("?") for wording in expand(*patterns)]
+        assert len(set(wordings)) == len(wordings) > 200
 
 
 def test_words_from_text_counts_lower_case_words_only() -> None:

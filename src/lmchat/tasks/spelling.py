@@ -13,7 +13,8 @@ from typing import Any
 
 from lmchat.tasks.base import Task, exchange, reference_answer
 from lmchat.tasks.gsm8k import NumericAnswerTask
-from lmchat.tasks.split import Split
+from lmchat.tasks.patterns import pick
+from lmchat.tasks.split import Split, in_split
 from lmchat.tasks.words import read_words, split_words
 from lmchat.types import Conversation, UserError
 
@@ -21,51 +22,43 @@ ABSENT_LETTER_SHARE = 0.1
 """Share of counting questions whose letter is drawn from the alphabet, not from the word."""
 
 SPELL_QUESTIONS = (
-    "Spell the word {word}",
-    "Spell {word}",
-    "Spell {word} for me",
-    "Spell {word} letter by letter",
-    "How do you spell {word}?",
-    "How is {word} spelled?",
-    "Can you spell {word}?",
-    "Could you spell {word} for me, please?",
-    "Please spell the word {word}",
-    "What are the letters of {word}?",
-    "Which letters is {word} made of?",
-    "Write {word} one letter at a time",
-    "List the letters in {word}",
-    "Split {word} into its letters",
-    "Spelling of {word}?",
-    "Spell: {word}",
+    "[|Please ][spell|spell out][|:| the word| the word:] {word}",
+    "[|Please ][spell|spell out][| the word] {word}[, please| please| for me| letter by letter]",
+    "[Can|Could|Would] you [|please ][spell|spell out][| the word] {word}[|, please| for me]?",
+    "How [do you|do I|would you|can I|does one] spell[| the word] {word}?",
+    "How is[| the word] {word} [spelled|spelt|written]?",
+    "[Tell me|Give me|List|Show me|Say|Name] [the|all] letters [of|in][| the word] {word}",
+    "What [are the letters of|is the spelling of][| the word] {word}?",
+    "[Tell me|Give me|I need|Show me] the spelling of[| the word] {word}",
+    "[Which|What] letters [is {word} made of|are in {word}|does {word} have]?",
+    "[Write|Say][| the word] {word} [one letter at a time|letter by letter]",
+    "[Split|Divide|Break][| the word] {word} into its letters",
+    "[Spelling|Letters|Spelling of|Letters of][|:] {word}",
 )
+"""Patterns, see `patterns`."""
 
 COUNT_QUESTIONS = (
-    "How many {letter} are in {word}?",
-    "How many {letter} are in the word {word}?",
-    "How many {letter} are there in {word}?",
-    "How many {letter} does {word} have?",
-    "How many {letter} does the word {word} contain?",
-    "How many {letter}s are in {word}?",
-    "How many {letter}'s are in {word}?",
-    "How many letters {letter} are in {word}?",
-    "How many times does {letter} appear in {word}?",
-    "How many times does the letter {letter} occur in the word {word}?",
-    "How often does {letter} occur in {word}?",
-    "How often is {letter} used in {word}?",
-    "Count the {letter} in {word}",
-    "Count the letter {letter} in {word}",
-    "Count how many {letter} there are in {word}",
-    "Count every {letter} in the word {word}, please",
-    "Can you count the {letter} in {word}?",
-    "Please tell me how many {letter} {word} has",
-    "Tell me how often {letter} is in {word}",
-    "What is the number of {letter} in {word}?",
-    "Number of {letter} in {word}?",
-    "In {word}, how many {letter} are there?",
-    "In the word {word}, count the {letter}",
+    "How many [|letters |letter |of the letter ]{letter} [are|are there] in[| the word] {word}?",
+    "How many {letter}[s|'s] [are|are there] in[| the word] {word}?",
+    "How many [|letters |letter ]{letter} [does|does the word] {word} [have|contain]?",
+    "How many [instances|occurrences] of[| the letter] {letter} are[| there] in[| the word] {word}?",
+    "How [many times|often] does[| the letter] {letter} [appear|occur|show up] in[| the word] {word}?",
+    "How [many times|often] is[| the letter] {letter} [used|found|there] in[| the word] {word}?",
+    "[Can you tell|Please tell|Tell] me how many {letter} [are|there are] in[| the word] {word}",
+    "[Can you tell me|Find|Tell me] how [often|many times] {letter} [is|appears] in[| the word] {word}",
+    "[|Please |Can you ]count [the|the letter|every|all] {letter} in[| the word] {word}[|, please]",
+    "[|Please ]count [how many {letter} there are|how often {letter} is|the number of {letter}] in[| the word] {word}",
+    "What [is|was] the [number|count] of [|the letter ]{letter} in[| the word] {word}?",
+    "[Tell me|Find|Give me] the [number|count] of [|the letter ]{letter} in[| the word] {word}",
+    "[Number|Count] of {letter} in[| the word] {word}",
+    "In[| the word] {word}, how many {letter} [are there|do you see|can you find]?",
+    "In[| the word] {word}, how [many times|often] [is {letter} there|does {letter} appear|does {letter} occur]?",
+    "In[| the word] {word}, count [the|the letter] {letter}",
     "{word}: how many {letter}?",
 )
+"""Patterns, see `patterns`."""
 
+MAX_TRIES = 100
 QUOTES = ("", "'", '"')
 
 
@@ -82,6 +75,7 @@ class WordTask(Task):
         split: Split = "train",
         size: int | None = None,
         words_path: str | None = None,
+        made_up: float = 0.0,
         seed: int = 0,
         **slice: Any,
     ) -> None:
@@ -91,15 +85,20 @@ class WordTask(Task):
             split: train or test; no word is in both.
             size: number of examples; null: one for each word of the split.
             words_path: a file with a word a line; null: ``words.txt`` in the base folder.
+            made_up: share of the words that are not of the list, but the beginning of one and the end of another:
+                practice in reading tokens that words of the list seldom have.
             seed: order of the words, and wording of the questions.
             slice: see `Task`.
         """
         super().__init__(**slice)
         if size is not None and size < 1:
             raise UserError(f"{type(self).__name__}: size={size} is not possible; use 1 or more, or null")
+        if not 0 <= made_up <= 1:
+            raise UserError(f"{type(self).__name__}: made_up={made_up} is not possible; use a share from 0 to 1")
         self.split = split
         self.size = size
         self.words_path = words_path
+        self.made_up = made_up
         self.seed = seed
 
     @property
@@ -120,16 +119,26 @@ class WordTask(Task):
 
     def draw(self, index: int) -> tuple[str, random.Random]:
         """The word of an example and the example's own random numbers."""
-        return self.words[index % len(self.words)], random.Random(f"{self.seed}/{self.split}/{index}")
+        rng = random.Random(f"{self.seed}/{self.split}/{index}")
+        word = self.words[index % len(self.words)]
+        return (self._made_up(word, rng) if rng.random() < self.made_up else word), rng
+
+    def _made_up(self, word: str, rng: random.Random) -> str:
+        """The first letters of ``word`` and the rest of another, in the same split; the word itself if none fits."""
+        for other in rng.choices(self.words, k=MAX_TRIES):
+            cut = rng.randint(1, min(len(word), len(other)))
+            if in_split(word[:cut] + other[cut:], self.split):
+                return word[:cut] + other[cut:]
+        return word
 
 
-def ask(templates: tuple[str, ...], rng: random.Random, **values: str) -> str:
-    """One of ``templates`` filled in, with some variety in quotes, case and punctuation as users have it."""
-    template = rng.choice(templates)
+def ask(patterns: tuple[str, ...], rng: random.Random, **values: str) -> str:
+    """One of ``patterns`` filled in, with some variety in quotes, case and punctuation as users have it."""
+    template = pick(rng.choice(patterns), rng)
+    first = template[0].lower() if rng.random() < 0.2 else template[0].upper()
+    template = first + template[1:]
     if rng.random() < 0.2:
-        template = template.rstrip("?")
-    if rng.random() < 0.2:
-        template = template[0].lower() + template[1:]
+        template = template.removesuffix("?") if template.endswith("?") else template + "."
     quoted = {}
     for name, value in values.items():
         quote = rng.choice(QUOTES)
