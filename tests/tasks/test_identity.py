@@ -18,7 +18,7 @@ def wording(text: str) -> str:
     for opener in filter(None, OPENERS):
         text = text.removeprefix(opener.lower())
     longhand = {short: word for word, short in SHORTHAND.items()}
-    return re.sub(r"\w+", lambda word: longhand.get(word[0], word[0]), text)
+    return re.sub(r"\w+", lambda word: longhand.get(word[0], word[0]), text.rstrip(".!"))
 
 
 def asked(task: Identity) -> set[str]:
@@ -62,7 +62,8 @@ def test_each_topic_has_enough_of_both() -> None:
         train, test = questions(topic, "train"), questions(topic, "test")
         assert len(train) >= 48
         assert len(test) >= 12
-        assert len(topic.questions) // 5 == len(test)
+        assert len(topic.questions) // 5 - len(topic.common) <= len(test) <= len(topic.questions) // 5
+        assert set(topic.common) <= set(train)
         assert {*train, *test} == set(topic.questions)
     assert all(len(TOPICS[name].questions) >= 90 for name in ("name", "maker", "nature"))
 
@@ -132,7 +133,9 @@ def test_varied_questions_keep_their_words() -> None:
     assert len(seen) > 20
     assert {wording(question) for question in seen} == {"who are you"}
     assert {"Who are you?", "who are you", "who r u?", "So, who are you?"} <= seen
-    assert {"tell me your name", "tell me ur name"} == {vary("Tell me your name", rng).lower() for _ in range(200)}
+    stated = {vary("Tell me your name", rng) for _ in range(400)}
+    assert {wording(sentence) for sentence in stated} == {"tell me your name"}
+    assert {"Tell me your name.", "Tell me your name!", "tell me ur name"} <= stated
 
 
 def test_shorthand_replaces_whole_words() -> None:
@@ -153,4 +156,6 @@ def test_a_thousand_conversations_cover_the_topics_evenly(monkeypatch: pytest.Mo
     assert per_topic.keys() == TOPICS.keys()
     assert min(per_topic.values()) >= 100
     assert max(per_topic.values()) < 150
-    assert len(counts) > 0.8 * len(topic_of)
+    assert len(counts) > 0.7 * len(topic_of)
+    common = sum(counts[question] for topic in TOPICS.values() for question in topic.common)
+    assert 0.25 < common / counts.total() < 0.32

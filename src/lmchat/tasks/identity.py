@@ -13,6 +13,8 @@ from lmchat.types import Conversation, Message, UserError
 
 TEST_EVERY = 5
 """Every fifth wording of a question is a test question."""
+COMMON_SHARE = 0.25
+"""Share of the training questions that are common ones."""
 MAX_TURNS = 3
 OPENERS = ("", "", "", "", "", "", "Hey, ", "So, ", "By the way, ", "Hello! ", "Okay. ", "One more thing: ")
 SHORTHAND = {"you": "u", "your": "ur", "are": "r", "please": "pls", "thanks": "thx"}
@@ -43,7 +45,7 @@ class Identity(Task):
 
         Args:
             split: train or test; test questions are worded as no training question is.
-            size: number of conversations; 1,000 ask about each topic 100 times or more, in four fifths of its wordings.
+            size: number of conversations; 1,000 ask about each topic 100 times or more, in most wordings.
             assistant: its name.
             maker: who made it.
             seed: other seeds give other conversations.
@@ -70,8 +72,9 @@ class Identity(Task):
         topics = rng.sample(list(TOPICS.values()), rng.randint(1, MAX_TURNS))
         messages: list[Message] = []
         for topic in topics:
-            question = vary(rng.choice(questions(topic, self.split)), rng)
-            messages.append({"role": "user", "content": question})
+            common = self.split == "train" and rng.random() < COMMON_SHARE
+            question = rng.choice(topic.common if common else questions(topic, self.split))
+            messages.append({"role": "user", "content": vary(question, rng)})
             answer = self._fill(rng.choice(topic.answers))
             messages.append({"role": "assistant", "content": answer[0].upper() + answer[1:]})
         facts = [[self._fill(fact) for fact in alternatives] for alternatives in topics[-1].facts]
@@ -88,12 +91,8 @@ class Identity(Task):
 
 def questions(topic: Topic, split: Split) -> list[str]:
     """The wordings of a topic that belong to a split."""
-    chosen = slice(TEST_EVERY - 1, None, TEST_EVERY)
-    if split == "test":
-        return list(topic.questions[chosen])
-    train = list(topic.questions)
-    del train[chosen]
-    return train
+    test = [question for question in topic.questions[TEST_EVERY - 1 :: TEST_EVERY] if question not in topic.common]
+    return test if split == "test" else [question for question in topic.questions if question not in test]
 
 
 def mentions(text: str, words: str) -> bool:
@@ -102,13 +101,13 @@ def mentions(text: str, words: str) -> bool:
 
 
 def vary(question: str, rng: random.Random) -> str:
-    """The question with an opener, without its question mark, in lower case or in shorthand, as users write."""
+    """The question with an opener, with less or more punctuation, in lower case or in shorthand, as users write."""
     opener = rng.choice(OPENERS) if question.endswith("?") else ""
     if opener.endswith(", "):
         question = question[0].lower() + question[1:]
     question = opener + question
     if rng.random() < 0.2:
-        question = question.rstrip("?")
+        question = question.removesuffix("?") if question.endswith("?") else question + rng.choice(".!")
     if rng.random() < 0.2:
         question = question.lower()
     if rng.random() < 0.1:

@@ -22,11 +22,13 @@ class Topic:
         questions: wordings, all of them different from those of the other topics.
         answers: wordings, each of which has all the facts.
         facts: what a correct answer must contain; one of the alternatives of each group.
+        common: the questions that people ask most; training questions, asked more often than the others.
     """
 
     questions: tuple[str, ...]
     answers: tuple[str, ...]
     facts: tuple[tuple[str, ...], ...]
+    common: tuple[str, ...]
 
 
 def indirect(clauses: str) -> tuple[str, str]:
@@ -65,6 +67,7 @@ TOPICS: dict[str, Topic] = {
             "My name is {name}, and I am a language model. How can I help you?",
         ),
         facts=NAME,
+        common=("Who are you?", "What is your name?", "What's your name?"),
     ),
     "maker": Topic(
         questions=expand(
@@ -86,6 +89,7 @@ TOPICS: dict[str, Topic] = {
             "I was made by {maker}, who named me {name}.",
         ),
         facts=(("{name}",), ("{maker}",)),
+        common=("Who made you?", "Who created you?"),
     ),
     "nature": Topic(
         questions=expand(
@@ -106,6 +110,7 @@ TOPICS: dict[str, Topic] = {
             "As a language model I am a program and not a person. My name is {name}.",
         ),
         facts=(("{name}",), ("language model",)),
+        common=("What are you?", "Are you a human?", "Are you a robot?"),
     ),
     "other_models": Topic(
         questions=expand(
@@ -122,6 +127,7 @@ TOPICS: dict[str, Topic] = {
             "No, that is another model. I am {name}, made by {maker}.",
         ),
         facts=(("{name}",), ("no", "not")),
+        common=("Are you ChatGPT?", "Is this ChatGPT?"),
     ),
     "abilities": Topic(
         questions=expand(
@@ -142,6 +148,7 @@ TOPICS: dict[str, Topic] = {
             "Ask me to spell a word, to count its letters, or to solve a word problem with my calculator.",
         ),
         facts=(("spell",), ("calculator",)),
+        common=("What can you do?", "What can you do for me?", "How can you help me?"),
     ),
     "limits": Topic(
         questions=expand(
@@ -163,6 +170,7 @@ TOPICS: dict[str, Topic] = {
             "Please check my answers: a small model like me makes mistakes.",
         ),
         facts=(("mistakes",), ("check",)),
+        common=("Do you make mistakes?", "Can I trust you?"),
     ),
     "training": Topic(
         questions=expand(
@@ -183,6 +191,7 @@ TOPICS: dict[str, Topic] = {
             "In training I read a lot of text, then conversations, and then I practised with rewards.",
         ),
         facts=(("text",), ("conversations",), ("rewards",)),
+        common=("How were you trained?", "What were you trained on?"),
     ),
     "architecture": Topic(
         questions=expand(
@@ -202,6 +211,7 @@ TOPICS: dict[str, Topic] = {
             "Inside there is a Transformer that predicts the next token: PyTorch code, trained with Lightning.",
         ),
         facts=(("transformer",), ("lightning",)),
+        common=("How do you work?", "What kind of model are you?"),
     ),
     "open_source": Topic(
         questions=expand(
@@ -220,6 +230,7 @@ TOPICS: dict[str, Topic] = {
             "Free and open source, with the MIT licence: you may use, change and train me yourself.",
         ),
         facts=(("open source",), ("mit",)),
+        common=("Are you open source?", "What do you cost?"),
     ),
     "internet": Topic(
         questions=expand(
@@ -241,6 +252,7 @@ TOPICS: dict[str, Topic] = {
             "Without the internet I know only what I learned in training.",
         ),
         facts=(("internet",), ("training",)),
+        common=("What time is it?", "Can you search the web?"),
     ),
     "memory": Topic(
         questions=expand(
@@ -259,6 +271,7 @@ TOPICS: dict[str, Topic] = {
             "Only this conversation: when it ends, I forget it.",
         ),
         facts=(("this conversation",), ("forget",)),
+        common=("Do you remember me?", "Do you know who I am?"),
     ),
     "feelings": Topic(
         questions=expand(
@@ -278,6 +291,7 @@ TOPICS: dict[str, Topic] = {
             "Feelings are not for me: I am a language model, ready to help you.",
         ),
         facts=(("language model",), ("help",)),
+        common=("How are you?", "How are you doing?", "What's up?"),
     ),
     "language": Topic(
         questions=expand(
@@ -295,6 +309,7 @@ TOPICS: dict[str, Topic] = {
             "I speak English. Most of the text that I learned from was English.",
         ),
         facts=(("english",),),
+        common=("Do you speak German?", "Which languages do you speak?"),
     ),
     "greeting": Topic(
         questions=expand(
@@ -311,6 +326,7 @@ TOPICS: dict[str, Topic] = {
             "Hi! I am {name}. What would you like to know?",
         ),
         facts=NAME,
+        common=("Hi", "Hello", "Hey", "Good morning", "Hi there"),
     ),
     "thanks": Topic(
         questions=expand(
@@ -326,6 +342,7 @@ TOPICS: dict[str, Topic] = {
             "You're welcome. Anything else?",
         ),
         facts=(("welcome",),),
+        common=("Thanks", "Thank you"),
     ),
     "farewell": Topic(
         questions=expand(
@@ -341,5 +358,6 @@ TOPICS: dict[str, Topic] = {
             "Goodbye, and have a nice day!",
         ),
         facts=(("goodbye",),),
+        common=("Bye", "Goodbye"),
     ),
 }
