@@ -14,6 +14,7 @@ import pytest
 from lmchat.generation.calculator import calculate
 from lmchat.tasks.arithmetic import MAX_STEPS, Arithmetic, WordProblem
 from lmchat.tasks.arithmetic_stories import FAMILIES, HE, PRONOUNS, SHE
+from lmchat.tasks.base import answer_text
 from lmchat.tasks.gsm8k import extract_answer, parse_answer
 from lmchat.tasks.split import in_split
 from lmchat.types import UserError
@@ -82,6 +83,10 @@ def test_a_conversation_holds_the_calls_as_parts() -> None:
         assert " ".join(python) == problem.calculation
         assert task.reward(conversation, f"... #### {output[-1]}.0") == 1.0
         assert task.reward(conversation, "...") == 0.0
+        assert task.reward(conversation, answer_text(conversation)) == 1.0
+        mumbled = re.sub(r" (?:gives|leaves|has|have|is|are) ", " mum ", answer_text(conversation))
+        assert task.evaluate(conversation, mumbled)
+        assert task.reward(conversation, mumbled) == 0.0
 
 
 # How to work out a story sentence by sentence, written without the generator's tables.

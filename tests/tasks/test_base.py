@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lmchat.tasks.base import Task, exchange, reference_answer
+from lmchat.tasks.base import Task, answer_text, exchange, in_words_of, reference_answer
 from lmchat.types import Conversation, UserError
 
 
@@ -69,3 +69,21 @@ def test_reference_answer_is_the_last_part() -> None:
     parts = [{"type": "text", "text": "first"}, {"type": "text", "text": "#### 3"}]
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": parts}]
     assert reference_answer({"messages": messages}) == "#### 3"  # type: ignore[typeddict-item]
+    assert answer_text({"messages": messages}) == "first #### 3"  # type: ignore[typeddict-item]
+    assert answer_text(exchange("q", "a")) == "a"
+
+
+@pytest.mark.parametrize(
+    ("completion", "known"),
+    [
+        ("That makes 27 apples.", True),
+        ("that MAKES <|python_start|>12+15<|python_end|>27", True),
+        ("", True),
+        ("That makes 27 app.", False),
+        ("That makes 27applesthat.", False),
+        ("27\n#### 27", False),
+        ("<|apples|> pears", False),
+    ],
+)
+def test_in_words_of_allows_whole_words_of_the_texts_alone(completion: str, known: bool) -> None:
+    assert in_words_of(completion, "That makes 5", "apples!") is known

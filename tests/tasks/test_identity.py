@@ -138,6 +138,16 @@ def test_varied_questions_keep_their_words() -> None:
     assert {"Tell me your name.", "Tell me your name!", "tell me ur name"} <= stated
 
 
+def test_rewards_are_for_right_answers_without_other_words() -> None:
+    for conversation in Identity("test", size=200, assistant="Ada", maker="Bea"):
+        answer = str(conversation["messages"][-1]["content"])
+        task = Identity("test", assistant="Ada", maker="Bea")
+        assert task.reward(conversation, answer) == 1.0
+        assert task.evaluate(conversation, f"{answer}\n#### 1")
+        assert task.reward(conversation, f"{answer}\n#### 1") == 0.0
+        assert task.reward(conversation, "") == 0.0
+
+
 def test_shorthand_replaces_whole_words() -> None:
     assert shorten("What's your name, are you Yoursef?") == "whats ur name, r u yoursef?"
 

@@ -6,6 +6,7 @@ of YAML that names it by ``class_path`` with its ``init_args``.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
@@ -81,6 +82,25 @@ def reference_answer(conversation: Conversation) -> str:
     """The reference answer's text: the last assistant message, or its last part where it has parts."""
     content = conversation["messages"][-1]["content"]
     return content if isinstance(content, str) else content[-1]["text"]
+
+
+def in_words_of(completion: str, *texts: str) -> bool:
+    """Whether ``completion`` has no other words than ``texts``: a reward for this keeps a model from mumbling.
+
+    Numbers, punctuation and special tokens do not matter, a ``#`` counts as a word. Where only a number or a name
+    decides, reinforcement learning otherwise wears off the words around it.
+    """
+    return _words(completion) <= _words(" ".join(texts))
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"[^\W\d_]+|#", re.sub(r"<\|.*?\|>", " ", text.lower())))
+
+
+def answer_text(conversation: Conversation) -> str:
+    """All of the reference answer, tool calls and their results included."""
+    content = conversation["messages"][-1]["content"]
+    return content if isinstance(content, str) else " ".join(part["text"] for part in content)
 
 
 def exchange(question: str, answer: str) -> Conversation:

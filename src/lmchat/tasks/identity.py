@@ -6,7 +6,7 @@ import random
 import re
 from typing import Any, cast
 
-from lmchat.tasks.base import Task
+from lmchat.tasks.base import Task, in_words_of
 from lmchat.tasks.identity_text import TOPICS, Topic
 from lmchat.tasks.split import Split
 from lmchat.types import Conversation, Message, UserError
@@ -23,10 +23,11 @@ SHORTHAND = {"you": "u", "your": "ur", "are": "r", "please": "pls", "thanks": "t
 class IdentityConversation(Conversation):
     """A conversation about the assistant, and what a correct last answer contains.
 
-    ``facts`` holds groups of alternatives; an answer needs one of each group.
+    ``facts`` holds groups of alternatives; an answer needs one of each group. ``answers`` are all that are trained on.
     """
 
     facts: list[list[str]]
+    answers: list[str]
 
 
 class Identity(Task):
@@ -78,7 +79,7 @@ class Identity(Task):
             answer = self._fill(rng.choice(topic.answers))
             messages.append({"role": "assistant", "content": answer[0].upper() + answer[1:]})
         facts = [[self._fill(fact) for fact in alternatives] for alternatives in topics[-1].facts]
-        return {"messages": messages, "facts": facts}
+        return {"messages": messages, "facts": facts, "answers": list(map(self._fill, topics[-1].answers))}
 
     def _fill(self, template: str) -> str:
         return template.format(name=self.assistant, maker=self.maker)
@@ -87,6 +88,11 @@ class Identity(Task):
         """Whether the completion has every fact of the right answer, upper or lower case."""
         facts = cast(IdentityConversation, conversation)["facts"]
         return all(any(mentions(completion, fact) for fact in alternatives) for alternatives in facts)
+
+    def reward(self, conversation: Conversation, completion: str) -> float:
+        """1 for a right answer in words of the answers that are trained on, see `base.in_words_of`."""
+        answers = cast(IdentityConversation, conversation)["answers"]
+        return float(in_words_of(completion, *answers) and self.evaluate(conversation, completion))
 
 
 def questions(topic: Topic, split: Split) -> list[str]:
