@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from lmchat.generation.calculator import calculate
-from lmchat.tasks.arithmetic import MAX_STEPS, Arithmetic, WordProblem
+from lmchat.tasks.arithmetic import MAX_STEPS, Arithmetic, WordProblem, _Draft
 from lmchat.tasks.arithmetic_stories import FAMILIES, HE, PRONOUNS, SHE
 from lmchat.tasks.base import answer_text
 from lmchat.tasks.gsm8k import extract_answer, parse_answer
@@ -138,8 +139,8 @@ BUS_RIDES: list[Rule] = [
     (r".*?(\d+) (?:\w+ |of them )?(?:get off|leave).*", _change("-")),
     (r".* half of .* get off", _change("/")),
     (r".* grows to (\d+) times as many", _change("*")),
-    (r"(?:every one|each) of them pays \$(\d+)", _change("*")),
-    (r".* they form (\d+) equal groups", _change("/")),
+    (r"(?:every one|each) of the \w+ on board pays \$(\d+)", _change("*")),
+    (r".* form (\d+) equal groups", _change("/")),
     (r"How (?:many|much) .*", lambda a, m: a.update(answer=a["now"])),
 ]
 
@@ -199,16 +200,24 @@ def regex(pattern: str) -> str:
     start = r"(?:\w+|(?<=and)|(?<=then)) " if pattern.startswith("{who} ") else ""
     text = re.escape(pattern.removeprefix("{who} ").removesuffix(".").removesuffix("?"))
     text = re.sub(r"\\\[(.*?)\\\]", lambda found: f"(?:{found[1].replace(chr(92) + '|', '|')})", text)
-    return start + re.sub(r"\\{\w+\\}", r"\\w+", text)
+    return start + re.sub(r"\\{\w+\\}", r"\\w+", text) + "(?:[.?,]| and| then)"
 
 
 def test_every_operation_and_template_occurs() -> None:
-    text = "\n".join(f"{p.question}\n{p.calculation}" for p in problems(10_000))
-    for family in FAMILIES.values():
-        patterns = [*family.openings, *family.questions, *(step.story for step in (*family.starts, *family.steps))]
+    operators = set()
+    for name, family in FAMILIES.items():
+        told = problems(900, families=[name])
+        operators |= set(re.findall(r"\+|-|\*|//", " ".join(problem.calculation for problem in told)))
+        text = "\n".join(problem.question for problem in told)
+        patterns = [
+            *family.openings,
+            *family.questions,
+            *family.remaining,
+            *(step.story for step in (*family.starts, *family.steps)),
+        ]
         for pattern in filter(None, patterns):
             assert re.search(regex(pattern), text, re.IGNORECASE), pattern
-    assert all(operator in text for operator in ("+", "-", "*", "//"))
+    assert operators == {"+", "-", "*", "//"}
 
 
 def test_people_who_were_named_are_called_he_or_she_or_left_out() -> None:
@@ -221,9 +230,36 @@ def test_people_who_were_named_are_called_he_or_she_or_left_out() -> None:
             assert len(set(names)) == 1
             assert problem.question.index(names[0]) < pronoun.start()
             found[pronoun[0]] += 1
-        found["left out"] += bool(re.search(r"\d[\w ]*,? (?:and|and then|then) [a-z]+s ", problem.question))
-        found["joined"] += ", and " in problem.question
-    assert min(found[kind] for kind in ("he", "He", "she", "She", "left out", "joined")) > 100, found
+        asked = re.findall(r"[A-Z]\w+", problem.question.split(". ")[-1].partition(" ")[2])
+        assert set(asked) <= set(re.findall(r"\w+", problem.question.rpartition(". ")[0]))
+    assert min(found[kind] for kind in ("he", "He", "she", "She")) > 100, found
+
+
+def test_sentences_are_joined_once_and_the_subject_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmchat.tasks.arithmetic.JOINED_SHARE", 1.0)
+    monkeypatch.setattr("lmchat.tasks.arithmetic.PRONOUN_SHARE", 1.0)
+    links = set()
+    for seed in range(30):
+        draft = _Draft(FAMILIES["savings"], random.Random(seed), "dollars", ["Zoe", "Max"], [9])
+        draft.tell("{who} has ${a}.", a=9)
+        draft.tell("{who} spends ${n}.", n=4)
+        draft.tell("{who} finds ${n}.", n=2)
+        draft.tell("A ticket costs ${n}.", n=3)
+        draft.ask("How much does {who} have?")
+        first, *rest = draft.story
+        assert rest == ["She finds $2, and a ticket costs $3.", "How much does she have?"]
+        links.add(first.removeprefix("Zoe has $9").removesuffix("spends $4."))
+    assert links == {" and ", " and then ", ", then "}
+
+
+def test_what_is_left_is_asked_where_something_was_taken_away() -> None:
+    left = 0
+    for problem in problems(4_000):
+        if re.search(r"\bleft\b|\bstill\b", problem.question.split(". ")[-1]) and "to read" not in problem.question:
+            taken_away = {"-", "//"} & set(re.findall(r"-|//", problem.calculation))
+            assert taken_away or any(word in problem.question for word in ("pages", "miles", "meters")), problem
+            left += bool(taken_away)
+    assert left > 200
 
 
 def test_problems_depend_on_index_seed_and_split_alone() -> None:

@@ -23,7 +23,7 @@ START_SHARE = 0.5
 PRONOUN_SHARE = 0.5
 """Share of the sentences about a person who was named before that say he or she."""
 JOINED_SHARE = 0.3
-"""Share of the sentences that are joined to the one before by an "and", where they can be."""
+"""Share of the sentences that are joined to the one before, where they can be."""
 CONJUNCTIONS = (" and ", " and then ", ", then ")
 SMALLEST_RESULT = 2
 """Results are plural: a story counts "2 marbles" at least."""
@@ -82,21 +82,26 @@ class _Draft:
                 link, sentence = self.rng.choice(CONJUNCTIONS), sentence.removeprefix("{who} ")
             self.story[-1] = self.story[-1].removesuffix(".") + link + self.text(_lower(sentence), **numbers)
         else:
-            if subject and self._says_pronoun():
+            if subject and self._draw_pronoun():
                 sentence = PRONOUNS[subject] + sentence.removeprefix("{who}")
             text = self.text(sentence, **numbers)
             self.story.append(text[0].upper() + text[1:])
         self.subject = subject
 
+    def questions(self) -> tuple[str, ...]:
+        """The questions that fit the story as it is."""
+        taken_away = any(step.op in ("-", "/") for step in self.taken)
+        return self.family.questions + (self.family.remaining if taken_away else ())
+
     def ask(self, pattern: str) -> None:
         """End the story with a question."""
         question = pick(pattern, self.rng)
-        if self._says_pronoun():
+        if self._draw_pronoun():
             question = re.sub(r"(does|did) \{who\}", rf"\1 {PRONOUNS[self.people[self.turn]]}", question)
         self.story.append(self.text(question))
 
-    def _says_pronoun(self) -> bool:
-        """Whether to call the person he or she, who then is the only one of the story and was named in it."""
+    def _draw_pronoun(self) -> bool:
+        """Whether to call the person he or she, drawn where that is one who was named before, and the only one."""
         named = any(self.people[self.turn] in sentence for sentence in self.story)
         return named and not self.family.relay and self.rng.random() < PRONOUN_SHARE
 
@@ -176,7 +181,7 @@ class Arithmetic(NumericAnswerTask):
     def reward(self, conversation: Conversation, completion: str) -> float:
         """1 for a right answer in words of the question and of solutions, see `base.in_words_of`."""
         question = str(conversation["messages"][-2]["content"])
-        known = in_words_of(completion, question, answer_text(conversation), *WORKING.values())
+        known = in_words_of(completion, question, answer_text(conversation), "dollars", *WORKING.values())
         return float(known and self.evaluate(conversation, completion))
 
     def problem(self, index: int) -> WordProblem:
@@ -203,7 +208,7 @@ class Arithmetic(NumericAnswerTask):
         question = self._begin(draft, num_steps)
         while len(draft.expressions) < num_steps:
             question = self._continue(draft, num_steps)
-        draft.ask(question or rng.choice(family.questions))
+        draft.ask(question or rng.choice(draft.questions()))
         solution = "\n".join([*draft.working, f"#### {draft.quantities[-1]}"])
         return WordProblem(" ".join(draft.story), solution, " ".join(draft.expressions))
 

@@ -3,8 +3,9 @@
 A story is about one quantity: it begins with a number or with a first calculation, each step changes the quantity, and
 a question asks for it. Sentences are patterns: ``[a|b]`` stands for one of its alternatives (see `patterns`).
 Placeholders: ``{who}`` the person, ``{prev}`` the person before (in a relay), ``{items}`` what is counted, ``{a}`` the
-first number, ``{n}`` the number of a step. A sentence that tells what a person does begins with ``{who}``: only there
-may the person be called he or she, or be left out after an "and". No other sentence begins with a proper name.
+first number, ``{n}`` the number of a step. In a sentence that begins with ``{who}`` the person may be called he or she,
+or be left out after an "and"; any other sentence begins with a placeholder or with a word that may be written small.
+Only the number of a step may be "them": a step that is about the whole quantity names the items.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class Family:
         starts: steps that may begin the story instead, with both their numbers.
         steps: what may happen.
         questions: ask for the quantity in the end.
+        remaining: ask for what is left, of stories in which something is taken away.
         result: the solution's words for a result ``{r}``.
         working: the solution's words before a result; empty: those of `WORKING`.
         relay: every step is about another person than the one before.
@@ -64,6 +66,7 @@ class Family:
     starts: tuple[Step, ...]
     steps: tuple[Step, ...]
     questions: tuple[str, ...]
+    remaining: tuple[str, ...] = ()
     result: str = "{r} {items}"
     working: str = ""
     relay: bool = False
@@ -74,69 +77,84 @@ THINGS = Family(
         "apples",
         "oranges",
         "eggs",
-        "birds",
-        "fish",
-        "cars",
         "books",
-        "chairs",
         "candies",
         "flowers",
         "bottles",
         "balls",
-        "ducks",
-        "trees",
         "pears",
-        "horses",
         "keys",
-        "bricks",
         "lemons",
         "spoons",
     ),
     openings=(
-        "There are {a} {items}[| here| there| in one place| at first].",
-        "{who} [has|sees|counts|finds|has got|had] {a} {items}[| at first].",
-        "{a} {items} are [there|here|in one place][| at first| in the morning].",
+        "There are {a} {items}[| here| there| in a box| on a table][| at first].",
+        "{who} [has|finds|has got|had|buys] {a} {items}.",
+        "{a} {items} are [there|here|in a box|on a table][| at first| in the morning].",
     ),
     starts=(
-        Step("*", "There are {n} [rows|groups|boxes|lines] of {a} {items}."),
-        Step("*", "There are {a} [rows|groups|boxes|rooms] with {n} {items} [each|in each of them]."),
+        Step("*", "There are {n} [rows|boxes|bags] of {a} {items}."),
+        Step("*", "There are {a} [rows|boxes|bags] with {n} {items} [each|in each of them]."),
         Step("*", "{who} [has|buys|gets|takes|brings] {n} [boxes|bags|packs|baskets] [of|with] {a} {items}[| each]."),
         Step("*", "{who} has {a} [rows|boxes|bags] [of|with] {n} {items}[| each]."),
-        Step("*", "A [box|bag] holds {a} {items}. {who} has {n} of [those|them]."),
+        Step("*", "A box holds {a} {items}. {who} [has|buys] {n} [|such ]boxes."),
         Step("*", "Each of {n} [boxes|bags|shelves] holds {a} {items}."),
         Step("+", "{who} has {a} {items} in one box and {n} [|{items} ]in another."),
-        Step("+", "There are {a} {items} on the left and {n} [|{items} ]on the right."),
-        Step("+", "On [Monday|Sunday] {who} counts {a} {items}, the next day {n}."),
+        Step("+", "On [Monday|Sunday] {who} [buys|finds] {a} {items}, and {n} more the next day."),
     ),
     steps=(
-        Step("+", "{n} more[| {items}] [come|arrive|are brought|are added]."),
-        Step("+", "{who} [gets|brings|adds|buys] {n} [more|more {items}|others]."),
-        Step("-", "{n} [|of them |{items} ][go away|are taken away|disappear|leave|are lost|are sold]."),
+        Step("+", "{n} more[| {items}] are [brought|added|found]."),
+        Step("+", "{who} [gets|brings|adds|buys|finds] {n} [more|more {items}|others]."),
+        Step("-", "{n} [|of them |{items} ]are [taken away|lost|sold|broken]."),
         Step("-", "{who} [takes away|removes|uses|loses|gives away|sells] {n}[| {items}| of them]."),
         Step("-", "{n} [|of them |of the {items} ]are [broken|bad|old|too small] and put away."),
-        Step("/", "Half of [them|the {items}] [go away|are taken away|are lost|leave].", operand=2),
-        Step("*", "[Later|In the end] there are {n} times as many[| {items}]."),
+        Step("/", "Half of the {items} are [taken away|lost|sold].", operand=2),
+        Step("*", "Later there are {n} times as many[| {items}]."),
         Step(
             "/",
-            "[All of them|They|All {items}] are [shared equally by|divided equally among] {n} people.",
-            question="How many [|{items} ]does each [one|person|of them] get?",
+            "[All|All the] {items} are [shared equally by|divided equally among] {n} people.",
+            question="How many {items} does each [one|person|of them] get?",
         ),
         Step(
             "/",
-            "{who} puts [all of them|the {items}] into {n} boxes, the same number in each.",
-            question="How many [|{items} ]are in each box?",
+            "{who} puts [all|all the|the] {items} into {n} boxes, the same number in each.",
+            question="How many {items} are in each box?",
         ),
         Step(
             "*",
-            "[Each|Each one|Each of them] costs ${n}.",
-            question="How [many dollars|much] do [all of them|the {items}] cost?",
+            "Each of the {items} costs ${n}.",
+            question="How [many dollars|much] do [all|the] {items} cost?",
             result="${r}",
         ),
     ),
-    questions=(
-        "How many {items} are [there|there now|left|there in the end|there in total]?",
-        "How many are there [now|in the end|in total]?",
+    questions=("How many {items} are [there|there now|there in the end|there in total]?",),
+    remaining=("How many {items} are left?", "How many are left?"),
+)
+
+VISITORS = Family(
+    items=("birds", "ducks", "fish", "cars", "horses", "cats", "people", "sheep", "boats", "guests"),
+    openings=(
+        "There are {a} {items}[| here| in one place][| at first].",
+        "{who} [sees|counts] {a} {items}.",
+        "{a} {items} are [there|here|in one place][| at first| in the morning].",
     ),
+    starts=(
+        Step("*", "There are {n} [groups|lines|rows] of {a} {items}."),
+        Step("*", "There are {a} groups with {n} {items} in each[| of them]."),
+        Step("+", "There are {a} {items} on the left and {n} [|{items} ]on the right."),
+        Step("+", "{a} {items} come in the morning and {n} [|{items} |more ]in the afternoon."),
+    ),
+    steps=(
+        Step("+", "{n} more[| {items}] [come|arrive|join them]."),
+        Step("+", "[Later|Then|After an hour] {n} [more|more {items}|others|{items}] [come|arrive]."),
+        Step("-", "{n} [|of them |{items} |of the {items} ][go away|leave|disappear]."),
+        Step("-", "[Later|Then|After an hour] {n} [|of them |{items} ][go away|leave|disappear]."),
+        Step("/", "Half of the {items} [go away|leave].", operand=2),
+        Step("*", "Later there are {n} times as many[| {items}]."),
+        Step("/", "The {items} [form|make] {n} equal groups.", question="How many {items} are in each group?"),
+    ),
+    questions=("How many {items} are [there|there now|there in the end|there in total]?",),
+    remaining=("How many {items} are [left|still there]?", "How many are left?"),
 )
 
 COLLECTION = Family(
@@ -162,31 +180,29 @@ COLLECTION = Family(
     ),
     steps=(
         Step("+", "{who} [finds|gets|buys|collects] {n} [more|more {items}|{items}|new ones]."),
-        Step("+", "A [friend|brother|sister|cousin] gives {who} {n}[| more| {items}| more {items}]."),
+        Step("+", "{who} gets {n}[| more| {items}| more {items}] from a [friend|brother|sister|cousin]."),
         Step("+", "{who} wins {n}[| {items}| more] in a game."),
         Step("-", "{who} gives {n}[| {items}| of them] [to a friend|away|to a sister]."),
         Step("-", "{who} [loses|sells|breaks] {n}[| {items}| of them]."),
         Step("-", "{who} trades away {n}[| {items}]."),
         Step("*", "A year later {who} has {n} times as many[| {items}]."),
         Step("*", "{who} doubles the [collection|number].", operand=2),
-        Step("/", "{who} makes {n} equal piles of [them|the {items}] and keeps one[| pile]."),
-        Step("/", "{who} [gives|sells] half of [them|the {items}] to a [cousin|friend].", operand=2),
+        Step("/", "{who} makes {n} equal piles of the {items} and keeps one[| pile]."),
+        Step("/", "{who} [gives|sells] half of the {items} to a [cousin|friend].", operand=2),
         Step(
             "/",
-            "{who} puts [all {items}|all of them|them] into {n} boxes, the same number in each.",
+            "{who} puts [all|all the|the] {items} into {n} boxes, the same number in each.",
             question="How many {items} are in each box?",
         ),
         Step(
             "*",
-            "Each [of the {items}|of them|one] is worth ${n}.",
+            "Each of the {items} is worth ${n}.",
             question="How many dollars are the {items} worth together?",
             result="${r}",
         ),
     ),
-    questions=(
-        "How many {items} does {who} have [now|in the end|then|left]?",
-        "How many {items} are left with {who}?",
-    ),
+    questions=("How many {items} does {who} have [now|in the end|then]?", "How many {items} does {who} have?"),
+    remaining=("How many {items} does {who} have left?", "How many {items} are left?"),
 )
 
 SHOPPING = Family(
@@ -209,7 +225,7 @@ SHOPPING = Family(
         Step("-", "A coupon takes ${n} off[| the bill]."),
         Step("-", "{who} [gets|has] a discount of ${n}."),
         Step("*", "{who} orders the same for {n} schools, one order for each."),
-        Step("/", "Everything is sold at half price[| today].", operand=2),
+        Step("/", "{who} [has to pay|pays] only half of [that|the bill].", operand=2),
         Step(
             "/",
             "{n} friends share the bill equally.",
@@ -239,20 +255,21 @@ BAKERY = Family(
         Step("-", "The children eat {n}[| {items}| of them]."),
         Step("-", "{n} [|{items} |of them ]get burnt and are thrown away."),
         Step("*", "For a party {who} needs {n} times that number and bakes the rest."),
-        Step("/", "{who} [gives away|sells] half of [them|the {items}].", operand=2),
+        Step("/", "{who} [gives away|sells] half of the {items}.", operand=2),
         Step(
             "/",
-            "{who} [packs|puts] [all {items}|all of them|them] in {n} equal [boxes|bags].",
+            "{who} [packs|puts] [all|all the|the] {items} in {n} equal [boxes|bags].",
             question="How many {items} are in [one of them|each]?",
         ),
         Step(
             "*",
-            "Each [one|of them] sells for ${n}.",
+            "Each of the {items} sells for ${n}.",
             question="How many dollars do the {items} bring in?",
             result="${r}",
         ),
     ),
-    questions=("How many {items} are [there in the end|there now|left|there]?",),
+    questions=("How many {items} are [there in the end|there now|there]?",),
+    remaining=("How many {items} are left?",),
 )
 
 BUS = Family(
@@ -271,21 +288,22 @@ BUS = Family(
         Step("+", "{n} [|{items} |more ][climb aboard|get on] at the market."),
         Step("-", "At the [next stop|station|bridge] {n} [|{items} |of them ]get off."),
         Step("-", "{n} [|{items} |of them ][leave|get off] at the school."),
-        Step("/", "At the [bridge|school] half of [them|the {items}] get off.", operand=2),
+        Step("/", "At the [bridge|school] half of the {items} get off.", operand=2),
         Step("*", "At the stadium the number of {items} on board grows to {n} times as many."),
         Step(
             "*",
-            "[Every one|Each] of them pays ${n}.",
+            "[Every one|Each] of the {items} on board pays ${n}.",
             question="How [many dollars|much] do they pay?",
             result="${r}",
         ),
         Step(
             "/",
-            "At the last stop they form {n} equal groups.",
+            "At the last stop the {items} form {n} equal groups.",
             question="How many {items} are in each group?",
         ),
     ),
-    questions=("How many {items} are [on board now|on board in the end|on board|left]?",),
+    questions=("How many {items} are [on board now|on board in the end|on board]?",),
+    remaining=("How many {items} are [left|still on board]?",),
 )
 
 READING = Family(
@@ -338,17 +356,15 @@ GARDEN = Family(
         Step("-", "{who} [picks|sells|cuts] {n}[| {items}| of them]."),
         Step("-", "Frost kills {n}[| {items}| of them]."),
         Step("*", "The next year {who} grows {n} times as many[| {items}]."),
-        Step("/", "A storm destroys half of [them|the {items}].", operand=2),
+        Step("/", "A storm destroys half of the {items}.", operand=2),
         Step(
             "/",
-            "{who} ties [all {items}|all of them|them] into {n} equal bundles.",
+            "{who} ties [all|all the|the] {items} into {n} equal bundles.",
             question="How many {items} are in each bundle?",
         ),
     ),
-    questions=(
-        "How many {items} are [in the garden now|left|in the garden]?",
-        "How many {items} does {who} have in the garden?",
-    ),
+    questions=("How many {items} are [in the garden now|in the garden|there now]?",),
+    remaining=("How many {items} are left?",),
 )
 
 SAVINGS = Family(
@@ -366,12 +382,12 @@ SAVINGS = Family(
     ),
     steps=(
         Step("+", "{who} earns [${n}|{n} dollars|another ${n}] by washing cars."),
-        Step("+", "A [neighbor|friend|brother|sister] gives {who} ${n}[| more]."),
+        Step("+", "{who} gets ${n}[| more] from a [neighbor|friend|brother|sister]."),
         Step("-", "{who} spends [${n}|{n} dollars] on [lunch|food|a book|a toy]."),
         Step("-", "{who} [pays ${n} for a ticket|buys a ticket for ${n}]."),
         Step("-", "{who} [lends|gives] ${n} to a friend."),
         Step("*", "A year later the money has become {n} times as much."),
-        Step("/", "{who} gives half of [the money|it] to charity.", operand=2),
+        Step("/", "{who} gives half of the money to charity.", operand=2),
         Step("/", "{who} puts the money in {n} equal parts and keeps one part."),
         Step(
             "/",
@@ -380,9 +396,10 @@ SAVINGS = Family(
         ),
     ),
     questions=(
-        "How many dollars does {who} have [now|left|in the end]?",
-        "How much [money |]does {who} have [now|left][|, in dollars]?",
+        "How many dollars does {who} have [now|in the end]?",
+        "How much [money |]does {who} have[| now][|, in dollars]?",
     ),
+    remaining=("How [many dollars|much|much money] does {who} have left?",),
     result="${r}",
 )
 
@@ -412,8 +429,8 @@ TANK = Family(
     questions=(
         "How many {items} of water are in the tank[| now]?",
         "How many {items} does the tank hold in the end?",
-        "How many {items} are [left|in the tank]?",
     ),
+    remaining=("How many {items} are left?",),
 )
 
 POINTS = Family(
@@ -453,20 +470,21 @@ SCHOOL = Family(
         Step("-", "{n} [|{items} |of them ]go home."),
         Step("-", "{n} [|{items} |of them ]are ill and leave."),
         Step("*", "For the festival the number of {items} becomes {n} times as large."),
-        Step("/", "Half of [them|the {items}] go home for lunch.", operand=2),
+        Step("/", "Half of the {items} go home for lunch.", operand=2),
         Step(
             "/",
-            "They form {n} teams of the same size.",
+            "The {items} form {n} teams of the same size.",
             question="How many {items} are in each team?",
         ),
         Step(
             "*",
-            "Each of them gets {n} sheets of paper.",
+            "Each of the {items} gets {n} sheets of paper.",
             question="How many sheets of paper do they get?",
             result="{r} sheets",
         ),
     ),
-    questions=("How many {items} are [there now|there in the end|left|there]?",),
+    questions=("How many {items} are [there now|there in the end|there]?",),
+    remaining=("How many {items} are left?",),
 )
 
 WAREHOUSE = Family(
@@ -487,20 +505,21 @@ WAREHOUSE = Family(
         Step("-", "{who} [ships|sends|sells] {n}[| {items}| of them] to a customer."),
         Step("-", "{n} [|{items} |of them ]are sent back."),
         Step("*", "By winter the stock is {n} times as large."),
-        Step("/", "{who} moves half of [them|the {items}] to another town.", operand=2),
+        Step("/", "{who} moves half of the {items} to another town.", operand=2),
         Step(
             "/",
-            "{who} loads [all {items}|all of them|them] on {n} trucks, the same number on each.",
+            "{who} loads [all|all the|the] {items} on {n} trucks, the same number on each.",
             question="How many {items} are on each truck?",
         ),
         Step(
             "*",
-            "Each of them weighs {n} kilograms.",
+            "Each of the {items} weighs {n} kilograms.",
             question="How many kilograms do the {items} weigh together?",
             result="{r} kilograms",
         ),
     ),
-    questions=("How many {items} are [there now|in store in the end|there|left]?",),
+    questions=("How many {items} are [there now|in store in the end|there]?",),
+    remaining=("How many {items} are left?",),
 )
 
 COMPARISON = Family(
@@ -574,6 +593,7 @@ JOURNEY = Family(
 
 FAMILIES: dict[str, Family] = {
     "things": THINGS,
+    "visitors": VISITORS,
     "collection": COLLECTION,
     "shopping": SHOPPING,
     "bakery": BAKERY,

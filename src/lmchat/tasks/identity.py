@@ -12,9 +12,9 @@ from lmchat.tasks.split import Split
 from lmchat.types import Conversation, Message, UserError
 
 TEST_EVERY = 5
-"""Every fifth wording of a question is a test question."""
+"""Every fifth wording of a question is a test question, unless it is a common one."""
 COMMON_SHARE = 0.25
-"""Share of the training questions that are common ones."""
+"""Share of the training questions that are drawn from the common ones alone."""
 MAX_TURNS = 3
 OPENERS = ("", "", "", "", "", "", "Hey, ", "So, ", "By the way, ", "Hello! ", "Okay. ", "One more thing: ")
 SHORTHAND = {"you": "u", "your": "ur", "are": "r", "please": "pls", "thanks": "thx"}
@@ -23,11 +23,10 @@ SHORTHAND = {"you": "u", "your": "ur", "are": "r", "please": "pls", "thanks": "t
 class IdentityConversation(Conversation):
     """A conversation about the assistant, and what a correct last answer contains.
 
-    ``facts`` holds groups of alternatives; an answer needs one of each group. ``answers`` are all that are trained on.
+    ``facts`` holds groups of alternatives; an answer needs one of each group.
     """
 
     facts: list[list[str]]
-    answers: list[str]
 
 
 class Identity(Task):
@@ -79,7 +78,7 @@ class Identity(Task):
             answer = self._fill(rng.choice(topic.answers))
             messages.append({"role": "assistant", "content": answer[0].upper() + answer[1:]})
         facts = [[self._fill(fact) for fact in alternatives] for alternatives in topics[-1].facts]
-        return {"messages": messages, "facts": facts, "answers": list(map(self._fill, topics[-1].answers))}
+        return {"messages": messages, "facts": facts}
 
     def _fill(self, template: str) -> str:
         return template.format(name=self.assistant, maker=self.maker)
@@ -91,8 +90,8 @@ class Identity(Task):
 
     def reward(self, conversation: Conversation, completion: str) -> float:
         """1 for a right answer in words of the answers that are trained on, see `base.in_words_of`."""
-        answers = cast(IdentityConversation, conversation)["answers"]
-        return float(in_words_of(completion, *answers) and self.evaluate(conversation, completion))
+        known = (self._fill(answer) for topic in TOPICS.values() for answer in topic.answers)
+        return float(in_words_of(completion, *known) and self.evaluate(conversation, completion))
 
 
 def questions(topic: Topic, split: Split) -> list[str]:

@@ -24,7 +24,7 @@ ABSENT_LETTER_SHARE = 0.1
 SPELL_QUESTIONS = (
     "[|Please ][spell|spell out][|:| the word| the word:] {word}",
     "[|Please ][spell|spell out][| the word] {word}[, please| please| for me| letter by letter]",
-    "[Can|Could|Would] you [|please ][spell|spell out][| the word] {word}[|, please| for me]?",
+    "[Can|Could|Would] you [|please ][spell|spell out][| the word] {word}[| for me]?",
     "How [do you|do I|would you|can I|does one] spell[| the word] {word}?",
     "How is[| the word] {word} [spelled|spelt|written]?",
     "[Tell me|Give me|List|Show me|Say|Name] [the|all] letters [of|in][| the word] {word}",
@@ -44,11 +44,13 @@ COUNT_QUESTIONS = (
     "How many [instances|occurrences] of[| the letter] {letter} are[| there] in[| the word] {word}?",
     "How [many times|often] does[| the letter] {letter} [appear|occur|show up] in[| the word] {word}?",
     "How [many times|often] is[| the letter] {letter} [used|found|there] in[| the word] {word}?",
-    "[Can you tell|Please tell|Tell] me how many {letter} [are|there are] in[| the word] {word}",
-    "[Can you tell me|Find|Tell me] how [often|many times] {letter} [is|appears] in[| the word] {word}",
-    "[|Please |Can you ]count [the|the letter|every|all] {letter} in[| the word] {word}[|, please]",
+    "[Please tell|Tell] me how many {letter} [are|there are] in[| the word] {word}",
+    "Can you tell me how [many {letter} are|many {letter} there are|often {letter} is] in[| the word] {word}?",
+    "[Find|Tell me] how [often|many times] {letter} [is|appears] in[| the word] {word}",
+    "[|Please ]count [the|the letter|every|all] {letter} in[| the word] {word}",
+    "[Can|Could] you count [the|the letter|every|all] {letter} in[| the word] {word}[|, please]?",
     "[|Please ]count [how many {letter} there are|how often {letter} is|the number of {letter}] in[| the word] {word}",
-    "What [is|was] the [number|count] of [|the letter ]{letter} in[| the word] {word}?",
+    "What is the [number|count] of [|the letter ]{letter} in[| the word] {word}?",
     "[Tell me|Find|Give me] the [number|count] of [|the letter ]{letter} in[| the word] {word}",
     "[Number|Count] of {letter} in[| the word] {word}",
     "In[| the word] {word}, how many {letter} [are there|do you see|can you find]?",
@@ -114,6 +116,10 @@ class WordTask(Task):
         random.Random(f"{self.seed}").shuffle(words)
         return words
 
+    @cached_property
+    def _listed(self) -> frozenset[str]:
+        return frozenset(self.words)
+
     def num_examples(self) -> int:
         return self.size if self.size is not None else len(self.words)
 
@@ -125,10 +131,12 @@ class WordTask(Task):
 
     def _made_up(self, word: str, rng: random.Random) -> str:
         """The first letters of ``word`` and the rest of another, in the same split; the word itself if none fits."""
-        for other in rng.choices(self.words, k=MAX_TRIES):
+        for _ in range(MAX_TRIES):
+            other = rng.choice(self.words)
             cut = rng.randint(1, min(len(word), len(other)))
-            if in_split(word[:cut] + other[cut:], self.split):
-                return word[:cut] + other[cut:]
+            made_up = word[:cut] + other[cut:]
+            if made_up not in self._listed and in_split(made_up, self.split):
+                return made_up
         return word
 
 
