@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lmchat.tasks.base import Task, answer_text, exchange, in_words_of, reference_answer
+from lmchat.tasks.base import Task, answer_text, exchange, reference_answer, reward_in_words_of
 from lmchat.types import Conversation, UserError
 
 
@@ -85,5 +85,6 @@ def test_reference_answer_is_the_last_part() -> None:
         ("<|apples|> pears", False),
     ],
 )
-def test_in_words_of_allows_whole_words_of_the_texts_alone(completion: str, known: bool) -> None:
-    assert in_words_of(completion, "That makes 5", "apples!") is known
+def test_full_reward_is_for_whole_words_of_the_texts_alone(completion: str, known: bool) -> None:
+    assert reward_in_words_of(True, completion, "That makes 5", "apples!") == (1.0 if known else 0.5)
+    assert reward_in_words_of(False, completion, "That makes 5", "apples!") == 0.0

@@ -144,7 +144,7 @@ def test_rewards_are_for_right_answers_without_other_words() -> None:
         task = Identity("test", assistant="Ada", maker="Bea")
         assert task.reward(conversation, answer) == 1.0
         assert task.evaluate(conversation, f"{answer}\n#### 1")
-        assert task.reward(conversation, f"{answer}\n#### 1") == 0.0
+        assert task.reward(conversation, f"{answer}\n#### 1") == 0.5
         assert task.reward(conversation, "") == 0.0
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lmchat.tasks.arithmetic_stories import FAMILIES, PRONOUNS, WORKING, Family, Operation, Step
-from lmchat.tasks.base import answer_text, in_words_of
+from lmchat.tasks.base import answer_text, reward_in_words_of
 from lmchat.tasks.gsm8k import AnswerRule, NumericAnswerTask, word_problem
 from lmchat.tasks.patterns import pick
 from lmchat.tasks.split import Split, in_split
@@ -179,10 +179,10 @@ class Arithmetic(NumericAnswerTask):
         return word_problem(problem.question, problem.answer)
 
     def reward(self, conversation: Conversation, completion: str) -> float:
-        """1 for a right answer in words of the question and of solutions, see `base.in_words_of`."""
+        """1 for a right answer in words of the question and of solutions, see `base.reward_in_words_of`."""
         question = str(conversation["messages"][-2]["content"])
-        known = in_words_of(completion, question, answer_text(conversation), "dollars", *WORKING.values())
-        return float(known and self.evaluate(conversation, completion))
+        known = (question, answer_text(conversation), "dollars", *WORKING.values())
+        return reward_in_words_of(self.evaluate(conversation, completion), completion, *known)
 
     def problem(self, index: int) -> WordProblem:
         """The problem at ``index`` before slicing; it depends on the index and the options alone."""

@@ -14,6 +14,9 @@ from typing import ClassVar, Literal
 
 from lmchat.types import Conversation, UserError
 
+MUMBLED = 0.5
+"""Reward of a right answer that has words which nobody gave the model."""
+
 
 class Task(ABC):
     """A sequence of conversations whose last assistant message is the reference answer.
@@ -84,13 +87,15 @@ def reference_answer(conversation: Conversation) -> str:
     return content if isinstance(content, str) else content[-1]["text"]
 
 
-def in_words_of(completion: str, *texts: str) -> bool:
-    """Whether ``completion`` has no other words than ``texts``: a reward for this keeps a model from mumbling.
+def reward_in_words_of(correct: bool, completion: str, *texts: str) -> float:
+    """0 if ``completion`` is wrong, 1 if it is right in words of ``texts`` alone, and `MUMBLED` if it has other words.
 
     Numbers, punctuation and special tokens do not matter, a ``#`` counts as a word. Where only a number or a name
     decides, reinforcement learning otherwise wears off the words around it.
     """
-    return _words(completion) <= _words(" ".join(texts))
+    if not correct:
+        return 0.0
+    return 1.0 if _words(completion) <= _words(" ".join(texts)) else MUMBLED
 
 
 def _words(text: str) -> set[str]:

@@ -6,7 +6,7 @@ import random
 import re
 from typing import Any, cast
 
-from lmchat.tasks.base import Task, in_words_of
+from lmchat.tasks.base import Task, reward_in_words_of
 from lmchat.tasks.identity_text import TOPICS, Topic
 from lmchat.tasks.split import Split
 from lmchat.types import Conversation, Message, UserError
@@ -89,9 +89,9 @@ class Identity(Task):
         return all(any(mentions(completion, fact) for fact in alternatives) for alternatives in facts)
 
     def reward(self, conversation: Conversation, completion: str) -> float:
-        """1 for a right answer in words of the answers that are trained on, see `base.in_words_of`."""
+        """1 for a right answer in words of the answers that are trained on, see `base.reward_in_words_of`."""
         known = (self._fill(answer) for topic in TOPICS.values() for answer in topic.answers)
-        return float(in_words_of(completion, *known) and self.evaluate(conversation, completion))
+        return reward_in_words_of(self.evaluate(conversation, completion), completion, *known)
 
 
 def questions(topic: Topic, split: Split) -> list[str]:

@@ -11,7 +11,7 @@ from functools import cached_property
 from string import ascii_lowercase
 from typing import Any
 
-from lmchat.tasks.base import Task, answer_text, exchange, in_words_of, reference_answer
+from lmchat.tasks.base import Task, answer_text, exchange, reference_answer, reward_in_words_of
 from lmchat.tasks.gsm8k import NumericAnswerTask
 from lmchat.tasks.patterns import pick
 from lmchat.tasks.split import Split, in_split
@@ -170,8 +170,8 @@ class SpellingBee(WordTask, NumericAnswerTask):
     """Count a letter in a word, first by spelling it, then with the calculator."""
 
     def reward(self, conversation: Conversation, completion: str) -> float:
-        """1 for a right count in words of the reference answer, see `base.in_words_of`."""
-        return float(in_words_of(completion, answer_text(conversation)) and self.evaluate(conversation, completion))
+        """1 for a right count in words of the reference answer, see `base.reward_in_words_of`."""
+        return reward_in_words_of(self.evaluate(conversation, completion), completion, answer_text(conversation))
 
     def example(self, index: int) -> Conversation:
         word, rng = self.draw(index)
