@@ -179,7 +179,7 @@ class Arithmetic(NumericAnswerTask):
         return word_problem(problem.question, problem.answer)
 
     def reward(self, conversation: Conversation, completion: str) -> float:
-        """1 for a right answer in words of the question and of solutions, see `base.reward_in_words_of`."""
+        """1 for a right answer in words of the question and of solutions, less in others: `base.reward_in_words_of`."""
         question = str(conversation["messages"][-2]["content"])
         known = (question, answer_text(conversation), "dollars", *WORKING.values())
         return reward_in_words_of(self.evaluate(conversation, completion), completion, *known)

@@ -89,7 +89,7 @@ class Identity(Task):
         return all(any(mentions(completion, fact) for fact in alternatives) for alternatives in facts)
 
     def reward(self, conversation: Conversation, completion: str) -> float:
-        """1 for a right answer in words of the answers that are trained on, see `base.reward_in_words_of`."""
+        """1 for a right answer in words of those trained on, less in others: see `base.reward_in_words_of`."""
         known = (self._fill(answer) for topic in TOPICS.values() for answer in topic.answers)
         return reward_in_words_of(self.evaluate(conversation, completion), completion, *known)
 

@@ -88,7 +88,7 @@ class WordTask(Task):
             size: number of examples; null: one for each word of the split.
             words_path: a file with a word a line; null: ``words.txt`` in the base folder.
             made_up: share of the words that are not of the list, but the beginning of one and the end of another:
-                practice in reading tokens that words of the list seldom have.
+                practice in reading tokens that words of the list seldom have. Less where few such words are new.
             seed: order of the words, and wording of the questions.
             slice: see `Task`.
         """
@@ -170,7 +170,7 @@ class SpellingBee(WordTask, NumericAnswerTask):
     """Count a letter in a word, first by spelling it, then with the calculator."""
 
     def reward(self, conversation: Conversation, completion: str) -> float:
-        """1 for a right count in words of the reference answer, see `base.reward_in_words_of`."""
+        """1 for a right count in words of the reference answer, less in others: see `base.reward_in_words_of`."""
         return reward_in_words_of(self.evaluate(conversation, completion), completion, answer_text(conversation))
 
     def example(self, index: int) -> Conversation:
