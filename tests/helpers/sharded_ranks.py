@@ -134,9 +134,10 @@ class CountedCollectives:
         return call
 
 
-def equivalence(rank: int, world_size: int, groups: Groups, overlap: bool) -> dict[str, Any]:
+def equivalence(rank: int, world_size: int, groups: Groups, overlap: bool, by_exchange: bool = True) -> dict[str, Any]:
     params = make_params()
     optimizer = ShardedMuonAdamW(groups_of(params), *groups, bucket_bytes=world_size * 2 * 8 * 16 * 8)
+    optimizer._collectives.by_exchange = by_exchange
     train(optimizer, params, range(STEPS), rank, world_size, overlap)
     return {"params": copies(params), "optimizer": optimizer.state_dict()}
 
@@ -248,6 +249,7 @@ def main(rank: int, folder: Path) -> None:
         if rank < size:
             for overlap in (False, True):
                 results[f"equivalence_{size}_{overlap}"] = equivalence(rank, size, pair, overlap)
+            results[f"reduce_scatter_{size}"] = equivalence(rank, size, pair, overlap=True, by_exchange=False)
             results[f"sparse_{size}"] = sparse_gradients(rank, size, pair)
             results[f"dropped_{size}"] = dropped_step(rank, size, pair)
             results[f"traffic_{size}"] = traffic(rank, size, pair)

@@ -79,7 +79,7 @@ def assert_trained_the_same(outcomes: list[dict[str, Any]], params: dict[str, Te
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-@pytest.mark.parametrize("run", ["equivalence_{}_False", "equivalence_{}_True", "dropped_{}"])
+@pytest.mark.parametrize("run", ["equivalence_{}_False", "equivalence_{}_True", "reduce_scatter_{}", "dropped_{}"])
 def test_equal_to_one_process(world_size: int, run: str, ranks: Results, one_process: list) -> None:
     outcomes = [ranks[rank][run.format(world_size)] for rank in range(world_size)]
     assert_trained_the_same(outcomes, *one_process[-1])

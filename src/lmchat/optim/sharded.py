@@ -45,6 +45,10 @@ class Collectives:
     """Collectives over a process group (None is the default one), of tensors on ``device``.
 
     The asynchronous ones return a function that waits for the result; their tensors have the ranks as first dimension.
+
+    Attributes:
+        by_exchange: reduce by an all-to-all and a sum, as on CPUs: gloo's reduce-scatter is an all-reduce inside, which
+            sends twice the bytes.
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None, device: torch.device) -> None:
@@ -52,20 +56,20 @@ class Collectives:
         self.device = device
         self.rank = dist.get_rank(process_group)
         self.world_size = dist.get_world_size(process_group)
+        self.by_exchange = device.type == "cpu"
 
     def reduce_scatter_mean(self, send: Tensor) -> Callable[[], Tensor]:
         """send: (N, ...); the result is this rank's part (...) of the mean over ranks."""
-        on_cpu = send.device.type == "cpu"
-        if on_cpu:  # gloo's reduce-scatter is an all-reduce inside, which sends twice the bytes.
+        if self.by_exchange:
             received = torch.empty_like(send)
             work = dist.all_to_all_single(received, send, group=self.process_group, async_op=True)
         else:
             received = torch.empty_like(send[0])
-            work = reduce_scatter(received, send, group=self.process_group, async_op=True)
+            work = reduce_scatter(received, send.flatten(0, 1), group=self.process_group, async_op=True)
 
         def finish() -> Tensor:
             work.wait()
-            return (received.sum(0) if on_cpu else received).div_(self.world_size)
+            return (received.sum(0) if self.by_exchange else received).div_(self.world_size)
 
         return finish
 
