@@ -10,6 +10,12 @@ import lightning.pytorch  # noqa: F401  (its log handler keeps the stderr of its
 import pytest
 
 from lmchat.__main__ import main
+from lmchat.cli import read_data_module
+from lmchat.demo.training import NEW_ARITHMETIC, SKILLS
+from lmchat.stages.grpo import RolloutDataModule
+from lmchat.stages.sft import SFTDataModule
+from lmchat.tasks import Arithmetic
+from lmchat.tasks.arithmetic_stories import FAMILIES
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SMALL_PRETRAIN = """
@@ -51,6 +57,20 @@ def test_a_config_trains(names: list[str], base: Path, capsys: pytest.CaptureFix
     printed = capsys.readouterr().out
     assert "step 3/3" in printed
     assert "bpb" in printed
+
+
+def test_the_demo_tells_taught_problems_from_new_ones() -> None:
+    sft, grpo = (read_data_module([CONFIGS / f"demo_{stage}.yaml"]) for stage in ("sft", "grpo"))
+    assert isinstance(sft, SFTDataModule)
+    assert isinstance(grpo, RolloutDataModule)
+    (taught,) = (task for task in sft.mixtures["train"].parts[0].task.tasks if isinstance(task, Arithmetic))
+    asked = {task.name: task for task in (*sft.eval_tasks, *grpo.eval_tasks) if isinstance(task, Arithmetic)}
+    assert f"val/{grpo.eval_task.name}" == NEW_ARITHMETIC
+    assert {f"val/{name}" for name in asked} == {NEW_ARITHMETIC, SKILLS["arithmetic_taught"]}
+    new = asked[NEW_ARITHMETIC.removeprefix("val/")].families
+    assert grpo.eval_task.families == new
+    assert asked[SKILLS["arithmetic_taught"].removeprefix("val/")].families == taught.families
+    assert [family for family in FAMILIES.values() if family not in taught.families] == new
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)

@@ -20,6 +20,7 @@ from lmchat.demo import run as demo_run
 from lmchat.demo import text as demo_text
 from lmchat.demo import training
 from lmchat.demo.run import Demo, read_log
+from lmchat.tasks.arithmetic_stories import FAMILIES
 from lmchat.types import UserError
 
 PRETRAIN = """
@@ -49,7 +50,8 @@ data:
       - {class_path: Identity, init_args: {split: test, size: 2}}
       - {class_path: SimpleSpelling, init_args: {split: test, size: 2}}
       - {class_path: SpellingBee, init_args: {split: test, size: 2}}
-      - {class_path: Arithmetic, init_args: {split: test, size: 2}}
+      - {class_path: Arithmetic, init_args: {split: test, size: 2, families: %(taught)s}}
+      - {class_path: Arithmetic, init_args: {split: test, size: 2, families: %(new)s}}
 monitor: {every_n_steps: 1}
 samples: {max_new_tokens: 0}
 """
@@ -65,21 +67,25 @@ data:
     max_new_tokens: 3
     eval_num_samples: 1
     train: [{task: {class_path: Arithmetic, init_args: {size: 8}}}]
-    eval_task: {class_path: Arithmetic, init_args: {split: test, size: 2}}
+    eval_task: {class_path: Arithmetic, init_args: {split: test, size: 2, families: %(new)s}}
     eval_tasks:
       - {class_path: Identity, init_args: {split: test, size: 2}}
       - {class_path: SimpleSpelling, init_args: {split: test, size: 2}}
       - {class_path: SpellingBee, init_args: {split: test, size: 2}}
+      - {class_path: Arithmetic, init_args: {split: test, size: 2, families: %(taught)s}}
 monitor: {every_n_steps: 1}
 samples: {max_new_tokens: 0}
 """
+
+
+FAMILY_LISTS = {"taught": [*FAMILIES][:9], "new": [*FAMILIES][9:]}
 
 
 @pytest.fixture(autouse=True)
 def tiny_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "configs").mkdir()
     for stage, config in (("pretrain", PRETRAIN), ("sft", SFT), ("grpo", GRPO)):
-        (tmp_path / "configs" / demo_run.CONFIG_FILES[stage]).write_text(config)
+        (tmp_path / "configs" / demo_run.CONFIG_FILES[stage]).write_text(config % FAMILY_LISTS)
     monkeypatch.setattr(demo_run, "CONFIGS", tmp_path / "configs")
     monkeypatch.setattr(demo_run, "VOCAB_SIZE", 300)
 
@@ -127,7 +133,7 @@ def test_a_user_trains_on_a_folder_of_text(text: Path, tmp_path: Path, capfd: py
     assert 0 < stages["baselines"]["ngram_bpb"] < stages["baselines"]["gzip_bpb"] < 8
     assert summary["minutes"] == pytest.approx(sum(stage["seconds"] for stage in stages.values()) / 60, abs=0.01)
     assert [path.name for path in (output / "base_checkpoints" / "demo").glob("meta_*")] == ["meta_000004.json"]
-    skills = ("identity", "spelling", "counting", "arithmetic_pass_at_1")
+    skills = ("identity", "spelling", "counting", "arithmetic_taught", "arithmetic_pass_at_1")
     assert all(0 <= stages[stage][skill] <= 1 for stage in ("sft", "grpo") for skill in skills)
     assert stages["grpo"]["steps"] == 2
     assert 2 <= stages["grpo"]["tokens"] <= 2 * 2 * 3

@@ -15,7 +15,8 @@ SKILLS = {
     "identity": "says who it is",
     "spelling": "spells words",
     "counting": "counts letters",
-    "arithmetic_pass_at_1": "solves problems",
+    "arithmetic_taught": "solves problems it was taught",
+    "arithmetic_pass_at_1": "solves new kinds of problems",
 }
 """What is asked on held-out questions: name in the summary, and heading."""
 BASELINES = {"gzip_bpb": "gzip -9", "xz_bpb": "xz -9e", "ngram_bpb": "n-gram model"}

@@ -17,8 +17,11 @@ SKILLS = {
     "identity": "val/Identity/test",
     "spelling": "val/SimpleSpelling/test",
     "counting": "val/SpellingBee/test",
+    "arithmetic_taught": "val/Arithmetic/test/9 families",
 }
 """Shares of right answers to held-out questions: name in the summary, and in the logs."""
+NEW_ARITHMETIC = "val/Arithmetic/test/7 families"
+"""That of word problems of the kinds that fine-tuning does not show; where they are practised, it is ``val/pass@1``."""
 
 Row = dict[str, float]
 
@@ -37,11 +40,11 @@ def finetune(run: Demo) -> Figures:
     """A chat model of the base model, in one epoch over the mixture."""
     lmchat(run, "fit", "sft", *start_from(run, "sft", "pretrain"))
     figures, held_out = _progress(run, "sft"), _last_evaluation(run, "sft")
-    return {**figures, **_skills(held_out), "arithmetic_pass_at_1": round(held_out["val/Arithmetic/test"], 3)}
+    return {**figures, **_skills(held_out), "arithmetic_pass_at_1": round(held_out[NEW_ARITHMETIC], 3)}
 
 
 def reinforce(run: Demo) -> Figures:
-    """The chat model after practising word problems, most of them of kinds that it was not taught."""
+    """The chat model after practising word problems, most of them of kinds that fine-tuning did not show."""
     budget = run.minutes_left - OVERHEAD_MINUTES
     lmchat(run, "fit", "grpo", *within(budget), *start_from(run, "grpo", "sft"))
     figures, held_out = _progress(run, "grpo"), _last_evaluation(run, "grpo")

@@ -22,9 +22,13 @@ START_SHARE = 0.5
 """Share of the problems that begin with a calculation, where the family has such beginnings."""
 PRONOUN_SHARE = 0.5
 """Share of the sentences about a person who was named before that say he or she."""
-JOINED_SHARE = 0.3
-"""Share of the sentences that are joined to the one before, where they can be."""
+JOINED_SHARES = (0.2, 0.6)
+"""Share of the second sentences, and of later ones, that are joined to the one before, where they can be: "Tom has 9
+coins. He finds 4 and loses 2" is how people tell it."""
 CONJUNCTIONS = (" and ", " and then ", ", then ")
+"""Between two halves of a sentence that are about the same person, who is named once."""
+LINKS = (", and ", " and ")
+"""Between any others."""
 SMALLEST_RESULT = 2
 """Results are plural: a story counts "2 marbles" at least."""
 
@@ -75,9 +79,10 @@ class _Draft:
         """Go on with the story, in a new sentence or in the last one."""
         sentence = pick(pattern, self.rng)
         subject = self.people[self.turn] if sentence.startswith("{who} ") else ""
-        self.joined = bool(self.story) and not self.joined and self.rng.random() < JOINED_SHARE
+        share = JOINED_SHARES[len(self.story) > 1]
+        self.joined = bool(self.story) and not self.joined and self.rng.random() < share
         if self.joined:
-            link = ", and "
+            link = self.rng.choice(LINKS)
             if subject and subject == self.subject:
                 link, sentence = self.rng.choice(CONJUNCTIONS), sentence.removeprefix("{who} ")
             self.story[-1] = self.story[-1].removesuffix(".") + link + self.text(_lower(sentence), **numbers)
@@ -169,7 +174,8 @@ class Arithmetic(NumericAnswerTask):
 
     @property
     def name(self) -> str:
-        return f"{super().name}/{self.split}"
+        chosen = len(self.families)
+        return f"{super().name}/{self.split}" + (f"/{chosen} families" if chosen < len(FAMILIES) else "")
 
     def num_examples(self) -> int:
         return self.size

@@ -12,7 +12,7 @@ from lmchat.tasks.split import Split
 from lmchat.types import Conversation, Message, UserError
 
 TEST_EVERY = 5
-"""Every fifth wording of a question is a test question, unless it is a common one."""
+"""Every fifth wording of a question, the common ones left out, is a test question."""
 COMMON_SHARE = 0.25
 """Share of the training questions that are drawn from the common ones alone."""
 MAX_TURNS = 3
@@ -74,7 +74,7 @@ class Identity(Task):
         for topic in topics:
             common = self.split == "train" and rng.random() < COMMON_SHARE
             question = rng.choice(topic.common if common else questions(topic, self.split))
-            messages.append({"role": "user", "content": vary(question, rng)})
+            messages.append({"role": "user", "content": vary(self._fill(question), rng)})
             answer = self._fill(rng.choice(topic.answers))
             messages.append({"role": "assistant", "content": answer[0].upper() + answer[1:]})
         facts = [[self._fill(fact) for fact in alternatives] for alternatives in topics[-1].facts]
@@ -96,7 +96,7 @@ class Identity(Task):
 
 def questions(topic: Topic, split: Split) -> list[str]:
     """The wordings of a topic that belong to a split."""
-    test = [question for question in topic.questions[TEST_EVERY - 1 :: TEST_EVERY] if question not in topic.common]
+    test = [question for question in topic.questions if question not in topic.common][TEST_EVERY // 2 :: TEST_EVERY]
     return test if split == "test" else [question for question in topic.questions if question not in test]
 
 

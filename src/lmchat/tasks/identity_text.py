@@ -1,6 +1,6 @@
 """What an assistant can say about itself: questions in many wordings, and answers to them.
 
-Placeholders: ``{name}`` the assistant, ``{maker}`` who built it. Every fifth question of a topic is a test question.
+Placeholders: ``{name}`` the assistant, ``{maker}`` who built it.
 
 Questions are patterns (see `expand`): a small model learns what is asked instead of the sentences if it reads the same
 question in many wordings and the same words around many questions. The first two words of an answer belong to its
@@ -58,6 +58,8 @@ TOPICS: dict[str, Topic] = {
             "[Introduce|Please introduce|Identify|Please identify] yourself",
             "[Could|Can|Would] you introduce yourself[|, please]?",
             "[Tell me|Say|Tell me again|Just tell me] who you are",
+            "[What is|What's|Who is|Are you|Is this|Is your name|What do you know about] {name}?",
+            "[Tell me about|Describe|Explain|Introduce] {name}",
             *indirect("who you are|your name|what your name is|what you are called|what I should call you"),
         ),
         answers=(
@@ -67,7 +69,7 @@ TOPICS: dict[str, Topic] = {
             "My name is {name}, and I am a language model. How can I help you?",
         ),
         facts=NAME,
-        common=("Who are you?", "What is your name?", "What's your name?"),
+        common=("Who are you?", "What is your name?", "What's your name?", "What is {name}?"),
     ),
     "maker": Topic(
         questions=expand(

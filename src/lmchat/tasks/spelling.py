@@ -194,8 +194,11 @@ class SpellingBee(WordTask, NumericAnswerTask):
 
 
 def count_by_hand(word: str, letter: str) -> str:
-    """The spelling of ``word``, then its letters one a line, with the count so far at each ``letter``."""
-    lines = [f"I spell the word and count each {letter}:", spell(word)]
+    """The spelling of ``word``, then its letters one a line, with the count so far at each ``letter``.
+
+    It begins as no other answer does: reinforcement learning wore "I spell" down to the "I speak" of other answers.
+    """
+    lines = [f'Count each "{letter}":', spell(word)]
     count = 0
     for position, character in enumerate(word, 1):
         count += character == letter
