@@ -78,7 +78,7 @@ samples: {max_new_tokens: 0}
 """
 
 
-FAMILY_LISTS = {"taught": [*FAMILIES][:9], "new": [*FAMILIES][9:]}
+FAMILY_LISTS = {"taught": [*FAMILIES][:12], "new": [*FAMILIES][12:]}
 
 
 @pytest.fixture(autouse=True)
