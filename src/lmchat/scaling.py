@@ -142,8 +142,8 @@ def make_plan(
 
     Raises `UserError` where the horizon is empty or a number is out of range.
     """
-    if ratio <= 0:
-        raise UserError(f"ratio is {ratio}; tokens per parameter must be above 0")
+    if not 0 < ratio < math.inf:
+        raise UserError(f"ratio is {ratio}; tokens per parameter must be a number above 0")
     config = config_for_depth(depth, **shape)
     reference = config_for_depth(REFERENCE_DEPTH, **{**shape, "n_kv_head": None})
     counts = parameter_counts(config)
@@ -179,6 +179,8 @@ def _horizon(
     if max_steps is not None:
         steps, source = max_steps, f"max_steps {max_steps}"
     elif target_flops is not None:
+        if not 0 < target_flops < math.inf:
+            raise UserError(f"target_flops is {target_flops}; it must be a number above 0")
         steps, source = round(target_flops / (flops_per_token * batch_tokens)), f"target_flops {target_flops:g}"
     else:
         steps, source = target_tokens // batch_tokens, f"{target_tokens:,} tokens at the given ratio"

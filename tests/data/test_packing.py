@@ -138,6 +138,11 @@ def test_the_state_is_small() -> None:
 def test_user_mistakes_are_named() -> None:
     with pytest.raises(UserError, match="buffer_size is 0"):
         BestFitPacker(np.array([1]), row_tokens=4, buffer_size=0)
+    with pytest.raises(UserError, match="epochs is 0"):
+        BestFitPacker(np.array([1]), row_tokens=4, epochs=0)
+    for wrong in (0, -2):
+        with pytest.raises(UserError, match=f"document 2 has {wrong} tokens"):
+            list(BestFitPacker(np.array([3, 1, wrong]), row_tokens=4, epochs=1))
     with pytest.raises(UserError, match="no documents"):
         BestFitPacker(np.array([], dtype=int), row_tokens=4)
     with pytest.raises(UserError, match="document 1 has 9 tokens, a row holds 4"):

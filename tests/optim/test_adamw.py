@@ -104,3 +104,19 @@ def test_agrees_with_torch() -> None:
         moments.update(param.grad, lr=0.02, betas=(0.8, 0.95), weight_decay=0.1)
         optimizer.step()
     torch.testing.assert_close(moments.param, param.detach(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("transposed", ["param", "grad"])
+def test_the_layout_in_memory_does_not_matter(transposed: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    param, grad = torch.randn(6, 4, generator=generator), torch.randn(6, 4, generator=generator)
+    plain = Moments(param)
+    plain.update(grad, lr=0.1, betas=(0.8, 0.95))
+    other = Moments(param)
+    if transposed == "param":
+        other.param = param.T.contiguous().T
+        other.exp_avg, other.exp_avg_sq = torch.zeros_like(other.param), torch.zeros_like(other.param)
+    else:
+        grad = grad.T.contiguous().T
+    other.update(grad, lr=0.1, betas=(0.8, 0.95))
+    torch.testing.assert_close(other.param, plain.param, rtol=0, atol=1e-7)

@@ -110,3 +110,5 @@ def test_malformed_conversations_are_refused(byte_tokenizer: Tokenizer) -> None:
     for render in (render_conversation, render_for_completion):
         with pytest.raises(UserError, match="message 1 has role 'user' where 'assistant' is due"):
             render(byte_tokenizer, case)
+        with pytest.raises(UserError, match="a conversation is"):
+            render(byte_tokenizer, {})  # type: ignore[typeddict-item]

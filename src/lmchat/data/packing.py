@@ -41,7 +41,7 @@ class BestFitPacker(Iterator[Row]):
     The buffer is topped up, ``refill`` documents at a time, to at least ``buffer_size`` before each placement.
     Placed is the longest document that fits entirely, the first to arrive among equals. When none fits, ``crop``
     fills the row with the head of the shortest document and discards its tail; ``pad`` ends the row short.
-    Documents longer than a row are thus only ever cropped, and make ``pad`` raise `UserError`.
+    Documents longer than a row are thus only ever cropped, and make ``pad`` raise `UserError`; so do empty ones always.
 
     With a number of ``epochs`` the rows end: ``pad`` places every document exactly once per epoch; ``crop`` stops as
     soon as the buffer cannot be topped up. The packer is the reference's (nanochat); there, documents buffered when
@@ -65,6 +65,8 @@ class BestFitPacker(Iterator[Row]):
         for name, value in (("row_tokens", row_tokens), ("buffer_size", buffer_size), ("refill", refill)):
             if value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1")
+        if epochs is not None and epochs < 1:
+            raise UserError(f"epochs is {epochs}; it must be at least 1, or None for rows without end")
         if len(lengths) == 0:
             raise UserError("there are no documents to pack")
         self.lengths = lengths
@@ -124,6 +126,11 @@ class BestFitPacker(Iterator[Row]):
 
     def _to_keys(self, lengths: npt.NDArray[np.integer], arrivals: npt.NDArray[np.int64]) -> list[int]:
         lengths = lengths.astype(np.int64)
+        if lengths.min() < 1:
+            worst = int(lengths.argmin())
+            raise UserError(
+                f"document {arrivals[worst] % len(self.lengths)} has {lengths[worst]} tokens; it must have at least 1"
+            )
         if self.policy == "pad" and lengths.max() > self.row_tokens:
             worst = int(lengths.argmax())
             raise UserError(

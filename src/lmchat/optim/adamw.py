@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
@@ -29,7 +30,7 @@ def adamw_update(
     """
     adamw(
         params,
-        grads,
+        [_laid_out_as(param, grad) for param, grad in zip(params, grads, strict=True)],
         exp_avgs,
         exp_avg_sqs,
         [],
@@ -43,3 +44,8 @@ def adamw_update(
         eps=eps,
         weight_decay=weight_decay,
     )
+
+
+def _laid_out_as(param: Tensor, grad: Tensor) -> Tensor:
+    """The gradient in the parameter's layout: the fused kernel walks through memory, whatever the strides."""
+    return grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)

@@ -33,7 +33,8 @@ class GRPOModule(ChatModule):
 
     Args:
         normalization: what the sum is divided by. "step": the sampled tokens of the whole optimizer step (DAPO,
-            arXiv:2503.14476). "group": the sampled tokens of each group, averaged over groups, as in nanochat.
+            arXiv:2503.14476). "group": the sampled tokens of each group, averaged over groups, as in nanochat where one
+            pass holds a group (its passes of a part of a group are normalised each by itself).
         momentum: Muon's, without a ramp.
     """
 

@@ -2,6 +2,7 @@
 
 Questions and solutions are generated from a word list (see `words`). Solutions spell the word letter by letter, which
 turns its tokens into those of its letters, and the counting is done step by step, then checked with the calculator.
+The idea and the form of a spelling, ``cat:c,a,t``, are nanochat's; words, their division and the wordings are our own.
 """
 
 from __future__ import annotations

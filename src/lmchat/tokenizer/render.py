@@ -14,7 +14,7 @@ from typing import Any
 
 from lmchat.messages import check_messages
 from lmchat.tokenizer.bpe import Tokenizer
-from lmchat.types import Conversation
+from lmchat.types import Conversation, UserError
 
 _MARKED_PARTS = {"python": ("python_start", "python_end", 1), "python_output": ("output_start", "output_end", 0)}
 
@@ -72,6 +72,8 @@ def _turn_spans(tokenizer: Tokenizer, role: str, content: Any) -> Iterator[tuple
 
 def _turns(conversation: Conversation) -> list[dict[str, Any]]:
     """The checked messages, a leading system message merged into the first user message."""
+    if not isinstance(conversation.get("messages"), list):
+        raise UserError(f"a conversation is {{'messages': [...]}}, not {str(conversation)[:80]}")
     messages: list[Any] = list(conversation["messages"])
     check_messages(messages)
     if messages[0]["role"] == "system":
