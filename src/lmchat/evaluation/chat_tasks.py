@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch.utils.data import IterableDataset
 
 from lmchat.generation.engine import Engine
@@ -59,14 +58,14 @@ def _greedy_answers(engine: Engine, conversations: Sequence[Conversation], max_n
     return [engine.tokenizer.decode(completions[0].content) for completions in samples]
 
 
-@torch.inference_mode()
 def _likeliest_letters(engine: Engine, questions: Questions) -> list[str]:
-    model, tokenizer = engine.model, engine.tokenizer
+    if not questions.conversations:
+        return []
+    tokenizer = engine.tokenizer
+    prompts = [render_for_completion(tokenizer, conversation) for conversation in questions.conversations]
     answers = []
-    for conversation in questions.conversations:
+    for conversation, logits in zip(questions.conversations, engine.next_logits(prompts).cpu(), strict=True):
         letters = questions.task.letters(conversation)
-        prompt = torch.tensor([render_for_completion(tokenizer, conversation)], device=model.lm_head.weight.device)
-        logits = model.logits(model.hidden(prompt)[0, -1])
         scores = logits[[tokenizer.encode(letter)[0] for letter in letters]]
         answers.append(letters[int(scores.argmax())])
     return answers

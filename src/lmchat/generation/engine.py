@@ -162,6 +162,17 @@ class Engine:
         row = self._row(checked, seed, 0, max_new_tokens, stop_tokens, calculator)
         return self._pieces(row, Sampler(temperature, top_k))
 
+    def next_logits(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """fp32 logits (prompts, vocab_size) of the token after each prompt, before temperature and top-k.
+
+        Raises:
+            UserError: a prompt is empty, holds ids outside the vocabulary or is longer than the context limit.
+        """
+        checked = self._checked(prompts, max_new_tokens=1)
+        batches = [checked[start : start + self.max_rows] for start in range(0, len(checked), self.max_rows)]
+        with _for_inference(self.model):
+            return torch.cat([self._read(batch)[1] for batch in batches])
+
     def _pieces(self, row: _Row, sampler: Sampler) -> Iterator[Piece]:
         tokenizer = self.tokenizer
         call_start, call_end = tokenizer.special("python_start"), tokenizer.special("python_end")
@@ -235,19 +246,23 @@ class Engine:
     def _prefill(self, rows: list[_Row]) -> tuple[KVCache, Tensor]:
         """A cache of each row's prompt and the logits (rows, vocab) after it; each distinct prompt is read once."""
         index = {prompt: i for i, prompt in enumerate(dict.fromkeys(row.prompt for row in rows))}
-        lengths = torch.tensor([len(prompt) for prompt in index])
-        padded = torch.zeros(len(index), int(lengths.max()), dtype=torch.int64)
-        for ids, prompt in zip(padded, index, strict=True):
+        cache, logits = self._read(list(index))
+        selected = torch.tensor([index[row.prompt] for row in rows])
+        max_len = max(len(row.prompt) + len(row.uniforms) for row in rows)
+        return cache.select(selected, max_len), logits[selected]
+
+    @torch.inference_mode()
+    def _read(self, prompts: Sequence[tuple[int, ...]]) -> tuple[KVCache, Tensor]:
+        """A cache of the prompts and the logits (prompts, vocab) after each."""
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        padded = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
+        for ids, prompt in zip(padded, prompts, strict=True):
             ids[: len(prompt)] = torch.tensor(prompt)
         model = self.model
-        device = model.device
-        cache = KVCache(model.config, padded.size(0), padded.size(1), model.compute_dtype, device)
-        hidden = model.hidden(padded.to(device), cache)
+        cache = KVCache(model.config, padded.size(0), padded.size(1), model.compute_dtype, model.device)
+        hidden = model.hidden(padded.to(model.device), cache)
         cache.lengths = lengths
-        selected = torch.tensor([index[row.prompt] for row in rows])
-        last = hidden[torch.arange(len(index)), lengths - 1]
-        max_len = max(len(row.prompt) + len(row.uniforms) for row in rows)
-        return cache.select(selected, max_len), model.logits(last)[selected]
+        return cache, model.logits(hidden[torch.arange(len(prompts)), lengths - 1])
 
     @torch.inference_mode()
     def _drop_done(self, cache: KVCache, rows: list[_Row]) -> list[_Row]:

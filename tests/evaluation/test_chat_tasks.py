@@ -1,0 +1,73 @@
+"""Answers to questions with letters, against a full forward pass of each question by itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lmchat.evaluation.chat_tasks import Questions, grade
+from lmchat.generation.engine import Engine
+from lmchat.model.config import GPTConfig
+from lmchat.model.gpt import GPT
+from lmchat.tasks.base import Task, exchange
+from lmchat.tokenizer.bpe import Tokenizer
+from lmchat.tokenizer.render import render_for_completion
+from lmchat.types import Conversation
+
+TOKENIZER = Tokenizer({bytes([byte]): byte for byte in range(256)})
+
+
+class Letters(Task):
+    """Questions of many lengths with three or four letters; a text is right if it is its reference answer."""
+
+    kind = "categorical"
+
+    def num_examples(self) -> int:
+        return 9
+
+    def example(self, index: int) -> Conversation:
+        return exchange("why? " * (1 + 5 * index), "ABCD"[index % 4])
+
+    def letters(self, conversation: Conversation) -> list[str]:
+        return list("ABCD" if len(str(conversation)) % 2 else "ABD")
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        return completion == conversation["messages"][-1]["content"]
+
+
+@pytest.fixture
+def model() -> GPT:
+    config = GPTConfig(
+        sequence_len=64, vocab_size=TOKENIZER.vocab_size, n_layer=2, n_head=2, n_kv_head=1, n_embd=32,
+        window_pattern="SL",
+    )  # fmt: skip
+    model = GPT(config, compute_dtype=torch.float64)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
+    return model
+
+
+def alone(model: GPT, task: Letters, conversation: Conversation) -> str:
+    """The likeliest letter after the question, which no other question is read with."""
+    with torch.no_grad():
+        logits = model(torch.tensor([render_for_completion(TOKENIZER, conversation)]))[0, -1]
+    return max(task.letters(conversation), key=lambda letter: float(logits[TOKENIZER.encode(letter)[0]]))
+
+
+def test_the_likeliest_letter_is_that_of_the_question_by_itself(model: GPT) -> None:
+    task = Letters()
+    expected = [alone(model, task, conversation) == conversation["messages"][-1]["content"] for conversation in task]
+    assert True in expected and False in expected
+    for max_rows in (4, 128):
+        assert grade(Engine(model, TOKENIZER, max_rows=max_rows), Questions(task, list(task))) == expected
+    assert grade(Engine(model, TOKENIZER), Questions(task, [])) == []
+
+
+def test_questions_compile_nothing(model: GPT) -> None:
+    """Each length would compile the blocks anew, until torch gives up and trains without it."""
+    for block in model.blocks:
+        block.compile(backend=lambda *_: pytest.fail("a question was compiled"))
+    task = Letters()
+    assert len(grade(Engine(model, TOKENIZER), Questions(task, list(task)))) == 9
