@@ -63,7 +63,7 @@ class Rollout(TypedDict):
 
     inputs: (samples, tokens) int64. targets: (samples, tokens) int64, `IGNORE_INDEX` except where a token was sampled.
     advantages, rewards: (samples,) float32. num_tokens: sampled tokens. truncated: samples cut off before they ended.
-    surprisal: −log p of the sampled tokens under the policy that sampled them, summed, in nats.
+    surprisal: −log p of the sampled tokens under the model, before temperature and top-k, summed, in nats.
     loss_tokens, state: as in `Batch`.
     """
 

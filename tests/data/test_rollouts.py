@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lmchat.data.mixture import Mixture, MixturePart
-from lmchat.data.rollouts import Rollouts, Sampling, collate_group
+from lmchat.data.rollouts import Rollouts, Sampling, collate_group, group_advantages
 from lmchat.generation.engine import Completion
 from lmchat.tasks.base import Task, exchange
 from lmchat.tokenizer.bpe import Tokenizer
@@ -140,6 +140,45 @@ def test_figures_are_those_counted_one_by_one(monkey: Monkey) -> None:
             assert figures.pop("rollout_seconds") >= 0
             assert figures == pytest.approx(expected)
             assert group["loss_tokens"] == tokens
+
+
+@pytest.mark.parametrize("reward", [0.0, 0.1, 0.3, 1 / 3, 0.7, 0.9, 1.0, 1e-6, -2.3])
+def test_equal_rewards_have_no_advantage_at_all(reward: float) -> None:
+    for samples in range(2, 65):
+        assert not group_advantages(torch.full((samples,), reward)).any()
+
+
+def test_advantages_are_rewards_less_their_mean() -> None:
+    rng = np.random.default_rng(5)
+    for _ in range(100):
+        rewards = rng.choice([0.0, 0.1, 0.5, 1.0], size=rng.integers(2, 20))
+        rewards[:2] = 0, 1
+        advantages = group_advantages(torch.from_numpy(rewards)).numpy()
+        np.testing.assert_allclose(advantages, rewards - rewards.mean(), atol=1e-15)
+
+
+def test_rewards_may_be_whole_numbers(monkey: Monkey, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = list(rollouts(monkey))
+    monkeypatch.setattr(Guess, "reward", lambda *question: int("a" in question[-1]))
+    groups = list(rollouts(monkey))
+    assert all(group["rewards"].dtype == torch.float32 for group in groups)
+    assert [[reward > 0 for reward in group["rewards"]] for group in expected] == [
+        [reward == 1 for reward in group["rewards"]] for group in groups
+    ]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_figures_are_those_of_all_ranks(monkey: Monkey, world_size: int) -> None:
+    sums: list[list[torch.Tensor]] = [[] for _ in range(world_size)]
+    for rank, own in enumerate(sums):
+        list(rollouts(monkey, rank, world_size, all_reduce=lambda numbers, own=own: own.append(numbers) or numbers))
+    totals = iter([torch.stack(step).sum(0) for step in zip(*sums, strict=True)])
+    shared = list(rollouts(monkey, 0, world_size, all_reduce=lambda _: next(totals)))
+    for group, expected in zip(shared[:: QUESTIONS // world_size], list(rollouts(monkey))[::QUESTIONS], strict=True):
+        figures, others = group["state"]["figures"], expected["state"]["figures"]
+        del figures["rollout_seconds"], others["rollout_seconds"]
+        assert figures == pytest.approx(others, rel=1e-12)
+        assert group["loss_tokens"] == expected["loss_tokens"]
 
 
 def test_ranks_share_the_questions_out(monkey: Monkey) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable
 from pathlib import Path
 
@@ -98,6 +99,15 @@ def train(stage: str, world_size: int, pretrained: Path) -> dict[str, torch.Tens
     return load_model_state(find_checkpoint(pretrained / folder / str(world_size)))
 
 
+def figures(pretrained: Path, world_size: int) -> list[dict[str, float]]:
+    """What is logged of the samples of each step."""
+    (path,) = (pretrained / "logs" / "grpo" / str(world_size)).rglob("metrics.csv")
+    names = ["reward", "pass@1", "length", "truncated", "entropy", "no_signal", "sampled_tokens", "tokens"]
+    with path.open() as file:
+        rows = [row for row in csv.DictReader(file) if row["train/loss"]]
+    return [{name: float(row[f"train/{name}"]) for name in names} for row in rows]
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_ranks_train_what_one_trains(stage: str, pretrained: Path) -> None:
     weights = {world_size: train(stage, world_size, pretrained) for world_size in (1, 2, 3)}
@@ -112,6 +122,9 @@ def test_ranks_train_what_one_trains(stage: str, pretrained: Path) -> None:
             assert entries[world_size][place][0] == content
             # A loss is scaled by the number of ranks and micro-batches that share the step.
             assert entries[world_size][place][1] == pytest.approx(loss, abs=1e-10)
+        if stage == "grpo":
+            for shared, alone in zip(figures(pretrained, world_size), figures(pretrained, 1), strict=True):
+                assert shared == pytest.approx(alone)
         for name, tensor in weights[1].items():
             assert tensor.dtype == torch.float64
             torch.testing.assert_close(weights[world_size][name], tensor, rtol=0, atol=1e-10, msg=name)

@@ -30,8 +30,11 @@ class Sampling:
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
-    """Reward less the mean of its group (samples,); not divided by the deviation (Dr. GRPO, arXiv:2503.20783)."""
-    return rewards - rewards.mean()
+    """Reward less the mean of its group (samples,); not divided by the deviation (Dr. GRPO, arXiv:2503.20783).
+
+    Exactly 0 where all rewards are equal: their mean may be rounded, and the optimizers make a step of any gradient.
+    """
+    return torch.zeros_like(rewards) if rewards.min() == rewards.max() else rewards - rewards.mean()
 
 
 def collate_group(prompt: Sequence[int], completions: Sequence[Completion], rewards: Tensor, pad_id: int) -> Rollout:
@@ -68,7 +71,7 @@ class Rollouts(IterableDataset[Rollout]):
         engine: called at each step for an engine on the current policy.
         questions_per_step: over all ranks, a multiple of ``world_size``.
         steps: of the whole run.
-        all_reduce: sums a number over the ranks.
+        all_reduce: sums a float64 tensor over the ranks.
         fingerprint: of the questions; part of the state.
         state: continue after the batch that carried it.
 
@@ -87,7 +90,7 @@ class Rollouts(IterableDataset[Rollout]):
         seed: int,
         rank: int,
         world_size: int,
-        all_reduce: Callable[[int], int],
+        all_reduce: Callable[[Tensor], Tensor],
         fingerprint: dict[str, str],
         state: dict[str, Any] | None = None,
     ) -> None:
@@ -116,13 +119,13 @@ class Rollouts(IterableDataset[Rollout]):
             started = time.perf_counter()
             groups = self._sample(step)
             self.sampled_at = time.perf_counter()
-            tokens = self.all_reduce(sum(group["num_tokens"] for group in groups))
+            figures = _figures(self.all_reduce(_sums(groups)))
             for group in groups:
-                group["loss_tokens"] = max(1, tokens)
+                group["loss_tokens"] = max(1, int(figures["sampled_tokens"]))
                 group["state"] = {
                     "steps": step + 1,
                     "data": self.fingerprint,
-                    "figures": {**_figures(groups), "rollout_seconds": self.sampled_at - started},
+                    "figures": {**figures, "rollout_seconds": self.sampled_at - started},
                 }
                 yield group
 
@@ -155,24 +158,38 @@ class Rollouts(IterableDataset[Rollout]):
 
 def _rewards(engine: Engine, task: Task, conversation: Conversation, completions: Sequence[Completion]) -> Tensor:
     texts = [engine.tokenizer.decode(completion.content) for completion in completions]
-    return torch.tensor([task.reward(conversation, text) for text in texts])
+    return torch.tensor([task.reward(conversation, text) for text in texts], dtype=torch.float32)
 
 
-def _figures(groups: Sequence[Rollout]) -> dict[str, float]:
-    """Of one step and rank.
+def _sums(groups: Sequence[Rollout]) -> Tensor:
+    """What the figures of a step are made of, float64, to be summed over ranks."""
+    rewards = torch.cat([group["rewards"] for group in groups]).double()
+    counts = [
+        len(rewards),
+        sum(group["num_tokens"] for group in groups),
+        float(rewards.sum()),
+        int((rewards >= 1).sum()),
+        sum(group["truncated"] for group in groups),
+        sum(group["surprisal"] for group in groups),
+        sum(not group["advantages"].any() for group in groups),
+    ]
+    return torch.tensor(counts, dtype=torch.float64)
+
+
+def _figures(sums: Tensor) -> dict[str, float]:
+    """Of one step, over all ranks.
 
     reward: mean. pass@1: share of samples with reward 1. length: sampled tokens per sample. truncated: share of
     samples that were cut off. entropy: mean surprisal of the sampled tokens, in nats. no_signal: groups all of whose
-    samples got the same reward.
+    samples got the same reward. sampled_tokens: how many.
     """
-    rewards = torch.cat([group["rewards"] for group in groups])
-    samples, tokens = len(rewards), sum(group["num_tokens"] for group in groups)
+    samples, tokens, reward, full_rewards, truncated, surprisal, no_signal = sums.tolist()
     return {
-        "reward": float(rewards.mean()),
-        "pass@1": float((rewards >= 1).float().mean()),
+        "reward": reward / samples,
+        "pass@1": full_rewards / samples,
         "length": tokens / samples,
-        "truncated": sum(group["truncated"] for group in groups) / samples,
-        "entropy": sum(group["surprisal"] for group in groups) / max(1, tokens),
-        "no_signal": sum(not group["advantages"].any() for group in groups),
+        "truncated": truncated / samples,
+        "entropy": surprisal / max(1, tokens),
+        "no_signal": no_signal,
         "sampled_tokens": tokens,
     }

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lmchat.tasks  # noqa: F401  (makes every task known by its short class name)
@@ -28,8 +28,8 @@ from lmchat.types import Rollout, UserError
 class GRPOModule(ChatModule):
     """Policy gradient on groups of samples: −Σ log p · advantage, without ratio, clipping or KL term.
 
-    Fresh samples at every step make the policy that is trained the one that sampled (GRPO, arXiv:2402.03300, stripped
-    down as in nanochat).
+    Fresh samples at every step make the policy that is trained the one that sampled, at temperature 1 and without
+    top-k exactly so (GRPO, arXiv:2402.03300, stripped down as in nanochat).
 
     Args:
         normalization: what the sum is divided by. "step": the sampled tokens of the whole optimizer step (DAPO,
@@ -175,7 +175,7 @@ class RolloutDataModule(ChatDataModule):
 
     @property
     def step_tokens(self) -> int:
-        return int(self.position["figures"]["sampled_tokens"]) * self.run.world_size if self.position else 0
+        return int(self.position["figures"]["sampled_tokens"]) if self.position else 0
 
     def train_dataloader(self) -> DataLoader:
         module = self.module
@@ -198,11 +198,12 @@ class RolloutDataModule(ChatDataModule):
         )
         return self.loader(self.rollouts)
 
-    def _sum_over_ranks(self, number: int) -> int:
-        total = torch.tensor(number, device=self.module.device)
-        if self.run.world_size > 1:  # not by the strategy's reduce, which adds a barrier
-            dist.all_reduce(total)
-        return int(total)
+    def _sum_over_ranks(self, numbers: Tensor) -> Tensor:
+        if self.run.world_size == 1:
+            return numbers
+        total = numbers.to(self.module.device)
+        dist.all_reduce(total)  # not by the strategy's reduce, which adds a barrier
+        return total
 
     def val_dataloader(self) -> DataLoader:
         return self.questions([self.eval_task, *self.eval_tasks])
