@@ -6,15 +6,15 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
-from lmchat.types import Conversation, Message, Part, UserError
+from lmchat.types import Message, Part, UserError
 
 if TYPE_CHECKING:
     from lmchat.checkpoint.load import Checkpoint
     from lmchat.generation.engine import Engine, Piece
 
-HELP = "/reset begins anew, /system TEXT sets a system prompt and begins anew, /quit (or Ctrl-D) leaves"
+HELP = "/reset begins anew, /system TEXT too, with a system prompt or without TEXT none, /quit (or Ctrl-D) leaves"
 FURTHEST_FIRST = ("grpo", "sft", "pretrain")
 
 
@@ -53,13 +53,16 @@ def chat(
                 return
             case ["/reset"]:
                 talk = _begin(system)
-            case ["/system", text]:
-                system = text
+            case ["/system", *text]:
+                system = text[0] if text else None
                 talk = _begin(system)
             case [word, *_] if word.startswith("/"):
                 print(f"unknown command {word}: {HELP}", file=sys.stderr)
             case [_, *_]:
-                answer(engine, talk, line, partial(stream, seed=seed + turn))
+                try:
+                    answer(engine, talk, line, partial(stream, seed=seed + turn))
+                except UserError as error:
+                    print(f"{error}; this message is left out, /reset begins anew", file=sys.stderr)
 
 
 COMMANDS = chat
@@ -115,11 +118,15 @@ def _lines() -> Iterator[str]:
 
 
 def answer(engine: Engine, talk: list[Message], question: str, stream: Callable[[list[int]], Iterator[Piece]]) -> str:
-    """Prints the answer to ``question`` as it comes, adds both to ``talk``, and returns the answer's text."""
+    """Prints the answer to ``question`` as it comes, adds both to ``talk``, and returns the answer's text.
+
+    Raises:
+        UserError: the conversation has become longer than the model's limit; ``talk`` is as it was.
+    """
     from lmchat.tokenizer.render import render_for_completion
 
-    talk.append({"role": "user", "content": question})
-    prompt = render_for_completion(engine.tokenizer, cast(Conversation, {"messages": talk}))
+    asked: Message = {"role": "user", "content": question}
+    prompt = render_for_completion(engine.tokenizer, {"messages": [*talk, asked]})
     parts: list[Part] = []
     for piece in stream(prompt):
         if not piece.text:
@@ -132,9 +139,7 @@ def answer(engine: Engine, talk: list[Message], question: str, stream: Callable[
     print(_mark(parts[-1]["type"], "text") if parts else "", flush=True)
     # An empty answer cannot be rendered again; the question goes with it.
     if parts:
-        talk.append({"role": "assistant", "content": parts})
-    else:
-        talk.pop()
+        talk += [asked, {"role": "assistant", "content": parts}]
     return "".join(part["text"] for part in parts)
 
 

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from lmchat.files import replacing
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.tokenizer.render import render_conversation
 from lmchat.types import Conversation, UserError
@@ -77,7 +78,9 @@ def render_all(
         "checksums": np.array(checksums, dtype=np.uint32),
     }
     for name, array in arrays.items():
-        np.save(folder / f"{name}.npy", array)
+        # A run that has the old file mapped goes on reading that: written over, it would be killed or read other rows.
+        with replacing(folder / f"{name}.npy") as unfinished, unfinished.open("wb") as file:
+            np.save(file, array)
     return RenderReport(
         conversations=len(tokens),
         tokens=int(lengths.sum()),

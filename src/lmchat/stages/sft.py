@@ -94,7 +94,9 @@ class SFTDataModule(ChatDataModule):
 
     def prepare_data(self) -> None:
         module = self.module
-        for split, mixture in self.mixtures.items():
+        splits = self.mixtures if self.run.state.fn == "fit" else ("val",)
+        for split in splits:
+            mixture = self.mixtures[split]
             folder = self._folder(split)
             report = render_all(mixture, module.tokenizer, module.sequence_len, folder, title=f"Rendering {split}")
             parts = ", ".join(f"{name} {count:,}" for name, count in mixture.counts().items())
