@@ -18,8 +18,9 @@ from lmchat.data.mixture import Mixture, MixturePart
 from lmchat.data.padded import PaddedBatches, PaddedPlan
 from lmchat.generation.engine import Engine, Piece
 from lmchat.model.precision import default_compute_dtype
+from lmchat.stages.grpo import RolloutDataModule
 from lmchat.stages.sft import SFTDataModule
-from lmchat.tasks import Arithmetic, Identity, Task
+from lmchat.tasks import Arithmetic, HumanEval, Identity, JSONLConversations, Task
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.tokenizer.render import render_conversation
 from lmchat.types import IGNORE_INDEX, Batch, UserError
@@ -354,9 +355,81 @@ def test_chat_keeps_the_conversation_until_it_is_reset(
     assert "/nonsense" in capfd.readouterr().err
 
 
+def test_chat_goes_on_after_a_message_that_is_too_long(
+    pipeline: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LMCHAT_BASE_DIR", str(pipeline))
+    lines = iter(["Hello", "word " * 4000, "Hello", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    answered, stream = [], Engine.stream
+
+    def noted(self: Engine, prompt: list[int], **options: Any) -> Any:
+        pieces = stream(self, prompt, **options)
+        answered.append(self.tokenizer.decode(prompt))
+        return pieces
+
+    monkeypatch.setattr(Engine, "stream", noted)
+    assert main(["chat", "--max_new_tokens", "4"]) == 0
+    assert [prompt.count("Hello") for prompt in answered] == [1, 2]
+    assert "word" not in answered[1]
+    errors = capfd.readouterr().err
+    assert "the model's limit of 2560" in errors and "/reset begins anew" in errors
+
+
+def test_chat_takes_a_system_prompt_and_leaves_it_out_again(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LMCHAT_BASE_DIR", str(pipeline))
+    lines = iter(["Hi", "/system Be kind.", "Hi", "/reset", "Hi", "/system", "Hi", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    prompts = []
+    monkeypatch.setattr(
+        Engine, "stream", lambda self, prompt, **_: prompts.append(prompt) or iter([Piece(1, "x", "text")])
+    )
+    assert main(["chat"]) == 0
+    assert prompts[0] == prompts[3] != prompts[1] == prompts[2]
+
+
 def test_chat_without_a_model_says_how_to_get_one(base: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["chat", "-p", "Hi"]) == 2
     assert "lmchat fit" in capfd.readouterr().err
+
+
+def test_validation_renders_the_held_out_conversations_alone(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LMCHAT_BASE_DIR", str(pipeline))
+    (pipeline / "sft.yaml").write_text(SFT)
+    configs = ["--config", str(CONFIGS / "sft.yaml"), "--config", str(pipeline / "sft.yaml")]
+    checkpoint = str(pipeline / "chatsft_checkpoints" / "tiny")
+    assert main(["validate", *configs, "--ckpt_path", checkpoint, "--model.tag", "judged"]) == 0
+    assert [folder.name for folder in (pipeline / "rendered" / "judged").iterdir()] == ["val"]
+
+
+def test_rendering_again_leaves_a_running_reader_what_it_has(tiny_base: Path, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(tiny_base / "tokenizer")
+    render_all(Identity("train", size=400), tokenizer, 128, tmp_path, title="")
+    running = RenderedConversations(tmp_path)
+    before = [tuple(array.tolist() for array in running[index]) for index in range(len(running))]
+    render_all(Arithmetic("train", size=3), tokenizer, 128, tmp_path, title="")
+    assert [tuple(array.tolist() for array in running[index]) for index in range(len(running))] == before
+    assert len(RenderedConversations(tmp_path)) == 3
+    assert not [path for path in tmp_path.iterdir() if path.suffix != ".npy"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"questions_per_step": 0}, "--data.questions_per_step is 0; it must be at least 1"),
+        ({"questions_per_step": -2}, "--data.questions_per_step is -2"),
+        ({"num_samples": 0}, "--data.num_samples is 0; it must be at least 2"),
+        ({"num_samples": 1}, "--data.num_samples is 1; it must be at least 2"),
+        ({"eval_num_samples": 0}, "--data.eval_num_samples is 0"),
+        ({"max_new_tokens": 0}, "--data.max_new_tokens is 0"),
+        ({"eval_batch_size": 0}, "--data.eval_batch_size is 0; it must be at least 1"),
+        ({"eval_tasks": [Identity("test"), HumanEval()]}, "HumanEval is scored by running code"),
+        ({"eval_task": JSONLConversations("chat.jsonl")}, "has no correct answers"),
+    ],
+)
+def test_impossible_rollouts_are_refused_before_anything_is_read(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        RolloutDataModule([MixturePart(Arithmetic())], **{"eval_task": Arithmetic("test"), **options})
 
 
 def test_evaluation_tasks_of_the_same_name_are_refused() -> None:

@@ -19,6 +19,25 @@ class WithSystem(Task):
         return {"messages": [{"role": "system", "content": f"s{index}"}, *exchange(f"q{index}", "a")["messages"]]}
 
 
+class Unanswered(Task):
+    def num_examples(self) -> int:
+        return 2
+
+    def example(self, index: int) -> Conversation:
+        return {"messages": [{"role": "user", "content": "Hello?"}]}
+
+
+def test_nothing_can_follow_a_question_without_an_answer() -> None:
+    with pytest.raises(UserError, match=r"conversation . of Unanswered ends with a message of the user"):
+        list(Dialogue([Identity(size=2), Unanswered()]))
+
+
+def test_it_is_graded_where_all_of_its_tasks_are() -> None:
+    Dialogue([Arithmetic(), Identity()]).check_graded()
+    with pytest.raises(UserError, match="Unanswered has no correct answers"):
+        Dialogue([Arithmetic(), Unanswered()]).check_graded()
+
+
 def test_every_example_is_asked_once() -> None:
     tasks: list[Task] = [Arithmetic(size=40), Identity(size=30), Arithmetic(size=20, start=5, seed=1)]
     dialogue = Dialogue(tasks, max_examples=3)

@@ -55,6 +55,14 @@ def test_mmlu_answers_with_the_letter_at_the_index(tmp_path: Path) -> None:
     assert task.reward(conversation, "B") == 1.0
 
 
+def test_mmlu_unwraps_the_rows_of_the_hubs_own_training_file(tmp_path: Path) -> None:
+    plain, wrapped = (
+        MMLU("auxiliary_train", path=write(tmp_path / name, row))
+        for name, row in (("plain.jsonl", mmlu_row()), ("wrapped.jsonl", {"train": mmlu_row()}))
+    )
+    assert wrapped[0] == plain[0]
+
+
 def test_arc_keeps_its_own_letters(tmp_path: Path) -> None:
     task = ARC(subset="ARC-Challenge", path=write(tmp_path / "rows.jsonl", arc_row()))
     assert task.letters(task[0]) == ["1", "2"]
@@ -86,6 +94,9 @@ def test_bad_mmlu_rows_are_refused(tmp_path: Path, changes: dict[str, Any], comp
         ({"choices": {"text": ["a", "b"], "label": ["A", "A"]}, "answerKey": "A"}, "letters A, A"),
         ({"choices": {"text": ["a", "b", "c"], "label": ["1", "2"]}}, "3 choices"),
         ({"choices": ["a", "b"]}, "field 'choices' is list, not dict"),
+        ({"choices": {"text": ["a", "b"], "label": [1, 2]}}, "a choice's letter is int, not str"),
+        ({"choices": {"text": ["a", "b"], "label": ["2", None]}}, "a choice's letter is NoneType, not str"),
+        ({"choices": {"text": ["a", "b"], "label": ["2", ""]}}, "a choice's letter is empty"),
     ],
 )
 def test_bad_arc_rows_are_refused(tmp_path: Path, changes: dict[str, Any], complaint: str) -> None:

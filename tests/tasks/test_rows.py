@@ -58,6 +58,20 @@ def test_order_is_that_of_the_reference(tmp_path: Path, fixtures: Path) -> None:
         assert np.random.default_rng(42).permutation(int(size))[:20].tolist() == first
 
 
+def test_a_malformed_row_leaves_the_order_of_the_others(tmp_path: Path) -> None:
+    rows: list[Any] = [{"text": str(number)} for number in range(50)]
+    whole = texts(Texts(str(write(tmp_path / "whole.jsonl", rows))))
+    rows[17] = {"text": ""}
+    with pytest.warns(UserWarning, match="1 of 50"):
+        rest = texts(Texts(str(write(tmp_path / "rest.jsonl", rows)), skip_malformed=True))
+    assert rest == [text for text in whole if text != "17"]
+
+
+def test_a_negative_seed_is_refused() -> None:
+    with pytest.raises(UserError, match="shuffle_seed is -1; use 0 or more, or null"):
+        Texts("rows.jsonl", shuffle_seed=-1)
+
+
 def test_a_folder_gives_the_files_of_the_split_in_order(tmp_path: Path) -> None:
     write(tmp_path / "test-00001-of-00002.parquet", ROWS[3:])
     write(tmp_path / "test-00000-of-00002.jsonl", ROWS[:3])

@@ -48,7 +48,7 @@ def check_fingerprint(resumed: dict[str, str], current: dict[str, str]) -> None:
     changes = "; ".join(f"{name}: {resumed.get(name, 'none')}, now {current.get(name, 'none')}" for name in names)
     raise UserError(
         f"the run to resume began with other data than the config gives now ({changes}); give it what it began with, "
-        "or start a new run with another --model.tag"
+        "or start a new run, with another --model.tag and --ckpt_path a checkpoint of the stage before"
     )
 
 

@@ -75,9 +75,9 @@ def draw_curves(run: Demo) -> Figures:
     _curve(sft, run.logs("sft"), "train/loss_ema", "training", linewidth=1)
     _titles(sft, "Fine-tuning", "loss on the assistant's tokens, nats")
     sft.set_yscale("log")
-    _curve(grpo, run.logs("grpo"), "train/pass@1", f"training, mean of {REWARD_WINDOW} steps", window=REWARD_WINDOW)
+    _curve(grpo, run.logs("grpo"), "train/pass@1", f"practised, mean of {REWARD_WINDOW} steps", window=REWARD_WINDOW)
     _curve(grpo, run.logs("grpo"), "val/pass@1", "held-out problems", marker="o")
-    _titles(grpo, "Reinforcement learning", "share of right answers")
+    _titles(grpo, "Reinforcement learning", "share of right answers (practised: full reward)")
     path = run.output / "curves.png"
     figure.savefig(path, dpi=120)
     print(f"The curves of the three trainings are in {path}")

@@ -283,6 +283,13 @@ def check_range(most: float = math.inf, **numbers: float) -> None:
             raise UserError(f"--model.{name} is {value}; it must be a number {span}")
 
 
+def check_at_least(least: int, **numbers: int) -> None:
+    """Raises UserError unless the data's options, given by name, are ``least`` or more."""
+    for name, value in numbers.items():
+        if value < least:
+            raise UserError(f"--data.{name} is {value}; it must be at least {least}")
+
+
 def check_precision(precision: str | int | None) -> None:
     """Raises UserError unless the trainer's ``precision`` leaves the fp32 master weights as they are."""
     if precision not in (None, 32, "32", "32-true"):
@@ -311,8 +318,8 @@ class StageDataModule(L.LightningDataModule):
 
     def __init__(self, micro_batch_size: int | None) -> None:
         super().__init__()
-        if micro_batch_size is not None and micro_batch_size < 1:
-            raise UserError(f"--data.micro_batch_size is {micro_batch_size}; it must be at least 1 row")
+        if micro_batch_size is not None:
+            check_at_least(1, micro_batch_size=micro_batch_size)
         self._micro_batch_size = micro_batch_size
         self.position: dict[str, Any] | None = None
 

@@ -15,7 +15,7 @@ from lmchat.evaluation.chat_tasks import Questions, TaskQuestions, grade
 from lmchat.generation.engine import Engine
 from lmchat.model.config import GPTConfig
 from lmchat.optim.muon_adamw import MuonAdamW
-from lmchat.stages.base import StageDataModule, StageModule, check_range
+from lmchat.stages.base import StageDataModule, StageModule, check_at_least, check_range
 from lmchat.tasks.base import Task
 from lmchat.types import UserError
 
@@ -25,8 +25,8 @@ class ChatModule(StageModule):
 
     Args:
         init_lr_fraction: factor on every learning rate.
-        embedding_lr: AdamW learning rate of the token and value embeddings at width 768; null is the checkpoint's, as
-            for the other learning rates. None of them is scaled by the batch.
+        embedding_lr: AdamW learning rate of the token and value embeddings at width 768; null, where the stage has no
+            default, is the checkpoint's, as for the other learning rates. None of them is scaled by the batch.
         unembedding_lr: AdamW learning rate of the output head, likewise.
         matrix_lr: Muon learning rate of the blocks' matrices.
         scalar_lr: AdamW learning rate of the residual scalars.
@@ -147,7 +147,10 @@ class ChatDataModule(StageDataModule):
         eval_max_new_tokens: int,
     ) -> None:
         super().__init__(micro_batch_size)
+        check_at_least(1, eval_batch_size=eval_batch_size)
         self.eval_tasks = eval_tasks or []
+        for task in self.eval_tasks:
+            task.check_graded()
         names = [task.name for task in self.eval_tasks]
         if len(set(names)) < len(names):
             raise UserError(

@@ -18,7 +18,7 @@ from lmchat.data.rollouts import Rollouts, Sampling
 from lmchat.evaluation.chat_tasks import Questions
 from lmchat.evaluation.pass_at_k import PassAtK
 from lmchat.schedules import rl_lr_multiplier
-from lmchat.stages.base import Schedule, nearest_divisors
+from lmchat.stages.base import Schedule, check_at_least, nearest_divisors
 from lmchat.stages.chat import ChatDataModule, ChatModule, sum_over_step
 from lmchat.tasks.base import Task
 from lmchat.tokenizer.render import render_for_completion
@@ -115,7 +115,7 @@ class RolloutDataModule(ChatDataModule):
         eval_task: held-out questions of the same kind.
         eval_tasks: other tasks, to see what becomes of what the model could do before; answered greedily.
         questions_per_step: over all ranks.
-        num_samples: answers per question.
+        num_samples: answers per question, 2 or more: they are compared with each other.
         max_new_tokens: longest answer.
         temperature: of the sampling.
         top_k: sample from the k likeliest tokens; null is all.
@@ -140,6 +140,10 @@ class RolloutDataModule(ChatDataModule):
         eval_batch_size: int = 16,
         seed: int = 42,
     ) -> None:
+        check_at_least(1, questions_per_step=questions_per_step, max_new_tokens=max_new_tokens)
+        check_at_least(1, eval_num_samples=eval_num_samples)
+        check_at_least(2, num_samples=num_samples)  # one alone is its group's mean, and teaches nothing
+        eval_task.check_graded()
         super().__init__(num_samples, eval_tasks, eval_batch_size, max_new_tokens)
         self.mixtures = {"train": Mixture(train, seed)}
         self.eval_task = eval_task

@@ -70,7 +70,15 @@ class Task(ABC):
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         """Whether ``completion`` answers the last user message of ``conversation`` correctly."""
-        raise UserError(f"{self.name} has no correct answers; train on it, and evaluate on another task")
+        raise self._ungraded()
+
+    def check_graded(self) -> None:
+        """Raises `UserError` where the task has no correct answers."""
+        if type(self).evaluate is Task.evaluate:
+            raise self._ungraded()
+
+    def _ungraded(self) -> UserError:
+        return UserError(f"{self.name} has no correct answers; train on it, and evaluate on another task")
 
     def reward(self, conversation: Conversation, completion: str) -> float:
         """The reward of ``completion`` in reinforcement learning, by default 1 if it is correct, else 0."""

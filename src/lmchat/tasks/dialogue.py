@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any, cast
 
 from lmchat.tasks.base import Task
-from lmchat.types import Conversation, UserError
+from lmchat.types import Conversation, Message, UserError
 
 
 class DialogueConversation(Conversation):
@@ -58,9 +58,23 @@ class Dialogue(Task):
         return len(self._conversations)
 
     def example(self, index: int) -> DialogueConversation:
-        parts = [self.tasks[number][example]["messages"] for number, example in self._conversations[index]]
+        parts = [self._messages(number, example) for number, example in self._conversations[index]]
         later = [[message for message in part if message["role"] != "system"] for part in parts[1:]]
         return {"messages": sum(later, parts[0]), "last": self._conversations[index][-1]}
+
+    def _messages(self, number: int, example: int) -> list[Message]:
+        task = self.tasks[number]
+        messages = task[example]["messages"]
+        if messages[-1]["role"] != "assistant":
+            raise UserError(
+                f"conversation {example} of {task.name} ends with a message of the {messages[-1]['role']}, after which "
+                "a dialogue cannot go on; take it out, or leave the task out of the dialogue"
+            )
+        return messages
+
+    def check_graded(self) -> None:
+        for task in self.tasks:
+            task.check_graded()
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         task, example = self._last(conversation)

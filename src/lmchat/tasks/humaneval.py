@@ -52,7 +52,13 @@ class HumanEval(RowTask):
         return "\n".join([*imports, "", extract_code(completion), "", problem["test"], check, ""])
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        raise UserError("HumanEval is scored by running code: run HumanEval.program(...) in a sandbox")
+        raise self._ungraded()
+
+    def check_graded(self) -> None:
+        raise self._ungraded()
+
+    def _ungraded(self) -> UserError:
+        return UserError("HumanEval is scored by running code: run HumanEval.program(...) in a sandbox")
 
 
 def extract_code(completion: str) -> str:

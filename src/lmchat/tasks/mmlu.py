@@ -27,6 +27,8 @@ class MMLU(MultipleChoiceTask):
         super().__init__(hub=HubDataset("cais/mmlu", "all", split), path=path, **options)
 
     def conversation(self, row: Any) -> MultipleChoiceConversation:
+        if isinstance(row, dict) and set(row) == {"train"}:  # the hub's file of auxiliary_train wraps its rows
+            row = row["train"]
         question, choices = field(row, "question", str), field(row, "choices", list)
         letters, answer = letters_for(choices), field(row, "answer", int)
         if not 0 <= answer < len(letters):

@@ -36,6 +36,8 @@ class MultipleChoiceTask(RowTask):
         self, question: str, letters: Sequence[str], choices: Sequence[str], answer: str
     ) -> MultipleChoiceConversation:
         """The conversation of a question. Raises `MalformedRow` where choices, letters and answer do not agree."""
+        for letter in letters:
+            checked_text(letter, "a choice's letter")
         if len(choices) < 2 or len(choices) != len(set(letters)):
             raise MalformedRow(f"{len(choices)} choices with the letters {', '.join(letters)}")
         for letter, choice in zip(letters, choices, strict=True):

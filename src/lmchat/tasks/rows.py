@@ -224,6 +224,8 @@ class RowTask(Task):
             slice: see `Task`.
         """
         super().__init__(**slice)
+        if shuffle_seed is not None and shuffle_seed < 0:
+            raise UserError(f"{type(self).__name__}: shuffle_seed is {shuffle_seed}; use 0 or more, or null")
         self.hub = hub
         self.path = path
         self.skip_malformed = skip_malformed
@@ -277,7 +279,8 @@ class RowTask(Task):
         good = self._checked[0]
         if self.shuffle_seed is None:
             return good
-        return good[np.random.default_rng(self.shuffle_seed).permutation(len(good))]
+        order = np.random.default_rng(self.shuffle_seed).permutation(len(self.rows))
+        return order[np.isin(order, good)]  # a malformed row more or less leaves the order of the others
 
     def num_examples(self) -> int:
         return len(self._order)
