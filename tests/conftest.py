@@ -10,6 +10,9 @@ import pytest
 
 # Before torch is imported: tests, and the processes they start, take one core each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Stand-ins for the hub listen on the loopback interface, and whoever works offline tests all the same.
+for _offline in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+    os.environ.pop(_offline, None)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

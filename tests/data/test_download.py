@@ -154,6 +154,14 @@ def test_user_mistakes_are_named(
         fetch(**options)
 
 
+def test_offline_nothing_is_tried(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    status, printed = _download(hub, tmp_path / "shards")
+    assert status == 2
+    assert "offline mode is enabled" in printed and "unset the `HF_HUB_OFFLINE`" in printed
+    assert "attempts" not in printed
+
+
 def test_shards_of_two_repositories_are_not_mixed(tmp_path: Path, fetch: Callable[..., DownloadReport]) -> None:
     (tmp_path / "source.json").write_text(json.dumps({"repo_id": "other/shards"}))
     with pytest.raises(UserError, match="holds shards of other/shards, not of some/shards; choose another folder"):

@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     HTTPError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -224,7 +225,7 @@ def _persistently(action: Callable[[], T], what: str) -> T:
                 f"cannot download {what}: there is no such data set on the hub, or it is private or gated "
                 "(`hf auth login` gives access to yours); check the name"
             ) from error
-        except (RevisionNotFoundError, HFValidationError) as error:
+        except (RevisionNotFoundError, HFValidationError, OfflineModeIsEnabled) as error:
             raise UserError(f"cannot download {what}: {_first_line(error)}") from error
         except (OSError, HTTPError, _Damaged) as error:
             if isinstance(error, HfHubHTTPError) and error.response.status_code in (400, 401, 403):
