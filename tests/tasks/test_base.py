@@ -82,6 +82,7 @@ def test_reference_answer_is_the_last_part() -> None:
         ("That makes 27 app.", False),
         ("That makes 27applesthat.", False),
         ("27\n#### 27", False),
+        ("That makes $27.", False),
         ("<|apples|> pears", False),
     ],
 )

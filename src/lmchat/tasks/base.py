@@ -98,8 +98,8 @@ def reference_answer(conversation: Conversation) -> str:
 def reward_in_words_of(correct: bool, completion: str, *texts: str) -> float:
     """0 if ``completion`` is wrong, 1 if it is right in words of ``texts`` alone, and `MUMBLED` if it has other words.
 
-    Numbers, punctuation and special tokens do not matter, a ``#`` counts as a word. Where only a number or a name
-    decides, reinforcement learning otherwise wears off the words around it.
+    Numbers, punctuation and special tokens do not matter, a ``#`` and a ``$`` count as words. Where only a number or a
+    name decides, reinforcement learning otherwise wears off the words around it.
     """
     if not correct:
         return 0.0
@@ -107,7 +107,7 @@ def reward_in_words_of(correct: bool, completion: str, *texts: str) -> float:
 
 
 def _words(text: str) -> set[str]:
-    return set(re.findall(r"[^\W\d_]+|#", re.sub(r"<\|.*?\|>", " ", text.lower())))
+    return set(re.findall(r"[^\W\d_]+|[#$]", re.sub(r"<\|.*?\|>", " ", text.lower())))
 
 
 def answer_text(conversation: Conversation) -> str:
