@@ -40,7 +40,9 @@ def write_text(folder: Path) -> None:
 
 def check_out(revision: str, folder: Path) -> str:
     """A worktree of `revision`; returns its commit."""
-    subprocess.run(["git", "worktree", "add", "--quiet", "--detach", folder, revision], cwd=REPOSITORY, check=True)
+    command = ["git", "worktree", "add", "--quiet", "--detach", folder, revision]
+    if (done := subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)).returncode:
+        sys.exit(f"cannot check out {revision}: {done.stderr.strip()}")
     return subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=folder, text=True).strip()
 
 

@@ -9,7 +9,7 @@ import pytest
 
 SOURCE = Path(__file__).resolve().parent.parent / "src" / "lmchat"
 LAYERS = [
-    {"types", "messages", "paths", "files", "hardware", "losses", "schedules"},
+    {"types", "messages", "option_checks", "paths", "files", "hardware", "losses", "schedules"},
     {"model", "tokenizer", "optim"},
     {"scaling", "data", "tasks", "generation"},
     {"evaluation", "checkpoint"},

@@ -88,6 +88,14 @@ def truncated_parquet(base: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-100])
 
 
+def tokens_that_are_a_file(base: Path) -> None:
+    (own_data(base) / "tokens").touch()
+
+
+def base_in_a_lost_home(base: Path) -> None:
+    os.environ["LMCHAT_BASE_DIR"] = "~nobody-of-this-name/lmchat"
+
+
 def broken_yaml(base: Path) -> None:
     (base / "tiny.yaml").write_text("model: [")
 
@@ -164,6 +172,7 @@ CASES: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
         ["--trainer is [1, 2]; it must be a mapping, as in trainer: {{option: value}}"],
     ),
     "group that is a number": (with_config("eval: 5"), OVER, ["--eval is 5; it must be a mapping"]),
+    "group without options": (with_config("trainer: null"), OVER, ["--trainer is null; it must be a mapping"]),
     "group that is a word": (with_config("trainer: cpu"), OVER, ["--trainer is cpu; it must be a mapping"]),
     "config in another encoding": (
         with_config("# Größe".encode("latin-1")),
@@ -171,6 +180,11 @@ CASES: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
         ["own.yaml is not text in UTF-8", "save it as UTF-8"],
     ),
     "no tokenizer": (no_tokenizer, [], ["{base}/tokenizer", "train one with `lmchat tokenizer train`"]),
+    "tokenizer that is a file": (
+        nothing,
+        ["--model.tokenizer_dir", "{base}/tiny.yaml"],
+        ["tiny.yaml is a file; give the folder that holds the tokenizer"],
+    ),
     "damaged tokenizer": (
         damaged_tokenizer,
         [],
@@ -203,11 +217,31 @@ CASES: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
         [],
         ["{base}/logs/pretrain", "put it back", "set LMCHAT_BASE_DIR to another folder"],
     ),
+    "token files that cannot be made": (
+        tokens_that_are_a_file,
+        OWN,
+        ["cannot write token files to {base}/own/tokens/", "make room or give it write permission"],
+    ),
+    "logs in a file": (
+        nothing,
+        ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "{base}/tiny.yaml"],
+        ["tiny.yaml/lightning_logs: Not a directory"],
+    ),
     "truncated parquet": (truncated_parquet, OWN, ["shard_00001.parquet", "fetch or make it anew"]),
     "indivisible batch": (
         nothing,
         ["--model.global_batch_tokens", "100"],
         ["100", "use --model.global_batch_tokens 64 or --model.global_batch_tokens 128"],
+    ),
+    "batch beyond all memory": (
+        nothing,
+        ["--data.micro_batch_size", "1000000000"],
+        ["micro_batch_size 1000000000", "use --data.micro_batch_size 2"],
+    ),
+    "batch beyond all numbers": (
+        nothing,
+        ["--model.global_batch_tokens", "1" + 30 * "0"],
+        ["--model.global_batch_tokens is 1000000000000000000000000000000; it must be at most"],
     ),
     "bad window pattern": (
         nothing,
@@ -221,6 +255,22 @@ CASES: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
         ["--model.matrix_lr is -1.0; it must be a number from 0"],
     ),
     "learning rate that is no number": (nothing, ["--model.embedding_lr", ".nan"], ["--model.embedding_lr is nan"]),
+    "negative scale of the learning rates": (
+        nothing,
+        ["--scaling_laws.lr_scale", "-1"],
+        ["--scaling_laws.lr_scale is -1.0; it must be a number from 0"],
+    ),
+    "weight decay that is no number": (
+        nothing,
+        ["--scaling_laws.weight_decay", ".nan"],
+        ["--scaling_laws.weight_decay is nan; it must be a number from 0"],
+    ),
+    "negative seed": (nothing, ["--seed_everything", "-5"], ["--seed_everything is -5; it must be a number from 0 to"]),
+    "budget without minutes": (
+        nothing,
+        ["--trainer.callbacks", "lmchat.callbacks.time_budget.TimeBudget", "--trainer.callbacks.minutes", "-1"],
+        ["TimeBudget's minutes are -1.0", "use minutes above 0"],
+    ),
     "share above one": (
         nothing,
         ["--model.warmdown_ratio", "2"],
@@ -310,6 +360,12 @@ CASES: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
         ["--data.eval_tokens", "3"],
         ["--data.eval_tokens 3", "use --data.eval_tokens 64 or more"],
     ),
+    "negative eval": (nothing, ["--data.eval_tokens", "-1"], ["--data.eval_tokens is -1; it must be at least 1"]),
+    "base folder in a lost home": (
+        base_in_a_lost_home,
+        ["--model.tag", "x"],
+        ["no home folder for ~nobody-of-this-name/lmchat", "set LMCHAT_BASE_DIR"],
+    ),
     "negative evaluation interval": (nothing, ["--eval.every_n_steps", "-1"], ["--eval.every_n_steps is -1", "use 0"]),
     "checkpoint interval zero": (
         nothing,
@@ -337,6 +393,12 @@ CASES: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
         nothing,
         ["--trainer.check_val_every_n_epoch", "2"],
         ["--trainer.check_val_every_n_epoch 2", "use --eval.every_n_steps"],
+    ),
+    "epochs": (nothing, ["--trainer.max_epochs", "0"], ["--trainer.max_epochs 0", "use --trainer.max_steps"]),
+    "logging by batches": (
+        nothing,
+        ["--trainer.log_every_n_steps", "3"],
+        ["--trainer.log_every_n_steps 3", "use --monitor.every_n_steps"],
     ),
     "no steps": (nothing, ["--trainer.max_steps", "0"], ["--trainer.max_steps is 0", "1 step or more", "leave it out"]),
     "negative steps": (nothing, ["--trainer.max_steps", "-2"], ["--trainer.max_steps is -2", "1 step or more"]),
@@ -391,6 +453,19 @@ def assert_one_line(error: str, wanted: list[str]) -> None:
         (["tokenizer", "train", "--data", "nowhere"], ["nowhere", "lmchat data"]),
         (["data", "import"], ["lmchat data import: source missing", "`lmchat data import --help`"]),
         (["data", "import", "nowhere"], ["nowhere does not exist"]),
+        (["data", "import", ".", "--seed", "1" + 70 * "0"], ["seed is 1000", "below 2^63"]),
+        (
+            ["data", "import", "deep.jsonl", "--output", "new"],
+            ["deep.jsonl:1 is not valid JSON", "correct or remove the line"],
+        ),
+        (["data", "tokenize", "--num_threads", "0"], ["num_threads is 0; it must be at least 1"]),
+        (["data", "words", "--output", "."], ["the word list . is a folder; name a file"]),
+        (["data", "words", "--output", "/proc/nowhere/words.txt"], ["/proc/nowhere", "give another path"]),
+        (["data", "show", "deep.jsonl", "--limit", "0"], ["--limit is 0; it must be at least 1"]),
+        (["tokenizer", "eval", "--data", "nowhere"], ["nowhere", "lmchat data"]),
+        (["tokenizer", "import", "deep.json"], ["deep.json", "nested too deeply"]),
+        (["tokenizer", "train", "--vocab_size", "1000000000"], ["vocab_size 1000000000 is too large; use at most"]),
+        (["demo", "--output", "tiny.yaml/demo"], ["tiny.yaml", "Not a directory; "]),
     ],
 )
 def test_mistakes_in_other_commands(
@@ -403,9 +478,22 @@ def test_mistakes_in_other_commands(
 ) -> None:
     monkeypatch.chdir(base)
     (base / "broken.yaml").write_text("model: [")
+    for name in ("deep.json", "deep.jsonl"):
+        (base / name).write_text(100_000 * '{"text":' + "1" + 100_000 * "}")
     capfd.readouterr()
     assert main(arguments) == 2
     assert_one_line(capfd.readouterr().err, wanted)
+
+
+def test_a_variable_that_names_no_option(
+    base: Path, config: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LMCHAT_FIT__EVAL__EVERY_STEPS", "3")
+    assert main(["fit", "--config", str(config)]) == 2
+    assert_one_line(
+        capfd.readouterr().err,
+        ["the environment variable LMCHAT_FIT__EVAL__EVERY_STEPS names no option", "`lmchat fit --help`"],
+    )
 
 
 def test_a_checkpoint_is_validated(base: Path, config: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -426,6 +514,28 @@ def test_a_finished_run_says_so(base: Path, config: Path, caplog: pytest.LogCapt
     caplog.clear()
     assert main(["fit", "--config", str(config), "--ckpt_path", "last", "--trainer.max_steps", "2"]) == 0
     assert "nothing to train" not in caplog.text
+
+
+def test_the_users_own_files_stay(base: Path, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a logger, Lightning's own callback writes config.yaml to the current folder."""
+    (base / "work").mkdir()
+    monkeypatch.chdir(base / "work")
+    Path("config.yaml").write_text("# mine")
+    assert main(["fit", "--config", str(config), "--trainer.logger", "false"]) == 0
+    assert Path("config.yaml").read_text() == "# mine"
+    assert [path.name for path in Path().iterdir()] == ["config.yaml"]
+    assert "depth: 1" in (base / "logs" / "pretrain" / "d1" / "config.yaml").read_text()
+
+
+def test_home_is_expanded(base: Path, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a config the shell does not."""
+    monkeypatch.setenv("HOME", str(base))
+    (base / "home.yaml").write_text(
+        "model: {init_args: {tokenizer_dir: ~/tokenizer}}\n"
+        "data: {init_args: {data_dir: ~/base_data}}\ncheckpoint: {dirpath: ~/mine}\n"
+    )
+    assert main(["fit", "--config", str(config), "--config", str(base / "home.yaml")]) == 0
+    assert (base / "mine" / "meta_000001.json").is_file()
 
 
 def test_nothing_is_lost_by_a_mistake(base: Path, config: Path) -> None:

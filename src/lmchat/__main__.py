@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -74,24 +75,32 @@ def main(args: list[str] | None = None) -> int:
     except RankFailure as error:
         return _fail(str(error), status=1)
     except OSError as error:
-        from lmchat.paths import base_dir
-
-        if not _concerns(error, base_dir()):
+        if (message := _explain(error)) is None:
             raise
-        remedy = "set LMCHAT_BASE_DIR to a folder that can be written to"
-        if isinstance(error, FileNotFoundError) and base_dir().is_dir():
-            remedy = "put it back (a link on the way to it may point nowhere), or set LMCHAT_BASE_DIR to another folder"
-        return _fail(f"{error.filename}: {error.strerror}; lmchat keeps its files in {base_dir()}: {remedy}")
+        return _fail(message)
     except KeyboardInterrupt:
         return 130
     return 0
 
 
-def _concerns(error: OSError, folder: Path) -> bool:
-    """Whether ``error`` is about something in ``folder``, or about a folder above that it would be made in."""
+def _explain(error: OSError) -> str | None:
+    """What a person can do about a file or a full disk, None where ``error`` is of something else."""
+    from lmchat.paths import base_dir
+
     if not isinstance(error.filename, str):
-        return False
-    path, folder = Path(error.filename).absolute(), folder.absolute()
+        return f"{error.strerror}; make room and run it again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
+    what, folder = f"{error.filename}: {error.strerror}", base_dir()
+    if not _concerns(error.filename, folder):
+        return f"{what}; give another path, or make this one fit to be read and written"
+    remedy = "set LMCHAT_BASE_DIR to a folder that can be written to"
+    if isinstance(error, FileNotFoundError) and folder.is_dir():
+        remedy = "put it back (a link on the way to it may point nowhere), or set LMCHAT_BASE_DIR to another folder"
+    return f"{what}; lmchat keeps its files in {folder}: {remedy}"
+
+
+def _concerns(filename: str, folder: Path) -> bool:
+    """Whether the file is in ``folder``, or is a folder above that it would be made in."""
+    path, folder = Path(filename).absolute(), folder.absolute()
     return path.is_relative_to(folder) or folder.is_relative_to(path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import signal
 import sys
@@ -16,7 +17,7 @@ from typing import Any
 import lightning as L
 from jsonargparse import Namespace
 from lightning.fabric.plugins.environments import SLURMEnvironment
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -29,6 +30,7 @@ from lmchat.callbacks.gc_freeze import GCFreeze
 from lmchat.callbacks.monitor import Monitor
 from lmchat.callbacks.non_finite_loss import NonFiniteLoss
 from lmchat.callbacks.samples import Samples
+from lmchat.callbacks.save_config import SaveConfig
 from lmchat.callbacks.scaling_laws import ScalingLaws
 from lmchat.checkpoint.layout import checkpoint_dir, committed_steps
 from lmchat.checkpoint.load import Checkpoint, find_checkpoint
@@ -38,6 +40,8 @@ from lmchat.stages.base import StageModule, check_precision
 from lmchat.stages.chat import ChatModule
 from lmchat.strategies import zero2_muon
 from lmchat.types import RankFailure, UserError
+
+ENV_PREFIX = "LMCHAT"
 
 TRAINER_DEFAULTS = {
     "max_epochs": -1,
@@ -68,8 +72,10 @@ DECIDED_BY = {
     "accumulate_grad_batches": "--model.global_batch_tokens and --data.micro_batch_size",
     "val_check_interval": "--eval.every_n_steps",
     "check_val_every_n_epoch": "--eval.every_n_steps",
+    "max_epochs": "--trainer.max_steps",
+    "log_every_n_steps": "--monitor.every_n_steps",
 }
-"""Options of the trainer that the callbacks set, and what they set them from."""
+"""Options of the trainer that something else decides, and what that is."""
 
 
 _CONNECTION_LOST = re.compile(r"gloo/transport/\S+ ([\w ]+\w)|(ncclRemoteError)")
@@ -106,16 +112,38 @@ class LMChatCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         self._check_groups()
+        self._check_environment()
         if self.subcommand == "validate" and self._get(self.config, "ckpt_path") is None:
             raise UserError("lmchat validate evaluates a checkpoint; give one with --ckpt_path, e.g. --ckpt_path last")
 
     def _check_groups(self) -> None:
         """Raises UserError for a group like ``trainer`` that is no mapping of options, which jsonargparse lets pass."""
         assert self.subcommand is not None
-        for name in self._subcommand_parsers[self.subcommand].groups or ():
+        parser = self._subcommand_parsers[self.subcommand]
+        with_options = {action.dest.partition(".")[0] for action in parser._actions if "." in action.dest}
+        for name in with_options.intersection(parser.groups or ()):
             value = self._get(self.config, name)
-            if not isinstance(value, Namespace | None):
-                raise UserError(f"--{name} is {value}; it must be a mapping, as in {name}: {{option: value}}")
+            if not isinstance(value, Namespace):
+                shown = "null" if value is None else value
+                raise UserError(f"--{name} is {shown}; it must be a mapping, as in {name}: {{option: value}}")
+
+    def _check_environment(self) -> None:
+        """Raises UserError for a variable that names no option, which jsonargparse would ignore."""
+        assert self.subcommand is not None
+        prefix = f"{ENV_PREFIX}_{self.subcommand.upper()}__"
+        actions = self._subcommand_parsers[self.subcommand]._actions
+        known = {prefix + action.dest.replace(".", "__").upper() for action in actions}
+        if unknown := sorted(name for name in os.environ if name.startswith(prefix) and name not in known):
+            raise UserError(
+                f"the environment variable {unknown[0]} names no option; unset it, or name one that "
+                f"`lmchat {self.subcommand} --help` lists, as {prefix}CHECKPOINT__KEEP_LAST does --checkpoint.keep_last"
+            )
+
+    def _set_seed(self) -> None:
+        seed = self._get(self.config, "seed_everything")
+        if not 0 <= seed < 2**32:
+            raise UserError(f"--seed_everything is {seed}; it must be a number from 0 to {2**32 - 1}")
+        super()._set_seed()
 
     def _check_trainer_options(self) -> None:
         """Raises UserError for a trainer option that would have no effect, or would touch the weights' type."""
@@ -249,13 +277,12 @@ def main(args: list[str], cli: type[LMChatCLI] = LMChatCLI) -> LMChatCLI:
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
-            save_config_callback=SaveConfigCallback,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=SaveConfig,
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=42,
             parser_kwargs={
                 "default_env": True,
-                "env_prefix": "LMCHAT",
+                "env_prefix": ENV_PREFIX,
                 **options,
                 **{name: dict(options) for name in LMChatCLI.subcommands()},
             },

@@ -5,10 +5,20 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from lmchat.types import UserError
+
 
 def base_dir() -> Path:
-    """The folder for tokenizer, data and checkpoints: ``$LMCHAT_BASE_DIR``, by default ``~/.cache/lmchat``."""
-    return Path(os.environ.get("LMCHAT_BASE_DIR") or "~/.cache/lmchat").expanduser()
+    """The folder for tokenizer, data and checkpoints: ``$LMCHAT_BASE_DIR``, by default ``~/.cache/lmchat``.
+
+    Raises:
+        UserError: it begins with the home folder of a user who has none.
+    """
+    given = os.environ.get("LMCHAT_BASE_DIR") or "~/.cache/lmchat"
+    try:
+        return Path(given).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"there is no home folder for {given}; set LMCHAT_BASE_DIR to a folder without ~") from error
 
 
 def tokenizer_dir() -> Path:

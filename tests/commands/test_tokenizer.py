@@ -124,6 +124,14 @@ class TestEvaluate:
         ]
         assert "not available here: GPT-4" in output
 
+    def test_a_shard_without_text(
+        self, trained: Tokenizer, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(commands, "_baseline", lambda name: None)
+        write_shard(data / "shard_00009.parquet", [None, ""])
+        commands.evaluate()
+        assert "German" in (output := capsys.readouterr().out) and "validation shard" not in output
+
     def test_without_a_tokenizer(self, base: Path) -> None:
         with pytest.raises(UserError, match="lmchat tokenizer train"):
             commands.evaluate()

@@ -178,3 +178,13 @@ def test_two_downloads_into_one_folder_are_refused(
         fetch()
     process.kill()
     process.communicate()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}"])
+def test_a_damaged_note_of_the_source(tmp_path: Path, fetch: Callable[..., DownloadReport], content: str) -> None:
+    (tmp_path / "source.json").write_text(content)
+    with pytest.raises(UserError, match=r"source\.json, .* is damaged; delete it if they are those of some/shards"):
+        fetch()
+    (tmp_path / "source.json").unlink()
+    fetch()
+    assert json.loads((tmp_path / "source.json").read_text()) == {"repo_id": "some/shards"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lmchat.data.mixture import MixturePart
-from lmchat.stages.base import accumulation_steps
+from lmchat.stages.base import accumulation_steps, divisors
 from lmchat.stages.grpo import RolloutDataModule
 from lmchat.tasks import Arithmetic
 from lmchat.types import UserError
@@ -72,3 +72,12 @@ def test_questions(world_size: int, expected: int | list[str]) -> None:
     with pytest.raises(UserError, match=f"16 is not a multiple of {world_size} ranks") as caught:
         data.accumulation_steps(world_size)
     assert remedies(caught.value) == expected
+
+
+def test_divisors() -> None:
+    assert [divisors(n) for n in range(200)] == [[d for d in range(1, n + 1) if n % d == 0] for n in range(200)]
+
+
+def test_numbers_of_any_size_are_answered_at_once() -> None:
+    with pytest.raises(UserError, match=r"use --data.micro_batch_size 536870912 or"):
+        accumulation_steps(2**40, 2**30 - 1, 2048, 1)

@@ -107,7 +107,7 @@ class StepCheckpoint(Checkpoint):
         if stage != "fit":
             return
         meta = pl_module.checkpoint_meta()
-        self.directory = Path(self.dirpath) if self.dirpath else checkpoint_dir(meta["stage"], meta["tag"])
+        self.directory = Path(self.dirpath).expanduser() if self.dirpath else checkpoint_dir(meta["stage"], meta["tag"])
         _on_rank_zero(trainer, self._claim_directory)
         if self._io.rank > 0:  # now, not when its first file is due
             check_writable(self.directory, self._io.rank)

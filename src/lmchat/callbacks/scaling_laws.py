@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
+from lmchat.option_checks import check_range
 from lmchat.scaling import make_plan
 
 
@@ -31,6 +32,9 @@ class ScalingLaws(Callback):
         lr_scale: float | None = None,
         weight_decay: float | None = None,
     ) -> None:
+        options = {"target_flops": target_flops, "lr_scale": lr_scale, "weight_decay": weight_decay}
+        given = {name: value for name, value in options.items() if value is not None}
+        check_range("scaling_laws", tokens_per_parameter=tokens_per_parameter, **given)
         self.tokens_per_parameter = tokens_per_parameter
         self.target_flops = target_flops
         self.lr_scale = lr_scale

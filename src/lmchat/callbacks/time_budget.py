@@ -30,6 +30,10 @@ class TimeBudget(Callback):
     def __init__(self, minutes: float, check_every_n_steps: int = 20, until: float = 0.4) -> None:
         if check_every_n_steps < 1:
             raise UserError(f"TimeBudget's check_every_n_steps is {check_every_n_steps}; use 1 or more")
+        if not minutes > 0 or not 0 < until <= 1:
+            raise UserError(
+                f"TimeBudget's minutes are {minutes} and its until is {until}; use minutes above 0 and a share above 0"
+            )
         self.minutes = minutes
         self.check_every_n_steps = check_every_n_steps
         self.until = until

@@ -54,8 +54,9 @@ def show(
     from lmchat.data.conversations import RenderedConversations, render_all
     from lmchat.tokenizer.bpe import Tokenizer
 
-    for name, value, least in (("max_tokens", max_tokens, 1), ("start", start, 0), ("rows", rows, 0)):
-        if value < least:
+    options = ("max_tokens", max_tokens, 1), ("start", start, 0), ("rows", rows, 0), ("limit", limit, 1)
+    for name, value, least in options:
+        if value is not None and value < least:
             raise UserError(f"--{name} is {value}; it must be at least {least}")
     encoder = Tokenizer.load(tokenizer or tokenizer_dir())
     mixture = _mixture(source, overlay or [], split)

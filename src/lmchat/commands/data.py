@@ -102,6 +102,8 @@ def tokenize(data_dir: Path | None = None, tokenizer: Path | None = None, num_th
     from lmchat.data.token_shards import prepare_token_shards
     from lmchat.tokenizer.bpe import Tokenizer
 
+    if num_threads is not None and num_threads < 1:
+        raise UserError(f"num_threads is {num_threads}; it must be at least 1")
     report = prepare_token_shards(
         data_dir or base_data_dir(), Tokenizer.load(tokenizer or tokenizer_dir()), num_threads=num_threads
     )

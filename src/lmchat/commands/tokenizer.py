@@ -74,16 +74,18 @@ def evaluate(tokenizer: Path | None = None, data: Path | None = None) -> None:
 
     Args:
         tokenizer: folder of the tokenizer; default is $LMCHAT_BASE_DIR/tokenizer.
-        data: folder whose last shard is evaluated too if it is there; default is $LMCHAT_BASE_DIR/base_data.
+        data: folder of shards, the last of which is evaluated too; default is $LMCHAT_BASE_DIR/base_data if it is
+            there.
     """
     from rich.console import Console
 
+    from lmchat.data.parquet_text import list_shards
     from lmchat.tokenizer.bpe import Tokenizer
     from lmchat.tokenizer.samples import SAMPLES
 
     ours = Tokenizer.load(tokenizer or tokenizer_dir())
     texts = dict(SAMPLES)
-    if shards := sorted((data or base_data_dir()).glob("*.parquet")):
+    if shards := list_shards(data) if data else sorted(base_data_dir().glob("*.parquet")):
         texts["validation shard"] = "\n".join(_capped([shards[-1]], _EVAL_SHARD_CHARS, _EVAL_SHARD_CHARS))
     loaded = {title: _baseline(name) for title, name in BASELINES.items()}
     baselines = {title: encoding for title, encoding in loaded.items() if encoding}
@@ -242,6 +244,8 @@ def _compression_table(ours: Tokenizer, texts: Mapping[str, str], baselines: Map
     for title in ("bytes", *(f"{title}\n{size:,}" for title, size in sizes.items()), *(f"vs {b}" for b in baselines)):
         table.add_column(title, justify="right")
     for kind, text in texts.items():
+        if not text:
+            continue
         n_bytes = len(text.encode())
         own = len(ours.encode(text))
         theirs = [len(encoding.encode_ordinary(text)) for encoding in baselines.values()]

@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from lmchat.data.parquet_text import open_parquet
-from lmchat.files import locked
+from lmchat.files import locked, replacing
 from lmchat.types import UserError
 
 _ATTEMPTS = 5
@@ -124,21 +124,36 @@ def _is_present(path: Path, shard: Shard) -> bool:
 
 @contextlib.contextmanager
 def _claim(output: Path, repo_id: str) -> Iterator[None]:
-    """Make the folder, note whose shards it holds, and keep other downloads out of it."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        source = output / _SOURCE
-        if source.exists() and (other := json.loads(source.read_text())["repo_id"]) != repo_id:
-            raise UserError(f"{output} holds shards of {other}, not of {repo_id}; choose another folder with --output")
-        source.write_text(json.dumps({"repo_id": repo_id}) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write to {output} ({error.strerror})") from error
+    """Make the folder, keep other downloads out of it, and note whose shards it holds."""
 
     def refuse() -> None:
         raise UserError(f"another download into {output} is running; wait for it, or stop it")
 
-    with locked(output / ".lock", when_taken=refuse):
+    with contextlib.ExitStack() as stack:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(output / ".lock", when_taken=refuse))
+            _note_source(output, repo_id)
+        except OSError as error:
+            raise UserError(f"cannot write to {output} ({error.strerror})") from error
         yield
+
+
+def _note_source(output: Path, repo_id: str) -> None:
+    source = output / _SOURCE
+    if not source.exists():
+        with replacing(source) as unfinished:
+            unfinished.write_text(json.dumps({"repo_id": repo_id}) + "\n")
+        return
+    try:
+        other = json.loads(source.read_text())["repo_id"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{source}, which says whose shards are there, is damaged; delete it if they are those of {repo_id}, or "
+            "choose another folder with --output"
+        ) from error
+    if other != repo_id:
+        raise UserError(f"{output} holds shards of {other}, not of {repo_id}; choose another folder with --output")
 
 
 class _Hub:

@@ -166,7 +166,7 @@ class _Reader:
     def _text_of(self, line: bytes, place: str) -> str:
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{place} is not valid JSON ({error}); correct or remove the line") from error
         if not isinstance(record, dict) or self.text_field not in record:
             has = f"the fields {', '.join(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
@@ -205,6 +205,8 @@ def write_shards(
         raise UserError(f"validation_fraction is {validation_fraction}; it must be between 0 and 1, for example 0.01")
     if shard_characters < 1:
         raise UserError(f"shard_characters is {shard_characters}; it must be at least 1")
+    if abs(seed) >= 2**63:
+        raise UserError(f"seed is {seed}; it must be below 2^63 in size")
     with new_folder(output) as folder:
         spilled = folder / "spilled"
         spilled.mkdir()

@@ -50,7 +50,9 @@ def open_parquet(path: Path) -> pq.ParquetFile:
 def check_text_column(parquet: pq.ParquetFile, path: Path, column: str = TEXT_COLUMN) -> None:
     """Raise `UserError` unless the file has a string column of this name."""
     schema = parquet.schema_arrow
-    if schema.names.count(column) != 1:
+    if schema.names.count(column) > 1:
+        raise UserError(f"{path} has several columns `{column}`; {_NAME_COLUMN}")
+    if column not in schema.names:
         raise UserError(
             f"{path} has no column `{column}` (it has: {', '.join(schema.names) or 'none'}); {_NAME_COLUMN}"
         )

@@ -94,7 +94,7 @@ class Header:
             if fields.pop("format") != _FORMAT:
                 return None
             header = cls(**{**fields, "source": Source(**fields["source"])})
-        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
             return None
         return header if size == header.file_bytes else None
 

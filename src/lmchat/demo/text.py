@@ -64,13 +64,17 @@ def _separator(text: Path) -> str | None:
     found = [text] if text.is_file() else [path for path in text.rglob("*") if path.is_file()]
     files = [path for path in found if path.suffix.lower() in PLAIN_SUFFIXES]
     try:
-        content = b"\n".join(path.read_bytes() for path in files)
+        if len(files) >= FEW_FILES and sum(path.stat().st_size for path in files) <= LONG_FILE_BYTES * len(files):
+            return None
+        paragraph_breaks = ("\r\n\r\n", "\n\n")
+        return next((cut for cut in paragraph_breaks if _count(cut, files) >= FEW_FILES), "\n")
     except OSError:
         return None  # the import says which file it is
-    if len(files) >= FEW_FILES and len(content) <= LONG_FILE_BYTES * len(files):
-        return None
-    paragraph_breaks = ("\r\n\r\n", "\n\n")
-    return next((cut for cut in paragraph_breaks if content.count(cut.encode()) >= FEW_FILES), "\n")
+
+
+def _count(cut: str, files: list[Path]) -> int:
+    """How often it is in the files, read one at a time."""
+    return sum(path.read_bytes().count(cut.encode()) for path in files)
 
 
 def train_tokenizer(run: Demo) -> Figures:

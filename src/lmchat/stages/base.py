@@ -22,6 +22,7 @@ from lmchat.model.allocator import keep_large_blocks
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT, default_compute_dtype
 from lmchat.optim.muon_adamw import MuonAdamW, build_param_groups
+from lmchat.option_checks import check_count, check_range
 from lmchat.paths import tokenizer_dir as default_tokenizer_dir
 from lmchat.scaling import flops_per_token, parameter_counts
 from lmchat.tokenizer.bpe import Tokenizer
@@ -100,7 +101,9 @@ class StageModule(L.LightningModule):
             "scalar_lr": scalar_lr,
         }
         self.weight_decay = weight_decay
-        check_range(weight_decay=weight_decay, **self.learning_rates)
+        check_range("model", weight_decay=weight_decay, **self.learning_rates)
+        if global_batch_tokens is not None:
+            check_count("model", 1, global_batch_tokens=global_batch_tokens)
         self.lr_scale = 1.0
         self.compute_dtype = compute_dtype
         self.attention = attention
@@ -153,7 +156,7 @@ class StageModule(L.LightningModule):
 
     @property
     def tokenizer_path(self) -> Path:
-        return Path(self.tokenizer_dir) if self.tokenizer_dir else default_tokenizer_dir()
+        return Path(self.tokenizer_dir).expanduser() if self.tokenizer_dir else default_tokenizer_dir()
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -188,10 +191,11 @@ class StageModule(L.LightningModule):
                 net = GPT(self.config, compute_dtype=dtype, attention=self.attention)
             net.to_empty(device=device)
         except RuntimeError as error:
-            billions = parameter_counts(self.config).total / 1e9
+            billions, config = parameter_counts(self.config).total / 1e9, self.config
             raise UserError(
-                f"a model of depth {self.config.n_layer} has {billions:,.1f} billion parameters and finds no room on "
-                f"{device} ({str(error).splitlines()[0]}); choose a smaller --model.depth"
+                f"a model of depth {config.n_layer} for {config.sequence_len} tokens has {billions:,.1f} billion "
+                f"parameters and finds no room on {device} ({str(error).splitlines()[0]}); choose a smaller "
+                "--model.depth or --model.sequence_len"
             ) from error
         net.init_weights()
         self.net = net
@@ -275,21 +279,6 @@ class StageModule(L.LightningModule):
         }
 
 
-def check_range(most: float = math.inf, **numbers: float) -> None:
-    """Raises UserError unless the module's options, given by name, are finite numbers from 0 to ``most``."""
-    for name, value in numbers.items():
-        if not 0 <= value <= most or math.isinf(value):
-            span = "from 0" if math.isinf(most) else f"from 0 to {most:g}"
-            raise UserError(f"--model.{name} is {value}; it must be a number {span}")
-
-
-def check_at_least(least: int, **numbers: int) -> None:
-    """Raises UserError unless the data's options, given by name, are ``least`` or more."""
-    for name, value in numbers.items():
-        if value < least:
-            raise UserError(f"--data.{name} is {value}; it must be at least {least}")
-
-
 def check_precision(precision: str | int | None) -> None:
     """Raises UserError unless the trainer's ``precision`` leaves the fp32 master weights as they are."""
     if precision not in (None, 32, "32", "32-true"):
@@ -319,7 +308,7 @@ class StageDataModule(L.LightningDataModule):
     def __init__(self, micro_batch_size: int | None) -> None:
         super().__init__()
         if micro_batch_size is not None:
-            check_at_least(1, micro_batch_size=micro_batch_size)
+            check_count("data", 1, micro_batch_size=micro_batch_size)
         self._micro_batch_size = micro_batch_size
         self.position: dict[str, Any] | None = None
 
@@ -423,8 +412,9 @@ def accumulation_steps(global_batch_tokens: int, micro_batch_size: int, sequence
     steps, rest = divmod(global_batch_tokens, round_tokens)
     if rest == 0 and steps > 0:
         return steps
-    smaller = [n for n in range(1, micro_batch_size) if global_batch_tokens % (n * sequence_len * world_size) == 0]
     nearest = [n * round_tokens for n in (steps, steps + 1) if n]
+    rows, rest = divmod(global_batch_tokens, sequence_len * world_size)
+    smaller = [] if rest else [n for n in divisors(rows) if n < micro_batch_size]
     remedies = [f"--data.micro_batch_size {smaller[-1]}"] if smaller else []
     remedies += [f"--model.global_batch_tokens {tokens}" for tokens in nearest]
     micro_batches, rest = divmod(global_batch_tokens, micro_batch_size * sequence_len)
@@ -437,5 +427,11 @@ def accumulation_steps(global_batch_tokens: int, micro_batch_size: int, sequence
 
 def nearest_divisors(number: int, near: int) -> list[int]:
     """The divisors of ``number`` next below and next above ``near``, as far as there are."""
-    divisors = [n for n in range(1, number + 1) if number % n == 0]
-    return [n for n in divisors if n < near][-1:] + [n for n in divisors if n > near][:1]
+    found = divisors(number)
+    return [n for n in found if n < near][-1:] + [n for n in found if n > near][:1]
+
+
+def divisors(number: int) -> list[int]:
+    """The divisors of ``number``, 0 of which has none, in ascending order."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})

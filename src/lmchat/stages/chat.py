@@ -15,7 +15,8 @@ from lmchat.evaluation.chat_tasks import Questions, TaskQuestions, grade
 from lmchat.generation.engine import Engine
 from lmchat.model.config import GPTConfig
 from lmchat.optim.muon_adamw import MuonAdamW
-from lmchat.stages.base import StageDataModule, StageModule, check_at_least, check_range
+from lmchat.option_checks import check_count, check_range
+from lmchat.stages.base import StageDataModule, StageModule
 from lmchat.tasks.base import Task
 from lmchat.types import UserError
 
@@ -55,7 +56,7 @@ class ChatModule(StageModule):
             "scalar_lr": scalar_lr,
         }
         self._given_learning_rates = {name: lr for name, lr in given.items() if lr is not None}
-        check_range(init_lr_fraction=init_lr_fraction, **self._given_learning_rates)
+        check_range("model", init_lr_fraction=init_lr_fraction, **self._given_learning_rates)
         self.warm_start_optimizer = warm_start_optimizer
         self._config: GPTConfig | None = None
         self._start: Checkpoint | None = None
@@ -147,7 +148,7 @@ class ChatDataModule(StageDataModule):
         eval_max_new_tokens: int,
     ) -> None:
         super().__init__(micro_batch_size)
-        check_at_least(1, eval_batch_size=eval_batch_size)
+        check_count("data", 1, eval_batch_size=eval_batch_size)
         self.eval_tasks = eval_tasks or []
         for task in self.eval_tasks:
             task.check_graded()

@@ -17,8 +17,9 @@ from lmchat.data.mixture import Mixture, MixturePart
 from lmchat.data.rollouts import Rollouts, Sampling
 from lmchat.evaluation.chat_tasks import Questions
 from lmchat.evaluation.pass_at_k import PassAtK
+from lmchat.option_checks import check_count
 from lmchat.schedules import rl_lr_multiplier
-from lmchat.stages.base import Schedule, check_at_least, nearest_divisors
+from lmchat.stages.base import Schedule, nearest_divisors
 from lmchat.stages.chat import ChatDataModule, ChatModule, sum_over_step
 from lmchat.tasks.base import Task
 from lmchat.tokenizer.render import render_for_completion
@@ -140,9 +141,9 @@ class RolloutDataModule(ChatDataModule):
         eval_batch_size: int = 16,
         seed: int = 42,
     ) -> None:
-        check_at_least(1, questions_per_step=questions_per_step, max_new_tokens=max_new_tokens)
-        check_at_least(1, eval_num_samples=eval_num_samples)
-        check_at_least(2, num_samples=num_samples)  # one alone is its group's mean, and teaches nothing
+        check_count("data", 1, questions_per_step=questions_per_step, max_new_tokens=max_new_tokens)
+        check_count("data", 1, eval_num_samples=eval_num_samples)
+        check_count("data", 2, num_samples=num_samples)  # one alone is its group's mean, and teaches nothing
         eval_task.check_graded()
         super().__init__(num_samples, eval_tasks, eval_batch_size, max_new_tokens)
         self.mixtures = {"train": Mixture(train, seed)}

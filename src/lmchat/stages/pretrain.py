@@ -13,10 +13,11 @@ from lmchat.checkpoint.load import Checkpoint
 from lmchat.data.loader import PackedBatches
 from lmchat.data.token_shards import TokenShards, prepare_token_shards
 from lmchat.model.config import GPTConfig
+from lmchat.option_checks import check_count, check_range
 from lmchat.paths import base_data_dir
 from lmchat.scaling import config_for_depth
 from lmchat.schedules import linear_warmdown, muon_momentum, weight_decay_multiplier
-from lmchat.stages.base import Schedule, StageDataModule, StageModule, check_range
+from lmchat.stages.base import Schedule, StageDataModule, StageModule
 from lmchat.types import Batch, UserError
 
 
@@ -52,7 +53,9 @@ class PretrainModule(StageModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        check_range(1, warmup_ratio=warmup_ratio, warmdown_ratio=warmdown_ratio, final_lr_fraction=final_lr_fraction)
+        check_range(
+            "model", 1, warmup_ratio=warmup_ratio, warmdown_ratio=warmdown_ratio, final_lr_fraction=final_lr_fraction
+        )
         self.depth = depth
         self.sequence_len = sequence_len
         self.aspect_ratio = aspect_ratio
@@ -135,7 +138,8 @@ class FineWebDataModule(StageDataModule):
         eval_tokens: int = 40 * 524288,
     ) -> None:
         super().__init__(micro_batch_size)
-        self.data_dir = Path(data_dir) if data_dir else base_data_dir()
+        check_count("data", 1, buffer_size=buffer_size, eval_tokens=eval_tokens)
+        self.data_dir = Path(data_dir).expanduser() if data_dir else base_data_dir()
         self.buffer_size = buffer_size
         self.eval_tokens = eval_tokens
 

@@ -14,9 +14,10 @@ from lmchat.data.fingerprint import fingerprint
 from lmchat.data.mixture import Mixture, MixturePart
 from lmchat.data.padded import PaddedBatches, PaddedPlan
 from lmchat.evaluation.chat_tasks import Questions
+from lmchat.option_checks import check_range
 from lmchat.paths import base_dir
 from lmchat.schedules import muon_momentum, sft_lr_multiplier
-from lmchat.stages.base import Schedule, check_range
+from lmchat.stages.base import Schedule
 from lmchat.stages.chat import ChatDataModule, ChatModule, sum_over_step
 from lmchat.tasks.base import Task
 from lmchat.types import Batch, UserError
@@ -34,7 +35,7 @@ class SFTModule(ChatModule):
 
     def __init__(self, constant_until: float = 0.8, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_range(1, constant_until=constant_until)
+        check_range("model", 1, constant_until=constant_until)
         self.constant_until = constant_until
 
     def schedule(self, step: int) -> Schedule:

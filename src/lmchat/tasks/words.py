@@ -43,8 +43,14 @@ def words_from_text(
 
 
 def write_words(words: Iterable[str], path: str | Path | None = None) -> Path:
-    """Write a word list, a word a line, to ``path`` or to `default_words_path`; returns where."""
+    """Write a word list, a word a line, to ``path`` or to `default_words_path`; returns where.
+
+    Raises:
+        UserError: ``path`` is a folder.
+    """
     file = Path(path).expanduser() if path is not None else default_words_path()
+    if file.is_dir():
+        raise UserError(f"the word list {file} is a folder; name a file")
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as unfinished:
         unfinished.write_text("".join(f"{word}\n" for word in words), encoding="utf-8")

@@ -47,6 +47,7 @@ SPECIAL_TOKENS = (
 
 _FILE = "tokenizer.json"
 _SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
+_LARGEST_VOCABULARY = 2**24
 
 # tiktoken's regex engine keeps one stack entry per character of a whitespace run and panics beyond a million.
 _WHITESPACE_LIMIT = 500_000
@@ -95,12 +96,14 @@ class Tokenizer:
         Of pairs that occur equally often, the one with the lower ids is merged first.
 
         Raises:
-            UserError: ``vocab_size`` is below the bytes and special tokens.
+            UserError: ``vocab_size`` is below the bytes and special tokens, or above 2²⁴.
             TooFewMerges: the text has too few pairs to merge.
         """
         from tokenizers import Tokenizer as HuggingFaceTokenizer
         from tokenizers import models, trainers
 
+        if vocab_size > _LARGEST_VOCABULARY:
+            raise UserError(f"vocab_size {vocab_size} is too large; use at most {_LARGEST_VOCABULARY}")
         if vocab_size < _SMALLEST_VOCABULARY:
             raise UserError(
                 f"vocab_size {vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} special tokens need "
@@ -133,7 +136,9 @@ class Tokenizer:
         Raises:
             UserError: there is no tokenizer in the folder, or it is damaged.
         """
-        path = Path(directory) / _FILE
+        path = Path(directory).expanduser() / _FILE
+        if Path(directory).is_file():
+            raise UserError(f"{directory} is a file; give the folder that holds the tokenizer")
         if not path.is_file():
             raise UserError(
                 f"no tokenizer in {directory} ({_FILE} is missing): train one with `lmchat tokenizer train`"

@@ -1,0 +1,30 @@
+"""The settings of a run, kept with what it logs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from lmchat.paths import base_dir
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes every setting of a run to ``config.yaml``, in the logger's folder or else in ``logs/<stage>/<tag>``.
+
+    Without a logger that has a folder of its own, Lightning would write it to the current folder, over what is there.
+    """
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace) -> None:
+        super().__init__(parser, config, overwrite=True, save_to_log_dir=False)
+
+    def save_config(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        folder = base_dir() / "logs" / pl_module.stage / pl_module.tag
+        if isinstance(trainer.logger, TensorBoardLogger | CSVLogger):
+            folder = Path(trainer.logger.log_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.parser.save(self.config, folder / self.config_filename, skip_none=False, overwrite=self.overwrite)

@@ -1,0 +1,27 @@
+"""Numbers that a user gives as options, checked when they are given."""
+
+from __future__ import annotations
+
+import math
+
+from lmchat.types import UserError
+
+MOST_COUNT = 2**40
+"""Of tokens, rows, steps or questions: more than any run has, and sizes made of it still fit into 64 bits."""
+
+
+def check_range(group: str, most: float = math.inf, **numbers: float) -> None:
+    """Raises UserError unless the options ``--group.name`` are finite numbers from 0 to ``most``."""
+    for name, value in numbers.items():
+        if not 0 <= value <= most or math.isinf(value):
+            span = "from 0" if math.isinf(most) else f"from 0 to {most:g}"
+            raise UserError(f"--{group}.{name} is {value}; it must be a number {span}")
+
+
+def check_count(group: str, least: int, **numbers: int) -> None:
+    """Raises UserError unless the options ``--group.name`` are from ``least`` to `MOST_COUNT`."""
+    for name, value in numbers.items():
+        if value < least:
+            raise UserError(f"--{group}.{name} is {value}; it must be at least {least}")
+        if value > MOST_COUNT:
+            raise UserError(f"--{group}.{name} is {value}; it must be at most {MOST_COUNT}")
