@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import TYPE_CHECKING
 
@@ -12,14 +13,17 @@ DENSE_BF16_PEAK = {
     "B300": 2.25e15,
     "B200": 2.25e15,
     "GB200": 2.5e15,
+    "H200 NVL": 836e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 836e12,
     "H100": 989e12,
     "GH200": 989e12,
     "A100": 312e12,
     "A10G": 70e12,
     "A10": 125e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "RTX 5090": 209.5e12,
     "RTX 4090": 165.2e12,
@@ -27,7 +31,7 @@ DENSE_BF16_PEAK = {
     "MI300X": 1307e12,
     "MI325X": 1307e12,
 }
-"""Dense bf16 peak in FLOP/s by a part of the device's name, from the makers' data sheets; more specific names first."""
+"""Dense bf16 peak in FLOP/s by words of the device's name, from the makers' data sheets; more specific names first."""
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
@@ -40,7 +44,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        return next((peak for part, peak in DENSE_BF16_PEAK.items() if part in name), None)
+        return next((peak for words, peak in DENSE_BF16_PEAK.items() if re.search(rf"\b{words}\b", name)), None)
     if device.type == "cpu":
         return _measured_matmul_flops(dtype)
     return None

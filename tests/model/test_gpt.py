@@ -362,6 +362,16 @@ def test_a_context_beyond_the_tables_is_refused() -> None:
             model(torch.zeros(1, 1, dtype=torch.int64), cache)
 
 
+def test_a_named_attention_is_that_of_the_first_device() -> None:
+    """Lightning moves the model to the CPU when a run on a GPU ends, and no backend of a GPU works there."""
+    model = GPT(SMALL, attention="masked")
+    assert model.to(torch.float32).attention_backend == "masked"
+    model.attention, model._first_device = "flash", "cuda"
+    assert model.cpu().attention_backend == "banded"
+    with pytest.raises(UserError, match="attention 'flash' does not work on cpu"):
+        GPT(SMALL, attention="flash")
+
+
 def test_an_unknown_attention_is_refused() -> None:
     with pytest.raises(UserError, match="attention is 'fast'"):
         GPT(SMALL, attention="fast")

@@ -11,7 +11,9 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lmchat.__main__ import main
 from lmchat.cli import LMChatCLI
@@ -154,3 +156,29 @@ def test_parameters_travel_in_the_compute_dtype_unless_told_otherwise(
     trainer: Any = SimpleNamespace(gradient_clip_val=None)
     strategy.setup_optimizers(trainer)
     assert made["gather_dtype"] == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "exception", "expected"),
+    [
+        # By the time of the teardown, what is saved on an exception is saved.
+        ("cuda", RuntimeError(), ["destroy control", "abort", "teardown"]),
+        ("cuda", KeyboardInterrupt(), ["destroy control", "abort", "teardown"]),
+        ("cuda", SIGTERMException(), ["teardown"]),
+        ("cpu", RuntimeError(), ["destroy control", "destroy default", "teardown"]),
+    ],
+)
+def test_a_failed_run_leaves_no_collective_behind(
+    device: str, exception: BaseException, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    strategy = Zero2MuonStrategy()
+    monkeypatch.setattr(Zero2MuonStrategy, "root_device", torch.device(device))
+    monkeypatch.setattr(zero2_muon, "_abort_process_group", lambda: calls.append("abort"))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda group="default": calls.append(f"destroy {group}"))
+    monkeypatch.setattr(DDPStrategy, "on_exception", lambda *_: None)
+    monkeypatch.setattr(DDPStrategy, "teardown", lambda _: calls.append("teardown"))
+    strategy._control_group = "control"  # type: ignore[assignment]
+    strategy.on_exception(exception)
+    strategy.teardown()
+    assert calls == expected

@@ -9,13 +9,13 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from tqdm import tqdm
 
 from lmchat.hardware import peak_flops, peak_memory_bytes
 from lmchat.scaling import flops_per_token
 from lmchat.stages.base import StageModule
+from lmchat.strategies.reduce_numbers import reduce_numbers
 from lmchat.types import UserError
 
 EMA_DECAY = 0.9
@@ -129,10 +129,7 @@ class Monitor(Callback):
 
     def _record(self, trainer: L.Trainer, module: StageModule, loss: torch.Tensor) -> None:
         ema = torch.as_tensor(self.loss_ema) / (1 - EMA_DECAY**self.ema_steps)
-        losses = torch.stack([loss, ema]) / trainer.world_size
-        if trainer.world_size > 1:  # not by the strategy's reduce, which adds a barrier
-            dist.all_reduce(losses)
-        loss_value, ema_value = losses.tolist()
+        loss_value, ema_value = reduce_numbers(trainer, torch.stack([loss, ema]) / trainer.world_size).tolist()
         position = module.data.progress()
         step, seconds = trainer.global_step, self._watch.lap()
         rate = self._lap_tokens / seconds

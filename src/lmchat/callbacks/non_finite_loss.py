@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lmchat.strategies.reduce_numbers import reduce_numbers
 from lmchat.types import UserError
 
 NOWHERE = 2**62
@@ -21,7 +22,7 @@ class NonFiniteLoss(Callback):
     """Does not take an optimizer step to which any micro-batch of any rank contributes a loss that is not finite.
 
     Nor one whose gradient is not, which an overflow in the backward pass can bring about. The ranks agree once per
-    step on both; on a GPU the first reaches the CPU while the last backward pass runs.
+    step on both; on a GPU the losses reach the CPU while the last backward pass runs.
 
     Args:
         action: "stop" ends the run as it was before that step; "skip" drops the step's gradients, counts it in
@@ -40,8 +41,6 @@ class NonFiniteLoss(Callback):
         self._losses.append(loss.detach())
         if len(self._losses) == trainer.accumulate_grad_batches:
             place = _first_non_finite(torch.stack(self._losses), trainer.global_rank, trainer.world_size)
-            if trainer.world_size > 1:  # not by the strategy's reduce, which waits for the device
-                dist.all_reduce(place, op=dist.ReduceOp.MIN)
             self._place = _read_later(place)
             self._losses.clear()
 
@@ -62,7 +61,8 @@ class NonFiniteLoss(Callback):
 
     def _finding(self, trainer: L.Trainer, optimizer: Any) -> str | None:
         """What is not finite, the same on every rank."""
-        step, place = trainer.global_step + 1, self._place()
+        step = trainer.global_step + 1
+        place = int(reduce_numbers(trainer, torch.tensor(self._place()), dist.ReduceOp.MIN))
         if place != NOWHERE:
             micro_batch, rank = divmod(place, trainer.world_size)
             return f"the loss is not finite at step {step}, in micro-batch {micro_batch} (from 0) of rank {rank}"

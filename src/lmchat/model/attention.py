@@ -88,6 +88,7 @@ def _compiled_flex() -> Any:
     return torch.compile(flex_attention, dynamic=False)
 
 
+@torch.compiler.disable  # Compiled code overlooks the cache.
 @cache
 def _flex_mask(length: int, window: int, device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
@@ -95,7 +96,8 @@ def _flex_mask(length: int, window: int, device: torch.device) -> Any:
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (query - key <= window)
 
-    return create_block_mask(visible, None, None, length, length, device=str(device))
+    with torch.inference_mode(False):  # An evaluation may be the first to ask, and training must be able to use it.
+        return create_block_mask(visible, None, None, length, length, device=str(device))
 
 
 def window_mask(query_positions: Tensor, key_positions: Tensor, window: int) -> Tensor:
@@ -143,7 +145,7 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim
             failure = probe(candidate, device, dtype, head_dim, grouped)
             if failure is None:
                 return candidate
-            logger.info("attention %s does not work on %s in %s: %s", candidate, device, dtype, failure)
+            logger.warning("attention %s does not work on %s in %s: %s", candidate, device, dtype, failure)
         return "masked"
     if name not in BACKENDS:
         raise UserError(f"attention is {name!r}; choose auto or one of {', '.join(BACKENDS)}")

@@ -170,6 +170,7 @@ class GPT(nn.Module):
         self.compute_dtype = compute_dtype
         self.rotary_dtype = rotary_dtype
         self.attention = attention
+        self._first_device: str | None = None
         self.fused_head = False
         vocab = config.padded_vocab_size
         self.transformer = Transformer(config)
@@ -199,14 +200,22 @@ class GPT(nn.Module):
         return self
 
     def _follow_device(self) -> None:
-        """Set up what is neither weight nor saved: rotary tables, which `to_empty` leaves unset, and attention."""
+        """Set up what is neither weight nor saved: rotary tables, which `to_empty` leaves unset, and attention.
+
+        A backend chosen by name is that of the first device: Lightning moves a model that was trained to the CPU.
+        """
         self._build_rotary_tables()
         if self.device.type == "meta":
             self.attention_backend = self.attention
             return
         config = self.config
+        self._first_device = self._first_device or self.device.type
         self.attention_backend = choose_backend(
-            self.attention, self.device, self.compute_dtype, config.head_dim, config.n_head != config.n_kv_head
+            self.attention if self.device.type == self._first_device else "auto",
+            self.device,
+            self.compute_dtype,
+            config.head_dim,
+            config.n_head != config.n_kv_head,
         )
         for block in self.blocks:
             block.attn.attend = BACKENDS[self.attention_backend]

@@ -7,7 +7,7 @@ import re
 import time
 from abc import abstractmethod
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -59,8 +59,9 @@ class StageModule(L.LightningModule):
         compute_dtype: type of activations and matrix products; "auto" is bf16 where the device multiplies it fast,
             else fp32. Master weights are fp32 always.
         attention: name of the attention backend; "auto" runs the candidates and takes the best that is right.
-        compile: use torch.compile; "auto" is yes where it works and pays: on a GPU, and on a CPU for runs of
-            `COMPILE_FLOPS_ON_CPU` or more; never where shapes change from batch to batch.
+        compile: use torch.compile, for the blocks and on a GPU for the optimizer. "auto" is yes where it works and
+            pays: the blocks on a GPU, and on a CPU for runs of `COMPILE_FLOPS_ON_CPU` or more, never where shapes
+            change from batch to batch.
     """
 
     stage: ClassVar[str]
@@ -202,8 +203,14 @@ class StageModule(L.LightningModule):
         self.bits_per_byte = BitsPerByte(torch.from_numpy(self.tokenizer.token_bytes))
 
     def on_fit_start(self) -> None:
-        if self.compile_mode is True or (self.compile_mode == "auto" and self._compiling_pays() and compiler_works()):
+        if self._compiles(pays=self._compiling_pays()):
             self.net.compile_blocks()
+
+    def _compiles(self, pays: bool) -> bool:
+        """Whether to compile something, which ``pays`` here or not."""
+        if self.compile_mode == "auto":
+            return pays and compiler_works(self.net.device.type)
+        return self.compile_mode
 
     def _compiling_pays(self) -> bool:
         if not self.packed_rows or self.device.type == "cuda":
@@ -219,7 +226,8 @@ class StageModule(L.LightningModule):
             weight_decay=self.weight_decay,
             **self.learning_rates,  # type: ignore[arg-type]
         )
-        return MuonAdamW(groups)
+        on_gpu = self.net.device.type == "cuda"  # where it pays; on a CPU Muon's matrix products take the time
+        return MuonAdamW(groups, compile=on_gpu and self._compiles(pays=True))
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         now = self.schedule(self.trainer.global_step)
@@ -288,10 +296,11 @@ def check_precision(precision: str | int | None) -> None:
         )
 
 
-def compiler_works() -> bool:
-    """Whether torch.compile works here, found by using it: it needs a C++ compiler and Python's headers."""
+@cache
+def compiler_works(device_type: str) -> bool:
+    """Whether torch.compile works here, found by using it: it needs a compiler and Python's headers."""
     try:
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(8))
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device_type))
     except Exception as error:  # Whatever the tool chain lacks, training goes on without it.
         rank_zero_warn(f"torch.compile does not work here, training without it ({str(error).splitlines()[0]})")
         return False

@@ -118,7 +118,7 @@ class ChatModule(StageModule):
         assert isinstance(self.data, ChatDataModule)
         right = grade(self.engine, questions, max_new_tokens=self.data.eval_max_new_tokens)
         metric = cast(MeanMetric, self.accuracy[questions.task.name])
-        metric.update(torch.tensor(right, dtype=torch.float32))
+        metric.update(torch.tensor(right, dtype=torch.float32, device=self.device))
         self.log(f"val/{questions.task.name}", metric, add_dataloader_idx=False)
 
     @property

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, Literal, cast
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 import lmchat.tasks  # noqa: F401  (makes every task known by its short class name)
@@ -21,6 +21,7 @@ from lmchat.option_checks import check_count
 from lmchat.schedules import rl_lr_multiplier
 from lmchat.stages.base import Schedule, nearest_divisors
 from lmchat.stages.chat import ChatDataModule, ChatModule, sum_over_step
+from lmchat.strategies.reduce_numbers import reduce_numbers
 from lmchat.tasks.base import Task
 from lmchat.tokenizer.render import render_for_completion
 from lmchat.types import Rollout, UserError
@@ -195,20 +196,13 @@ class RolloutDataModule(ChatDataModule):
             seed=self.seed,
             rank=self.run.global_rank,
             world_size=self.run.world_size,
-            all_reduce=self._sum_over_ranks,
+            all_reduce=partial(reduce_numbers, self.run),
             fingerprint=fingerprint(
                 mixture, conversation_checksums(mixture), **{"questions per step": self.questions_per_step}
             ),
             state=self.position,
         )
         return self.loader(self.rollouts)
-
-    def _sum_over_ranks(self, numbers: Tensor) -> Tensor:
-        if self.run.world_size == 1:
-            return numbers
-        total = numbers.to(self.module.device)
-        dist.all_reduce(total)  # not by the strategy's reduce, which adds a barrier
-        return total
 
     def val_dataloader(self) -> DataLoader:
         return self.questions([self.eval_task, *self.eval_tasks])

@@ -18,6 +18,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
+from torch.distributed.distributed_c10d import _abort_process_group
 
 from lmchat.optim.muon_adamw import MuonAdamW
 from lmchat.optim.sharded import ShardedMuonAdamW
@@ -44,6 +45,8 @@ class Zero2MuonStrategy(DDPStrategy):
         bucket_mebibytes: size of a message of gradients.
         kwargs: as of `DDPStrategy`, e.g. ``process_group_backend``, ``timeout``.
 
+    Where a rank fails, the others learn of it on the CPU, which no kernel of NCCL holds up that waits for that rank.
+
     Attributes:
         agreed_signal: the signal that ended the run on all ranks, 0 for none.
     """
@@ -61,6 +64,7 @@ class Zero2MuonStrategy(DDPStrategy):
         self._control_group: dist.ProcessGroup | None = None
         self._signal_here = 0
         self._sigint_handler: Any = None
+        self._abandoned = False
         self.agreed_signal = 0
 
     def setup_environment(self) -> None:
@@ -153,6 +157,11 @@ class Zero2MuonStrategy(DDPStrategy):
         self.agreed_signal = int(message[-1])
         return message[:-1]
 
+    def reduce_numbers(self, numbers: Tensor, op: Any) -> Tensor:
+        """A few numbers on the CPU, in place, over the control group, during training."""
+        dist.all_reduce(numbers, op=op, group=self._control_group)
+        return numbers
+
     def _take_over_signals(self, trainer: L.Trainer) -> None:
         # A group of its own on the CPU: asking neither waits for the device nor gets in between its collectives.
         self._control_group = dist.new_group(backend="gloo")
@@ -184,8 +193,14 @@ class Zero2MuonStrategy(DDPStrategy):
         self._control_group = None
         if self.root_device.type == "cpu":
             dist.destroy_process_group()
+        else:
+            self._abandoned = True
 
     def teardown(self) -> None:
+        if self._abandoned:
+            # Kernels that wait for a rank which is gone would hold up what frees memory, and the exit. All is saved
+            # by now; earlier, an abort would free what another rank still reads. (Never run on a GPU.)
+            _abort_process_group()
         if self._sigint_handler is not None:
             signal.signal(signal.SIGINT, self._sigint_handler)
             self._sigint_handler = None
