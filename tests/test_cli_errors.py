@@ -534,8 +534,27 @@ def test_home_is_expanded(base: Path, config: Path, monkeypatch: pytest.MonkeyPa
         "model: {init_args: {tokenizer_dir: ~/tokenizer}}\n"
         "data: {init_args: {data_dir: ~/base_data}}\ncheckpoint: {dirpath: ~/mine}\n"
     )
-    assert main(["fit", "--config", str(config), "--config", str(base / "home.yaml")]) == 0
+    fit = ["fit", "--config", str(config), "--config", str(base / "home.yaml"), "--ckpt_path", "auto"]
+    assert main(fit) == 0
     assert (base / "mine" / "meta_000001.json").is_file()
+    assert main([*fit, "--trainer.max_steps", "2"]) == 0
+    assert (base / "mine" / "meta_000002.json").is_file()
+
+
+def test_auto_goes_on_where_more_is_asked_for(
+    base: Path, config: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A finished run is left alone, unless the steps asked for, or the ratio, are more than it has taken."""
+    caplog.set_level("INFO")
+    small = ["--scaling_laws.tokens_per_parameter", "0.001"]
+    fit = ["fit", "--config", str(config), "--ckpt_path", "auto", "--trainer.max_steps", "-1"]
+    steps = [f"meta_{step:06d}.json" for step in (1, 2)]
+    assert main([*fit, *small]) == 0
+    assert main([*fit, *small]) == 0
+    assert "pretrain d1 is finished" in caplog.text
+    assert sorted(path.name for path in base.rglob("meta_*.json")) == steps[:1]
+    assert main([*fit, "--scaling_laws.tokens_per_parameter", "0.002"]) == 0
+    assert sorted(path.name for path in base.rglob("meta_*.json")) == steps
 
 
 def test_nothing_is_lost_by_a_mistake(base: Path, config: Path) -> None:

@@ -193,7 +193,7 @@ class LMChatCLI(LightningCLI):
     def _find_checkpoint(self) -> Checkpoint | None:
         path = self._get(self.config, "ckpt_path")
         given = self._get(self.config, "checkpoint")["dirpath"]
-        own = Path(given) if given else checkpoint_dir(self.model.stage, self.model.tag)
+        own = Path(given).expanduser() if given else checkpoint_dir(self.model.stage, self.model.tag)
         if path == "auto":
             earlier = [checkpoint_dir(stage, self.model.tag) for stage in self.model.earlier_stages]
             path = next((folder for folder in [own, *earlier] if committed_steps(folder)), None)
@@ -204,8 +204,10 @@ class LMChatCLI(LightningCLI):
         if self._resume_path() is None or self._get(self.config, "ckpt_path") != "auto":
             return False
         assert self.checkpoint is not None
-        max_steps = self._get(self.config, "trainer")["max_steps"]
-        return self.checkpoint.step >= max(self.checkpoint.meta["total_steps"], max_steps)
+        steps = self._get(self.config, "trainer")["max_steps"]
+        if self.model.scales_with_depth:
+            steps = self._get(self.config_init, "scaling_laws").plan(self.model, steps).steps
+        return self.checkpoint.step >= max(self.checkpoint.meta["total_steps"], steps)
 
     def _resume_path(self) -> Path | None:
         """What the trainer restores: a checkpoint of the same stage. Another stage's only gives its weights."""

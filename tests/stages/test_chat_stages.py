@@ -339,6 +339,18 @@ def test_chat_takes_the_furthest_stage_and_answers(
     assert "pretrain tiny" in capfd.readouterr().err
 
 
+def test_chat_takes_the_tokenizer_that_the_model_was_trained_with(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LMCHAT_BASE_DIR", str(pipeline))
+    ask = ["chat", "-p", "Hi", "--max_new_tokens", "2", "--tokenizer"]
+    assert main([*ask, str(pipeline / "tokenizer")]) == 0
+    Tokenizer({bytes([byte]): byte for byte in range(256)}).save(tmp_path)
+    capfd.readouterr()
+    assert main([*ask, str(tmp_path)]) == 2
+    assert f"another tokenizer than the one in {tmp_path}; give the folder of its own with" in capfd.readouterr().err
+
+
 def test_chat_keeps_the_conversation_until_it_is_reset(
     pipeline: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -423,6 +435,10 @@ def test_rendering_again_leaves_a_running_reader_what_it_has(tiny_base: Path, tm
         ({"eval_num_samples": 0}, "--data.eval_num_samples is 0"),
         ({"max_new_tokens": 0}, "--data.max_new_tokens is 0"),
         ({"eval_batch_size": 0}, "--data.eval_batch_size is 0; it must be at least 1"),
+        ({"temperature": -1.0}, "--data.temperature is -1.0; it must be a number from 0"),
+        ({"eval_temperature": float("nan")}, "--data.eval_temperature is nan"),
+        ({"top_k": 0}, "--data.top_k is 0; it must be at least 1"),
+        ({"seed": -1}, "--data.seed is -1; it must be at least 0"),
         ({"eval_tasks": [Identity("test"), HumanEval()]}, "HumanEval is scored by running code"),
         ({"eval_task": JSONLConversations("chat.jsonl")}, "has no correct answers"),
     ],

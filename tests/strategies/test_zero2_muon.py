@@ -53,6 +53,13 @@ def test_is_registered() -> None:
     assert isinstance(trainer.strategy, Zero2MuonStrategy)
 
 
+def test_what_it_replaces_in_lightning_is_there() -> None:
+    """An attribute that another version names otherwise would be set, and change nothing."""
+    trainer = L.Trainer(accelerator="cpu", devices=1, logger=False)
+    assert callable(trainer._signal_connector._sigterm_notifier_fn)
+    assert callable(trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor)
+
+
 def test_three_processes_train_what_one_trains(runs: dict[int, list[dict[str, Any]]]) -> None:
     (one,) = runs[1]
     # Micro-batch k of the global order is the rank's k mod 3.

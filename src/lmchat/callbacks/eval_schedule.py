@@ -48,7 +48,7 @@ class EvalSchedule(Callback):
             _run_validation(trainer)
 
 
-def _run_validation(trainer: L.Trainer, **_: Any) -> None:
+def _run_validation(trainer: L.Trainer) -> None:
     """What Lightning's own training loop does when validation is due."""
     trainer.validating = True
     trainer.fit_loop.epoch_loop.val_loop.run()

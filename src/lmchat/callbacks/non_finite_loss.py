@@ -11,7 +11,9 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.optim import Optimizer
 
+from lmchat.optim.muon_adamw import MuonAdamW, are_finite
 from lmchat.strategies.reduce_numbers import reduce_numbers
 from lmchat.types import UserError
 
@@ -45,7 +47,7 @@ class NonFiniteLoss(Callback):
             self._losses.clear()
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
-        finding = self._finding(trainer, optimizer)
+        finding = self._finding(trainer, pl_module, optimizer)
         if finding is None:
             return
         if self.action == "stop":
@@ -53,20 +55,20 @@ class NonFiniteLoss(Callback):
                 f"{finding}; the step was not taken: resume with a lower learning rate, or leave "
                 "such steps out with --non_finite_loss.action skip"
             )
-        optimizer.drop_step()
+        _drop_step(optimizer)
         self.skipped_steps += 1
         rank_zero_warn(f"{finding}: the step is skipped ({self.skipped_steps} so far)")
         for logger in trainer.loggers:
             logger.log_metrics({"train/skipped_steps": self.skipped_steps}, step=trainer.global_step + 1)
 
-    def _finding(self, trainer: L.Trainer, optimizer: Any) -> str | None:
+    def _finding(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Optimizer) -> str | None:
         """What is not finite, the same on every rank."""
         step = trainer.global_step + 1
         place = int(reduce_numbers(trainer, torch.tensor(self._place()), dist.ReduceOp.MIN))
         if place != NOWHERE:
             micro_batch, rank = divmod(place, trainer.world_size)
             return f"the loss is not finite at step {step}, in micro-batch {micro_batch} (from 0) of rank {rank}"
-        if names := optimizer.non_finite_gradients():
+        if names := _non_finite_gradients(module, optimizer):
             more = f" and {len(names) - 1} more" if names[1:] else ""
             return f"the gradient is not finite at step {step}, of {names[0]}{more}, though every loss is"
         return None
@@ -76,6 +78,21 @@ class NonFiniteLoss(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.skipped_steps = state_dict["skipped_steps"]
+
+
+def _non_finite_gradients(module: L.LightningModule, optimizer: Optimizer) -> list[str]:
+    if isinstance(optimizer, MuonAdamW):  # which may hold them elsewhere
+        return optimizer.non_finite_gradients()
+    grads = {name: param.grad for name, param in module.named_parameters() if param.grad is not None}
+    finite = are_finite([grad.sum() for grad in grads.values()])
+    return [name for name, good in zip(grads, finite, strict=True) if not good]
+
+
+def _drop_step(optimizer: Optimizer) -> None:
+    if isinstance(optimizer, MuonAdamW):
+        optimizer.drop_step()
+    else:
+        optimizer.zero_grad(set_to_none=True)
 
 
 def _first_non_finite(losses: Tensor, rank: int, world_size: int) -> Tensor:

@@ -8,7 +8,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from lmchat.option_checks import check_range
-from lmchat.scaling import make_plan
+from lmchat.scaling import Plan, make_plan
 
 
 class ScalingLaws(Callback):
@@ -40,17 +40,21 @@ class ScalingLaws(Callback):
         self.lr_scale = lr_scale
         self.weight_decay = weight_decay
 
+    def plan(self, module: Any, max_steps: int) -> Plan:
+        """What the laws make of a module that scales with depth; ``max_steps`` is the trainer's, -1 for none."""
+        return make_plan(
+            **module.shape,
+            ratio=self.tokens_per_parameter,
+            target_flops=self.target_flops,
+            max_steps=max_steps if max_steps > 0 else None,
+            global_batch_tokens=module.global_batch_tokens,
+            weight_decay=module.weight_decay,
+        )
+
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         if stage != "fit" or not pl_module.scales_with_depth:
             return
-        plan = make_plan(
-            **pl_module.shape,
-            ratio=self.tokens_per_parameter,
-            target_flops=self.target_flops,
-            max_steps=trainer.max_steps if trainer.max_steps > 0 else None,
-            global_batch_tokens=pl_module.global_batch_tokens,
-            weight_decay=pl_module.weight_decay,
-        )
+        plan = self.plan(pl_module, trainer.max_steps)
         trainer.fit_loop.epoch_loop.max_steps = plan.steps
         pl_module.global_batch_tokens = plan.global_batch_tokens
         pl_module.weight_decay = plan.weight_decay if self.weight_decay is None else self.weight_decay

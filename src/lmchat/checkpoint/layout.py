@@ -18,6 +18,8 @@ from lmchat.paths import base_dir
 from lmchat.types import UserError
 
 STAGE_FOLDERS = {"pretrain": "base_checkpoints", "sft": "chatsft_checkpoints", "grpo": "chatrl_checkpoints"}
+"""The stages in their order, each with the folder of its runs' checkpoints."""
+
 LOCK_NAME = ".lock"
 
 # The receipt is what a rank other than 0 leaves for rank 0 to put into meta; it is gone afterwards.

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from lmchat.generation.engine import Engine, Piece
 
 HELP = "/reset begins anew, /system TEXT too, with a system prompt or without TEXT none, /quit (or Ctrl-D) leaves"
-FURTHEST_FIRST = ("grpo", "sft", "pretrain")
 
 
 def chat(
     checkpoint: Path | None = None,
+    tokenizer: Path | None = None,
     prompt: str | None = None,
     system: str | None = None,
     temperature: float = 0.6,
@@ -31,6 +31,8 @@ def chat(
 
     Args:
         checkpoint: folder or file of a checkpoint; by default the newest of the furthest stage that there is.
+        tokenizer: folder of its tokenizer; by default the one beside the folders of checkpoints, or else
+            $LMCHAT_BASE_DIR/tokenizer.
         prompt: answer this one message and leave.
         system: a system prompt.
         temperature: 0 for the likeliest answer.
@@ -39,7 +41,7 @@ def chat(
         seed: of the sampling; each answer of a conversation draws anew.
     """
     found = _find(checkpoint)
-    engine = load_engine(found)
+    engine = load_engine(found, tokenizer)
     print(f"{found.stage} {found.meta['tag']}, step {found.step}: {found.paths.meta}", file=sys.stderr)
     stream = partial(engine.stream, temperature=temperature, top_k=top_k, max_new_tokens=max_new_tokens)
     talk = _begin(system)
@@ -76,14 +78,14 @@ def _find(path: Path | None) -> Checkpoint:
 
     if path is not None:
         return find_checkpoint(path)
-    for stage in FURTHEST_FIRST:
-        metas = base_dir().glob(f"{STAGE_FOLDERS[stage]}/*/meta_*.json")
+    for folder in reversed(STAGE_FOLDERS.values()):  # the furthest stage first
+        metas = base_dir().glob(f"{folder}/*/meta_*.json")
         if newest := max(metas, key=lambda meta: meta.stat().st_mtime, default=None):
             return find_checkpoint(newest.parent)
     raise UserError(f"there is no model in {base_dir()}; train one first with `lmchat fit`, or name one: --checkpoint")
 
 
-def load_engine(checkpoint: Checkpoint) -> Engine:
+def load_engine(checkpoint: Checkpoint, tokenizer_folder: Path | None = None) -> Engine:
     """The checkpoint's model with its tokenizer, on the GPU if there is one.
 
     Raises:
@@ -98,10 +100,13 @@ def load_engine(checkpoint: Checkpoint) -> Engine:
 
     # A pipeline's tokenizer lies beside its checkpoints.
     beside = checkpoint.paths.directory.parent.parent / "tokenizer"
-    folder = beside if beside.is_dir() else tokenizer_dir()
+    folder = tokenizer_folder or (beside if beside.is_dir() else tokenizer_dir())
     tokenizer = Tokenizer.load(folder)
     if tokenizer.fingerprint != checkpoint.meta["tokenizer_fingerprint"]:
-        raise UserError(f"{checkpoint.paths.meta} was trained with another tokenizer than the one in {folder}")
+        raise UserError(
+            f"{checkpoint.paths.meta} was trained with another tokenizer than the one in {folder}; give the folder of "
+            "its own with --tokenizer"
+        )
     return Engine(load_model(checkpoint, "cuda" if torch.cuda.is_available() else "cpu"), tokenizer)
 
 

@@ -148,7 +148,7 @@ class ChatDataModule(StageDataModule):
         eval_max_new_tokens: int,
     ) -> None:
         super().__init__(micro_batch_size)
-        check_count("data", 1, eval_batch_size=eval_batch_size)
+        check_count("data", 1, eval_batch_size=eval_batch_size, eval_max_new_tokens=eval_max_new_tokens)
         self.eval_tasks = eval_tasks or []
         for task in self.eval_tasks:
             task.check_graded()

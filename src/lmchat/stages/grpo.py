@@ -17,7 +17,7 @@ from lmchat.data.mixture import Mixture, MixturePart
 from lmchat.data.rollouts import Rollouts, Sampling
 from lmchat.evaluation.chat_tasks import Questions
 from lmchat.evaluation.pass_at_k import PassAtK
-from lmchat.option_checks import check_count
+from lmchat.option_checks import check_count, check_range
 from lmchat.schedules import rl_lr_multiplier
 from lmchat.stages.base import Schedule, nearest_divisors
 from lmchat.stages.chat import ChatDataModule, ChatModule, sum_over_step
@@ -143,7 +143,9 @@ class RolloutDataModule(ChatDataModule):
         seed: int = 42,
     ) -> None:
         check_count("data", 1, questions_per_step=questions_per_step, max_new_tokens=max_new_tokens)
-        check_count("data", 1, eval_num_samples=eval_num_samples)
+        check_count("data", 1, eval_num_samples=eval_num_samples, **({} if top_k is None else {"top_k": top_k}))
+        check_count("data", 0, seed=seed)
+        check_range("data", temperature=temperature, eval_temperature=eval_temperature)
         check_count("data", 2, num_samples=num_samples)  # one alone is its group's mean, and teaches nothing
         eval_task.check_graded()
         super().__init__(num_samples, eval_tasks, eval_batch_size, max_new_tokens)
@@ -155,10 +157,12 @@ class RolloutDataModule(ChatDataModule):
         self.seed = seed
 
     def setup(self, stage: str) -> None:
+        if stage != "fit":
+            return
         loop = self.run.fit_loop.epoch_loop
         questions = len(self.mixtures["train"])
         steps = questions // self.questions_per_step
-        if stage == "fit" and steps < 1:
+        if steps < 1:
             raise UserError(
                 f"{questions} questions are less than one step of "
                 f"--data.questions_per_step {self.questions_per_step}; ask fewer per step"

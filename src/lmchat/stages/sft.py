@@ -14,7 +14,7 @@ from lmchat.data.fingerprint import fingerprint
 from lmchat.data.mixture import Mixture, MixturePart
 from lmchat.data.padded import PaddedBatches, PaddedPlan
 from lmchat.evaluation.chat_tasks import Questions
-from lmchat.option_checks import check_range
+from lmchat.option_checks import check_count, check_range
 from lmchat.paths import base_dir
 from lmchat.schedules import muon_momentum, sft_lr_multiplier
 from lmchat.stages.base import Schedule
@@ -87,6 +87,7 @@ class SFTDataModule(ChatDataModule):
         shuffle_seed: int = 42,
     ) -> None:
         super().__init__(micro_batch_size, eval_tasks, eval_batch_size, eval_max_new_tokens)
+        check_count("data", 1, eval_tokens=eval_tokens)
         self.mixtures = {"train": Mixture(train, shuffle_seed), "val": Mixture(val, shuffle_seed)}
         self.eval_tokens = eval_tokens
 

@@ -38,14 +38,13 @@ class Zero2MuonStrategy(DDPStrategy):
 
     SIGTERM or Ctrl-C on any rank ends training on all ranks, after the step or the evaluation's batch in which they
     learn of it; a second Ctrl-C ends it at once. Lightning would ask at every micro-batch, and broadcast from within
-    the signal handler, between this step's collectives.
+    the signal handler, between this step's collectives. Where a rank fails, the others learn of it on the CPU, which no
+    kernel of NCCL holds up that waits for that rank.
 
     Args:
         gather_dtype: in which new parameters travel; "auto" is bf16 where the network computes in bf16.
         bucket_mebibytes: size of a message of gradients.
         kwargs: as of `DDPStrategy`, e.g. ``process_group_backend``, ``timeout``.
-
-    Where a rank fails, the others learn of it on the CPU, which no kernel of NCCL holds up that waits for that rank.
 
     Attributes:
         agreed_signal: the signal that ended the run on all ranks, 0 for none.
