@@ -11,10 +11,10 @@ SOURCE = Path(__file__).resolve().parent.parent / "src" / "lmchat"
 LAYERS = [
     {"types", "messages", "option_checks", "paths", "files", "hardware", "losses", "schedules"},
     {"model", "tokenizer", "optim"},
-    {"scaling", "data", "tasks", "generation"},
+    {"scaling", "stage_table", "data", "tasks", "generation"},
     {"evaluation", "checkpoint"},
     {"strategies", "callbacks", "stages"},
-    {"cli", "commands", "demo", "argument_errors", "__main__", "__init__"},
+    {"cli", "commands", "demo", "__main__", "__init__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FIRST_LIGHTNING_LAYER = LEVEL["stages"]

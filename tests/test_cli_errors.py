@@ -287,7 +287,7 @@ CASES: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
     "stage without a start": (
         nothing,
         ["--model", "GRPOModule"],
-        ["grpo starts from a checkpoint", "give one of stage sft or pretrain with --ckpt_path"],
+        ["rl starts from a checkpoint", "give one of stage sft or pretrain with --ckpt_path"],
     ),
     "no batches": (
         nothing,

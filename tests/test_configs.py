@@ -10,9 +10,9 @@ import lightning.pytorch  # noqa: F401  (its log handler keeps the stderr of its
 import pytest
 
 from lmchat.__main__ import main
-from lmchat.cli import read_data_module
+from lmchat.cli.fit import read_data_module
 from lmchat.demo.training import NEW_ARITHMETIC, SKILLS
-from lmchat.stages.grpo import RolloutDataModule
+from lmchat.stages.rl import RolloutDataModule
 from lmchat.stages.sft import SFTDataModule
 from lmchat.tasks import Arithmetic
 from lmchat.tasks.arithmetic_stories import FAMILIES

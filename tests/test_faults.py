@@ -158,7 +158,7 @@ def test_a_rank_that_cannot_write_ends_all_and_loses_nothing_older(
     assert run(tmp_path, tiny_base, fault, every_n_steps=1) == statuses, output(tmp_path)
     text = output(tmp_path)
     assert len(re.findall(rf"lmchat: cannot write \S*(?:{message})", text)) == 1, text
-    assert text.count("lmchat: ") == 2 and f"rank {1 - rank} has lost another rank" in text
+    assert text.count("lmchat: ") == 2 and f"rank {1 - rank} lost the connection to another rank" in text
     assert "Traceback" not in text
     steps = committed_steps(tmp_path / "base_checkpoints" / "d2")
     assert steps in ([], [1], [1, 2]) and (bool(steps) == (hook != "setup")), text

@@ -57,7 +57,7 @@ EVENTS: dict[str, tuple[Deed | None, int, str | None]] = {
     # what is done to the launcher, Lightning's exit status (torchrun's is 1), and what is said of it
     "SIGTERM": (lambda launcher, _: os.kill(launcher, signal.SIGTERM), 143, None),
     "Ctrl-C": (lambda launcher, _: os.killpg(launcher, signal.SIGINT), 130, None),
-    "SIGKILL of a rank": (_kill_rank_1, 1, "lmchat: rank 0 has lost another rank"),
+    "SIGKILL of a rank": (_kill_rank_1, 1, "lmchat: rank 0 lost the connection to another rank"),
     "error on a rank": (None, 1, "a fault of the test"),
 }
 

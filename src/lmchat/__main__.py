@@ -30,7 +30,7 @@ def help_text() -> str:
 
 
 def _run_trainer(args: list[str]) -> None:
-    from lmchat.cli import main
+    from lmchat.cli.fit import main
 
     main(args)
 
@@ -60,7 +60,7 @@ def main(args: list[str] | None = None) -> int:
         return _fail(f"unknown command {name!r}; the commands are {', '.join([*TRAINER_COMMANDS, *COMMANDS])}")
     from jsonargparse import ArgumentError
 
-    from lmchat.argument_errors import explain
+    from lmchat.cli.argument_errors import explain
     from lmchat.types import RankFailure, UserError
 
     try:

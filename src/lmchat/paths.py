@@ -29,3 +29,8 @@ def tokenizer_dir() -> Path:
 def base_data_dir() -> Path:
     """The folder of the pretraining shards and their token files."""
     return base_dir() / "base_data"
+
+
+def log_dir(stage_folder: str, tag: str) -> Path:
+    """The folder of a run's logs; each start of the run has a version folder in it."""
+    return base_dir() / "logs" / stage_folder / tag

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from lmchat.stages import base
-from lmchat.stages.grpo import GRPOModule
 from lmchat.stages.pretrain import PretrainModule
+from lmchat.stages.rl import GRPOModule
 from lmchat.stages.sft import SFTModule
 from lmchat.tasks import Arithmetic
 from lmchat.types import Conversation

@@ -24,7 +24,7 @@ from lmchat.callbacks import checkpoint
 
 fork_server = multiprocessing.get_context("forkserver")
 # Installed modules only: before Python 3.13 the server does not know where the tests are. The optimizer needs dynamo.
-fork_server.set_forkserver_preload(["lmchat.cli", "torch._dynamo"])
+fork_server.set_forkserver_preload(["lmchat.cli.fit", "torch._dynamo"])
 PR_SET_PDEATHSIG = 1
 
 

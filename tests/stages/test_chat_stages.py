@@ -18,7 +18,7 @@ from lmchat.data.mixture import Mixture, MixturePart
 from lmchat.data.padded import PaddedBatches, PaddedPlan
 from lmchat.generation.engine import Engine, Piece
 from lmchat.model.precision import default_compute_dtype
-from lmchat.stages.grpo import RolloutDataModule
+from lmchat.stages.rl import RolloutDataModule
 from lmchat.stages.sft import SFTDataModule
 from lmchat.tasks import Arithmetic, HumanEval, Identity, JSONLConversations, Task
 from lmchat.tokenizer.bpe import Tokenizer
@@ -110,7 +110,7 @@ def log(base: Path, stage: str) -> list[dict[str, str]]:
 
 
 def test_each_stage_starts_from_the_one_before(pipeline: Path) -> None:
-    for folder, stage in (("base", "pretrain"), ("chatsft", "sft"), ("chatrl", "grpo")):
+    for folder, stage in (("base", "pretrain"), ("chatsft", "sft"), ("chatrl", "rl")):
         checkpoint = find_checkpoint(pipeline / f"{folder}_checkpoints" / "tiny")
         assert checkpoint.stage == stage
         assert checkpoint.meta["model"]["sequence_len"] == 256
@@ -331,7 +331,7 @@ def test_chat_takes_the_furthest_stage_and_answers(
     for _ in range(2):
         assert main(["chat", "-p", "Who are you?", "--max_new_tokens", "12"]) == 0
         out, error = capfd.readouterr()
-        assert "grpo" in error
+        assert "rl" in error
         answers.append(out)
     assert answers[0] == answers[1] != "\n"
     base = str(pipeline / "base_checkpoints" / "tiny")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT
-from lmchat.stages.grpo import GRPOModule
+from lmchat.stages.rl import GRPOModule
 from lmchat.types import IGNORE_INDEX, Rollout
 
 PASSES = [slice(0, 8), slice(8, 16)]

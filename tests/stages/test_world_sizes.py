@@ -6,7 +6,7 @@ import pytest
 
 from lmchat.data.mixture import MixturePart
 from lmchat.stages.base import accumulation_steps, divisors
-from lmchat.stages.grpo import RolloutDataModule
+from lmchat.stages.rl import RolloutDataModule
 from lmchat.tasks import Arithmetic
 from lmchat.types import UserError
 

@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lmchat.__main__ import main
-from lmchat.cli import LMChatCLI
+from lmchat.cli.fit import LMChatCLI
 from lmchat.optim.muon_adamw import MuonAdamW
 from lmchat.strategies import zero2_muon
 from lmchat.strategies.zero2_muon import Zero2MuonStrategy

@@ -10,7 +10,8 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from lmchat.paths import base_dir
+from lmchat.paths import log_dir
+from lmchat.stage_table import STAGES
 
 
 class SaveConfig(SaveConfigCallback):
@@ -23,7 +24,7 @@ class SaveConfig(SaveConfigCallback):
         super().__init__(parser, config, overwrite=True, save_to_log_dir=False)
 
     def save_config(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        folder = base_dir() / "logs" / pl_module.stage / pl_module.tag
+        folder = log_dir(STAGES[pl_module.stage].logs, pl_module.tag)
         if isinstance(trainer.logger, TensorBoardLogger | CSVLogger):
             folder = Path(trainer.logger.log_dir)
         folder.mkdir(parents=True, exist_ok=True)

@@ -15,10 +15,8 @@ from pathlib import Path
 
 from lmchat.files import TEMPORARY_SUFFIX
 from lmchat.paths import base_dir
+from lmchat.stage_table import STAGES, current_stage_name
 from lmchat.types import UserError
-
-STAGE_FOLDERS = {"pretrain": "base_checkpoints", "sft": "chatsft_checkpoints", "grpo": "chatrl_checkpoints"}
-"""The stages in their order, each with the folder of its runs' checkpoints."""
 
 LOCK_NAME = ".lock"
 
@@ -30,8 +28,13 @@ _CHECKPOINT_NAME = re.compile(r"(?:model_(\d{6,})\.pt|meta_(\d{6,})\.json)")
 
 
 def checkpoint_dir(stage: str, tag: str) -> Path:
-    """The folder of a run's checkpoints; ``stage`` is a key of `STAGE_FOLDERS`, ``tag`` the run's name, e.g. d26."""
-    return base_dir() / STAGE_FOLDERS[stage] / tag
+    """The folder of a run's checkpoints.
+
+    Args:
+        stage: name of a stage of `lmchat.stage_table`, present or former.
+        tag: the run's name, e.g. d26.
+    """
+    return base_dir() / STAGES[current_stage_name(stage)].checkpoints / tag
 
 
 @dataclass(frozen=True)

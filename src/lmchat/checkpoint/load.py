@@ -16,6 +16,7 @@ from lmchat.checkpoint.layout import CheckpointPaths, committed_steps, files_by_
 from lmchat.checkpoint.writer import FORMAT, json_digest
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT, default_compute_dtype
+from lmchat.stage_table import current_stage_name
 from lmchat.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -35,8 +36,8 @@ class Checkpoint:
 
     @property
     def stage(self) -> str:
-        """pretrain, sft or grpo."""
-        return self.meta["stage"]
+        """Name of the stage, in `lmchat.stage_table`."""
+        return current_stage_name(self.meta["stage"])
 
     @property
     def world_size(self) -> int:

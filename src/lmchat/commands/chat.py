@@ -72,13 +72,13 @@ SHORT_OPTIONS = {"-p": "--prompt"}
 
 
 def _find(path: Path | None) -> Checkpoint:
-    from lmchat.checkpoint.layout import STAGE_FOLDERS
     from lmchat.checkpoint.load import find_checkpoint
     from lmchat.paths import base_dir
+    from lmchat.stage_table import STAGES
 
     if path is not None:
         return find_checkpoint(path)
-    for folder in reversed(STAGE_FOLDERS.values()):  # the furthest stage first
+    for folder in reversed([stage.checkpoints for stage in STAGES.values()]):  # the furthest stage first
         metas = base_dir().glob(f"{folder}/*/meta_*.json")
         if newest := max(metas, key=lambda meta: meta.stat().st_mtime, default=None):
             return find_checkpoint(newest.parent)

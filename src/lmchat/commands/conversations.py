@@ -89,7 +89,7 @@ def _mixture(source: Path, overlay: list[Path], split: str) -> Mixture:
 
 
 def _mixture_of_configs(configs: list[Path], split: str) -> Mixture:
-    from lmchat.cli import read_data_module
+    from lmchat.cli.fit import read_data_module
     from lmchat.stages.chat import ChatDataModule
 
     data = read_data_module(configs)

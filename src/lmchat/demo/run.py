@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lmchat.checkpoint.layout import STAGE_FOLDERS, committed_steps
+from lmchat.checkpoint.layout import committed_steps
+from lmchat.stage_table import STAGES, current_stage_name
 from lmchat.types import UserError
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -63,7 +64,7 @@ class Demo:
         return self.output / "summary.json"
 
     def checkpoints(self, stage: str) -> Path:
-        return self.output / STAGE_FOLDERS[stage] / TAG
+        return self.output / STAGES[current_stage_name(stage)].checkpoints / TAG
 
     def logs(self, stage: str) -> Path:
         return self.output / "logs" / stage / TAG

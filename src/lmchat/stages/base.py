@@ -65,8 +65,6 @@ class StageModule(L.LightningModule):
     """
 
     stage: ClassVar[str]
-    earlier_stages: ClassVar[tuple[str, ...]] = ()
-    """The stages whose checkpoints this one may start from, the nearest first."""
     scales_with_depth: ClassVar[bool] = False
     packed_rows: ClassVar[bool] = True
     """Every micro-batch has the same shape, and all of its tokens are trained on."""

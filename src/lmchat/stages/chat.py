@@ -16,6 +16,7 @@ from lmchat.generation.engine import Engine
 from lmchat.model.config import GPTConfig
 from lmchat.optim.muon_adamw import MuonAdamW
 from lmchat.option_checks import check_count, check_range
+from lmchat.stage_table import STAGES
 from lmchat.stages.base import StageDataModule, StageModule
 from lmchat.tasks.base import Task
 from lmchat.types import UserError
@@ -68,7 +69,7 @@ class ChatModule(StageModule):
     def checkpoint_missing(self) -> UserError:
         """Says what this stage starts from."""
         return UserError(
-            f"{self.stage} starts from a checkpoint; give one of stage {' or '.join(self.earlier_stages)} "
+            f"{self.stage} starts from a checkpoint; give one of stage {' or '.join(STAGES[self.stage].predecessors)} "
             "with --ckpt_path, e.g. its folder"
         )
 
@@ -83,10 +84,10 @@ class ChatModule(StageModule):
         return self.config.sequence_len
 
     def adopt(self, checkpoint: Checkpoint) -> None:
-        if checkpoint.stage not in (self.stage, *self.earlier_stages):
+        if checkpoint.stage not in (self.stage, *STAGES[self.stage].predecessors):
             raise UserError(
                 f"{checkpoint.paths.meta} is of stage {checkpoint.stage}; {self.stage} starts from "
-                f"{' or '.join(self.earlier_stages)}"
+                f"{' or '.join(STAGES[self.stage].predecessors)}"
             )
         self.continue_numerics(checkpoint)
         self._config = GPTConfig(**checkpoint.meta["model"])

@@ -31,7 +31,6 @@ class SFTModule(ChatModule):
     """
 
     stage: ClassVar[str] = "sft"
-    earlier_stages = ("pretrain",)
 
     def __init__(self, constant_until: float = 0.8, **kwargs: Any) -> None:
         super().__init__(**kwargs)

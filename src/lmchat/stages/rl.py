@@ -40,9 +40,8 @@ class GRPOModule(ChatModule):
         momentum: Muon's, without a ramp.
     """
 
-    stage: ClassVar[str] = "grpo"
+    stage: ClassVar[str] = "rl"
     packed_rows: ClassVar[bool] = False
-    earlier_stages = ("sft", "pretrain")
 
     def __init__(
         self,

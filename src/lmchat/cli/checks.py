@@ -1,0 +1,86 @@
+"""Checks of the command line and the configs before anything is built."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from lmchat.cli.argument_errors import config_paths
+from lmchat.stages.base import check_precision
+from lmchat.types import UserError
+
+ENV_PREFIX = "LMCHAT"
+
+DECIDED_BY = {
+    "accumulate_grad_batches": "--model.global_batch_tokens and --data.micro_batch_size",
+    "val_check_interval": "--eval.every_n_steps",
+    "check_val_every_n_epoch": "--eval.every_n_steps",
+    "max_epochs": "--trainer.max_steps",
+    "log_every_n_steps": "--monitor.every_n_steps",
+}
+"""Trainer options that have no effect, and the options that decide instead."""
+
+_DEVICES = re.compile(r"auto|-?\d+(,\s*\d+)*")
+
+
+def check_encoding(args: list[str]) -> None:
+    """Raises UserError for a config that is not UTF-8 text."""
+    for path in map(Path, config_paths(args)):
+        try:
+            path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"--config {path} is not text in UTF-8 ({error.reason}); save it as UTF-8") from error
+        except OSError:
+            continue  # reported by the parser
+
+
+def check_groups(config: Namespace, parser: ArgumentParser) -> None:
+    """Raises UserError for an option group such as ``trainer`` that is not a mapping; jsonargparse accepts it."""
+    with_options = {action.dest.partition(".")[0] for action in parser._actions if "." in action.dest}
+    for name in with_options.intersection(parser.groups or ()):
+        value = config.get(name)
+        if not isinstance(value, Namespace):
+            shown = "null" if value is None else value
+            raise UserError(f"--{name} is {shown}; it must be a mapping, as in {name}: {{option: value}}")
+
+
+def check_environment(subcommand: str, parser: ArgumentParser) -> None:
+    """Raises UserError for an environment variable that names no option; jsonargparse ignores it."""
+    prefix = f"{ENV_PREFIX}_{subcommand.upper()}__"
+    known = {prefix + action.dest.replace(".", "__").upper() for action in parser._actions}
+    if unknown := sorted(name for name in os.environ if name.startswith(prefix) and name not in known):
+        raise UserError(
+            f"the environment variable {unknown[0]} names no option; unset it, or name one that "
+            f"`lmchat {subcommand} --help` lists, as {prefix}CHECKPOINT__KEEP_LAST does --checkpoint.keep_last"
+        )
+
+
+def check_seed(seed: int) -> None:
+    """Raises UserError for a seed that torch or NumPy would refuse."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed_everything is {seed}; it must be a number from 0 to {2**32 - 1}")
+
+
+def check_trainer_options(trainer: Mapping[str, Any] | Namespace, parser: ArgumentParser, subcommand: str) -> None:
+    """Raises UserError for a trainer option that would have no effect or would change the dtype of the weights."""
+    for name, decisive in DECIDED_BY.items():
+        if trainer[name] != parser.get_default(f"trainer.{name}"):
+            raise UserError(f"--trainer.{name} {trainer[name]} has no effect: leave it out and use {decisive}")
+    # Before the trainer is built: on a CPU it would turn 16-mixed into bf16-mixed.
+    check_precision(trainer["precision"])
+    if isinstance(trainer["devices"], str) and not _DEVICES.fullmatch(trainer["devices"]):
+        raise UserError(
+            f"--trainer.devices is {trainer['devices']}; it must be auto, a number of devices, or some like 0,1"
+        )
+    if trainer["limit_train_batches"] == 0 and subcommand == "fit":
+        raise UserError("--trainer.limit_train_batches is 0, which trains nothing; use lmchat validate to evaluate")
+    if trainer["max_steps"] == 0 or trainer["max_steps"] < -1:
+        raise UserError(
+            f"--trainer.max_steps is {trainer['max_steps']}; give 1 step or more, or leave it out: the length of "
+            "the run then follows from --scaling_laws.tokens_per_parameter or from the stage's data"
+        )

@@ -1,0 +1,52 @@
+"""How a training process ends: the exit status after a signal, and the message after the failure of another rank."""
+
+from __future__ import annotations
+
+import re
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import lightning as L
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lmchat.types import RankFailure
+
+_CONNECTION_LOST = re.compile(r"gloo/transport/\S+ ([\w ]+\w)|(ncclRemoteError)")
+"""Messages of gloo and NCCL when another process is gone; a group holds the reason."""
+
+
+@contextmanager
+def exit_with_signal_status(trainer: L.Trainer) -> Iterator[None]:
+    """Exits with status 128 + n when signal n ends the run. SIGUSR1, SLURM's early warning, acts as SIGTERM."""
+    if threading.current_thread() is not threading.main_thread():  # the only thread that receives signals
+        yield
+        return
+    before = signal.signal(signal.SIGUSR1, lambda *_: signal.raise_signal(signal.SIGTERM))
+    try:
+        yield
+    except SIGTERMException:
+        # Lightning's exception is a SystemExit without a status: a scheduler would count the run as finished.
+        sys.exit(128 + (getattr(trainer.strategy, "agreed_signal", 0) or signal.SIGTERM))
+    except SystemExit as status:
+        # Lightning exits with status 1 after Ctrl-C, the status of an error.
+        sys.exit(128 + signal.SIGINT if isinstance(status.__context__, KeyboardInterrupt) else status.code)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+@contextmanager
+def translate_peer_failure(trainer: L.Trainer) -> Iterator[None]:
+    """Turns the error of a collective whose peer is gone into a `RankFailure`, which is reported in one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        cause = error.__cause__ if isinstance(error, RankFailure) else error
+        if not (match := _CONNECTION_LOST.search(str(cause))):
+            raise
+        reason = match[1] or match[2]
+        raise RankFailure(
+            f"rank {trainer.global_rank} lost the connection to another rank ({reason}); that rank's output says why"
+        ) from error

@@ -1,0 +1,253 @@
+"""``lmchat fit`` and ``lmchat validate``: Lightning's command line with lmchat's stages, callbacks and checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from jsonargparse import ArgumentParser, Namespace
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lmchat.callbacks.batch_plan import BatchPlan
+from lmchat.callbacks.checkpoint import StepCheckpoint
+from lmchat.callbacks.eval_schedule import EvalSchedule
+from lmchat.callbacks.gc_freeze import GCFreeze
+from lmchat.callbacks.monitor import Monitor
+from lmchat.callbacks.non_finite_loss import NonFiniteLoss
+from lmchat.callbacks.samples import Samples
+from lmchat.callbacks.save_config import SaveConfig
+from lmchat.callbacks.scaling_laws import ScalingLaws
+from lmchat.cli.checks import (
+    ENV_PREFIX,
+    check_encoding,
+    check_environment,
+    check_groups,
+    check_seed,
+    check_trainer_options,
+)
+from lmchat.cli.exit_status import exit_with_signal_status, translate_peer_failure
+from lmchat.cli.resume import find_start, resume_path
+from lmchat.paths import log_dir
+from lmchat.stage_table import STAGES
+from lmchat.stages import pretrain, rl, sft  # noqa: F401  (known to jsonargparse by their short class names)
+from lmchat.stages.base import StageModule
+from lmchat.stages.chat import ChatModule
+from lmchat.strategies import zero2_muon
+from lmchat.types import UserError
+
+TRAINER_DEFAULTS = {
+    "max_epochs": -1,
+    "precision": "32-true",
+    "num_sanity_val_steps": 0,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,
+}
+
+SUPPRESSED_WARNINGS = [
+    ".*does not have many workers.*",
+    ".*LightningCLI's args parameter.*",
+    ".*isinstance.treespec, LeafSpec.*",
+    ".*`IterableDataset` has `__len__` defined.*",
+    r".*add the following callbacks: \['TimeBudget'\].*",
+    ".*your dataloader is not resumable.*",
+    ".*smaller than the logging interval.*",
+    r".*It is recommended to use `self.log\('step'.*",
+]
+"""Lightning's warnings that do not apply: packed batches load fast and know their length; a run with a time budget may
+continue without one; the DataModule saves the data position; the monitor logs at its own interval; all ranks log the
+same step."""
+
+_NOT_INSTALLED = re.compile(r"class_path '(?:[\w.]+\.)?(\w+)':\s+Requirement '([^']+)' not met")
+
+
+class LMChatCLI(LightningCLI):
+    """Adds the callbacks every stage has, TensorBoard and CSV logs by default, ``--ckpt_path last`` and ``auto``.
+
+    ``last`` is the run's newest checkpoint. ``auto`` is that too, or else the newest of the nearest earlier stage with
+    the same tag, or else a start from nothing; a run that is finished is left alone.
+    """
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's subcommands that the stages implement."""
+        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in ("fit", "validate")}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        # Callbacks are set up in this order: the plan first, then what depends on it.
+        parser.add_lightning_class_args(ScalingLaws, "scaling_laws")
+        parser.add_lightning_class_args(BatchPlan, "batch_plan")
+        parser.add_lightning_class_args(Monitor, "monitor")
+        parser.add_lightning_class_args(Samples, "samples")
+        parser.add_lightning_class_args(GCFreeze, "gc_freeze")
+        parser.add_lightning_class_args(NonFiniteLoss, "non_finite_loss")
+        parser.add_lightning_class_args(EvalSchedule, "eval")
+        parser.add_lightning_class_args(StepCheckpoint, "checkpoint")
+
+    def _parse_ckpt_path(self) -> None:
+        """Disabled: Lightning would prefer the checkpoint's hyperparameters to the user's options."""
+
+    @property
+    def _options(self) -> ArgumentParser:
+        """The parser of the command in use."""
+        assert self.subcommand is not None
+        return self._subcommand_parsers[self.subcommand]
+
+    def before_instantiate_classes(self) -> None:
+        assert self.subcommand is not None
+        check_groups(self.config.get(self.subcommand, self.config), self._options)
+        check_environment(self.subcommand, self._options)
+        if self.subcommand == "validate" and self._get(self.config, "ckpt_path") is None:
+            raise UserError("lmchat validate evaluates a checkpoint; give one with --ckpt_path, e.g. --ckpt_path last")
+
+    def _set_seed(self) -> None:
+        check_seed(self._get(self.config, "seed_everything"))
+        super()._set_seed()
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        assert self.subcommand is not None
+        check_trainer_options(self._get(self.config, "trainer"), self._options, self.subcommand)
+        self.checkpoint = find_start(
+            self._get(self.config, "ckpt_path"),
+            self.model.stage,
+            self.model.tag,
+            self._get(self.config, "checkpoint")["dirpath"],
+        )
+        if self.checkpoint is not None:
+            self.model.adopt(self.checkpoint)
+        elif isinstance(self.model, ChatModule):
+            # Before its data sets are downloaded.
+            raise self.model.checkpoint_missing()
+        if self._get(self.config_init, "trainer")["logger"] in (None, True):
+            folder = log_dir(STAGES[self.model.stage].logs, self.model.tag)
+            tensorboard = TensorBoardLogger(folder.parent, name=folder.name)
+            kwargs["logger"] = [tensorboard, CSVLogger(tensorboard.log_dir, "csv", "", flush_logs_every_n_steps=10)]
+        if SLURMEnvironment.detect():
+            # Requeueing, Lightning would save from within a signal handler, and elsewhere.
+            plugins = self._get(self.config_init, "trainer")["plugins"] or []
+            kwargs["plugins"] = [
+                *(plugins if isinstance(plugins, list) else [plugins]),
+                SLURMEnvironment(auto_requeue=False),
+            ]
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ValueError, MisconfigurationException) as error:
+            raise UserError(f"--trainer: {error}") from error
+
+    def _is_finished(self) -> bool:
+        """Whether ``--ckpt_path auto`` found the run's last step and no further steps are requested."""
+        if resume_path(self.checkpoint, self.model.stage) is None or self._get(self.config, "ckpt_path") != "auto":
+            return False
+        assert self.checkpoint is not None
+        steps = self._get(self.config, "trainer")["max_steps"]
+        if self.model.scales_with_depth:
+            steps = self._get(self.config_init, "scaling_laws").plan(self.model, steps).steps
+        return self.checkpoint.step >= max(self.checkpoint.meta["total_steps"], steps)
+
+    def fit(self, model: StageModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
+        path = resume_path(self.checkpoint, self.model.stage)
+        if self._is_finished():
+            rank_zero_info(f"{self.model.stage} {self.model.tag} is finished: {path}")
+            return
+        with exit_with_signal_status(self.trainer), translate_peer_failure(self.trainer):
+            self.trainer.fit(model, ckpt_path=path, **kwargs)
+        if path is not None and self.checkpoint is not None and self.checkpoint.step >= self.trainer.max_steps:
+            rank_zero_info(
+                f"nothing to train: {path} is of step {self.checkpoint.step}, the run's last; raise "
+                "--trainer.max_steps to train on, or start anew with another --model.tag"
+            )
+
+    def validate(self, model: StageModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
+        with translate_peer_failure(self.trainer):
+            self.trainer.validate(model, ckpt_path=resume_path(self.checkpoint, self.model.stage), **kwargs)
+
+
+class DataModuleCLI(LMChatCLI):
+    """Parses the arguments of a run and instantiates only its DataModule."""
+
+    def _set_seed(self) -> None:
+        """Not needed: creating a DataModule uses no random numbers."""
+
+    def instantiate_classes(self) -> None:
+        assert self.subcommand is not None
+        data = Namespace(data=self._get(self.config, "data"))
+        self.datamodule = self._subcommand_parsers[self.subcommand].instantiate(data).data
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Runs nothing."""
+
+
+def read_data_module(configs: list[Path]) -> L.LightningDataModule:
+    """The DataModule that ``lmchat fit`` creates from these configs; later configs override earlier ones.
+
+    Raises:
+        UserError, jsonargparse.ArgumentError: a config is wrong.
+    """
+    layers = [argument for config in configs for argument in ("--config", str(config))]
+    # The configs may describe the data only.
+    return main(["fit", "--model", "SFTModule", *layers], DataModuleCLI).datamodule
+
+
+def main(args: list[str], cli: type[LMChatCLI] = LMChatCLI) -> LMChatCLI:
+    """Runs a trainer command.
+
+    Raises:
+        UserError: the arguments or the config are wrong.
+    """
+    for message in SUPPRESSED_WARNINGS:
+        warnings.filterwarnings("ignore", message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )
+    check_encoding(args)
+    options = {"exit_on_error": False, "allow_abbrev": False}
+    try:
+        return cli(
+            StageModule,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_callback=SaveConfig,
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=42,
+            parser_kwargs={
+                "default_env": True,
+                "env_prefix": ENV_PREFIX,
+                **options,
+                **{name: dict(options) for name in LMChatCLI.subcommands()},
+            },
+            args=_with_strategy_class(args),
+        )
+    except MisconfigurationException as error:
+        raise UserError(str(error)) from error
+    except ValueError as error:
+        if lacking := _NOT_INSTALLED.search(str(error)):
+            raise UserError(f"{lacking[1]} needs {lacking[2]}; install it: pip install '{lacking[2]}'") from None
+        if (user_error := _user_error_in(error)) is None:
+            raise
+        raise user_error from None
+
+
+def _with_strategy_class(args: list[str]) -> list[str]:
+    """Replaces ``zero2_muon`` by its class name where options of the strategy follow, which the parser requires."""
+    option, name = "--trainer.strategy", zero2_muon.Zero2MuonStrategy.__name__
+    if not any(arg.startswith(f"{option}.") for arg in args):
+        return args
+    joined = [arg.replace(f"{option}=zero2_muon", f"{option}={name}") for arg in args]
+    return [name if pair == (option, "zero2_muon") else pair[1] for pair in zip(["", *joined], joined, strict=False)]
+
+
+def _user_error_in(error: BaseException | None) -> UserError | None:
+    """The UserError in the chain of ``error``, if any: jsonargparse wraps errors of the classes it instantiates."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
