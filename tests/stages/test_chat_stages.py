@@ -17,7 +17,7 @@ from lmchat.data.conversations import RenderedConversations, render_all
 from lmchat.data.mixture import Mixture, MixturePart
 from lmchat.data.padded import PaddedBatches, PaddedPlan
 from lmchat.generation.engine import Engine, Piece
-from lmchat.model.precision import default_compute_dtype
+from lmchat.optim.muon_adamw import MuonAdamW
 from lmchat.stages.rl import RolloutDataModule
 from lmchat.stages.sft import SFTDataModule
 from lmchat.tasks import Arithmetic, HumanEval, Identity, JSONLConversations, Task
@@ -306,6 +306,8 @@ def test_the_split_into_micro_batches_does_not_change_the_weights(
     pipeline: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LMCHAT_BASE_DIR", str(pipeline))
+    # Rounding to bf16, the default where the CPU multiplies it fast, depends on the order of sums.
+    monkeypatch.setattr(MuonAdamW, "polar_dtype_for", lambda self, params: torch.float32)
     weights = []
     for rows in (8, 2):
         tag = f"rows{rows}"
@@ -315,12 +317,10 @@ def test_the_split_into_micro_batches_does_not_change_the_weights(
         weights.append(load_model_state(find_checkpoint(pipeline / "chatsft_checkpoints" / tag)))
     meta = json.loads(next((pipeline / "chatsft_checkpoints" / "rows2").glob("meta_*.json")).read_text())
     assert meta["step"] == 2
-    # Muon orthogonalises in bf16 where the machine is fast at it.
-    tolerance = 2e-4 if default_compute_dtype("cpu") == torch.float32 else 1e-2
     for name, expected in weights[0].items():
         scale = float(expected.abs().max()) or 1.0
         # In the mean: Adam makes whole steps of gradients that are rounding errors, so single elements may differ.
-        assert float((weights[1][name] - expected).square().mean().sqrt()) < tolerance * scale, name
+        assert float((weights[1][name] - expected).square().mean().sqrt()) < 2e-4 * scale, name
 
 
 def test_chat_takes_the_furthest_stage_and_answers(
