@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lmchat.generation.engine import Engine
-from lmchat.model.attention import attend
+from lmchat.model.attention import attend_banded
 from lmchat.model.gpt import GPT
 from lmchat.scaling import config_for_depth
 from lmchat.tokenizer.bpe import SPECIAL_TOKENS, Tokenizer
@@ -48,7 +48,7 @@ class PlainCache:
         keys[:, self.longest : end] = k
         values[:, self.longest : end] = v
         if q.size(1) > 1:
-            return attend(q, k, v, window)
+            return attend_banded(q, k, v, window)
         start = max(0, self.longest - window)
         q, keys, values = (x.transpose(1, 2) for x in (q, keys[:, start:end], values[:, start:end]))
         grouped = q.size(1) != keys.size(1)

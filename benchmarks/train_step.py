@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lmchat.losses import softcap
 from lmchat.model.allocator import keep_large_blocks
+from lmchat.model.compile import compile_blocks
 from lmchat.model.gpt import GPT, default_compute_dtype, norm, rotate
 from lmchat.scaling import config_for_depth, flops_per_token
 
@@ -85,7 +86,7 @@ def main() -> None:
     model.init_weights()
     compiled = GPT(config, compute_dtype=compute_dtype)
     compiled.load_state_dict(model.state_dict())
-    compiled.compile_blocks()
+    compile_blocks(compiled)
     compiled_plain = torch.compile(plain_loss, dynamic=False)
 
     def step(loss: Callable[[], Tensor], weights: GPT) -> Callable[[], None]:

@@ -92,7 +92,9 @@ class _SummedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_output.to(grad_hidden.dtype), grad_weight * grad_output, None, None, None
+        # In fp32: a loss scale such as 1 / 6, rounded to bf16 for one of the two, would tilt them against each other.
+        scaled_hidden = (grad_hidden.to(grad_output.dtype) * grad_output).to(grad_hidden.dtype)
+        return scaled_hidden, grad_weight * grad_output, None, None, None
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -116,13 +118,19 @@ class _TokenLosses(torch.autograd.Function):
 
 def _token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, coefficients: Tensor, options: _Options) -> Tensor:
     """coefficient · nll (tokens,)."""
-    cap = options[1]
+    _, cap, _, fused = options
     losses = torch.empty_like(coefficients)
+    chunk_losses = _compiled(_chunk_losses) if fused else _chunk_losses
     for chunk, picks, logits in _logits(hidden, weight, targets, options):
-        capped = _sigmoid_(logits.to(losses.dtype), cap).mul_(2 * cap)
-        picked = capped.gather(1, picks)
-        losses[chunk] = (capped.exp_().sum(1).log() - picked[:, 0]) * coefficients[chunk]
+        losses[chunk] = chunk_losses(logits, picks, coefficients[chunk], cap)
     return losses
+
+
+def _chunk_losses(logits: Tensor, picks: Tensor, scale: Tensor, cap: float) -> Tensor:
+    """scale · nll (tokens,) of raw logits (tokens, vocab), which are overwritten where their dtype allows."""
+    capped = _sigmoid_(logits.to(scale.dtype), cap).mul_(2 * cap)
+    picked = capped.gather(1, picks)
+    return (capped.exp_().sum(1).log() - picked.squeeze(1)) * scale
 
 
 def _losses_and_gradients(
@@ -134,7 +142,7 @@ def _losses_and_gradients(
     losses = torch.empty_like(coefficients)
     grad_hidden = torch.empty_like(hidden)
     grad_weight = torch.zeros_like(weight)
-    differentiate = _fused_gradient() if fused else _loss_and_logit_gradient
+    differentiate = _compiled(_loss_and_logit_gradient_fused) if fused else _loss_and_logit_gradient
     for chunk, picks, logits in _logits(hidden, weight, targets, options):
         chunk_losses, grad = differentiate(logits, picks, coefficients[chunk, None], cap)
         losses[chunk] = chunk_losses[:, 0]
@@ -149,14 +157,27 @@ def _loss_and_logit_gradient(logits: Tensor, picks: Tensor, scale: Tensor, cap: 
     cap · tanh(z / cap) = 2 cap · s - cap with s = sigmoid(2 z / cap), of which the softmax p drops the constant. So
     nll = log Σ exp(2 cap · s) - 2 cap · s[target], and d nll / dz = (p - onehot) · 4 s (1 - s).
     """
+    losses, grad, target_grad = _softmax_gradient(logits, picks, scale, cap)
+    grad.scatter_add_(1, picks, -target_grad)
+    return losses, grad.to(logits.dtype)
+
+
+def _loss_and_logit_gradient_fused(logits: Tensor, picks: Tensor, scale: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """`_loss_and_logit_gradient` for the compiler: a scatter would write the fp32 table to memory and read it again."""
+    losses, grad, target_grad = _softmax_gradient(logits, picks, scale, cap)
+    is_target = torch.arange(logits.size(1), device=logits.device) == picks
+    return losses, torch.where(is_target, grad - target_grad, grad).to(logits.dtype)
+
+
+def _softmax_gradient(logits: Tensor, picks: Tensor, scale: Tensor, cap: float) -> tuple[Tensor, Tensor, Tensor]:
+    """scale · nll (tokens, 1), scale · p · 4 s (1 - s) (tokens, vocab), and scale · 4 s (1 - s) at the targets."""
     s = _sigmoid_(logits.to(scale.dtype), cap)
     picked = s.gather(1, picks)
     grad = (s * (2 * cap)).exp_()
     normalizer = grad.sum(1, keepdim=True)
     losses = (normalizer.log() - 2 * cap * picked) * scale
     grad.mul_(4 * scale / normalizer).mul_(s.addcmul_(s, s, value=-1))
-    grad.scatter_add_(1, picks, -4 * scale * picked * (1 - picked))
-    return losses, grad.to(logits.dtype)
+    return losses, grad, 4 * scale * picked * (1 - picked)
 
 
 def _sigmoid_(logits: Tensor, cap: float) -> Tensor:
@@ -165,8 +186,8 @@ def _sigmoid_(logits: Tensor, cap: float) -> Tensor:
 
 
 @cache
-def _fused_gradient() -> Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]:
-    return torch.compile(_loss_and_logit_gradient, dynamic=False)
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False)
 
 
 def _logits(

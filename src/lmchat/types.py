@@ -63,6 +63,7 @@ class Rollout(TypedDict):
 
     inputs: (samples, tokens) int64. targets: (samples, tokens) int64, `IGNORE_INDEX` except where a token was sampled.
     advantages, rewards: (samples,) float32. num_tokens: sampled tokens. truncated: samples cut off before they ended.
+    has_signal: whether any advantage is not 0, known without waiting for a GPU.
     surprisal: −log p of the sampled tokens under the model, before temperature and top-k, summed, in nats.
     loss_tokens, state: as in `Batch`.
     """
@@ -71,6 +72,7 @@ class Rollout(TypedDict):
     targets: Tensor
     advantages: Tensor
     rewards: Tensor
+    has_signal: bool
     num_tokens: int
     truncated: int
     surprisal: float

@@ -105,7 +105,7 @@ def test_prompt_padding_and_forced_tokens_are_no_targets_but_the_stop_token_is()
     assert group["inputs"].tolist() == [[3, 4, 5, 6], [3, 4, 8, 0]]
     none = IGNORE_INDEX
     assert group["targets"].tolist() == [[none, 5, none, 7], [none, 8, none, none]]
-    assert group["advantages"].tolist() == [0.5, -0.5]
+    assert group["advantages"].tolist() == [0.5, -0.5] and group["has_signal"] is True
     assert (group["num_tokens"], group["truncated"], group["surprisal"]) == (3, 1, 7.0)
 
 

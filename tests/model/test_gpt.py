@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lmchat.model.compile import compile_blocks
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT
 from lmchat.model.kv_cache import KVCache
@@ -382,7 +383,7 @@ def test_compiled_blocks_compute_the_same_without_breaks() -> None:
     model, compiled = random_model(), random_model()
     names = list(compiled.state_dict())
     torch._dynamo.reset()
-    compiled.compile_blocks()
+    compile_blocks(compiled)
     ids, targets = random_tokens()
     counters = torch._dynamo.utils.counters
     counters.clear()

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmchat.model.attention import attend
+from lmchat.model.attention import attend_banded
 from lmchat.model.config import GPTConfig
 from lmchat.model.kv_cache import KVCache
 from lmchat.types import UserError
@@ -47,7 +47,7 @@ class _Twin:
             held[layer] = keys, values
             queries = torch.zeros(1, keys.size(1), *q.shape[2:], dtype=q.dtype)
             queries[:, -q.size(1) :] = q[row]
-            out.append(attend(queries, keys, values, window)[:, -q.size(1) :])
+            out.append(attend_banded(queries, keys, values, window)[:, -q.size(1) :])
         return torch.cat(out)
 
     def choose(self, rows: list[int]) -> None:

@@ -53,6 +53,7 @@ def micro_batch(inputs: Tensor, targets: Tensor, rewards: Tensor, rows: slice, l
         targets=targets[rows],
         advantages=(rewards - rewards.mean())[rows],
         rewards=rewards[rows],
+        has_signal=bool((rewards != rewards.mean())[rows].any()),
         num_tokens=int((targets[rows] != IGNORE_INDEX).sum()),
         truncated=0,
         surprisal=0.0,

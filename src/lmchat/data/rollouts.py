@@ -49,11 +49,13 @@ def collate_group(prompt: Sequence[int], completions: Sequence[Completion], rewa
     ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows])
     is_target = torch.tensor([mask + [0] * (width - len(mask)) for mask in sampled], dtype=torch.bool)
     targets = torch.where(is_target, ids, IGNORE_INDEX)[:, 1:]
+    advantages = group_advantages(rewards)
     return Rollout(
         inputs=ids[:, :-1].contiguous(),
         targets=targets.contiguous(),
-        advantages=group_advantages(rewards),
+        advantages=advantages,
         rewards=rewards,
+        has_signal=bool(advantages.any()),
         num_tokens=int((targets != IGNORE_INDEX).sum()),
         truncated=sum(not completion.finished for completion in completions),
         surprisal=-sum(map(sum, (completion.logprobs for completion in completions))),
@@ -171,7 +173,7 @@ def _sums(groups: Sequence[Rollout]) -> Tensor:
         int((rewards >= 1).sum()),
         sum(group["truncated"] for group in groups),
         sum(group["surprisal"] for group in groups),
-        sum(not group["advantages"].any() for group in groups),
+        sum(not group["has_signal"] for group in groups),
     ]
     return torch.tensor(counts, dtype=torch.float64)
 

@@ -7,13 +7,16 @@ share a key head; a query at t sees the keys max(0, t - window)...t, that is win
 
 from __future__ import annotations
 
+import inspect
 import logging
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lmchat.types import UserError
 
@@ -32,7 +35,7 @@ def attend_masked(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     return attention(q, k, v, window_mask(positions, positions, window))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+def attend_banded(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """Blocks of queries, each with the keys it can see: the work grows with T · window. Runs everywhere.
 
     Blocks of half a window did best on a CPU: 0.6 to 0.8 of the time of a mask, forward and backward, at T = 2 windows.
@@ -51,14 +54,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 
 
 def attend_flash(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """The windowed flash kernel inside torch (CUDA, half precision). Never run on a GPU so far."""
+    """The windowed flash kernel inside torch (CUDA, half precision). Never run on a GPU so far.
+
+    torch 2.11 has no grouped queries here: shared key heads are then repeated, one copy per query head.
+    """
     batch, length = q.shape[:2]
     if window >= length - 1:
         return attention(q, k, v)
     from torch.nn.attention.varlen import varlen_attn  # Imports in seconds, and only this backend needs it.
 
     starts = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=q.device)
-    options: dict[str, Any] = {"enable_gqa": True} if q.size(2) != k.size(2) else {}
+    options: dict[str, Any] = {}
+    if (group := q.size(2) // k.size(2)) > 1:
+        if _varlen_takes_grouped_queries():
+            options["enable_gqa"] = True
+        else:
+            k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
     out: Any = varlen_attn(
         q.flatten(0, 1),
         k.flatten(0, 1),
@@ -79,6 +90,13 @@ def attend_flex(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     heads = [x.transpose(1, 2) for x in (q, k, v)]
     out: Tensor = _compiled_flex()(*heads, block_mask=mask, enable_gqa=q.size(2) != k.size(2))
     return out.transpose(1, 2)
+
+
+@torch.compiler.assume_constant_result
+def _varlen_takes_grouped_queries() -> bool:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 @cache
@@ -119,10 +137,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     return out.transpose(1, 2)
 
 
+def exclude_cudnn() -> AbstractContextManager[None]:
+    """Within it, `attention` does not choose cuDNN's kernel. For calls whose shapes change from one to the next.
+
+    From cuDNN 9.15 on, torch prefers it on Hopper. It plans each pair of batch and key length anew: 23 ms to
+    0.4 s are reported, so that every step of decoding would pay it. A training step of fixed shapes pays it once.
+    Autograd keeps the kernel that the forward pass chose.
+    """
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+
+
 BACKENDS: dict[str, Attend] = {
     "flash": attend_flash,
     "flex": attend_flex,
-    "banded": attend,
+    "banded": attend_banded,
     "masked": attend_masked,
 }
 """By name, fastest first."""
@@ -166,7 +194,7 @@ def probe(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, gr
         expected = _output_and_gradients(attend_masked, q.float(), k.float(), v.float(), grad.float(), window)
         try:
             actual = _output_and_gradients(BACKENDS[name], q, k, v, grad, window)
-        except Exception as error:  # Whatever a kernel dies of, another backend is the answer.
+        except Exception as error:  # Any failure means: try the next backend.
             return f"{type(error).__name__}: {str(error)[:100]}"
         for what, a, b in zip(("output", "q gradient", "k gradient", "v gradient"), actual, expected, strict=True):
             off = float((a.float() - b).abs().max() / b.abs().max())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Self, cast
 
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmchat.losses import Reduction, linear_cross_entropy, softcap
-from lmchat.model.attention import BACKENDS, Attend, attend, choose_backend
+from lmchat.model.attention import BACKENDS, Attend, attend_banded, choose_backend, exclude_cudnn
 from lmchat.model.config import GATE_CHANNELS, GPTConfig
 from lmchat.model.kv_cache import KVCache
 from lmchat.model.precision import default_compute_dtype as default_compute_dtype
@@ -72,7 +73,7 @@ class SelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.attend = attend
+        self.attend = attend_banded
         self.window = config.window_sizes[layer]
         self.head_dim = config.head_dim
         kv_width = config.n_kv_head * config.head_dim
@@ -116,6 +117,16 @@ class MLP(nn.Module):
         return self.c_proj(F.relu(self.c_fc(x)).square())
 
 
+ResidualMix = tuple[Tensor, Tensor, Tensor]
+"""The normed embedding x0 (B, T, n_embd), the factor of the residual stream, the factor of x0."""
+
+
+def mix_residual(x: Tensor, mix: ResidualMix) -> Tensor:
+    """The block's input: residual stream and normed embedding, each times its learned factor."""
+    x0, resid_lambda, x0_lambda = mix
+    return resid_lambda * x + x0_lambda * x0
+
+
 class Block(nn.Module):
     """Attention and MLP, each added to the residual stream."""
 
@@ -125,9 +136,17 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, value_embedding: Tensor | None, cos: Tensor, sin: Tensor, kv_cache: KVCache | None
+        self,
+        x: Tensor,
+        value_embedding: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        kv_cache: KVCache | None,
+        mix: ResidualMix | None = None,
     ) -> Tensor:
-        """x: (B, T, n_embd), the residual stream."""
+        """x: (B, T, n_embd), the residual stream; with `mix`, before its mix with the embedding."""
+        if mix is not None:
+            x = mix_residual(x, mix)
         x = x + self.attn(norm(x), value_embedding, cos, sin, kv_cache)
         return x + self.mlp(norm(x))
 
@@ -152,6 +171,8 @@ class GPT(nn.Module):
     attention: a name of `BACKENDS`, or "auto".
     rotary_dtype: the rotary tables are rounded to it; bf16 is what nanochat's weights are trained with.
     attention_backend: the name of the backend in use, chosen anew when the model moves to another device.
+    fixed_shapes, fused_head, mix_in_blocks: set by `lmchat.model.compile.compile_blocks`. Batches keep one shape, so
+        that cuDNN's attention pays; the head's loss is compiled; the residual mix is part of the (compiled) blocks.
     """
 
     cos: Tensor
@@ -171,7 +192,9 @@ class GPT(nn.Module):
         self.rotary_dtype = rotary_dtype
         self.attention = attention
         self._first_device: str | None = None
+        self.fixed_shapes = False
         self.fused_head = False
+        self.mix_in_blocks = False
         vocab = config.padded_vocab_size
         self.transformer = Transformer(config)
         self.lm_head = Linear(config.n_embd, vocab)
@@ -258,17 +281,6 @@ class GPT(nn.Module):
         self.resid_lambdas.fill_(1.0)
         self.x0_lambdas.fill_(0.1)
 
-    def compile_blocks(self) -> None:
-        """Compile each block in place for fixed shapes, on CUDA the head's loss too; parameter names stay.
-
-        Blocks of one kind share their code: there are four at most, by window and value embedding.
-        """
-        # Torch gives up after 8 variants of one function; evaluation and its batch shape double and double again.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
-        for block in self.blocks:
-            block.compile(dynamic=False)
-        self.fused_head = self.device.type == "cuda"
-
     def forward(self, ids: Tensor, kv_cache: KVCache | None = None) -> Tensor:
         """Logits (B, T, vocab_size) in fp32 for ids (B, T); with a cache, of the tokens after those it holds."""
         return self.logits(self.hidden(ids, kv_cache))
@@ -297,14 +309,22 @@ class GPT(nn.Module):
 
         Raises `UserError` for a context beyond the rotary tables.
         """
+        with nullcontext() if self.fixed_shapes and kv_cache is None else exclude_cudnn():
+            return self._hidden(ids, kv_cache)
+
+    def _hidden(self, ids: Tensor, kv_cache: KVCache | None) -> Tensor:
         cos, sin = self._rotary_tables(ids.size(1), kv_cache)
         x = norm(self.transformer.wte(ids).to(self.compute_dtype))
         x0 = x
         for layer, block in enumerate(self.blocks):
-            x = self.resid_lambdas[layer] * x + self.x0_lambdas[layer] * x0
+            mix = (x0, self.resid_lambdas[layer], self.x0_lambdas[layer])
             # Compiled blocks are for the fixed shapes of training: a growing cache would compile them at every step.
             run = block if kv_cache is None else block.forward
-            x = run(x, self._value_embedding(layer, ids), cos, sin, kv_cache)
+            value_embedding = self._value_embedding(layer, ids)
+            if self.mix_in_blocks:
+                x = run(x, value_embedding, cos, sin, kv_cache, mix)
+            else:
+                x = run(mix_residual(x, mix), value_embedding, cos, sin, kv_cache)
         if kv_cache is not None:
             kv_cache.advance(ids.size(1))
         return norm(x)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lmchat.model.attention import attend, attention, window_mask
+from lmchat.model.attention import attend_banded, attention, window_mask
 from lmchat.model.config import GPTConfig
 from lmchat.types import UserError
 
@@ -61,7 +61,7 @@ class KVCache:
         self.keys[layer][incoming.rows, :, incoming.positions] = k
         self.values[layer][incoming.rows, :, incoming.positions] = v
         if incoming.end == q.size(1):
-            return attend(q, k, v, window)
+            return attend_banded(q, k, v, window)
         start, mask = incoming.visible(window)
         keys = self.keys[layer, :, :, start : incoming.end].transpose(1, 2)
         values = self.values[layer, :, :, start : incoming.end].transpose(1, 2)

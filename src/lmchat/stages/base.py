@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lmchat.checkpoint.load import Checkpoint
 from lmchat.evaluation.bits_per_byte import BitsPerByte
 from lmchat.model.allocator import keep_large_blocks
+from lmchat.model.compile import compile_blocks
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT, default_compute_dtype
 from lmchat.optim.muon_adamw import MuonAdamW, build_param_groups
@@ -202,7 +203,7 @@ class StageModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         if self._compiles(pays=self._compiling_pays()):
-            self.net.compile_blocks()
+            compile_blocks(self.net)
 
     def _compiles(self, pays: bool) -> bool:
         """Whether to compile something, which ``pays`` here or not."""

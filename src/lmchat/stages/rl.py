@@ -60,7 +60,7 @@ class GRPOModule(ChatModule):
         return Schedule(rl_lr_multiplier(step, self.total_steps), self.momentum, self.weight_decay)
 
     def training_step(self, batch: Rollout, batch_idx: int) -> torch.Tensor:
-        if not batch["advantages"].any():
+        if not batch["has_signal"]:
             # Nothing to learn from: no gradient at all, so that a step of such groups moves no optimizer state.
             loss = self.net.lm_head.weight.new_zeros((), requires_grad=True)
         elif self.normalization == "group":

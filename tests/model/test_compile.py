@@ -1,0 +1,104 @@
+"""What is compiled, and what its backward pass keeps: counted, with torch's own partitioner, without a compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from lmchat.model.compile import compile_blocks, recomputing
+from lmchat.model.config import GPTConfig
+from lmchat.model.gpt import GPT, Block, mix_residual
+from lmchat.model.kv_cache import KVCache
+
+CONFIG = GPTConfig(sequence_len=16, vocab_size=70, n_layer=2, n_head=2, n_kv_head=2, n_embd=64)
+PARTITION_ONLY = "aot_eager_decomp_partition"
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def saved_elements(backend: object) -> int:
+    """Of an MLP with a squared ReLU, for 8 tokens: elements the backward pass keeps, weights aside."""
+    block = GPT(CONFIG).blocks[0]
+    torch.nn.init.normal_(block.mlp.c_fc.weight)
+    torch.nn.init.normal_(block.mlp.c_proj.weight)
+    weights = {weight.data_ptr() for weight in block.mlp.parameters()}
+    saved: dict[int, Tensor] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        saved[x.untyped_storage().data_ptr()] = x
+        return x
+
+    compiled = torch.compile(block.mlp, backend=backend, dynamic=False)  # type: ignore[arg-type]
+    x = torch.randn(8, 64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        out = compiled(x)
+    out.sum().backward()
+    return sum(x.numel() for pointer, x in saved.items() if pointer not in weights)
+
+
+def test_recomputing_keeps_fewer_activations() -> None:
+    """The ReLU's output and its square, 4 widths each, against the former alone."""
+    before = torch._functorch.config.ban_recompute_materialized_backward
+    kept, recomputed = (saved_elements(backend) for backend in (PARTITION_ONLY, recomputing(PARTITION_ONLY)))
+    assert kept == (1 + 4 + 4) * 8 * 64
+    assert recomputed == (1 + 4) * 8 * 64
+    assert torch._functorch.config.ban_recompute_materialized_backward == before
+
+
+def test_one_function_per_backend_so_that_blocks_share_their_code() -> None:
+    assert recomputing("inductor") is recomputing("inductor")
+
+
+def test_cudnn_is_for_fixed_shapes_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed: list[bool] = []
+
+    def forward(self: Block, x: Tensor, *args: object) -> Tensor:
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return x
+
+    monkeypatch.setattr(Block, "forward", forward)
+    net, ids = GPT(CONFIG), torch.zeros(1, 8, dtype=torch.int64)
+    net.hidden(ids)
+    net.fixed_shapes = True  # as `compile_blocks` sets it
+    net.hidden(ids)
+    net.hidden(ids, KVCache(CONFIG, 1, 16))
+    assert allowed == [False] * 2 + [True] * 2 + [False] * 2
+
+
+def test_the_mix_within_the_blocks_is_the_mix_before_them() -> None:
+    net = GPT(CONFIG)
+    net.init_weights(torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(net.x0_lambdas)
+    ids = torch.randint(70, (2, 16), generator=torch.Generator().manual_seed(1))
+    results = []
+    for net.mix_in_blocks in (False, True):
+        net.zero_grad()
+        loss = net.loss(ids, ids)
+        loss.backward()
+        results.append([loss.detach(), *(weight.grad for weight in net.parameters())])
+    assert all(map(torch.equal, *results))
+    mix = (torch.ones(1, 2), torch.tensor(2.0), torch.tensor(3.0))
+    assert mix_residual(torch.full((1, 2), 5.0), mix).tolist() == [[13, 13]]
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_what_is_compiled_on_which_device(device_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    backends = []
+    monkeypatch.setattr(Block, "compile", lambda self, **options: backends.append(options["backend"]))
+    monkeypatch.setattr(GPT, "device", property(lambda self: torch.device(device_type)))
+    net = GPT.__new__(GPT)
+    torch.nn.Module.__init__(net)
+    net.transformer = torch.nn.Module()
+    net.transformer.h = torch.nn.ModuleList(Block(CONFIG, layer) for layer in range(2))
+    compile_blocks(net)
+    compile_blocks(net, recompute=True)
+    assert backends == ["inductor"] * 2 + [recomputing("inductor")] * 2
+    assert net.fixed_shapes and net.fused_head == net.mix_in_blocks == (device_type == "cuda")

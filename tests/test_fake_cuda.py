@@ -1,0 +1,68 @@
+"""What holds on a GPU without having one: no mixed devices, and the CPU waits for the device only where it must."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException
+
+from fake_cuda import fake_cuda
+from lmchat import losses
+from lmchat.model import gpt
+from lmchat.model.config import GPTConfig
+from lmchat.model.gpt import GPT
+from lmchat.optim.muon_adamw import MuonAdamW, build_param_groups
+
+CONFIG = GPTConfig(sequence_len=64, vocab_size=300, n_layer=4, n_head=4, n_kv_head=2, n_embd=64)
+
+
+@pytest.fixture(autouse=True)
+def flash(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probe compares values, which fake tensors do not have."""
+    monkeypatch.setattr(gpt, "choose_backend", lambda *args: "flash")
+
+
+def network() -> GPT:
+    with torch.device("cuda"):
+        return GPT(CONFIG, compute_dtype=torch.bfloat16)
+
+
+def test_the_device_is_seen_and_a_value_cannot_be_read() -> None:
+    with fake_cuda() as waits:
+        x = torch.ones(4, 6, device="cuda")
+        assert x[1:, None, ..., 2:4].shape == (3, 1, 2) and x[x.new_zeros(5, dtype=torch.int64), 1].shape == (5,)
+        with pytest.raises(DataDependentOutputException):
+            x.sum().item()
+        with pytest.raises(RuntimeError, match="device"):
+            x + torch.ones(4, 6)
+        x.to("cpu", non_blocking=True)
+        assert waits.count == 0
+        x.cpu()
+        assert waits.count == 1
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@torch.no_grad()
+def test_a_training_step_does_not_wait_for_the_device(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the backward pass of torch's own operators, which needs a torch built for CUDA."""
+    monkeypatch.setattr(losses, "_compiled", lambda function: function)
+    with fake_cuda() as waits:
+        net = network()
+        net.fused_head = net.mix_in_blocks = net.fixed_shapes = fused
+        optimizer = MuonAdamW(build_param_groups(net.named_parameters(), n_embd=64), polar_dtype=torch.bfloat16)
+        waits.count = 0
+        for _ in range(2):
+            ids = torch.zeros(2, 64, dtype=torch.int64, device="cuda")
+            hidden = net.hidden(ids).flatten(0, 1)
+            scale = torch.ones(128, device="cuda")
+            _, grad_hidden, grad_weight = losses._losses_and_gradients(
+                hidden, net.lm_head.weight, ids.flatten(), scale, (300, 15.0, 50, fused)
+            )
+            assert grad_hidden.dtype == torch.bfloat16 and grad_weight.dtype == torch.float32
+            for weight in net.parameters():
+                weight.grad = torch.empty_like(weight)
+            optimizer.step()
+            optimizer.zero_grad()
+        net.loss(ids, ids, reduction="none")
+        net.loss(ids, ids)
+        assert waits.count == 0
