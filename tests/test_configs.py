@@ -34,7 +34,10 @@ def test_every_config_is_covered() -> None:
     assert names == {*PRETRAIN, *OVERLAYS, *CHAT}
 
 
-PRETRAIN = ["d12_pretrain.yaml", "d20_pretrain.yaml", "d26_pretrain.yaml", "demo_pretrain.yaml"]
+PRETRAIN = [
+    *("d12_pretrain.yaml", "d20_pretrain.yaml", "d26_pretrain.yaml", "demo_pretrain.yaml"),
+    *("d12_native.yaml", "d20_native.yaml"),
+]
 OVERLAYS = ["cpu.yaml"]
 CHAT = ["sft.yaml", "grpo.yaml", "demo_sft.yaml", "demo_grpo.yaml"]
 """Run by tests/stages/test_chat_stages.py, with data that is at hand."""

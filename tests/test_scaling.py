@@ -55,9 +55,22 @@ def test_widths_round_up_to_whole_heads(depth: int) -> None:
     assert 0 <= config.n_embd - 64 * depth < 128
 
 
-@pytest.mark.parametrize(("depth", "n_kv_head", "pattern"), [(3, 1, "SSSL"), (4, 2, "SL"), (5, None, "L")])
-def test_counts_are_those_of_a_built_model(depth: int, n_kv_head: int | None, pattern: str) -> None:
-    config = config_for_depth(depth, 1000, 64, head_dim=32, n_kv_head=n_kv_head, window_pattern=pattern)
+NATIVE = {"window_pattern": "L", "value_embeddings": False, "residual_mix": False}
+
+
+@pytest.mark.parametrize(
+    ("depth", "options"),
+    [
+        (3, {"n_kv_head": 1, "window_pattern": "SSSL"}),
+        (4, {"n_kv_head": 2, "window_pattern": "SL"}),
+        (5, {"window_pattern": "L"}),
+        (4, {"value_embeddings": False}),
+        (5, {"residual_mix": False}),
+        (6, NATIVE),
+    ],
+)
+def test_counts_are_those_of_a_built_model(depth: int, options: dict) -> None:
+    config = config_for_depth(depth, 1000, 64, head_dim=32, **options)
     with torch.device("meta"):
         model = GPT(config)
     counts = parameter_counts(config)
@@ -67,6 +80,15 @@ def test_counts_are_those_of_a_built_model(depth: int, n_kv_head: int | None, pa
     # 6 operations per matrix weight, 12 · width per visible key: the formula of the scaling-law literature.
     visible = sum(min(window, 64) for window in config.window_sizes)
     assert flops_per_token(config) == 6 * (counts.transformer_matrices + counts.lm_head) + 12 * config.n_embd * visible
+
+
+def test_the_native_variant_is_planned_by_its_own_depth_12() -> None:
+    full, native = make_plan(12, **D12), make_plan(12, **D12, **NATIVE)
+    gates = 6 * 6 * 32  # in six layers one gate of 32 channels for each of six heads
+    assert native.counts.scaling == full.counts.scaling - gates
+    assert (native.counts.value_embeds, native.counts.scalars) == (0, 0)
+    assert native.lr_scale == 1.0
+    assert native.reference_tokens == 10.5 * native.counts.scaling
 
 
 def test_an_explicit_horizon_beats_flops_which_beat_the_ratio() -> None:

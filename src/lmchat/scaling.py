@@ -81,6 +81,8 @@ def config_for_depth(
     head_dim: int = 128,
     n_kv_head: int | None = None,
     window_pattern: str = "SSSL",
+    value_embeddings: bool = True,
+    residual_mix: bool = True,
 ) -> GPTConfig:
     """The shape of a model of `depth` layers: width depth · aspect_ratio, rounded up to whole heads."""
     for name, value in (("depth", depth), ("aspect_ratio", aspect_ratio), ("head_dim", head_dim)):
@@ -95,6 +97,8 @@ def config_for_depth(
         n_kv_head=n_head if n_kv_head is None else n_kv_head,
         n_embd=n_head * head_dim,
         window_pattern=window_pattern,
+        value_embeddings=value_embeddings,
+        residual_mix=residual_mix,
     )
 
 
@@ -109,7 +113,7 @@ def parameter_counts(config: GPTConfig) -> ParameterCounts:
         value_embeds=value_layers * config.padded_vocab_size * kv_width,
         lm_head=config.padded_vocab_size * width,
         transformer_matrices=config.n_layer * (attention + mlp) + value_layers * config.n_kv_head * GATE_CHANNELS,
-        scalars=2 * config.n_layer,
+        scalars=2 * config.n_layer if config.residual_mix else 0,
     )
 
 

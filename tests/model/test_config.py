@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from lmchat.model.config import GPTConfig
@@ -35,9 +37,30 @@ def test_tables_are_padded_to_64(vocab_size: int, padded: int) -> None:
     assert GPTConfig(**SMALL | {"vocab_size": vocab_size}).padded_vocab_size == padded
 
 
-def test_a_config_survives_json() -> None:
-    config = GPTConfig(**SMALL)
-    assert GPTConfig(**config.to_dict()) == config
+@pytest.mark.parametrize("options", [{}, {"window_pattern": "L", "value_embeddings": False, "residual_mix": False}])
+def test_a_config_survives_json(options: dict) -> None:
+    config = GPTConfig(**SMALL | options)
+    assert GPTConfig(**json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("options", "obstacles"),
+    [
+        ({"window_pattern": "L", "value_embeddings": False, "residual_mix": False}, []),
+        ({"window_pattern": "S", "value_embeddings": False, "residual_mix": False, "n_layer": 1}, []),
+        ({"window_pattern": "SL", "value_embeddings": False, "residual_mix": False}, ["window_pattern L"]),
+        ({"window_pattern": "L", "residual_mix": False}, ["value_embeddings false"]),
+        ({}, ["value_embeddings false", "residual_mix false", "window_pattern L"]),
+    ],
+)
+def test_what_transformers_cannot_express_is_named(options: dict, obstacles: list[str]) -> None:
+    config = GPTConfig(**SMALL | options)
+    assert [text.split("--model.")[1].rstrip(")") for text in config.native_obstacles] == obstacles
+    assert config.is_native is (not obstacles)
+
+
+def test_without_value_embeddings_a_model_may_be_narrow() -> None:
+    assert GPTConfig(**SMALL | {"n_embd": 16, "value_embeddings": False}).value_embedding_layers == ()
 
 
 @pytest.mark.parametrize(

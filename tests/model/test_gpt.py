@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lmchat.model.kv_cache import KVCache
 from lmchat.types import IGNORE_INDEX, UserError
 
 SMALL = GPTConfig(sequence_len=16, vocab_size=70, n_layer=5, n_head=4, n_kv_head=2, n_embd=64, window_pattern="SSL")
+NATIVE = replace(SMALL, window_pattern="L", value_embeddings=False, residual_mix=False)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -166,12 +168,14 @@ def twin_logits(weights: dict[str, Tensor], config: GPTConfig, ids: list[int]) -
         keys: list[Tensor] = []
         values: list[Tensor] = []
         for t, token in enumerate(ids):
-            x = weights["resid_lambdas"][layer] * stream[t] + weights["x0_lambdas"][layer] * first[t]
+            x = stream[t]
+            if config.residual_mix:
+                x = weights["resid_lambdas"][layer] * x + weights["x0_lambdas"][layer] * first[t]
             h = rms(x)
             q = (w["attn.c_q.weight"] @ h).view(-1, head_dim)
             k = (w["attn.c_k.weight"] @ h).view(-1, head_dim)
             v = (w["attn.c_v.weight"] @ h).view(-1, head_dim)
-            if (config.n_layer - 1 - layer) % 2 == 0:
+            if config.value_embeddings and (config.n_layer - 1 - layer) % 2 == 0:
                 gate = 2 / (1 + torch.exp(-(w["attn.ve_gate.weight"] @ h[:32])))
                 v = v + gate[:, None] * weights[f"value_embeds.{layer}.weight"][token].view(-1, head_dim)
             keys.append(rms(turn(k, t)))
@@ -196,8 +200,11 @@ def twin_logits(weights: dict[str, Tensor], config: GPTConfig, ids: list[int]) -
         SMALL,
         GPTConfig(sequence_len=6, vocab_size=64, n_layer=2, n_head=2, n_kv_head=1, n_embd=32, window_pattern="S"),
         GPTConfig(sequence_len=9, vocab_size=33, n_layer=4, n_head=2, n_kv_head=2, n_embd=48, window_pattern="SSSL"),
+        NATIVE,
+        replace(SMALL, value_embeddings=False),
+        replace(SMALL, residual_mix=False),
     ],
-    ids=["five layers", "one key head", "odd numbers"],
+    ids=["five layers", "one key head", "odd numbers", "native", "no value embeddings", "no residual mix"],
 )
 def test_against_the_formulas(config: GPTConfig) -> None:
     """Logits, loss and every gradient in float64, on a row beyond the training length."""
@@ -280,9 +287,27 @@ def test_from_the_meta_device() -> None:
     assert model(ids).equal(direct(ids))
 
 
-def test_only_weights_are_saved() -> None:
-    model = GPT(SMALL)
+@pytest.mark.parametrize("config", [SMALL, NATIVE], ids=["full", "native"])
+def test_only_weights_are_saved(config: GPTConfig) -> None:
+    model = GPT(config)
+    model.init_weights()
     assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
+
+
+def test_what_an_architecture_leaves_out_has_no_weights() -> None:
+    names = {config: set(GPT(config).state_dict()) for config in (SMALL, NATIVE)}
+    assert names[NATIVE] < names[SMALL]
+    left_out = {
+        name.split(".")[-2] if "ve_gate" in name else name.split(".")[0] for name in names[SMALL] - names[NATIVE]
+    }
+    assert left_out == {"resid_lambdas", "x0_lambdas", "value_embeds", "ve_gate"}
+
+
+def test_rotary_tables_are_rounded_as_in_nanochat_or_in_transformers() -> None:
+    assert GPT(SMALL).cos.equal(GPT(SMALL).cos.bfloat16().float())
+    exact = GPT(NATIVE).cos
+    assert not exact.equal(exact.bfloat16().float())
+    assert GPT(NATIVE, rotary_dtype=torch.bfloat16).cos.equal(exact.bfloat16().float())
 
 
 def test_weights_stay_fp32_and_so_do_their_gradients_in_bf16() -> None:

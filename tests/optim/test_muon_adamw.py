@@ -95,6 +95,18 @@ def test_groups_of_a_gpt_hold_every_parameter_once() -> None:
     assert shapes == [(2, 32), (32, 64), (64, 64), (64, 256), (256, 64)]
 
 
+def test_groups_follow_what_an_architecture_leaves_out() -> None:
+    with torch.device("meta"):
+        shape = {"sequence_len": 64, "vocab_size": 96, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 64}
+        net = GPT(GPTConfig(**shape, value_embeddings=False, residual_mix=False))
+    groups = build_param_groups(net.named_parameters(), n_embd=64)
+    assert [group["name"] for group in groups] == [
+        *("lm_head", "wte"),
+        *("muon_32x64", "muon_64x64", "muon_64x256", "muon_256x64"),
+    ]
+    assert sum(len(group["params"]) for group in groups) == len(list(net.parameters()))
+
+
 @pytest.mark.parametrize(
     ("name", "shape"), [("transformer.h.0.attn.bias", (8,)), ("adapter.weight", (4, 4)), ("head.lm_head", (4, 4))]
 )

@@ -1,4 +1,4 @@
-"""The shape of a GPT, without torch: what the scaling laws, the model and its checkpoints share."""
+"""Hyperparameters of a GPT, without torch: shared by the scaling laws, the model and its checkpoints."""
 
 from __future__ import annotations
 
@@ -11,20 +11,30 @@ GATE_CHANNELS = 32
 """Channels of the block's input that the value-embedding gate reads."""
 
 VOCAB_MULTIPLE = 64
-"""Token tables are padded up to a multiple of this, which is what matrix units like."""
+"""Rows of the token tables are padded to a multiple of this, for the sake of matrix units."""
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a GPT.
+    """Hyperparameters of a GPT.
 
-    sequence_len: tokens per training row, which also sets the attention windows.
-    vocab_size: tokens the tokenizer knows; tables are padded, logits cropped back.
-    n_kv_head: key and value heads; fewer than `n_head` means grouped queries.
-    window_pattern: "L" (sees `sequence_len` tokens back) and "S" (half of it), tiled over the layers; the last
-        layer is always L.
+    Without value embeddings and residual mix, and with windows of L only, the architecture is transformers'
+    `NanoChatForCausalLM` (see `is_native`).
 
-    Raises `UserError` where the numbers do not fit together.
+    Args:
+        sequence_len: tokens per training row; the attention windows follow from it.
+        vocab_size: tokens of the tokenizer. The token tables are padded, and the logits cropped back.
+        n_layer: number of blocks.
+        n_head: query heads.
+        n_kv_head: key and value heads; fewer than ``n_head`` gives grouped-query attention.
+        n_embd: width of the residual stream.
+        window_pattern: "L" (attends to ``sequence_len`` tokens back) and "S" (half of that), tiled over the layers;
+            the last layer is always L.
+        value_embeddings: give every other layer a token table whose gated rows are added to the attention's values.
+        residual_mix: before each block, mix the residual stream with the normed embedding by two learned scalars.
+
+    Raises:
+        UserError: the numbers do not fit together.
     """
 
     sequence_len: int
@@ -34,6 +44,8 @@ class GPTConfig:
     n_kv_head: int
     n_embd: int
     window_pattern: str = "SSSL"
+    value_embeddings: bool = True
+    residual_mix: bool = True
 
     def __post_init__(self) -> None:
         for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
@@ -44,15 +56,18 @@ class GPTConfig:
                 f"n_embd {self.n_embd} over n_head {self.n_head} gives no even head size; "
                 "choose an n_embd that is an even multiple of n_head"
             )
-        if self.n_embd < GATE_CHANNELS:
-            raise UserError(f"n_embd is {self.n_embd}; the value gates read {GATE_CHANNELS} channels, use that or more")
+        if self.value_embeddings and self.n_embd < GATE_CHANNELS:
+            raise UserError(
+                f"n_embd is {self.n_embd}; the gates of the value embeddings read {GATE_CHANNELS} channels: use that "
+                "or more, or value_embeddings false"
+            )
         if self.n_head % self.n_kv_head:
             raise UserError(f"n_kv_head {self.n_kv_head} does not divide n_head {self.n_head}; choose a divisor")
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
             raise UserError(f"window_pattern is {self.window_pattern!r}; write it with the letters S and L, like SSSL")
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, ready for JSON; `GPTConfig(**fields)` gives the config back."""
+        """The fields as JSON values; ``GPTConfig(**fields)`` restores the config."""
         return asdict(self)
 
     @property
@@ -74,5 +89,29 @@ class GPTConfig:
 
     @property
     def value_embedding_layers(self) -> tuple[int, ...]:
-        """Every other layer, counted so that the last one is among them."""
-        return tuple(range((self.n_layer - 1) % 2, self.n_layer, 2))
+        """Indices of the layers with value embeddings: every other one, the last included, or none."""
+        return tuple(range((self.n_layer - 1) % 2, self.n_layer, 2)) if self.value_embeddings else ()
+
+    @property
+    def is_native(self) -> bool:
+        """Whether transformers' `NanoChatForCausalLM` can express the model, for contexts up to ``sequence_len``."""
+        return not self.native_obstacles
+
+    @property
+    def native_obstacles(self) -> tuple[str, ...]:
+        """What `NanoChatForCausalLM` lacks of this model, each with the option that trains without it."""
+        obstacles = {
+            "value embeddings (--model.value_embeddings false)": self.value_embeddings,
+            "the residual mix (--model.residual_mix false)": self.residual_mix,
+            "short attention windows (--model.window_pattern L)": min(self.window_sizes) < self.sequence_len,
+        }
+        return tuple(name for name, present in obstacles.items() if present)
+
+    @property
+    def rounds_rotary_tables(self) -> bool:
+        """Whether the rotary tables are rounded to bf16 whatever the compute dtype.
+
+        nanochat's are, and logits in fp32 depend on it (by some 3e-3). Without value embeddings and residual mix they
+        have the compute dtype, as in transformers.
+        """
+        return self.value_embeddings or self.residual_mix

@@ -1,8 +1,8 @@
-"""The GPT: nanochat's architecture and weight names, in the compute dtype of its choice over fp32 weights.
+"""The GPT: nanochat's architecture and weight names, with fp32 weights and a compute dtype of its own.
 
 Rotary positions, normed queries and keys, squared-ReLU MLP, norms without weights, no biases, untied head, soft-capped
-logits, value embeddings on every other layer, per-layer attention windows, and a learned mix of the residual stream
-with the normed embedding before each block.
+logits, per-layer attention windows and, unless the config leaves them out, value embeddings on every other layer and a
+learned mix of the residual stream with the normed embedding before each block.
 """
 
 from __future__ import annotations
@@ -121,8 +121,10 @@ ResidualMix = tuple[Tensor, Tensor, Tensor]
 """The normed embedding x0 (B, T, n_embd), the factor of the residual stream, the factor of x0."""
 
 
-def mix_residual(x: Tensor, mix: ResidualMix) -> Tensor:
-    """The block's input: residual stream and normed embedding, each times its learned factor."""
+def mix_residual(x: Tensor, mix: ResidualMix | None) -> Tensor:
+    """The block's input: residual stream and normed embedding, each times its learned factor; without a mix, x."""
+    if mix is None:
+        return x
     x0, resid_lambda, x0_lambda = mix
     return resid_lambda * x + x0_lambda * x0
 
@@ -145,8 +147,7 @@ class Block(nn.Module):
         mix: ResidualMix | None = None,
     ) -> Tensor:
         """x: (B, T, n_embd), the residual stream; with `mix`, before its mix with the embedding."""
-        if mix is not None:
-            x = mix_residual(x, mix)
+        x = mix_residual(x, mix)
         x = x + self.attn(norm(x), value_embedding, cos, sin, kv_cache)
         return x + self.mlp(norm(x))
 
@@ -169,7 +170,7 @@ class GPT(nn.Module):
 
     compute_dtype: of the residual stream and the matrix products; see `default_compute_dtype`.
     attention: a name of `BACKENDS`, or "auto".
-    rotary_dtype: the rotary tables are rounded to it; bf16 is what nanochat's weights are trained with.
+    rotary_dtype: the rotary tables are rounded to it; None decides by `GPTConfig.rounds_rotary_tables`.
     attention_backend: the name of the backend in use, chosen anew when the model moves to another device.
     fixed_shapes, fused_head, mix_in_blocks: set by `lmchat.model.compile.compile_blocks`. Batches keep one shape, so
         that cuDNN's attention pays; the head's loss is compiled; the residual mix is part of the (compiled) blocks.
@@ -184,12 +185,12 @@ class GPT(nn.Module):
         *,
         compute_dtype: torch.dtype = torch.float32,
         attention: str = "auto",
-        rotary_dtype: torch.dtype = torch.bfloat16,
+        rotary_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.compute_dtype = compute_dtype
-        self.rotary_dtype = rotary_dtype
+        self.rotary_dtype = rotary_dtype or (torch.bfloat16 if config.rounds_rotary_tables else torch.float32)
         self.attention = attention
         self._first_device: str | None = None
         self.fixed_shapes = False
@@ -198,8 +199,9 @@ class GPT(nn.Module):
         vocab = config.padded_vocab_size
         self.transformer = Transformer(config)
         self.lm_head = Linear(config.n_embd, vocab)
-        self.resid_lambdas = nn.Parameter(torch.ones(config.n_layer))
-        self.x0_lambdas = nn.Parameter(torch.full((config.n_layer,), 0.1))
+        if config.residual_mix:
+            self.resid_lambdas = nn.Parameter(torch.ones(config.n_layer))
+            self.x0_lambdas = nn.Parameter(torch.full((config.n_layer,), 0.1))
         kv_width = config.n_kv_head * config.head_dim
         self.value_embeds = nn.ModuleDict(
             {str(layer): Embedding(vocab, kv_width) for layer in config.value_embedding_layers}
@@ -278,8 +280,9 @@ class GPT(nn.Module):
                 block.attn.ve_gate.weight.zero_()
         for table in self.value_embeds.parameters():
             draw(table, Tensor.uniform_, -bound, bound)
-        self.resid_lambdas.fill_(1.0)
-        self.x0_lambdas.fill_(0.1)
+        if self.config.residual_mix:
+            self.resid_lambdas.fill_(1.0)
+            self.x0_lambdas.fill_(0.1)
 
     def forward(self, ids: Tensor, kv_cache: KVCache | None = None) -> Tensor:
         """Logits (B, T, vocab_size) in fp32 for ids (B, T); with a cache, of the tokens after those it holds."""
@@ -317,7 +320,7 @@ class GPT(nn.Module):
         x = norm(self.transformer.wte(ids).to(self.compute_dtype))
         x0 = x
         for layer, block in enumerate(self.blocks):
-            mix = (x0, self.resid_lambdas[layer], self.x0_lambdas[layer])
+            mix = (x0, self.resid_lambdas[layer], self.x0_lambdas[layer]) if self.config.residual_mix else None
             # Compiled blocks are for the fixed shapes of training: a growing cache would compile them at every step.
             run = block if kv_cache is None else block.forward
             value_embedding = self._value_embedding(layer, ids)

@@ -31,6 +31,9 @@ class PretrainModule(StageModule):
         head_dim: width of an attention head.
         n_kv_head: number of key and value heads; null is as many as query heads.
         window_pattern: attention windows of the layers in turn: S (half the sequence) or L (all of it).
+        value_embeddings: give every other layer a token table that is added to the attention's values.
+        residual_mix: mix the residual stream with the normed embedding before each block. Without it, without value
+            embeddings and with ``window_pattern`` L, the export is transformers' own `NanoChatForCausalLM`.
         warmup_ratio: share of the steps in which the learning rate rises linearly from 0.
         warmdown_ratio: share of the steps in which it falls linearly to ``final_lr_fraction``.
         final_lr_fraction: learning-rate multiplier after the last step.
@@ -47,6 +50,8 @@ class PretrainModule(StageModule):
         head_dim: int = 128,
         n_kv_head: int | None = None,
         window_pattern: str = "SSSL",
+        value_embeddings: bool = True,
+        residual_mix: bool = True,
         warmup_ratio: float = 0.0,
         warmdown_ratio: float = 0.5,
         final_lr_fraction: float = 0.0,
@@ -62,6 +67,8 @@ class PretrainModule(StageModule):
         self.head_dim = head_dim
         self.n_kv_head = n_kv_head
         self.window_pattern = window_pattern
+        self.value_embeddings = value_embeddings
+        self.residual_mix = residual_mix
         self.warmup_ratio = warmup_ratio
         self.warmdown_ratio = warmdown_ratio
         self.final_lr_fraction = final_lr_fraction
@@ -77,6 +84,8 @@ class PretrainModule(StageModule):
             "head_dim": self.head_dim,
             "n_kv_head": self.n_kv_head,
             "window_pattern": self.window_pattern,
+            "value_embeddings": self.value_embeddings,
+            "residual_mix": self.residual_mix,
         }
 
     @cached_property
@@ -93,7 +102,7 @@ class PretrainModule(StageModule):
                 f"{checkpoint.paths.meta} is of stage {checkpoint.stage}; pretraining continues its own only"
             )
         self.continue_numerics(checkpoint)
-        for name, value in checkpoint.meta["model"].items():
+        for name, value in GPTConfig(**checkpoint.meta["model"]).to_dict().items():
             if (mine := getattr(self.config, name)) != value:
                 raise UserError(
                     f"{checkpoint.paths.meta} has {name} {value}, this run {mine}; "
