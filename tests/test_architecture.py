@@ -11,7 +11,7 @@ SOURCE = Path(__file__).resolve().parent.parent / "src" / "lmchat"
 LAYERS = [
     {"types", "messages", "option_checks", "paths", "files", "hardware", "losses", "schedules"},
     {"model", "tokenizer", "optim"},
-    {"scaling", "stage_table", "data", "tasks", "generation"},
+    {"scaling", "run_plan", "batching", "stage_table", "data", "tasks", "generation"},
     {"evaluation", "checkpoint"},
     {"strategies", "callbacks", "stages"},
     {"cli", "commands", "demo", "__main__", "__init__"},

@@ -15,7 +15,7 @@ from lmchat.model.compile import compile_blocks
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT
 from lmchat.optim.muon_adamw import MuonAdamW, build_param_groups
-from lmchat.stages.base import StageDataModule
+from lmchat.stages.data_module import StageDataModule
 from lmchat.types import Batch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -71,9 +71,8 @@ def test_compiled_blocks_give_the_same_losses() -> None:
     assert train(compiled, "cuda") == pytest.approx(train(network("cuda", torch.bfloat16), "cuda"), rel=0.02)
 
 
-def test_batches_are_copied_beside_the_computation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_are_copied_beside_the_computation() -> None:
     """The copy is done while the stream that computes still has a second of work before it."""
-    monkeypatch.setattr(StageDataModule, "copy_stream", torch.cuda.Stream())
     ids = torch.arange(1 << 20).view(64, -1)
     batch, device = Batch(inputs=ids.pin_memory(), targets=ids.pin_memory()), torch.device("cuda", 0)
     data = StageDataModule(micro_batch_size=64)
@@ -81,7 +80,7 @@ def test_batches_are_copied_beside_the_computation(monkeypatch: pytest.MonkeyPat
     torch.cuda.synchronize()
     torch.cuda._sleep(2_000_000_000)
     moved = data.transfer_batch_to_device(batch, device, 0)
-    data.copy_stream.synchronize()
+    data.copy_stream(device).synchronize()
     assert not torch.cuda.current_stream().query()
     assert all(moved[name].is_cuda and torch.equal(moved[name].cpu(), ids) for name in ("inputs", "targets"))
 

@@ -16,15 +16,14 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 
-from lmchat.callbacks.batch_plan import BatchPlan
+from lmchat.batching import accumulation_steps
 from lmchat.callbacks.checkpoint import StepCheckpoint
-from lmchat.callbacks.eval_schedule import EvalSchedule
+from lmchat.callbacks.evaluate import Evaluate
 from lmchat.callbacks.gc_freeze import GCFreeze
 from lmchat.callbacks.monitor import EMA_DECAY, Monitor
-from lmchat.callbacks.scaling_laws import ScalingLaws
+from lmchat.callbacks.training_plan import TrainingPlan
 from lmchat.checkpoint.load import find_checkpoint
 from lmchat.scaling import make_plan
-from lmchat.stages.base import accumulation_steps
 from lmchat.stages.pretrain import FineWebDataModule, PretrainModule
 from lmchat.types import UserError
 
@@ -43,6 +42,7 @@ def train(
     torch.manual_seed(1)
     module = PretrainModule(**SMALL, global_batch_tokens=batch)
     data = FineWebDataModule(micro_batch_size=micro_batch_size, eval_tokens=256)
+    data.attach(module.spec())
     run = L.Trainer(
         accelerator="cpu",
         max_epochs=-1,
@@ -51,7 +51,7 @@ def train(
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=any(isinstance(callback, StepCheckpoint) for callback in callbacks),
-        callbacks=[ScalingLaws(), BatchPlan(), *callbacks],
+        callbacks=[TrainingPlan(), *callbacks],
         logger=CSVLogger(base / "logs", name="test", version=log),
     )
     run.fit(module, data, ckpt_path=ckpt_path)
@@ -89,7 +89,7 @@ def test_evaluation_happens_at_the_start_on_schedule_and_at_the_end(
     every: int, steps: int, expected: list[int], base: Path
 ) -> None:
     watch = Watch()
-    train(base, EvalSchedule(every), watch, max_steps=steps)
+    train(base, Evaluate(every), watch, max_steps=steps)
     assert watch.validated == expected
 
 
@@ -101,7 +101,7 @@ def test_the_final_evaluation_does_not_rely_on_the_schedule(base: Path) -> None:
             trainer.val_check_batch = 2**62
 
     watch = Watch()
-    train(base, EvalSchedule(2), watch, NoEvaluationInTheLoop(), max_steps=4)
+    train(base, Evaluate(2), watch, NoEvaluationInTheLoop(), max_steps=4)
     assert watch.validated == [0, 4]
 
 
@@ -110,7 +110,7 @@ def test_a_run_resumed_with_another_micro_batch_size_takes_the_same_steps(before
     """A step is 8 rows. Losses differ by the order of sums only, over steps that each depend on all before."""
     unbroken_watch, watch = Watch(), Watch()
     options: dict[str, Any] = {"batch": 256, "max_steps": 8}
-    unbroken = train(base, Monitor(1), EvalSchedule(2), unbroken_watch, **options, micro_batch_size=before, log="a")
+    unbroken = train(base, Monitor(1), Evaluate(2), unbroken_watch, **options, micro_batch_size=before, log="a")
 
     class Stop(Callback):
         def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
@@ -123,7 +123,7 @@ def test_a_run_resumed_with_another_micro_batch_size_takes_the_same_steps(before
     resumed = train(
         base,
         Monitor(1),
-        EvalSchedule(2),
+        Evaluate(2),
         watch,
         StepCheckpoint(str(checkpoints)),
         **options,
@@ -196,16 +196,16 @@ def test_depth_alone_decides_the_plan(base: Path, monkeypatch: pytest.MonkeyPatc
     trainer.strategy.connect(module)
     data.trainer = module.trainer = trainer
     trainer.datamodule = data
-    ScalingLaws(tokens_per_parameter=8).setup(trainer, module, "fit")
-    BatchPlan().setup(trainer, module, "fit")
+    data.attach(module.spec())
+    TrainingPlan(tokens_per_parameter=8).setup(trainer, module, "fit")
     plan = make_plan(**SMALL, vocab_size=512, ratio=8)
     assert trainer.max_steps == plan.steps > 0
-    assert module.global_batch_tokens == plan.global_batch_tokens
+    assert module.plan.global_batch_tokens == plan.global_batch_tokens
     assert trainer.accumulate_grad_batches * 32 == plan.global_batch_tokens
-    assert math.isclose(module.lr_scale, math.sqrt(plan.global_batch_tokens / 2**19))
-    assert module.weight_decay == plan.weight_decay
+    assert math.isclose(module.plan.lr_scale, math.sqrt(plan.global_batch_tokens / 2**19))
+    assert module.plan.weight_decay == plan.weight_decay
     groups = {group["name"]: group for group in module_with_network(module).configure_optimizers().param_groups}
-    assert math.isclose(groups["x0_lambdas"]["lr"], 0.5 * module.lr_scale)
+    assert math.isclose(groups["x0_lambdas"]["lr"], 0.5 * module.plan.lr_scale)
 
 
 def module_with_network(module: PretrainModule) -> PretrainModule:
@@ -265,5 +265,5 @@ def test_what_follows_an_evaluation_is_no_training_time(base: Path) -> None:
         def on_validation_end(self, *_: Any) -> None:
             time.sleep(2)
 
-    rows = records(train(base, Monitor(every_n_steps=1), Slow(), EvalSchedule(2, at_start=False), max_steps=4))
+    rows = records(train(base, Monitor(every_n_steps=1), Slow(), Evaluate(2, at_start=False), max_steps=4))
     assert max(float(row["train/step_ms"]) for row in rows[1:]) < 2000

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lmchat.evaluation.chat_tasks import Questions, grade
+from lmchat.evaluation.chat_tasks import grade
 from lmchat.generation.engine import Engine
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT
@@ -61,8 +61,8 @@ def test_the_likeliest_letter_is_that_of_the_question_by_itself(model: GPT) -> N
     expected = [alone(model, task, conversation) == conversation["messages"][-1]["content"] for conversation in task]
     assert True in expected and False in expected
     for max_rows in (4, 128):
-        assert grade(Engine(model, TOKENIZER, max_rows=max_rows), Questions(task, list(task))) == expected
-    assert grade(Engine(model, TOKENIZER), Questions(task, [])) == []
+        assert grade(Engine(model, TOKENIZER, max_rows=max_rows), task, list(task)) == expected
+    assert grade(Engine(model, TOKENIZER), task, []) == []
 
 
 def test_questions_compile_nothing(model: GPT) -> None:
@@ -70,4 +70,4 @@ def test_questions_compile_nothing(model: GPT) -> None:
     for block in model.blocks:
         block.compile(backend=lambda *_: pytest.fail("a question was compiled"))
     task = Letters()
-    assert len(grade(Engine(model, TOKENIZER), Questions(task, list(task)))) == 9
+    assert len(grade(Engine(model, TOKENIZER), task, list(task))) == 9

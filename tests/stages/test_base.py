@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lmchat.stages.base import StageDataModule
+from lmchat.stages.data_module import StageDataModule
 from lmchat.types import Batch
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from killable_fit import start_fit
-from lmchat.evaluation.chat_tasks import TaskQuestions
+from lmchat.evaluation.chat_tasks import question_batches
 from lmchat.tasks import Arithmetic, Identity
 
 RANKS = 3
@@ -97,8 +97,8 @@ def test_every_stage_measures_what_one_process_measures(base: Path) -> None:
 
 def test_every_rank_has_a_batch_of_every_task() -> None:
     tasks = [Arithmetic("test", size=2), Identity("test", size=7)]
-    shares = [list(TaskQuestions(tasks, batch_size=2, rank=rank, world_size=RANKS)) for rank in range(RANKS)]
-    assert [[len(batch.conversations) for batch in share] for share in shares] == [[1, 2, 1], [1, 2], [0, 2]]
-    for task in tasks:
-        asked = [str(c) for share in shares for batch in share if batch.task is task for c in batch.conversations]
-        assert sorted(asked) == sorted(str(task[index]) for index in range(len(task)))
+    for task, expected in zip(tasks, [[[1], [1], [0]], [[2, 1], [2], [2]]], strict=True):
+        shares = [list(question_batches(task, batch_size=2, rank=rank, world_size=RANKS)) for rank in range(RANKS)]
+        assert [[len(batch) for batch in share] for share in shares] == expected
+        asked = [str(conversation) for share in shares for batch in share for conversation in batch]
+        assert sorted(asked) == sorted(str(conversation) for conversation in task)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from lmchat.batching import accumulation_steps, divisors
 from lmchat.data.mixture import MixturePart
-from lmchat.stages.base import accumulation_steps, divisors
 from lmchat.stages.rl import RolloutDataModule
 from lmchat.tasks import Arithmetic
 from lmchat.types import UserError
@@ -67,10 +67,10 @@ def test_questions(world_size: int, expected: int | list[str]) -> None:
     task = Arithmetic("train", size=100)
     data = RolloutDataModule([MixturePart(task)], task, questions_per_step=16)
     if isinstance(expected, int):
-        assert data.accumulation_steps(world_size) == expected
+        assert data.micro_batches_per_step(None, world_size) == expected
         return
     with pytest.raises(UserError, match=f"16 is not a multiple of {world_size} ranks") as caught:
-        data.accumulation_steps(world_size)
+        data.micro_batches_per_step(None, world_size)
     assert remedies(caught.value) == expected
 
 

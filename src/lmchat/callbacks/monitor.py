@@ -85,13 +85,14 @@ class Monitor(Callback):
         self._watch = Stopwatch()
 
     def _description(self, trainer: L.Trainer, module: StageModule) -> str:
+        data = trainer.datamodule  # type: ignore[attr-defined]
         config, parameters = module.config, sum(p.numel() for p in module.net.parameters())
         return (
             f"{module.stage} {module.tag}: {config.n_layer} layers × {config.n_embd}, {parameters:,} parameters, "
             f"vocabulary {config.vocab_size:,}, {module.net.compute_dtype} on {module.device}, "
             f"attention {module.net.attention_backend}\n"
-            f"{trainer.max_steps:,} steps of {module.data.describe_step(trainer.world_size)}, "
-            f"lr scale {module.lr_scale:.3g}, weight decay {module.weight_decay:.3g}"
+            f"{trainer.max_steps:,} steps of {data.describe_step(module.plan, trainer.world_size)}, "
+            f"lr scale {module.plan.lr_scale:.3g}, weight decay {module.plan.weight_decay:.3g}"
         )
 
     def on_validation_start(self, trainer: L.Trainer, *_: Any) -> None:
@@ -120,7 +121,7 @@ class Monitor(Callback):
         # One loss that is not finite would stay in the mean for ever.
         self.loss_ema = torch.where(loss.isfinite(), EMA_DECAY * self.loss_ema + (1 - EMA_DECAY) * loss, self.loss_ema)
         self.ema_steps = self.ema_steps + loss.isfinite()
-        step_tokens = pl_module.data.step_tokens
+        step_tokens = trainer.datamodule.step_tokens(pl_module.plan)  # type: ignore[attr-defined]
         self.tokens += step_tokens
         self._lap_tokens += step_tokens
         self._lap_steps += 1
@@ -130,7 +131,7 @@ class Monitor(Callback):
     def _record(self, trainer: L.Trainer, module: StageModule, loss: torch.Tensor) -> None:
         ema = torch.as_tensor(self.loss_ema) / (1 - EMA_DECAY**self.ema_steps)
         loss_value, ema_value = reduce_numbers(trainer, torch.stack([loss, ema]) / trainer.world_size).tolist()
-        position = module.data.progress()
+        position = trainer.datamodule.progress()  # type: ignore[attr-defined]
         step, seconds = trainer.global_step, self._watch.lap()
         rate = self._lap_tokens / seconds
         metrics = {

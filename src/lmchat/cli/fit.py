@@ -16,15 +16,14 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lmchat.callbacks.batch_plan import BatchPlan
 from lmchat.callbacks.checkpoint import StepCheckpoint
-from lmchat.callbacks.eval_schedule import EvalSchedule
+from lmchat.callbacks.evaluate import Evaluate
 from lmchat.callbacks.gc_freeze import GCFreeze
 from lmchat.callbacks.monitor import Monitor
 from lmchat.callbacks.non_finite_loss import NonFiniteLoss
 from lmchat.callbacks.samples import Samples
 from lmchat.callbacks.save_config import SaveConfig
-from lmchat.callbacks.scaling_laws import ScalingLaws
+from lmchat.callbacks.training_plan import TrainingPlan
 from lmchat.cli.checks import (
     ENV_PREFIX,
     check_encoding,
@@ -40,6 +39,7 @@ from lmchat.stage_table import STAGES
 from lmchat.stages import pretrain, rl, sft  # noqa: F401  (known to jsonargparse by their short class names)
 from lmchat.stages.base import StageModule
 from lmchat.stages.chat import ChatModule
+from lmchat.stages.data_module import StageDataModule
 from lmchat.strategies import zero2_muon
 from lmchat.types import UserError
 
@@ -83,13 +83,12 @@ class LMChatCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         # Callbacks are set up in this order: the plan first, then what depends on it.
-        parser.add_lightning_class_args(ScalingLaws, "scaling_laws")
-        parser.add_lightning_class_args(BatchPlan, "batch_plan")
+        parser.add_lightning_class_args(TrainingPlan, "scaling_laws")
         parser.add_lightning_class_args(Monitor, "monitor")
         parser.add_lightning_class_args(Samples, "samples")
         parser.add_lightning_class_args(GCFreeze, "gc_freeze")
         parser.add_lightning_class_args(NonFiniteLoss, "non_finite_loss")
-        parser.add_lightning_class_args(EvalSchedule, "eval")
+        parser.add_lightning_class_args(Evaluate, "eval")
         parser.add_lightning_class_args(StepCheckpoint, "checkpoint")
 
     def _parse_ckpt_path(self) -> None:
@@ -122,10 +121,11 @@ class LMChatCLI(LightningCLI):
             self._get(self.config, "checkpoint")["dirpath"],
         )
         if self.checkpoint is not None:
-            self.model.adopt(self.checkpoint)
+            self.model.load_from(self.checkpoint)
         elif isinstance(self.model, ChatModule):
             # Before its data sets are downloaded.
             raise self.model.checkpoint_missing()
+        self.datamodule.attach(self.model.spec())
         if self._get(self.config_init, "trainer")["logger"] in (None, True):
             folder = log_dir(STAGES[self.model.stage].logs, self.model.tag)
             tensorboard = TensorBoardLogger(folder.parent, name=folder.name)
@@ -149,7 +149,7 @@ class LMChatCLI(LightningCLI):
         assert self.checkpoint is not None
         steps = self._get(self.config, "trainer")["max_steps"]
         if self.model.scales_with_depth:
-            steps = self._get(self.config_init, "scaling_laws").plan(self.model, steps).steps
+            steps = self._get(self.config_init, "scaling_laws").scale(self.model, steps).steps
         return self.checkpoint.step >= max(self.checkpoint.meta["total_steps"], steps)
 
     def fit(self, model: StageModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
@@ -212,7 +212,7 @@ def main(args: list[str], cli: type[LMChatCLI] = LMChatCLI) -> LMChatCLI:
     try:
         return cli(
             StageModule,
-            L.LightningDataModule,
+            StageDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,

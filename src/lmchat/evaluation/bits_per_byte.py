@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lmchat.types import IGNORE_INDEX
+from lmchat.evaluation.evaluator import Evaluator, Metrics, compute_and_reset
+from lmchat.generation.policy import Policy
+from lmchat.types import IGNORE_INDEX, Batch
 
 
 class BitsPerByte(Metric):
     """Σ nll / (ln 2 · Σ bytes) over the targets that stand for text, summed over batches and ranks.
 
-    Ignored targets and tokens of no bytes (special tokens) count in neither sum.
+    Ignored targets and tokens without bytes (special tokens) enter neither sum.
 
-    token_bytes: (vocab_size,) integers, bytes of each token.
+    Args:
+        token_bytes: (vocab_size,) integers, bytes of each token.
     """
 
     full_state_update = False
@@ -33,18 +37,52 @@ class BitsPerByte(Metric):
         self.add_state("num_bytes", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, nll: Tensor, targets: Tensor) -> None:
-        """Add the losses (...) in nats of targets (...)."""
+        """Adds losses (...) float, in nats, of targets (...) int64."""
         num_bytes = self.token_bytes[targets.clamp(min=0)] * (targets != IGNORE_INDEX)
         self.nats += torch.where(num_bytes > 0, nll, 0).sum(dtype=torch.float64)
         self.num_bytes += num_bytes.sum()
 
     def compute(self) -> Tensor:
-        """Bits per byte, a float64 scalar; infinite where no text was counted."""
+        """Bits per byte, a float64 scalar; infinite if no byte was counted."""
         return torch.where(self.num_bytes > 0, self.nats / (math.log(2) * self.num_bytes.double()), math.inf)
 
 
 def bits_per_byte(nll: Tensor, targets: Tensor, token_bytes: Tensor) -> Tensor:
-    """Bits per byte of one batch: losses (...) in nats, targets (...), token_bytes (vocab_size,)."""
+    """Bits per byte of one batch.
+
+    Args:
+        nll: (...) losses in nats.
+        targets: (...) int64, `IGNORE_INDEX` where there is none.
+        token_bytes: (vocab_size,) integers, bytes of each token.
+
+    Returns:
+        A float64 scalar.
+    """
     metric = BitsPerByte(token_bytes)
     metric.update(nll, targets)
     return metric.compute()
+
+
+class BitsPerByteEvaluator(Evaluator):
+    """Bits per byte of held-out rows, as ``bpb``.
+
+    Args:
+        token_bytes: (vocab_size,) integers, bytes of each token.
+        batches: rank and world size to that rank's batches of rows.
+    """
+
+    name = "bpb"
+
+    def __init__(self, token_bytes: Tensor, batches: Callable[[int, int], Iterable[Batch]]) -> None:
+        self._metric = BitsPerByte(token_bytes)
+        self._batches = batches
+
+    def batches(self, rank: int, world_size: int) -> Iterable[Batch]:
+        return self._batches(rank, world_size)
+
+    def update(self, policy: Policy, batch: Batch) -> None:
+        nll = policy.net.loss(batch["inputs"], batch["targets"], reduction="none")
+        self._metric.to(nll.device).update(nll, batch["targets"])
+
+    def compute(self) -> Metrics:
+        return compute_and_reset({self.name: self._metric})

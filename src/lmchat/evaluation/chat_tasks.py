@@ -1,52 +1,63 @@
-"""Answers to a task's questions, and whether they are right."""
+"""Accuracy on the questions of a task: one greedy answer each, or the most likely answer letter."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from torch.utils.data import IterableDataset
+import torch
+from torchmetrics import MeanMetric
 
+from lmchat.evaluation.evaluator import Evaluator, Metrics, compute_and_reset
 from lmchat.generation.engine import Engine
+from lmchat.generation.policy import Policy
 from lmchat.tasks.base import Task
 from lmchat.tokenizer.render import render_for_completion
 from lmchat.types import Conversation
 
 
-class Questions:
-    """Some questions of one task, for one pass of the engine. Lightning would copy a dataclass to the device."""
-
-    def __init__(self, task: Task, conversations: list[Conversation]) -> None:
-        self.task = task
-        self.conversations = conversations
-
-
-class TaskQuestions(IterableDataset[Questions]):
-    """One rank's share of the questions of some tasks, in batches.
+class ChatTaskEvaluator(Evaluator):
+    """The share of a task's questions that are answered correctly, under the task's name.
 
     Args:
-        tasks: asked one after the other; rank r of W asks questions r, r + W, … of each. A rank for which there is
-            none gets a batch without questions, since a metric is summed over ranks only where all of them log it.
-        batch_size: questions per batch.
+        task: questions with graded answers.
+        batch_size: questions answered together.
+        max_new_tokens: maximum number of tokens of an answer.
     """
 
-    def __init__(self, tasks: Sequence[Task], *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
-        self.tasks = list(tasks)
+    def __init__(self, task: Task, batch_size: int, max_new_tokens: int = 256) -> None:
+        self.task = task
+        self.name = task.name
         self.batch_size = batch_size
-        self.rank = rank
-        self.world_size = world_size
+        self.max_new_tokens = max_new_tokens
+        self._metric = MeanMetric()
 
-    def __iter__(self) -> Iterator[Questions]:
-        for task in self.tasks:
-            own = range(self.rank, len(task), self.world_size)
-            for start in range(0, max(1, len(own)), self.batch_size):
-                yield Questions(task, [task[index] for index in own[start : start + self.batch_size]])
+    def batches(self, rank: int, world_size: int) -> Iterator[list[Conversation]]:
+        return question_batches(self.task, self.batch_size, rank, world_size)
+
+    def update(self, policy: Policy, batch: list[Conversation]) -> None:
+        correct = grade(policy.engine, self.task, batch, max_new_tokens=self.max_new_tokens)
+        self._metric.to(policy.net.device).update(torch.tensor(correct, dtype=torch.float32, device=policy.net.device))
+
+    def compute(self) -> Metrics:
+        return compute_and_reset({self.name: self._metric})
 
 
-def grade(engine: Engine, questions: Questions, *, max_new_tokens: int = 256) -> list[bool]:
-    """Whether each question is answered right: sampled greedily, or by the likeliest letter for categorical tasks."""
-    task, conversations = questions.task, questions.conversations
+def question_batches(task: Task, batch_size: int, rank: int, world_size: int) -> Iterator[list[Conversation]]:
+    """The questions of one rank in batches: rank r of W has questions r, r + W, … of the task.
+
+    A rank without questions gets one empty batch, since metrics are reduced over all ranks.
+    """
+    own = range(rank, len(task), world_size)
+    for start in range(0, max(1, len(own)), batch_size):
+        yield [task[index] for index in own[start : start + batch_size]]
+
+
+def grade(
+    engine: Engine, task: Task, conversations: Sequence[Conversation], *, max_new_tokens: int = 256
+) -> list[bool]:
+    """Whether each question is answered correctly: greedily, or for categorical tasks by the most likely letter."""
     if task.kind == "categorical":
-        answers = _likeliest_letters(engine, questions)
+        answers = _most_likely_letters(engine, task, conversations)
     else:
         answers = _greedy_answers(engine, conversations, max_new_tokens)
     return [task.evaluate(*pair) for pair in zip(conversations, answers, strict=True)]
@@ -58,14 +69,14 @@ def _greedy_answers(engine: Engine, conversations: Sequence[Conversation], max_n
     return [engine.tokenizer.decode(completions[0].content) for completions in samples]
 
 
-def _likeliest_letters(engine: Engine, questions: Questions) -> list[str]:
-    if not questions.conversations:
+def _most_likely_letters(engine: Engine, task: Task, conversations: Sequence[Conversation]) -> list[str]:
+    if not conversations:
         return []
     tokenizer = engine.tokenizer
-    prompts = [render_for_completion(tokenizer, conversation) for conversation in questions.conversations]
+    prompts = [render_for_completion(tokenizer, conversation) for conversation in conversations]
     answers = []
-    for conversation, logits in zip(questions.conversations, engine.next_logits(prompts).cpu(), strict=True):
-        letters = questions.task.letters(conversation)
+    for conversation, logits in zip(conversations, engine.next_logits(prompts).cpu(), strict=True):
+        letters = task.letters(conversation)
         scores = logits[[tokenizer.encode(letter)[0] for letter in letters]]
         answers.append(letters[int(scores.argmax())])
     return answers

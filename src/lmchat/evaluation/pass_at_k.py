@@ -1,18 +1,28 @@
-"""pass@k: the chance that at least one of k samples is right."""
+"""pass@k: the probability that at least one of k samples is correct."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lmchat.data.rollouts import Sampling
+from lmchat.evaluation.chat_tasks import question_batches
+from lmchat.evaluation.evaluator import Evaluator, Metrics, compute_and_reset
+from lmchat.generation.policy import Policy
+from lmchat.tasks.base import Task
+from lmchat.tokenizer.render import render_for_completion
+from lmchat.types import Conversation
+
 
 def pass_at_k(num_correct: Tensor, num_samples: int, k: int) -> Tensor:
-    """Unbiased estimate of pass@k from ``num_samples`` samples of each question, c of them right:
+    """Unbiased estimate of pass@k from ``num_samples`` samples of each question, c of them correct:
     1 − C(n − c, k) / C(n, k) (arXiv:2107.03374, eq. 1).
 
     Args:
-        num_correct: (questions,) right samples of each question.
+        num_correct: (questions,) correct samples of each question.
         num_samples: n, samples of each question; at least k.
 
     Returns:
@@ -30,7 +40,7 @@ class PassAtK(Metric):
     """Mean of `pass_at_k` over questions, summed over batches and ranks.
 
     Args:
-        k: samples of which one must be right.
+        k: number of samples of which one must be correct.
     """
 
     full_state_update = False
@@ -46,10 +56,54 @@ class PassAtK(Metric):
         self.add_state("questions", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, num_correct: Tensor, num_samples: int) -> None:
-        """Add questions, with the number of right ones among ``num_samples`` samples of each."""
+        """Adds questions: (questions,) correct samples among ``num_samples`` samples of each."""
         self.total += pass_at_k(num_correct, num_samples, self.k).sum()
         self.questions += len(num_correct)
 
     def compute(self) -> Tensor:
-        """A float64 scalar in 0…1; NaN without a question."""
+        """A float64 scalar in 0…1; NaN without questions."""
         return self.total / self.questions
+
+
+class PassAtKEvaluator(Evaluator):
+    """pass@1 … pass@n of sampled answers to a task's questions, n being the number of samples.
+
+    Args:
+        task: questions with graded answers.
+        sampling: how answers are sampled.
+        batch_size: questions answered together.
+    """
+
+    name = "pass@k"
+
+    def __init__(self, task: Task, sampling: Sampling, batch_size: int) -> None:
+        self.task = task
+        self.sampling = sampling
+        self.batch_size = batch_size
+        self._metrics = {f"pass@{k}": PassAtK(k) for k in range(1, sampling.num_samples + 1)}
+
+    def batches(self, rank: int, world_size: int) -> Iterator[list[Conversation]]:
+        return question_batches(self.task, self.batch_size, rank, world_size)
+
+    def update(self, policy: Policy, batch: list[Conversation]) -> None:
+        engine, sampling = policy.engine, self.sampling
+        prompts = [render_for_completion(policy.tokenizer, conversation) for conversation in batch]
+        samples = engine.generate(
+            prompts,
+            num_samples=sampling.num_samples,
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+        )
+        correct = torch.tensor(
+            [
+                sum(self.task.evaluate(conversation, policy.tokenizer.decode(sample.content)) for sample in group)
+                for conversation, group in zip(batch, samples, strict=True)
+            ],
+            device=policy.net.device,
+        )
+        for metric in self._metrics.values():
+            metric.to(policy.net.device).update(correct, sampling.num_samples)
+
+    def compute(self) -> Metrics:
+        return compute_and_reset(self._metrics)

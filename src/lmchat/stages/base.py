@@ -1,8 +1,7 @@
-"""What every training stage shares: the network, the optimizer and its schedules, the loss of a step."""
+"""What the modules of all stages share: the network, the optimizer and its schedules, the loss of a step."""
 
 from __future__ import annotations
 
-import math
 import re
 import time
 from abc import abstractmethod
@@ -14,10 +13,10 @@ from typing import Any, ClassVar, Literal
 import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch.utils.data import DataLoader, IterableDataset
 
 from lmchat.checkpoint.load import Checkpoint
-from lmchat.evaluation.bits_per_byte import BitsPerByte
+from lmchat.evaluation.evaluator import EvalBatch
+from lmchat.generation.policy import Policy
 from lmchat.model.allocator import keep_large_blocks
 from lmchat.model.compile import compile_blocks
 from lmchat.model.config import GPTConfig
@@ -25,20 +24,22 @@ from lmchat.model.gpt import GPT, default_compute_dtype
 from lmchat.optim.muon_adamw import MuonAdamW, build_param_groups
 from lmchat.option_checks import check_count, check_range
 from lmchat.paths import tokenizer_dir as default_tokenizer_dir
+from lmchat.run_plan import RunPlan
 from lmchat.scaling import flops_per_token, parameter_counts
+from lmchat.stages.spec import StageSpec
 from lmchat.tokenizer.bpe import Tokenizer
-from lmchat.types import Batch, UserError
+from lmchat.types import UserError
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 COMPILE_FLOPS_ON_CPU = 1e13
-"""A CPU compiles for a minute or two and is then 1.2 times as fast: minutes of training must follow for that to pay."""
+"""FLOPs of a run from which compiling pays on a CPU: it takes a minute or two and makes training 1.2 times as fast."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The optimizer's settings at one step: learning-rate multiplier, Muon's momentum, Muon's weight decay."""
+    """Optimizer settings at one step: learning-rate multiplier, momentum of Muon, weight decay of Muon."""
 
     lr_multiplier: float
     momentum: float
@@ -46,7 +47,7 @@ class Schedule:
 
 
 class StageModule(L.LightningModule):
-    """One GPT, one MuonAdamW, stateless schedules; a stage adds its loss and its evaluation.
+    """One GPT, one MuonAdamW, stateless schedules; a stage adds its loss.
 
     Args:
         tokenizer_dir: folder of the tokenizer; null is ``$LMCHAT_BASE_DIR/tokenizer``.
@@ -57,11 +58,11 @@ class StageModule(L.LightningModule):
         matrix_lr: Muon learning rate of the blocks' matrices.
         scalar_lr: AdamW learning rate of the residual scalars.
         weight_decay: Muon's weight decay before the scaling laws scale it.
-        compute_dtype: type of activations and matrix products; "auto" is bf16 where the device multiplies it fast,
-            else fp32. Master weights are fp32 always.
-        attention: name of the attention backend; "auto" runs the candidates and takes the best that is right.
-        compile: use torch.compile, for the blocks and on a GPU for the optimizer. "auto" is yes where it works and
-            pays: the blocks on a GPU, and on a CPU for runs of `COMPILE_FLOPS_ON_CPU` or more, never where shapes
+        compute_dtype: dtype of activations and matrix products; "auto" is bf16 where the device multiplies it fast,
+            else fp32. Master weights are always fp32.
+        attention: name of the attention backend; "auto" runs the candidates and takes the fastest correct one.
+        compile: use torch.compile for the blocks, and on a GPU for the optimizer. "auto" is true where it works and
+            pays: for the blocks on a GPU, and on a CPU for runs of `COMPILE_FLOPS_ON_CPU` or more; false where shapes
             change from batch to batch.
     """
 
@@ -71,8 +72,10 @@ class StageModule(L.LightningModule):
     """Every micro-batch has the same shape, and all of its tokens are trained on."""
     net: GPT
     sequence_len: int
+    plan: RunPlan
+    """The numbers of the run; set in training by the callback that plans it."""
     evaluated_at: float = 0.0
-    """When the last evaluation ended, by `time.perf_counter`."""
+    """End of the last evaluation, by `time.perf_counter`."""
 
     def __init__(
         self,
@@ -108,7 +111,7 @@ class StageModule(L.LightningModule):
         self.compute_dtype = compute_dtype
         self.attention = attention
         self.compile_mode = compile
-        self.inherited: dict[str, Any] = {}
+        self.parent_meta: dict[str, Any] = {}
         self._tag = tag
         self._loss_sum: torch.Tensor | None = None
         self._loss_count = 0
@@ -125,7 +128,7 @@ class StageModule(L.LightningModule):
     @property
     @abstractmethod
     def default_tag(self) -> str:
-        """Name of the run where the user gives none."""
+        """Name of the run if the user gives none."""
 
     @property
     def tag(self) -> str:
@@ -133,15 +136,31 @@ class StageModule(L.LightningModule):
         return self._tag or self.default_tag
 
     @abstractmethod
-    def adopt(self, checkpoint: Checkpoint) -> None:
-        """Makes ready to continue from ``checkpoint``, before anything is built.
+    def load_from(self, checkpoint: Checkpoint) -> None:
+        """Prepares to continue from ``checkpoint``, before anything is built.
 
         Raises:
             UserError: this stage, as configured, cannot continue from it.
         """
 
-    def continue_numerics(self, checkpoint: Checkpoint) -> None:
-        """Takes the compute dtype of a run of this stage where "auto" leaves it open: found anew, it might differ.
+    def spec(self) -> StageSpec:
+        """What the DataModule needs to know; call it once a checkpoint to start from has been loaded."""
+        return StageSpec(
+            tag=self.tag,
+            tokenizer=self.tokenizer,
+            sequence_len=self.sequence_len,
+            global_batch_tokens=self.global_batch_tokens,
+            micro_batch_size=self.parent_meta.get("micro_batch_size"),
+            policy=lambda: self.policy,
+        )
+
+    @property
+    def policy(self) -> Policy:
+        """The network with its current weights, for evaluation and sampling."""
+        return Policy(self.net, self.tokenizer)
+
+    def keep_numerics(self, checkpoint: Checkpoint) -> None:
+        """On resume the saved compute dtype is kept where the user leaves it to "auto"; a new probe might differ.
 
         Raises:
             UserError: the checkpoint was trained with another tokenizer.
@@ -161,13 +180,6 @@ class StageModule(L.LightningModule):
     @cached_property
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.load(self.tokenizer_path)
-
-    @property
-    def data(self) -> StageDataModule:
-        """The DataModule of the run."""
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        assert isinstance(data, StageDataModule)
-        return data
 
     @property
     def total_steps(self) -> int:
@@ -199,14 +211,13 @@ class StageModule(L.LightningModule):
             ) from error
         net.init_weights()
         self.net = net
-        self.bits_per_byte = BitsPerByte(torch.from_numpy(self.tokenizer.token_bytes))
 
     def on_fit_start(self) -> None:
         if self._compiles(pays=self._compiling_pays()):
             compile_blocks(self.net)
 
     def _compiles(self, pays: bool) -> bool:
-        """Whether to compile something, which ``pays`` here or not."""
+        """Whether to compile something; ``pays`` is the answer for "auto" where the compiler works."""
         if self.compile_mode == "auto":
             return pays and compiler_works(self.net.device.type)
         return self.compile_mode
@@ -214,18 +225,19 @@ class StageModule(L.LightningModule):
     def _compiling_pays(self) -> bool:
         if not self.packed_rows or self.device.type == "cuda":
             return self.packed_rows
-        tokens = self.total_steps * self.data.step_tokens
+        assert self.plan.global_batch_tokens is not None
+        tokens = self.total_steps * self.plan.global_batch_tokens
         return tokens * flops_per_token(self.config) >= COMPILE_FLOPS_ON_CPU
 
     def configure_optimizers(self) -> MuonAdamW:
         groups = build_param_groups(
             self.net.named_parameters(),
             n_embd=self.config.n_embd,
-            lr_scale=self.lr_scale,
-            weight_decay=self.weight_decay,
+            lr_scale=self.plan.lr_scale,
+            weight_decay=self.plan.weight_decay,
             **self.learning_rates,  # type: ignore[arg-type]
         )
-        on_gpu = self.net.device.type == "cuda"  # where it pays; on a CPU Muon's matrix products take the time
+        on_gpu = self.net.device.type == "cuda"  # on a CPU Muon's matrix products dominate
         return MuonAdamW(groups, compile=on_gpu and self._compiles(pays=True))
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
@@ -238,22 +250,15 @@ class StageModule(L.LightningModule):
         # Lightning zeroes after the next forward, which would keep the gradients alive beside its activations.
         optimizer.zero_grad(set_to_none=True)
 
-    def log_bits_per_byte(self, batch: Batch) -> None:
-        """Adds a batch of held-out rows to ``val/bpb``."""
-        nats = self.net.loss(batch["inputs"], batch["targets"], reduction="none")
-        self.bits_per_byte.update(nats, batch["targets"])
-        self.log("val/bpb", self.bits_per_byte, add_dataloader_idx=False)
-
-    def on_validation_epoch_end(self) -> None:
-        # Lightning would log an evaluation after step n as of step n − 1, but one at the start or the end as of n.
-        self.log("step", float(self.trainer.global_step))
+    def validation_step(self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        batch.evaluator.update(self.policy, batch.data)
 
     def on_validation_end(self) -> None:
-        # Called after that of every callback: from here on the time is training's again.
+        # Runs after all callbacks; training time resumes.
         self.evaluated_at = time.perf_counter()
 
     def track_loss(self, loss: torch.Tensor) -> None:
-        """Adds a micro-batch's loss to the step's; no device synchronisation."""
+        """Adds a micro-batch's loss to the loss of the step, without a device synchronisation."""
         self._loss_sum = loss.detach() if self._loss_sum is None else self._loss_sum + loss.detach()
         self._loss_count += 1
 
@@ -270,19 +275,19 @@ class StageModule(L.LightningModule):
         return {"compute_dtype": names[self.net.compute_dtype], "attention": self.net.attention_backend}
 
     def checkpoint_meta(self) -> dict[str, Any]:
-        """What a later stage or a reader needs to know of this one, as JSON."""
+        """The metadata of a checkpoint, for later stages and readers; JSON values only."""
         return {
             "stage": self.stage,
             "tag": self.tag,
             "model": asdict(self.config),
             **(self._numerics() if hasattr(self, "net") else {}),
             "tokenizer_fingerprint": self.tokenizer.fingerprint,
-            "global_batch_tokens": self.global_batch_tokens,
-            "micro_batch_size": self.data.micro_batch_size,
+            "global_batch_tokens": self.plan.global_batch_tokens,
+            "micro_batch_size": self.plan.micro_batch_size,
             "total_steps": self.total_steps,
             "learning_rates": self.learning_rates,
-            "lr_scale": self.lr_scale,
-            "weight_decay": self.weight_decay,
+            "lr_scale": self.plan.lr_scale,
+            "weight_decay": self.plan.weight_decay,
         }
 
 
@@ -297,149 +302,10 @@ def check_precision(precision: str | int | None) -> None:
 
 @cache
 def compiler_works(device_type: str) -> bool:
-    """Whether torch.compile works here, found by using it: it needs a compiler and Python's headers."""
+    """Whether torch.compile works here, tested by using it: it needs a C++ compiler and Python's headers."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device_type))
-    except Exception as error:  # Whatever the tool chain lacks, training goes on without it.
+    except Exception as error:  # Any failure means: train without it.
         rank_zero_warn(f"torch.compile does not work here, training without it ({str(error).splitlines()[0]})")
         return False
     return True
-
-
-class StageDataModule(L.LightningDataModule):
-    """Micro-batches whose position is that of the last one consumed.
-
-    Args:
-        micro_batch_size: rows per micro-batch and rank; null takes that of the checkpoint the stage starts from.
-    """
-
-    def __init__(self, micro_batch_size: int | None) -> None:
-        super().__init__()
-        if micro_batch_size is not None:
-            check_count("data", 1, micro_batch_size=micro_batch_size)
-        self._micro_batch_size = micro_batch_size
-        self.position: dict[str, Any] | None = None
-
-    @property
-    def run(self) -> L.Trainer:
-        """The trainer, which is there once a run begins."""
-        assert self.trainer is not None
-        return self.trainer
-
-    @property
-    def module(self) -> StageModule:
-        """The stage that is trained."""
-        module = self.run.lightning_module
-        assert isinstance(module, StageModule)
-        return module
-
-    @property
-    def micro_batch_size(self) -> int:
-        """Rows per micro-batch and rank. Raises UserError if neither the user nor a checkpoint gives it."""
-        size = self._micro_batch_size or self.module.inherited.get("micro_batch_size")
-        if size is None:
-            raise UserError(
-                "no micro-batch is set, and no checkpoint to start from names one; give --data.micro_batch_size 16"
-            )
-        return size
-
-    def accumulation_steps(self, world_size: int) -> int:
-        """Micro-batches per rank and optimizer step. Raises UserError if they cannot fill the global batch."""
-        tokens = self.module.global_batch_tokens
-        if tokens is None:
-            raise UserError("no global batch is set; give --model.global_batch_tokens, e.g. 524288")
-        return accumulation_steps(tokens, self.micro_batch_size, self.module.sequence_len, world_size)
-
-    def describe_step(self, world_size: int) -> str:
-        """What an optimizer step consists of, for a person."""
-        micro_batches = self.accumulation_steps(world_size)
-        return (
-            f"{self.module.global_batch_tokens:,} tokens ({self.micro_batch_size} rows × {self.module.sequence_len} × "
-            f"{micro_batches} micro-batches × {world_size} rank(s))"
-        )
-
-    @property
-    def step_tokens(self) -> int:
-        """Tokens of the last optimizer step, over all ranks."""
-        assert self.module.global_batch_tokens is not None
-        return self.module.global_batch_tokens
-
-    def loader(self, batches: IterableDataset[Batch]) -> DataLoader:
-        """Wraps ``batches`` for Lightning; pinned where they go to a GPU, so that the copy does not hold up the CPU."""
-        return DataLoader(batches, batch_size=None, pin_memory=self.module.device.type == "cuda")
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        # Called when a batch is consumed: loaders are read ahead, so their own position would be too far.
-        if self.run.training:
-            self.position = batch.pop("state")
-        return batch
-
-    @cached_property
-    def copy_stream(self) -> torch.cuda.Stream:
-        """The CUDA stream that batches are copied on."""
-        return torch.cuda.Stream(self.module.device)
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Copies on a stream of its own on a GPU, so that it need not wait for the step before (never run on one)."""
-        if device.type != "cuda":
-            return super().transfer_batch_to_device(batch, device, dataloader_idx)
-        compute = torch.cuda.current_stream(device)
-        with torch.cuda.stream(self.copy_stream):
-            batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
-        compute.wait_stream(self.copy_stream)
-        for value in batch.values() if isinstance(batch, dict) else ():
-            if isinstance(value, torch.Tensor):
-                # Freed in the order of the copies otherwise, while the step still reads it.
-                value.record_stream(compute)
-        return batch
-
-    def progress(self) -> dict[str, float]:
-        """Where the last consumed batch was, for the log: epoch and shard, counted from 0."""
-        return {name: self.position[name] for name in ("epoch", "shard")} if self.position else {}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"position": self.position}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.position = state_dict["position"]
-
-
-def accumulation_steps(global_batch_tokens: int, micro_batch_size: int, sequence_len: int, world_size: int) -> int:
-    """Micro-batches per rank and optimizer step.
-
-    Args:
-        global_batch_tokens: tokens per optimizer step over all ranks.
-        micro_batch_size: rows per micro-batch and rank.
-        sequence_len: tokens per row.
-        world_size: number of ranks.
-
-    Raises:
-        UserError: the global batch is not a whole number of rounds of micro-batches; names what would fit.
-    """
-    round_tokens = micro_batch_size * sequence_len * world_size
-    steps, rest = divmod(global_batch_tokens, round_tokens)
-    if rest == 0 and steps > 0:
-        return steps
-    nearest = [n * round_tokens for n in (steps, steps + 1) if n]
-    rows, rest = divmod(global_batch_tokens, sequence_len * world_size)
-    smaller = [] if rest else [n for n in divisors(rows) if n < micro_batch_size]
-    remedies = [f"--data.micro_batch_size {smaller[-1]}"] if smaller else []
-    remedies += [f"--model.global_batch_tokens {tokens}" for tokens in nearest]
-    micro_batches, rest = divmod(global_batch_tokens, micro_batch_size * sequence_len)
-    remedies += [] if rest else [f"{ranks} rank(s)" for ranks in nearest_divisors(micro_batches, world_size)]
-    raise UserError(
-        f"global_batch_tokens {global_batch_tokens} is not a multiple of micro_batch_size {micro_batch_size} × "
-        f"sequence_len {sequence_len} × {world_size} rank(s) = {round_tokens}; use {' or '.join(remedies)}"
-    )
-
-
-def nearest_divisors(number: int, near: int) -> list[int]:
-    """The divisors of ``number`` next below and next above ``near``, as far as there are."""
-    found = divisors(number)
-    return [n for n in found if n < near][-1:] + [n for n in found if n > near][:1]
-
-
-def divisors(number: int) -> list[int]:
-    """The divisors of ``number``, 0 of which has none, in ascending order."""
-    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
-    return sorted({*small, *(number // n for n in small)})

@@ -1,23 +1,21 @@
-"""What fine-tuning and reinforcement learning share: they start from a checkpoint and answer questions."""
+"""What fine-tuning and reinforcement learning share: they start from a checkpoint and evaluate on questions."""
 
 from __future__ import annotations
 
 from typing import Any, cast
 
 import torch
-from torch import nn
-from torch.utils.data import DataLoader
-from torchmetrics import MeanMetric
 
 from lmchat.checkpoint.load import Checkpoint, load_model_state, load_rank_state
 from lmchat.data.mixture import Mixture
-from lmchat.evaluation.chat_tasks import Questions, TaskQuestions, grade
-from lmchat.generation.engine import Engine
+from lmchat.evaluation.chat_tasks import ChatTaskEvaluator
+from lmchat.evaluation.evaluator import Evaluator
 from lmchat.model.config import GPTConfig
 from lmchat.optim.muon_adamw import MuonAdamW
 from lmchat.option_checks import check_count, check_range
 from lmchat.stage_table import STAGES
-from lmchat.stages.base import StageDataModule, StageModule
+from lmchat.stages.base import StageModule
+from lmchat.stages.data_module import StageDataModule
 from lmchat.tasks.base import Task
 from lmchat.types import UserError
 
@@ -27,13 +25,13 @@ class ChatModule(StageModule):
 
     Args:
         init_lr_fraction: factor on every learning rate.
-        embedding_lr: AdamW learning rate of the token and value embeddings at width 768; null, where the stage has no
-            default, is the checkpoint's, as for the other learning rates. None of them is scaled by the batch.
+        embedding_lr: AdamW learning rate of the token and value embeddings at width 768. Where the stage has no
+            default, null takes the checkpoint's, as for the other learning rates. None of them scales with the batch.
         unembedding_lr: AdamW learning rate of the output head, likewise.
         matrix_lr: Muon learning rate of the blocks' matrices.
         scalar_lr: AdamW learning rate of the residual scalars.
-        warm_start_optimizer: begin with the moments of the earlier stage's optimizer, not with zeros. Learning rates,
-            momentum and weight decay are this stage's all the same.
+        warm_start_optimizer: start with the optimizer moments of the earlier stage instead of zeros. Learning rates,
+            momentum and weight decay are those of this stage in either case.
     """
 
     def __init__(
@@ -64,7 +62,7 @@ class ChatModule(StageModule):
 
     @property
     def default_tag(self) -> str:
-        return self.inherited.get("tag", self.stage)
+        return self.parent_meta.get("tag", self.stage)
 
     def checkpoint_missing(self) -> UserError:
         """Says what this stage starts from."""
@@ -83,15 +81,15 @@ class ChatModule(StageModule):
     def sequence_len(self) -> int:  # type: ignore[override]
         return self.config.sequence_len
 
-    def adopt(self, checkpoint: Checkpoint) -> None:
+    def load_from(self, checkpoint: Checkpoint) -> None:
         if checkpoint.stage not in (self.stage, *STAGES[self.stage].predecessors):
             raise UserError(
                 f"{checkpoint.paths.meta} is of stage {checkpoint.stage}; {self.stage} starts from "
                 f"{' or '.join(STAGES[self.stage].predecessors)}"
             )
-        self.continue_numerics(checkpoint)
+        self.keep_numerics(checkpoint)
         self._config = GPTConfig(**checkpoint.meta["model"])
-        self.inherited = checkpoint.meta
+        self.parent_meta = checkpoint.meta
         self.learning_rates = {**checkpoint.meta["learning_rates"], **self._given_learning_rates}
         if self.global_batch_tokens is None:
             self.global_batch_tokens = checkpoint.meta["global_batch_tokens"]
@@ -103,9 +101,6 @@ class ChatModule(StageModule):
         super().configure_model()
         if is_new and self._start is not None:
             self.net.load_state_dict(load_model_state(self._start))
-        if not hasattr(self, "accuracy"):
-            tasks = self.data.eval_tasks if isinstance(self.data, ChatDataModule) else []
-            self.accuracy = nn.ModuleDict({task.name: MeanMetric() for task in tasks})
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
@@ -114,29 +109,18 @@ class ChatModule(StageModule):
             load_moments(cast(MuonAdamW, optimizer), self._start)
         self._start = None
 
-    def log_accuracy(self, questions: Questions) -> None:
-        """Asks the questions, decoding greedily, and logs the share of right answers as ``val/<task>``."""
-        assert isinstance(self.data, ChatDataModule)
-        right = grade(self.engine, questions, max_new_tokens=self.data.eval_max_new_tokens)
-        metric = cast(MeanMetric, self.accuracy[questions.task.name])
-        metric.update(torch.tensor(right, dtype=torch.float32, device=self.device))
-        self.log(f"val/{questions.task.name}", metric, add_dataloader_idx=False)
-
-    @property
-    def engine(self) -> Engine:
-        return Engine(self.net, self.tokenizer)
-
 
 class ChatDataModule(StageDataModule):
-    """Data of a stage that is judged by answers to questions.
-
-    Attributes:
-        mixtures: of conversations, by the split that they are of.
+    """Data of a stage that is evaluated by answers to questions.
 
     Args:
-        eval_tasks: tasks whose questions are asked in evaluation; slice them with their ``stop``.
+        micro_batch_size: as in `StageDataModule`.
+        eval_tasks: tasks whose questions are asked in evaluation; limit them with their ``stop``.
         eval_batch_size: questions answered together.
-        eval_max_new_tokens: longest answer in evaluation.
+        eval_max_new_tokens: maximum number of tokens of an answer in evaluation.
+
+    Attributes:
+        mixtures: mixtures of conversations by split.
     """
 
     mixtures: dict[str, Mixture]
@@ -156,21 +140,18 @@ class ChatDataModule(StageDataModule):
         names = [task.name for task in self.eval_tasks]
         if len(set(names)) < len(names):
             raise UserError(
-                f"--data.eval_tasks are {', '.join(names)}: figures of equal names would mix; leave one of them out"
+                f"--data.eval_tasks are {', '.join(names)}: metrics of equal names would mix; leave one of them out"
             )
         self.eval_batch_size = eval_batch_size
         self.eval_max_new_tokens = eval_max_new_tokens
 
-    def questions(self, tasks: list[Task]) -> DataLoader:
-        """This rank's share of the tasks' questions."""
-        questions = TaskQuestions(
-            tasks, batch_size=self.eval_batch_size, rank=self.run.global_rank, world_size=self.run.world_size
-        )
-        return DataLoader(questions, batch_size=None)
+    def task_evaluators(self) -> list[Evaluator]:
+        """One evaluator per task of ``eval_tasks``."""
+        return [ChatTaskEvaluator(task, self.eval_batch_size, self.eval_max_new_tokens) for task in self.eval_tasks]
 
 
 def load_moments(optimizer: MuonAdamW, checkpoint: Checkpoint) -> None:
-    """Fills the optimizer's state from the checkpoint's, however many ranks wrote it; its settings stay as they are."""
+    """Loads the optimizer state of a checkpoint of any world size; the optimizer's hyperparameters stay as they are."""
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     shards = [load_rank_state(checkpoint, rank)["optimizer_states"] for rank in range(checkpoint.world_size)]
     optimizer.load_state_dict([state for (state,) in shards])
@@ -181,8 +162,8 @@ def load_moments(optimizer: MuonAdamW, checkpoint: Checkpoint) -> None:
 def sum_over_step(loss_sum: torch.Tensor, loss_tokens: int, module: StageModule) -> torch.Tensor:
     """A micro-batch's share of the optimizer step's mean loss over ``loss_tokens`` tokens.
 
-    The trainer divides by the number of micro-batches, and the strategy averages over ranks; both are taken back, so
-    that every token of the step has the same weight wherever it lies.
+    The trainer divides by the number of micro-batches and the strategy averages over ranks. Both are compensated, so
+    that every token of the step has the same weight.
     """
     trainer = module.trainer
     return loss_sum * (trainer.accumulate_grad_batches * trainer.world_size / loss_tokens)

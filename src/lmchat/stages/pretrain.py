@@ -12,17 +12,19 @@ from torch.utils.data import DataLoader
 from lmchat.checkpoint.load import Checkpoint
 from lmchat.data.loader import PackedBatches
 from lmchat.data.token_shards import TokenShards, prepare_token_shards
+from lmchat.evaluation.bits_per_byte import BitsPerByteEvaluator
 from lmchat.model.config import GPTConfig
 from lmchat.option_checks import check_count, check_range
 from lmchat.paths import base_data_dir
 from lmchat.scaling import config_for_depth
 from lmchat.schedules import linear_warmdown, muon_momentum, weight_decay_multiplier
-from lmchat.stages.base import Schedule, StageDataModule, StageModule
+from lmchat.stages.base import Schedule, StageModule
+from lmchat.stages.data_module import StageDataModule
 from lmchat.types import Batch, UserError
 
 
 class PretrainModule(StageModule):
-    """A GPT whose ``depth`` decides everything else.
+    """Next-token prediction by a GPT whose ``depth`` decides everything else.
 
     Args:
         depth: number of blocks; width, heads, batch, steps and learning rates follow from it.
@@ -30,12 +32,12 @@ class PretrainModule(StageModule):
         aspect_ratio: width per block; the width is rounded up to whole heads.
         head_dim: width of an attention head.
         n_kv_head: number of key and value heads; null is as many as query heads.
-        window_pattern: attention windows of the layers in turn: S (half the sequence) or L (all of it).
+        window_pattern: attention windows of the layers, repeated: S (half the sequence) or L (the full sequence).
         value_embeddings: give every other layer a token table that is added to the attention's values.
         residual_mix: mix the residual stream with the normed embedding before each block. Without it, without value
             embeddings and with ``window_pattern`` L, the export is transformers' own `NanoChatForCausalLM`.
-        warmup_ratio: share of the steps in which the learning rate rises linearly from 0.
-        warmdown_ratio: share of the steps in which it falls linearly to ``final_lr_fraction``.
+        warmup_ratio: fraction of the steps in which the learning rate rises linearly from 0.
+        warmdown_ratio: fraction of the steps in which it falls linearly to ``final_lr_fraction``.
         final_lr_fraction: learning-rate multiplier after the last step.
     """
 
@@ -75,7 +77,7 @@ class PretrainModule(StageModule):
 
     @property
     def shape(self) -> dict[str, Any]:
-        """What the scaling laws take as given."""
+        """The arguments of `lmchat.scaling.config_for_depth`."""
         return {
             "depth": self.depth,
             "vocab_size": self.tokenizer.vocab_size,
@@ -96,17 +98,17 @@ class PretrainModule(StageModule):
     def default_tag(self) -> str:
         return f"d{self.depth}"
 
-    def adopt(self, checkpoint: Checkpoint) -> None:
+    def load_from(self, checkpoint: Checkpoint) -> None:
         if checkpoint.stage != self.stage:
             raise UserError(
-                f"{checkpoint.paths.meta} is of stage {checkpoint.stage}; pretraining continues its own only"
+                f"{checkpoint.paths.meta} is of stage {checkpoint.stage}; pretraining resumes only pretraining"
             )
-        self.continue_numerics(checkpoint)
+        self.keep_numerics(checkpoint)
         for name, value in GPTConfig(**checkpoint.meta["model"]).to_dict().items():
             if (mine := getattr(self.config, name)) != value:
                 raise UserError(
                     f"{checkpoint.paths.meta} has {name} {value}, this run {mine}; "
-                    f"train that one on as it is, or start anew with another --model.tag"
+                    f"resume it with its own options, or start a new run with another --model.tag"
                 )
 
     def schedule(self, step: int) -> Schedule:
@@ -114,7 +116,7 @@ class PretrainModule(StageModule):
         return Schedule(
             lr_multiplier=linear_warmdown(step, steps, self.warmup_ratio, self.warmdown_ratio, self.final_lr_fraction),
             momentum=muon_momentum(step),
-            weight_decay=self.weight_decay * weight_decay_multiplier(step, steps),
+            weight_decay=self.plan.weight_decay * weight_decay_multiplier(step, steps),
         )
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
@@ -122,21 +124,18 @@ class PretrainModule(StageModule):
         self.track_loss(loss)
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.log_bits_per_byte(batch)
-
 
 class FineWebDataModule(StageDataModule):
-    """Parquet shards of text → token files → best-fit packed rows. The last shard is the validation set.
+    """Any text in parquet shards → token files → best-fit packed rows. The last shard is the validation set.
 
-    The stream of rows does not depend on the number of ranks, and its position is part of a checkpoint. Of a document
-    longer than a row, only the beginning is read: cut long ones up when they are imported (``--separator``).
+    The stream of rows does not depend on the number of ranks, and its position is part of a checkpoint. Only the first
+    row of a longer document is read: split long documents when importing them (``--separator``).
 
     Args:
         data_dir: folder of the parquet shards; null is ``$LMCHAT_BASE_DIR/base_data``.
         micro_batch_size: rows per micro-batch and rank.
         buffer_size: documents that best-fit packing chooses from.
-        eval_tokens: tokens per evaluation over all ranks, rounded down to as many micro-batches for each.
+        eval_tokens: tokens per evaluation over all ranks, rounded down to a whole number of micro-batches per rank.
     """
 
     def __init__(
@@ -153,32 +152,38 @@ class FineWebDataModule(StageDataModule):
         self.eval_tokens = eval_tokens
 
     def prepare_data(self) -> None:
-        prepare_token_shards(self.data_dir, self.module.tokenizer)
+        prepare_token_shards(self.data_dir, self.spec.tokenizer)
 
     def setup(self, stage: str) -> None:
-        self.train_shards, self.val_shards = TokenShards.open_split(self.data_dir, self.module.tokenizer)
+        self.train_shards, val_shards = TokenShards.open_split(self.data_dir, self.spec.tokenizer)
 
-    def _batches(self, shards: TokenShards, **kwargs: Any) -> PackedBatches:
+        def validation_batches(rank: int, world_size: int) -> PackedBatches:
+            return self._batches(val_shards, rank, world_size, rounds=self._eval_rounds(world_size))
+
+        assert self.trainer is not None
+        self._eval_rounds(self.trainer.world_size)  # a wrong option is reported now, not at the first evaluation
+        token_bytes = torch.from_numpy(self.spec.tokenizer.token_bytes)
+        self.evaluators = [BitsPerByteEvaluator(token_bytes, validation_batches)]
+
+    def _batches(self, shards: TokenShards, rank: int, world_size: int, **kwargs: Any) -> PackedBatches:
         return PackedBatches(
             shards,
             micro_batch_size=self.micro_batch_size,
-            sequence_len=self.module.sequence_len,
+            sequence_len=self.spec.sequence_len,
             buffer_size=self.buffer_size,
-            rank=self.run.global_rank,
-            world_size=self.run.world_size,
+            rank=rank,
+            world_size=world_size,
             **kwargs,
         )
 
     def train_dataloader(self) -> DataLoader:
-        return self.loader(self._batches(self.train_shards, state=self.position))
+        assert self.trainer is not None
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        return self.loader(self._batches(self.train_shards, rank, world_size, state=self.position))
 
-    def val_dataloader(self) -> DataLoader:
-        return self.loader(self._batches(self.val_shards, rounds=self.eval_rounds))
-
-    @property
-    def eval_rounds(self) -> int:
+    def _eval_rounds(self, world_size: int) -> int:
         """Micro-batches per rank in one evaluation."""
-        tokens = self.micro_batch_size * self.module.sequence_len * self.run.world_size
+        tokens = self.micro_batch_size * self.spec.sequence_len * world_size
         rounds = self.eval_tokens // tokens
         if rounds == 0:
             raise UserError(

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 
 import lmchat.tasks  # noqa: F401  (makes every task known by its short class name)
+from lmchat.batching import groups_per_rank
 from lmchat.data.fingerprint import conversation_checksums, fingerprint
 from lmchat.data.mixture import Mixture, MixturePart
 from lmchat.data.rollouts import Rollouts, Sampling
-from lmchat.evaluation.chat_tasks import Questions
-from lmchat.evaluation.pass_at_k import PassAtK
+from lmchat.evaluation.pass_at_k import PassAtKEvaluator
 from lmchat.option_checks import check_count, check_range
+from lmchat.run_plan import RunPlan
 from lmchat.schedules import rl_lr_multiplier
-from lmchat.stages.base import Schedule, nearest_divisors
+from lmchat.stages.base import Schedule
 from lmchat.stages.chat import ChatDataModule, ChatModule, sum_over_step
 from lmchat.strategies.reduce_numbers import reduce_numbers
 from lmchat.tasks.base import Task
-from lmchat.tokenizer.render import render_for_completion
 from lmchat.types import Rollout, UserError
 
 
@@ -57,7 +57,7 @@ class GRPOModule(ChatModule):
         self.momentum = momentum
 
     def schedule(self, step: int) -> Schedule:
-        return Schedule(rl_lr_multiplier(step, self.total_steps), self.momentum, self.weight_decay)
+        return Schedule(rl_lr_multiplier(step, self.total_steps), self.momentum, self.plan.weight_decay)
 
     def training_step(self, batch: Rollout, batch_idx: int) -> torch.Tensor:
         if not batch["has_signal"]:
@@ -74,37 +74,6 @@ class GRPOModule(ChatModule):
         """−Σ log p(token) · advantage over the sampled tokens."""
         weights = batch["advantages"][:, None].expand(batch["targets"].shape)
         return self.net.loss(batch["inputs"], batch["targets"], reduction="sum", weights=weights)
-
-    def configure_model(self) -> None:
-        super().configure_model()
-        if not hasattr(self, "pass_at_k") and isinstance(self.data, RolloutDataModule):
-            samples = self.data.eval_sampling.num_samples
-            self.pass_at_k = nn.ModuleDict({f"pass@{k}": PassAtK(k) for k in range(1, samples + 1)})
-
-    def validation_step(self, batch: Questions, batch_idx: int, dataloader_idx: int = 0) -> None:
-        assert isinstance(self.data, RolloutDataModule)
-        if batch.task is not self.data.eval_task:
-            self.log_accuracy(batch)
-            return
-        engine, sampling = self.engine, self.data.eval_sampling
-        prompts = [render_for_completion(self.tokenizer, conversation) for conversation in batch.conversations]
-        samples = engine.generate(
-            prompts,
-            num_samples=sampling.num_samples,
-            max_new_tokens=sampling.max_new_tokens,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-        )
-        right = torch.tensor(
-            [
-                sum(batch.task.evaluate(conversation, self.tokenizer.decode(sample.content)) for sample in group)
-                for conversation, group in zip(batch.conversations, samples, strict=True)
-            ],
-            device=self.device,
-        )
-        for name, metric in cast(dict[str, PassAtK], self.pass_at_k).items():
-            metric.update(right, sampling.num_samples)
-            self.log(f"val/{name}", metric, add_dataloader_idx=False)
 
 
 class RolloutDataModule(ChatDataModule):
@@ -156,50 +125,40 @@ class RolloutDataModule(ChatDataModule):
         self.seed = seed
 
     def setup(self, stage: str) -> None:
+        pass_at_k = PassAtKEvaluator(self.eval_task, self.eval_sampling, self.eval_batch_size)
+        self.evaluators = [pass_at_k, *self.task_evaluators()]
         if stage != "fit":
             return
-        loop = self.run.fit_loop.epoch_loop
         questions = len(self.mixtures["train"])
-        steps = questions // self.questions_per_step
-        if steps < 1:
+        self.max_steps = questions // self.questions_per_step
+        if self.max_steps < 1:
             raise UserError(
                 f"{questions} questions are less than one step of "
                 f"--data.questions_per_step {self.questions_per_step}; ask fewer per step"
             )
-        loop.max_steps = min(loop.max_steps, steps) if loop.max_steps > 0 else steps
 
-    def accumulation_steps(self, world_size: int) -> int:
-        groups, rest = divmod(self.questions_per_step, world_size)
-        if rest or not groups:
-            remedies = [f"--data.questions_per_step {n * world_size}" for n in (groups, groups + 1) if n]
-            remedies += [f"{ranks} rank(s)" for ranks in nearest_divisors(self.questions_per_step, world_size)]
-            raise UserError(
-                f"--data.questions_per_step {self.questions_per_step} is not a multiple of {world_size} ranks; "
-                f"use {' or '.join(remedies)}"
-            )
-        return groups
+    def micro_batches_per_step(self, global_batch_tokens: int | None, world_size: int) -> int:
+        return groups_per_rank(self.questions_per_step, world_size)
 
-    def describe_step(self, world_size: int) -> str:
+    def describe_step(self, plan: RunPlan, world_size: int) -> str:
         return f"{self.questions_per_step} questions × {self.sampling.num_samples} samples"
 
-    @property
-    def step_tokens(self) -> int:
+    def step_tokens(self, plan: RunPlan) -> int:
         return int(self.position["figures"]["sampled_tokens"]) if self.position else 0
 
     def train_dataloader(self) -> DataLoader:
-        module = self.module
-        assert isinstance(module, GRPOModule)
-        mixture = self.mixtures["train"]
+        trainer, mixture = self.trainer, self.mixtures["train"]
+        assert trainer is not None
         self.rollouts = Rollouts(
             mixture,
-            lambda: module.engine,
+            lambda: self.spec.policy().engine,
             self.sampling,
             questions_per_step=self.questions_per_step,
-            steps=module.total_steps,
+            steps=trainer.max_steps,
             seed=self.seed,
-            rank=self.run.global_rank,
-            world_size=self.run.world_size,
-            all_reduce=partial(reduce_numbers, self.run),
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            all_reduce=partial(reduce_numbers, trainer),
             fingerprint=fingerprint(
                 mixture, conversation_checksums(mixture), **{"questions per step": self.questions_per_step}
             ),
@@ -207,10 +166,7 @@ class RolloutDataModule(ChatDataModule):
         )
         return self.loader(self.rollouts)
 
-    def val_dataloader(self) -> DataLoader:
-        return self.questions([self.eval_task, *self.eval_tasks])
-
-    def progress(self) -> dict[str, float]:
+    def progress(self) -> Mapping[str, float]:
         """Figures of the step's samples, and the seconds since they were ready: call it when the step is done."""
         if not self.position:
             return {}

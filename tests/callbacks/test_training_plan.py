@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lmchat.callbacks.scaling_laws import ScalingLaws
+from lmchat.callbacks.training_plan import TrainingPlan
 from lmchat.scaling import make_plan
 
 SHAPE: dict[str, Any] = {"depth": 2, "sequence_len": 32, "head_dim": 32, "window_pattern": "L", "vocab_size": 512}
@@ -15,10 +15,13 @@ SHAPE: dict[str, Any] = {"depth": 2, "sequence_len": 32, "head_dim": 32, "window
 
 @pytest.mark.parametrize(("given", "expected"), [(None, "law"), (0.05, 0.05), (0.0, 0.0)])
 def test_a_weight_decay_that_is_given_is_taken_as_it_is(given: float | None, expected: float | str) -> None:
-    module = SimpleNamespace(scales_with_depth=True, shape=SHAPE, global_batch_tokens=None, weight_decay=0.2)
-    trainer: Any = SimpleNamespace(max_steps=-1, fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(max_steps=-1)))
-    ScalingLaws(weight_decay=given).setup(trainer, module, "fit")
+    module = SimpleNamespace(
+        scales_with_depth=True, shape=SHAPE, global_batch_tokens=None, weight_decay=0.2, lr_scale=1.0
+    )
+    data = SimpleNamespace(max_steps=None, micro_batch_size=1, evaluators=[], micro_batches_per_step=lambda *_: 1)
+    trainer: Any = SimpleNamespace(max_steps=-1, world_size=1, callbacks=[], datamodule=data)
+    run = TrainingPlan(weight_decay=given).plan(trainer, module)
     plan = make_plan(**SHAPE, weight_decay=0.2)
-    assert module.weight_decay == (plan.weight_decay if expected == "law" else expected)
-    assert module.lr_scale == plan.lr_scale
+    assert run.weight_decay == (plan.weight_decay if expected == "law" else expected)
+    assert (run.lr_scale, run.steps) == (plan.lr_scale, plan.steps)
     assert plan.weight_decay not in (0.2, 0.05)

@@ -1,0 +1,73 @@
+"""When evaluators run in training, and the log of their metrics."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lmchat.evaluation.evaluator import Evaluator, is_due
+from lmchat.types import UserError
+
+
+class Evaluate(Callback):
+    """Runs the evaluators of the data at step 0, every ``every_n_steps`` optimizer steps and at the end.
+
+    An evaluator may have a cadence of its own. ``lmchat validate`` runs all of them once. Metrics are logged under
+    ``val/``.
+
+    Args:
+        every_n_steps: optimizer steps between evaluations; 0 evaluates only at the start and at the end.
+        at_start: evaluate before the first step; never when a run is resumed.
+        at_end: evaluate after the last step.
+    """
+
+    def __init__(self, every_n_steps: int = 250, at_start: bool = True, at_end: bool = True) -> None:
+        if every_n_steps < 0:
+            raise UserError(f"--eval.every_n_steps is {every_n_steps}; use 0 (only start and end) or more")
+        self.every_n_steps = every_n_steps
+        self.at_start = at_start
+        self.at_end = at_end
+        self._last_evaluated_step: int | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        trainer.datamodule.is_due = partial(self.is_due, trainer)  # type: ignore[attr-defined]
+
+    def is_due(self, trainer: L.Trainer, evaluator: Evaluator) -> bool:
+        """Whether the validation loop that begins now runs the evaluator."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            return True
+        return is_due(evaluator, trainer.global_step, trainer.max_steps, self.every_n_steps)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if self.at_start and trainer.global_step == 0:
+            _run_validation(trainer)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        for evaluator in trainer.datamodule.evaluators:  # type: ignore[attr-defined]
+            if self.is_due(trainer, evaluator):
+                for name, value in evaluator.compute().items():
+                    # As a float64 tensor: Lightning would round a Python float to float32.
+                    pl_module.log(f"val/{name}", torch.as_tensor(value, dtype=torch.float64))
+        # Otherwise Lightning logs an evaluation after step n at n − 1, but at n at the start and the end.
+        pl_module.log("step", float(trainer.global_step))
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if not trainer.sanity_checking:
+            self._last_evaluated_step = trainer.global_step
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        complete = trainer.global_step >= trainer.max_steps
+        if self.at_end and complete and self._last_evaluated_step != trainer.global_step:
+            _run_validation(trainer)
+
+
+def _run_validation(trainer: L.Trainer) -> None:
+    """What Lightning's own training loop does when validation is due."""
+    trainer.validating = True
+    trainer.fit_loop.epoch_loop.val_loop.run()
+    trainer.training = True

@@ -1,0 +1,93 @@
+"""From the depth and the options to the plan of the run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from lmchat.callbacks.evaluate import Evaluate
+from lmchat.option_checks import check_range
+from lmchat.run_plan import RunPlan, horizon, validation_interval
+from lmchat.scaling import Plan, make_plan
+
+
+class TrainingPlan(Callback):
+    """Plans the run and writes the plan to the trainer, the module and its data; the only callback that does.
+
+    Stages that scale with depth take batch, steps, learning-rate scale and weight decay from the scaling laws (see
+    `lmchat.scaling`). The number of steps is ``trainer.max_steps`` if set, else follows from ``target_flops``, else
+    from ``tokens_per_parameter``. An explicit ``global_batch_tokens`` is kept. Other stages train for
+    ``trainer.max_steps`` or as long as their data lasts.
+
+    Args:
+        tokens_per_parameter: training tokens per scaling parameter (the blocks' matrices and the head).
+        target_flops: total training FLOPs, instead of ``tokens_per_parameter``.
+        lr_scale: factor on every learning rate; null takes √(batch / 2¹⁹).
+        weight_decay: weight decay of Muon at the start of training, not scaled; null scales the module's by the law.
+    """
+
+    def __init__(
+        self,
+        tokens_per_parameter: float = 10.5,
+        target_flops: float | None = None,
+        lr_scale: float | None = None,
+        weight_decay: float | None = None,
+    ) -> None:
+        options = {"target_flops": target_flops, "lr_scale": lr_scale, "weight_decay": weight_decay}
+        given = {name: value for name, value in options.items() if value is not None}
+        check_range("scaling_laws", tokens_per_parameter=tokens_per_parameter, **given)
+        self.tokens_per_parameter = tokens_per_parameter
+        self.target_flops = target_flops
+        self.lr_scale = lr_scale
+        self.weight_decay = weight_decay
+
+    def scale(self, module: Any, max_steps: int) -> Plan:
+        """The scaling laws' plan of a module that scales with depth; ``max_steps`` is the trainer's, -1 for none."""
+        return make_plan(
+            **module.shape,
+            ratio=self.tokens_per_parameter,
+            target_flops=self.target_flops,
+            max_steps=max_steps if max_steps > 0 else None,
+            global_batch_tokens=module.global_batch_tokens,
+            weight_decay=module.weight_decay,
+        )
+
+    def plan(self, trainer: L.Trainer, module: Any) -> RunPlan:
+        """The plan of the run; changes nothing."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        laws = self.scale(module, trainer.max_steps) if module.scales_with_depth else None
+        batch = laws.global_batch_tokens if laws else module.global_batch_tokens
+        accumulate = data.micro_batches_per_step(batch, trainer.world_size)
+        lr_scale, weight_decay = module.lr_scale, module.weight_decay
+        if laws:
+            lr_scale = laws.lr_scale if self.lr_scale is None else self.lr_scale
+            weight_decay = laws.weight_decay if self.weight_decay is None else self.weight_decay
+        return RunPlan(
+            steps=horizon(trainer.max_steps if trainer.max_steps > 0 else None, data.max_steps, laws),
+            global_batch_tokens=batch,
+            micro_batch_size=data.micro_batch_size,
+            accumulate_grad_batches=accumulate,
+            validate_every_n_batches=validation_interval(_cadences(trainer), accumulate),
+            lr_scale=lr_scale,
+            weight_decay=weight_decay,
+        )
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        if stage != "fit":
+            return
+        plan = self.plan(trainer, pl_module)
+        trainer.fit_loop.epoch_loop.max_steps = plan.steps
+        trainer.accumulate_grad_batches = plan.accumulate_grad_batches
+        # With check_val_every_n_epoch None, Lightning counts micro-batches over the whole run.
+        trainer.check_val_every_n_epoch = None
+        trainer.val_check_interval = plan.validate_every_n_batches
+        pl_module.plan = plan
+
+
+def _cadences(trainer: L.Trainer) -> list[int]:
+    """Optimizer steps between evaluations, of the run and of its evaluators; 0 is at the start and the end only."""
+    default = [callback.every_n_steps for callback in trainer.callbacks if isinstance(callback, Evaluate)]  # type: ignore[attr-defined]
+    own = [evaluator.every_n_steps for evaluator in trainer.datamodule.evaluators]  # type: ignore[attr-defined]
+    return [*default, *(every for every in own if every is not None)]

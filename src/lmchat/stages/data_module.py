@@ -1,0 +1,129 @@
+"""What the DataModules of all stages share: the spec of their stage, the data position, the evaluators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from lmchat.batching import accumulation_steps
+from lmchat.evaluation.evaluator import EvalBatch, Evaluator, EvaluatorBatches
+from lmchat.option_checks import check_count
+from lmchat.run_plan import RunPlan
+from lmchat.stages.spec import StageSpec
+from lmchat.types import UserError
+
+
+class StageDataModule(L.LightningDataModule):
+    """Micro-batches for training, and evaluators.
+
+    `attach` must be called before the trainer runs; ``lmchat fit`` does it.
+
+    Args:
+        micro_batch_size: rows per micro-batch and rank; null takes that of the checkpoint the stage starts from.
+
+    Attributes:
+        evaluators: evaluations of the run, in their order; complete after `setup`. Callbacks may add their own.
+        position: state of the data after the last micro-batch that was trained on.
+        max_steps: optimizer steps that the data lasts; None is without end. Known after `setup`.
+        is_due: whether the validation loop runs an evaluator now; set by the callback that decides it.
+    """
+
+    spec: StageSpec
+
+    def __init__(self, micro_batch_size: int | None) -> None:
+        super().__init__()
+        if micro_batch_size is not None:
+            check_count("data", 1, micro_batch_size=micro_batch_size)
+        self._micro_batch_size = micro_batch_size
+        self.evaluators: list[Evaluator] = []
+        self.position: dict[str, Any] | None = None
+        self.max_steps: int | None = None
+        self.is_due: Callable[[Evaluator], bool] = lambda evaluator: True
+        self._copy_stream: torch.cuda.Stream | None = None
+
+    def attach(self, spec: StageSpec) -> None:
+        """Tells the data about its stage."""
+        self.spec = spec
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Rows per micro-batch and rank. Raises UserError if neither the user nor a checkpoint gives it."""
+        size = self._micro_batch_size or self.spec.micro_batch_size
+        if size is None:
+            raise UserError(
+                "no micro-batch is set, and no checkpoint to start from names one; give --data.micro_batch_size 16"
+            )
+        return size
+
+    def micro_batches_per_step(self, global_batch_tokens: int | None, world_size: int) -> int:
+        """Micro-batches per rank and optimizer step. Raises UserError if they cannot fill the global batch."""
+        if global_batch_tokens is None:
+            raise UserError("no global batch is set; give --model.global_batch_tokens, e.g. 524288")
+        return accumulation_steps(global_batch_tokens, self.micro_batch_size, self.spec.sequence_len, world_size)
+
+    def describe_step(self, plan: RunPlan, world_size: int) -> str:
+        """What an optimizer step consists of, for the log."""
+        return (
+            f"{plan.global_batch_tokens:,} tokens ({plan.micro_batch_size} rows × {self.spec.sequence_len} × "
+            f"{plan.accumulate_grad_batches} micro-batches × {world_size} rank(s))"
+        )
+
+    def step_tokens(self, plan: RunPlan) -> int:
+        """Tokens of the last optimizer step, over all ranks."""
+        assert plan.global_batch_tokens is not None
+        return plan.global_batch_tokens
+
+    def progress(self) -> Mapping[str, float]:
+        """Position of the last consumed batch, for the log: epoch and shard, counted from 0."""
+        return {name: self.position[name] for name in ("epoch", "shard")} if self.position else {}
+
+    def loader(self, batches: IterableDataset[Any]) -> DataLoader:
+        """Wraps ``batches`` for Lightning; pinned for a GPU, so that the copy does not block the CPU."""
+        assert self.trainer is not None
+        on_gpu = self.trainer.strategy.root_device.type == "cuda"
+        return DataLoader(batches, batch_size=None, pin_memory=on_gpu)
+
+    def val_dataloader(self) -> list[DataLoader]:
+        trainer = self.trainer
+        assert trainer is not None
+        rank, world_size = trainer.global_rank, trainer.world_size
+        return [self.loader(EvaluatorBatches(each, rank, world_size, self.is_due)) for each in self.evaluators]
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        # Called when a batch is consumed. Loaders read ahead, so their own position would be too far.
+        if self.trainer is not None and self.trainer.training:
+            self.position = batch.pop("state")
+        return batch
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Copies a batch to the device; on a GPU on a separate stream, in parallel to the step (never run on a GPU)."""
+        if isinstance(batch, EvalBatch):
+            data = self.transfer_batch_to_device(batch.data, device, dataloader_idx)
+            return EvalBatch(batch.evaluator, data)
+        if device.type != "cuda":
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        compute = torch.cuda.current_stream(device)
+        with torch.cuda.stream(self.copy_stream(device)):
+            batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        compute.wait_stream(self.copy_stream(device))
+        for value in batch.values() if isinstance(batch, dict) else ():
+            if isinstance(value, torch.Tensor):
+                # Otherwise its memory could be reused by the copy stream while the step still reads it.
+                value.record_stream(compute)
+        return batch
+
+    def copy_stream(self, device: torch.device) -> torch.cuda.Stream:
+        """The CUDA stream that batches are copied on."""
+        if self._copy_stream is None:
+            self._copy_stream = torch.cuda.Stream(device)
+        return self._copy_stream
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.position = state_dict["position"]
