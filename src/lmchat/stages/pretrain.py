@@ -160,8 +160,6 @@ class FineWebDataModule(StageDataModule):
         def validation_batches(rank: int, world_size: int) -> PackedBatches:
             return self._batches(val_shards, rank, world_size, rounds=self._eval_rounds(world_size))
 
-        assert self.trainer is not None
-        self._eval_rounds(self.trainer.world_size)  # a wrong option is reported now, not at the first evaluation
         token_bytes = torch.from_numpy(self.spec.tokenizer.token_bytes)
         self.evaluators = [BitsPerByteEvaluator(token_bytes, validation_batches)]
 
@@ -180,6 +178,11 @@ class FineWebDataModule(StageDataModule):
         assert self.trainer is not None
         rank, world_size = self.trainer.global_rank, self.trainer.world_size
         return self.loader(self._batches(self.train_shards, rank, world_size, state=self.position))
+
+    def val_dataloader(self) -> list[DataLoader]:
+        assert self.trainer is not None
+        self._eval_rounds(self.trainer.world_size)  # a wrong option is reported before training
+        return super().val_dataloader()
 
     def _eval_rounds(self, world_size: int) -> int:
         """Micro-batches per rank in one evaluation."""
