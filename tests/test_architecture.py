@@ -14,7 +14,9 @@ LAYERS = [
     {"scaling", "run_plan", "batching", "stage_table", "data", "tasks", "generation"},
     {"evaluation", "checkpoint"},
     {"strategies", "callbacks", "stages"},
-    {"cli", "commands", "demo", "__main__", "__init__"},
+    {"cli"},
+    {"serve"},
+    {"commands", "demo", "__main__", "__init__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FIRST_LIGHTNING_LAYER = LEVEL["stages"]

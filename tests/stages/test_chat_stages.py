@@ -385,7 +385,7 @@ def test_chat_goes_on_after_a_message_that_is_too_long(
     assert [prompt.count("Hello") for prompt in answered] == [1, 2]
     assert "word" not in answered[1]
     errors = capfd.readouterr().err
-    assert "the model's limit of 2560" in errors and "/reset begins anew" in errors
+    assert "the model's limit of 2560" in errors and "/reset starts a new conversation" in errors
 
 
 def test_chat_takes_a_system_prompt_and_leaves_it_out_again(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:

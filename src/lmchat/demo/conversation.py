@@ -6,7 +6,6 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from lmchat.commands.chat import answer, load_engine
 from lmchat.demo.run import Demo, Figures
 from lmchat.types import Conversation, Message
 
@@ -17,6 +16,8 @@ if TYPE_CHECKING:
 def converse(run: Demo) -> Figures:
     """Three short chats with questions that are held out, answered greedily and graded."""
     from lmchat.checkpoint.load import find_checkpoint
+    from lmchat.serve.load import load_engine
+    from lmchat.serve.terminal import answer
 
     engine = load_engine(find_checkpoint(run.checkpoints("grpo")))
     stream = partial(engine.stream, temperature=0.0)

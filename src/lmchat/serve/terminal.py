@@ -1,0 +1,212 @@
+"""The chat in the terminal: prints answers as they are generated, keeps the conversation, understands commands."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from lmchat.generation.engine import Engine, Piece
+from lmchat.paths import base_dir
+from lmchat.tokenizer.render import render_for_completion
+from lmchat.types import Message, Part, UserError
+
+HELP = (
+    "/reset: new conversation. /system [TEXT]: new conversation, with an optional system prompt. "
+    "/quit or Ctrl-D: leave. Ctrl-C: stop an answer."
+)
+HISTORY_LINES = 1000
+
+Stream = Callable[[list[int], int], Iterator[Piece]]
+"""From the token ids of a prompt and a seed to the tokens of the answer."""
+
+
+class TerminalChat:
+    """One chat with a model.
+
+    Args:
+        engine: the model and its tokenizer.
+        stream: generates an answer; see `Stream`.
+        max_new_tokens: longest answer that ``stream`` generates.
+        system: system prompt.
+        seed: seed of the first answer; each further one adds 1.
+    """
+
+    def __init__(
+        self, engine: Engine, stream: Stream, *, max_new_tokens: int, system: str | None = None, seed: int = 42
+    ) -> None:
+        self.engine = engine
+        self.stream = stream
+        self.max_new_tokens = max_new_tokens
+        self.seed = seed
+        self.reset(system)
+
+    def reset(self, system: str | None) -> None:
+        """Starts a new conversation."""
+        self.system = system
+        self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
+
+    def run(self) -> None:
+        """Reads lines from standard input until it ends or the user leaves."""
+        print(HELP, file=sys.stderr)
+        for line in _lines():
+            match line.split(maxsplit=1):
+                case ["/quit" | "/exit"]:
+                    return
+                case ["/reset"]:
+                    self.reset(self.system)
+                case ["/system", *text]:
+                    self.reset(text[0] if text else None)
+                case ["/help" | "/?"]:
+                    print(HELP, file=sys.stderr)
+                case [word, *_] if word.startswith("/"):
+                    print(f"unknown command {word}. {HELP}", file=sys.stderr)
+                case [_, *_]:
+                    self._take(line)
+
+    def ask(self, question: str) -> str:
+        """Prints and returns the answer to ``question``.
+
+        Raises:
+            UserError: the question does not fit into the model's context.
+        """
+        seed, self.seed = self.seed, self.seed + 1
+        return answer(self.engine, self.messages, question, lambda prompt: self.stream(prompt, seed))
+
+    def _take(self, question: str) -> None:
+        """Answers a line of the user's; a problem with it leaves the conversation as it was."""
+        if not self._make_room(question):
+            return
+        try:
+            self.ask(question)
+        except UserError as error:
+            print(f"{error}; this message is left out, /reset starts a new conversation", file=sys.stderr)
+        except KeyboardInterrupt:
+            if not _is_interactive():
+                raise
+            print("\n(stopped; this message and its answer are left out)", file=sys.stderr)
+
+    def _make_room(self, question: str) -> bool:
+        """Forgets the oldest turns if the conversation exceeds the context; False if the user does not want that."""
+        limit = self.engine.context_limit - self.max_new_tokens
+        turns = oldest_turns_to_forget(self.engine, self.messages, question, limit)
+        if not turns:
+            return True
+        told = f"the conversation exceeds the model's context of {self.engine.context_limit} tokens"
+        if _is_interactive():
+            reply = _input(f"({told}; forget the oldest {_count(turns, 'turn')} and go on? [Y/n] ")
+            if reply is None or reply.strip().lower() not in ("", "y", "yes"):
+                print("(this message is left out; /reset starts a new conversation)", file=sys.stderr)
+                return False
+        first = 1 if self.messages[0]["role"] == "system" else 0
+        del self.messages[first : first + 2 * turns]
+        print(f"({told}; the oldest {_count(turns, 'turn')} forgotten)", file=sys.stderr)
+        return True
+
+
+def answer(
+    engine: Engine, messages: list[Message], question: str, stream: Callable[[list[int]], Iterator[Piece]]
+) -> str:
+    """Prints the answer to ``question`` as it is generated and returns its text.
+
+    Calculator calls and their results are shown in brackets.
+
+    Args:
+        engine: whose tokenizer renders the prompt.
+        messages: the conversation so far; question and answer are appended.
+        question: the user's message.
+        stream: from the prompt's token ids to the tokens of the answer.
+
+    Raises:
+        UserError: the prompt does not fit into the model's context; ``messages`` is unchanged.
+    """
+    asked: Message = {"role": "user", "content": question}
+    prompt = render_for_completion(engine.tokenizer, {"messages": [*messages, asked]})
+    parts: list[Part] = []
+    for piece in stream(prompt):
+        if not piece.text:
+            continue
+        if not parts or parts[-1]["type"] != piece.role:
+            print(_mark(parts[-1]["type"] if parts else "text", piece.role), end="")
+            parts.append({"type": piece.role, "text": ""})
+        parts[-1]["text"] += piece.text
+        print(piece.text, end="", flush=True)
+    print(_mark(parts[-1]["type"], "text") if parts else "", flush=True)
+    # An empty answer cannot be rendered in the next prompt; its question is left out with it.
+    if parts:
+        messages += [asked, {"role": "assistant", "content": parts}]
+    return "".join(part["text"] for part in parts)
+
+
+def oldest_turns_to_forget(engine: Engine, messages: list[Message], question: str, limit: int) -> int:
+    """How many of the oldest turns (a question and its answer) to leave out, so that the prompt has ``limit`` tokens.
+
+    A system prompt stays. 0 also where the question does not even fit alone.
+    """
+    first = 1 if messages and messages[0]["role"] == "system" else 0
+    asked: Message = {"role": "user", "content": question}
+    for turns in range((len(messages) - first) // 2 + 1):
+        kept = [*messages[:first], *messages[first + 2 * turns :], asked]
+        if len(render_for_completion(engine.tokenizer, {"messages": kept})) <= limit:
+            return turns
+    return 0
+
+
+def _mark(before: str, after: str) -> str:
+    """What is printed between two parts of an answer: a calculator call is shown as ``[call = result]``."""
+    closing = "]" if before != "text" and after == "text" else ""
+    return closing + {"python": "[", "python_output": " = "}.get(after, "")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("s" if number > 1 else "")
+
+
+def _is_interactive() -> bool:
+    return sys.stdin.isatty()
+
+
+def _lines() -> Iterator[str]:
+    """The user's lines; in a terminal with line editing and the history of earlier chats."""
+    if not _is_interactive():
+        while (line := _input("")) is not None:
+            yield line
+        return
+    with _line_editing():
+        while True:
+            try:
+                line = _input("\n> ")
+            except KeyboardInterrupt:
+                print("\n(/quit or Ctrl-D leaves)", file=sys.stderr)
+                continue
+            if line is None:
+                return
+            yield line
+
+
+def _input(prompt: str) -> str | None:
+    """A line, None at the end of the input."""
+    try:
+        return input(prompt)
+    except EOFError:
+        return None
+
+
+@contextlib.contextmanager
+def _line_editing() -> Iterator[None]:
+    """`input` edits lines and recalls earlier ones, which are kept in ``$LMCHAT_BASE_DIR/chat_history``."""
+    try:
+        import readline
+    except ImportError:  # Python is built without it
+        yield
+        return
+    path: Path = base_dir() / "chat_history"
+    with contextlib.suppress(OSError):
+        readline.read_history_file(path)
+    readline.set_history_length(HISTORY_LINES)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            readline.write_history_file(path)

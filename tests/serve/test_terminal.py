@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from lmchat.generation.engine import Engine, Piece
+from lmchat.serve.terminal import TerminalChat, answer, oldest_turns_to_forget
+from lmchat.tokenizer.bpe import Tokenizer
+from lmchat.tokenizer.render import render_for_completion
+from lmchat.types import Message, UserError
+
+TOKENIZER = Tokenizer({bytes([byte]): byte for byte in range(256)})
+MAX_NEW_TOKENS = 10
+
+
+def engine(context_limit: int = 1000) -> Engine:
+    """What the chat needs of an engine."""
+    return cast(Engine, SimpleNamespace(tokenizer=TOKENIZER, context_limit=context_limit))
+
+
+class Terminal:
+    """A chat whose answers are ``ok``; records the prompts and seeds of its answers."""
+
+    def __init__(self, context_limit: int = 1000, **options: Any) -> None:
+        self.prompts: list[str] = []
+        self.seeds: list[int] = []
+        self.chat = TerminalChat(engine(context_limit), self.stream, max_new_tokens=MAX_NEW_TOKENS, **options)
+        self.limit = context_limit
+
+    def stream(self, prompt: list[int], seed: int) -> Iterator[Piece]:
+        if len(prompt) + MAX_NEW_TOKENS > self.limit:
+            raise UserError("passes the limit")
+        self.prompts.append(TOKENIZER.decode(prompt))
+        self.seeds.append(seed)
+        return iter([Piece(1, "o", "text"), Piece(2, "k", "text")])
+
+    def run(self, monkeypatch: pytest.MonkeyPatch, *lines: str, terminal: bool = False) -> None:
+        stdin = io.StringIO("".join(line + "\n" for line in lines))
+        stdin.isatty = lambda: terminal  # type: ignore[method-assign]
+        monkeypatch.setattr(sys, "stdin", stdin)
+        self.chat.run()
+
+
+def test_answer_shows_calculator_calls_in_brackets(capsys: pytest.CaptureFixture[str]) -> None:
+    pieces = [
+        Piece(1, "It is ", "text"),
+        Piece(2, "", "python"),
+        Piece(3, "1+", "python"),
+        Piece(4, "2", "python"),
+        Piece(5, "3", "python_output"),
+        Piece(6, ".", "text"),
+    ]
+    messages: list[Message] = []
+    assert answer(engine(), messages, "1+2?", lambda _: iter(pieces)) == "It is 1+23."
+    assert capsys.readouterr().out == "It is [1+2 = 3].\n"
+    assert messages[0] == {"role": "user", "content": "1+2?"}
+    assert [part["type"] for part in cast(list[Any], messages[1]["content"])] == [
+        "text",
+        "python",
+        "python_output",
+        "text",
+    ]
+
+
+def test_an_empty_answer_leaves_the_conversation_as_it_was() -> None:
+    messages: list[Message] = []
+    assert answer(engine(), messages, "Hi", lambda _: iter([])) == ""
+    assert messages == []
+
+
+def test_a_conversation_is_kept_until_it_is_reset(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    terminal = Terminal(seed=7)
+    terminal.run(monkeypatch, "One", "", "Two", "/reset", "Three", "/nonsense", "/quit", "Four")
+    assert ["One" in prompt for prompt in terminal.prompts] == [True, True, False]
+    assert "Three" in terminal.prompts[2] and len(terminal.prompts) == 3
+    assert terminal.seeds == [7, 8, 9]
+    assert "unknown command /nonsense" in capsys.readouterr().err
+
+
+def test_system_prompt_comes_and_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal(system="Be brief.")
+    terminal.run(monkeypatch, "Hi", "/system Be kind.", "Hi", "/reset", "Hi", "/system", "Hi")
+    first, second, third, fourth = terminal.prompts
+    assert "Be brief." in first and "Be kind." in second and second == third and "Be" not in fourth
+
+
+def conversation(turns: int, system: bool) -> list[Message]:
+    messages: list[Message] = [{"role": "system", "content": "Be brief."}] if system else []
+    for turn in range(turns):
+        messages += [{"role": "user", "content": f"{turn}" * 20}, {"role": "assistant", "content": "ok"}]
+    return messages
+
+
+@pytest.mark.parametrize("system", [False, True])
+@pytest.mark.parametrize("forgotten", [0, 1, 3])
+def test_as_few_turns_as_needed_are_forgotten(system: bool, forgotten: int) -> None:
+    messages = conversation(4, system)
+    kept = [*messages[:system], *messages[system + 2 * forgotten :], {"role": "user", "content": "Hi"}]
+    limit = len(render_for_completion(TOKENIZER, {"messages": kept}))  # type: ignore[typeddict-item]
+    assert oldest_turns_to_forget(engine(), messages, "Hi", limit) == forgotten
+    assert oldest_turns_to_forget(engine(), messages, "Hi" * 1000, limit) == 0
+
+
+def test_the_oldest_turns_are_forgotten_and_the_user_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    terminal = Terminal(context_limit=100)
+    terminal.run(monkeypatch, "a" * 50, "b" * 50, "c" * 200, "d" * 5)
+    assert ["aa" in prompt for prompt in terminal.prompts] == [True, False, False]
+    assert "bb" in terminal.prompts[2]
+    errors = capsys.readouterr().err
+    assert "exceeds the model's context of 100 tokens; the oldest 1 turn forgotten" in errors
+    assert "passes the limit; this message is left out" in errors
+
+
+@pytest.mark.parametrize("reply, answers", [("", 2), ("y", 2), ("n", 1)])
+def test_in_a_terminal_forgetting_is_offered(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any, reply: str, answers: int
+) -> None:
+    monkeypatch.setenv("LMCHAT_BASE_DIR", str(tmp_path))
+    terminal = Terminal(context_limit=100)
+    terminal.run(monkeypatch, "a" * 50, "b" * 50, reply, terminal=True)
+    assert len(terminal.prompts) == answers
+    assert len(terminal.chat.messages) == 2  # of the second question, or still of the first
+    assert ("a" * 50 in str(terminal.chat.messages)) == (answers == 1)
+
+
+def test_ctrl_c_stops_an_answer_in_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(prompt: list[int], seed: int) -> Iterator[Piece]:
+        yield Piece(1, "o", "text")
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("LMCHAT_BASE_DIR", str(tmp_path))
+    terminal = Terminal()
+    terminal.chat.stream = interrupted
+    terminal.run(monkeypatch, "Hi", terminal=True)
+    assert terminal.chat.messages == [] and "stopped" in capsys.readouterr().err
+    with pytest.raises(KeyboardInterrupt):
+        terminal.run(monkeypatch, "Hi")
+
+
+def test_lines_of_earlier_chats_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    pytest.importorskip("readline")
+    monkeypatch.setenv("LMCHAT_BASE_DIR", str(tmp_path))
+    Terminal().run(monkeypatch, "Hi", terminal=True)
+    assert (tmp_path / "chat_history").is_file()
