@@ -140,15 +140,19 @@ CASES: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
     "unknown callback option": (
         nothing,
         ["--monitor.every_steps", "3"],
-        ["--monitor.every_steps", "`lmchat fit --help` lists them"],
+        ["--monitor.every_steps", "`lmchat fit --help_all` lists them"],
     ),
     "abbreviated flag": (
         nothing,
         ["--trainer.max_step", "3"],
-        ["--trainer.max_step 3", "written in full, `lmchat fit --help`"],
+        ["--trainer.max_step 3", "written in full, `lmchat fit --help_all`"],
     ),
     "wrong type": (nothing, ["--model.depth", "deep"], ["--model.depth is deep; it must be int"]),
-    "unknown class": (nothing, ["--model", "PretrainModul"], ["--model is PretrainModul", "see `lmchat fit --help`"]),
+    "unknown class": (
+        nothing,
+        ["--model", "PretrainModul"],
+        ["--model is PretrainModul", "see `lmchat fit --help_all`"],
+    ),
     "missing config": (
         nothing,
         ["--config", "nowhere.yaml"],
@@ -158,7 +162,7 @@ CASES: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
     "unknown key in a config": (
         with_config("modell: {depth: 3}"),
         OVER,
-        ["there is no option --modell.depth; `lmchat fit --help` lists them"],
+        ["there is no option --modell.depth; `lmchat fit --help_all` lists them"],
     ),
     "empty config": (
         with_config(""),
@@ -492,7 +496,7 @@ def test_a_variable_that_names_no_option(
     assert main(["fit", "--config", str(config)]) == 2
     assert_one_line(
         capfd.readouterr().err,
-        ["the environment variable LMCHAT_FIT__EVAL__EVERY_STEPS names no option", "`lmchat fit --help`"],
+        ["the environment variable LMCHAT_FIT__EVAL__EVERY_STEPS names no option", "`lmchat fit --help_all`"],
     )
 
 

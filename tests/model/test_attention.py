@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lmchat.model import attention
 from lmchat.model.attention import (
     BACKENDS,
     attend_banded,
@@ -154,9 +153,11 @@ def test_cudnn_is_excluded_and_allowed_again() -> None:
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_flex_sees_the_same_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     """Uncompiled and forward only, which is all that FlexAttention does on a CPU."""
-    from torch.nn.attention.flex_attention import flex_attention
+    from torch.nn.attention.flex_attention import flex_attention as uncompiled
 
-    monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention)
+    from lmchat.model import attention_cuda
+
+    monkeypatch.setattr(attention_cuda, "_compiled_flex", lambda: uncompiled)
     q, k, v = (x.detach().float() for x in random_qkv(130, 4, 2, 8, 3))
     for window in (5, 130):
         torch.testing.assert_close(attend_flex(q, k, v, window), attend_masked(q, k, v, window), rtol=1e-4, atol=1e-5)

@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from itertools import pairwise
 
+from lmchat.cli.overview import listing
+
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _REJECTED = re.compile(r"Option '([^']+)' is not accepted")
 _CLASS = re.compile(r"given class_path '(?:[\w.]+\.)?(\w+)'")
@@ -37,14 +39,14 @@ def explain(message: str, args: Sequence[str]) -> str:
             f"--{option}.{rejected[1]}: {owner} has no option {rejected[1]!r}; see `{command} --{option}.help {owner}`"
         )
     if stranger := _STRANGER.search(message):
-        return f"there is no option --{stranger[1]}; `{command} --help` lists them"
+        return f"there is no option --{stranger[1]}; `{listing(args[0])}` lists them"
     if "Unexpected config" in message:
         return f"{_configs(args)} has no options where they are due; write them as in trainer: {{max_steps: 100}}"
     if stranger := _NO_MAPPING.search(message):
         group = _KEY.findall(message)[-1]  # it stands there twice
         return f"--{group} is {stranger[1]}; it must be a mapping, as in {group}: {{option: value}}"
     if stranger := _MISSING_CLASS.search(message):
-        return f"--{option} is {stranger[1]}, which is no known class; see `{command} --help` for those there are"
+        return f"--{option} is {stranger[1]}, which is no known class; see `{listing(args[0])}` for those there are"
     if incomplete := _INCOMPLETE.search(message):
         return (
             f"--{option}: {incomplete[1]} needs {incomplete[2]}, which {command} was not given; see "
@@ -57,7 +59,7 @@ def explain(message: str, args: Sequence[str]) -> str:
         choices, value = unions[-1]
         return f"--{option} is {value}; it must be {_readable(choices)}"
     if unknown := re.search(r"unrecognized arguments: (.*)", message, re.DOTALL):
-        return f"unknown option {unknown[1]}; options are written in full, `{command} --help` lists them"
+        return f"unknown option {unknown[1]}; options are written in full, `{listing(args[0])}` lists them"
     if missing := re.search(r"arguments are required: (.*)", message):
         return _missing(missing[1].split(", "), args)
     if "Problems parsing config" in message:

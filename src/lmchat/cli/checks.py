@@ -11,6 +11,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from lmchat.cli.argument_errors import config_paths
+from lmchat.cli.overview import listing
 from lmchat.stages.base import check_precision
 from lmchat.types import UserError
 
@@ -56,7 +57,7 @@ def check_environment(subcommand: str, parser: ArgumentParser) -> None:
     if unknown := sorted(name for name in os.environ if name.startswith(prefix) and name not in known):
         raise UserError(
             f"the environment variable {unknown[0]} names no option; unset it, or name one that "
-            f"`lmchat {subcommand} --help` lists, as {prefix}CHECKPOINT__KEEP_LAST does --checkpoint.keep_last"
+            f"`{listing(subcommand)}` lists, as {prefix}CHECKPOINT__KEEP_LAST does --checkpoint.keep_last"
         )
 
 

@@ -7,11 +7,10 @@ share a key head; a query at t sees the keys max(0, t - window)...t, that is win
 
 from __future__ import annotations
 
-import inspect
 import logging
 from contextlib import AbstractContextManager
 from functools import cache
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -54,68 +53,17 @@ def attend_banded(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 
 
 def attend_flash(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """The windowed flash kernel inside torch (CUDA, half precision). Never run on a GPU so far.
+    """The windowed flash kernel inside torch (CUDA, half precision). Never run on a GPU so far."""
+    from lmchat.model.attention_cuda import flash  # Imports torch.compile's machinery, 1.3 CPU seconds.
 
-    torch 2.11 has no grouped queries here: shared key heads are then repeated, one copy per query head.
-    """
-    batch, length = q.shape[:2]
-    if window >= length - 1:
-        return attention(q, k, v)
-    from torch.nn.attention.varlen import varlen_attn  # Imports in seconds, and only this backend needs it.
-
-    starts = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=q.device)
-    options: dict[str, Any] = {}
-    if (group := q.size(2) // k.size(2)) > 1:
-        if _varlen_takes_grouped_queries():
-            options["enable_gqa"] = True
-        else:
-            k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
-    out: Any = varlen_attn(
-        q.flatten(0, 1),
-        k.flatten(0, 1),
-        v.flatten(0, 1),
-        cu_seq_q=starts,
-        cu_seq_k=starts,
-        max_q=length,
-        max_k=length,
-        window_size=(window, 0),
-        **options,
-    )
-    return out.view_as(q)
+    return flash(q, k, v, window)
 
 
 def attend_flex(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """FlexAttention with a block mask, compiled (CUDA; its CPU kernel has no backward). Never run on a GPU so far."""
-    mask = _flex_mask(q.size(1), window, q.device)
-    heads = [x.transpose(1, 2) for x in (q, k, v)]
-    out: Tensor = _compiled_flex()(*heads, block_mask=mask, enable_gqa=q.size(2) != k.size(2))
-    return out.transpose(1, 2)
+    from lmchat.model.attention_cuda import flex
 
-
-@torch.compiler.assume_constant_result
-def _varlen_takes_grouped_queries() -> bool:
-    from torch.nn.attention.varlen import varlen_attn
-
-    return "enable_gqa" in inspect.signature(varlen_attn).parameters
-
-
-@cache
-def _compiled_flex() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
-
-
-@torch.compiler.disable  # Compiled code overlooks the cache.
-@cache
-def _flex_mask(length: int, window: int, device: torch.device) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= key) & (query - key <= window)
-
-    with torch.inference_mode(False):  # An evaluation may be the first to ask, and training must be able to use it.
-        return create_block_mask(visible, None, None, length, length, device=str(device))
+    return flex(q, k, v, window)
 
 
 def window_mask(query_positions: Tensor, key_positions: Tensor, window: int) -> Tensor:

@@ -1,0 +1,113 @@
+"""What starts quickly imports little: help without torch, a chat without torch.compile, a run without SciPy."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from lmchat.cli.overview import CLASSES, GROUPS, OPTIONS
+
+HELP_THEN_CHAT = """
+import contextlib, io, json, sys
+from importlib import import_module
+from lmchat.__main__ import COMMANDS, TRAINER_COMMANDS, main
+
+helps = {}
+def help_of(*command):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+        main([*command, "--help"])
+    helps[" ".join(command)] = out.getvalue()
+
+for name in [*TRAINER_COMMANDS, *COMMANDS]:
+    help_of(name)
+    subcommands = getattr(import_module(f"lmchat.commands.{name}"), "COMMANDS", None) if name in COMMANDS else None
+    for subcommand in subcommands if isinstance(subcommands, dict) else ():
+        help_of(name, subcommand)
+after_help = sorted({name.partition(".")[0] for name in sys.modules})
+
+import lmchat.serve.load, lmchat.serve.terminal, torch
+from lmchat.generation.engine import Engine
+from lmchat.model.config import GPTConfig
+from lmchat.model.gpt import GPT
+from lmchat.tokenizer.bpe import Tokenizer
+tokenizer = Tokenizer({bytes([byte]): byte for byte in range(256)})
+with torch.device("meta"):
+    net = GPT(GPTConfig(16, tokenizer.vocab_size, 1, 1, 1, 32))
+net.to_empty(device="cpu")
+net.init_weights()
+engine = Engine(net.eval(), tokenizer)
+lmchat.serve.terminal.answer(engine, [], "Hi", lambda prompt: engine.stream(prompt, max_new_tokens=2))
+json.dump({"helps": helps, "after_help": after_help, "after_chat": sorted(sys.modules)}, sys.stderr)
+"""
+
+FULL_HELP = """
+import contextlib, io, json, sys
+from lmchat.__main__ import main
+with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+    main(["fit", "--help_all"])
+modules = sorted(sys.modules)
+import importlib.util
+if importlib.util.find_spec("scipy"):
+    import scipy.signal
+    assert scipy.signal.windows.hann(3)[1] == 1
+import torchmetrics
+mean = torchmetrics.MeanMetric()
+mean.update(3.0)
+json.dump({"help": out.getvalue(), "modules": modules, "mean": float(mean.compute())}, sys.stderr)
+"""
+
+
+def run(program: str) -> dict[str, Any]:
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stderr.splitlines()[-1]))
+
+
+@pytest.fixture(scope="module")
+def helped() -> dict[str, Any]:
+    return run(HELP_THEN_CHAT)
+
+
+@pytest.fixture(scope="module")
+def full_help() -> dict[str, Any]:
+    return run(FULL_HELP)
+
+
+def test_help_of_every_command_imports_no_large_package(helped: dict[str, Any]) -> None:
+    assert {"fit", "validate", "chat", "tokenizer", "tokenizer train", "data import"} <= helped["helps"].keys()
+    for command, text in helped["helps"].items():
+        assert f"usage: lmchat {command.split()[0]}" in text and len(text.splitlines()) > 8, command
+    large = {"torch", "lightning", "transformers", "datasets", "scipy", "pyarrow", "pandas", "matplotlib"}
+    assert not large & set(helped["after_help"])
+
+
+def test_a_chat_does_not_import_torch_compile(helped: dict[str, Any]) -> None:
+    assert "torch" in helped["after_chat"]
+    large = {"torch._dynamo", "torch._inductor", "lightning", "torchmetrics", "transformers", "datasets"}
+    assert not large & set(helped["after_chat"])
+
+
+def test_a_run_imports_no_package_that_only_torchmetrics_uses(full_help: dict[str, Any]) -> None:
+    assert {"lightning", "torchmetrics"} <= set(full_help["modules"])
+    assert not {"scipy.signal", "transformers", "matplotlib"} & set(full_help["modules"])
+    assert full_help["mean"] == 3.0
+
+
+def test_the_short_help_names_the_groups_classes_and_options_of_the_parser(full_help: dict[str, Any]) -> None:
+    listed = set(re.findall(r"(?<=ARG:)(?: +-\w \w+,)? +--(\w[\w.]*)", full_help["help"]))
+    groups = {option.partition(".")[0] for option in listed if "." in option}
+    assert set(GROUPS) == groups
+    single = {option for option in listed - groups - {"help"} if "." not in option}
+    assert {option.split()[0].removeprefix("--") for option in OPTIONS} == single
+    for group, names in CLASSES.items():
+        for name in names:
+            assert f".{name}" in full_help["help"], f"--{group} {name}"
+    examples = re.findall(r"--(\w+\.\w+)", " ".join(GROUPS.values()))
+    assert len(examples) >= len(GROUPS)
+    for option in examples:
+        assert option in listed or option.startswith(("model.", "data.")), option
