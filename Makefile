@@ -22,7 +22,7 @@ $(INSTALLED): pyproject.toml
 	@$(PYTHON) -m venv $(VENV)
 	@$(PYTHON) -c 'import importlib.metadata as m; t = m.distribution("torch"); v = tuple(map(int, t.version.split(".")[:2])); print(t.locate_file("") if (2, 11) <= v < (2, 14) else "")' \
 	  2>/dev/null > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch_of_parent.pth" || true
-	@$(BIN)/python -m pip install -q -e '.[dev,plot]' || { echo "The installation failed; the message above says why"; exit 1; }
+	@$(BIN)/python -m pip install -q -e ".[dev,plot$$(command -v nvidia-smi > /dev/null && echo ,gpu)]" || { echo "The installation failed; the message above says why"; exit 1; }
 	@touch $@
 
 setup: $(INSTALLED)  ## make the virtual environment and install lmchat into it

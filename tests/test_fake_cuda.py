@@ -56,7 +56,7 @@ def test_a_training_step_does_not_wait_for_the_device(fused: bool, monkeypatch: 
             hidden = net.hidden(ids).flatten(0, 1)
             scale = torch.ones(128, device="cuda")
             _, grad_hidden, grad_weight = losses._losses_and_gradients(
-                hidden, net.lm_head.weight, ids.flatten(), scale, (300, 15.0, 50, fused)
+                hidden, net.lm_head.weight, ids.flatten(), scale, losses._Options(300, 15.0, 50, fused)
             )
             assert grad_hidden.dtype == torch.bfloat16 and grad_weight.dtype == torch.float32
             for weight in net.parameters():

@@ -219,3 +219,14 @@ def test_fused_compiles_what_lies_between_the_products(monkeypatch: pytest.Monke
     values[1].backward()
     linear_cross_entropy(hidden, weight, targets, vocab_size=7, fused=True, reduction="none")
     assert compiled == ["_loss_and_logit_gradient_fused", "_chunk_losses"]
+
+
+def test_a_projection_of_ones_own_gives_the_same_losses_and_gradients() -> None:
+    hidden, weight, targets = problem((3, 11), 4, 7, 1)
+    results = []
+    for project in (None, lambda states: states @ weight.T):
+        hidden.grad = weight.grad = None
+        loss = linear_cross_entropy(hidden, weight, targets, vocab_size=7, chunk_tokens=10, project=project)
+        loss.backward()
+        results.append((loss.detach(), hidden.grad, weight.grad))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-12)

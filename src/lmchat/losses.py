@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ def linear_cross_entropy(
     weights: Tensor | None = None,
     chunk_tokens: int | None = None,
     fused: bool = False,
+    project: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Cross-entropy of soft-capped logits ``hidden @ weight.T`` against `targets`.
 
@@ -45,7 +46,9 @@ def linear_cross_entropy(
     targets: (...) integer ids, `IGNORE_INDEX` where no loss is taken. softcap: at most 30, so that exp(2 softcap) stays
     in range without looking for the largest logit. weights: (...) constant factor per token, for policy gradients.
     chunk_tokens: by default that of the device in `CHUNK_TOKENS`. fused: compile what happens between the matrix
-    products, which saves passes over a GPU's memory; on a CPU, in cache, it gains nothing.
+    products, which saves passes over a GPU's memory; on a CPU, in cache, it gains nothing. project: computes the raw
+    logits (tokens, rows of weight) of (tokens, width) with `weight` in another precision, such as FP8, where "sum" or
+    "mean" takes gradients; autograd differentiates it.
 
     Returns fp32 (fp64 for fp64 input): "sum" and "mean" a scalar, "none" the shape of `targets` with 0 at ignored
     targets. "mean" divides by the number of targets not ignored, whatever their weights. With no such target the loss
@@ -67,12 +70,20 @@ def linear_cross_entropy(
         # A GPU would have to be waited for to know how many there are.
         flat_hidden, flat_targets, coefficients = flat_hidden[live], flat_targets[live], coefficients[live]
     function = _TokenLosses if reduction == "none" else _SummedLoss
-    options = (vocab_size, softcap, chunk_tokens or CHUNK_TOKENS.get(hidden.device.type, 1024), fused)
+    chunk_tokens = chunk_tokens or CHUNK_TOKENS.get(hidden.device.type, 1024)
+    options = _Options(vocab_size, softcap, chunk_tokens, fused, project)
     loss = function.apply(flat_hidden, weight, flat_targets, coefficients, options)
     return loss.view(targets.shape) if reduction == "none" else loss
 
 
-_Options = tuple[int, float, int, bool]  # vocab_size, softcap, chunk_tokens, fused
+class _Options(NamedTuple):
+    """Arguments of `linear_cross_entropy`."""
+
+    vocab_size: int
+    softcap: float
+    chunk_tokens: int
+    fused: bool
+    project: Callable[[Tensor], Tensor] | None = None
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -84,7 +95,8 @@ class _SummedLoss(torch.autograd.Function):
     ) -> Tensor:
         if not any(ctx.needs_input_grad):
             return _token_losses(hidden, weight, targets, coefficients, options).sum()
-        losses, *gradients = _losses_and_gradients(hidden, weight, targets, coefficients, options)
+        compute = _losses_and_gradients if options.project is None else _losses_and_projected_gradients
+        losses, *gradients = compute(hidden, weight, targets, coefficients, options)
         ctx.save_for_backward(*gradients)
         return losses.sum()
 
@@ -118,9 +130,9 @@ class _TokenLosses(torch.autograd.Function):
 
 def _token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, coefficients: Tensor, options: _Options) -> Tensor:
     """coefficient · nll (tokens,)."""
-    _, cap, _, fused = options
+    cap = options.softcap
     losses = torch.empty_like(coefficients)
-    chunk_losses = _compiled(_chunk_losses) if fused else _chunk_losses
+    chunk_losses = _compiled(_chunk_losses) if options.fused else _chunk_losses
     for chunk, picks, logits in _logits(hidden, weight, targets, options):
         losses[chunk] = chunk_losses(logits, picks, coefficients[chunk], cap)
     return losses
@@ -137,17 +149,43 @@ def _losses_and_gradients(
     hidden: Tensor, weight: Tensor, targets: Tensor, coefficients: Tensor, options: _Options
 ) -> tuple[Tensor, Tensor, Tensor]:
     """coefficient · nll (tokens,), and their sum's gradients by hidden (tokens, width) and weight (rows, width)."""
-    vocab_size, cap, _, fused = options
+    vocab_size, cap = options.vocab_size, options.softcap
     cast_weight = weight[:vocab_size].to(hidden.dtype)
     losses = torch.empty_like(coefficients)
     grad_hidden = torch.empty_like(hidden)
     grad_weight = torch.zeros_like(weight)
-    differentiate = _compiled(_loss_and_logit_gradient_fused) if fused else _loss_and_logit_gradient
+    differentiate = _compiled(_loss_and_logit_gradient_fused) if options.fused else _loss_and_logit_gradient
     for chunk, picks, logits in _logits(hidden, weight, targets, options):
         chunk_losses, grad = differentiate(logits, picks, coefficients[chunk, None], cap)
         losses[chunk] = chunk_losses[:, 0]
         torch.mm(grad, cast_weight, out=grad_hidden[chunk])
         grad_weight[:vocab_size] += grad.T @ hidden[chunk]
+    return losses, grad_hidden, grad_weight
+
+
+def _losses_and_projected_gradients(
+    hidden: Tensor, weight: Tensor, targets: Tensor, coefficients: Tensor, options: _Options
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_losses_and_gradients` with logits, and their products' gradients, from `options.project`."""
+    assert options.project is not None
+    losses = torch.empty_like(coefficients)
+    grad_hidden = torch.empty_like(hidden)
+    grad_weight = torch.zeros_like(weight)
+    differentiate = _compiled(_loss_and_logit_gradient_fused) if options.fused else _loss_and_logit_gradient
+    for start in range(0, len(targets), options.chunk_tokens):
+        chunk = slice(start, start + options.chunk_tokens)
+        picks, scale = targets[chunk, None].clamp(min=0), coefficients[chunk, None]
+        with torch.enable_grad():
+            states = hidden[chunk].detach().requires_grad_()
+            logits = options.project(states)
+        values = logits.detach()[:, : options.vocab_size]
+        if values.dtype == scale.dtype:
+            values = values.clone()  # it is overwritten, and autograd owns the logits
+        chunk_losses, grad = differentiate(values, picks, scale, options.softcap)
+        losses[chunk] = chunk_losses[:, 0]
+        grad = torch.nn.functional.pad(grad, (0, len(weight) - options.vocab_size))
+        grad_hidden[chunk], chunk_grad_weight = torch.autograd.grad(logits, (states, weight), grad)
+        grad_weight += chunk_grad_weight
     return losses, grad_hidden, grad_weight
 
 
@@ -198,7 +236,7 @@ def _logits(
     The logits of all chunks share one buffer, which the caller may overwrite: fresh memory for each would cost a page
     fault per 4 KB.
     """
-    vocab_size, _, chunk_tokens, _ = options
+    vocab_size, chunk_tokens = options.vocab_size, options.chunk_tokens
     cast_weight = weight[:vocab_size].to(hidden.dtype)
     buffer = hidden.new_empty(min(chunk_tokens, len(targets)), vocab_size)
     for start in range(0, len(targets), chunk_tokens):

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lmchat.callbacks.checkpoint import StepCheckpoint
 from lmchat.callbacks.evaluate import Evaluate
+from lmchat.callbacks.fp8 import FP8
 from lmchat.callbacks.gc_freeze import GCFreeze
 from lmchat.callbacks.monitor import Monitor
 from lmchat.callbacks.non_finite_loss import NonFiniteLoss
@@ -84,6 +85,7 @@ class LMChatCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         # Callbacks are set up in this order: the plan first, then what depends on it.
         parser.add_lightning_class_args(TrainingPlan, "scaling_laws")
+        parser.add_lightning_class_args(FP8, "fp8")
         parser.add_lightning_class_args(Monitor, "monitor")
         parser.add_lightning_class_args(Samples, "samples")
         parser.add_lightning_class_args(GCFreeze, "gc_freeze")

@@ -45,13 +45,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """A linear map without bias, its weight cast to the input's dtype."""
+    """A linear map without bias, its weight cast to the input's dtype.
+
+    fp8: a layer on the same weight that computes in FP8, used in training mode; set by `lmchat.model.fp8`.
+    """
+
+    fp8: tuple[nn.Module] | None = None
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features) to (..., out_features)."""
+        if self.training and self.fp8 is not None:
+            return cast(Tensor, self.fp8[0](x))
         return F.linear(x, self.weight.to(x.dtype))
 
     def reset_parameters(self) -> None:
@@ -305,6 +312,7 @@ class GPT(nn.Module):
             reduction=reduction,
             weights=weights,
             fused=self.fused_head,
+            project=self.lm_head.fp8[0] if self.training and self.lm_head.fp8 else None,
         )
 
     def hidden(self, ids: Tensor, kv_cache: KVCache | None = None) -> Tensor:

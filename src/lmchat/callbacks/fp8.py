@@ -1,0 +1,69 @@
+"""FP8 matrix products in training."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lmchat.model.fp8 import MULTIPLE, Recipe, convert_linears, missing_hardware
+from lmchat.types import UserError
+
+AUTO_DEPTH = 20
+"""Smaller matrices spend as much time on casts as FP8 products save."""
+
+
+class FP8(Callback):
+    """Trains the blocks' linear layers with FP8 products, by torchao (``pip install 'lmchat[gpu]'``).
+
+    Evaluation, sampling and rollouts compute in the compute dtype as before, since they run in evaluation mode. The
+    weights stay fp32, so that checkpoints do not depend on this setting. Never run on a GPU so far.
+
+    Args:
+        enabled: "auto" is yes in pretraining from depth 20 on GPUs whose FP8 products prove right (Ada, Hopper and
+            newer), where the model is compiled: without compilation the casts cost more than is saved.
+        recipe: "tensorwise", one scale per tensor, is the fastest; "rowwise", one per row, is more exact.
+        lm_head: convert the output head too.
+        emulate: round operands to FP8 but multiply in fp32: slow, on any device, to try what FP8 does to a run.
+    """
+
+    def __init__(
+        self,
+        enabled: bool | Literal["auto"] = "auto",
+        recipe: Recipe = "tensorwise",
+        lm_head: bool = False,
+        emulate: bool = False,
+    ) -> None:
+        self.enabled = enabled
+        self.recipe = recipe
+        self.lm_head = lm_head
+        self.emulate = emulate
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        # Called before the module's own hook, which compiles the blocks.
+        if not self._is_on(pl_module):
+            return
+        pad = not pl_module.packed_rows or pl_module.sequence_len % MULTIPLE != 0
+        conversion = convert_linears(pl_module.net, self.recipe, lm_head=self.lm_head, pad=pad, emulate=self.emulate)
+        if not conversion.converted:
+            raise UserError(
+                f"--fp8.enabled is true, but no layer can be converted ({conversion.describe()}); "
+                "use --fp8.enabled false or a wider model"
+            )
+        rank_zero_info(f"FP8 {self.recipe}{' (emulated)' if self.emulate else ''}: {conversion.describe()}")
+
+    def _is_on(self, module: Any) -> bool:
+        if self.enabled is False:
+            return False
+        if self.enabled == "auto":
+            fits = module.scales_with_depth and module.config.n_layer >= AUTO_DEPTH and module.compile_mode is not False
+            return fits and missing_hardware(module.device, self.recipe) is None
+        reason = None if self.emulate else missing_hardware(module.device, self.recipe)
+        if reason is not None:
+            raise UserError(
+                f"--fp8.enabled is true, but {module.device} cannot train in FP8: {reason}; "
+                "use --fp8.enabled auto, or --fp8.emulate true to try it slowly"
+            )
+        return True
