@@ -32,9 +32,8 @@ from lmchat.hardware import DENSE_BF16_PEAK, peak_flops
 def test_peak_of_a_gpu(name: str, entry: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     expected = None if entry is None else DENSE_BF16_PEAK[entry]
-    assert peak_flops(torch.device("cuda"), torch.bfloat16) == expected
+    assert peak_flops(torch.device("cuda")) == expected
 
 
-def test_peak_of_a_cpu_is_measured() -> None:
-    peak = peak_flops(torch.device("cpu"), torch.float32)
-    assert peak is not None and peak > 1e8
+def test_a_cpu_has_no_peak() -> None:
+    assert peak_flops(torch.device("cpu")) is None

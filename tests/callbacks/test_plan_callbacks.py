@@ -239,7 +239,7 @@ def test_the_monitor_records_what_it_says(base: Path) -> None:
         assert math.isclose(float(row["train/loss_ema"]), ema / (1 - EMA_DECAY**number), rel_tol=1e-5)
         assert float(row["train/tokens"]) == 64 * number
         assert math.isclose(float(row["train/tokens_per_second"]), 64e3 / float(row["train/step_ms"]), rel_tol=1e-6)
-        assert 0 < float(row["train/mfu"]) < 2
+        assert "train/mfu" not in row  # on a CPU
         assert float(row["train/memory_gb"]) > 0.01
     assert [float(row["train/lr_multiplier"]) for row in rows[-2:]] == [1.0, 0.5]
     assert float(rows[-1]["train/eta_seconds"]) == 0

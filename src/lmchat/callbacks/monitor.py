@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -10,9 +9,10 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from tqdm import tqdm
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lmchat.hardware import peak_flops, peak_memory_bytes
+from lmchat.progress import ProgressBar, clock_time, print_line
 from lmchat.scaling import flops_per_token
 from lmchat.stages.base import StageModule
 from lmchat.strategies.reduce_numbers import reduce_numbers
@@ -21,8 +21,39 @@ from lmchat.types import UserError
 EMA_DECAY = 0.9
 
 
+class LossEMA:
+    """Exponential moving average of the loss, debiased; resuming from `state` continues it bit for bit."""
+
+    def __init__(self) -> None:
+        self._mean = torch.zeros((), dtype=torch.float32)
+        self._steps = torch.zeros((), dtype=torch.int64)
+
+    def to(self, device: torch.device) -> None:
+        """Moves the average to the device of the losses."""
+        self._mean, self._steps = self._mean.to(device), self._steps.to(device)
+
+    def update(self, loss: torch.Tensor) -> None:
+        """Adds a loss, a 0-dim fp32 tensor. One that is not finite is left out: the mean would never recover."""
+        is_finite = loss.isfinite()
+        self._mean = torch.where(is_finite, EMA_DECAY * self._mean + (1 - EMA_DECAY) * loss, self._mean)
+        self._steps = self._steps + is_finite
+
+    def value(self) -> torch.Tensor:
+        """The average, a 0-dim fp32 tensor; NaN before the first update."""
+        return self._mean / (1 - EMA_DECAY**self._steps)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds: Python numbers, in which fp32 fits exactly."""
+        return {"loss_ema": float(self._mean), "ema_steps": int(self._steps)}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Continues from `state`, in the same dtypes: in Python's float64 the next mean would be rounded differently."""
+        self._mean = torch.tensor(state["loss_ema"], dtype=torch.float32)
+        self._steps = torch.tensor(state["ema_steps"], dtype=torch.int64)
+
+
 class Stopwatch:
-    """Seconds and steps of training: time that is paused does not count."""
+    """Seconds of training; paused time does not count."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
@@ -30,12 +61,12 @@ class Stopwatch:
         self._pause_start: float | None = None
 
     def pause(self) -> None:
-        """Stops the watch, if it runs."""
+        """Pauses the watch if it runs."""
         if self._pause_start is None:
             self._pause_start = time.perf_counter()
 
     def resume(self, since: float) -> None:
-        """Lets the watch go on, if it is stopped, as if this were called at ``since`` (`time.perf_counter`)."""
+        """Resumes the watch if it is paused, counting from ``since``, a value of `time.perf_counter`."""
         if self._pause_start is not None:
             self._paused += since - self._pause_start
             self._pause_start = None
@@ -52,13 +83,13 @@ class Monitor(Callback):
     """Measures training at step boundaries, with one device synchronisation per logged step and none between.
 
     Logged under ``train/``: loss, loss_ema (debiased, decay 0.9), lr_multiplier, step_ms, tokens_per_second, mfu,
-    memory_gb, tokens, eta_seconds, and the data's own position or figures. Speed is that of the steps since the last
-    record, without evaluation and what callbacks do after it; the first steps, which compile and warm up, do not enter
-    the time left.
+    memory_gb, tokens, eta_seconds, and the position and metrics of the data. Speed covers the steps since the last
+    record, without evaluation and the callbacks that follow it; the first steps, which compile and warm up, do not
+    enter the time left. mfu (model FLOPs utilization) is logged on GPUs with a known peak, see `peak_flops`.
 
     Args:
         every_n_steps: optimizer steps between records; the first and the last step are always recorded.
-        warmup_steps: steps at the start that the time left is not estimated from.
+        warmup_steps: first steps, which the estimate of the time left ignores.
     """
 
     def __init__(self, every_n_steps: int = 10, warmup_steps: int = 3) -> None:
@@ -66,22 +97,19 @@ class Monitor(Callback):
             raise UserError(f"--monitor.every_n_steps is {every_n_steps}; use 1 or more")
         self.every_n_steps = every_n_steps
         self.warmup_steps = warmup_steps
-        self.loss_ema: torch.Tensor | float = 0.0
-        self.ema_steps: torch.Tensor | int = 0
+        self.loss_ema = LossEMA()
         self.tokens = 0
-        self._bar: tqdm | None = None
+        self._bar: ProgressBar | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.first_step = self._last_step = trainer.global_step
-        self._peak = peak_flops(pl_module.device, pl_module.net.compute_dtype)
+        self._peak = peak_flops(pl_module.device)
+        self.loss_ema.to(pl_module.device)
         self._lap_steps = self._lap_tokens = 0
         self._warm_seconds, self._warm_steps = 0.0, 0
         if trainer.is_global_zero:
             print(self._description(trainer, pl_module), flush=True)
-            terminal = sys.stderr.isatty()
-            self._bar = tqdm(
-                total=trainer.max_steps, initial=self.first_step, unit="step", disable=not terminal, leave=False
-            )
+            self._bar = ProgressBar("Training", trainer.max_steps, unit="steps", done=self.first_step, log=False)
         self._watch = Stopwatch()
 
     def _description(self, trainer: L.Trainer, module: StageModule) -> str:
@@ -100,17 +128,17 @@ class Monitor(Callback):
             self._watch.pause()
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        # Not in on_validation_end: callbacks after this one still sample, and that is no training. But what was done
-        # since to get this batch is: reinforcement learning samples it.
+        # Not in on_validation_end: callbacks after this one may still generate samples, which is not training time.
+        # The time since then to get this batch is: reinforcement learning samples its batches.
         self._watch.resume(pl_module.evaluated_at)
 
     def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.state.fn != "fit":
             return
-        figures = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-        if trainer.is_global_zero and figures:
-            shown = " | ".join(f"{name.removeprefix('val/')} {value:.4f}" for name, value in figures.items())
-            _say(f"step {trainer.global_step}/{trainer.max_steps} | held out: {shown}")
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        if trainer.is_global_zero and metrics:
+            shown = " | ".join(f"{name.removeprefix('val/')} {value:.4f}" for name, value in metrics.items())
+            print_line(f"step {trainer.global_step}/{trainer.max_steps} | held out: {shown}")
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         step = trainer.global_step
@@ -118,9 +146,7 @@ class Monitor(Callback):
             return
         self._last_step = step
         loss = pl_module.pop_step_loss()
-        # One loss that is not finite would stay in the mean for ever.
-        self.loss_ema = torch.where(loss.isfinite(), EMA_DECAY * self.loss_ema + (1 - EMA_DECAY) * loss, self.loss_ema)
-        self.ema_steps = self.ema_steps + loss.isfinite()
+        self.loss_ema.update(loss)
         step_tokens = trainer.datamodule.step_tokens(pl_module.plan)  # type: ignore[attr-defined]
         self.tokens += step_tokens
         self._lap_tokens += step_tokens
@@ -129,8 +155,8 @@ class Monitor(Callback):
             self._record(trainer, pl_module, loss)
 
     def _record(self, trainer: L.Trainer, module: StageModule, loss: torch.Tensor) -> None:
-        ema = torch.as_tensor(self.loss_ema) / (1 - EMA_DECAY**self.ema_steps)
-        loss_value, ema_value = reduce_numbers(trainer, torch.stack([loss, ema]) / trainer.world_size).tolist()
+        both = torch.stack([loss, self.loss_ema.value()]) / trainer.world_size
+        loss_value, ema_value = reduce_numbers(trainer, both).tolist()
         position = trainer.datamodule.progress()  # type: ignore[attr-defined]
         step, seconds = trainer.global_step, self._watch.lap()
         rate = self._lap_tokens / seconds
@@ -144,8 +170,8 @@ class Monitor(Callback):
             "tokens": self.tokens,
             **position,
         }
-        if self._peak and module.packed_rows:
-            metrics["mfu"] = rate * flops_per_token(module.config) / (self._peak * trainer.world_size)
+        if module.packed_rows and (mfu := self._mfu(rate * flops_per_token(module.config) / trainer.world_size)):
+            metrics["mfu"] = mfu
         if step - self.first_step > self.warmup_steps:
             self._warm_seconds += seconds
             self._warm_steps += self._lap_steps
@@ -155,6 +181,19 @@ class Monitor(Callback):
             logger.log_metrics({f"train/{name}": value for name, value in metrics.items()}, step=step)
         if trainer.is_global_zero:
             self._show(step, trainer.max_steps, metrics, position)
+
+    def _mfu(self, flops: float) -> float | None:
+        """The share of the peak that ``flops`` (FLOP/s of a device) are; None without a peak, or with a wrong one."""
+        if self._peak is None:
+            return None
+        if flops > self._peak:
+            rank_zero_warn(
+                f"MFU is left out: this device reaches {flops / 1e12:.0f} TFLOP/s, more than the {self._peak / 1e12:.0f} "
+                "that lmchat.hardware.DENSE_BF16_PEAK lists for it"
+            )
+            self._peak = None
+            return None
+        return flops / self._peak
 
     def _show(self, step: int, max_steps: int, metrics: dict[str, float], position: Iterable[str]) -> None:
         parts = [
@@ -166,12 +205,12 @@ class Monitor(Callback):
             *([f"mfu {100 * metrics['mfu']:.0f} %"] if "mfu" in metrics else []),
             f"{metrics['memory_gb']:.1f} GB",
             " ".join(f"{name} {metrics[name]:.3g}" for name in position),
-            *([f"eta {_clock(metrics['eta_seconds'])}"] if "eta_seconds" in metrics else []),
+            *([f"eta {clock_time(metrics['eta_seconds'])}"] if "eta_seconds" in metrics else []),
         ]
-        _say(" | ".join(parts))
+        print_line(" | ".join(parts))
         if self._bar is not None:
             self._bar.total = max_steps
-            self._bar.update(step - self._bar.n)
+            self._bar.set(step, eta_seconds=metrics.get("eta_seconds"))
 
     def on_train_end(self, *_: Any) -> None:
         self._close()
@@ -185,21 +224,8 @@ class Monitor(Callback):
             self._bar = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"loss_ema": float(self.loss_ema), "ema_steps": int(self.ema_steps), "tokens": self.tokens}
+        return {**self.loss_ema.state(), "tokens": self.tokens}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.loss_ema = state_dict["loss_ema"]
-        self.ema_steps = state_dict["ema_steps"]
+        self.loss_ema.load(state_dict)
         self.tokens = state_dict["tokens"]
-
-
-def _say(line: str) -> None:
-    # tqdm.write leaves a live progress bar in one piece.
-    tqdm.write(line, file=sys.stdout)
-    sys.stdout.flush()
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"
