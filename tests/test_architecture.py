@@ -9,7 +9,7 @@ import pytest
 
 SOURCE = Path(__file__).resolve().parent.parent / "src" / "lmchat"
 LAYERS = [
-    {"types", "messages", "option_checks", "paths", "files", "hardware", "losses", "schedules"},
+    {"types", "messages", "option_checks", "paths", "files", "hardware", "losses", "progress", "schedules"},
     {"model", "tokenizer", "optim"},
     {"scaling", "run_plan", "batching", "stage_table", "data", "tasks", "generation"},
     {"evaluation", "checkpoint"},

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lmchat.files import replacing
+from lmchat.progress import ProgressBar
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.tokenizer.render import render_conversation
 from lmchat.types import Conversation, UserError
@@ -50,20 +51,18 @@ def render_all(
     Raises:
         UserError: a conversation is malformed, or there is none; it names the conversation's index.
     """
-    from rich.console import Console
-    from rich.progress import track
-
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     tokens, masks, truncated, checksums = [], [], [], []
-    for index in track(range(len(conversations)), title, console=Console(stderr=True)):
-        try:
-            ids, mask = render_conversation(tokenizer, conversations[index], max_tokens + 1)
-        except UserError as error:
-            raise UserError(f"conversation {index}: {error}") from error
-        truncated.append(len(ids) > max_tokens)
-        tokens.append(np.array(ids[:max_tokens], dtype=dtype))
-        masks.append(np.array(mask[:max_tokens], dtype=bool))
-        checksums.append(zlib.crc32(masks[-1].tobytes(), zlib.crc32(tokens[-1].tobytes())))
+    with ProgressBar(title, len(conversations), unit="conversations") as bar:
+        for index in bar.track(range(len(conversations))):
+            try:
+                ids, mask = render_conversation(tokenizer, conversations[index], max_tokens + 1)
+            except UserError as error:
+                raise UserError(f"conversation {index}: {error}") from error
+            truncated.append(len(ids) > max_tokens)
+            tokens.append(np.array(ids[:max_tokens], dtype=dtype))
+            masks.append(np.array(mask[:max_tokens], dtype=bool))
+            checksums.append(zlib.crc32(masks[-1].tobytes(), zlib.crc32(tokens[-1].tobytes())))
     if not tokens:
         raise UserError("there are no conversations; name at least one task that has some")
     folder.mkdir(parents=True, exist_ok=True)

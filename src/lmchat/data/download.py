@@ -28,11 +28,10 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoFile, RepoFolder
 from huggingface_hub.utils import disable_progress_bars
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from lmchat.data.parquet_text import open_parquet
 from lmchat.files import locked, replacing
+from lmchat.progress import ProgressBar
 from lmchat.types import UserError
 
 _ATTEMPTS = 5
@@ -286,13 +285,10 @@ def _fetch_all(hub: _Hub, shards: Sequence[Shard], output: Path, num_workers: in
 
 def _watch(hub: _Hub, shards: Sequence[Shard], done: queue.SimpleQueue[Shard | Exception], progress: bool) -> None:
     """A progress bar until every shard is done. Raises the first failure."""
-    columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
     leftover = hub.staged_bytes()
     left, complete = len(shards), 0
-    with Progress(
-        TextColumn("{task.description}"), *columns, console=Console(stderr=True), disable=not progress
-    ) as bar:
-        task = bar.add_task("", total=sum(shard.size for shard in shards))
+    size = sum(shard.size for shard in shards)
+    with ProgressBar("Downloading", size, unit="B", enabled=progress) as bar:
         while left:
             with contextlib.suppress(queue.Empty):
                 result = done.get(timeout=_POLL_SECONDS)
@@ -301,4 +297,4 @@ def _watch(hub: _Hub, shards: Sequence[Shard], done: queue.SimpleQueue[Shard | E
                 left -= 1
                 complete += result.size
             received = complete + max(0, hub.staged_bytes() - leftover)
-            bar.update(task, completed=received, description=f"Downloading {len(shards) - left}/{len(shards)} shards")
+            bar.set(received, description=f"Downloading {len(shards) - left} of {len(shards)} shards")

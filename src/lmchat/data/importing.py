@@ -15,15 +15,14 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lmchat.data.parquet_text import TEXT_COLUMN, read_documents
 from lmchat.files import new_folder
+from lmchat.progress import ProgressBar
 from lmchat.types import UserError
 
 PLAIN_SUFFIXES = (".txt", ".md", ".rst")
@@ -88,9 +87,8 @@ def import_folder(
         raise UserError(f"the output folder {output} lies inside the source {source}; choose one outside of it")
     files, other_files = _find_files(source)
     source_bytes = sum(path.stat().st_size for path in files)
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
-        reader = _Reader(text_field, separator, bar, bar.add_task("Reading text", total=source_bytes))
+    with ProgressBar("Reading text", source_bytes, unit="B", enabled=progress) as bar:
+        reader = _Reader(text_field, separator, bar)
         try:
             shards = write_shards(
                 (text for path in files for text in reader.read(path)),
@@ -126,20 +124,23 @@ class _Reader:
 
     text_field: str
     separator: str | None
-    bar: Progress
-    task: Any
+    bar: ProgressBar
     undecodable: list[Path] = field(default_factory=list)
 
     def read(self, path: Path) -> Iterator[str]:
         suffix = path.suffix.lower()
         if suffix == ".parquet":
             yield from (text or "" for text in read_documents(path, self.text_field))
-            self.bar.advance(self.task, path.stat().st_size)
+            self.bar.advance(path.stat().st_size)
             return
         read = self._read_plain if suffix in PLAIN_SUFFIXES else self._read_jsonl
         try:
-            with path.open("rb") as raw, self.bar.wrap_file(raw, task_id=self.task) as file:
-                yield from read(path, file)
+            done = self.bar.done
+            with path.open("rb") as file:
+                for text in read(path, file):
+                    yield text
+                    self.bar.set(done + file.tell())
+            self.bar.set(done + path.stat().st_size)
         except OSError as error:
             raise UserError(f"cannot read {path} ({error.strerror or error})") from error
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from lmchat.data.prose import dedent_docstring, paragraphs
 from lmchat.files import new_folder
+from lmchat.progress import ProgressBar
 from lmchat.types import UserError
 
 if TYPE_CHECKING:
@@ -240,20 +241,14 @@ def _dependencies() -> Iterator[tuple[str, metadata.Distribution]]:
 
 def _read_all(sources: Sequence[Source], processes: int, progress: bool) -> Iterator[tuple[Source, Path, list[str]]]:
     """The prose of every file, in order, read by several processes."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     places = [(source, path) for source in sources for path in source.files]
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    # A forked child would inherit the locks of the progress bar's thread.
+    # A forked child would inherit the locks of other threads.
     with (
-        Progress(*columns, console=Console(stderr=True), disable=not progress) as bar,
+        ProgressBar("Reading", len(places), unit="files", enabled=progress) as bar,
         ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool,
     ):
         found = pool.map(_read, (path for _, path in places), chunksize=32)
-        for (source, path), prose in bar.track(
-            zip(places, found, strict=True), len(places), description="Reading files"
-        ):
+        for (source, path), prose in bar.track(zip(places, found, strict=True)):
             yield source, path, prose
 
 

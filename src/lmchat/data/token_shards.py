@@ -29,6 +29,7 @@ import pyarrow as pa
 from lmchat.data.parquet_text import check_text_column, list_shards, open_parquet, read_documents
 from lmchat.files import locked, synced_file
 from lmchat.paths import base_dir
+from lmchat.progress import ProgressBar
 from lmchat.types import UserError
 
 _FORMAT = "lmchat tokens 1"
@@ -227,23 +228,18 @@ def _tokenize_all(
     shards: Sequence[Path], directory: Path, tokenizer: TextTokenizer, num_threads: int, progress: bool
 ) -> None:
     """Every shard in turn, on one pool of threads: tiktoken and pyarrow release the GIL."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     if not shards:
         return
     total = sum(_count_rows(shard) for shard in shards)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with (
         ThreadPoolExecutor(num_threads) as pool,
-        Progress(*columns, console=Console(stderr=True), disable=not progress) as bar,
+        ProgressBar("Tokenizing", total, unit="documents", enabled=progress) as bar,
     ):
-        task = bar.add_task("Tokenizing documents", total=total)
         for shard in shards:
             encode = _OrderedEncoder(pool, tokenizer, look_ahead=2 * num_threads)
             path = _token_path(directory, shard)
             for documents in _write_token_file(path, shard, encode, tokenizer.fingerprint):
-                bar.advance(task, documents)
+                bar.advance(documents)
 
 
 def _count_rows(shard: Path) -> int:
