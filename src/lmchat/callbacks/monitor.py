@@ -47,7 +47,7 @@ class LossEMA:
         return {"loss_ema": float(self._mean), "ema_steps": int(self._steps)}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Continues from `state`, in the same dtypes: in Python's float64 the next mean would be rounded differently."""
+        """Continues from `state` in the same dtypes: Python's float64 would round the next mean differently."""
         self._mean = torch.tensor(state["loss_ema"], dtype=torch.float32)
         self._steps = torch.tensor(state["ema_steps"], dtype=torch.int64)
 
@@ -188,8 +188,8 @@ class Monitor(Callback):
             return None
         if flops > self._peak:
             rank_zero_warn(
-                f"MFU is left out: this device reaches {flops / 1e12:.0f} TFLOP/s, more than the {self._peak / 1e12:.0f} "
-                "that lmchat.hardware.DENSE_BF16_PEAK lists for it"
+                f"MFU is left out: this device reaches {flops / 1e12:.0f} TFLOP/s, more than the "
+                f"{self._peak / 1e12:.0f} that lmchat.hardware.DENSE_BF16_PEAK lists for it"
             )
             self._peak = None
             return None
