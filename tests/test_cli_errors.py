@@ -272,7 +272,7 @@ CASES: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
     "negative seed": (nothing, ["--seed_everything", "-5"], ["--seed_everything is -5; it must be a number from 0 to"]),
     "budget without minutes": (
         nothing,
-        ["--trainer.callbacks", "lmchat.callbacks.time_budget.TimeBudget", "--trainer.callbacks.minutes", "-1"],
+        ["--trainer.callbacks", "lmchat.demo.time_budget.TimeBudget", "--trainer.callbacks.minutes", "-1"],
         ["TimeBudget's minutes are -1.0", "use minutes above 0"],
     ),
     "share above one": (

@@ -11,13 +11,15 @@ import pytest
 
 from lmchat.__main__ import main
 from lmchat.cli.fit import read_data_module
+from lmchat.demo import run
+from lmchat.demo.tasks import Arithmetic
+from lmchat.demo.tasks.stories import FAMILIES
 from lmchat.demo.training import NEW_ARITHMETIC, SKILLS
 from lmchat.stages.rl import RolloutDataModule
 from lmchat.stages.sft import SFTDataModule
-from lmchat.tasks import Arithmetic
-from lmchat.tasks.arithmetic_stories import FAMILIES
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+DEMO_CONFIGS = run.CONFIGS
 SMALL_PRETRAIN = """
 trainer: {accelerator: cpu, devices: 1, max_steps: 3}
 model: {init_args: {depth: 2, sequence_len: 32, head_dim: 32, global_batch_tokens: 128, compile: false}}
@@ -35,11 +37,11 @@ def test_every_config_is_covered() -> None:
 
 
 PRETRAIN = [
-    *("d12_pretrain.yaml", "d20_pretrain.yaml", "d26_pretrain.yaml", "demo_pretrain.yaml"),
+    *("d12_pretrain.yaml", "d20_pretrain.yaml", "d26_pretrain.yaml"),
     *("d12_native.yaml", "d20_native.yaml"),
 ]
 OVERLAYS = ["cpu.yaml"]
-CHAT = ["sft.yaml", "grpo.yaml", "demo_sft.yaml", "demo_grpo.yaml"]
+CHAT = ["sft.yaml", "grpo.yaml"]
 """Run by tests/stages/test_chat_stages.py, with data that is at hand."""
 
 
@@ -63,7 +65,7 @@ def test_a_config_trains(names: list[str], base: Path, capsys: pytest.CaptureFix
 
 
 def test_the_demo_tells_taught_problems_from_new_ones() -> None:
-    sft, grpo = (read_data_module([CONFIGS / f"demo_{stage}.yaml"]) for stage in ("sft", "grpo"))
+    sft, grpo = (read_data_module([DEMO_CONFIGS / f"{stage}.yaml"]) for stage in ("sft", "rl"))
     assert isinstance(sft, SFTDataModule)
     assert isinstance(grpo, RolloutDataModule)
     (taught,) = (task for task in sft.mixtures["train"].parts[0].task.tasks if isinstance(task, Arithmetic))
@@ -76,7 +78,11 @@ def test_the_demo_tells_taught_problems_from_new_ones() -> None:
     assert [family for family in FAMILIES.values() if family not in taught.families] == new
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path",
+    sorted([*CONFIGS.glob("*.yaml"), *DEMO_CONFIGS.glob("*.yaml")]),
+    ids=lambda path: f"{path.parent.name}/{path.name}",
+)
 def test_a_config_says_what_it_reproduces_and_how_to_run_it(path: Path) -> None:
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     for word in ("Reproduces:", "Run: "):

@@ -192,7 +192,7 @@ def test_what_is_not_finite_stops_the_run(fault: str, unbroken: Path, tiny_base:
 @pytest.mark.slow
 @non_finite
 def test_what_is_not_finite_can_be_skipped(fault: str, tiny_base: Path, tmp_path: Path) -> None:
-    options = ("--non_finite_loss.action", "skip")
+    options = ("--non_finite_guard.action", "skip")
     assert run(tmp_path, tiny_base, fault, options, every_n_steps=1) == [0, 0], output(tmp_path)
     assert NON_FINITE[fault] in output(tmp_path)
     folder = tmp_path / "base_checkpoints" / "d2"

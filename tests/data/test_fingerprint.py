@@ -13,7 +13,8 @@ import pytest
 
 from lmchat.data.fingerprint import check_fingerprint, conversation_checksums, fingerprint
 from lmchat.data.mixture import Mixture, MixturePart
-from lmchat.tasks import Arithmetic, Identity, JSONLConversations
+from lmchat.demo.tasks import Arithmetic
+from lmchat.tasks import Identity, JSONLConversations
 from lmchat.types import UserError
 
 CHAT = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}]

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
+from lmchat.demo.tasks import Arithmetic
 from lmchat.stages import base
 from lmchat.stages.pretrain import PretrainModule
 from lmchat.stages.rl import GRPOModule
 from lmchat.stages.sft import SFTModule
-from lmchat.tasks import Arithmetic
 from lmchat.types import Conversation
 
 base.COMPUTE_DTYPES["fp64"] = torch.float64

@@ -16,11 +16,13 @@ from lmchat.checkpoint.load import find_checkpoint, load_model_state
 from lmchat.data.conversations import RenderedConversations, render_all
 from lmchat.data.mixture import Mixture, MixturePart
 from lmchat.data.padded import PaddedBatches, PaddedPlan
+from lmchat.demo.run import CONFIGS as DEMO_CONFIGS
+from lmchat.demo.tasks import Arithmetic
 from lmchat.generation.engine import Engine, Piece
 from lmchat.optim.muon_adamw import MuonAdamW
 from lmchat.stages.rl import RolloutDataModule
 from lmchat.stages.sft import SFTDataModule
-from lmchat.tasks import Arithmetic, HumanEval, Identity, JSONLConversations, Task
+from lmchat.tasks import HumanEval, Identity, JSONLConversations, Task
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.tokenizer.render import render_conversation
 from lmchat.types import IGNORE_INDEX, Batch, UserError
@@ -45,11 +47,11 @@ data:
     train:
       - task: {class_path: Identity, init_args: {split: train, size: 24}}
         epochs: 2
-      - task: {class_path: Arithmetic, init_args: {split: train, size: 16}}
+      - task: {class_path: lmchat.demo.tasks.Arithmetic, init_args: {split: train, size: 16}}
     val:
       - task: {class_path: Identity, init_args: {split: test, size: 8}}
     eval_tasks:
-      - {class_path: Arithmetic, init_args: {split: test, size: 4}}
+      - {class_path: lmchat.demo.tasks.Arithmetic, init_args: {split: test, size: 4}}
     eval_max_new_tokens: 8
 eval: {every_n_steps: 0}
 monitor: {every_n_steps: 1}
@@ -62,8 +64,8 @@ model: {class_path: GRPOModule}
 data:
   class_path: RolloutDataModule
   init_args:
-    train: [{task: {class_path: Arithmetic, init_args: {split: train, size: 8}}}]
-    eval_task: {class_path: Arithmetic, init_args: {split: test, size: 4}}
+    train: [{task: {class_path: lmchat.demo.tasks.Arithmetic, init_args: {split: train, size: 8}}}]
+    eval_task: {class_path: lmchat.demo.tasks.Arithmetic, init_args: {split: test, size: 4}}
     eval_tasks:
       - {class_path: Identity, init_args: {split: test, size: 4}}
     questions_per_step: 2
@@ -118,7 +120,7 @@ def test_each_stage_starts_from_the_one_before(pipeline: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "small", "start"), [("sft", SFT, "base_checkpoints"), ("grpo", GRPO, "chatsft_checkpoints")]
+    ("stage", "small", "start"), [("sft", SFT, "base_checkpoints"), ("rl", GRPO, "chatsft_checkpoints")]
 )
 def test_the_demos_config_runs(
     stage: str, small: str, start: str, pipeline: Path, monkeypatch: pytest.MonkeyPatch
@@ -126,7 +128,7 @@ def test_the_demos_config_runs(
     monkeypatch.setenv("LMCHAT_BASE_DIR", str(pipeline))
     shrunk = pipeline / f"demo_{stage}.yaml"
     shrunk.write_text(small)
-    configs = ["--config", str(CONFIGS / shrunk.name), "--config", str(shrunk)]
+    configs = ["--config", str(DEMO_CONFIGS / f"{stage}.yaml"), "--config", str(shrunk)]
     started = ["--ckpt_path", str(pipeline / start / "tiny"), "--model.tag", "demo"]
     assert main(["fit", *configs, *started, "--trainer.max_steps", "1"]) == 0
 

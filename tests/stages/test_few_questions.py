@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from killable_fit import start_fit
+from lmchat.demo.tasks import Arithmetic
 from lmchat.evaluation.chat_tasks import question_batches
-from lmchat.tasks import Arithmetic, Identity
+from lmchat.tasks import Identity
 
 RANKS = 3
 PRETRAIN = """
@@ -37,15 +38,15 @@ data:
     eval_max_new_tokens: 4
     train: [{task: {class_path: Identity, init_args: {split: train, size: 60}}}]
     val: [{task: {class_path: Identity, init_args: {split: test, size: 1}}}]
-    eval_tasks: [{class_path: Arithmetic, init_args: {split: test, size: 2}}]
+    eval_tasks: [{class_path: lmchat.demo.tasks.Arithmetic, init_args: {split: test, size: 2}}]
 """,
     "grpo": """
 model: {class_path: GRPOModule}
 data:
   class_path: RolloutDataModule
   init_args:
-    train: [{task: {class_path: Arithmetic, init_args: {split: train, size: 18}}}]
-    eval_task: {class_path: Arithmetic, init_args: {split: test, size: 1}}
+    train: [{task: {class_path: lmchat.demo.tasks.Arithmetic, init_args: {split: train, size: 18}}}]
+    eval_task: {class_path: lmchat.demo.tasks.Arithmetic, init_args: {split: test, size: 1}}
     eval_tasks: [{class_path: Identity, init_args: {split: test, size: 2}}]
     questions_per_step: 3
     num_samples: 2

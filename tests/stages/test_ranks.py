@@ -45,7 +45,7 @@ data:
   class_path: RolloutDataModule
   init_args:
     train: [{task: {class_path: float64.Whims, init_args: {split: train, size: 18}}}]
-    eval_task: {class_path: Arithmetic, init_args: {split: test, size: 3}}
+    eval_task: {class_path: lmchat.demo.tasks.Arithmetic, init_args: {split: test, size: 3}}
     questions_per_step: 6
     num_samples: 3
     eval_num_samples: 2

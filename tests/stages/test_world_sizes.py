@@ -6,8 +6,8 @@ import pytest
 
 from lmchat.batching import accumulation_steps, divisors
 from lmchat.data.mixture import MixturePart
+from lmchat.demo.tasks import Arithmetic
 from lmchat.stages.rl import RolloutDataModule
-from lmchat.tasks import Arithmetic
 from lmchat.types import UserError
 
 

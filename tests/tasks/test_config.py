@@ -12,7 +12,8 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 import lmchat.tasks
 from lmchat.data.mixture import Mixture
-from lmchat.tasks import GSM8K, Arithmetic, Task
+from lmchat.demo.tasks import Arithmetic
+from lmchat.tasks import GSM8K, Task
 
 
 def parser() -> ArgumentParser:

@@ -6,8 +6,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from lmchat.tasks.identity import OPENERS, SHORTHAND, Identity, mentions, questions, shorten, vary
-from lmchat.tasks.identity_text import TOPICS
+from lmchat.tasks.identity import OPENERS, SHORTHAND, TOPICS, Identity, mentions, questions, shorten, vary
 from lmchat.tasks.jsonl import parse_messages
 from lmchat.types import UserError
 

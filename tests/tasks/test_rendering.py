@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lmchat.tasks import Arithmetic, Identity, SimpleSpelling, SpellingBee, Task
+from lmchat.demo.tasks import Arithmetic
+from lmchat.tasks import Identity, SimpleSpelling, SpellingBee, Task
 from lmchat.tasks.base import reference_answer
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.tokenizer.render import render_conversation, render_for_completion

@@ -21,7 +21,7 @@ from lmchat.callbacks.evaluate import Evaluate
 from lmchat.callbacks.fp8 import FP8
 from lmchat.callbacks.gc_freeze import GCFreeze
 from lmchat.callbacks.monitor import Monitor
-from lmchat.callbacks.non_finite_loss import NonFiniteLoss
+from lmchat.callbacks.non_finite_guard import NonFiniteGuard
 from lmchat.callbacks.samples import Samples
 from lmchat.callbacks.save_config import SaveConfig
 from lmchat.callbacks.training_plan import TrainingPlan
@@ -34,6 +34,7 @@ from lmchat.cli.checks import (
     check_trainer_options,
 )
 from lmchat.cli.exit_status import exit_with_signal_status, translate_peer_failure
+from lmchat.cli.renamed import accept_former_names, rename_arguments
 from lmchat.cli.resume import find_start, resume_path
 from lmchat.paths import log_dir
 from lmchat.stage_table import STAGES
@@ -89,7 +90,7 @@ class LMChatCLI(LightningCLI):
         parser.add_lightning_class_args(Monitor, "monitor")
         parser.add_lightning_class_args(Samples, "samples")
         parser.add_lightning_class_args(GCFreeze, "gc_freeze")
-        parser.add_lightning_class_args(NonFiniteLoss, "non_finite_loss")
+        parser.add_lightning_class_args(NonFiniteGuard, "non_finite_guard")
         parser.add_lightning_class_args(Evaluate, "eval")
         parser.add_lightning_class_args(StepCheckpoint, "checkpoint")
 
@@ -210,6 +211,8 @@ def main(args: list[str], cli: type[LMChatCLI] = LMChatCLI) -> LMChatCLI:
         lambda record: "Tip:" not in record.getMessage()
     )
     check_encoding(args)
+    accept_former_names()
+    args = rename_arguments(args)
     options = {"exit_on_error": False, "allow_abbrev": False}
     try:
         return cli(

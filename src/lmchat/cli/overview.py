@@ -44,7 +44,7 @@ GROUPS = {
     "checkpoint": "when to save checkpoints and how many to keep, e.g. --checkpoint.every_n_steps 500.",
     "monitor": "loss, speed and memory during training, e.g. --monitor.every_n_steps 10.",
     "samples": "texts that the model completes after each evaluation, e.g. --samples.max_new_tokens 32.",
-    "non_finite_loss": "what to do when the loss is NaN or infinite, e.g. --non_finite_loss.action skip.",
+    "non_finite_guard": "what to do when the loss is NaN or infinite, e.g. --non_finite_guard.action skip.",
     "gc_freeze": "Python's garbage collection, e.g. --gc_freeze.every_n_steps 5000.",
 }
 """Option groups, with an example of their options."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from lmchat.demo.conversation import converse
 from lmchat.demo.report import draw_curves, skills_table, time_table
-from lmchat.demo.run import Demo, Figures
+from lmchat.demo.run import Demo, Metrics
 from lmchat.demo.text import collect_text, measure_baselines, tokenize, train_tokenizer
 from lmchat.demo.training import finetune, pretrain, reinforce
 from lmchat.files import replacing
@@ -25,14 +25,14 @@ from lmchat.types import UserError
 
 LMCHAT = Path(sys.executable).with_name("lmchat")
 
-STAGES: dict[str, tuple[str, Callable[[Demo], Figures]]] = {
+STAGES: dict[str, tuple[str, Callable[[Demo], Metrics]]] = {
     "corpus": ("Find text", collect_text),
     "tokenizer": ("Train a tokenizer", train_tokenizer),
     "tokens": ("Tokenize the text", tokenize),
     "baselines": ("Measure simple models, for comparison", measure_baselines),
     "pretrain": ("Train a GPT", pretrain),
     "sft": ("Fine-tune it to a chat model", finetune),
-    "grpo": ("Let it practise word problems", reinforce),
+    "rl": ("Let it practise word problems", reinforce),
     "curves": ("Draw the curves", draw_curves),
     "conversation": ("Talk to it", converse),
 }

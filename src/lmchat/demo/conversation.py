@@ -6,20 +6,20 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from lmchat.demo.run import Demo, Figures
+from lmchat.demo.run import Demo, Metrics
 from lmchat.types import Conversation, Message
 
 if TYPE_CHECKING:
     from lmchat.tasks.base import Task
 
 
-def converse(run: Demo) -> Figures:
+def converse(run: Demo) -> Metrics:
     """Three short chats with questions that are held out, answered greedily and graded."""
     from lmchat.checkpoint.load import find_checkpoint
     from lmchat.serve.load import load_engine
     from lmchat.serve.terminal import answer
 
-    engine = load_engine(find_checkpoint(run.checkpoints("grpo")))
+    engine = load_engine(find_checkpoint(run.checkpoints("rl")))
     stream = partial(engine.stream, temperature=0.0)
     marks = []
     for chat in script(run):
@@ -36,7 +36,8 @@ def converse(run: Demo) -> Figures:
 
 def script(run: Demo) -> list[list[tuple[Task, Conversation]]]:
     """Per chat, its questions and the tasks that they are from: who the model is, words, sums of two steps."""
-    from lmchat.tasks import Arithmetic, Identity, SimpleSpelling, SpellingBee
+    from lmchat.demo.tasks import Arithmetic
+    from lmchat.tasks import Identity, SimpleSpelling, SpellingBee
 
     words = str(run.words)
     identity, arithmetic = Identity("test"), Arithmetic("test", steps=(2, 2))

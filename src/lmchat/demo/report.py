@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmchat.demo.run import Demo, Figures, read_log
+from lmchat.demo.run import Demo, Metrics, read_log
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,7 +61,7 @@ def _table(first: str, *columns: str) -> Table:
     return table
 
 
-def draw_curves(run: Demo) -> Figures:
+def draw_curves(run: Demo) -> Metrics:
     """``curves.png``: held-out bits per byte, fine-tuning loss, reward and held-out pass@1 by step."""
     try:
         from matplotlib.figure import Figure
@@ -75,8 +75,8 @@ def draw_curves(run: Demo) -> Figures:
     _curve(sft, run.logs("sft"), "train/loss_ema", "training", linewidth=1)
     _titles(sft, "Fine-tuning", "loss on the assistant's tokens, nats")
     sft.set_yscale("log")
-    _curve(grpo, run.logs("grpo"), "train/pass@1", f"practised, mean of {REWARD_WINDOW} steps", window=REWARD_WINDOW)
-    _curve(grpo, run.logs("grpo"), "val/pass@1", "held-out problems", marker="o")
+    _curve(grpo, run.logs("rl"), "train/pass@1", f"practised, mean of {REWARD_WINDOW} steps", window=REWARD_WINDOW)
+    _curve(grpo, run.logs("rl"), "val/pass@1", "held-out problems", marker="o")
     _titles(grpo, "Reinforcement learning", "share of right answers (practised: full reward)")
     path = run.output / "curves.png"
     figure.savefig(path, dpi=120)

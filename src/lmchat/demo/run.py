@@ -9,19 +9,21 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from lmchat.checkpoint.layout import committed_steps
-from lmchat.stage_table import STAGES, current_stage_name
+from lmchat.stage_table import STAGES
 from lmchat.types import UserError
 
-CONFIGS = Path(__file__).resolve().parents[3] / "configs"
-CONFIG_FILES = {stage: f"demo_{stage}.yaml" for stage in ("pretrain", "sft", "grpo")}
+with resources.as_file(resources.files(__package__) / "configs") as _configs:
+    CONFIGS = _configs  # a folder on disk: the package is never imported from an archive
+STAGE_NAMES = ("pretrain", "sft", "rl")
 VOCAB_SIZE = 1024
 TAG = "demo"
 
-Figures = dict[str, Any]
+Metrics = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -64,26 +66,23 @@ class Demo:
         return self.output / "summary.json"
 
     def checkpoints(self, stage: str) -> Path:
-        return self.output / STAGES[current_stage_name(stage)].checkpoints / TAG
+        return self.output / STAGES[stage].checkpoints / TAG
 
     def logs(self, stage: str) -> Path:
-        return self.output / "logs" / stage / TAG
+        return self.output / "logs" / STAGES[stage].logs / TAG
 
     def config(self, stage: str) -> Path:
-        """The stage's config. Raises UserError without a clone of the repository."""
-        path = CONFIGS / CONFIG_FILES[stage]
-        if not path.is_file():
-            raise UserError(f"no config {path}; the demo runs from a clone of the repository (pip install -e .)")
-        return path
+        """The stage's config, a file of the package."""
+        return CONFIGS / f"{stage}.yaml"
 
     def recipe(self) -> dict[str, str]:
-        """What the figures depend on. Stages of another recipe are not continued."""
+        """The settings that the results depend on. Stages of another recipe are not continued."""
         return {
             "text": str(self.text.resolve()) if self.text else "this machine's documentation",
             "vocab_size": str(self.vocab_size),
             **{
-                name: hashlib.sha256(self.config(stage).read_bytes()).hexdigest()[:16]
-                for stage, name in CONFIG_FILES.items()
+                f"config of {stage}": hashlib.sha256(self.config(stage).read_bytes()).hexdigest()[:16]
+                for stage in STAGE_NAMES
             },
         }
 
@@ -120,7 +119,7 @@ def start_from(run: Demo, stage: str, earlier: str | None = None) -> list[str]:
 def within(minutes: float) -> list[str]:
     """Options that make a training take fewer steps where the machine is too slow for all of them."""
     return [
-        "--trainer.callbacks+=lmchat.callbacks.time_budget.TimeBudget",
+        "--trainer.callbacks+=lmchat.demo.time_budget.TimeBudget",
         f"--trainer.callbacks.minutes={max(minutes, 0.1)}",
     ]
 

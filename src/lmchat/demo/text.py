@@ -7,7 +7,7 @@ from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
-from lmchat.demo.run import Demo, Figures
+from lmchat.demo.run import Demo, Metrics
 
 VALIDATION_SHARE = 0.05
 FEW_FILES = 20
@@ -16,14 +16,14 @@ LONG_FILE_BYTES = 4_000
 """Files longer than this on average are cut too: of a document, one row is read."""
 
 
-def collect_text(run: Demo) -> Figures:
+def collect_text(run: Demo) -> Metrics:
     """Shards of text in ``base_data``, the last one held out, and the list of their words."""
     shutil.rmtree(run.data_dir, ignore_errors=True)  # of an interrupted run
     figures = _import_text(run, run.text) if run.text is not None else _collect_documentation(run)
     return {**figures, "words": _list_words(run)}
 
 
-def _import_text(run: Demo, text: Path) -> Figures:
+def _import_text(run: Demo, text: Path) -> Metrics:
     from lmchat.data.importing import import_folder
 
     imported = import_folder(
@@ -33,10 +33,10 @@ def _import_text(run: Demo, text: Path) -> Figures:
     return {"documents": documents, "megabytes": round(imported.characters / 1e6, 2)}
 
 
-def _collect_documentation(run: Demo) -> Figures:
+def _collect_documentation(run: Demo) -> Metrics:
     from rich.console import Console
 
-    from lmchat.data.local_corpus import collect_documentation
+    from lmchat.demo.local_corpus import collect_documentation
 
     report = collect_documentation(run.data_dir, validation_share=VALIDATION_SHARE)
     Console().print(report.table())
@@ -77,7 +77,7 @@ def _count(cut: str, files: list[Path]) -> int:
     return sum(path.read_bytes().count(cut.encode()) for path in files)
 
 
-def train_tokenizer(run: Demo) -> Figures:
+def train_tokenizer(run: Demo) -> Metrics:
     """A byte-level BPE on the training shards, with as many entries as the text gives."""
     from lmchat.commands.tokenizer import train
     from lmchat.tokenizer.bpe import TooFewMerges
@@ -92,7 +92,7 @@ def train_tokenizer(run: Demo) -> Figures:
     return {"vocab_size": vocab_size}
 
 
-def tokenize(run: Demo) -> Figures:
+def tokenize(run: Demo) -> Metrics:
     """Token files of all shards."""
     from lmchat.data.token_shards import TokenShards, prepare_token_shards
     from lmchat.tokenizer.bpe import Tokenizer
@@ -104,12 +104,12 @@ def tokenize(run: Demo) -> Figures:
     return {"tokens": train.tokens, "validation_tokens": validation.tokens}
 
 
-def measure_baselines(run: Demo) -> Figures:
+def measure_baselines(run: Demo) -> Metrics:
     """What compressors and an n-gram model make of the held-out text."""
     from rich.console import Console
 
     from lmchat.data.parquet_text import list_shards, read_documents
-    from lmchat.evaluation.compression_baseline import compression_baselines
+    from lmchat.demo.baseline import compression_baselines
 
     *train, validation = list_shards(run.data_dir)
     console, activity = Console(), "gzip, xz and an n-gram model are reading the text"

@@ -6,7 +6,7 @@ import shutil
 from statistics import median_low
 
 from lmchat.checkpoint.layout import committed_steps
-from lmchat.demo.run import Demo, Figures, lmchat, read_log, start_from, within
+from lmchat.demo.run import Demo, Metrics, lmchat, read_log, start_from, within
 from lmchat.types import UserError
 
 PRETRAIN_SHARE = 0.22
@@ -26,7 +26,7 @@ NEW_ARITHMETIC = "val/Arithmetic/test/4 families"
 Row = dict[str, float]
 
 
-def pretrain(run: Demo) -> Figures:
+def pretrain(run: Demo) -> Metrics:
     """A GPT on the token files."""
     lmchat(run, "fit", "pretrain", *within(PRETRAIN_SHARE * run.minutes_left), *start_from(run, "pretrain"))
     figures = _progress(run, "pretrain")
@@ -36,22 +36,22 @@ def pretrain(run: Demo) -> Figures:
     return {**figures, **before, "bpb_after": round(_last_evaluation(run, "pretrain")["val/bpb"], 4)}
 
 
-def finetune(run: Demo) -> Figures:
+def finetune(run: Demo) -> Metrics:
     """A chat model of the base model, in one epoch over the mixture."""
     lmchat(run, "fit", "sft", *start_from(run, "sft", "pretrain"))
     figures, held_out = _progress(run, "sft"), _last_evaluation(run, "sft")
     return {**figures, **_skills(held_out), "arithmetic_pass_at_1": round(held_out[NEW_ARITHMETIC], 3)}
 
 
-def reinforce(run: Demo) -> Figures:
+def reinforce(run: Demo) -> Metrics:
     """The chat model after practising word problems of kinds that fine-tuning did not show."""
     budget = run.minutes_left - OVERHEAD_MINUTES
-    lmchat(run, "fit", "grpo", *within(budget), *start_from(run, "grpo", "sft"))
-    figures, held_out = _progress(run, "grpo"), _last_evaluation(run, "grpo")
+    lmchat(run, "fit", "rl", *within(budget), *start_from(run, "rl", "sft"))
+    figures, held_out = _progress(run, "rl"), _last_evaluation(run, "rl")
     return {**figures, **_skills(held_out), "arithmetic_pass_at_1": round(held_out["val/pass@1"], 3)}
 
 
-def _progress(run: Demo, stage: str) -> Figures:
+def _progress(run: Demo, stage: str) -> Metrics:
     rows = read_log(run.logs(stage))
     speeds = [row["train/tokens_per_second"] for row in rows if "train/tokens_per_second" in row]
     if not speeds:
@@ -60,7 +60,7 @@ def _progress(run: Demo, stage: str) -> Figures:
     return {"steps": _last_step(run, stage), "tokens": int(tokens), "tokens_per_second": round(median_low(speeds))}
 
 
-def _skills(held_out: Row) -> Figures:
+def _skills(held_out: Row) -> Metrics:
     return {name: round(held_out[key], 3) for name, key in SKILLS.items()}
 
 

@@ -13,6 +13,8 @@ from lmchat.checkpoint.writer import PEER_TIMEOUT_SECONDS, BackgroundWriter, sna
 from lmchat.types import UserError
 
 _NETWORK = "net."
+_FORMER_CALLBACKS = {"NonFiniteLoss": "NonFiniteGuard"}
+"""Keys of callback states in older checkpoints, and their present names."""
 _IN_META = ("epoch", "global_step", "pytorch-lightning_version", "loops")
 # The options of a run are in the module's own meta; Lightning's copy may hold objects that a safe loader refuses.
 _DROPPED = ("hparams_name", "hyper_parameters", "datamodule_hparams_name", "datamodule_hyper_parameters")
@@ -93,6 +95,9 @@ class LMChatCheckpointIO(CheckpointIO):
             # Random numbers belong to a rank; with other ranks there is no state that would continue them.
             state = {key: value for key, value in state.items() if key not in ("optimizer_states", "rng")}
             state["optimizer_shards"] = [shard["optimizer_states"] for shard in shards]
+        for former, name in _FORMER_CALLBACKS.items():
+            if former in state.get("callbacks", {}):
+                state["callbacks"][name] = state["callbacks"].pop(former)
         return {"state_dict": _module_state(checkpoint), **checkpoint.meta["lightning"], **state}
 
     def remove_checkpoint(self, path: Any) -> None:

@@ -4,9 +4,7 @@ Importing this package makes each task known to configs by its short class name.
 """
 
 from lmchat.tasks.arc import ARC
-from lmchat.tasks.arithmetic import Arithmetic
 from lmchat.tasks.base import Task
-from lmchat.tasks.dialogue import Dialogue
 from lmchat.tasks.gsm8k import GSM8K
 from lmchat.tasks.humaneval import HumanEval
 from lmchat.tasks.identity import Identity
@@ -19,8 +17,6 @@ __all__ = [
     "ARC",
     "GSM8K",
     "MMLU",
-    "Arithmetic",
-    "Dialogue",
     "HumanEval",
     "Identity",
     "JSONLConversations",

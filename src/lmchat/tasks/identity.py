@@ -1,23 +1,61 @@
-"""A generated identity set: the assistant says who it is, who made it, what it can do and what it cannot."""
+"""Generated conversations about the assistant: its name, its maker, what it can and cannot do."""
 
 from __future__ import annotations
 
 import random
 import re
+from dataclasses import dataclass
+from importlib import resources
 from typing import Any, cast
 
+import yaml
+
 from lmchat.tasks.base import Task, reward_in_words_of
-from lmchat.tasks.identity_text import TOPICS, Topic
+from lmchat.tasks.patterns import expand
 from lmchat.tasks.split import Split
 from lmchat.types import Conversation, Message, UserError
 
 TEST_EVERY = 5
-"""Every fifth wording of a question, the common ones left out, is a test question."""
+"""Every fifth wording of a question is a test question, except for the common ones."""
 COMMON_SHARE = 0.25
-"""Share of the training questions that are drawn from the common ones alone."""
+"""Share of the training questions that are drawn from the common ones only."""
 MAX_TURNS = 3
 OPENERS = ("", "", "", "", "", "", "Hey, ", "So, ", "By the way, ", "Hello! ", "Okay. ", "One more thing: ")
 SHORTHAND = {"you": "u", "your": "ur", "are": "r", "please": "pls", "thanks": "thx"}
+
+
+@dataclass(frozen=True)
+class Topic:
+    """Questions with the same meaning, and answers that fit each of them.
+
+    Attributes:
+        questions: wordings, all different from those of the other topics.
+        answers: wordings, each with all the facts.
+        facts: what a correct answer contains, one alternative of each group.
+        common: the most frequent questions; all of them are training questions, drawn more often than the others.
+    """
+
+    questions: tuple[str, ...]
+    answers: tuple[str, ...]
+    facts: tuple[tuple[str, ...], ...]
+    common: tuple[str, ...]
+
+
+def _topic(texts: dict[str, Any]) -> Topic:
+    return Topic(
+        questions=expand(*texts["questions"]),
+        answers=tuple(texts["answers"]),
+        facts=tuple(map(tuple, texts["facts"])),
+        common=tuple(texts["common"]),
+    )
+
+
+TOPICS: dict[str, Topic] = {
+    name: _topic(texts)
+    for name, texts in yaml.safe_load(
+        (resources.files(__package__) / "identity.yaml").read_text(encoding="utf-8")
+    ).items()
+}
 
 
 class IdentityConversation(Conversation):

@@ -20,7 +20,7 @@ from lmchat.types import UserError
 NOWHERE = 2**62
 
 
-class NonFiniteLoss(Callback):
+class NonFiniteGuard(Callback):
     """Does not take an optimizer step to which any micro-batch of any rank contributes a loss that is not finite.
 
     Nor one whose gradient is not, which an overflow in the backward pass can bring about. The ranks agree once per
@@ -53,7 +53,7 @@ class NonFiniteLoss(Callback):
         if self.action == "stop":
             raise UserError(
                 f"{finding}; the step was not taken: resume with a lower learning rate, or leave "
-                "such steps out with --non_finite_loss.action skip"
+                "such steps out with --non_finite_guard.action skip"
             )
         _drop_step(optimizer)
         self.skipped_steps += 1

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmchat.data.prose import dedent_docstring, paragraphs
+from lmchat.demo.prose import dedent_docstring, paragraphs
 
 
 def prose(text: str) -> list[str]:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from lmchat.data import local_corpus
-from lmchat.data.local_corpus import Source, collect_documentation, documentation_sources
+from lmchat.demo import local_corpus
+from lmchat.demo.local_corpus import Source, collect_documentation, documentation_sources
 from lmchat.types import UserError
 
 

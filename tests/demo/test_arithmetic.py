@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from lmchat.demo.tasks.arithmetic import MAX_STEPS, Arithmetic, WordProblem, _Draft
+from lmchat.demo.tasks.stories import FAMILIES, HE, PRONOUNS, SHE
 from lmchat.generation.calculator import calculate
-from lmchat.tasks.arithmetic import MAX_STEPS, Arithmetic, WordProblem, _Draft
-from lmchat.tasks.arithmetic_stories import FAMILIES, HE, PRONOUNS, SHE
 from lmchat.tasks.base import answer_text
 from lmchat.tasks.gsm8k import extract_answer, parse_answer
 from lmchat.tasks.split import in_split
@@ -236,8 +236,8 @@ def test_people_who_were_named_are_called_he_or_she_or_left_out() -> None:
 
 
 def test_sentences_are_joined_once_and_the_subject_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lmchat.tasks.arithmetic.JOINED_SHARES", (1.0, 1.0))
-    monkeypatch.setattr("lmchat.tasks.arithmetic.PRONOUN_SHARE", 1.0)
+    monkeypatch.setattr("lmchat.demo.tasks.arithmetic.JOINED_SHARES", (1.0, 1.0))
+    monkeypatch.setattr("lmchat.demo.tasks.arithmetic.PRONOUN_SHARE", 1.0)
     links, others = set(), set()
     for seed in range(30):
         draft = _Draft(FAMILIES["savings"], random.Random(seed), "dollars", ["Zoe", "Max"], [9])
@@ -272,7 +272,9 @@ def test_problems_depend_on_index_seed_and_split_alone() -> None:
 
 
 def test_problems_are_the_same_in_another_process() -> None:
-    code = "from lmchat.tasks import Arithmetic; print([Arithmetic().problem(index).question for index in range(20)])"
+    code = (
+        "from lmchat.demo.tasks import Arithmetic; print([Arithmetic().problem(index).question for index in range(20)])"
+    )
     environment = {**os.environ, "PYTHONHASHSEED": "123"}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert result.stdout.strip() == str([problem.question for problem in problems(20)])

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lmchat.tasks.arithmetic_stories import FAMILIES, PRONOUNS, WORKING, Family, Operation, Step
+from lmchat.demo.tasks.stories import FAMILIES, PRONOUNS, WORKING, Family, Operation, Step
 from lmchat.tasks.base import answer_text, reward_in_words_of
 from lmchat.tasks.gsm8k import AnswerRule, NumericAnswerTask, word_problem
 from lmchat.tasks.patterns import pick

@@ -1,6 +1,6 @@
 """English text that is on every machine lmchat runs on: the documentation of Python and of lmchat's dependencies.
 
-Docstrings, Python's own reference topics, and README and text files, reduced to prose (`lmchat.data.prose`), without
+Docstrings, Python's own reference topics, and README and text files, reduced to prose (`lmchat.demo.prose`), without
 near-duplicates, as parquet shards. Nothing is downloaded and no package is imported. The same environment gives the
 same shards.
 """
@@ -20,7 +20,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lmchat.data.prose import dedent_docstring, paragraphs
+from lmchat.demo.prose import dedent_docstring, paragraphs
 from lmchat.files import new_folder
 from lmchat.progress import ProgressBar
 from lmchat.types import UserError

@@ -13,7 +13,7 @@ import torch
 
 from lmchat.__main__ import main
 from lmchat.callbacks.monitor import EMA_DECAY
-from lmchat.callbacks.non_finite_loss import NOWHERE, _first_non_finite
+from lmchat.callbacks.non_finite_guard import NOWHERE, _first_non_finite
 from lmchat.checkpoint.layout import CheckpointPaths, committed_steps
 from lmchat.checkpoint.load import find_checkpoint, load_model_state
 from lmchat.model.gpt import GPT
@@ -83,7 +83,7 @@ def test_by_default_the_run_ends_with_the_step_before_saved(
 def test_such_steps_can_be_skipped_and_are_counted(
     what: str, module: str, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert train(base, monkeypatch, what, 1, "--non_finite_loss.action", "skip", module=module) == 0
+    assert train(base, monkeypatch, what, 1, "--non_finite_guard.action", "skip", module=module) == 0
     folder = base / "base_checkpoints" / "d1"
     weights = [load_model_state(find_checkpoint(CheckpointPaths(folder, step).meta)) for step in (1, 2, 3, 4)]
     unchanged = [all(torch.equal(a[name], b[name]) for name in a) for a, b in pairwise(weights)]

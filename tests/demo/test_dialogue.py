@@ -4,9 +4,9 @@ from collections import Counter
 
 import pytest
 
-from lmchat.tasks.arithmetic import Arithmetic
+from lmchat.demo.tasks.arithmetic import Arithmetic
+from lmchat.demo.tasks.dialogue import Dialogue
 from lmchat.tasks.base import Task, exchange
-from lmchat.tasks.dialogue import Dialogue
 from lmchat.tasks.identity import Identity
 from lmchat.types import Conversation, UserError
 

@@ -20,7 +20,7 @@ from lmchat.demo import run as demo_run
 from lmchat.demo import text as demo_text
 from lmchat.demo import training
 from lmchat.demo.run import Demo, read_log
-from lmchat.tasks.arithmetic_stories import FAMILIES
+from lmchat.demo.tasks.stories import FAMILIES
 from lmchat.types import UserError
 
 PRETRAIN = """
@@ -50,8 +50,8 @@ data:
       - {class_path: Identity, init_args: {split: test, size: 2}}
       - {class_path: SimpleSpelling, init_args: {split: test, size: 2}}
       - {class_path: SpellingBee, init_args: {split: test, size: 2}}
-      - {class_path: Arithmetic, init_args: {split: test, size: 2, families: %(taught)s}}
-      - {class_path: Arithmetic, init_args: {split: test, size: 2, families: %(new)s}}
+      - {class_path: lmchat.demo.tasks.Arithmetic, init_args: {split: test, size: 2, families: %(taught)s}}
+      - {class_path: lmchat.demo.tasks.Arithmetic, init_args: {split: test, size: 2, families: %(new)s}}
 monitor: {every_n_steps: 1}
 samples: {max_new_tokens: 0}
 """
@@ -66,13 +66,13 @@ data:
     num_samples: 2
     max_new_tokens: 3
     eval_num_samples: 1
-    train: [{task: {class_path: Arithmetic, init_args: {size: 8}}}]
-    eval_task: {class_path: Arithmetic, init_args: {split: test, size: 2, families: %(new)s}}
+    train: [{task: {class_path: lmchat.demo.tasks.Arithmetic, init_args: {size: 8}}}]
+    eval_task: {class_path: lmchat.demo.tasks.Arithmetic, init_args: {split: test, size: 2, families: %(new)s}}
     eval_tasks:
       - {class_path: Identity, init_args: {split: test, size: 2}}
       - {class_path: SimpleSpelling, init_args: {split: test, size: 2}}
       - {class_path: SpellingBee, init_args: {split: test, size: 2}}
-      - {class_path: Arithmetic, init_args: {split: test, size: 2, families: %(taught)s}}
+      - {class_path: lmchat.demo.tasks.Arithmetic, init_args: {split: test, size: 2, families: %(taught)s}}
 monitor: {every_n_steps: 1}
 samples: {max_new_tokens: 0}
 """
@@ -84,8 +84,8 @@ FAMILY_LISTS = {"taught": [*FAMILIES][:12], "new": [*FAMILIES][12:]}
 @pytest.fixture(autouse=True)
 def tiny_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "configs").mkdir()
-    for stage, config in (("pretrain", PRETRAIN), ("sft", SFT), ("grpo", GRPO)):
-        (tmp_path / "configs" / demo_run.CONFIG_FILES[stage]).write_text(config % FAMILY_LISTS)
+    for stage, config in (("pretrain", PRETRAIN), ("sft", SFT), ("rl", GRPO)):
+        (tmp_path / "configs" / f"{stage}.yaml").write_text(config % FAMILY_LISTS)
     monkeypatch.setattr(demo_run, "CONFIGS", tmp_path / "configs")
     monkeypatch.setattr(demo_run, "VOCAB_SIZE", 300)
 
@@ -134,16 +134,16 @@ def test_a_user_trains_on_a_folder_of_text(text: Path, tmp_path: Path, capfd: py
     assert summary["minutes"] == pytest.approx(sum(stage["seconds"] for stage in stages.values()) / 60, abs=0.01)
     assert [path.name for path in (output / "base_checkpoints" / "demo").glob("meta_*")] == ["meta_000004.json"]
     skills = ("identity", "spelling", "counting", "arithmetic_taught", "arithmetic_pass_at_1")
-    assert all(0 <= stages[stage][skill] <= 1 for stage in ("sft", "grpo") for skill in skills)
-    assert stages["grpo"]["steps"] == 2
-    assert 2 <= stages["grpo"]["tokens"] <= 2 * 2 * 3
+    assert all(0 <= stages[stage][skill] <= 1 for stage in ("sft", "rl") for skill in skills)
+    assert stages["rl"]["steps"] == 2
+    assert 2 <= stages["rl"]["tokens"] <= 2 * 2 * 3
     assert stages["conversation"]["questions"] == 6
     assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "bits per byte" in first_out
     next_command = first_out.strip().splitlines()[-1]
     answer = f"{next_command} -p 'Who are you?' --max_new_tokens 3"
     talked = subprocess.run(answer, shell=True, check=True, timeout=120, capture_output=True, text=True)
-    assert "grpo demo, step 2" in talked.stderr
+    assert "rl demo, step 2" in talked.stderr
 
     demo(text=text, output=output)
     assert json.loads((output / "summary.json").read_text()) == summary
@@ -270,7 +270,7 @@ def test_a_failed_stage_is_reported_and_taken_up_again(
 
 
 def test_a_failing_training_names_the_stage(text: Path, tmp_path: Path) -> None:
-    config = tmp_path / "configs" / "demo_pretrain.yaml"
+    config = tmp_path / "configs" / "pretrain.yaml"
     config.write_text(PRETRAIN.replace("head_dim: 16", "head_dim: 17"))
     with pytest.raises(UserError, match="stage pretrain failed with exit status 2"):
         demo(text=text, output=tmp_path / "run")
@@ -281,8 +281,8 @@ def test_another_recipe_does_not_continue(monkeypatch: pytest.MonkeyPatch, text:
     demo(text=text, output=tmp_path / "run")
     with pytest.raises(UserError, match=r"another text; delete it.*OUTPUT="):
         demo(text=tmp_path, output=tmp_path / "run")
-    (tmp_path / "configs" / "demo_pretrain.yaml").write_text(PRETRAIN.replace("max_steps: 4", "max_steps: 5"))
-    with pytest.raises(UserError, match=r"another demo_pretrain.yaml"):
+    (tmp_path / "configs" / "pretrain.yaml").write_text(PRETRAIN.replace("max_steps: 4", "max_steps: 5"))
+    with pytest.raises(UserError, match=r"another config of pretrain"):
         demo(text=text, output=tmp_path / "run")
 
 
@@ -323,4 +323,8 @@ def test_logs_of_an_interrupted_run_are_read_in_order_of_steps(tmp_path: Path) -
 
 def test_the_recipe_of_the_repository_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.undo()
-    assert set(Demo(tmp_path, None, 15).recipe()) == {"text", "vocab_size", *demo_run.CONFIG_FILES.values()}
+    assert set(Demo(tmp_path, None, 15).recipe()) == {
+        "text",
+        "vocab_size",
+        *(f"config of {stage}" for stage in demo_run.STAGE_NAMES),
+    }

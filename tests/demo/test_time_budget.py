@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lmchat.callbacks import time_budget
-from lmchat.callbacks.time_budget import TimeBudget
+from lmchat.demo import time_budget
+from lmchat.demo.time_budget import TimeBudget
 from lmchat.types import UserError
 
 ACCUMULATION = 2

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmchat.evaluation.compression_baseline import ByteNgramModel, compression_baselines
+from lmchat.demo.baseline import ByteNgramModel, compression_baselines
 from lmchat.types import UserError
 
 DOCUMENTS = ["the cat sat on the mat", "the dog sat on the log", "a cat and a dog", "that is the end of the tale"]

@@ -1,0 +1,76 @@
+"""Former names of classes and option groups, accepted for one release."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+from jsonargparse import get_loader, set_loader
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+CLASSES = {
+    "Arithmetic": "lmchat.demo.tasks.Arithmetic",
+    "Dialogue": "lmchat.demo.tasks.Dialogue",
+    "lmchat.tasks.Arithmetic": "lmchat.demo.tasks.Arithmetic",
+    "lmchat.tasks.Dialogue": "lmchat.demo.tasks.Dialogue",
+    "lmchat.tasks.arithmetic.Arithmetic": "lmchat.demo.tasks.Arithmetic",
+    "lmchat.tasks.dialogue.Dialogue": "lmchat.demo.tasks.Dialogue",
+    "lmchat.callbacks.time_budget.TimeBudget": "lmchat.demo.time_budget.TimeBudget",
+    "lmchat.stages.grpo.GRPOModule": "GRPOModule",
+    "lmchat.stages.grpo.RolloutDataModule": "RolloutDataModule",
+}
+"""Class paths by their former form."""
+
+GROUPS = {"non_finite_loss": "non_finite_guard"}
+"""Option groups by their former names."""
+
+
+def accept_former_names() -> None:
+    """Makes jsonargparse replace former names in configs, each with a line that names the new one."""
+    load_yaml = get_loader("yaml")
+
+    def load(text: str) -> Any:
+        try:
+            return _rename(load_yaml(text), at_top=True)
+        except RecursionError:
+            raise yaml.YAMLError("an alias refers to the value that contains it") from None
+
+    set_loader("yaml", load, exceptions=(yaml.YAMLError,))
+
+
+def rename_arguments(args: list[str]) -> list[str]:
+    """The command line with former names replaced, each with a line that names the new one."""
+    return [_rename_argument(argument) for argument in args]
+
+
+def _rename_argument(argument: str) -> str:
+    option, equals, value = argument.partition("=")
+    if argument in CLASSES:
+        return _renamed(argument, CLASSES[argument])
+    if option.startswith("--"):
+        group, dot, rest = option.removeprefix("--").partition(".")
+        if dot and group in GROUPS:
+            option = f"--{_renamed(group, GROUPS[group])}.{rest}"
+        if value in CLASSES:
+            value = _renamed(value, CLASSES[value])
+    return option + equals + value
+
+
+def _rename(value: Any, at_top: bool = False) -> Any:
+    if isinstance(value, list):
+        return [_rename(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    renamed = {}
+    for key, item in value.items():
+        if at_top and key in GROUPS:
+            key = _renamed(key, GROUPS[key])
+        if key == "class_path" and isinstance(item, str) and item in CLASSES:
+            item = _renamed(item, CLASSES[item])
+        renamed[key] = _rename(item)
+    return renamed
+
+
+def _renamed(former: str, name: str) -> str:
+    rank_zero_warn(f"{former} is now called {name}; the former name will be removed in the next release")
+    return name

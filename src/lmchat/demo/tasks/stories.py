@@ -1,0 +1,83 @@
+"""The stories that arithmetic word problems are made of; their texts and rules are in ``stories.yaml``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, Literal
+
+import yaml
+
+Operation = Literal["+", "-", "*", "/", "total"]
+
+WORKING: dict[Operation, str] = {
+    "+": "Adding gives",
+    "-": "Taking away leaves",
+    "*": "Multiplying gives",
+    "/": "Dividing gives",
+}
+"""Words before a result in a solution, if neither step nor family has its own."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One calculation: what happens in the story, and its wording in the solution.
+
+    Attributes:
+        op: operation on the quantity; ``total`` adds up the quantities of all persons of a relay.
+        story: the sentence that describes it; empty if only the question asks for it.
+        operand: the number, if the story uses a word for it, such as "twice".
+        question: asks for the result of this step, which is then the last one; empty: the family's question.
+        working: words before the result in the solution; empty: the family's.
+        result: words for the result ``{r}`` in the solution; empty: the family's.
+    """
+
+    op: Operation
+    story: str
+    operand: int | None = None
+    question: str = ""
+    working: str = ""
+    result: str = ""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Stories of one kind; their steps can follow each other in any order.
+
+    Attributes:
+        items: things that are counted, in the plural.
+        openings: sentences that give the first number.
+        starts: steps that may begin the story instead, with both their numbers.
+        steps: steps that may follow.
+        questions: questions for the final quantity.
+        remaining: questions for the rest, in stories in which something is taken away.
+        result: words for a result ``{r}`` in the solution.
+        working: words before a result in the solution; empty: those of `WORKING`.
+        relay: each step is about another person than the step before.
+    """
+
+    items: tuple[str, ...]
+    openings: tuple[str, ...]
+    starts: tuple[Step, ...]
+    steps: tuple[Step, ...]
+    questions: tuple[str, ...]
+    remaining: tuple[str, ...] = ()
+    result: str = "{r} {items}"
+    working: str = ""
+    relay: bool = False
+
+
+def _family(texts: dict[str, Any]) -> Family:
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in texts.items()}
+    for key in ("starts", "steps"):
+        fields[key] = tuple(Step(**step) for step in texts[key])
+    return Family(**fields)
+
+
+_TEXTS = yaml.safe_load((resources.files(__package__) / "stories.yaml").read_text(encoding="utf-8"))
+
+FAMILIES: dict[str, Family] = {name: _family(texts) for name, texts in _TEXTS["families"].items()}
+SHE: tuple[str, ...] = tuple(_TEXTS["she"])
+HE: tuple[str, ...] = tuple(_TEXTS["he"])
+PRONOUNS: dict[str, str] = {**dict.fromkeys(SHE, "she"), **dict.fromkeys(HE, "he")}
+"""The persons of the stories and their pronouns."""
