@@ -21,9 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from lmchat.data.loader import PackedBatches
+from lmchat.data.packed_batches import PackedBatches
 from lmchat.data.packing import BestFitPacker
-from lmchat.data.token_shards import TokenShards, prepare_token_shards
+from lmchat.data.token_shards import TokenShards
+from lmchat.data.tokenize import prepare_token_shards
 
 SEQUENCE_LEN, ROWS, BUFFER, REFILL = 2048, 32, 1000, 128
 MEAN_TOKENS = 1000

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmchat.losses import softcap
-from lmchat.model.allocator import keep_large_blocks
+from lmchat.model.allocator import tune_malloc
 from lmchat.model.compile import compile_blocks
 from lmchat.model.gpt import GPT, default_compute_dtype, norm, rotate
 from lmchat.scaling import config_for_depth, flops_per_token
@@ -104,7 +104,7 @@ def main() -> None:
     }
     clock = time.process_time if args.cpu_clock else time.perf_counter
     medians = take_turns(variants, args.seconds / 2, clock)
-    if keep_large_blocks():
+    if tune_malloc():
         kept = {f"{name}, large blocks kept": variant for name, variant in variants.items()}
         medians |= take_turns(kept, args.seconds / 2, clock)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lmchat.hardware import DENSE_BF16_PEAK
 from lmchat.model.config import GATE_CHANNELS, GPTConfig
-from lmchat.optim.sharded import deal
+from lmchat.optim.buckets import assign_owners
 from lmchat.scaling import make_plan, parameter_counts
 
 PAGE = Path(__file__).with_name("scaling.md")
@@ -74,7 +74,7 @@ def state_bytes(config: GPTConfig, ranks: int) -> list[float]:
     loads, state = [0.0] * ranks, [0.0] * ranks
     for (rows, cols), count in sorted(matrices(config).items(), key=lambda item: -math.prod(item[0])):
         per_matrix = FP32 * (rows * cols + max(rows, cols))
-        for owner in deal(count, loads, FP32 * rows * cols):
+        for owner in assign_owners(count, loads, FP32 * rows * cols):
             state[owner] += per_matrix
     for (rows, cols), count in tables(config).items():
         per_rank = -(-rows // ranks)

@@ -10,6 +10,8 @@ import pytest
 
 # Before torch is imported: tests, and the processes they start, take one core each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# All x86 CPUs run the AVX2 kernels, so that bounds on rounding errors mean the same on each of them.
+os.environ.update(ATEN_CPU_CAPABILITY="avx2", MKL_CBWR="AVX2", ONEDNN_MAX_CPU_ISA="AVX2")
 # Stand-ins for the hub listen on the loopback interface, and whoever works offline tests all the same.
 for _offline in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
     os.environ.pop(_offline, None)

@@ -9,7 +9,18 @@ import pytest
 
 SOURCE = Path(__file__).resolve().parent.parent / "src" / "lmchat"
 LAYERS = [
-    {"types", "messages", "option_checks", "paths", "files", "hardware", "losses", "progress", "schedules"},
+    {
+        "types",
+        "messages",
+        "option_checks",
+        "paths",
+        "files",
+        "hardware",
+        "precision",
+        "losses",
+        "progress",
+        "schedules",
+    },
     {"model", "tokenizer", "optim"},
     {"scaling", "run_plan", "batching", "stage_table", "data", "tasks", "generation"},
     {"evaluation", "checkpoint"},

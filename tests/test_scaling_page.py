@@ -14,8 +14,8 @@ import torch
 import make_scaling_tables as page
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT
+from lmchat.optim.buckets import Bucket, make_buckets
 from lmchat.optim.muon_adamw import MuonAdamW, build_param_groups
-from lmchat.optim.sharded import Bucket, make_buckets
 from lmchat.scaling import config_for_depth
 
 

@@ -17,15 +17,17 @@ import pytest
 
 import byte_tokenizer
 from byte_tokenizer import ByteTokenizer
-from lmchat.data import token_shards
-from lmchat.data.token_shards import Header, TokenShards, prepare_token_shards, token_dir
+from lmchat.data import tokenize
+from lmchat.data.token_file import Header, token_dir
+from lmchat.data.token_shards import TokenShards
+from lmchat.data.tokenize import TokenReport, prepare_token_shards
 from lmchat.types import UserError
 
 WriteShards = Callable[..., Path]
 TEXTS = [["the", "quick", "", None, "brown fox"], ["jumps"], ["over", "die Größe", "the"], ["lazy", "dog"]]
 
 
-def _prepare(folder: Path, tokenizer: ByteTokenizer) -> token_shards.TokenReport:
+def _prepare(folder: Path, tokenizer: ByteTokenizer) -> TokenReport:
     return prepare_token_shards(folder, tokenizer, num_threads=2, progress=False)
 
 
@@ -43,7 +45,7 @@ def _documents(shards: TokenShards) -> list[list[int]]:
 def test_every_document_with_its_bos_in_order(
     write_shards: WriteShards, monkeypatch: pytest.MonkeyPatch, vocab_size: int, dtype: type, chunk_characters: int
 ) -> None:
-    monkeypatch.setattr(token_shards, "_CHUNK_CHARACTERS", chunk_characters)
+    monkeypatch.setattr(tokenize, "_CHUNK_CHARACTERS", chunk_characters)
     tokenizer = ByteTokenizer(vocab_size=vocab_size)
     folder = write_shards(*TEXTS)
     report = _prepare(folder, tokenizer)
@@ -165,7 +167,7 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from byte_tokenizer import ByteTokenizer
-from lmchat.data.token_shards import prepare_token_shards
+from lmchat.data.tokenize import prepare_token_shards
 
 class Slow(ByteTokenizer):
     def encode_to_numpy(self, text):

@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lmchat.optim import sharded
+from lmchat.optim import collectives
+from lmchat.optim.collectives import maximum_over
 from lmchat.optim.muon_adamw import MuonAdamW, build_param_groups
-from lmchat.optim.sharded import ShardedMuonAdamW, maximum_over
+from lmchat.optim.sharded import ShardedMuonAdamW
 
 RANKS = 4
 MICRO_BATCHES = 12
@@ -102,7 +103,7 @@ def copies(params: Params) -> dict[str, Tensor]:
 class CountedCollectives:
     """Counts the bytes that a rank hands to torch's collectives, with gloo's algorithms in mind."""
 
-    PLACES: ClassVar = {"all_to_all_single": dist, "all_gather": sharded, "all_reduce": dist}
+    PLACES: ClassVar = {"all_to_all_single": dist, "all_gather": collectives, "all_reduce": dist}
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
@@ -157,7 +158,7 @@ def dropped_step(rank: int, world_size: int, groups: Groups) -> dict[str, Any]:
 
     def drop() -> None:
         found.append(optimizer.non_finite_gradients())
-        optimizer.drop_step()
+        optimizer.skip_step()
 
     for overlap, name, value in ((True, "lm_head.weight", torch.inf), (False, "x0_lambdas", torch.nan)):
         slope = value if rank == world_size - 1 else 1.0

@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-from lmchat.model.allocator import keep_large_blocks
+from lmchat.model.allocator import tune_malloc
 
 PROGRAM = """
 import resource, sys, torch
-from lmchat.model.allocator import keep_large_blocks
+from lmchat.model.allocator import tune_malloc
 if sys.argv[1] == "keep":
-    assert keep_large_blocks()
+    assert tune_malloc()
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(12):  # Alignment leaves splinters between the first few blocks.
     torch.ones(2**24)
@@ -36,4 +36,4 @@ def test_blocks_of_64_mb_come_back_without_page_faults() -> None:
 
 def test_elsewhere_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert keep_large_blocks() is False
+    assert tune_malloc() is False

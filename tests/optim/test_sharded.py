@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import sharded_ranks as worker
 from lmchat.model.gpt import GPT
+from lmchat.optim.buckets import Bucket, RowBucket, assign_owners, make_buckets
 from lmchat.optim.muon_adamw import MuonAdamW, build_param_groups
-from lmchat.optim.sharded import Bucket, RowBucket, deal, make_buckets
 from lmchat.scaling import config_for_depth
 from lmchat.types import UserError
 
@@ -172,10 +172,10 @@ def test_a_second_backward_is_refused(ranks: Results) -> None:
 
 
 @pytest.mark.parametrize(("count", "world_size"), [(12, 4), (5, 3), (2, 4), (7, 1)])
-def test_deal_gives_every_rank_its_share(count: int, world_size: int) -> None:
+def test_assign_owners_gives_every_rank_its_share(count: int, world_size: int) -> None:
     loads = [0.0] * world_size
     loads[0] = 0.5
-    owners = deal(count, loads, weight=1.0)
+    owners = assign_owners(count, loads, weight=1.0)
     shares = [owners.count(rank) for rank in range(world_size)]
     assert sum(shares) == count
     assert max(shares) - min(shares) <= 1

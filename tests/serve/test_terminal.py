@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from lmchat.generation.engine import Engine, Piece
+from lmchat.generation.engine import Engine, StreamedToken
 from lmchat.serve.terminal import TerminalChat, answer, oldest_turns_to_forget
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.tokenizer.render import render_for_completion
@@ -32,12 +32,12 @@ class Terminal:
         self.chat = TerminalChat(engine(context_limit), self.stream, max_new_tokens=MAX_NEW_TOKENS, **options)
         self.limit = context_limit
 
-    def stream(self, prompt: list[int], seed: int) -> Iterator[Piece]:
+    def stream(self, prompt: list[int], seed: int) -> Iterator[StreamedToken]:
         if len(prompt) + MAX_NEW_TOKENS > self.limit:
             raise UserError("passes the limit")
         self.prompts.append(TOKENIZER.decode(prompt))
         self.seeds.append(seed)
-        return iter([Piece(1, "o", "text"), Piece(2, "k", "text")])
+        return iter([StreamedToken(1, "o", "text"), StreamedToken(2, "k", "text")])
 
     def run(self, monkeypatch: pytest.MonkeyPatch, *lines: str, terminal: bool = False) -> None:
         stdin = io.StringIO("".join(line + "\n" for line in lines))
@@ -48,12 +48,12 @@ class Terminal:
 
 def test_answer_shows_calculator_calls_in_brackets(capsys: pytest.CaptureFixture[str]) -> None:
     pieces = [
-        Piece(1, "It is ", "text"),
-        Piece(2, "", "python"),
-        Piece(3, "1+", "python"),
-        Piece(4, "2", "python"),
-        Piece(5, "3", "python_output"),
-        Piece(6, ".", "text"),
+        StreamedToken(1, "It is ", "text"),
+        StreamedToken(2, "", "python"),
+        StreamedToken(3, "1+", "python"),
+        StreamedToken(4, "2", "python"),
+        StreamedToken(5, "3", "python_output"),
+        StreamedToken(6, ".", "text"),
     ]
     messages: list[Message] = []
     assert answer(engine(), messages, "1+2?", lambda _: iter(pieces)) == "It is 1+23."
@@ -135,8 +135,8 @@ def test_in_a_terminal_forgetting_is_offered(
 def test_ctrl_c_stops_an_answer_in_a_terminal(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(prompt: list[int], seed: int) -> Iterator[Piece]:
-        yield Piece(1, "o", "text")
+    def interrupted(prompt: list[int], seed: int) -> Iterator[StreamedToken]:
+        yield StreamedToken(1, "o", "text")
         raise KeyboardInterrupt
 
     monkeypatch.setenv("LMCHAT_BASE_DIR", str(tmp_path))

@@ -13,12 +13,12 @@ import torch
 
 from lmchat.__main__ import main
 from lmchat.checkpoint.load import find_checkpoint, load_model_state
-from lmchat.data.conversations import RenderedConversations, render_all
 from lmchat.data.mixture import Mixture, MixturePart
-from lmchat.data.padded import PaddedBatches, PaddedPlan
+from lmchat.data.padded_batches import PaddedBatches, PaddedPlan
+from lmchat.data.rendered import RenderedConversations, render_all
 from lmchat.demo.run import CONFIGS as DEMO_CONFIGS
 from lmchat.demo.tasks import Arithmetic
-from lmchat.generation.engine import Engine, Piece
+from lmchat.generation.engine import Engine, StreamedToken
 from lmchat.optim.muon_adamw import MuonAdamW
 from lmchat.stages.rl import RolloutDataModule
 from lmchat.stages.sft import SFTDataModule
@@ -361,7 +361,7 @@ def test_chat_keeps_the_conversation_until_it_is_reset(
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     prompts = []
     monkeypatch.setattr(
-        Engine, "stream", lambda self, prompt, **_: prompts.append(prompt) or iter([Piece(1, "x", "text")])
+        Engine, "stream", lambda self, prompt, **_: prompts.append(prompt) or iter([StreamedToken(1, "x", "text")])
     )
     assert main(["chat"]) == 0
     assert len(prompts) == 3
@@ -396,7 +396,7 @@ def test_chat_takes_a_system_prompt_and_leaves_it_out_again(pipeline: Path, monk
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     prompts = []
     monkeypatch.setattr(
-        Engine, "stream", lambda self, prompt, **_: prompts.append(prompt) or iter([Piece(1, "x", "text")])
+        Engine, "stream", lambda self, prompt, **_: prompts.append(prompt) or iter([StreamedToken(1, "x", "text")])
     )
     assert main(["chat"]) == 0
     assert prompts[0] == prompts[3] != prompts[1] == prompts[2]

@@ -55,7 +55,7 @@ class NonFiniteGuard(Callback):
                 f"{finding}; the step was not taken: resume with a lower learning rate, or leave "
                 "such steps out with --non_finite_guard.action skip"
             )
-        _drop_step(optimizer)
+        _skip_step(optimizer)
         self.skipped_steps += 1
         rank_zero_warn(f"{finding}: the step is skipped ({self.skipped_steps} so far)")
         for logger in trainer.loggers:
@@ -88,9 +88,9 @@ def _non_finite_gradients(module: L.LightningModule, optimizer: Optimizer) -> li
     return [name for name, good in zip(grads, finite, strict=True) if not good]
 
 
-def _drop_step(optimizer: Optimizer) -> None:
+def _skip_step(optimizer: Optimizer) -> None:
     if isinstance(optimizer, MuonAdamW):
-        optimizer.drop_step()
+        optimizer.skip_step()
     else:
         optimizer.zero_grad(set_to_none=True)
 

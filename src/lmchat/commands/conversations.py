@@ -15,8 +15,8 @@ from lmchat.types import UserError
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from lmchat.data.conversations import RenderedConversations
     from lmchat.data.mixture import Mixture
+    from lmchat.data.rendered import RenderedConversations
     from lmchat.tokenizer.bpe import Tokenizer
 
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
@@ -51,7 +51,7 @@ def show(
     """
     from rich.console import Console
 
-    from lmchat.data.conversations import RenderedConversations, render_all
+    from lmchat.data.rendered import RenderedConversations, render_all
     from lmchat.tokenizer.bpe import Tokenizer
 
     options = ("max_tokens", max_tokens, 1), ("start", start, 0), ("rows", rows, 0), ("limit", limit, 1)

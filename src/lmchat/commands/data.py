@@ -99,7 +99,7 @@ def tokenize(data_dir: Path | None = None, tokenizer: Path | None = None, num_th
         tokenizer: folder of the tokenizer; default is $LMCHAT_BASE_DIR/tokenizer.
         num_threads: default is one per core.
     """
-    from lmchat.data.token_shards import prepare_token_shards
+    from lmchat.data.tokenize import prepare_token_shards
     from lmchat.tokenizer.bpe import Tokenizer
 
     if num_threads is not None and num_threads < 1:

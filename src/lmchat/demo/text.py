@@ -94,7 +94,8 @@ def train_tokenizer(run: Demo) -> Metrics:
 
 def tokenize(run: Demo) -> Metrics:
     """Token files of all shards."""
-    from lmchat.data.token_shards import TokenShards, prepare_token_shards
+    from lmchat.data.token_shards import TokenShards
+    from lmchat.data.tokenize import prepare_token_shards
     from lmchat.tokenizer.bpe import Tokenizer
 
     tokenizer = Tokenizer.load(run.tokenizer_dir)

@@ -52,7 +52,7 @@ class Completion:
 
 
 @dataclass(frozen=True)
-class Piece:
+class StreamedToken:
     """One token of a stream.
 
     text: what it adds to the text; empty for special tokens and inside a character of several tokens.
@@ -152,7 +152,7 @@ class Engine:
         seed: int = 42,
         stop_tokens: Collection[int] | None = None,
         calculator: bool = True,
-    ) -> Iterator[Piece]:
+    ) -> Iterator[StreamedToken]:
         """The first sample that `generate` gives for the prompt, token by token, its stop token included.
 
         Arguments and errors as in `generate`; the errors come with the call, not with the first token. The model is
@@ -173,7 +173,7 @@ class Engine:
         with _for_inference(self.model):
             return torch.cat([self._read(batch)[1] for batch in batches])
 
-    def _pieces(self, row: _Row, sampler: Sampler) -> Iterator[Piece]:
+    def _pieces(self, row: _Row, sampler: Sampler) -> Iterator[StreamedToken]:
         tokenizer = self.tokenizer
         call_start, call_end = tokenizer.special("python_start"), tokenizer.special("python_end")
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -186,7 +186,7 @@ class Engine:
                 is_special = bool(tokenizer.token_bytes[token] == 0)
                 # A special token, like the end of the row, ends a character that is still incomplete.
                 bytes_ = b"" if is_special else tokenizer.decode_bytes([token])
-                yield Piece(token, decoder.decode(bytes_, final=is_special or row.done), role)
+                yield StreamedToken(token, decoder.decode(bytes_, final=is_special or row.done), role)
 
     def _checked(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[tuple[int, ...]]:
         if max_new_tokens < 1:

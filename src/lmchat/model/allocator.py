@@ -10,7 +10,7 @@ _M_MMAP_THRESHOLD = -3
 _LARGEST_BLOCK = 2**30
 
 
-def keep_large_blocks() -> bool:
+def tune_malloc() -> bool:
     """Tell glibc's malloc to reuse large blocks instead of returning each to the system; True where it took effect.
 
     By default blocks from 128 KB to 32 MB on are mapped afresh for every tensor, and a training step on the CPU spends

@@ -20,7 +20,7 @@ from lmchat.losses import Reduction, linear_cross_entropy, softcap
 from lmchat.model.attention import BACKENDS, Attend, attend_banded, choose_backend, exclude_cudnn
 from lmchat.model.config import GATE_CHANNELS, GPTConfig
 from lmchat.model.kv_cache import KVCache
-from lmchat.model.precision import default_compute_dtype as default_compute_dtype
+from lmchat.precision import default_compute_dtype as default_compute_dtype
 from lmchat.types import UserError
 
 ROTARY_BASE = 10_000

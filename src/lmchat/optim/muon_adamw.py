@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lmchat.model.precision import default_compute_dtype
 from lmchat.optim.adamw import adamw_update
 from lmchat.optim.muon import muon_update, second_moment_shape
+from lmchat.precision import default_compute_dtype
 from lmchat.types import UserError
 
 REFERENCE_WIDTH = 768
@@ -127,7 +127,7 @@ class MuonAdamW(Optimizer):
         self._compiled_update = torch.compile(muon_update, dynamic=False)
         self._stacks: dict[str, tuple[Tensor, Tensor]] = {}
         self._names: dict[Tensor, str] = {}
-        self._dropped = False
+        self._skipped = False
         super().__init__([dict(group) for group in param_groups], defaults={})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -151,7 +151,7 @@ class MuonAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._take_dropped():
+        if self._take_skipped():
             self.zero_grad()
         for group in self.param_groups:
             if group["kind"] == "muon":
@@ -167,12 +167,12 @@ class MuonAdamW(Optimizer):
         finite = are_finite([param.grad.sum() for param in params])
         return [self._names[param] for param, good in zip(params, finite, strict=True) if not good]
 
-    def drop_step(self) -> None:
+    def skip_step(self) -> None:
         """Lets the step under way, whose closure has run, drop the gradients: parameters and state stay as they are."""
-        self._dropped = True
+        self._skipped = True
 
-    def _take_dropped(self) -> bool:
-        dropped, self._dropped = self._dropped, False
+    def _take_skipped(self) -> bool:
+        dropped, self._skipped = self._skipped, False
         return dropped
 
     def _step_adamw(self, group: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from lmchat.generation.engine import Engine, Piece
+from lmchat.generation.engine import Engine, StreamedToken
 from lmchat.paths import base_dir
 from lmchat.tokenizer.render import render_for_completion
 from lmchat.types import Message, Part, UserError
@@ -18,7 +18,7 @@ HELP = (
 )
 HISTORY_LINES = 1000
 
-Stream = Callable[[list[int], int], Iterator[Piece]]
+Stream = Callable[[list[int], int], Iterator[StreamedToken]]
 """From the token ids of a prompt and a seed to the tokens of the answer."""
 
 
@@ -106,7 +106,7 @@ class TerminalChat:
 
 
 def answer(
-    engine: Engine, messages: list[Message], question: str, stream: Callable[[list[int]], Iterator[Piece]]
+    engine: Engine, messages: list[Message], question: str, stream: Callable[[list[int]], Iterator[StreamedToken]]
 ) -> str:
     """Prints the answer to ``question`` as it is generated and returns its text.
 

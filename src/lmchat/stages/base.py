@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lmchat.checkpoint.load import Checkpoint
 from lmchat.evaluation.evaluator import EvalBatch
 from lmchat.generation.policy import Policy
-from lmchat.model.allocator import keep_large_blocks
+from lmchat.model.allocator import tune_malloc
 from lmchat.model.compile import compile_blocks
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT, default_compute_dtype
@@ -196,7 +196,7 @@ class StageModule(L.LightningModule):
             return
         device = self.trainer.strategy.root_device
         if device.type == "cpu":
-            keep_large_blocks()
+            tune_malloc()
         dtype = default_compute_dtype(device) if self.compute_dtype == "auto" else COMPUTE_DTYPES[self.compute_dtype]
         try:
             with torch.device("meta"):

@@ -10,8 +10,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from lmchat.checkpoint.load import Checkpoint
-from lmchat.data.loader import PackedBatches
-from lmchat.data.token_shards import TokenShards, prepare_token_shards
+from lmchat.data.packed_batches import PackedBatches
+from lmchat.data.token_shards import TokenShards
+from lmchat.data.tokenize import prepare_token_shards
 from lmchat.evaluation.bits_per_byte import BitsPerByteEvaluator
 from lmchat.model.config import GPTConfig
 from lmchat.option_checks import check_count, check_range

@@ -11,10 +11,10 @@ from torch.utils.data import DataLoader
 
 import lmchat.tasks  # noqa: F401  (makes every task known by its short class name)
 from lmchat.batching import rows_per_step
-from lmchat.data.conversations import RenderedConversations, render_all
 from lmchat.data.fingerprint import fingerprint
 from lmchat.data.mixture import Mixture, MixturePart
-from lmchat.data.padded import PaddedBatches, PaddedPlan
+from lmchat.data.padded_batches import PaddedBatches, PaddedPlan
+from lmchat.data.rendered import RenderedConversations, render_all
 from lmchat.evaluation.bits_per_byte import BitsPerByteEvaluator
 from lmchat.option_checks import check_count, check_range
 from lmchat.paths import base_dir

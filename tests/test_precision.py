@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from lmchat.model import precision
-from lmchat.model.precision import cpu_multiplies_bf16, default_compute_dtype
+from lmchat import precision
+from lmchat.precision import cpu_multiplies_bf16, default_compute_dtype
 
 
 @pytest.fixture(autouse=True)

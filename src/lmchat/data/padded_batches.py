@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
-from lmchat.data.conversations import RenderedConversations
 from lmchat.data.fingerprint import check_fingerprint
 from lmchat.data.packing import BestFitPacker, Row
+from lmchat.data.rendered import RenderedConversations
 from lmchat.types import IGNORE_INDEX, Batch
 
 BUFFER_SIZE = 100

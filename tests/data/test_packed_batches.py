@@ -15,9 +15,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from byte_tokenizer import ByteTokenizer
-from lmchat.data.loader import PackedBatches
+from lmchat.data.packed_batches import PackedBatches
 from lmchat.data.packing import BestFitPacker
-from lmchat.data.token_shards import TokenShards, prepare_token_shards
+from lmchat.data.token_shards import TokenShards
+from lmchat.data.tokenize import prepare_token_shards
 from lmchat.types import Batch, UserError
 
 T, ROWS, BUFFER = 16, 2, 10

@@ -1,0 +1,130 @@
+"""Token files: the tokens of one parquet shard, in a format that is mapped into memory.
+
+A token file is a header of 4,096 bytes (JSON, readable with ``head -1``), the concatenated tokens of all documents
+(uint16 or uint32, each document with its leading BOS), and the int64 offset of each document and of the end. The header
+names the tokenizer and the parquet file that the tokens come from, so that a change of either is noticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from lmchat.paths import base_dir
+from lmchat.types import UserError
+
+_FORMAT = "lmchat tokens 1"
+HEADER_BYTES = 4096
+
+
+class TextTokenizer(Protocol):
+    """What token files need of a tokenizer."""
+
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def bos_id(self) -> int: ...
+    def encode_to_numpy(self, text: str) -> npt.NDArray[np.uint32]: ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """The identity of a parquet file: cheap to compare, except sha256, which settles a changed time stamp."""
+
+    size: int
+    mtime_ns: int
+    footer: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a token file says about itself. crc32: of everything after the header."""
+
+    tokenizer: str
+    dtype: str
+    documents: int
+    tokens: int
+    skipped: int
+    crc32: int
+    source: Source
+
+    @property
+    def offsets_at(self) -> int:
+        """Where the offsets begin: after the tokens, on a multiple of 8 bytes."""
+        return HEADER_BYTES + -(-self.tokens * np.dtype(self.dtype).itemsize // 8) * 8
+
+    @property
+    def file_bytes(self) -> int:
+        return self.offsets_at + 8 * (self.documents + 1)
+
+    def write(self, file: BinaryIO) -> None:
+        line = json.dumps({"format": _FORMAT, **asdict(self)}).encode()
+        file.seek(0)
+        file.write(line.ljust(HEADER_BYTES - 1) + b"\n")
+
+    @classmethod
+    def read(cls, path: Path) -> Header | None:
+        """The header, or None when the file is missing, truncated or in another format."""
+        try:
+            with path.open("rb") as file:
+                fields = json.loads(file.read(HEADER_BYTES))
+                size = os.fstat(file.fileno()).st_size
+            if fields.pop("format") != _FORMAT:
+                return None
+            header = cls(**{**fields, "source": Source(**fields["source"])})
+        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+        return header if size == header.file_bytes else None
+
+
+def token_dir(data_dir: Path, tokenizer: TextTokenizer) -> Path:
+    """The folder of the token files: in the data folder, or under the base folder when that one is read-only."""
+    name = tokenizer.fingerprint[:12]
+    beside = data_dir / "tokens" / name
+    # Root may write anywhere; a folder without any write bit is meant to stay as it is.
+    if beside.is_dir() or (os.access(data_dir, os.W_OK) and stat.S_IMODE(data_dir.stat().st_mode) & 0o222):
+        return beside
+    path = hashlib.sha256(os.fsencode(data_dir.resolve())).hexdigest()
+    return base_dir() / "tokens" / f"{data_dir.resolve().name}-{path[:8]}" / name
+
+
+def token_path(directory: Path, shard: Path) -> Path:
+    return directory / f"{shard.stem}.tokens"
+
+
+def read_header(path: Path, tokenizer: TextTokenizer) -> Header:
+    header = Header.read(path)
+    if header is None or header.tokenizer != tokenizer.fingerprint:
+        state = "damaged" if path.exists() else "missing"
+        raise UserError(f"the token file {path} is {state}; make it with `lmchat data tokenize`")
+    return header
+
+
+class TokenShard:
+    """One token file in memory. tokens: (tokens,) uint16 or uint32; offsets: (documents + 1,) int64.
+
+    Raises:
+        UserError: the file's checksum is wrong. It is computed once, which also reads the file ahead.
+    """
+
+    def __init__(self, path: Path, header: Header) -> None:
+        # Arrow's mapping outlives its file descriptor: thousands of shards stay within the limit of open files.
+        with pa.memory_map(str(path)) as file:
+            data = file.read_buffer()
+        if zlib.crc32(data[HEADER_BYTES:]) != header.crc32:
+            raise UserError(f"the token file {path} is damaged (wrong checksum); delete it, and it is made anew")
+        self.tokens = np.frombuffer(data, dtype=header.dtype, count=header.tokens, offset=HEADER_BYTES)
+        self.offsets = np.frombuffer(data, dtype=np.int64, offset=header.offsets_at)

@@ -1,0 +1,288 @@
+"""Buckets: parameters whose gradients are reduced in one message and whose new values are gathered in another."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmchat.optim.collectives import BytesSent, Collectives
+from lmchat.optim.muon_adamw import MuonAdamW
+
+SMALL_NUMEL = 1024
+"""AdamW tensors below this many elements are all-reduced and stepped by every rank."""
+
+Group = dict[str, Any]
+
+
+class Bucket(ABC):
+    """Parameters whose gradients are reduced in one message, a tensor of ``shape``."""
+
+    shape: tuple[int, ...]
+
+    def __init__(self, params: Sequence[Tensor], collectives: Collectives) -> None:
+        self.params = list(params)
+        self.collectives = collectives
+        self.missing = set(self.params)
+        self.sums: dict[Tensor, Tensor] = {}
+        self._message: Tensor | None = None
+        self._reduced: Callable[[], Tensor] | None = None
+
+    @abstractmethod
+    def _place(self, message: Tensor, param: Tensor) -> Tensor:
+        """The view of a message that holds a parameter, in the parameter's shape."""
+
+    @abstractmethod
+    def allocate_state(self, optimizer: MuonAdamW) -> None:
+        """Allocates the optimizer state that this rank keeps."""
+
+    @abstractmethod
+    def _begin_reduction(self, message: Tensor) -> Callable[[], Tensor]: ...
+
+    @abstractmethod
+    def _step(self, optimizer: MuonAdamW, grads: Tensor, live: set[Tensor]) -> None:
+        """Steps the parameters in ``live`` that this rank owns with their mean gradients."""
+
+    @abstractmethod
+    def bytes_sent(self, gather_dtype: torch.dtype | None) -> BytesSent:
+        """By one rank in one step."""
+
+    def collect(self, param: Tensor) -> None:
+        """Moves the gradient of ``param`` into the message; zeros if there is none."""
+        if param not in self.missing:
+            raise RuntimeError("a second backward pass in the micro-batch that ends the step; sum the losses first")
+        if self._message is None:
+            self._message = param.new_empty(self.shape)
+        place = self._place(self._message, param)
+        if param.grad is None:
+            place.zero_()
+        else:
+            place.copy_(param.grad)
+            self.sums[param] = param.grad.sum()
+            param.grad = None
+        self.missing.remove(param)
+
+    def reduce(self) -> None:
+        """Starts the reduction of the collected gradients."""
+        assert self._message is not None and not self.missing
+        self._reduced = self._begin_reduction(self._message)
+
+    def step(self, optimizer: MuonAdamW, live: set[Tensor]) -> None:
+        """Waits for the mean gradients and steps ``live`` parameters with them."""
+        self._step(optimizer, self.take(), live)
+
+    def take(self) -> Tensor:
+        """Waits for the reduced gradients and prepares the bucket for the next step."""
+        assert self._reduced is not None
+        reduced = self._reduced()
+        self._message = self._reduced = None
+        self.missing = set(self.params)
+        self.sums.clear()
+        return reduced
+
+    @abstractmethod
+    def gather(self, dtype: torch.dtype | None) -> None:
+        """Starts the exchange of new values in ``dtype``, by default the parameters' own."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Waits for the new values of the other ranks and copies them to the parameters."""
+
+
+class ShardedBucket(Bucket):
+    """A bucket whose message has the ranks as first dimension: each rank steps its part and gathers the others'."""
+
+    _gathered: Callable[[], Tensor] | None = None
+
+    @abstractmethod
+    def _part(self) -> Tensor:
+        """This rank's part of a message of parameters."""
+
+    @abstractmethod
+    def _take(self, values: Tensor) -> None:
+        """Copies the other ranks' parts of a message to the parameters."""
+
+    def _begin_reduction(self, message: Tensor) -> Callable[[], Tensor]:
+        return self.collectives.reduce_scatter_mean(message)
+
+    def gather(self, dtype: torch.dtype | None) -> None:
+        part = self._part()
+        self._gathered = self.collectives.all_gather(part.to(dtype or part.dtype))
+
+    def finish(self) -> None:
+        assert self._gathered is not None
+        self._take(self._gathered())
+        self._gathered = None
+
+    def bytes_sent(self, gather_dtype: torch.dtype | None) -> BytesSent:
+        dtype, ranks = self.params[0].dtype, self.collectives.world_size
+        to_others = math.prod(self.shape) * (ranks - 1) / ranks
+        return BytesSent(to_others * dtype.itemsize, to_others * (gather_dtype or dtype).itemsize, 0.0)
+
+
+class MatrixBucket(ShardedBucket):
+    """Matrices of one Muon group, each owned by a rank; messages are (world_size, max per rank, rows, cols)."""
+
+    def __init__(
+        self, group: Group, key: str, params: Sequence[Tensor], owners: Sequence[int], collectives: Collectives
+    ) -> None:
+        super().__init__(params, collectives)
+        self.group, self.key = group, key
+        by_owner: list[list[Tensor]] = [[] for _ in range(collectives.world_size)]
+        for param, owner in zip(params, owners, strict=True):
+            by_owner[owner].append(param)
+        self.own = by_owner[collectives.rank]
+        self.others = [param for param in params if all(param is not own for own in self.own)]
+        self.shape = (collectives.world_size, max(map(len, by_owner)), *params[0].shape)
+        self._index = {param: (rank, i) for rank, owned in enumerate(by_owner) for i, param in enumerate(owned)}
+
+    def _place(self, message: Tensor, param: Tensor) -> Tensor:
+        return message[self._index[param]]
+
+    def allocate_state(self, optimizer: MuonAdamW) -> None:
+        if self.own:
+            optimizer.muon_state(self.key, self.own)
+
+    def _step(self, optimizer: MuonAdamW, grads: Tensor, live: set[Tensor]) -> None:
+        if self.own:
+            optimizer.step_matrices(self.group, self.key, self.own, grads, [param in live for param in self.own])
+
+    def _part(self) -> Tensor:
+        part = self.params[0].new_empty(self.shape[1:])
+        copy_all(part[: len(self.own)].unbind(), self.own)
+        return part
+
+    def _take(self, values: Tensor) -> None:
+        copy_all(self.others, [self._place(values, param) for param in self.others])
+
+
+class RowBucket(ShardedBucket):
+    """One large AdamW tensor, split by rows; messages are (world_size, rows per rank, ...), padded at the end."""
+
+    def __init__(self, group: Group, param: Tensor, collectives: Collectives) -> None:
+        super().__init__([param], collectives)
+        self.group, self.param = group, param
+        per_rank = -(-len(param) // collectives.world_size)
+        self.shape = (collectives.world_size, per_rank, *param.shape[1:])
+        self.start = min(collectives.rank * per_rank, len(param))
+        self.stop = min(self.start + per_rank, len(param))
+
+    @property
+    def own(self) -> Tensor:
+        """The rows that this rank steps."""
+        return self.param[self.start : self.stop]
+
+    def _place(self, message: Tensor, param: Tensor) -> Tensor:
+        return message.flatten(0, 1)[: len(param)]
+
+    def allocate_state(self, optimizer: MuonAdamW) -> None:
+        optimizer.adamw_state(self.param, self.own)
+
+    def _step(self, optimizer: MuonAdamW, grads: Tensor, live: set[Tensor]) -> None:
+        state = optimizer.adamw_state(self.param, self.own)
+        optimizer.update_adamw(self.group, [self.own], [grads[: len(self.own)]], [state])
+
+    def _part(self) -> Tensor:
+        if len(self.own) == self.shape[1]:
+            return self.own
+        part = self.param.new_empty(self.shape[1:])
+        part[: len(self.own)] = self.own
+        return part
+
+    def _take(self, values: Tensor) -> None:
+        values = self._place(values, self.param)
+        self.param[: self.start] = values[: self.start]
+        self.param[self.stop :] = values[self.stop :]
+
+
+class SmallBucket(Bucket):
+    """All small AdamW tensors in one flat message that is all-reduced; every rank steps all of them."""
+
+    def __init__(self, members: Sequence[tuple[Group, Tensor]], collectives: Collectives) -> None:
+        super().__init__([param for _, param in members], collectives)
+        self.groups = [group for group, _ in members]
+        ends = list(accumulate(param.numel() for param in self.params))
+        self.shape = (ends[-1],)
+        self._end = dict(zip(self.params, ends, strict=True))
+
+    def _place(self, message: Tensor, param: Tensor) -> Tensor:
+        end = self._end[param]
+        return message[end - param.numel() : end].view_as(param)
+
+    def allocate_state(self, optimizer: MuonAdamW) -> None:
+        for param in self.params:
+            optimizer.adamw_state(param, param)
+
+    def _begin_reduction(self, message: Tensor) -> Callable[[], Tensor]:
+        return self.collectives.all_reduce_mean(message)
+
+    def _step(self, optimizer: MuonAdamW, grads: Tensor, live: set[Tensor]) -> None:
+        for group, param in zip(self.groups, self.params, strict=True):
+            if param in live:
+                state = optimizer.adamw_state(param, param)
+                optimizer.update_adamw(group, [param], [self._place(grads, param)], [state])
+
+    def gather(self, dtype: torch.dtype | None) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+    def bytes_sent(self, gather_dtype: torch.dtype | None) -> BytesSent:
+        ranks = self.collectives.world_size
+        return BytesSent(0.0, 0.0, 2 * self.shape[0] * self.params[0].dtype.itemsize * (ranks - 1) / ranks)
+
+
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copies each source to its target, converting dtypes, in few kernel launches."""
+    if targets:
+        torch._foreach_copy_(list(targets), list(sources))
+
+
+def assign_owners(count: int, loads: list[float], weight: float) -> list[int]:
+    """The owner of each of ``count`` equal matrices: all ranks in turn, the remainder to the least loaded ranks.
+
+    Args:
+        count: number of matrices.
+        loads: load of each rank in any unit; increased by ``weight`` for each matrix of the remainder.
+        weight: load of one matrix.
+    """
+    ranks = len(loads)
+    in_turn, left = divmod(count, ranks)
+    lightest = sorted(range(ranks), key=loads.__getitem__)[:left]
+    for rank in lightest:
+        loads[rank] += weight
+    return [*range(ranks)] * in_turn + lightest
+
+
+def make_buckets(groups: Iterable[Group], collectives: Collectives, bucket_bytes: int) -> list[Bucket]:
+    """Puts the trainable parameters of MuonAdamW groups into buckets, identically on every rank.
+
+    Matrices are ordered from the last layer to the first, as the backward pass computes their gradients. A bucket holds
+    the same number of matrices for each rank: at least one, otherwise as many as fit into ``bucket_bytes``.
+    """
+    buckets: list[Bucket] = []
+    loads = [0.0] * collectives.world_size
+    small: list[tuple[Group, Tensor]] = []
+    by_size = sorted(groups, key=lambda group: -group["params"][0].numel())  # Large remainders are assigned first.
+    for group in by_size:
+        params = [param for param in reversed(group["params"]) if param.requires_grad]
+        if group["kind"] == "adamw":
+            small += [(group, param) for param in params if param.numel() < SMALL_NUMEL]
+            buckets += [RowBucket(group, param, collectives) for param in params if param.numel() >= SMALL_NUMEL]
+            continue
+        matrix_bytes = group["params"][0].nbytes
+        per_rank = max(1, bucket_bytes // (matrix_bytes * collectives.world_size))
+        count = per_rank * collectives.world_size
+        for first in range(0, len(params), count):
+            members = params[first : first + count]
+            owners = assign_owners(len(members), loads, matrix_bytes)
+            buckets.append(MatrixBucket(group, f"{group['name']}[{first}]", members, owners, collectives))
+    if small:
+        buckets.append(SmallBucket(small, collectives))
+    return buckets
