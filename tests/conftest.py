@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +18,10 @@ os.environ.update(ATEN_CPU_CAPABILITY="avx2", MKL_CBWR="AVX2", ONEDNN_MAX_CPU_IS
 # Stand-ins for the hub listen on the loopback interface, and whoever works offline tests all the same.
 for _offline in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
     os.environ.pop(_offline, None)
+# Modelling files that exports bring along are copied here, not into the user's cache.
+if "HF_MODULES_CACHE" not in os.environ:
+    os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="lmchat_hf_modules_")
+    atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -15,6 +15,7 @@ COMMANDS = {
     "tokenizer": "train, evaluate, look at or import a tokenizer",
     "data": "download shards, make them from a folder of text, tokenize them, list their words",
     "chat": "talk to a model in the terminal",
+    "export": "write a model for the transformers library",
     "demo": "the pipeline on this machine's own documentation, offline",
 }
 

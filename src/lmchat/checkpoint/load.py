@@ -16,7 +16,9 @@ from lmchat.checkpoint.layout import CheckpointPaths, committed_steps, files_by_
 from lmchat.checkpoint.writer import FORMAT, json_digest
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT, default_compute_dtype
-from lmchat.stage_table import current_stage_name
+from lmchat.paths import base_dir, tokenizer_dir
+from lmchat.stage_table import STAGES, current_stage_name
+from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -99,6 +101,21 @@ def _newest(directory: Path, warn: Callable[[str], None]) -> Checkpoint:
     )
 
 
+def find_model(path: Path | None = None) -> Checkpoint:
+    """The checkpoint at ``path``, by default the newest of the last stage that has one.
+
+    Raises:
+        UserError: there is no checkpoint, or it is damaged.
+    """
+    if path is not None:
+        return find_checkpoint(path)
+    for stage in reversed(STAGES.values()):
+        metas = base_dir().glob(f"{stage.checkpoints}/*/meta_*.json")
+        if newest := max(metas, key=lambda meta: meta.stat().st_mtime, default=None):
+            return find_checkpoint(newest.parent)
+    raise UserError(f"there is no model in {base_dir()}; train one first with `lmchat fit`, or name one: --checkpoint")
+
+
 def open_checkpoint(paths: CheckpointPaths, files: Iterable[Path] | None = None) -> Checkpoint:
     """Reads ``meta`` and verifies size and SHA-256 of ``files``, by default of all files it lists.
 
@@ -159,6 +176,27 @@ def _verify(path: Path, record: dict[str, Any]) -> None:
 def load_model_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """The GPT's state dict on the CPU, mapped from the file: copied only where it is used."""
     return torch.load(checkpoint.paths.model, map_location="cpu", weights_only=True, mmap=True)
+
+
+def load_tokenizer(checkpoint: Checkpoint, folder: Path | None = None) -> Tokenizer:
+    """The tokenizer that the checkpoint's model was trained with.
+
+    Args:
+        folder: where it is; default is the ``tokenizer`` folder beside the checkpoint folders, or else
+            ``$LMCHAT_BASE_DIR/tokenizer``.
+
+    Raises:
+        UserError: the tokenizer is missing, or is another one.
+    """
+    beside = checkpoint.paths.directory.parent.parent / "tokenizer"
+    folder = folder or (beside if beside.is_dir() else tokenizer_dir())
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.fingerprint != checkpoint.meta["tokenizer_fingerprint"]:
+        raise UserError(
+            f"{checkpoint.paths.meta} was trained with another tokenizer than the one in {folder}; give the folder of "
+            "its own with --tokenizer"
+        )
+    return tokenizer
 
 
 def load_rank_state(checkpoint: Checkpoint, rank: int) -> dict[str, Any]:

@@ -29,7 +29,8 @@ def chat(
         max_new_tokens: longest answer.
         seed: seed of the sampling; each answer of a conversation draws new numbers.
     """
-    from lmchat.serve.load import find_model, load_engine
+    from lmchat.checkpoint.load import find_model
+    from lmchat.serve.load import load_engine
     from lmchat.serve.terminal import TerminalChat
 
     found = find_model(checkpoint)

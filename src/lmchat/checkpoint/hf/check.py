@@ -1,0 +1,170 @@
+"""The parity check of an export: transformers loads the folder, and computes what lmchat computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmchat.checkpoint.hf.export import need, stored_dtype
+from lmchat.checkpoint.load import Checkpoint, load_model_state
+from lmchat.model.config import GPTConfig
+from lmchat.model.gpt import GPT
+from lmchat.model.kv_cache import KVCache
+from lmchat.tokenizer.bpe import SPECIAL_TOKENS, Tokenizer
+from lmchat.tokenizer.render import render_conversation, render_for_completion
+from lmchat.types import Conversation, UserError
+
+TOLERANCE = 1e-4
+"""Greatest difference of fp32 logits, which lie between -15 and 15."""
+
+NEW_TOKENS = 16
+
+CONVERSATIONS: tuple[Conversation, ...] = (
+    {"messages": [{"role": "user", "content": "What is 12 × 34?"}]},
+    {
+        "messages": [
+            {"role": "system", "content": "Be brief.\n"},
+            {"role": "user", "content": f"  {' '.join(SPECIAL_TOKENS)} are plain text here.\n\n"},
+            {
+                "role": "assistant",
+                "content": [
+                    {"type": "text", "text": "Adjacent "},
+                    {"type": "text", "text": "parts; "},
+                    {"type": "python", "text": "12*34"},
+                    {"type": "python_output", "text": "408"},
+                    {"type": "text", "text": "It's 408."},
+                ],
+            },
+            {"role": "user", "content": "Grüße, 日本語, \ufdd0\ufdd3"},
+        ]
+    },
+)
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What was compared.
+
+    Attributes:
+        logits_difference: greatest difference of fp32 logits over the prompt.
+        prompt_tokens: length of the prompt.
+        greedy_tokens: tokens that greedy decoding with a cache continued it by, equal in both.
+        conversations: rendered to the same ids by both.
+    """
+
+    logits_difference: float
+    prompt_tokens: int
+    greedy_tokens: int
+    conversations: int
+
+
+def check_export(folder: Path, checkpoint: Checkpoint, tokenizer: Tokenizer, *, native: bool, dtype: str) -> Parity:
+    """Loads the export with transformers and compares logits, greedy decoding and the chat template with lmchat's.
+
+    Both compute in fp32 on the CPU from the weights as they are stored.
+
+    Raises:
+        UserError: transformers is missing or too old, or the export computes something else.
+    """
+    transformers = need("transformers", "the check of an export (--check false leaves it out)")
+    if int(transformers.__version__.split(".")[0]) < 5:
+        raise UserError(
+            f"the check of an export needs transformers 5 or newer, not {transformers.__version__}; install it with: "
+            "pip install 'lmchat[hf]', or leave the check out with --check false"
+        )
+    net = _stored_model(checkpoint, dtype)
+    loaded, exported_tokenizer = _load(transformers, folder, trust_remote_code=not native)
+    _check_tokenizer(exported_tokenizer, tokenizer)
+    prompt = _prompt(net.config)
+    with torch.inference_mode():
+        expected, logits = net(prompt), loaded.eval()(prompt).logits
+    if logits.shape != expected.shape:
+        raise _different(f"the export gives logits of shape {tuple(logits.shape)}, lmchat {tuple(expected.shape)}")
+    difference = (logits.float() - expected).abs().max().item()
+    if not difference <= TOLERANCE:
+        raise _different(f"the export's logits differ from lmchat's by {difference:.2g}, more than {TOLERANCE:g}")
+    _check_greedy(net, loaded, prompt)
+    return Parity(difference, prompt.size(1), NEW_TOKENS, len(CONVERSATIONS))
+
+
+def _load(transformers: Any, folder: Path, trust_remote_code: bool) -> tuple[Any, Any]:
+    """The export's model, in fp32, and its tokenizer."""
+    options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    with _quiet(transformers.logging):
+        try:
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+            return model, transformers.AutoTokenizer.from_pretrained(folder, **options)
+        except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+            raise _different(f"transformers {transformers.__version__} does not load the export ({error})") from error
+
+
+@contextmanager
+def _quiet(logging: Any) -> Iterator[None]:
+    """Without transformers' progress bars and its advice."""
+    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bars:
+            logging.enable_progress_bar()
+
+
+def _different(how: str) -> UserError:
+    return UserError(f"{how}; nothing was written (--check false writes it all the same)")
+
+
+def _stored_model(checkpoint: Checkpoint, dtype: str) -> GPT:
+    """The checkpoint's network in fp32 arithmetic, with the weights that the export stores."""
+    with torch.device("meta"):
+        net = GPT(GPTConfig(**checkpoint.meta["model"]))
+    net.to_empty(device="cpu")
+    net.load_state_dict({k: v.to(stored_dtype(k, dtype)).float() for k, v in load_model_state(checkpoint).items()})
+    return net.eval()
+
+
+def _prompt(config: GPTConfig) -> Tensor:
+    """(1, T) random ids that reach beyond the short windows, with room for new tokens in the training context."""
+    length = max(1, min(config.sequence_len // 2 + NEW_TOKENS, config.sequence_len - NEW_TOKENS))
+    return torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+
+
+def _check_greedy(net: GPT, loaded: Any, prompt: Tensor) -> None:
+    options = {"do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(prompt)}
+    found = loaded.generate(prompt, max_new_tokens=NEW_TOKENS, **options)[0, prompt.size(1) :].tolist()
+    cache = KVCache(net.config, 1, prompt.size(1) + NEW_TOKENS)
+    ids, expected = prompt, []
+    with torch.inference_mode():
+        for token in found:
+            logits = net(ids, cache)[0, -1]
+            expected.append(int(logits.argmax()))
+            # Of two logits that differ by less than the tolerance, either may be the greater one.
+            if logits.max() - logits[token] > 2 * TOLERANCE:
+                raise _different(f"greedy decoding of the export gives {found}, and of lmchat begins {expected}")
+            ids = torch.tensor([[token]])
+
+
+def _check_tokenizer(exported: Any, tokenizer: Tokenizer) -> None:
+    for conversation in CONVERSATIONS:
+        messages = conversation["messages"]
+        rendered = {
+            "the chat template": (
+                exported.apply_chat_template(messages, return_dict=True)["input_ids"],
+                render_conversation(tokenizer, conversation, max_tokens=10**9)[0],
+            ),
+            "the chat template with add_generation_prompt": (
+                exported.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"],
+                render_for_completion(tokenizer, conversation),
+            ),
+        }
+        for name, (found, expected) in rendered.items():
+            if list(found) != expected:
+                raise _different(f"{name} of the export renders {messages} as {list(found)}, lmchat as {expected}")

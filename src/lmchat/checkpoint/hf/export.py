@@ -1,0 +1,128 @@
+"""Exports a checkpoint as a folder that the transformers library loads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from lmchat.checkpoint.hf import format as form
+from lmchat.checkpoint.hf.model_card import model_card
+from lmchat.checkpoint.hf.tokenizer import write_tokenizer
+from lmchat.checkpoint.load import Checkpoint, load_model_state
+from lmchat.model.config import GPTConfig
+from lmchat.tokenizer.bpe import Tokenizer
+from lmchat.types import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_MODELING = "modeling_lmchat.py"
+_ONLY_LMCHAT = ("files", "lightning", "format", "world_size")
+"""Of a checkpoint's ``meta``: what describes the checkpoint's own files."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written.
+
+    Attributes:
+        tensors: number of tensors in the weight file.
+        parameters: number of elements in them.
+        padding: elements of padding rows that are kept in a file of their own.
+    """
+
+    tensors: int
+    parameters: int
+    padding: int
+
+
+def need(package: str, purpose: str) -> Any:
+    """Imports an optional package.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        return import_module(package)
+    except ImportError as error:
+        name = package.split(".")[0]
+        raise UserError(f"{purpose} needs {name} ({error}); install it with: pip install 'lmchat[hf]'") from error
+
+
+def choose_native(config: GPTConfig, native: bool | None) -> bool:
+    """Whether to export as `NanoChatForCausalLM`; None is yes where it can express the model.
+
+    Raises:
+        UserError: ``native`` asks for what it cannot express.
+    """
+    if native and not config.is_native:
+        lacking = ", ".join(config.native_obstacles)
+        raise UserError(
+            f"--native true asks for transformers' NanoChatForCausalLM, which cannot express {lacking}; leave --native "
+            "out to export with a modelling file, or train the variant that it can express (configs/d12_native.yaml)"
+        )
+    return config.is_native if native is None else native
+
+
+def write_export(
+    checkpoint: Checkpoint, tokenizer: Tokenizer, folder: Path, *, native: bool, dtype: Literal["fp32", "bf16"] = "fp32"
+) -> Export:
+    """Writes weights, configs, tokenizer, chat template and model card into the empty ``folder``.
+
+    Args:
+        checkpoint: of any stage.
+        tokenizer: the checkpoint's own.
+        folder: exists and is empty.
+        native: as `NanoChatForCausalLM`, else with the modelling file of lmchat.
+        dtype: of the stored weights. bf16 halves the file; the residual mix's factors stay fp32.
+
+    Raises:
+        UserError: a tensor of the checkpoint has no place in the export, or safetensors is missing.
+    """
+    save_file = need("safetensors.torch", "an export").save_file
+    config = GPTConfig(**checkpoint.meta["model"])
+    state = load_model_state(checkpoint)
+    if native:
+        tensors, padding = form.to_native(state, config)
+    else:
+        form.check_tensors(form.shapes_of(state), form.shapes(config), "the checkpoint")
+        tensors, padding = dict(state), {}
+    for name, part in ((form.MODEL_FILE, tensors), (form.PADDING_FILE, padding)):
+        if part:
+            # Copies: safetensors writes a tensor's whole storage, also where the tensor is a part of it.
+            stored = {key: tensor.to(stored_dtype(key, dtype), copy=True).contiguous() for key, tensor in part.items()}
+            save_file(stored, folder / name, metadata={"format": "pt"})
+    _write_configs(folder, config, tokenizer, native, dtype)
+    write_tokenizer(tokenizer, folder, form.context_limit(config, native))
+    meta = {key: value for key, value in checkpoint.meta.items() if key not in _ONLY_LMCHAT}
+    _write_json(folder / form.META_FILE, meta)
+    (folder / "README.md").write_text(model_card(meta, config, native, dtype), encoding="utf-8")
+    if not native:
+        shutil.copyfile(Path(__file__).parent / "files" / _MODELING, folder / _MODELING)
+    return Export(
+        tensors=len(tensors),
+        parameters=sum(tensor.numel() for tensor in tensors.values()),
+        padding=sum(tensor.numel() for tensor in padding.values()),
+    )
+
+
+def stored_dtype(name: str, dtype: str) -> torch.dtype:
+    """The dtype that a tensor is exported in."""
+    return torch.float32 if name.endswith("_lambdas") else DTYPES[dtype]
+
+
+def _write_configs(folder: Path, config: GPTConfig, tokenizer: Tokenizer, native: bool, dtype: str) -> None:
+    ends = [tokenizer.special("assistant_end"), tokenizer.bos_id]
+    # No pad_token_id in the model's config: transformers would leave that row of the embedding untrained.
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends, "pad_token_id": None}
+    form_config = form.native_config(config) if native else form.lmchat_config(config)
+    _write_json(folder / "config.json", {**form_config, **ids, "dtype": str(DTYPES[dtype]).removeprefix("torch.")})
+    _write_json(folder / "generation_config.json", {**ids, "pad_token_id": tokenizer.bos_id})
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

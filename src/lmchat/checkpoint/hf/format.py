@@ -1,0 +1,202 @@
+"""Configs and tensor names of the two forms that an lmchat GPT has in the transformers library.
+
+native   transformers' own `NanoChatForCausalLM`, for the architectures that it can express
+lmchat   `LMChatForCausalLM` of the modelling file that comes with the export, for all of them
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmchat.losses import LOGIT_SOFTCAP
+from lmchat.model.config import GATE_CHANNELS, GPTConfig
+from lmchat.model.gpt import EPS, GPT, ROTARY_BASE, ROTARY_ROWS
+from lmchat.types import UserError
+
+MODEL_FILE = "model.safetensors"
+PADDING_FILE = "padding.safetensors"
+META_FILE = "lmchat_meta.json"
+
+_NATIVE_PARTS = {
+    "attn.c_q": "self_attn.q_proj",
+    "attn.c_k": "self_attn.k_proj",
+    "attn.c_v": "self_attn.v_proj",
+    "attn.c_proj": "self_attn.o_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+_TABLES = ("transformer.wte.weight", "lm_head.weight")
+"""Tensors with a row per token, of a native model."""
+
+
+def shapes(config: GPTConfig) -> dict[str, torch.Size]:
+    """Name and shape of every tensor of a GPT."""
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
+
+
+def shapes_of(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """Name and shape of every tensor of a state dict."""
+    return {name: tensor.shape for name, tensor in state.items()}
+
+
+def check_tensors(found: Mapping[str, torch.Size], expected: Mapping[str, torch.Size], where: str) -> None:
+    """Raises UserError unless ``found`` and ``expected`` have the same names and shapes."""
+    unknown, missing = sorted(found.keys() - expected.keys()), sorted(expected.keys() - found.keys())
+    different = [name for name in sorted(found.keys() & expected.keys()) if found[name] != expected[name]]
+    if unknown:
+        raise UserError(f"{where} holds {_some(unknown)}, for which this architecture has no place")
+    if missing:
+        raise UserError(f"{where} lacks {_some(missing)}; it is incomplete or of another architecture")
+    if different:
+        name = different[0]
+        raise UserError(
+            f"{where} holds {name} of shape {tuple(found[name])}, and its config asks for {tuple(expected[name])}; "
+            "they are not of one model"
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def native_names(config: GPTConfig) -> dict[str, str]:
+    """lmchat's name of every tensor of a native model to transformers' name."""
+    names = {"transformer.wte.weight": "model.embed_tokens.weight", "lm_head.weight": "lm_head.weight"}
+    for layer in range(config.n_layer):
+        for part, native in _NATIVE_PARTS.items():
+            names[f"transformer.h.{layer}.{part}.weight"] = f"model.layers.{layer}.{native}.weight"
+    return names
+
+
+def to_native(state: Mapping[str, Tensor], config: GPTConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A native model's tensors under transformers' names, and the padding rows, which have no token, under lmchat's.
+
+    Raises:
+        UserError: a tensor has no place in `NanoChatForCausalLM`.
+    """
+    names = native_names(config)
+    expected = shapes(config)
+    check_tensors(shapes_of(state), {name: expected[name] for name in names}, "the checkpoint")
+    tokens = config.vocab_size
+    model = {names[name]: tensor[:tokens] if name in _TABLES else tensor for name, tensor in state.items()}
+    padding = {name: state[name][tokens:] for name in _TABLES if tokens < config.padded_vocab_size}
+    return model, padding
+
+
+def from_native(model: Mapping[str, Tensor], padding: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
+    """The inverse of `to_native`; without ``padding`` its rows are zeros."""
+    state = {}
+    for name, native in native_names(config).items():
+        tensor = model[native]
+        if name in _TABLES:
+            rest = padding.get(name, tensor.new_zeros(config.padded_vocab_size - len(tensor), tensor.size(1)))
+            tensor = torch.cat((tensor, rest.to(tensor.dtype)))
+        state[name] = tensor
+    return state
+
+
+def context_limit(config: GPTConfig, native: bool) -> int:
+    """Tokens of context that the export allows: the trained ones, or all that lmchat's windows slide over."""
+    return config.sequence_len if native else ROTARY_ROWS * config.sequence_len
+
+
+def native_config(config: GPTConfig) -> dict[str, Any]:
+    """``config.json`` of `NanoChatForCausalLM`, without the token ids."""
+    return {
+        "architectures": ["NanoChatForCausalLM"],
+        "model_type": "nanochat",
+        **_sizes(config),
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": context_limit(config, native=True),
+        "hidden_act": "relu2",
+        "rope_parameters": {"rope_type": "default", "rope_theta": float(ROTARY_BASE)},
+        "attention_bias": False,
+    }
+
+
+def lmchat_config(config: GPTConfig) -> dict[str, Any]:
+    """``config.json`` of `LMChatForCausalLM`, without the token ids."""
+    return {
+        "architectures": ["LMChatForCausalLM"],
+        "model_type": "lmchat",
+        "auto_map": {
+            "AutoConfig": "modeling_lmchat.LMChatConfig",
+            "AutoModelForCausalLM": "modeling_lmchat.LMChatForCausalLM",
+        },
+        **_sizes(config),
+        "vocab_size": config.vocab_size,
+        "padded_vocab_size": config.padded_vocab_size,
+        "max_position_embeddings": context_limit(config, native=False),
+        "sequence_len": config.sequence_len,
+        "window_pattern": config.window_pattern,
+        "window_sizes": list(config.window_sizes),
+        "value_embedding_layers": list(config.value_embedding_layers),
+        "gate_channels": GATE_CHANNELS,
+        "residual_mix": config.residual_mix,
+        "rope_theta": float(ROTARY_BASE),
+        "rotary_dtype": "bfloat16" if config.rounds_rotary_tables else "float32",
+    }
+
+
+def _sizes(config: GPTConfig) -> dict[str, Any]:
+    return {
+        "hidden_size": config.n_embd,
+        "intermediate_size": 4 * config.n_embd,
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.n_kv_head,
+        "rms_norm_eps": EPS,
+        "final_logit_softcapping": LOGIT_SOFTCAP,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+    }
+
+
+def from_config(content: Mapping[str, Any]) -> GPTConfig:
+    """The hyperparameters in a ``config.json`` of either form.
+
+    Raises:
+        UserError: it is of another architecture, or differs from nanochat's where lmchat has no option.
+    """
+    kind = content.get("model_type")
+    if kind not in ("lmchat", "nanochat"):
+        raise UserError(
+            f"its model_type is {kind!r}; lmchat reads exports of its own (lmchat) and NanoChatForCausalLM (nanochat)"
+        )
+    heads = content["num_attention_heads"]
+    _require("final_logit_softcapping", content.get("final_logit_softcapping", LOGIT_SOFTCAP), LOGIT_SOFTCAP)
+    _require("tie_word_embeddings", content.get("tie_word_embeddings", False), False)
+    _require("intermediate_size", content["intermediate_size"], 4 * content["hidden_size"])
+    own = {
+        "vocab_size": content["vocab_size"],
+        "n_layer": content["num_hidden_layers"],
+        "n_head": heads,
+        "n_kv_head": content.get("num_key_value_heads") or heads,
+        "n_embd": content["hidden_size"],
+    }
+    if kind == "lmchat":
+        return GPTConfig(
+            **own,
+            sequence_len=content["sequence_len"],
+            window_pattern=content["window_pattern"],
+            value_embeddings=bool(content["value_embedding_layers"]),
+            residual_mix=content["residual_mix"],
+        )
+    rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
+    _require("hidden_act", content.get("hidden_act", "relu2"), "relu2")
+    _require("attention_bias", content.get("attention_bias", False), False)
+    _require("rope_type", rope.get("rope_type", "default"), "default")
+    _require("rope_theta", rope.get("rope_theta", content.get("rope_theta", ROTARY_BASE)), ROTARY_BASE)
+    _require("head_dim", content.get("head_dim") or own["n_embd"] // heads, own["n_embd"] // heads)
+    sequence_len = content["max_position_embeddings"]
+    return GPTConfig(**own, sequence_len=sequence_len, window_pattern="L", value_embeddings=False, residual_mix=False)
+
+
+def _require(name: str, value: Any, expected: Any) -> None:
+    if value != expected:
+        raise UserError(f"its {name} is {value}; lmchat's models have {expected}")

@@ -1,0 +1,60 @@
+"""The tokenizer of an export: ``tokenizer.json`` that parses special tokens, its config, and the chat template.
+
+A chat template makes one string of a conversation, in which the special tokens must be recognized, and text that looks
+like one must not be. The template therefore escapes text with noncharacters of Unicode, which ``tokenizer.json``
+takes back before it encodes:
+
+    U+FDD0 U+FDD1   stands for U+FDD0 itself
+    U+FDD0 U+FDD2   stands for nothing: put between "<" and "|", it keeps text from being read as a special token
+    U+FDD0 U+FDD3   cuts the text: adjacent parts of a message are encoded one by one, as lmchat does
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lmchat.tokenizer import files
+from lmchat.tokenizer.bpe import SPECIAL_TOKENS, Tokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as HuggingFaceTokenizer
+
+_ESCAPE, _LITERAL, _NOTHING, _CUT = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
+
+_TEMPLATE = Path(__file__).parent / "files" / "chat_template.jinja"
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, model_max_length: int) -> None:
+    """Writes ``tokenizer.json``, ``tokenizer_config.json`` and ``chat_template.jinja``."""
+    exported_tokenizer(tokenizer).save(str(folder / "tokenizer.json"))
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|bos|>",
+        "eos_token": "<|assistant_end|>",
+        "pad_token": "<|bos|>",
+        "additional_special_tokens": [name for name in SPECIAL_TOKENS if name not in ("<|bos|>", "<|assistant_end|>")],
+        "model_max_length": model_max_length,
+        "padding_side": "left",
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(_TEMPLATE.read_text(encoding="utf-8"), encoding="utf-8")
+
+
+def exported_tokenizer(tokenizer: Tokenizer) -> HuggingFaceTokenizer:
+    """The same vocabulary with special tokens that are recognized in text, and ``<|bos|>`` before every text."""
+    from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
+
+    exported = files.hugging_face(tokenizer.ranks, tokenizer.pattern, SPECIAL_TOKENS)
+    exported.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in SPECIAL_TOKENS])
+    exported.normalizer = normalizers.Sequence(
+        [normalizers.Replace(_ESCAPE + _NOTHING, ""), normalizers.Replace(_ESCAPE + _LITERAL, _ESCAPE)]
+    )
+    cut = pre_tokenizers.Split(_ESCAPE + _CUT, behavior="removed", invert=False)
+    exported.pre_tokenizer = pre_tokenizers.Sequence([cut, files.pre_tokenizer(tokenizer.pattern)])
+    exported.post_processor = processors.TemplateProcessing(
+        single="<|bos|> $A", pair="<|bos|> $A <|bos|> $B:1", special_tokens=[("<|bos|>", tokenizer.bos_id)]
+    )
+    return exported
