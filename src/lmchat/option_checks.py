@@ -18,10 +18,14 @@ def check_range(group: str, most: float = math.inf, **numbers: float) -> None:
             raise UserError(f"--{group}.{name} is {value}; it must be a number {span}")
 
 
-def check_count(group: str, least: int, **numbers: int) -> None:
-    """Raises UserError unless the options ``--group.name`` are from ``least`` to `MOST_COUNT`."""
+def check_count(group: str, least: int, **numbers: int | None) -> None:
+    """Raises UserError unless the options ``--group.name`` are from ``least`` to `MOST_COUNT`, or None.
+
+    An empty ``group`` stands for options without one, ``--name``.
+    """
     for name, value in numbers.items():
-        if value < least:
-            raise UserError(f"--{group}.{name} is {value}; it must be at least {least}")
-        if value > MOST_COUNT:
-            raise UserError(f"--{group}.{name} is {value}; it must be at most {MOST_COUNT}")
+        option = f"--{group}.{name}" if group else f"--{name}"
+        if value is not None and value < least:
+            raise UserError(f"{option} is {value}; it must be at least {least}")
+        if value is not None and value > MOST_COUNT:
+            raise UserError(f"{option} is {value}; it must be at most {MOST_COUNT}")

@@ -12,6 +12,7 @@ import pytest
 import tiktoken
 
 from lmchat.commands import tokenizer as commands
+from lmchat.tokenizer import compression
 from lmchat.tokenizer.bpe import SPLIT_PATTERN, Tokenizer
 from lmchat.types import UserError
 
@@ -107,7 +108,7 @@ class TestEvaluate:
         plain_bytes = tiktoken.Encoding(
             "bytes", pat_str=SPLIT_PATTERN, mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={}
         )
-        monkeypatch.setattr(commands, "_baseline", lambda name: plain_bytes if name == "gpt2" else None)
+        monkeypatch.setattr(compression, "load_baseline", lambda name: plain_bytes if name == "gpt2" else None)
         commands.evaluate()
         output = capsys.readouterr().out
         for kind in ("English", "code", "maths", "German", "Korean", "conversation"):
@@ -127,7 +128,7 @@ class TestEvaluate:
     def test_a_shard_without_text(
         self, trained: Tokenizer, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        monkeypatch.setattr(commands, "_baseline", lambda name: None)
+        monkeypatch.setattr(compression, "load_baseline", lambda name: None)
         write_shard(data / "shard_00009.parquet", [None, ""])
         commands.evaluate()
         assert "German" in (output := capsys.readouterr().out) and "validation shard" not in output
@@ -141,7 +142,7 @@ class TestEvaluate:
             raise ConnectionError(name)
 
         monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
-        assert commands._baseline("gpt2") is None
+        assert compression.load_baseline("gpt2") is None
 
 
 class TestShow:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from lmchat.commands.conversations import show
 from lmchat.paths import base_data_dir, tokenizer_dir
-from lmchat.types import UserError
 
 
 def download(
@@ -100,10 +99,10 @@ def tokenize(data_dir: Path | None = None, tokenizer: Path | None = None, num_th
         num_threads: default is one per core.
     """
     from lmchat.data.tokenize import prepare_token_shards
+    from lmchat.option_checks import check_count
     from lmchat.tokenizer.bpe import Tokenizer
 
-    if num_threads is not None and num_threads < 1:
-        raise UserError(f"num_threads is {num_threads}; it must be at least 1")
+    check_count("", 1, num_threads=num_threads)
     report = prepare_token_shards(
         data_dir or base_data_dir(), Tokenizer.load(tokenizer or tokenizer_dir()), num_threads=num_threads
     )
@@ -122,10 +121,10 @@ def words(data_dir: Path | None = None, max_shards: int | None = None, output: P
         output: file to write; default is $LMCHAT_BASE_DIR/words.txt.
     """
     from lmchat.data.parquet_text import list_shards, read_documents
+    from lmchat.option_checks import check_count
     from lmchat.tasks.words import words_from_text, write_words
 
-    if max_shards is not None and max_shards < 1:
-        raise UserError(f"max_shards is {max_shards}; it must be at least 1")
+    check_count("", 1, max_shards=max_shards)
     *train, _ = list_shards(data_dir or base_data_dir())
     found = words_from_text(text or "" for shard in train[:max_shards] for text in read_documents(shard))
     print(f"{len(found):,} words: {write_words(found, output)}")

@@ -79,16 +79,17 @@ def _count(cut: str, files: list[Path]) -> int:
 
 def train_tokenizer(run: Demo) -> Metrics:
     """A byte-level BPE on the training shards, with as many entries as the text gives."""
-    from lmchat.commands.tokenizer import train
+    from lmchat.data.tokenizer_text import train_tokenizer as train
     from lmchat.tokenizer.bpe import TooFewMerges
 
     vocab_size = run.vocab_size
     try:
-        train(data=run.data_dir, vocab_size=vocab_size, output=run.tokenizer_dir)
+        trained = train(run.data_dir, run.tokenizer_dir, vocab_size=vocab_size)
     except TooFewMerges as error:
         vocab_size = error.possible_vocab_size
         print(f"this text is too small for {run.vocab_size:,} entries; the tokenizer gets {vocab_size:,}")
-        train(data=run.data_dir, vocab_size=vocab_size, output=run.tokenizer_dir)
+        trained = train(run.data_dir, run.tokenizer_dir, vocab_size=vocab_size)
+    print(trained)
     return {"vocab_size": vocab_size}
 
 

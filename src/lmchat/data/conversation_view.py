@@ -1,0 +1,84 @@
+"""Prints conversations as fine-tuning sees them, marking the tokens that receive loss."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from lmchat.data.mixture import Mixture
+from lmchat.data.rendered import RenderedConversations, render_all
+from lmchat.tokenizer.bpe import Tokenizer
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+Filter = Literal["truncated", "unsupervised"]
+
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
+
+
+def show_conversations(
+    mixture: Mixture,
+    tokenizer: Tokenizer,
+    *,
+    max_tokens: int,
+    start: int = 0,
+    rows: int = 3,
+    only: Filter | None = None,
+    limit: int | None = None,
+) -> None:
+    """Prints conversations of a mixture, then counts all of them.
+
+    Args:
+        mixture: the conversations.
+        tokenizer: renders them.
+        max_tokens: longest conversation; the rest of a longer one is cut off.
+        start: index of the first conversation to print.
+        rows: how many to print.
+        only: print those alone that are cut off (truncated), or that have no tokens with loss (unsupervised).
+        limit: render and count this many conversations at most.
+    """
+    from rich.console import Console
+
+    chosen = mixture if limit is None else [mixture[index] for index in range(min(limit, len(mixture)))]
+    console = Console(highlight=False, soft_wrap=True)
+    with tempfile.TemporaryDirectory() as folder:
+        report = render_all(chosen, tokenizer, max_tokens, Path(folder), title="Rendering")
+        rendered = RenderedConversations(Path(folder))
+        for index in _matching(rendered, only, start)[:rows]:
+            ids, mask = (array.tolist() for array in rendered[index])
+            cut = ", truncated" if rendered.truncated[index] else ""
+            name = mixture.locate(index)[0].name
+            console.print(f"conversation {index}, {name}: {len(ids)} tokens, {sum(mask)} supervised{cut}", style="bold")
+            console.print(marked_tokens(tokenizer, ids, mask))
+    for name, count in mixture.counts().items():
+        console.print(f"{name}: {count:,} conversations")
+    console.print(str(report))
+
+
+def _matching(rendered: RenderedConversations, only: Filter | None, start: int) -> Sequence[int]:
+    """Indices of the conversations to choose from."""
+    if only is None:
+        return range(start, len(rendered))
+    wanted = rendered.truncated if only == "truncated" else rendered.supervised == 0
+    return [index for index in wanted.nonzero()[0].tolist() if index >= start]
+
+
+def marked_tokens(tokenizer: Tokenizer, ids: list[int], mask: list[bool]) -> Text:
+    """A conversation's text; runs of tokens with loss are green and stand on lines of their own that begin with +."""
+    from rich.text import Text
+
+    text = Text()
+    for learned, run in groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1]):
+        margin = "+ " if learned else "  "
+        text.append(margin)
+        for special, tokens in groupby((token for token, _ in run), key=lambda token: token >= tokenizer.bos_id):
+            style = "magenta" if special else "green" if learned else "dim"
+            visible = _CONTROL.sub(lambda match: repr(match[0])[1:-1], tokenizer.decode(list(tokens)))
+            text.append(visible.replace("\n", f"⏎\n{margin}"), style=style)
+        text.append("\n")
+    return text

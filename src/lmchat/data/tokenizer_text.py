@@ -1,0 +1,139 @@
+"""Trains a tokenizer on parquet shards or text files."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lmchat.data.parquet_text import list_shards, open_parquet, read_documents
+from lmchat.option_checks import check_count
+from lmchat.progress import ProgressBar
+from lmchat.tokenizer.bpe import Tokenizer
+from lmchat.types import UserError
+
+
+@dataclass(frozen=True)
+class TrainedTokenizer:
+    """A tokenizer, where it is saved, and what it was trained on."""
+
+    tokenizer: Tokenizer
+    directory: Path
+    documents: int
+    characters: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"trained {self.tokenizer.vocab_size:,} tokens on {self.characters:,} characters of {self.documents:,} "
+            f"documents in {self.seconds:.0f} s ({self.characters / self.seconds / 1e6:.1f} M characters/s): "
+            f"{self.directory}"
+        )
+
+
+def train_tokenizer(
+    data: list[Path] | Path,
+    output: Path,
+    *,
+    vocab_size: int,
+    max_chars: int = 2_000_000_000,
+    doc_cap: int = 10_000,
+    max_shards: int | None = None,
+) -> TrainedTokenizer:
+    """Trains a byte-level BPE and saves it.
+
+    Args:
+        data: a folder of parquet shards, the last of several being held out, or of .txt files; or such files.
+        output: folder to write.
+        vocab_size: entries of the vocabulary, special tokens included.
+        max_chars: characters to read in all.
+        doc_cap: characters to read of a document.
+        max_shards: files to read, the first by name.
+
+    Raises:
+        UserError: an option is out of range, there is no text, or ``output`` cannot be written.
+        TooFewMerges: the text is too small for ``vocab_size`` entries.
+    """
+    check_count("", 1, max_chars=max_chars, doc_cap=doc_cap, max_shards=max_shards)
+    files = training_files(data)[:max_shards]
+    total_documents = sum(map(_count_documents, files))
+    check_writable(output)
+    started = time.perf_counter()
+    with ProgressBar("Reading text", 1.0) as bar:
+        texts = _Reading(read_beginnings(files, max_chars, doc_cap), bar, total_documents, max_chars)
+        tokenizer = Tokenizer.train(texts, vocab_size)
+    tokenizer.save(output)
+    return TrainedTokenizer(tokenizer, output, texts.documents, texts.characters, time.perf_counter() - started)
+
+
+def training_files(data: list[Path] | Path) -> list[Path]:
+    """The files that ``data`` names; see `train_tokenizer`."""
+    if isinstance(data, list):
+        return data
+    if data.is_file():
+        return [data]
+    if data.is_dir() and not any(data.glob("*.parquet")) and (texts := sorted(data.rglob("*.txt"))):
+        return texts
+    return list_shards(data)[:-1]
+
+
+def check_writable(directory: Path) -> None:
+    """Creates the folder and a temporary file in it: better to fail before training than after.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the folder {directory} ({error.strerror}): choose another --output"
+        ) from error
+
+
+def read_beginnings(files: Iterable[Path], max_chars: int, doc_cap: int) -> Iterator[str]:
+    """The first ``doc_cap`` characters of each document, ``max_chars`` in all."""
+    for file in files:
+        for document in _documents(file):
+            text = document[: min(doc_cap, max_chars)]
+            max_chars -= len(text)
+            yield text
+            if max_chars == 0:
+                return
+
+
+def _documents(file: Path) -> Iterator[str]:
+    if not file.is_file():
+        raise UserError(f"no file {file}")
+    if file.suffix != ".txt":
+        yield from (text for text in read_documents(file) if text)
+    elif text := file.read_text(encoding="utf-8", errors="replace"):
+        yield text
+
+
+def _count_documents(file: Path) -> int:
+    return 1 if file.suffix == ".txt" else open_parquet(file).metadata.num_rows
+
+
+class _Reading:
+    """Passes documents on to the trainer, counts them and moves the progress bar."""
+
+    def __init__(self, texts: Iterable[str], bar: ProgressBar, total_documents: int, max_chars: int) -> None:
+        self.documents = self.characters = 0
+        self._texts = texts
+        self._bar = bar
+        self._total_documents = total_documents
+        self._max_chars = max_chars
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self._texts:
+            self.documents += 1
+            self.characters += len(text)
+            if self.documents % 100 == 0:
+                self._bar.set(max(self.documents / self._total_documents, self.characters / self._max_chars))
+            yield text
+        self._bar.total = None
+        self._bar.set(0, description="Computing merges")

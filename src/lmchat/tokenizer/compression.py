@@ -1,0 +1,73 @@
+"""How well a tokenizer compresses text, beside GPT-2's and GPT-4's encodings."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from lmchat.tokenizer.bpe import Tokenizer
+
+if TYPE_CHECKING:
+    import tiktoken
+    from rich.table import Table
+
+BASELINES = {"GPT-2": "gpt2", "GPT-4": "cl100k_base"}
+"""Column title to the name that tiktoken knows the encoding by."""
+
+DOWNLOAD_TIMEOUT_SECONDS = 20
+
+
+def load_baselines() -> dict[str, tiktoken.Encoding]:
+    """The encodings of `BASELINES` that tiktoken has in its cache or can download, by title."""
+    loaded = {title: load_baseline(name) for title, name in BASELINES.items()}
+    return {title: encoding for title, encoding in loaded.items() if encoding is not None}
+
+
+def load_baseline(name: str) -> tiktoken.Encoding | None:
+    """An encoding from tiktoken's cache or from the network; None if neither answers in time."""
+    import tiktoken
+
+    loaded: list[tiktoken.Encoding] = []
+
+    def load() -> None:
+        with contextlib.suppress(OSError, ValueError):
+            loaded.append(tiktoken.get_encoding(name))
+
+    # tiktoken downloads without a timeout.
+    thread = threading.Thread(target=load, daemon=True)
+    thread.start()
+    thread.join(DOWNLOAD_TIMEOUT_SECONDS)
+    return loaded[0] if loaded else None
+
+
+def compression_table(
+    tokenizer: Tokenizer, texts: Mapping[str, str], baselines: Mapping[str, tiktoken.Encoding]
+) -> Table:
+    """Bytes per token of each text, and how many fewer tokens each baseline would need.
+
+    Args:
+        tokenizer: the tokenizer to judge.
+        texts: texts by kind; empty ones are left out.
+        baselines: encodings to compare with, by title.
+    """
+    from rich.table import Table
+
+    table = Table("text", title="bytes per token (more is better)")
+    sizes = {"ours": tokenizer.vocab_size, **{title: encoding.n_vocab for title, encoding in baselines.items()}}
+    for title in ("bytes", *(f"{title}\n{size:,}" for title, size in sizes.items()), *(f"vs {b}" for b in baselines)):
+        table.add_column(title, justify="right")
+    for kind, text in texts.items():
+        if not text:
+            continue
+        n_bytes = len(text.encode())
+        own = len(tokenizer.encode(text))
+        theirs = [len(encoding.encode_ordinary(text)) for encoding in baselines.values()]
+        table.add_row(
+            kind,
+            f"{n_bytes:,}",
+            *(f"{n_bytes / count:.2f}" for count in (own, *theirs)),
+            *(f"{count / own - 1:+.1%}" for count in theirs),
+        )
+    return table
