@@ -44,6 +44,7 @@ GROUPS = {
     "checkpoint": "when to save checkpoints and how many to keep, e.g. --checkpoint.every_n_steps 500.",
     "monitor": "loss, speed and memory during training, e.g. --monitor.every_n_steps 10.",
     "samples": "texts that the model completes after each evaluation, e.g. --samples.max_new_tokens 32.",
+    "fp8": "FP8 matrix products on GPUs, e.g. --fp8.enabled false.",
     "non_finite_guard": "what to do when the loss is NaN or infinite, e.g. --non_finite_guard.action skip.",
     "gc_freeze": "Python's garbage collection, e.g. --gc_freeze.every_n_steps 5000.",
 }
@@ -56,7 +57,7 @@ CLASSES = {
 """The classes a group's options depend on."""
 
 _WIDTH = 118
-_INDENT = 31
+_INDENT = 32
 
 
 def listing(command: str) -> str:
