@@ -46,7 +46,11 @@ def _run_trainer(args: list[str]) -> None:
 
 def _run_command(name: str, args: list[str]) -> None:
     from jsonargparse import auto_cli
+    from jsonargparse.typing import register_type
 
+    from lmchat.paths import expand_user
+
+    register_type(Path, str, expand_user, TypeError, type_check=isinstance, fail_already_registered=False)
     module = import_module(f"lmchat.commands.{name}")
     short = getattr(module, "SHORT_OPTIONS", {})
     args = [short.get(name, name) + equals + value for name, equals, value in (arg.partition("=") for arg in args)]
@@ -55,14 +59,35 @@ def _run_command(name: str, args: list[str]) -> None:
 
 def main(args: list[str] | None = None) -> int:
     """Runs ``lmchat ARGS`` and returns the exit status; a user's mistake prints one message, no traceback."""
-    args = sys.argv[1:] if args is None else args
+    from lmchat.cli.standard_streams import (
+        BROKEN_PIPE_STATUS,
+        discard_output,
+        is_broken_output,
+        prepare_standard_streams,
+    )
+
+    prepare_standard_streams()
+    try:
+        try:
+            return _run(sys.argv[1:] if args is None else args)
+        except SystemExit:  # of --help
+            sys.stdout.flush()
+            raise
+    except (BrokenPipeError, SystemExit) as error:
+        if not is_broken_output(error):
+            raise
+        discard_output()
+        return BROKEN_PIPE_STATUS
+
+
+def _run(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help", "help"):
-        print(help_text())
+        print(help_text(), flush=True)
         return 0
     if args[0] == "--version":
         from lmchat import __version__
 
-        print(f"lmchat {__version__}")
+        print(f"lmchat {__version__}", flush=True)
         return 0
     name = args[0]
     if name not in TRAINER_COMMANDS and name not in COMMANDS:
@@ -77,6 +102,7 @@ def main(args: list[str] | None = None) -> int:
             _run_trainer(args)
         else:
             _run_command(name, args[1:])
+        sys.stdout.flush()
     except ArgumentError as error:
         return _fail(explain(str(error), args))
     except UserError as error:
@@ -84,7 +110,7 @@ def main(args: list[str] | None = None) -> int:
     except RankFailure as error:
         return _fail(str(error), status=1)
     except OSError as error:
-        if (message := _explain(error)) is None:
+        if isinstance(error, BrokenPipeError) or (message := _explain(error)) is None:
             raise
         return _fail(message)
     except KeyboardInterrupt:

@@ -8,6 +8,18 @@ from pathlib import Path
 from lmchat.types import UserError
 
 
+def expand_user(path: str | Path) -> Path:
+    """A path given by the user, with ``~`` and ``~name`` replaced by home folders. A shell leaves ``--option=~`` alone.
+
+    Raises:
+        UserError: the path begins with the home folder of a user who has none.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"there is no home folder for {path}; write the path without ~") from error
+
+
 def base_dir() -> Path:
     """The folder for tokenizer, data and checkpoints: ``$LMCHAT_BASE_DIR``, by default ``~/.cache/lmchat``.
 
@@ -16,8 +28,8 @@ def base_dir() -> Path:
     """
     given = os.environ.get("LMCHAT_BASE_DIR") or "~/.cache/lmchat"
     try:
-        return Path(given).expanduser()
-    except RuntimeError as error:
+        return expand_user(given)
+    except UserError as error:
         raise UserError(f"there is no home folder for {given}; set LMCHAT_BASE_DIR to a folder without ~") from error
 
 

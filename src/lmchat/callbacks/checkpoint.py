@@ -37,6 +37,7 @@ from lmchat.checkpoint.layout import CheckpointPaths, checkpoint_dir, committed_
 from lmchat.checkpoint.load import DamagedCheckpoint, open_checkpoint
 from lmchat.checkpoint.rng import capture_rng, restore_rng
 from lmchat.checkpoint.writer import INTERRUPTED_PEER_TIMEOUT_SECONDS, RunLock, await_commit, check_writable, snapshot
+from lmchat.paths import expand_user
 from lmchat.strategies.checkpoint_io import LMChatCheckpointIO
 from lmchat.strategies.zero2_muon import LeftBeforeStep
 from lmchat.types import UserError
@@ -107,7 +108,7 @@ class StepCheckpoint(Checkpoint):
         if stage != "fit":
             return
         meta = pl_module.checkpoint_meta()
-        self.directory = Path(self.dirpath).expanduser() if self.dirpath else checkpoint_dir(meta["stage"], meta["tag"])
+        self.directory = expand_user(self.dirpath) if self.dirpath else checkpoint_dir(meta["stage"], meta["tag"])
         _on_rank_zero(trainer, self._claim_directory)
         if self._io.rank > 0:  # now, not when its first file is due
             check_writable(self.directory, self._io.rank)

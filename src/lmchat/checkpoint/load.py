@@ -16,7 +16,7 @@ from lmchat.checkpoint.layout import CheckpointPaths, committed_steps, files_by_
 from lmchat.checkpoint.writer import FORMAT, json_digest
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT, default_compute_dtype
-from lmchat.paths import base_dir, tokenizer_dir
+from lmchat.paths import base_dir, expand_user, tokenizer_dir
 from lmchat.stage_table import STAGES, current_stage_name
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.types import UserError
@@ -70,7 +70,7 @@ def find_checkpoint(
         if directory is None:
             raise UserError("there is no run whose last checkpoint could be meant; give a folder or a file")
         path = directory
-    path = Path(path).expanduser()
+    path = expand_user(path)
     if not path.is_dir() and path.suffix:
         return open_checkpoint(CheckpointPaths.of(path))
     return _newest(path, warn)

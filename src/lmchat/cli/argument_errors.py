@@ -54,10 +54,10 @@ def explain(message: str, args: Sequence[str]) -> str:
         )
     if misfit := _MISFIT.findall(message):
         expected, value = misfit[-1]
-        return f"--{option} is {value}; it must be {_readable(expected)}"
+        return f"--{option} is {value}; {_remedy(expected, value)}"
     if option and (unions := _UNION.findall(message)):
         choices, value = unions[-1]
-        return f"--{option} is {value}; it must be {_readable(choices)}"
+        return f"--{option} is {value}; {_remedy(choices, value)}"
     if unknown := re.search(r"unrecognized arguments: (.*)", message, re.DOTALL):
         return f"unknown option {unknown[1]}; options are written in full, `{listing(args[0])}` lists them"
     if missing := re.search(r"arguments are required: (.*)", message):
@@ -65,6 +65,12 @@ def explain(message: str, args: Sequence[str]) -> str:
     if "Problems parsing config" in message:
         return f"{_configs(args)} is no valid YAML: {message.split(':', 1)[1]}"
     return message
+
+
+def _remedy(types: str, value: str) -> str:
+    if "Path" in types and value.startswith("~"):
+        return "there is no such home folder: write the path without ~"
+    return f"it must be {_readable(types)}"
 
 
 def _missing(names: Sequence[str], args: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lmchat.checkpoint.layout import checkpoint_dir, committed_steps
 from lmchat.checkpoint.load import Checkpoint, find_checkpoint
+from lmchat.paths import expand_user
 from lmchat.stage_table import STAGES
 
 
@@ -24,7 +25,7 @@ def find_start(path: str | None, stage: str, tag: str, dirpath: str | None) -> C
     Raises:
         UserError: the checkpoint does not exist or is damaged.
     """
-    own = Path(dirpath).expanduser() if dirpath else checkpoint_dir(stage, tag)
+    own = expand_user(dirpath) if dirpath else checkpoint_dir(stage, tag)
     if path == "auto":
         earlier = [checkpoint_dir(name, tag) for name in STAGES[stage].predecessors]
         found = next((folder for folder in [own, *earlier] if committed_steps(folder)), None)

@@ -56,7 +56,7 @@ def demo(text: Path | None = None, output: Path = Path("runs/demo"), minutes: fl
     if not 0 < minutes < math.inf:
         raise UserError(f"--minutes is {minutes:g}; give the time to take, for example 15")
     console = Console()
-    run = Demo(output.expanduser(), text.expanduser() if text else None, minutes)
+    run = Demo(output, text, minutes)
     summary = _open_summary(run)
     for number, (name, (title, stage)) in enumerate(STAGES.items(), start=1):
         heading = f"[bold]\\[{number}/{len(STAGES)}] {title}[/bold]"

@@ -36,7 +36,7 @@ def hf(
     found = find_model(None if checkpoint == "last" else Path(checkpoint))
     native = choose_native(GPTConfig(**found.meta["model"]), native)
     own_tokenizer = load_tokenizer(found, tokenizer)
-    output = (output or Path(f"{found.meta['tag']}-hf")).expanduser()
+    output = output or Path(f"{found.meta['tag']}-hf")
     with new_folder(output) as folder:
         export = write_export(found, own_tokenizer, folder, native=native, dtype=dtype)
         parity = check_export(folder, found, own_tokenizer, native=native, dtype=dtype) if check else None

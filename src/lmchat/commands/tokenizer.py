@@ -88,7 +88,7 @@ def show(text: str, tokenizer: Path | None = None) -> None:
     ids = ours.encode(text)
     n_bytes = len(text.encode(errors="replace"))
     console = Console(highlight=False)
-    console.print(colored_tokens(ours, ids))
+    console.print(colored_tokens(ours, ids, console.encoding))
     console.print(f"{len(ids):,} tokens, {n_bytes:,} bytes, {n_bytes / max(len(ids), 1):.2f} bytes per token")
 
 

@@ -58,6 +58,8 @@ def train_tokenizer(
     """
     check_count("", 1, max_chars=max_chars, doc_cap=doc_cap, max_shards=max_shards)
     files = training_files(data)[:max_shards]
+    if missing := [file for file in files if not file.is_file()]:
+        raise UserError(f"there is no file {missing[0]}; name files that exist with --data")
     total_documents = sum(map(_count_documents, files))
     check_writable(output)
     started = time.perf_counter()
@@ -106,8 +108,6 @@ def read_beginnings(files: Iterable[Path], max_chars: int, doc_cap: int) -> Iter
 
 
 def _documents(file: Path) -> Iterator[str]:
-    if not file.is_file():
-        raise UserError(f"no file {file}")
     if file.suffix != ".txt":
         yield from (text for text in read_documents(file) if text)
     elif text := file.read_text(encoding="utf-8", errors="replace"):

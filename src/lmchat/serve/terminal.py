@@ -186,8 +186,11 @@ def _lines() -> Iterator[str]:
 
 
 def _input(prompt: str) -> str | None:
-    """A line, None at the end of the input."""
+    """A line, None at the end of the input. Where the output is no terminal, the prompt goes to standard error."""
     try:
+        if prompt and not sys.stdout.isatty():
+            print(prompt, end="", file=sys.stderr, flush=True)
+            prompt = ""
         return input(prompt)
     except EOFError:
         return None

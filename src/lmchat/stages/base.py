@@ -23,6 +23,7 @@ from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT, default_compute_dtype
 from lmchat.optim.muon_adamw import MuonAdamW, build_param_groups
 from lmchat.option_checks import check_count, check_range
+from lmchat.paths import expand_user
 from lmchat.paths import tokenizer_dir as default_tokenizer_dir
 from lmchat.run_plan import RunPlan
 from lmchat.scaling import flops_per_token, parameter_counts
@@ -175,7 +176,7 @@ class StageModule(L.LightningModule):
 
     @property
     def tokenizer_path(self) -> Path:
-        return Path(self.tokenizer_dir).expanduser() if self.tokenizer_dir else default_tokenizer_dir()
+        return expand_user(self.tokenizer_dir) if self.tokenizer_dir else default_tokenizer_dir()
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +15,7 @@ from lmchat.data.tokenize import prepare_token_shards
 from lmchat.evaluation.bits_per_byte import BitsPerByteEvaluator
 from lmchat.model.config import GPTConfig
 from lmchat.option_checks import check_count, check_range
-from lmchat.paths import base_data_dir
+from lmchat.paths import base_data_dir, expand_user
 from lmchat.scaling import config_for_depth
 from lmchat.schedules import linear_warmdown, muon_momentum, weight_decay_multiplier
 from lmchat.stages.base import Schedule, StageModule
@@ -148,7 +147,7 @@ class FineWebDataModule(StageDataModule):
     ) -> None:
         super().__init__(micro_batch_size)
         check_count("data", 1, buffer_size=buffer_size, eval_tokens=eval_tokens)
-        self.data_dir = Path(data_dir).expanduser() if data_dir else base_data_dir()
+        self.data_dir = expand_user(data_dir) if data_dir else base_data_dir()
         self.buffer_size = buffer_size
         self.eval_tokens = eval_tokens
 

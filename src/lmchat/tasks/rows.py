@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 
+from lmchat.paths import expand_user
 from lmchat.tasks.base import Task
 from lmchat.types import Conversation, UserError
 
@@ -149,7 +150,7 @@ def read_rows(path: str | Path, split: str | None = None) -> Rows:
         split: in a folder, only the files whose name is the split's, alone or followed by ``-`` or ``_``
             (``test.parquet``, ``train-00000-of-00004.parquet``). A file is taken as it is.
     """
-    path = Path(path).expanduser()
+    path = expand_user(path)
     if not path.exists():
         raise UserError(f"there is no file or folder {path}; give the path of a {', '.join(SUFFIXES)} file or folder")
     files = sorted(file for file in path.iterdir() if _matches(file, split)) if path.is_dir() else [path]

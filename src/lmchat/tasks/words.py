@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lmchat.files import replacing
-from lmchat.paths import base_dir
+from lmchat.paths import base_dir, expand_user
 from lmchat.tasks.split import Split, in_split
 from lmchat.types import UserError
 
@@ -48,7 +48,7 @@ def write_words(words: Iterable[str], path: str | Path | None = None) -> Path:
     Raises:
         UserError: ``path`` is a folder.
     """
-    file = Path(path).expanduser() if path is not None else default_words_path()
+    file = expand_user(path) if path is not None else default_words_path()
     if file.is_dir():
         raise UserError(f"the word list {file} is a folder; name a file")
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ def read_words(path: str | Path | None) -> list[str]:
     Raises:
         UserError: the file is missing, empty, or a line is not a word of ASCII letters.
     """
-    file = Path(path).expanduser() if path is not None else default_words_path()
+    file = expand_user(path) if path is not None else default_words_path()
     if not file.is_file():
         raise UserError(
             f"there is no word list {file}; make one from the pretraining text with `lmchat data words`, "

@@ -15,6 +15,7 @@ import numpy as np
 import tiktoken
 
 from lmchat.files import replacing
+from lmchat.paths import expand_user
 from lmchat.tokenizer import files
 from lmchat.types import UserError
 
@@ -136,7 +137,7 @@ class Tokenizer:
         Raises:
             UserError: there is no tokenizer in the folder, or it is damaged.
         """
-        path = Path(directory).expanduser() / _FILE
+        path = expand_user(directory) / _FILE
         if Path(directory).is_file():
             raise UserError(f"{directory} is a file; give the folder that holds the tokenizer")
         if not path.is_file():

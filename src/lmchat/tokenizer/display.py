@@ -11,19 +11,27 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 _STYLES = ("black on cyan", "black on yellow", "black on green", "black on magenta")
+_WHITESPACE = {" ": "·_", "\n": ("⏎", r"\n"), "\t": ("⇥", r"\t"), "\r": ("␍", r"\r")}
 
 
-def colored_tokens(tokenizer: Tokenizer, ids: list[int]) -> Text:
-    """Each token's text in a color of its own, followed by its id."""
+def colored_tokens(tokenizer: Tokenizer, ids: list[int], encoding: str = "utf-8") -> Text:
+    """Each token's text in a color of its own, followed by its id; escapes for what ``encoding`` lacks."""
     from rich.text import Text
 
     line = Text()
     for token, style in zip(ids, cycle(_STYLES), strict=False):
-        line.append(visible(tokenizer.decode_bytes([token])), style=style).append(f" {token}  ", style="dim")
+        text = visible(tokenizer.decode_bytes([token]), encoding)
+        line.append(text, style=style).append(f" {token}  ", style="dim")
     return line
 
 
-def visible(token: bytes) -> str:
+def visible(token: bytes, encoding: str = "utf-8") -> str:
     """A token's bytes with whitespace and incomplete characters made visible."""
     text = token.decode("utf-8", errors="backslashreplace")
-    return text.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍")
+    for character, marks in _WHITESPACE.items():
+        text = text.replace(character, next(mark for mark in marks if _can_encode(mark, encoding)))
+    return text.encode(encoding, errors="backslashreplace").decode(encoding)
+
+
+def _can_encode(text: str, encoding: str) -> bool:
+    return text.encode(encoding, errors="ignore") != b""

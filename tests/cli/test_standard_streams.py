@@ -1,0 +1,86 @@
+"""Commands as a shell runs them: in pipes that close early, with closed streams, in terminals without Unicode."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lmchat.cli.standard_streams import is_broken_output
+from lmchat.tokenizer.bpe import Tokenizer
+
+LMCHAT = f"{sys.executable} -m lmchat"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("base")
+    Tokenizer({bytes([byte]): byte for byte in range(256)}).save(base / "tokenizer")
+    return base
+
+
+def shell(base: Path, command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a bash command, in which ``lmchat`` stands for the program; the status is that of lmchat."""
+    script = f"set -o pipefail; {command.replace('lmchat', LMCHAT, 1)}"
+    return subprocess.run(
+        ["bash", "-c", script],
+        env={**os.environ, "LMCHAT_BASE_DIR": str(base), **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_a_pipe_that_closes_ends_the_command_quietly(base: Path) -> None:
+    (base / "long.txt").write_text("word " * 100_000)
+    done = shell(base, "lmchat tokenizer show - < $LMCHAT_BASE_DIR/long.txt | head -1")
+    assert (done.returncode, done.stderr) == (141, "")
+    assert len(done.stdout.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["--help", "data import --help", "tokenizer show hi", "fit --help"])
+def test_a_pipe_that_nobody_reads_ends_the_command_quietly(base: Path, command: str) -> None:
+    done = shell(base, f"lmchat {command} | exec true")
+    assert (done.returncode, done.stderr) in [(141, ""), (0, "")]  # 0 if true has not ended before
+
+
+def test_a_closed_standard_input_is_empty(base: Path) -> None:
+    done = shell(base, "lmchat tokenizer show - <&-")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "0 tokens" in done.stdout
+
+
+def test_closed_output_is_discarded(base: Path) -> None:
+    (base / "0.txt").write_text("a b c d " * 100)
+    command = "lmchat tokenizer train --data $LMCHAT_BASE_DIR/0.txt --vocab_size 266 --output $LMCHAT_BASE_DIR/new"
+    done = shell(base, f"{command} >&- 2>&-")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert Tokenizer.load(base / "new").vocab_size == 266
+
+
+def test_a_full_disk_is_told(base: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    done = shell(base, "lmchat tokenizer show hi > /dev/full")
+    assert done.returncode == 2
+    assert done.stderr == "lmchat: No space left on device; make room and run it again\n"
+
+
+def test_a_terminal_without_unicode_shows_escapes(base: Path) -> None:
+    done = shell(base, "lmchat tokenizer show 'é 1'", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(r"\xc3 195  \xa9 169  _ 32  1 49")
+
+
+def test_invalid_input_is_replaced(base: Path) -> None:
+    done = shell(base, r"printf 'a\xff' | lmchat tokenizer show -")
+    assert done.returncode == 0, done.stderr
+    assert "4 tokens" in done.stdout  # U+FFFD is three bytes
+
+
+def test_only_a_pipe_of_the_standard_streams_counts() -> None:
+    assert not is_broken_output(BrokenPipeError())  # of a socket, say
+    assert not is_broken_output(SystemExit(1))

@@ -1,0 +1,78 @@
+"""Every path on the command line may begin with the home folder."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmchat.__main__ import COMMANDS, main
+
+Command = tuple[str, ...]
+
+
+def functions() -> dict[Command, Callable[..., Any]]:
+    found: dict[Command, Callable[..., Any]] = {}
+    for name in COMMANDS:
+        commands = import_module(f"lmchat.commands.{name}").COMMANDS
+        if isinstance(commands, dict):
+            found |= {(name, subcommand): function for subcommand, function in commands.items()}
+        else:
+            found[(name,)] = commands
+    return found
+
+
+PATHS = [
+    pytest.param(command, parameter, id=f"{' '.join(command)} {parameter.name}")
+    for command, function in functions().items()
+    for parameter in inspect.signature(function).parameters.values()
+    if "Path" in str(parameter.annotation)
+]
+
+
+def parsed(command: Command, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the command's function would be called with."""
+    given: dict[str, Any] = {}
+    function = functions()[command]
+
+    @functools.wraps(function)
+    def record(**options: Any) -> None:
+        given.update(options)
+
+    module = import_module(f"lmchat.commands.{command[0]}")
+    monkeypatch.setattr(module, "COMMANDS", {command[1]: record} if len(command) == 2 else record)
+    assert main([*command, *arguments]) == 0
+    return given
+
+
+@pytest.mark.parametrize(("command", "parameter"), PATHS)
+def test_home_is_expanded(
+    command: Command, parameter: inspect.Parameter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    signature = inspect.signature(functions()[command])
+    arguments = []
+    for name, each in signature.parameters.items():
+        required = each.default is inspect.Parameter.empty
+        if name == parameter.name:
+            arguments.append("~/x" if required else f"--{name}=~/x")
+        elif required:
+            arguments.append("value")
+    value = parsed(command, arguments, monkeypatch)[parameter.name]
+    assert value in (tmp_path / "x", [tmp_path / "x"])
+
+
+def test_lists_of_paths_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = parsed(("tokenizer", "train"), ["--data=[~/a.txt, b.txt]"], monkeypatch)
+    assert given["data"] == [tmp_path / "a.txt", Path("b.txt")]
+
+
+def test_a_home_folder_that_is_not_there(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["tokenizer", "show", "hi", "--tokenizer=~nobody-of-this-name/x"]) == 2
+    assert "--tokenizer is ~nobody-of-this-name/x; there is no such home folder" in capfd.readouterr().err
