@@ -14,8 +14,7 @@ from lmchat.cli.overview import CLASSES, GROUPS, OPTIONS
 
 HELP_THEN_CHAT = """
 import contextlib, io, json, sys
-from importlib import import_module
-from lmchat.__main__ import COMMANDS, TRAINER_COMMANDS, main
+from lmchat.__main__ import COMMANDS, TRAINER_COMMANDS, command_module, main
 
 helps = {}
 def help_of(*command):
@@ -25,7 +24,7 @@ def help_of(*command):
 
 for name in [*TRAINER_COMMANDS, *COMMANDS]:
     help_of(name)
-    subcommands = getattr(import_module(f"lmchat.commands.{name}"), "COMMANDS", None) if name in COMMANDS else None
+    subcommands = getattr(command_module(name), "COMMANDS", None) if name in COMMANDS else None
     for subcommand in subcommands if isinstance(subcommands, dict) else ():
         help_of(name, subcommand)
 after_help = sorted({name.partition(".")[0] for name in sys.modules})

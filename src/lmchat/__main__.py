@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import keyword
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 TRAINER_COMMANDS = {
     "fit": "train a stage: lmchat fit --config configs/d12_pretrain.yaml",
@@ -16,6 +18,7 @@ COMMANDS = {
     "data": "download shards, make them from a folder of text, tokenize them, list their words",
     "chat": "talk to a model in the terminal",
     "export": "write a model for the transformers library",
+    "import": "read a model of the transformers library or of nanochat",
     "demo": "the pipeline on this machine's own documentation, offline",
 }
 
@@ -44,6 +47,11 @@ def _run_trainer(args: list[str]) -> None:
     main(args)
 
 
+def command_module(name: str) -> ModuleType:
+    """The module of a command; where Python reserves the name, the module's ends in an underscore."""
+    return import_module(f"lmchat.commands.{name}{'_' * keyword.iskeyword(name)}")
+
+
 def _run_command(name: str, args: list[str]) -> None:
     from jsonargparse import auto_cli
     from jsonargparse.typing import register_type
@@ -51,7 +59,7 @@ def _run_command(name: str, args: list[str]) -> None:
     from lmchat.paths import expand_user
 
     register_type(Path, str, expand_user, TypeError, type_check=isinstance, fail_already_registered=False)
-    module = import_module(f"lmchat.commands.{name}")
+    module = command_module(name)
     short = getattr(module, "SHORT_OPTIONS", {})
     args = [short.get(name, name) + equals + value for name, equals, value in (arg.partition("=") for arg in args)]
     auto_cli(module.COMMANDS, args=args, prog=f"lmchat {name}", allow_abbrev=False, exit_on_error=False)

@@ -42,6 +42,11 @@ class Checkpoint:
         return current_stage_name(self.meta["stage"])
 
     @property
+    def weights_only(self) -> bool:
+        """Whether it has no optimizer state, being imported: runs start from it at step 0, also of the same stage."""
+        return self.meta.get("weights_only", False)
+
+    @property
     def world_size(self) -> int:
         """Number of optimizer files."""
         return self.meta["world_size"]

@@ -34,5 +34,9 @@ def find_start(path: str | None, stage: str, tag: str, dirpath: str | None) -> C
 
 
 def resume_path(start: Checkpoint | None, stage: str) -> Path | None:
-    """The file that the trainer restores: a checkpoint of the same stage. Of another stage only weights are loaded."""
-    return start.paths.meta if start is not None and start.stage == stage else None
+    """The file that the trainer restores: a checkpoint of the same stage, unless it was imported.
+
+    From a checkpoint of another stage, and from an imported one, only weights are loaded.
+    """
+    resumable = start is not None and start.stage == stage and not start.weights_only
+    return start.paths.meta if start is not None and resumable else None

@@ -14,7 +14,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lmchat.checkpoint.load import Checkpoint
+from lmchat.checkpoint.load import Checkpoint, load_model_state
 from lmchat.evaluation.evaluator import EvalBatch
 from lmchat.generation.policy import Policy
 from lmchat.model.allocator import tune_malloc
@@ -113,6 +113,7 @@ class StageModule(L.LightningModule):
         self.attention = attention
         self.compile_mode = compile
         self.parent_meta: dict[str, Any] = {}
+        self._start: Checkpoint | None = None
         self._tag = tag
         self._loss_sum: torch.Tensor | None = None
         self._loss_count = 0
@@ -160,13 +161,19 @@ class StageModule(L.LightningModule):
         """The network with its current weights, for evaluation and sampling."""
         return Policy(self.net, self.tokenizer)
 
+    def start_from_weights(self, checkpoint: Checkpoint) -> None:
+        """Takes the weights of ``checkpoint`` unless the trainer resumes it: it is of another stage, or imported."""
+        if checkpoint.stage != self.stage or checkpoint.weights_only:
+            self._start = checkpoint
+
     def keep_numerics(self, checkpoint: Checkpoint) -> None:
         """On resume the saved compute dtype is kept where the user leaves it to "auto"; a new probe might differ.
 
         Raises:
             UserError: the checkpoint was trained with another tokenizer.
         """
-        if checkpoint.stage == self.stage and self.compute_dtype == "auto":
+        resumes = checkpoint.stage == self.stage and not checkpoint.weights_only
+        if resumes and self.compute_dtype == "auto":
             self.compute_dtype = checkpoint.meta["compute_dtype"]
         if checkpoint.meta["tokenizer_fingerprint"] != self.tokenizer.fingerprint:
             raise UserError(
@@ -211,6 +218,8 @@ class StageModule(L.LightningModule):
                 "--model.depth or --model.sequence_len"
             ) from error
         net.init_weights()
+        if self._start is not None:
+            net.load_state_dict(load_model_state(self._start))
         self.net = net
 
     def on_fit_start(self) -> None:

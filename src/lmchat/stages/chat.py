@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import torch
 
-from lmchat.checkpoint.load import Checkpoint, load_model_state, load_rank_state
+from lmchat.checkpoint.load import Checkpoint, load_rank_state
 from lmchat.data.mixture import Mixture
 from lmchat.evaluation.chat_tasks import ChatTaskEvaluator
 from lmchat.evaluation.evaluator import Evaluator
@@ -58,7 +58,6 @@ class ChatModule(StageModule):
         check_range("model", init_lr_fraction=init_lr_fraction, **self._given_learning_rates)
         self.warm_start_optimizer = warm_start_optimizer
         self._config: GPTConfig | None = None
-        self._start: Checkpoint | None = None
 
     @property
     def default_tag(self) -> str:
@@ -93,14 +92,12 @@ class ChatModule(StageModule):
         self.learning_rates = {**checkpoint.meta["learning_rates"], **self._given_learning_rates}
         if self.global_batch_tokens is None:
             self.global_batch_tokens = checkpoint.meta["global_batch_tokens"]
-        if checkpoint.stage != self.stage:
-            self._start = checkpoint
-
-    def configure_model(self) -> None:
-        is_new = not hasattr(self, "net")
-        super().configure_model()
-        if is_new and self._start is not None:
-            self.net.load_state_dict(load_model_state(self._start))
+        if checkpoint.weights_only and self.warm_start_optimizer:
+            raise UserError(
+                f"{checkpoint.paths.meta} was imported and has no optimizer state; leave out "
+                "--model.warm_start_optimizer true"
+            )
+        self.start_from_weights(checkpoint)
 
     def on_fit_start(self) -> None:
         super().on_fit_start()

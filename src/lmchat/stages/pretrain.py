@@ -110,6 +110,7 @@ class PretrainModule(StageModule):
                     f"{checkpoint.paths.meta} has {name} {value}, this run {mine}; "
                     f"resume it with its own options, or start a new run with another --model.tag"
                 )
+        self.start_from_weights(checkpoint)
 
     def schedule(self, step: int) -> Schedule:
         steps = self.total_steps

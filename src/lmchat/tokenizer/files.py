@@ -108,10 +108,11 @@ def hugging_face(ranks: Mapping[bytes, int], pattern: str, special_tokens: Seque
 
 def read_hugging_face(path: Path, special_tokens: Sequence[str]) -> tuple[dict[bytes, int], str]:
     """Ranks and split pattern of a ``tokenizer.json`` that holds a byte-level BPE with these special tokens."""
-    return _from_hugging_face(_read_object(path), special_tokens)
+    return from_hugging_face(read_object(path), special_tokens)
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except RecursionError as error:
@@ -121,14 +122,16 @@ def _read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def _from_hugging_face(content: dict[str, Any], special_tokens: Sequence[str]) -> tuple[dict[bytes, int], str]:
+def from_hugging_face(content: dict[str, Any], special_tokens: Sequence[str]) -> tuple[dict[bytes, int], str]:
+    """Ranks and split pattern of a parsed ``tokenizer.json``."""
     added = {entry["content"]: entry["id"] for entry in content.get("added_tokens") or []}
     vocab: dict[str, int] = content["model"]["vocab"] | added
     n_ranks = len(vocab) - len(special_tokens)
     if [vocab.pop(name, None) for name in special_tokens] != list(range(n_ranks, n_ranks + len(special_tokens))):
         raise ValueError(f"its last {len(special_tokens)} entries are not {' '.join(special_tokens)}")
     ranks = {from_characters(token): rank for token, rank in sorted(vocab.items(), key=lambda entry: entry[1])}
-    results = [left + right for left, right in map(_pair, content["model"]["merges"])]
+    # Some converters list every pair that a token could be merged from, one after the other.
+    results = list(dict.fromkeys(left + right for left, right in map(_pair, content["model"]["merges"])))
     if [vocab.get(token) for token in results] != list(range(256, n_ranks)):
         raise ValueError("its ids are not in the order of its merges")
     return ranks, _split_pattern(content)
@@ -172,8 +175,8 @@ def read_vocabulary(path: Path, special_tokens: Sequence[str], default_pattern: 
     """
     if path.suffix != ".json":
         return read_tiktoken_ranks(path), default_pattern
-    content = _read_object(path)
+    content = read_object(path)
     if "mergeable_ranks" not in content:
-        return _from_hugging_face(content, special_tokens)
+        return from_hugging_face(content, special_tokens)
     ranks = {b64decode(token, validate=True): int(rank) for token, rank in content["mergeable_ranks"]}
     return ranks, content.get("pattern") or content.get("split_pattern") or default_pattern

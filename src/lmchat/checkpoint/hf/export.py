@@ -15,13 +15,14 @@ from lmchat.checkpoint.hf import format as form
 from lmchat.checkpoint.hf.model_card import model_card
 from lmchat.checkpoint.hf.tokenizer import write_tokenizer
 from lmchat.checkpoint.load import Checkpoint, load_model_state
+from lmchat.checkpoint.tensors import check_tensors, shapes, shapes_of
 from lmchat.model.config import GPTConfig
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.types import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _MODELING = "modeling_lmchat.py"
-_ONLY_LMCHAT = ("files", "lightning", "format", "world_size")
+_OF_THE_FILES = ("files", "lightning", "format", "world_size")
 """Of a checkpoint's ``meta``: what describes the checkpoint's own files."""
 
 
@@ -89,7 +90,7 @@ def write_export(
     if native:
         tensors, padding = form.to_native(state, config)
     else:
-        form.check_tensors(form.shapes_of(state), form.shapes(config), "the checkpoint")
+        check_tensors(shapes_of(state), shapes(config), "the checkpoint")
         tensors, padding = dict(state), {}
     for name, part in ((form.MODEL_FILE, tensors), (form.PADDING_FILE, padding)):
         if part:
@@ -98,7 +99,8 @@ def write_export(
             save_file(stored, folder / name, metadata={"format": "pt"})
     _write_configs(folder, config, tokenizer, native, dtype)
     write_tokenizer(tokenizer, folder, form.context_limit(config, native))
-    meta = {key: value for key, value in checkpoint.meta.items() if key not in _ONLY_LMCHAT}
+    meta = {key: value for key, value in checkpoint.meta.items() if key not in _OF_THE_FILES}
+    meta["stage"] = checkpoint.stage
     _write_json(folder / form.META_FILE, meta)
     (folder / "README.md").write_text(model_card(meta, config, native, dtype), encoding="utf-8")
     if not native:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmchat.checkpoint.tensors import check_tensors, shapes, shapes_of
 from lmchat.losses import LOGIT_SOFTCAP
 from lmchat.model.config import GATE_CHANNELS, GPTConfig
-from lmchat.model.gpt import EPS, GPT, ROTARY_BASE, ROTARY_ROWS
+from lmchat.model.gpt import EPS, ROTARY_BASE, ROTARY_ROWS
 from lmchat.types import UserError
 
 MODEL_FILE = "model.safetensors"
@@ -33,37 +34,6 @@ _TABLES = ("transformer.wte.weight", "lm_head.weight")
 """Tensors with a row per token, of a native model."""
 
 
-def shapes(config: GPTConfig) -> dict[str, torch.Size]:
-    """Name and shape of every tensor of a GPT."""
-    with torch.device("meta"):
-        return {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
-
-
-def shapes_of(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    """Name and shape of every tensor of a state dict."""
-    return {name: tensor.shape for name, tensor in state.items()}
-
-
-def check_tensors(found: Mapping[str, torch.Size], expected: Mapping[str, torch.Size], where: str) -> None:
-    """Raises UserError unless ``found`` and ``expected`` have the same names and shapes."""
-    unknown, missing = sorted(found.keys() - expected.keys()), sorted(expected.keys() - found.keys())
-    different = [name for name in sorted(found.keys() & expected.keys()) if found[name] != expected[name]]
-    if unknown:
-        raise UserError(f"{where} holds {_some(unknown)}, for which this architecture has no place")
-    if missing:
-        raise UserError(f"{where} lacks {_some(missing)}; it is incomplete or of another architecture")
-    if different:
-        name = different[0]
-        raise UserError(
-            f"{where} holds {name} of shape {tuple(found[name])}, and its config asks for {tuple(expected[name])}; "
-            "they are not of one model"
-        )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 def native_names(config: GPTConfig) -> dict[str, str]:
     """lmchat's name of every tensor of a native model to transformers' name."""
     names = {"transformer.wte.weight": "model.embed_tokens.weight", "lm_head.weight": "lm_head.weight"}
@@ -71,6 +41,11 @@ def native_names(config: GPTConfig) -> dict[str, str]:
         for part, native in _NATIVE_PARTS.items():
             names[f"transformer.h.{layer}.{part}.weight"] = f"model.layers.{layer}.{native}.weight"
     return names
+
+
+def native_shape(name: str, shape: torch.Size, config: GPTConfig) -> torch.Size:
+    """The shape of a tensor in a native model, whose token tables have no padding, from lmchat's name and shape."""
+    return torch.Size((config.vocab_size, *shape[1:])) if name in _TABLES else shape
 
 
 def to_native(state: Mapping[str, Tensor], config: GPTConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -55,7 +55,7 @@ def _facts(meta: dict[str, Any], config: GPTConfig, dtype: str) -> dict[str, str
         "vocabulary": f"{config.vocab_size:,}",
         "training context": f"{config.sequence_len:,} tokens",
         "attention windows": ", ".join(map(str, config.window_sizes)),
-        "optimizer steps": f"{meta['step']:,}" + (f" of {meta['total_steps']:,}" if meta.get("total_steps") else ""),
+        **_history(meta),
     }
     batch = meta.get("global_batch_tokens")
     if meta["stage"] == "pretrain" and batch:
@@ -66,6 +66,14 @@ def _facts(meta: dict[str, Any], config: GPTConfig, dtype: str) -> dict[str, str
     facts["tokenizer"] = f"byte-level BPE, fingerprint {meta['tokenizer_fingerprint'][:16]}"
     facts["lmchat"] = meta.get("lmchat_version", "unknown")
     return facts
+
+
+def _history(meta: dict[str, Any]) -> dict[str, str]:
+    if imported := meta.get("imported"):
+        return {"imported from": f"{imported['kind']}, step {imported['step'] or 'unknown'}"}
+    return {
+        "optimizer steps": f"{meta['step']:,}" + (f" of {meta['total_steps']:,}" if meta.get("total_steps") else "")
+    }
 
 
 def _example(native: bool, chat: bool) -> list[str]:

@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from lmchat.tokenizer import files
 from lmchat.tokenizer.bpe import SPECIAL_TOKENS, Tokenizer
+from lmchat.types import UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as HuggingFaceTokenizer
 
 _ESCAPE, _LITERAL, _NOTHING, _CUT = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
 
+_UNESCAPED = ((_ESCAPE + _NOTHING, ""), (_ESCAPE + _LITERAL, _ESCAPE))
 _TEMPLATE = Path(__file__).parent / "files" / "chat_template.jinja"
 
 
@@ -49,12 +51,32 @@ def exported_tokenizer(tokenizer: Tokenizer) -> HuggingFaceTokenizer:
 
     exported = files.hugging_face(tokenizer.ranks, tokenizer.pattern, SPECIAL_TOKENS)
     exported.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in SPECIAL_TOKENS])
-    exported.normalizer = normalizers.Sequence(
-        [normalizers.Replace(_ESCAPE + _NOTHING, ""), normalizers.Replace(_ESCAPE + _LITERAL, _ESCAPE)]
-    )
+    exported.normalizer = normalizers.Sequence([normalizers.Replace(*pair) for pair in _UNESCAPED])
     cut = pre_tokenizers.Split(_ESCAPE + _CUT, behavior="removed", invert=False)
     exported.pre_tokenizer = pre_tokenizers.Sequence([cut, files.pre_tokenizer(tokenizer.pattern)])
     exported.post_processor = processors.TemplateProcessing(
         single="<|bos|> $A", pair="<|bos|> $A <|bos|> $B:1", special_tokens=[("<|bos|>", tokenizer.bos_id)]
     )
     return exported
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of an export, or another program's ``tokenizer.json`` with the same special tokens.
+
+    Raises:
+        UserError: the file is missing, damaged, or not such a tokenizer.
+    """
+    path = folder / "tokenizer.json"
+    try:
+        content = files.read_object(path)
+        replace = [{"type": "Replace", "pattern": {"String": code}, "content": text} for code, text in _UNESCAPED]
+        if content.get("normalizer") not in (None, {"type": "Sequence", "normalizers": replace}):
+            raise ValueError("its normalizer changes text")
+        match content["pre_tokenizer"]:
+            case {"pretokenizers": [{"pattern": {"String": str(cut)}}, *others]} if cut == _ESCAPE + _CUT:
+                content["pre_tokenizer"]["pretokenizers"] = others
+        return Tokenizer(*files.from_hugging_face(content, SPECIAL_TOKENS))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing; copy or download it again") from error
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged or no tokenizer of an lmchat or nanochat model ({error})") from error

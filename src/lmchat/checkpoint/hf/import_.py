@@ -1,0 +1,120 @@
+"""Reads models in the form of the transformers library: exports of lmchat, and `NanoChatForCausalLM`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lmchat.checkpoint.hf import format as form
+from lmchat.checkpoint.hf.export import need
+from lmchat.checkpoint.hf.tokenizer import read_tokenizer
+from lmchat.checkpoint.imported import ImportedModel
+from lmchat.checkpoint.tensors import check_tensors, shapes, shapes_of
+from lmchat.model.config import GPTConfig
+from lmchat.model.gpt import EPS
+from lmchat.stage_table import STAGES
+from lmchat.types import UserError
+
+_INHERITED = ("learning_rates", "global_batch_tokens", "micro_batch_size", "weight_decay", "lr_scale")
+_REMEDY = "copy or download it again"
+
+
+def read_hf(folder: Path) -> ImportedModel:
+    """Reads the folder of a model, which needs safetensors but not transformers.
+
+    Raises:
+        UserError: a file is missing or damaged, or the model is of another architecture.
+    """
+    content = _read_json(folder / "config.json", missing=_no_model(folder))
+    try:
+        config = form.from_config(content)
+    except UserError as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from error
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'config.json'} lacks or garbles {error}; {_REMEDY}") from error
+    state = _read_tensors(folder)
+    if content["model_type"] == "nanochat":
+        state = _from_native(folder, state, config)
+    tokenizer = read_tokenizer(folder)
+    meta = _read_meta(folder)
+    if meta.get("tokenizer_fingerprint", tokenizer.fingerprint) != tokenizer.fingerprint:
+        raise UserError(
+            f"{folder / 'tokenizer.json'} is another tokenizer than {form.META_FILE} names; copy the model's own"
+        )
+    eps = content.get("rms_norm_eps", 1e-6)
+    notes = (f"its norms have eps {eps:g}, lmchat's {EPS:.3g}: outputs differ a little",) if eps != EPS else ()
+    return ImportedModel(
+        source=folder,
+        kind="hf",
+        config=config,
+        state=state,
+        tokenizer=tokenizer,
+        stage=meta["stage"] if meta.get("stage") in STAGES else None,
+        tag=meta.get("tag", folder.absolute().name),
+        step=meta.get("step"),
+        settings={name: meta[name] for name in _INHERITED if name in meta},
+        notes=notes,
+    )
+
+
+def _no_model(folder: Path) -> str:
+    return (
+        f"there is no config.json in {folder}; give the folder of an export (lmchat export hf), or of a download "
+        "(hf download NAME --local-dir FOLDER)"
+    )
+
+
+def _read_json(path: Path, missing: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(missing) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}); {_REMEDY}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object; {_REMEDY}")
+    return content
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    """What the export of a run of lmchat says of the run; empty for other models."""
+    path = folder / form.META_FILE
+    return _read_json(path, missing="") if path.exists() else {}
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of ``model.safetensors``, or of the files that its index lists."""
+    index = folder / f"{form.MODEL_FILE}.index.json"
+    names = [form.MODEL_FILE]
+    if index.exists() and not (folder / form.MODEL_FILE).exists():
+        places = _read_json(index, missing="").get("weight_map")
+        if not isinstance(places, dict) or not places:
+            raise UserError(f"{index} lists no files; {_REMEDY}")
+        names = sorted(set(map(str, places.values())))
+        if strange := [name for name in names if Path(name).name != name]:
+            raise UserError(f"{index} names {strange[0]}, outside its folder; {_REMEDY}")
+    return {key: tensor for name in names for key, tensor in _read_file(folder / name).items()}
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    load_file = need("safetensors.torch", "reading a model of transformers").load_file
+    if not path.exists():
+        raise UserError(f"{path} is missing; weights are read from safetensors files only; {_REMEDY}")
+    try:
+        return load_file(path)
+    except Exception as error:  # safetensors' own, and what torch makes of bad sizes.
+        raise UserError(f"{path} is damaged ({error}); {_REMEDY}") from error
+
+
+def _from_native(folder: Path, model: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
+    path = folder / form.PADDING_FILE
+    padding = _read_file(path) if path.exists() else {}
+    whole = shapes(config)
+    expected = {
+        native: form.native_shape(name, whole[name], config) for name, native in form.native_names(config).items()
+    }
+    check_tensors(shapes_of(model), expected, str(folder))
+    return form.from_native(model, padding, config)

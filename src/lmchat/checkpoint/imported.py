@@ -1,0 +1,98 @@
+"""Models from elsewhere, written as checkpoints that chat, training and export take like any other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmchat.checkpoint.layout import CheckpointPaths, checkpoint_dir, files_by_step
+from lmchat.checkpoint.tensors import check_tensors, shapes, shapes_of
+from lmchat.checkpoint.writer import write_checkpoint
+from lmchat.model.config import GPTConfig
+from lmchat.paths import tokenizer_dir
+from lmchat.tokenizer.bpe import Tokenizer
+from lmchat.types import UserError
+
+DEFAULT_LEARNING_RATES = {"embedding_lr": 0.3, "unembedding_lr": 0.004, "matrix_lr": 0.02, "scalar_lr": 0.5}
+"""Of pretraining at width 768 and batch 2¹⁹; later stages take those of the checkpoint they start from."""
+
+
+@dataclass(frozen=True)
+class ImportedModel:
+    """A model as it was read.
+
+    Attributes:
+        source: the folder it was read from.
+        kind: what wrote it: "hf" or "nanochat".
+        config: hyperparameters.
+        state: the GPT's tensors, in any floating-point dtype.
+        tokenizer: the model's own.
+        stage: name of the training stage it is of, where the source says so.
+        tag: name of the run, likewise.
+        step: optimizer steps taken, likewise.
+        settings: settings of the training run that later stages inherit.
+        notes: what the user should know.
+    """
+
+    source: Path
+    kind: str
+    config: GPTConfig
+    state: Mapping[str, torch.Tensor]
+    tokenizer: Tokenizer
+    stage: str | None = None
+    tag: str | None = None
+    step: int | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def save_imported(model: ImportedModel, *, stage: str, tag: str) -> CheckpointPaths:
+    """Writes the model as a checkpoint of step 0 without optimizer state, and its tokenizer where there is none yet.
+
+    Raises:
+        UserError: tensors and config, or model and tokenizer, do not fit together; the run's folder is taken; or the
+            base folder has another tokenizer.
+    """
+    check_tensors(shapes_of(model.state), shapes(model.config), str(model.source))
+    if model.tokenizer.vocab_size != model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer of {model.source} has {model.tokenizer.vocab_size} tokens and its model "
+            f"{model.config.vocab_size}; give the tokenizer that the model was trained with"
+        )
+    paths = CheckpointPaths(checkpoint_dir(stage, tag), 0)
+    if files_by_step(paths.directory):
+        raise UserError(f"{paths.directory} holds a run already; choose another name with --tag, or move it away")
+    _save_tokenizer(model.tokenizer)
+    paths.directory.mkdir(parents=True, exist_ok=True)
+    write_checkpoint(
+        paths,
+        model={name: tensor.float() for name, tensor in model.state.items()},
+        rank_state={},
+        meta={
+            "learning_rates": DEFAULT_LEARNING_RATES,
+            "global_batch_tokens": None,
+            **model.settings,
+            "stage": stage,
+            "tag": tag,
+            "model": model.config.to_dict(),
+            "tokenizer_fingerprint": model.tokenizer.fingerprint,
+            "weights_only": True,
+            "imported": {"kind": model.kind, "from": str(model.source), "step": model.step},
+        },
+    )
+    return paths
+
+
+def _save_tokenizer(tokenizer: Tokenizer) -> None:
+    folder = tokenizer_dir()
+    if not (folder / "tokenizer.json").exists():
+        tokenizer.save(folder)
+    elif Tokenizer.load(folder).fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"{folder} holds another tokenizer than the model's; set LMCHAT_BASE_DIR to another folder, in which the "
+            "model is to live with its own"
+        )

@@ -1,0 +1,181 @@
+"""Checkpoints of nanochat: ``model_005000.pt``, ``meta_005000.json`` and the pickled tokenizer.
+
+Weight names are the same. Without value embeddings or residual mix, as in older versions, the model is the variant
+that leaves them out. Versions with further tensors are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmchat.checkpoint.imported import DEFAULT_LEARNING_RATES, ImportedModel
+from lmchat.model.config import GPTConfig
+from lmchat.tokenizer.bpe import SPECIAL_TOKENS, Tokenizer
+from lmchat.types import UserError
+
+_MODEL_NAME = re.compile(r"model_(\d+)\.pt")
+_STAGES = {
+    "base_checkpoints": "pretrain",
+    "mid_checkpoints": "pretrain",
+    "chatsft_checkpoints": "sft",
+    "chatrl_checkpoints": "rl",
+}
+_SHAPE = {"sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "window_pattern"}
+
+
+def read_nanochat(path: Path, tokenizer: Path | None = None) -> ImportedModel:
+    """Reads a checkpoint of nanochat.
+
+    Args:
+        path: folder of the checkpoints, of which the last is taken, or a ``model_*.pt``.
+        tokenizer: ``tokenizer.pkl`` or its folder; default is the checkpoint's folder, or nanochat's place for it.
+
+    Raises:
+        UserError: a file is missing, damaged or of another version.
+    """
+    model_path = _find_model(path)
+    folder, step = model_path.parent, int(_MODEL_NAME.fullmatch(model_path.name)[1])  # type: ignore[index]
+    meta = _read_meta(folder / f"meta_{step:06d}.json")
+    state = _read_state(model_path)
+    return ImportedModel(
+        source=model_path,
+        kind="nanochat",
+        config=_config(meta["model_config"], state, model_path),
+        state=state,
+        tokenizer=read_pickled_tokenizer(_find_tokenizer(folder, tokenizer)),
+        stage=_STAGES.get(folder.absolute().parent.name),
+        tag=folder.absolute().name,
+        step=step,
+        settings=_settings(meta),
+    )
+
+
+def _find_model(path: Path) -> Path:
+    if _MODEL_NAME.fullmatch(path.name) and path.is_file():
+        return path
+    found = {int(match[1]): file for file in path.glob("model_*.pt") if (match := _MODEL_NAME.fullmatch(file.name))}
+    if not found:
+        raise UserError(
+            f"there is no checkpoint of nanochat in {path}; give the folder that holds model_005000.pt and "
+            "meta_005000.json, e.g. base_checkpoints/d20"
+        )
+    return found[max(found)]
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing; copy it from where the model is") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); copy it again") from error
+    if isinstance(meta, dict) and "meta_sha256" in meta:
+        raise UserError(f"{path} is of lmchat itself; use its folder as it is, without importing it")
+    if not isinstance(meta, dict) or not isinstance(meta.get("model_config"), dict):
+        raise UserError(f"{path} has no model_config; it is not of a checkpoint of nanochat")
+    return meta
+
+
+def _read_state(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # Of many types, for as many ways to be damaged.
+        raise UserError(f"{path} is damaged or no state dict ({str(error).splitlines()[0]}); copy it again") from error
+    if not isinstance(state, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise UserError(f"{path} is no state dict of tensors; give a model file of nanochat")
+    # A compiled model's names begin so.
+    return {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
+
+
+def _config(shape: dict[str, Any], state: Mapping[str, torch.Tensor], path: Path) -> GPTConfig:
+    missing, unknown = sorted(_SHAPE - {"window_pattern"} - shape.keys()), sorted(shape.keys() - _SHAPE)
+    if missing or unknown:
+        what = f"lacks {', '.join(missing)}" if missing else f"has {', '.join(unknown)}, which lmchat does not know"
+        raise UserError(f"the model_config of {path} {what}; it is of another version of nanochat")
+    return GPTConfig(
+        # Before there were windows, every layer attended to all.
+        **{"window_pattern": "L", **shape},
+        value_embeddings=any(name.startswith("value_embeds.") for name in state),
+        residual_mix="resid_lambdas" in state,
+    )
+
+
+def _settings(meta: dict[str, Any]) -> dict[str, Any]:
+    """What later stages inherit, as far as nanochat's meta says it."""
+    options = meta.get("user_config")
+    options = options if isinstance(options, dict) else {}
+    given = {name: options[name] for name in DEFAULT_LEARNING_RATES if _is_positive(options.get(name))}
+    settings: dict[str, Any] = {"learning_rates": {**DEFAULT_LEARNING_RATES, **given}}
+    batch, rows = options.get("total_batch_size"), meta.get("device_batch_size", options.get("device_batch_size"))
+    if isinstance(batch, int) and batch > 0:
+        settings["global_batch_tokens"] = batch
+    if isinstance(rows, int) and rows > 0:
+        settings["micro_batch_size"] = rows
+    return settings
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and value > 0
+
+
+def _find_tokenizer(folder: Path, given: Path | None) -> Path:
+    places = [folder, folder.absolute().parent.parent / "tokenizer"] if given is None else [given]
+    for place in places:
+        path = place if place.is_file() else place / "tokenizer.pkl"
+        if path.is_file():
+            return path
+    raise UserError(f"no tokenizer.pkl in {' or '.join(map(str, places))}; give nanochat's with --tokenizer")
+
+
+# The tokenizer --------------------------------------------------------------------------------------------------------
+
+
+class _PickledEncoding:
+    """Stands in for tiktoken's Encoding: keeps what was pickled, and runs nothing."""
+
+    state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _EncodingUnpickler(pickle.Unpickler):
+    """Admits tiktoken's Encoding and nothing else: a pickle may otherwise run any code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("tiktoken.core", "Encoding"):
+            return _PickledEncoding
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def read_pickled_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer in nanochat's ``tokenizer.pkl``: a pickled tiktoken Encoding, read without running its code.
+
+    Raises:
+        UserError: the file is damaged, holds anything else, or an encoding with other special tokens.
+    """
+    try:
+        with path.open("rb") as file:
+            encoding = _EncodingUnpickler(file).load()
+        state = encoding.state
+        pattern, ranks, special = state["pat_str"], state["mergeable_ranks"], state["special_tokens"]
+        if not isinstance(pattern, str) or not all(isinstance(token, bytes) for token in ranks):
+            raise TypeError("its ranks and pattern are of the wrong type")
+        expected = {name: len(ranks) + index for index, name in enumerate(SPECIAL_TOKENS)}
+    except Exception as error:  # Whatever damaged or hostile bytes lead to.
+        raise UserError(
+            f"{path} is no tokenizer of nanochat ({error}); only a pickled tiktoken Encoding is read, since other "
+            "pickles may run code"
+        ) from error
+    if special != expected:
+        raise UserError(
+            f"{path} has the special tokens {special}; lmchat's models have {', '.join(SPECIAL_TOKENS)} after the ranks"
+        )
+    return Tokenizer(ranks, pattern)

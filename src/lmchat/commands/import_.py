@@ -1,0 +1,58 @@
+"""``lmchat import``: other programs' models as checkpoints of lmchat."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+
+def hf(folder: Path, tag: str | None = None, stage: Literal["pretrain", "sft", "rl"] | None = None) -> None:
+    """Import a model in the form of the transformers library: an export of lmchat, or NanoChatForCausalLM.
+
+    Args:
+        folder: its folder, with config.json, tokenizer.json and safetensors files.
+        tag: name of the checkpoint's folder; default is the exported run's, or the folder's name.
+        stage: stage of training that the model has gone through; default is the exported run's, or pretrain.
+    """
+    from lmchat.checkpoint.hf.import_ import read_hf
+
+    _save(read_hf(folder), tag, stage)
+
+
+def nanochat(
+    folder: Path,
+    tokenizer: Path | None = None,
+    tag: str | None = None,
+    stage: Literal["pretrain", "sft", "rl"] | None = None,
+) -> None:
+    """Import a checkpoint of nanochat, with its tokenizer.
+
+    Args:
+        folder: folder of its checkpoints, of which the last is taken, or one model_005000.pt.
+        tokenizer: its tokenizer.pkl, or the folder of that; default is the checkpoint's folder, or nanochat's
+            tokenizer folder beside those of the checkpoints.
+        tag: name of the checkpoint's folder; default is that of nanochat's.
+        stage: stage of training that the model has gone through; default is what nanochat's folder says, or pretrain.
+    """
+    from lmchat.checkpoint.nanochat import read_nanochat
+
+    _save(read_nanochat(folder, tokenizer), tag, stage)
+
+
+def _save(model, tag, stage) -> None:  # type: ignore[no-untyped-def]  # types would be imported for --help
+    from lmchat.checkpoint.imported import save_imported
+    from lmchat.scaling import parameter_counts
+
+    known_stage = stage or model.stage
+    paths = save_imported(model, stage=known_stage or "pretrain", tag=tag or model.tag)
+    count = parameter_counts(model.config).total
+    print(f"imported {model.source}: {len(model.state)} tensors, {count:,} parameters, to {paths.directory}")
+    if known_stage is None:
+        print("taken as pretrained; if it has been fine-tuned, import it with --stage sft")
+    for note in model.notes:
+        print(f"note: {note}")
+    print(f"talk to it: lmchat chat --checkpoint {paths.directory}")
+    print(f"fine-tune it: lmchat fit --config configs/sft.yaml --ckpt_path {paths.directory}")
+
+
+COMMANDS = {"hf": hf, "nanochat": nanochat}
