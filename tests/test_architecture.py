@@ -22,7 +22,7 @@ LAYERS = [
         "schedules",
     },
     {"model", "tokenizer", "optim"},
-    {"scaling", "run_plan", "batching", "stage_table", "data", "tasks", "generation"},
+    {"scaling", "run_plan", "batching", "stage_table", "data", "tasks", "generation", "rl"},
     {"evaluation", "checkpoint"},
     {"strategies", "callbacks", "stages"},
     {"cli"},

@@ -31,6 +31,7 @@ after_help = sorted({name.partition(".")[0] for name in sys.modules})
 
 import lmchat.serve.load, lmchat.serve.terminal, torch
 from lmchat.generation.engine import Engine
+from lmchat.generation.sampling import SamplingParams
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT
 from lmchat.tokenizer.bpe import Tokenizer
@@ -40,7 +41,7 @@ with torch.device("meta"):
 net.to_empty(device="cpu")
 net.init_weights()
 engine = Engine(net.eval(), tokenizer)
-lmchat.serve.terminal.answer(engine, [], "Hi", lambda prompt: engine.stream(prompt, max_new_tokens=2))
+lmchat.serve.terminal.answer(engine, [], "Hi", lambda prompt: engine.stream(prompt, SamplingParams(max_new_tokens=2)))
 json.dump({"helps": helps, "after_help": after_help, "after_chat": sorted(sys.modules)}, sys.stderr)
 """
 

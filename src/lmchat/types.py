@@ -64,8 +64,8 @@ class Rollout(TypedDict):
     inputs: (samples, tokens) int64. targets: (samples, tokens) int64, `IGNORE_INDEX` except where a token was sampled.
     advantages, rewards: (samples,) float32. num_tokens: sampled tokens. truncated: samples cut off before they ended.
     has_signal: whether any advantage is not 0, known without waiting for a GPU.
-    surprisal: −log p of the sampled tokens under the model, before temperature and top-k, summed, in nats.
-    loss_tokens, state: as in `Batch`.
+    sampled_nll: −log p of the sampled tokens under the model, before temperature and top-k, summed, in nats.
+    loss_tokens, state: as in `Batch`. metrics: of all samples of the step, see `lmchat.rl.rollouts.rollout_metrics`.
     """
 
     inputs: Tensor
@@ -75,6 +75,7 @@ class Rollout(TypedDict):
     has_signal: bool
     num_tokens: int
     truncated: int
-    surprisal: float
+    sampled_nll: float
     loss_tokens: NotRequired[int]
     state: NotRequired[dict[str, Any]]
+    metrics: NotRequired[dict[str, float]]

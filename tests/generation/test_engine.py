@@ -14,7 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lmchat.generation.engine import Completion, Engine
+from lmchat.generation.engine import Engine
+from lmchat.generation.sampling import SamplingParams
+from lmchat.generation.sequence import Completion, StreamedToken
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT
 from lmchat.model.kv_cache import KVCache
@@ -63,6 +65,18 @@ def _prompts(*lengths: int, seed: int = 1) -> list[list[int]]:
     return [[BOS, *rng.integers(0, 256, length - 1).tolist()] for length in lengths]
 
 
+def _generate(engine: Engine, prompts: Sequence[Sequence[int]], **options: Any) -> list[list[Completion]]:
+    """`Engine.generate` with sampling parameters by name; a list of seeds gives one to each prompt."""
+    seeds = options.pop("seed", 42)
+    if isinstance(seeds, int):
+        return engine.generate(prompts, SamplingParams(seed=seeds, **options))
+    return engine.generate(prompts, [SamplingParams(seed=seed, **options) for seed in seeds])
+
+
+def _stream(engine: Engine, prompt: Sequence[int], **options: Any) -> Iterator[StreamedToken]:
+    return engine.stream(prompt, SamplingParams(**options))
+
+
 def _greedy_without_cache(model: GPT, prompt: Sequence[int], count: int) -> list[int]:
     ids = list(prompt)
     with torch.no_grad():
@@ -79,8 +93,8 @@ def test_greedy_equals_the_full_forward_pass() -> None:
     """Prompts of many lengths together, well past the length the windows are made for."""
     model = _model()
     prompts = _prompts(1, 7, 32, 33, 90)
-    completions = Engine(model, TOKENIZER).generate(
-        prompts, max_new_tokens=70, temperature=0, stop_tokens=(), calculator=False
+    completions = _generate(
+        Engine(model, TOKENIZER), prompts, max_new_tokens=70, temperature=0, stop_tokens=(), calculator=False
     )
     for prompt, [completion] in zip(prompts, completions, strict=True):
         assert completion.ids == _greedy_without_cache(model, prompt, 70)
@@ -92,8 +106,15 @@ def test_greedy_equals_the_full_forward_pass() -> None:
 def test_logprobs_equal_the_full_forward_pass(compute_dtype: torch.dtype, tolerance: float) -> None:
     model = _model(compute_dtype)
     prompts = _prompts(3, 40)
-    completions = Engine(model, TOKENIZER).generate(
-        prompts, num_samples=3, max_new_tokens=50, temperature=1.3, top_k=None, stop_tokens=(), logprobs=True
+    completions = _generate(
+        Engine(model, TOKENIZER),
+        prompts,
+        num_samples=3,
+        max_new_tokens=50,
+        temperature=1.3,
+        top_k=None,
+        stop_tokens=(),
+        logprobs=True,
     )
     for prompt, samples in zip(prompts, completions, strict=True):
         for sample in samples:
@@ -112,8 +133,8 @@ def test_casting_weights_once_changes_nothing() -> None:
     """bf16 compute over fp32 weights: the same tokens as a model that casts at every use."""
     model = _model(torch.bfloat16)
     [prompt] = _prompts(9)
-    [[completion]] = Engine(model, TOKENIZER).generate(
-        [prompt], max_new_tokens=30, temperature=0, stop_tokens=(), calculator=False
+    [[completion]] = _generate(
+        Engine(model, TOKENIZER), [prompt], max_new_tokens=30, temperature=0, stop_tokens=(), calculator=False
     )
     with torch.no_grad():
         cache = KVCache(model.config, 1, 64, dtype=torch.bfloat16)
@@ -140,8 +161,15 @@ def test_reference_continuations(oracles: Path, name: str) -> None:
     runs = {key: run for key, run in runs.items() if key.startswith(f"{name}_")}
     prompts = [arrays["ids"][0, : run["prompt_length"]].tolist() for run in runs.values()]
 
-    completions = Engine(model, cast(Tokenizer, _AnyTokenizer(config.vocab_size))).generate(
-        prompts, num_samples=2, max_new_tokens=64, temperature=0, stop_tokens=(), calculator=False, logprobs=True
+    completions = _generate(
+        Engine(model, cast(Tokenizer, _AnyTokenizer(config.vocab_size))),
+        prompts,
+        num_samples=2,
+        max_new_tokens=64,
+        temperature=0,
+        stop_tokens=(),
+        calculator=False,
+        logprobs=True,
     )
 
     for (key, run), prompt, samples in zip(runs.items(), prompts, completions, strict=True):
@@ -163,34 +191,41 @@ def test_a_sample_does_not_depend_on_the_batch() -> None:
     seeds = [3, 1, 4, 1, 5]
     options: dict[str, Any] = {"max_new_tokens": 40, "top_k": 20, "stop_tokens": range(12)}
     engine = Engine(model, TOKENIZER)
-    together = engine.generate(prompts, num_samples=4, seed=seeds, **options)
+    together = _generate(engine, prompts, num_samples=4, seed=seeds, **options)
     assert len({len(sample.ids) for samples in together for sample in samples}) > 4, "rows should end at many lengths"
 
-    reverse = engine.generate(prompts[::-1], num_samples=4, seed=seeds[::-1], **options)
+    reverse = _generate(engine, prompts[::-1], num_samples=4, seed=seeds[::-1], **options)
     assert reverse[::-1] == together
-    in_turn = Engine(model, TOKENIZER, max_rows=3).generate(prompts, num_samples=4, seed=seeds, **options)
+    in_turn = _generate(Engine(model, TOKENIZER, max_rows=3), prompts, num_samples=4, seed=seeds, **options)
     assert in_turn == together
     for prompt, seed, samples in zip(prompts, seeds, together, strict=True):
-        assert engine.generate([prompt], num_samples=2, seed=seed, **options) == [samples[:2]]
+        assert _generate(engine, [prompt], num_samples=2, seed=seed, **options) == [samples[:2]]
 
 
 def test_more_new_tokens_only_add_to_a_sample() -> None:
     engine, prompts = Engine(_model(), TOKENIZER), _prompts(8)
-    [[short]] = engine.generate(prompts, max_new_tokens=10, stop_tokens=())
-    [[long]] = engine.generate(prompts, max_new_tokens=30, stop_tokens=())
+    [[short]] = _generate(engine, prompts, max_new_tokens=10, stop_tokens=())
+    [[long]] = _generate(engine, prompts, max_new_tokens=30, stop_tokens=())
     assert long.ids[:10] == short.ids
 
 
 def test_seeds_and_samples_differ() -> None:
     engine, [prompt] = Engine(_model(), TOKENIZER), _prompts(8)
-    first, second = (engine.generate([prompt], num_samples=8, max_new_tokens=12, seed=seed)[0] for seed in (0, 1))
+    first, second = (_generate(engine, [prompt], num_samples=8, max_new_tokens=12, seed=seed)[0] for seed in (0, 1))
     assert len({tuple(sample.ids) for sample in first + second}) == 16
 
 
 def test_first_tokens_follow_the_model() -> None:
     model, [prompt] = _model(), _prompts(8)
-    [samples] = Engine(model, TOKENIZER, max_rows=4000).generate(
-        [prompt], num_samples=4000, max_new_tokens=1, top_k=4, temperature=2.0, stop_tokens=(), calculator=False
+    [samples] = _generate(
+        Engine(model, TOKENIZER, max_rows=4000),
+        [prompt],
+        num_samples=4000,
+        max_new_tokens=1,
+        top_k=4,
+        temperature=2.0,
+        stop_tokens=(),
+        calculator=False,
     )
     with torch.no_grad():
         values, ids = model(torch.tensor([prompt]))[0, -1].topk(4)
@@ -236,11 +271,18 @@ class _ScriptedModel(nn.Module):
         return self.logits(self.hidden(ids, kv_cache))
 
 
+def _scripted_engine(model: _ScriptedModel) -> Engine:
+    """An engine whose runner runs the scripted model."""
+    engine = Engine(GPT(model.config), TOKENIZER)
+    engine.runner.net = cast(GPT, model)
+    return engine
+
+
 def _run_scripts(scripts: Sequence[Sequence[int]], **options: Any) -> tuple[list[Completion], _ScriptedModel]:
     model = _ScriptedModel(scripts, prompt_length=3)
     prompts = [[BOS, 65, number] for number in range(len(scripts))]
-    engine = Engine(cast(GPT, model), TOKENIZER)
-    return [samples[0] for samples in engine.generate(prompts, temperature=0, **options)], model
+    engine = _scripted_engine(model)
+    return [samples[0] for samples in _generate(engine, prompts, temperature=0, **options)], model
 
 
 def _tool_cases(fixtures: Path) -> dict[str, Any]:
@@ -320,9 +362,9 @@ def test_own_stop_tokens() -> None:
 
 def test_prompts_are_read_once() -> None:
     model = _ScriptedModel([_script("abc|"), _script("de|")], prompt_length=3)
-    engine = Engine(cast(GPT, model), TOKENIZER)
-    [first, second, again] = engine.generate(
-        [[BOS, 65, 0], [BOS, 65, 1], [BOS, 65, 0]], num_samples=5, max_new_tokens=9, temperature=0
+    engine = _scripted_engine(model)
+    [first, second, again] = _generate(
+        engine, [[BOS, 65, 0], [BOS, 65, 1], [BOS, 65, 0]], num_samples=5, max_new_tokens=9, temperature=0
     )
     assert model.batches == [(2, 3), (15, 1), (15, 1), (10, 1)]
     assert [sample.ids for sample in first + again] == [_script("abc|")] * 10
@@ -336,8 +378,8 @@ def test_prompts_are_read_once() -> None:
 def test_stream_gives_what_generate_gives() -> None:
     engine, [prompt] = Engine(_model(), TOKENIZER), _prompts(12)
     options: dict[str, Any] = {"max_new_tokens": 60, "top_k": 30, "seed": 9}
-    [[completion]] = engine.generate([prompt], **options)
-    pieces = list(engine.stream(prompt, **options))
+    [[completion]] = _generate(engine, [prompt], **options)
+    pieces = list(_stream(engine, prompt, **options))
     assert [piece.id for piece in pieces] == completion.ids
     ordinary = [token for token in completion.ids if token < 256]
     if len(ordinary) == len(completion.ids):
@@ -347,7 +389,7 @@ def test_stream_gives_what_generate_gives() -> None:
 def _stream_script(script: list[int], **options: Any) -> list[tuple[str, str]]:
     """(role, text) of each run of pieces of one role."""
     model = _ScriptedModel([script], prompt_length=3)
-    stream = Engine(cast(GPT, model), TOKENIZER).stream([BOS, 65, 0], temperature=0, max_new_tokens=80, **options)
+    stream = _stream(_scripted_engine(model), [BOS, 65, 0], temperature=0, max_new_tokens=80, **options)
     return [
         (role, "".join(piece.text for piece in pieces))
         for role, pieces in groupby(stream, key=lambda piece: piece.role)
@@ -367,14 +409,14 @@ def test_stream_roles() -> None:
 def test_stream_text_waits_for_whole_characters() -> None:
     text = "né 🙂!"
     model = _ScriptedModel([[*text.encode(), ASSISTANT_END]], prompt_length=3)
-    pieces = list(Engine(cast(GPT, model), TOKENIZER).stream([BOS, 65, 0], temperature=0))
+    pieces = list(_stream(_scripted_engine(model), [BOS, 65, 0], temperature=0))
     assert [piece.text for piece in pieces] == ["n", "", "é", " ", "", "", "", "🙂", "!", ""]
 
 
 @pytest.mark.parametrize("limit", [3, 80])
 def test_stream_ends_within_a_character(limit: int) -> None:
     model = _ScriptedModel([[ord("a"), *"🙂".encode()[:2], ASSISTANT_END]], prompt_length=3)
-    pieces = Engine(cast(GPT, model), TOKENIZER).stream([BOS, 65, 0], temperature=0, max_new_tokens=limit)
+    pieces = _stream(_scripted_engine(model), [BOS, 65, 0], temperature=0, max_new_tokens=limit)
     assert "".join(piece.text for piece in pieces) == "a\ufffd"
 
 
@@ -387,8 +429,8 @@ def test_model_is_restored(training: bool) -> None:
     model = _model(torch.bfloat16).train(training)
     before = {name: (id(weight), weight.clone()) for name, weight in model.named_parameters()}
     engine = Engine(model, TOKENIZER)
-    engine.generate(_prompts(5), max_new_tokens=4)
-    stream = engine.stream(_prompts(5)[0], max_new_tokens=4)
+    _generate(engine, _prompts(5), max_new_tokens=4)
+    stream = _stream(engine, _prompts(5)[0], max_new_tokens=4)
     next(stream)
     assert not torch.is_inference_mode_enabled()
     assert torch.is_grad_enabled()
@@ -403,10 +445,29 @@ def test_model_is_restored(training: bool) -> None:
 def test_training_goes_on_after_generation() -> None:
     """Nothing made in inference mode may stay behind in the model."""
     model = _model(torch.float32)
-    Engine(model, TOKENIZER).generate(_prompts(5, 40), max_new_tokens=4)
+    _generate(Engine(model, TOKENIZER), _prompts(5, 40), max_new_tokens=4)
     ids = torch.tensor([_prompts(33)[0]])
     model.loss(ids[:, :-1], ids[:, 1:]).backward()
     assert all(weight.grad is not None for weight in model.parameters())
+
+
+@pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16])
+def test_refresh_takes_over_new_weights_in_place(compute_dtype: torch.dtype) -> None:
+    model, other, prompts = _model(compute_dtype), _model(compute_dtype, seed=5), _prompts(5, 12)
+    engine, options = Engine(model, TOKENIZER), {"max_new_tokens": 12, "temperature": 0, "stop_tokens": ()}
+    before, expected = _generate(engine, prompts, **options), _generate(Engine(other, TOKENIZER), prompts, **options)
+    addresses = [weight.data_ptr() for weight in engine.runner.net.parameters()]
+    with torch.no_grad():
+        for weight, new in zip(model.parameters(), other.parameters(), strict=True):
+            weight.copy_(new)
+    engine.refresh()
+    assert before != expected
+    assert _generate(engine, prompts, **options) == expected
+    assert [weight.data_ptr() for weight in engine.runner.net.parameters()] == addresses
+    for weight, new in zip(model.parameters(), _model(compute_dtype).parameters(), strict=True):
+        weight.data = new.data  # as an optimizer does that keeps its weights in one buffer
+    engine.refresh()
+    assert _generate(engine, prompts, **options) == before
 
 
 def test_model_is_restored_after_an_error() -> None:
@@ -415,7 +476,7 @@ def test_model_is_restored_after_an_error() -> None:
     with torch.no_grad():
         model.transformer.wte.weight.fill_(float("nan"))
     with pytest.raises(UserError, match="not finite"):
-        Engine(model, TOKENIZER).generate(_prompts(5), max_new_tokens=4)
+        _generate(Engine(model, TOKENIZER), _prompts(5), max_new_tokens=4)
     assert [id(weight) for weight in model.parameters()] == masters
     assert model.training
 
@@ -439,29 +500,29 @@ def test_model_is_restored_after_an_error() -> None:
         ({"temperature": float("nan")}, "temperature"),
         ({"top_k": 0}, "top_k"),
         ({"seed": -1}, "seed"),
-        ({"seed": [1, 2]}, "2 seeds for 1 prompts"),
+        ({"seed": [1, 2]}, "2 sampling parameters for 1 prompts"),
     ],
 )
 def test_mistakes(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        Engine(_model(), TOKENIZER).generate(**{"prompts": [[BOS]], "max_new_tokens": 4, **options})
+        _generate(Engine(_model(), TOKENIZER), **{"prompts": [[BOS]], "max_new_tokens": 4, **options})
 
 
 def test_mistakes_in_a_stream_come_with_the_call() -> None:
     engine = Engine(_model(), TOKENIZER)
     for prompt, options in (([], {}), ([BOS], {"top_k": 0}), ([BOS], {"max_new_tokens": 0}), ([BOS], {"seed": -1})):
         with pytest.raises(UserError):
-            engine.stream(prompt, **options)
+            _stream(engine, prompt, **options)
 
 
 def test_the_context_can_be_filled_to_the_limit() -> None:
     [prompt] = _prompts(310)
-    [[completion]] = Engine(_model(), TOKENIZER).generate([prompt], max_new_tokens=10, stop_tokens=(), temperature=0)
+    [[completion]] = _generate(Engine(_model(), TOKENIZER), [prompt], max_new_tokens=10, stop_tokens=(), temperature=0)
     assert len(completion.ids) == 10
 
 
 def test_no_prompts() -> None:
-    assert Engine(_model(), TOKENIZER).generate([]) == []
+    assert _generate(Engine(_model(), TOKENIZER), []) == []
 
 
 def test_tokenizer_of_another_model() -> None:

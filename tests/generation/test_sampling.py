@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy import stats
 
-from lmchat.generation.sampling import Sampler, sample_uniforms
+from lmchat.generation.sampling import Sampler, SamplingParams, sample_uniforms
 from lmchat.types import UserError
 
 
@@ -103,10 +103,10 @@ def test_uniforms_are_the_same_everywhere() -> None:
 @pytest.mark.parametrize("temperature", [-1.0, float("nan"), float("inf")])
 def test_bad_temperature(temperature: float) -> None:
     with pytest.raises(UserError, match="temperature"):
-        Sampler(temperature)
+        SamplingParams(temperature=temperature)
 
 
 @pytest.mark.parametrize("top_k", [0, -5])
 def test_bad_top_k(top_k: int) -> None:
     with pytest.raises(UserError, match="top_k"):
-        Sampler(1.0, top_k)
+        SamplingParams(top_k=top_k)

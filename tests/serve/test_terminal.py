@@ -8,7 +8,8 @@ from typing import Any, cast
 
 import pytest
 
-from lmchat.generation.engine import Engine, StreamedToken
+from lmchat.generation.engine import Engine
+from lmchat.generation.sequence import StreamedToken
 from lmchat.serve.terminal import TerminalChat, answer, oldest_turns_to_forget
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.tokenizer.render import render_for_completion

@@ -18,7 +18,9 @@ from lmchat.data.padded_batches import PaddedBatches, PaddedPlan
 from lmchat.data.rendered import RenderedConversations, render_all
 from lmchat.demo.run import CONFIGS as DEMO_CONFIGS
 from lmchat.demo.tasks import Arithmetic
-from lmchat.generation.engine import Engine, StreamedToken
+from lmchat.generation.engine import Engine
+from lmchat.generation.sampling import SamplingParams
+from lmchat.generation.sequence import StreamedToken
 from lmchat.optim.muon_adamw import MuonAdamW
 from lmchat.stages.rl import RolloutDataModule
 from lmchat.stages.sft import SFTDataModule
@@ -361,7 +363,7 @@ def test_chat_keeps_the_conversation_until_it_is_reset(
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     prompts = []
     monkeypatch.setattr(
-        Engine, "stream", lambda self, prompt, **_: prompts.append(prompt) or iter([StreamedToken(1, "x", "text")])
+        Engine, "stream", lambda self, prompt, params: prompts.append(prompt) or iter([StreamedToken(1, "x", "text")])
     )
     assert main(["chat"]) == 0
     assert len(prompts) == 3
@@ -377,8 +379,8 @@ def test_chat_goes_on_after_a_message_that_is_too_long(
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     answered, stream = [], Engine.stream
 
-    def noted(self: Engine, prompt: list[int], **options: Any) -> Any:
-        pieces = stream(self, prompt, **options)
+    def noted(self: Engine, prompt: list[int], params: SamplingParams) -> Any:
+        pieces = stream(self, prompt, params)
         answered.append(self.tokenizer.decode(prompt))
         return pieces
 
@@ -396,7 +398,7 @@ def test_chat_takes_a_system_prompt_and_leaves_it_out_again(pipeline: Path, monk
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     prompts = []
     monkeypatch.setattr(
-        Engine, "stream", lambda self, prompt, **_: prompts.append(prompt) or iter([StreamedToken(1, "x", "text")])
+        Engine, "stream", lambda self, prompt, params: prompts.append(prompt) or iter([StreamedToken(1, "x", "text")])
     )
     assert main(["chat"]) == 0
     assert prompts[0] == prompts[3] != prompts[1] == prompts[2]

@@ -56,7 +56,7 @@ def micro_batch(inputs: Tensor, targets: Tensor, rewards: Tensor, rows: slice, l
         has_signal=bool((rewards != rewards.mean())[rows].any()),
         num_tokens=int((targets[rows] != IGNORE_INDEX).sum()),
         truncated=0,
-        surprisal=0.0,
+        sampled_nll=0.0,
         loss_tokens=loss_tokens,
     )
 

@@ -9,7 +9,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lmchat.generation.engine import Engine
+from lmchat.generation.sampling import SamplingParams
 from lmchat.stages.base import StageModule
 from lmchat.types import UserError
 
@@ -49,9 +49,9 @@ class Samples(Callback):
 
     def _complete(self, module: StageModule) -> list[str]:
         tokenizer = module.tokenizer
-        engine = Engine(module.net, tokenizer)
         prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in self.prompts]
-        results = engine.generate(prompts, max_new_tokens=self.max_new_tokens, temperature=0.0)
+        params = SamplingParams(max_new_tokens=self.max_new_tokens, temperature=0)
+        results = module.policy.engine.generate(prompts, params)
         return [tokenizer.decode(samples[0].content).replace("\n", "⏎") for samples in results]
 
 

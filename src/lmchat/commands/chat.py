@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 
@@ -30,17 +31,17 @@ def chat(
         seed: seed of the sampling; each answer of a conversation draws new numbers.
     """
     from lmchat.checkpoint.load import find_model
+    from lmchat.generation.sampling import SamplingParams
     from lmchat.serve.load import load_engine
     from lmchat.serve.terminal import TerminalChat
 
     found = find_model(checkpoint)
     engine = load_engine(found, tokenizer)
     print(f"{found.stage} {found.meta['tag']}, step {found.step}: {found.paths.meta}", file=sys.stderr)
+    params = SamplingParams(temperature=temperature, top_k=top_k, max_new_tokens=max_new_tokens)
     terminal = TerminalChat(
         engine,
-        lambda prompt, seed: engine.stream(
-            prompt, temperature=temperature, top_k=top_k, max_new_tokens=max_new_tokens, seed=seed
-        ),
+        lambda prompt, seed: engine.stream(prompt, replace(params, seed=seed)),
         max_new_tokens=max_new_tokens,
         system=system,
         seed=seed,

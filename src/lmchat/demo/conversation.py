@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 def converse(run: Demo) -> Metrics:
     """Three short chats with questions that are held out, answered greedily and graded."""
     from lmchat.checkpoint.load import find_checkpoint
+    from lmchat.generation.sampling import SamplingParams
     from lmchat.serve.load import load_engine
     from lmchat.serve.terminal import answer
 
     engine = load_engine(find_checkpoint(run.checkpoints("rl")))
-    stream = partial(engine.stream, temperature=0.0)
+    stream = partial(engine.stream, params=SamplingParams(temperature=0))
     marks = []
     for chat in script(run):
         print()

@@ -10,6 +10,7 @@ from torchmetrics import MeanMetric
 from lmchat.evaluation.evaluator import Evaluator, Metrics, compute_and_reset
 from lmchat.generation.engine import Engine
 from lmchat.generation.policy import Policy
+from lmchat.generation.sampling import SamplingParams
 from lmchat.tasks.base import Task
 from lmchat.tokenizer.render import render_for_completion
 from lmchat.types import Conversation
@@ -65,7 +66,7 @@ def grade(
 
 def _greedy_answers(engine: Engine, conversations: Sequence[Conversation], max_new_tokens: int) -> list[str]:
     prompts = [render_for_completion(engine.tokenizer, conversation) for conversation in conversations]
-    samples = engine.generate(prompts, temperature=0.0, max_new_tokens=max_new_tokens)
+    samples = engine.generate(prompts, SamplingParams(temperature=0, max_new_tokens=max_new_tokens))
     return [engine.tokenizer.decode(completions[0].content) for completions in samples]
 
 

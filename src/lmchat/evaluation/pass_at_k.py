@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lmchat.data.rollouts import Sampling
 from lmchat.evaluation.chat_tasks import question_batches
 from lmchat.evaluation.evaluator import Evaluator, Metrics, compute_and_reset
 from lmchat.generation.policy import Policy
+from lmchat.generation.sampling import SamplingParams
 from lmchat.tasks.base import Task
 from lmchat.tokenizer.render import render_for_completion
 from lmchat.types import Conversation
@@ -76,7 +76,7 @@ class PassAtKEvaluator(Evaluator):
 
     name = "pass@k"
 
-    def __init__(self, task: Task, sampling: Sampling, batch_size: int) -> None:
+    def __init__(self, task: Task, sampling: SamplingParams, batch_size: int) -> None:
         self.task = task
         self.sampling = sampling
         self.batch_size = batch_size
@@ -86,15 +86,8 @@ class PassAtKEvaluator(Evaluator):
         return question_batches(self.task, self.batch_size, rank, world_size)
 
     def update(self, policy: Policy, batch: list[Conversation]) -> None:
-        engine, sampling = policy.engine, self.sampling
         prompts = [render_for_completion(policy.tokenizer, conversation) for conversation in batch]
-        samples = engine.generate(
-            prompts,
-            num_samples=sampling.num_samples,
-            max_new_tokens=sampling.max_new_tokens,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-        )
+        samples = policy.engine.generate(prompts, self.sampling)
         correct = torch.tensor(
             [
                 sum(self.task.evaluate(conversation, policy.tokenizer.decode(sample.content)) for sample in group)
@@ -103,7 +96,7 @@ class PassAtKEvaluator(Evaluator):
             device=policy.net.device,
         )
         for metric in self._metrics.values():
-            metric.to(policy.net.device).update(correct, sampling.num_samples)
+            metric.to(policy.net.device).update(correct, self.sampling.num_samples)
 
     def compute(self) -> Metrics:
         return compute_and_reset(self._metrics)

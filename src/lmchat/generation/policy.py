@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from lmchat.generation.engine import Engine
 from lmchat.model.gpt import GPT
@@ -23,5 +24,10 @@ class Policy:
 
     @property
     def engine(self) -> Engine:
-        """An engine that samples from the network's current weights."""
+        """The policy's engine, with the network's weights at the time of this call."""
+        self._engine.refresh()
+        return self._engine
+
+    @cached_property
+    def _engine(self) -> Engine:
         return Engine(self.net, self.tokenizer)

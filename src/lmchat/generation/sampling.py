@@ -1,8 +1,9 @@
-"""Choosing tokens from logits with random numbers that belong to the sample, not to the batch it runs in."""
+"""Sampling parameters, and choosing tokens from logits with random numbers that belong to the sample, not the batch."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,11 +13,53 @@ from torch import Tensor
 from lmchat.types import UserError
 
 
-def sample_uniforms(seed: int, sample: int, count: int) -> npt.NDArray[np.float64]:
-    """(count,) random numbers in [0, 1), one per token of sample number `sample` of a prompt with this seed.
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the completions of a prompt are sampled.
 
-    They depend on nothing else, and a larger count only adds to their end: whoever shares the batch and however long it
-    runs, the same sample draws the same numbers. Each (seed, sample) has its own PCG64 stream.
+    Attributes:
+        num_samples: completions of the prompt.
+        max_new_tokens: maximum number of tokens of a completion, forced tokens included.
+        temperature: divides the logits; 0 is greedy decoding.
+        top_k: sample from the k most likely tokens; None is the whole vocabulary.
+        seed: seed of the prompt's random numbers; its samples draw from streams of their own.
+        stop_tokens: ids that end a completion; None is ``<|assistant_end|>`` and ``<|bos|>``.
+        calculator: answer calculator calls.
+        logprobs: return the log-probability of every sampled token.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    num_samples: int = 1
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_k: int | None = 50
+    seed: int = 42
+    stop_tokens: Collection[int] | None = None
+    calculator: bool = True
+    logprobs: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise UserError(f"temperature is {self.temperature}; give 0 for greedy decoding, or a positive number")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k is {self.top_k}; give at least 1, or null to sample from the whole vocabulary")
+        if self.seed < 0:
+            raise UserError(f"seed is {self.seed}; it must not be negative")
+
+
+def sample_uniforms(seed: int, sample: int, count: int) -> npt.NDArray[np.float64]:
+    """Random numbers of sample number ``sample`` of a prompt, one per token.
+
+    They depend on nothing else, and a larger ``count`` only appends to them, so a sample draws the same numbers
+    whatever else is in its batch. Each (seed, sample) has its own PCG64 stream.
+
+    Returns:
+        (count,) float64 in [0, 1).
     """
     return np.random.Generator(np.random.PCG64((seed, sample))).random(count)
 
@@ -25,25 +68,23 @@ def sample_uniforms(seed: int, sample: int, count: int) -> npt.NDArray[np.float6
 class Sampler:
     """Temperature and top-k sampling by inversion of the cumulative distribution.
 
-    temperature: divides the logits; 0 takes the likeliest token.
-    top_k: the softmax runs over the k largest logits only; None for all.
-
-    Raises `UserError` for a negative or non-finite temperature and for top_k below 1.
+    Attributes:
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k: the softmax runs over the k largest logits only; None for all.
     """
 
     temperature: float = 1.0
     top_k: int | None = 50
 
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UserError(f"temperature is {self.temperature}; give 0 for the likeliest token, or a positive number")
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k is {self.top_k}; give at least 1, or null to sample from the whole vocabulary")
-
     def __call__(self, logits: Tensor, uniforms: Tensor) -> Tensor:
-        """Token ids (B,) for logits (B, vocab) and one number in [0, 1) per row (B,); -1 where logits are not finite.
+        """Chooses a token per row, in float64, so that the tail of a large vocabulary keeps its probability.
 
-        In float64, so that the tail of a large vocabulary keeps its share.
+        Args:
+            logits: (B, vocab) float.
+            uniforms: (B,) numbers in [0, 1).
+
+        Returns:
+            (B,) int64 token ids; -1 where logits are not finite.
         """
         if self.temperature == 0 or self.top_k == 1:
             best, ids = logits.max(dim=-1)

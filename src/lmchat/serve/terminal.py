@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from lmchat.generation.engine import Engine, StreamedToken
+from lmchat.generation.engine import Engine
+from lmchat.generation.sequence import StreamedToken
 from lmchat.paths import base_dir
 from lmchat.tokenizer.render import render_for_completion
 from lmchat.types import Message, Part, UserError
@@ -124,14 +125,14 @@ def answer(
     asked: Message = {"role": "user", "content": question}
     prompt = render_for_completion(engine.tokenizer, {"messages": [*messages, asked]})
     parts: list[Part] = []
-    for piece in stream(prompt):
-        if not piece.text:
+    for token in stream(prompt):
+        if not token.text:
             continue
-        if not parts or parts[-1]["type"] != piece.role:
-            print(_mark(parts[-1]["type"] if parts else "text", piece.role), end="")
-            parts.append({"type": piece.role, "text": ""})
-        parts[-1]["text"] += piece.text
-        print(piece.text, end="", flush=True)
+        if not parts or parts[-1]["type"] != token.role:
+            print(_mark(parts[-1]["type"] if parts else "text", token.role), end="")
+            parts.append({"type": token.role, "text": ""})
+        parts[-1]["text"] += token.text
+        print(token.text, end="", flush=True)
     print(_mark(parts[-1]["type"], "text") if parts else "", flush=True)
     # An empty answer cannot be rendered in the next prompt; its question is left out with it.
     if parts:

@@ -156,7 +156,7 @@ class StageModule(L.LightningModule):
             policy=lambda: self.policy,
         )
 
-    @property
+    @cached_property
     def policy(self) -> Policy:
         """The network with its current weights, for evaluation and sampling."""
         return Policy(self.net, self.tokenizer)

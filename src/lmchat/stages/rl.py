@@ -15,9 +15,10 @@ import lmchat.tasks  # noqa: F401  (makes every task known by its short class na
 from lmchat.batching import groups_per_rank
 from lmchat.data.fingerprint import conversation_checksums, fingerprint
 from lmchat.data.mixture import Mixture, MixturePart
-from lmchat.data.rollouts import Rollouts, Sampling
 from lmchat.evaluation.pass_at_k import PassAtKEvaluator
+from lmchat.generation.sampling import SamplingParams
 from lmchat.option_checks import check_count, check_range
+from lmchat.rl.rollouts import Rollouts
 from lmchat.run_plan import RunPlan
 from lmchat.schedules import rl_lr_multiplier
 from lmchat.stages.base import Schedule
@@ -114,15 +115,16 @@ class RolloutDataModule(ChatDataModule):
         check_count("data", 1, eval_num_samples=eval_num_samples, **({} if top_k is None else {"top_k": top_k}))
         check_count("data", 0, seed=seed)
         check_range("data", temperature=temperature, eval_temperature=eval_temperature)
-        check_count("data", 2, num_samples=num_samples)  # one alone is its group's mean, and teaches nothing
+        check_count("data", 2, num_samples=num_samples)  # a group of one has zero advantage
         eval_task.check_graded()
         super().__init__(num_samples, eval_tasks, eval_batch_size, max_new_tokens)
         self.mixtures = {"train": Mixture(train, seed)}
         self.eval_task = eval_task
         self.questions_per_step = questions_per_step
-        self.sampling = Sampling(num_samples, max_new_tokens, temperature, top_k)
+        self.sampling = SamplingParams(num_samples, max_new_tokens, temperature, top_k)
         self.eval_sampling = replace(self.sampling, num_samples=eval_num_samples, temperature=eval_temperature)
         self.seed = seed
+        self.metrics: dict[str, float] = {}
 
     def setup(self, stage: str) -> None:
         pass_at_k = PassAtKEvaluator(self.eval_task, self.eval_sampling, self.eval_batch_size)
@@ -144,7 +146,7 @@ class RolloutDataModule(ChatDataModule):
         return f"{self.questions_per_step} questions × {self.sampling.num_samples} samples"
 
     def step_tokens(self, plan: RunPlan) -> int:
-        return int(self.position["figures"]["sampled_tokens"]) if self.position else 0
+        return int(self.metrics["sampled_tokens"]) if self.metrics else 0
 
     def train_dataloader(self) -> DataLoader:
         trainer, mixture = self.trainer, self.mixtures["train"]
@@ -167,7 +169,13 @@ class RolloutDataModule(ChatDataModule):
         return self.loader(self.rollouts)
 
     def progress(self) -> Mapping[str, float]:
-        """Figures of the step's samples, and the seconds since they were ready: call it when the step is done."""
-        if not self.position:
+        """Metrics of the step's samples, and the seconds since they were ready; call it when the step has ended."""
+        if not self.metrics:
             return {}
-        return {**self.position["figures"], "training_seconds": time.perf_counter() - self.rollouts.sampled_at}
+        return {**self.metrics, "training_seconds": time.perf_counter() - self.rollouts.sampled_at}
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        batch = super().on_before_batch_transfer(batch, dataloader_idx)
+        if isinstance(batch, dict):
+            self.metrics = batch.pop("metrics", self.metrics)
+        return batch

@@ -1,4 +1,4 @@
-"""Groups of sampled answers: the rows of the reference, figures counted one by one, any number of ranks, resuming."""
+"""Groups of sampled answers: the rows of the reference, metrics counted one by one, any number of ranks, resuming."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from lmchat.data.mixture import Mixture, MixturePart
-from lmchat.data.rollouts import Rollouts, Sampling, collate_group, group_advantages
-from lmchat.generation.engine import Completion
+from lmchat.generation.sampling import SamplingParams
+from lmchat.generation.sequence import Completion
+from lmchat.rl.advantages import group_advantages
+from lmchat.rl.rollouts import Rollouts, collate_group
 from lmchat.tasks.base import Task, exchange
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.types import IGNORE_INDEX, Conversation, Rollout, UserError
@@ -43,12 +45,11 @@ class Monkey:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
 
-    def generate(
-        self, prompts: list[list[int]], *, num_samples: int, seed: list[int], **_: Any
-    ) -> list[list[Completion]]:
+    def generate(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[list[Completion]]:
+        assert all(each.logprobs for each in params)
         return [
-            [self._type(random.Random(f"{prompt}/{start}/{number}")) for number in range(num_samples)]
-            for prompt, start in zip(prompts, seed, strict=True)
+            [self._type(random.Random(f"{prompt}/{each.seed}/{number}")) for number in range(each.num_samples)]
+            for prompt, each in zip(prompts, params, strict=True)
         ]
 
     def _type(self, rng: random.Random) -> Completion:
@@ -71,7 +72,7 @@ def rollouts(monkey: Any, rank: int = 0, world_size: int = 1, **options: Any) ->
     return Rollouts(
         Mixture([MixturePart(Guess(), 1)]),
         lambda: monkey,
-        Sampling(num_samples=SAMPLES),
+        SamplingParams(num_samples=SAMPLES),
         questions_per_step=QUESTIONS,
         steps=STEPS,
         seed=SEED,
@@ -106,14 +107,14 @@ def test_prompt_padding_and_forced_tokens_are_no_targets_but_the_stop_token_is()
     none = IGNORE_INDEX
     assert group["targets"].tolist() == [[none, 5, none, 7], [none, 8, none, none]]
     assert group["advantages"].tolist() == [0.5, -0.5] and group["has_signal"] is True
-    assert (group["num_tokens"], group["truncated"], group["surprisal"]) == (3, 1, 7.0)
+    assert (group["num_tokens"], group["truncated"], group["sampled_nll"]) == (3, 1, 7.0)
 
 
-def test_figures_are_those_counted_one_by_one(monkey: Monkey) -> None:
+def test_metrics_are_those_counted_one_by_one(monkey: Monkey) -> None:
     recorder = SimpleNamespace(tokenizer=monkey.tokenizer, asked=[])
 
-    def generate(prompts: list[list[int]], **options: Any) -> list[list[Completion]]:
-        recorder.asked.append(monkey.generate(prompts, **options))
+    def generate(prompts: list[list[int]], params: list[SamplingParams]) -> list[list[Completion]]:
+        recorder.asked.append(monkey.generate(prompts, params))
         return recorder.asked[-1]
 
     recorder.generate = generate
@@ -136,9 +137,9 @@ def test_figures_are_those_counted_one_by_one(monkey: Monkey) -> None:
             "sampled_tokens": tokens,
         }
         for group in of_step:
-            figures = group["state"]["figures"]
-            assert figures.pop("rollout_seconds") >= 0
-            assert figures == pytest.approx(expected)
+            metrics = group["metrics"]
+            assert metrics.pop("rollout_seconds") >= 0
+            assert metrics == pytest.approx(expected)
             assert group["loss_tokens"] == tokens
 
 
@@ -168,16 +169,16 @@ def test_rewards_may_be_whole_numbers(monkey: Monkey, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_figures_are_those_of_all_ranks(monkey: Monkey, world_size: int) -> None:
+def test_metrics_are_those_of_all_ranks(monkey: Monkey, world_size: int) -> None:
     sums: list[list[torch.Tensor]] = [[] for _ in range(world_size)]
     for rank, own in enumerate(sums):
         list(rollouts(monkey, rank, world_size, all_reduce=lambda numbers, own=own: own.append(numbers) or numbers))
     totals = iter([torch.stack(step).sum(0) for step in zip(*sums, strict=True)])
     shared = list(rollouts(monkey, 0, world_size, all_reduce=lambda _: next(totals)))
     for group, expected in zip(shared[:: QUESTIONS // world_size], list(rollouts(monkey))[::QUESTIONS], strict=True):
-        figures, others = group["state"]["figures"], expected["state"]["figures"]
-        del figures["rollout_seconds"], others["rollout_seconds"]
-        assert figures == pytest.approx(others, rel=1e-12)
+        metrics, others = group["metrics"], expected["metrics"]
+        del metrics["rollout_seconds"], others["rollout_seconds"]
+        assert metrics == pytest.approx(others, rel=1e-12)
         assert group["loss_tokens"] == expected["loss_tokens"]
 
 
@@ -199,7 +200,10 @@ def test_a_question_that_comes_again_is_answered_anew(monkey: Monkey) -> None:
 
 def test_goes_on_where_it_stopped(monkey: Monkey) -> None:
     whole = list(rollouts(monkey))
-    rest = list(rollouts(monkey, state=whole[QUESTIONS - 1]["state"]))
+    state = whole[QUESTIONS - 1]["state"]
+    assert state.keys() == {"steps", "data"}
+    # The positions of older checkpoints also hold the metrics.
+    rest = list(rollouts(monkey, state={**state, "figures": {"reward": 0.5}}))
     assert len(rest) == (STEPS - 1) * QUESTIONS
     assert all(same(a, b) for a, b in zip(whole[QUESTIONS:], rest, strict=True))
     with pytest.raises(UserError, match="questions"):

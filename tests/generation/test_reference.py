@@ -1,0 +1,73 @@
+"""The engine against the reference engine, token for token, on random requests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import reference_engine
+from lmchat.generation.engine import Engine
+from lmchat.generation.sampling import SamplingParams
+from lmchat.model.config import GPTConfig
+from lmchat.model.gpt import GPT
+from lmchat.tokenizer.bpe import Tokenizer
+
+TOKENIZER = Tokenizer({bytes([byte]): byte for byte in range(256)})
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@cache
+def model() -> GPT:
+    """A tiny network in fp32 that often calls the calculator and often stops."""
+    config = GPTConfig(
+        sequence_len=24, vocab_size=TOKENIZER.vocab_size, n_layer=3, n_head=4, n_kv_head=2, n_embd=32,
+        window_pattern="SL",
+    )  # fmt: skip
+    net = GPT(config, compute_dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in net.named_parameters():
+            scale = 1.0 if "wte" in name or weight.dim() == 1 else 0.15
+            weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
+    return net
+
+
+prompts = st.lists(st.integers(0, TOKENIZER.vocab_size - 1), min_size=1, max_size=60)
+params = st.builds(
+    dict,
+    num_samples=st.integers(1, 4),
+    max_new_tokens=st.integers(1, 40),
+    temperature=st.sampled_from([0.0, 0.7, 1.0, 1.5]),
+    top_k=st.sampled_from([None, 1, 5, 50]),
+    seed=st.integers(0, 2**40),
+    stop_tokens=st.sampled_from([None, (), tuple(range(20)), (65, 258)]),
+    calculator=st.booleans(),
+)
+
+
+def expected_ids(prompt: list[int], options: dict[str, Any]) -> list[tuple[list[int], list[int], bool]]:
+    """The reference engine's samples of one prompt, by itself."""
+    [samples] = reference_engine.Engine(model(), TOKENIZER).generate([prompt], **options)
+    return [(sample.ids, sample.mask, sample.finished) for sample in samples]
+
+
+@settings(deadline=None, max_examples=25, derandomize=True)
+@given(st.lists(st.tuples(prompts, params), min_size=1, max_size=6), st.integers(1, 12))
+def test_requests_of_any_kind_in_one_batch(requests: list[tuple[list[int], dict[str, Any]]], max_rows: int) -> None:
+    engine = Engine(model(), TOKENIZER, max_rows=max_rows)
+    answers = engine.generate([prompt for prompt, _ in requests], [SamplingParams(**each) for _, each in requests])
+    for (prompt, options), samples in zip(requests, answers, strict=True):
+        assert [(sample.ids, sample.mask, sample.finished) for sample in samples] == expected_ids(prompt, options)
