@@ -53,8 +53,10 @@ speedrun: rl  ## the whole pipeline, d26 on 8 GPUs
 chat: $(INSTALLED)  ## talk to the model of the furthest stage
 	@$(if $(BASE),LMCHAT_BASE_DIR="$(BASE)") $(BIN)/lmchat chat
 
-test: $(INSTALLED)  ## run the tests (minutes, on two cores)
-	@$(BIN)/python -m pytest -m 'not slow and not gpu'
+# One worker a core, at most 8: each imports torch. One process: make test WORKERS=0.
+WORKERS ?= logical
+test: $(INSTALLED)  ## run the tests, in parallel (minutes, on two cores; WORKERS=2)
+	@$(BIN)/python -m pytest -m 'not slow and not gpu' -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
 test-slow: $(INSTALLED)  ## run the long tests
 	@$(BIN)/python -m pytest -m slow

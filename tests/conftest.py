@@ -1,4 +1,4 @@
-"""What every test shares: the oracle folder where it is at hand, one thread per test process."""
+"""Fixtures for all tests. Tests run in parallel: each worker has one thread and a base folder of its own."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-# Before torch is imported: tests, and the processes they start, take one core each.
+# Set before torch is imported: tests, and the processes they start, use one thread each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # All x86 CPUs run the AVX2 kernels, so that bounds on rounding errors mean the same on each of them.
 os.environ.update(ATEN_CPU_CAPABILITY="avx2", MKL_CBWR="AVX2", ONEDNN_MAX_CPU_ISA="AVX2")
-# Stand-ins for the hub listen on the loopback interface, and whoever works offline tests all the same.
+# Stand-ins for the hub listen on the loopback interface, so these tests also run offline.
 for _offline in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
     os.environ.pop(_offline, None)
 # Modelling files that exports bring along are copied here, not into the user's cache.
@@ -51,24 +51,60 @@ def fixtures() -> Path:
     return Path(__file__).parent / "fixtures"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def default_base(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests that set no base folder use one of this worker, never the user's."""
+    os.environ["LMCHAT_BASE_DIR"] = str(tmp_path_factory.mktemp("default_base"))
+
+
+MakeOnce = Callable[[str, Callable[[Path], object]], Path]
+
+
 @pytest.fixture(scope="session")
-def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base folder with the documentation every Python carries as three shards, and a tokenizer of 512 entries."""
-    from pydoc_data.topics import topics
+def make_once(tmp_path_factory: pytest.TempPathFactory) -> MakeOnce:
+    """Makes a folder once for all workers of a test run: ``make_once(name, fill)`` calls ``fill(folder)`` in the first.
 
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    Whoever uses the folder must not change it.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
 
-    from lmchat.tokenizer.bpe import Tokenizer
+    def make(name: str, fill: Callable[[Path], object]) -> Path:
+        from lmchat.files import locked
 
-    base = tmp_path_factory.mktemp("base")
-    data = base / "base_data"
-    data.mkdir()
-    texts = [text for _, text in sorted(topics.items())]
-    for number in range(3):
-        pq.write_table(pa.table({"text": texts[number::3]}), data / f"shard_{number:05d}.parquet")
-    Tokenizer.train(texts, 512).save(base / "tokenizer")
-    return base
+        folder, finished = root / name, root / f"{name}.finished"
+        with locked(root / f"{name}.lock", lambda: None):
+            if not finished.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                fill(folder)
+                finished.touch()
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_base(make_once: MakeOnce) -> Path:
+    """A base folder with Python's own documentation as three shards, and a tokenizer of 512 entries."""
+
+    def fill(base: Path) -> None:
+        from pydoc_data.topics import topics
+
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        from lmchat.tokenizer.bpe import Tokenizer
+
+        data = base / "base_data"
+        data.mkdir()
+        texts = [text for _, text in sorted(topics.items())]
+        for number in range(3):
+            pq.write_table(pa.table({"text": texts[number::3]}), data / f"shard_{number:05d}.parquet")
+        Tokenizer.train(texts, 512).save(base / "tokenizer")
+
+    return make_once("tiny_base", fill)
 
 
 @pytest.fixture(scope="session")
