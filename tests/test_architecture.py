@@ -1,4 +1,4 @@
-"""Dependencies run one way: an import may only point to the same layer's package or to a lower layer."""
+"""Dependencies run one way: a part may import itself and the parts of lower layers, nothing else."""
 
 from __future__ import annotations
 
@@ -9,30 +9,31 @@ import pytest
 
 SOURCE = Path(__file__).resolve().parent.parent / "src" / "lmchat"
 LAYERS = [
-    {
-        "types",
-        "messages",
-        "option_checks",
-        "paths",
-        "files",
-        "hardware",
-        "precision",
-        "losses",
-        "progress",
-        "schedules",
-    },
-    {"model", "tokenizer", "optim"},
-    {"scaling", "run_plan", "batching", "stage_table", "data", "tasks", "generation", "rl"},
-    {"evaluation", "checkpoint"},
-    {"strategies", "callbacks", "stages"},
+    {"__init__", "types"},
+    {"messages", "option_checks", "paths", "losses", "schedules"},
+    {"files", "hardware", "precision", "progress"},
+    {"model", "tokenizer"},
+    {"optim"},
+    {"scaling", "batching", "stage_table"},
+    {"run_plan"},
+    {"tasks"},
+    {"generation"},
+    {"data"},
+    {"rl"},
+    {"checkpoint"},
+    {"evaluation"},
+    {"strategies"},
+    {"stages"},
+    {"callbacks"},
     {"cli"},
     {"serve"},
-    {"commands", "demo", "__main__", "__init__"},
+    {"demo"},
+    {"commands"},
+    {"__main__"},
 ]
+"""From the bottom to the top. Parts of one layer do not import each other."""
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-FIRST_LIGHTNING_LAYER = LEVEL["stages"]
-# Layer-mates that are independent by design.
-FORBIDDEN = {("model", "optim")}
+FIRST_LIGHTNING_LAYER = LEVEL["strategies"]
 
 MODULES = sorted(SOURCE.rglob("*.py"))
 
@@ -66,9 +67,8 @@ def test_imports_point_down(path: Path) -> None:
         if name.startswith("lmchat."):
             other = name.split(".")[1]
             target = other if other in LEVEL else "__init__"
-            assert (part, target) not in FORBIDDEN
-            assert target == part or LEVEL[target] <= LEVEL[part], f"{part} may not import {name}"
+            assert target == part or LEVEL[target] < LEVEL[part], f"{part} may not import {name}"
 
 
 def test_the_layers_name_what_exists() -> None:
-    assert {part_of(path) for path in MODULES} == set(LEVEL)
+    assert {part_of(path) for path in MODULES} <= set(LEVEL)
