@@ -29,13 +29,13 @@ STAGES = {
     "pretrain": """
 model:
   class_path: PretrainModule
-  init_args: {depth: 2, sequence_len: 64, head_dim: 32, window_pattern: SL, global_batch_tokens: 512, compile: false}
+  init_args: {depth: 2, sequence_len: 64, head_dim: 32, window_pattern: SL, global_batch_tokens: 512, compile: false, compute_dtype: fp32}
 data:
   class_path: FineWebDataModule
   init_args: {micro_batch_size: 4, eval_tokens: 1024}
 """,
     "sft": """
-model: {class_path: SFTModule}
+model: {class_path: SFTModule, init_args: {compute_dtype: fp32}}
 data:
   class_path: SFTDataModule
   init_args:
@@ -46,7 +46,7 @@ data:
     eval_tokens: 1024
 """,
     "rl": """
-model: {class_path: GRPOModule}
+model: {class_path: GRPOModule, init_args: {compute_dtype: fp32}}
 data:
   class_path: RolloutDataModule
   init_args:
