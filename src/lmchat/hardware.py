@@ -58,3 +58,19 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def memory_limit_bytes(device: torch.device) -> int | None:
+    """Bytes of memory that this process may use on ``device``; None where that is not known."""
+    import os
+    import resource
+
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    if device.type != "cpu" or not hasattr(os, "sysconf"):
+        return None
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return physical if address_space == resource.RLIM_INFINITY else min(physical, address_space)

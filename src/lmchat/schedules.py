@@ -24,7 +24,7 @@ def linear_warmdown(
     if step <= steps - warmdown_steps:
         return 1.0
     remaining = (steps - step) / warmdown_steps
-    return remaining + (1 - remaining) * final_lr_fraction
+    return final_lr_fraction + remaining * (1 - final_lr_fraction)
 
 
 def muon_momentum(step: int, *, start: float = 0.85, end: float = 0.95, ramp_steps: int = 300) -> float:

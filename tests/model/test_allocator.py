@@ -17,10 +17,13 @@ if sys.argv[1] == "keep":
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(12):  # Alignment leaves splinters between the first few blocks.
     torch.ones(2**24)
-before = faults()
-for _ in range(10):
-    torch.ones(2**24)
-print(faults() - before)
+rounds = []
+for _ in range(3):  # The fewest: a block that does not fit its place once is mapped anew.
+    before = faults()
+    for _ in range(10):
+        torch.ones(2**24)
+    rounds.append(faults() - before)
+print(min(rounds))
 """
 
 

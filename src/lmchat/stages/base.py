@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lmchat.checkpoint.load import Checkpoint, load_model_state
 from lmchat.evaluation.evaluator import EvalBatch
 from lmchat.generation.policy import Policy
+from lmchat.hardware import memory_limit_bytes
 from lmchat.model.allocator import tune_malloc
 from lmchat.model.compile import compile_blocks
 from lmchat.model.config import GPTConfig
@@ -206,17 +207,13 @@ class StageModule(L.LightningModule):
         if device.type == "cpu":
             tune_malloc()
         dtype = default_compute_dtype(device) if self.compute_dtype == "auto" else COMPUTE_DTYPES[self.compute_dtype]
+        check_model_fits(self.config, device)
         try:
             with torch.device("meta"):
                 net = GPT(self.config, compute_dtype=dtype, attention=self.attention)
             net.to_empty(device=device)
-        except RuntimeError as error:
-            billions, config = parameter_counts(self.config).total / 1e9, self.config
-            raise UserError(
-                f"a model of depth {config.n_layer} for {config.sequence_len} tokens has {billions:,.1f} billion "
-                f"parameters and finds no room on {device} ({str(error).splitlines()[0]}); choose a smaller "
-                "--model.depth or --model.sequence_len"
-            ) from error
+        except (RuntimeError, MemoryError) as error:
+            raise no_room(self.config, device, str(error).splitlines()[0]) from error
         net.init_weights()
         if self._start is not None:
             net.load_state_dict(load_model_state(self._start))
@@ -299,6 +296,22 @@ class StageModule(L.LightningModule):
             "lr_scale": self.plan.lr_scale,
             "weight_decay": self.plan.weight_decay,
         }
+
+
+def check_model_fits(config: GPTConfig, device: torch.device) -> None:
+    """Raises UserError for a model whose fp32 weights alone exceed the memory of ``device``."""
+    limit, needed = memory_limit_bytes(device), 4 * parameter_counts(config).total
+    if limit is not None and needed > limit:
+        raise no_room(config, device, f"{needed / 1e9:,.1f} GB of weights, {limit / 1e9:,.1f} GB of memory")
+
+
+def no_room(config: GPTConfig, device: torch.device, reason: str) -> UserError:
+    """The error for a model that does not fit."""
+    return UserError(
+        f"a model of depth {config.n_layer} for {config.sequence_len} tokens has "
+        f"{parameter_counts(config).total / 1e9:,.1f} billion parameters and finds no room on {device} ({reason}); "
+        "choose a smaller --model.depth or --model.sequence_len"
+    )
 
 
 def check_precision(precision: str | int | None) -> None:

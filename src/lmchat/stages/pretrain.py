@@ -22,6 +22,9 @@ from lmchat.stages.base import Schedule, StageModule
 from lmchat.stages.data_module import StageDataModule
 from lmchat.types import Batch, UserError
 
+MAX_DEPTH = 10_000
+"""Deeper models are refused before their layers are counted."""
+
 
 class PretrainModule(StageModule):
     """Next-token prediction by a GPT whose ``depth`` decides everything else.
@@ -63,6 +66,13 @@ class PretrainModule(StageModule):
         check_range(
             "model", 1, warmup_ratio=warmup_ratio, warmdown_ratio=warmdown_ratio, final_lr_fraction=final_lr_fraction
         )
+        if depth > MAX_DEPTH:
+            parameters = 12 * depth * (depth * aspect_ratio) ** 2
+            raise UserError(
+                f"a model of depth {depth} has about {parameters:.0e} parameters and finds no room on any device; "
+                "choose a smaller --model.depth"
+            )
+        check_count("model", 1, sequence_len=sequence_len, aspect_ratio=aspect_ratio, head_dim=head_dim)
         self.depth = depth
         self.sequence_len = sequence_len
         self.aspect_ratio = aspect_ratio
