@@ -29,7 +29,8 @@ STAGES = {
     "pretrain": """
 model:
   class_path: PretrainModule
-  init_args: {depth: 2, sequence_len: 64, head_dim: 32, window_pattern: SL, global_batch_tokens: 512, compute_dtype: fp32}
+  init_args:
+    {depth: 2, sequence_len: 64, head_dim: 32, window_pattern: SL, global_batch_tokens: 512, compute_dtype: fp32}
 data:
   class_path: FineWebDataModule
   init_args: {micro_batch_size: 4, eval_tokens: 1024}
