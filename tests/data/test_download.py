@@ -143,7 +143,7 @@ def test_a_shard_that_is_no_parquet_file_is_named(hub: HubServer, fetch: Callabl
         ({"revision": "nowhere"}, "cannot download some/shards at revision nowhere"),
         ({"repo_id": "a/b/c"}, "Repo id must be in the form"),
         ({"num_shards": 6}, "num_shards is 6; some/shards has 5 training shards"),
-        ({"num_workers": 0}, "num_workers is 0; it must be at least 1"),
+        ({"num_workers": 0}, "--num_workers is 0; it must be at least 1"),
         ({"pattern": "other/*.parquet"}, r"has 1 file\(s\) that match 'other/\*\.parquet'"),
     ],
 )
@@ -188,3 +188,48 @@ def test_a_damaged_note_of_the_source(tmp_path: Path, fetch: Callable[..., Downl
     (tmp_path / "source.json").unlink()
     fetch()
     assert json.loads((tmp_path / "source.json").read_text()) == {"repo_id": "some/shards"}
+
+
+@pytest.mark.parametrize(
+    ("listing", "message"),
+    [
+        (b"<html>Sign in</html>", "the hub's answer about some/shards is no list of files"),
+        (b"[" * 100_000, "is no list of files"),
+        (b"[1, 2]", "is no list of files"),
+        (b'{"error": 3}', "is no list of files"),
+        (b'[{"type": "file"}]', "is no list of files"),
+        (b'[{"type": "file", "path": 3, "oid": "", "size": 3}]', "unsafe name 3"),
+        *[
+            (json.dumps([{"type": "file", "path": path, "oid": "", "size": 3}]).encode(), "a file of the unsafe name")
+            for path in ("../up.parquet", "/etc/a.parquet", "a/../../b.parquet", "nul\0.parquet", "\x1b[2J.parquet", "")
+        ],
+        (b'[{"type": "file", "path": "a.parquet", "oid": "", "size": "big"}]', "with the size 'big'"),
+        (
+            b'[{"type": "file", "path": "a.parquet", "oid": "", "size": 3, "lfs": {"size": 3, "oid": "x", '
+            b'"pointerSize": 1}}]',
+            "the checksum 'x'",
+        ),
+    ],
+)
+def test_answers_of_a_hub_are_checked(
+    hub: HubServer, tmp_path: Path, fetch: Callable[..., DownloadReport], listing: bytes, message: str
+) -> None:
+    hub.listing = listing
+    with pytest.raises(UserError, match=message) as raised:
+        fetch(pattern="*.parquet")
+    assert "\x1b" not in str(raised.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_listing_without_an_end(
+    hub: HubServer, tmp_path: Path, fetch: Callable[..., DownloadReport], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "LISTING_SECONDS", 0.5)
+    hub.endless = True
+    with pytest.raises(UserError, match="list of the files of some/shards at revision main does not end"):
+        fetch()
+    monkeypatch.setattr(download, "LISTING_SECONDS", 60.0)
+    monkeypatch.setattr(download, "MAX_FILES", 500)
+    with pytest.raises(UserError, match="some/shards has more than 500 files"):
+        fetch()
+    assert not list(tmp_path.iterdir())

@@ -28,6 +28,8 @@ class HubServer:
     Attributes:
         faults: path to the faults of its next GETs, in order ("tree" for the listing).
         gets: GETs served so far, by path.
+        listing: served instead of the list of files.
+        endless: every page of the list of files names a further one.
     """
 
     def __init__(self, repo_id: str, files: dict[str, bytes]) -> None:
@@ -35,6 +37,8 @@ class HubServer:
         self.files = files
         self.faults: dict[str, list[Fault]] = defaultdict(list)
         self.gets: list[str] = []
+        self.listing: bytes | None = None
+        self.endless = False
         self.released = threading.Event()
         self._http = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self._http.daemon_threads = True
@@ -86,6 +90,13 @@ class _Handler(BaseHTTPRequestHandler):
             if self.hub.faults["tree"]:
                 self.hub.faults["tree"].pop(0)
                 return self._send(503, b"")
+            if self.hub.listing is not None:
+                return self._send(200, self.hub.listing, {"Content-Type": "application/json"})
+            if self.hub.endless:
+                entries = [{"type": "file", "path": f"shard_{n}.parquet", "oid": "0", "size": 1} for n in range(100)]
+                time.sleep(0.02)
+                link = {"Link": f'<{self.hub.endpoint}{self.path}>; rel="next"', "Content-Type": "application/json"}
+                return self._send(200, json.dumps(entries).encode(), link)
             return self._send_json(self._entries(folder, "recursive=true" in (query or "").lower()))
         return self._serve_file(body=True)
 

@@ -9,13 +9,16 @@ import hashlib
 import json
 import logging
 import queue
+import re
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import (
@@ -26,14 +29,22 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.hf_api import RepoFile, RepoFolder
+from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars
 
 from lmchat.data.parquet_text import open_parquet
 from lmchat.files import locked, replacing
+from lmchat.option_checks import check_count
 from lmchat.progress import ProgressBar
 from lmchat.types import UserError
 
+MAX_FILES = 1_000_000
+LISTING_SECONDS = 600.0
+LISTING_BYTES = 1 << 30
+"""Limits of a repository's list of files: what no real one comes near."""
+
+_NOT_LISTED = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
+"""What huggingface_hub raises for an answer that is not as it expects."""
 _ATTEMPTS = 5
 _FIRST_PAUSE_SECONDS = 0.5
 _POLL_SECONDS = 0.25
@@ -58,7 +69,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class DownloadReport:
-    """What `download_shards` found. present: shards that an earlier run had fetched."""
+    """What `download_shards` found; ``present`` counts the shards that an earlier run had fetched."""
 
     directory: Path
     shards: int
@@ -97,9 +108,7 @@ def download_shards(
         UserError: no such repository, revision or shards; a file that stays broken; no room; ``output`` holds another
             repository's shards.
     """
-    for name, value in (("num_shards", num_shards), ("num_workers", num_workers)):
-        if value < 1 and (name, value) != ("num_shards", -1):
-            raise UserError(f"{name} is {value}; it must be at least 1")
+    check_count("", 1, num_workers=num_workers, num_shards=None if num_shards == -1 else num_shards)
     hub = _Hub(repo_id, revision, output / _STAGING)
     shards = _choose(hub.list_shards(pattern), num_shards, repo_id)
     with _claim(output, repo_id):
@@ -169,18 +178,9 @@ class _Hub:
     def list_shards(self, pattern: str) -> list[Shard]:
         """The files that match, by name. Raises `UserError` unless there are two or more."""
 
-        def list_files() -> list[RepoFile | RepoFolder]:
-            self.revision = self.api.dataset_info(self.repo_id, revision=self.revision).sha or self.revision
-            return list(
-                self.api.list_repo_tree(self.repo_id, recursive=True, revision=self.revision, repo_type="dataset")
-            )
-
-        entries = _persistently(list_files, f"{self.repo_id} at revision {self.revision}")
-        shards = [
-            Shard(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None)
-            for entry in entries
-            if isinstance(entry, RepoFile) and fnmatch.fnmatch(entry.path, pattern)
-        ]
+        what = f"{self.repo_id} at revision {self.revision}"
+        files = _within_limits(lambda: _persistently(self._list_files, what), what)
+        shards = [shard for shard in files if fnmatch.fnmatch(shard.path, pattern)]
         if len(shards) < 2:
             raise UserError(
                 f"{self.repo_id} has {len(shards)} file(s) that match {pattern!r}; two or more are needed, the last "
@@ -189,6 +189,22 @@ class _Hub:
         if len({shard.name for shard in shards}) < len(shards):
             raise UserError(f"{self.repo_id} has files of the same name in several folders; choose one with --pattern")
         return sorted(shards, key=lambda shard: shard.name)
+
+    def _list_files(self) -> list[Shard]:
+        try:
+            self.revision = self.api.dataset_info(self.repo_id, revision=self.revision).sha or self.revision
+            entries = self.api.list_repo_tree(self.repo_id, recursive=True, revision=self.revision, repo_type="dataset")
+            files = [_checked(entry) for entry in islice(entries, MAX_FILES + 1) if isinstance(entry, RepoFile)]
+        except _NOT_LISTED as error:
+            if isinstance(error, UserError | HFValidationError | OSError | HTTPError):
+                raise
+            raise UserError(
+                f"the hub's answer about {self.repo_id} is no list of files ({type(error).__name__}: "
+                f"{_first_line(error)[:200]}); check HF_ENDPOINT and the network"
+            ) from error
+        if len(files) > MAX_FILES:
+            raise UserError(f"{self.repo_id} has more than {MAX_FILES:,} files, which lmchat does not download")
+        return files
 
     def fetch(self, shard: Shard, output: Path) -> None:
         """Download, verify, and only then give the file its name."""
@@ -217,6 +233,54 @@ class _Hub:
         return total
 
 
+def _checked(entry: RepoFile) -> Shard:
+    """The file of a listing, which could name files outside of the folder that they are written to.
+
+    Raises:
+        UserError: it has no name, size and checksum as a file of a repository has.
+    """
+    path, size, sha256 = entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None
+    parts = path.split("/") if isinstance(path, str) else [""]
+    if any(part in ("", ".", "..") or not part.isprintable() or "\\" in part for part in parts):
+        raise UserError(f"the hub lists a file of the unsafe name {path!r:.200}; nothing is downloaded")
+    if type(size) is not int or size < 0 or not (sha256 is None or re.fullmatch("[0-9a-f]{64}", str(sha256))):
+        raise UserError(f"the hub lists {path} with the size {size!r:.50} and the checksum {sha256!r:.80}; try again")
+    return Shard(path, size, sha256)
+
+
+def _within_limits(action: Callable[[], T], what: str) -> T:
+    """The result of ``action``, which runs in a thread of its own: an answer without an end must not fill the memory.
+
+    Raises:
+        UserError: it takes too long or too much memory.
+    """
+    import resource
+
+    outcome: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            outcome.put((action(), None))
+        except BaseException as error:  # handed to the main thread
+            outcome.put((None, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    unit = 1 if sys.platform == "darwin" else 1024
+    deadline, before = time.monotonic() + LISTING_SECONDS, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    while True:
+        with contextlib.suppress(queue.Empty):
+            result, error = outcome.get(timeout=_POLL_SECONDS)
+            if error is not None:
+                raise error
+            return cast(T, result)
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
+        if time.monotonic() > deadline or grown > LISTING_BYTES:
+            raise UserError(
+                f"the hub's list of the files of {what} does not end: {grown / 1e6:.0f} MB of memory after "
+                f"{LISTING_SECONDS - max(0, deadline - time.monotonic()):.0f} s; check HF_ENDPOINT, or try again"
+            )
+
+
 def _verify(path: Path, shard: Shard) -> None:
     if (size := path.stat().st_size) != shard.size:
         raise _Damaged(f"it has {size} bytes, not {shard.size}")
@@ -228,7 +292,7 @@ def _verify(path: Path, shard: Shard) -> None:
 
 
 def _persistently(action: Callable[[], T], what: str) -> T:
-    """Try until it works: faults of the network or the server pass, others are the user's to know at once."""
+    """Retries after faults of the network or the server; other errors are raised at once as `UserError`."""
     for attempt in range(_ATTEMPTS):
         if attempt:
             time.sleep(_FIRST_PAUSE_SECONDS * 2 ** (attempt - 1))
