@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import bz2
+import csv
 import gzip
+import io
 import json
+import lzma
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,9 +18,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lmchat.data import importing
-from lmchat.data.importing import import_folder, write_shards
+from lmchat.data import documents, shard_writer
+from lmchat.data.documents import DocumentReader, parse_separator
+from lmchat.data.import_text import import_folder
 from lmchat.data.parquet_text import list_shards
+from lmchat.data.shard_writer import write_shards
 from lmchat.types import UserError
 
 
@@ -51,8 +59,8 @@ def test_every_kind_of_file(source: Path, tmp_path: Path) -> None:
     assert (report.shards.train_shards, report.shards.train_documents, report.shards.validation_documents) == (1, 5, 1)
     assert (report.shards.duplicates, report.shards.blank) == (2, 3)
     assert report.shards.characters == sum(map(len, documents))
-    assert report.other_files == 1
-    assert [path.name for path in report.undecodable] == ["binary.txt", "latin.txt"]
+    assert (report.found.others, report.found.hidden) == ({".py": 1}, 1)
+    assert [path.name for path in report.reader.undecodable] == ["binary.txt", "latin.txt"]
     assert not (tmp_path / "out.partial").exists()
 
 
@@ -75,7 +83,7 @@ def test_documents_are_kept_once_and_split(
     unique = {text for text in texts if text.strip()}
     output = tmp_path_factory.mktemp("import") / "out"
     options = {"seed": seed, "validation_fraction": fraction, "shard_characters": shard_characters}
-    expected_bytes = (buckets - 1) * importing._BUCKET_BYTES
+    expected_bytes = (buckets - 1) * shard_writer.BUCKET_BYTES
     if len(unique) < 2:
         with pytest.raises(UserError, match="at least 2 are needed"):
             write_shards(texts, output, expected_bytes=expected_bytes, **options)
@@ -128,8 +136,8 @@ def test_another_field_and_column(tmp_path: Path) -> None:
         ("a.jsonl", b'{"messages": [], "id": 3}', r"a\.jsonl:1 has no field `text` but the fields messages, id"),
         ("a.jsonl", b'{"text": 3}', r"a\.jsonl:1: field `text` holds a int, not a string"),
         ("a.jsonl", b'\n{"text": "\xff"}', r"a\.jsonl:2 is not valid JSON"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "one"}\n' * 9)[:-12], r"a\.jsonl\.gz is damaged after line \d"),
-        ("a.jsonl.gz", b'{"text": "one"}\n', r"a\.jsonl\.gz is damaged after line 0"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "one"}\n' * 9)[:-12], r"a\.jsonl\.gz is damaged"),
+        ("a.jsonl.gz", b'{"text": "one"}\n', r"a\.jsonl\.gz is damaged"),
         ("a.parquet", b"PAR1", r"cannot read .*a\.parquet"),
         ("a.txt", b"only one", r"found 1 document\(s\) with text, at least 2"),
         ("a.docx", b"word", r"has no file of the kinds \.txt"),
@@ -151,7 +159,9 @@ def test_user_mistakes_are_named(source: Path, tmp_path: Path) -> None:
         import_folder(source, source / "deep" / "out", progress=False)
     latin = tmp_path / "latin.txt"
     latin.write_bytes("Größe".encode("latin-1"))
-    with pytest.raises(UserError, match=r"found 0 document.* \(left out: 1 file.* not UTF-8 text, such as .*latin.txt"):
+    with pytest.raises(
+        UserError, match=r"found 0 document.* \(left out: 1 file.* not Unicode text, such as .*latin.txt"
+    ):
         import_folder(latin, output, progress=False)
     with pytest.raises(UserError, match=r"validation_fraction is 1\.0"):
         import_folder(source, output, validation_fraction=1.0, progress=False)
@@ -161,3 +171,178 @@ def test_user_mistakes_are_named(source: Path, tmp_path: Path) -> None:
     (output / "shard_00000.parquet").touch()
     with pytest.raises(UserError, match="out is not empty; choose another with --output"):
         import_folder(source, output, progress=False)
+
+
+def texts_in(folder: Path) -> list[str]:
+    return sorted(text for shard in _read(folder) for text in shard)
+
+
+RECORDS = [{"text": "first"}, {"text": 'second, "quoted"\nwith a line break'}, {"text": "drei größer 😀"}]
+EXPECTED = sorted(record["text"] for record in RECORDS)
+
+
+def as_csv(delimiter: str) -> str:
+    file = io.StringIO()
+    writer = csv.writer(file, delimiter=delimiter)
+    writer.writerows([["id", "text"], *([str(number), record["text"]] for number, record in enumerate(RECORDS))])
+    return file.getvalue()
+
+
+JSON_LINES = "\n".join(map(json.dumps, RECORDS))
+FORMS = {
+    "a.json": json.dumps(RECORDS, ensure_ascii=False),
+    "indented.json": json.dumps(RECORDS, indent=2),
+    "lines.json": JSON_LINES,
+    "strings.json": json.dumps(EXPECTED),
+    "a.ndjson": JSON_LINES,
+    "a.csv": as_csv(","),
+    "semicolons.csv": as_csv(";"),
+    "a.tsv": as_csv("\t"),
+}
+COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda data: pa.Codec("zstd").compress(data, asbytes=True),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_forms_and_encodings(tmp_path: Path, name: str, encoding: str) -> None:
+    (tmp_path / name).write_bytes(FORMS[name].encode(encoding))
+    report = import_folder(tmp_path / name, tmp_path / "out", progress=False)
+    assert texts_in(tmp_path / "out") == EXPECTED
+    assert sum(report.reader.recoded.values()) == (not encoding.startswith("utf-8"))
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv", "a.txt"])
+@pytest.mark.parametrize("suffix", COMPRESSIONS)
+def test_compressed_files(tmp_path: Path, name: str, suffix: str) -> None:
+    content = FORMS.get(name, JSON_LINES if name == "a.jsonl" else "|".join(EXPECTED)).encode()
+    half = len(content) // 2
+    compress = COMPRESSIONS[suffix]
+    # Several streams one after the other, as parallel compressors write them.
+    (tmp_path / f"{name}{suffix}").write_bytes(compress(content[:half]) + compress(content[half:]))
+    separator = "|" if name == "a.txt" else None
+    import_folder(tmp_path / f"{name}{suffix}", tmp_path / "out", separator=separator, progress=False)
+    assert texts_in(tmp_path / "out") == EXPECTED
+
+
+def test_files_in_the_wild(tmp_path: Path) -> None:
+    """A folder of text that a link points to, a link in a circle, a link to nowhere, and what a Mac leaves behind."""
+    source, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
+    source.mkdir()
+    elsewhere.mkdir()
+    (elsewhere / "linked.txt").write_text("linked")
+    (source / "more").symlink_to(elsewhere)
+    (elsewhere / "circle").symlink_to(source)
+    (source / "lost.txt").symlink_to(tmp_path / "nowhere")
+    (source / "a.txt").write_text("plain")
+    (source / "._a.txt").write_bytes(b"\0\5\26\7")
+    (source / "scan.PDF").write_bytes(b"%PDF")
+    (source / "notes").write_text("no suffix")
+    report = import_folder(source, tmp_path / "out", progress=False)
+    assert texts_in(tmp_path / "out") == ["linked", "plain"]
+    assert report.found.others == {".pdf": 1, "without a suffix": 1}
+    shown = str(report)
+    assert "1 .pdf" in shown and "1 hidden files" in shown
+    assert f"a link that points nowhere: {source / 'lost.txt'}" in shown
+
+
+@pytest.mark.parametrize(
+    ("content", "separator"),
+    [
+        ("one\n\ntwo\n\nthree", "\n\n"),
+        ("one\r\n\r\ntwo\r\n\r\nthree", "\n\n"),
+        ("one\n\ntwo\r\n\r\nthree", r"\n\n"),
+        ("one\r\n\r\ntwo\n\nthree", "\r\n\r\n"),
+        ("one\n---\ntwo\n---\nthree", r"\n---\n"),
+        ("one\ttwo\tthree", r"\t"),
+        (r"one\newpage two\newpage three", r"\newpage "),
+        ("one.*two.*three", ".*"),
+    ],
+)
+def test_separators(tmp_path: Path, content: str, separator: str) -> None:
+    (tmp_path / "a.txt").write_bytes(content.encode())
+    import_folder(tmp_path / "a.txt", tmp_path / "out", separator=separator, progress=False)
+    assert texts_in(tmp_path / "out") == ["one", "three", "two"]
+
+
+def test_a_separator_that_occurs_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("one\ntwo")
+    (tmp_path / "in" / "b.txt").write_text("three\nfour")
+    with pytest.raises(UserError, match=r"--separator '===' occurs in none of the 2 plain text files"):
+        import_folder(tmp_path / "in", tmp_path / "out", separator="===", progress=False)
+    with pytest.raises(UserError, match="--separator is empty"):
+        import_folder(tmp_path / "in", tmp_path / "out", separator="", progress=False)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "in" / "c.txt").write_text("five===six")
+    report = import_folder(tmp_path / "in", tmp_path / "out", separator="===", progress=False)
+    assert "without the separator: 2 plain text files" in str(report)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    parts=st.lists(st.text("ab\r\n ", max_size=12), min_size=1, max_size=12),
+    chunk=st.integers(1, 7),
+    most=st.integers(3, 40),
+)
+def test_streaming_gives_what_the_whole_text_gives(
+    tmp_path_factory: pytest.TempPathFactory, parts: list[str], chunk: int, most: int
+) -> None:
+    """Cut at separators as if the text were split at once; longer parts are divided without loss, within the limit."""
+    text = "\n\n".join(parts)
+    path = tmp_path_factory.mktemp("text") / "a.txt"
+    path.write_bytes(text.encode())
+    whole = re.split("\r?\n\r?\n", text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "_CHUNK_BYTES", chunk)
+        unlimited = DocumentReader(separator=parse_separator("\n\n"))
+        assert list(unlimited.read(path)) == whole
+        assert unlimited.divided == 0
+        limited = DocumentReader(separator=parse_separator("\n\n"), max_characters=most)
+        pieces = list(limited.read(path))
+    assert max(map(len, pieces)) <= most
+    assert limited.divided == sum(len(part) > most for part in whole)
+    assert "".join(pieces) == "".join(whole)
+
+
+def test_long_documents_are_divided_at_words_and_long_lines_left_out(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("word " * 30)
+    (tmp_path / "in" / "b.jsonl").write_text(json.dumps({"text": "line " * 200}) + '\n{"text": "short"}\n')
+    report = import_folder(tmp_path / "in", tmp_path / "out", max_document_characters=50, progress=False)
+    assert texts_in(tmp_path / "out") == ["short", "word " * 10]  # three equal pieces, once
+    shown = str(report)
+    assert "divided: 1 documents longer than 50 characters" in shown
+    assert f"a record that is too long: {tmp_path / 'in' / 'b.jsonl'}:1" in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "id,body\n1,x\n", r"a\.csv has no column `text` \(its first line has: id, body\)"),
+        ("a.csv", 'text\n"open\n', r"a\.csv, line \d: unexpected end of data"),
+        ("a.csv", "text\n" + "x" * 100, r"a\.csv has a line longer than 40 characters.*--max_document_characters"),
+        ("a.json", '[{"text": "a"}, {"text": ]', r"a\.json: value 2 is not valid JSON"),
+        ("a.json", '[{"text": "a"}', r"a\.json ends within its array, after value 1"),
+        ("a.json", "[" * 100_000, r"a\.json: value 1 is "),
+        ("a.json", '{"text": "' + "x" * 300, r"a\.json: value 1 is longer than 240 characters"),
+        ("a.json", '{"data": [{"text": "a"}]}', r"value 1 has no field `text` but the fields data"),
+    ],
+)
+def test_malformed_tables_and_arrays_are_named(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        import_folder(tmp_path / name, tmp_path / "out", max_document_characters=40, progress=False)
+
+
+def test_buckets_that_are_too_large_are_divided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [f"document {number}" for number in range(300)] + ["again"] * 300
+    write_shards(texts, tmp_path / "one", seed=5)
+    monkeypatch.setattr(shard_writer, "BUCKET_BYTES", 2000)
+    report = write_shards(texts, tmp_path / "many", seed=5)
+    assert _read(tmp_path / "many") == _read(tmp_path / "one")
+    assert (report.train_documents + report.validation_documents, report.duplicates) == (301, 299)

@@ -48,46 +48,42 @@ def import_(
     output: Path | None = None,
     text_field: str = "text",
     separator: str | None = None,
+    max_document_characters: int = 10_000_000,
     validation_fraction: float = 0.01,
     shard_characters: int = 250_000_000,
     seed: int = 0,
 ) -> None:
-    """Make shards from the .txt, .md, .rst, .jsonl, .jsonl.gz and .parquet files under a folder.
+    r"""Make shards from the text files under a folder.
 
-    Documents are shuffled, and exact duplicates dropped.
+    It reads .txt .md .rst .jsonl .ndjson .json .csv .tsv files, also as .gz .zst .bz2 .xz, and .parquet, in UTF-8,
+    UTF-16 or UTF-32. Documents are shuffled, and exact duplicates dropped. Files and folders that begin with a dot are
+    left out, and links are followed.
 
     Args:
         source: folder, or one file.
         output: folder to make; default is $LMCHAT_BASE_DIR/base_data.
-        text_field: field of JSON lines and column of parquet files that holds the text.
-        separator: string that divides plain text files into documents; by default a file is a document.
+        text_field: field of JSON records and column of tables that holds the text.
+        separator: string that divides plain text files into documents, where \n is a line break, also a Windows one;
+            by default a file is a document.
+        max_document_characters: longer documents are divided at the end of a paragraph, line or word.
         validation_fraction: share of the documents that go to the last shard, for validation.
         shard_characters: characters that make a shard full.
         seed: seed of the shuffle.
     """
-    from lmchat.data.importing import import_folder
+    from lmchat.data.import_text import import_folder
 
-    output = output or base_data_dir()
-    report = import_folder(
-        source,
-        output,
-        text_field=text_field,
-        separator=separator,
-        validation_fraction=validation_fraction,
-        shard_characters=shard_characters,
-        seed=seed,
-    )
-    shards = report.shards
     print(
-        f"{shards.train_documents:,} documents for training in {shards.train_shards} shards and "
-        f"{shards.validation_documents:,} for validation in one, {shards.characters:,} characters, in {output}"
+        import_folder(
+            source,
+            output or base_data_dir(),
+            text_field=text_field,
+            separator=separator,
+            max_document_characters=max_document_characters,
+            validation_fraction=validation_fraction,
+            shard_characters=shard_characters,
+            seed=seed,
+        )
     )
-    print(
-        f"left out: {shards.duplicates:,} duplicates, {shards.blank:,} blank documents, {report.other_files:,} "
-        f"files of other kinds, {len(report.undecodable):,} files that are not UTF-8 text"
-    )
-    for path in report.undecodable[:10]:
-        print(f"  not UTF-8 text: {path}")
 
 
 def tokenize(data_dir: Path | None = None, tokenizer: Path | None = None, num_threads: int | None = None) -> None:

@@ -24,7 +24,7 @@ def collect_text(run: Demo) -> Metrics:
 
 
 def _import_text(run: Demo, text: Path) -> Metrics:
-    from lmchat.data.importing import import_folder
+    from lmchat.data.import_text import import_folder
 
     imported = import_folder(
         text, run.data_dir, separator=_separator(text), validation_fraction=VALIDATION_SHARE
@@ -59,7 +59,7 @@ def _list_words(run: Demo) -> int:
 
 def _separator(text: Path) -> str | None:
     """What cuts plain text into documents: nothing if files are many and short, else blank lines or lines."""
-    from lmchat.data.importing import PLAIN_SUFFIXES
+    from lmchat.data.documents import PLAIN_SUFFIXES
 
     found = [text] if text.is_file() else [path for path in text.rglob("*") if path.is_file()]
     files = [path for path in found if path.suffix.lower() in PLAIN_SUFFIXES]
@@ -67,7 +67,8 @@ def _separator(text: Path) -> str | None:
         if len(files) >= FEW_FILES and sum(path.stat().st_size for path in files) <= LONG_FILE_BYTES * len(files):
             return None
         paragraph_breaks = ("\r\n\r\n", "\n\n")
-        return next((cut for cut in paragraph_breaks if _count(cut, files) >= FEW_FILES), "\n")
+        cut = next((cut for cut in paragraph_breaks if _count(cut, files) >= FEW_FILES), "\n")
+        return cut if _count(cut, files) else None
     except OSError:
         return None  # the import says which file it is
 

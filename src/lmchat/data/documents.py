@@ -1,0 +1,273 @@
+"""The documents of a folder of text: which files there are, and the texts in them, read as a stream."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from lmchat.data.parquet_text import TEXT_COLUMN, read_documents
+from lmchat.progress import ProgressBar
+from lmchat.records import (
+    COMPRESSION_SUFFIXES,
+    JSON_LINES_SUFFIXES,
+    JSON_SUFFIXES,
+    TABLE_SUFFIXES,
+    LongRecord,
+    json_values,
+    kind_of,
+    lines,
+    open_text,
+    table_rows,
+)
+from lmchat.types import UserError
+
+PLAIN_SUFFIXES = (".txt", ".md", ".rst")
+SUFFIXES = (*PLAIN_SUFFIXES, *JSON_LINES_SUFFIXES, *JSON_SUFFIXES, *TABLE_SUFFIXES)
+"""Kinds of text files, which may be compressed; parquet files come on top of them."""
+KINDS = f"{' '.join(SUFFIXES)} .parquet (the text ones also as {' '.join(COMPRESSION_SUFFIXES)})"
+
+MAX_DOCUMENT_CHARACTERS = 10_000_000
+
+_CHUNK_BYTES = 1 << 20
+_JSON_BYTES_PER_CHARACTER = 6  # of an escape like \u00e9
+_ESCAPES = {r"\n": "\n", r"\r": "\r", r"\t": "\t"}
+
+
+@dataclass
+class FoundFiles:
+    """What `find_files` found.
+
+    Attributes:
+        files: files to read, by name.
+        others: number of files of other kinds, by suffix.
+        hidden: files and folders that begin with a dot, which are left out.
+        broken_links: links that point nowhere.
+    """
+
+    files: list[Path] = field(default_factory=list)
+    others: Counter[str] = field(default_factory=Counter)
+    hidden: int = 0
+    broken_links: list[Path] = field(default_factory=list)
+
+
+def find_files(source: Path) -> FoundFiles:
+    """The files of text in a folder and the folders in it, linked ones too; or ``source`` itself, if it is a file.
+
+    Raises:
+        UserError: there is nothing to read.
+    """
+    if not source.exists():
+        raise UserError(f"nothing to import: {source} does not exist")
+    found = FoundFiles()
+    if source.is_file():
+        _sort_in(source, found)
+    else:
+        _walk(source, found)
+        found.files.sort()
+    if not found.files:
+        there = ", ".join(f"{count} {suffix}" for suffix, count in found.others.most_common(5))
+        raise UserError(
+            f"nothing to import: {source} has no file of the kinds {KINDS}"
+            f"{f' (there are: {there}); convert them to one of these' if there else ''}"
+        )
+    return found
+
+
+def _walk(source: Path, found: FoundFiles) -> None:
+    visited = set()  # A linked folder may hold itself.
+    for folder, folders, names in os.walk(source, followlinks=True):
+        status = Path(folder).stat()
+        if (status.st_dev, status.st_ino) in visited:
+            folders.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        visible = [name for name in folders if not name.startswith(".")]
+        found.hidden += len(folders) - len(visible)
+        folders[:] = sorted(visible)
+        for name in names:
+            if name.startswith("."):
+                found.hidden += 1
+            else:
+                _sort_in(Path(folder, name), found)
+
+
+def _sort_in(path: Path, found: FoundFiles) -> None:
+    kind, compression = kind_of(path)
+    if not path.exists():
+        found.broken_links.append(path)
+    elif path.is_file() and (kind in SUFFIXES or (kind == ".parquet" and not compression)):
+        found.files.append(path)
+    else:
+        found.others[kind + compression or "without a suffix"] += 1
+
+
+def parse_separator(separator: str | None) -> re.Pattern[str] | None:
+    r"""The pattern that a separator stands for: a line break in it matches Windows line breaks too.
+
+    ``\n``, ``\r`` and ``\t`` typed as two characters mean line break and tab, unless a letter follows, as in LaTeX's
+    ``\newpage``.
+
+    Raises:
+        UserError: it is empty.
+    """
+    if separator is None:
+        return None
+    if not separator:
+        raise UserError("--separator is empty; give the string between two documents, for example '\\n\\n'")
+    text = re.sub(r"\\[nrt](?![A-Za-z])", lambda match: _ESCAPES[match[0]], separator)
+    return re.compile(re.escape(text.replace("\r\n", "\n")).replace("\\\n", "\r?\n"))
+
+
+@dataclass
+class DocumentReader:
+    """Reads the documents of files of any kind, and counts what is special about them.
+
+    Attributes:
+        text_field: field of JSON records and column of tables that holds the text.
+        separator: divides plain text files into documents.
+        max_characters: longest document; a longer one is divided, at the end of a paragraph, line or word.
+        bar: progress in bytes of the files.
+        undecodable: plain text files that are in no Unicode encoding; they are left out.
+        recoded: number of files by their encoding, if it is not UTF-8.
+        divided: documents that were longer than ``max_characters``.
+        long_records: places of JSON records too long to be read; they are left out.
+        plain_files: number of plain text files read, of which ``divided_files`` held the separator.
+    """
+
+    text_field: str = TEXT_COLUMN
+    separator: re.Pattern[str] | None = None
+    max_characters: int = MAX_DOCUMENT_CHARACTERS
+    bar: ProgressBar = field(default_factory=lambda: ProgressBar("Reading text", enabled=False))
+    undecodable: list[Path] = field(default_factory=list)
+    recoded: Counter[str] = field(default_factory=Counter)
+    divided: int = 0
+    long_records: list[str] = field(default_factory=list)
+    plain_files: int = 0
+    divided_files: int = 0
+
+    def read(self, path: Path) -> Iterator[str]:
+        """The documents of a file, "" for a null one.
+
+        Raises:
+            UserError: the file is damaged or malformed, or lacks the field; it names the file and the place.
+        """
+        size, before = path.stat().st_size, self.bar.done
+        if path.suffix.lower() == ".parquet":
+            for text in read_documents(path, self.text_field):
+                yield from self._bounded(text or "")
+            self.bar.set(before + size)
+            return
+        try:
+            if kind_of(path)[0] in PLAIN_SUFFIXES and not _is_text(path):
+                self.undecodable.append(path)
+                return
+            with path.open("rb") as raw, open_text(path, raw) as (file, encoding):
+                if encoding != "utf-8":
+                    self.recoded[encoding.upper()] += 1
+                for text in self._texts(path, file):
+                    yield text
+                    self.bar.set(before + raw.tell())
+        except LongRecord as error:
+            raise UserError(f"{error}; raise --max_document_characters, or leave the file out") from error
+        except OSError as error:
+            raise UserError(f"cannot read {path} ({error.strerror or error})") from error
+        self.bar.set(before + size)
+
+    def _texts(self, path: Path, file: BinaryIO) -> Iterator[str]:
+        kind, limit = kind_of(path)[0], self.max_characters * _JSON_BYTES_PER_CHARACTER
+        if kind in PLAIN_SUFFIXES:
+            yield from self._plain(file)
+        elif kind in JSON_LINES_SUFFIXES:
+            yield from self._json_lines(path, file, limit)
+        elif kind in JSON_SUFFIXES:
+            for number, value in enumerate(json_values(file, str(path), limit), 1):
+                yield from self._bounded(self._text_of(value, f"{path}: value {number}"))
+        else:
+            for row in table_rows(file, str(path), self.text_field, self.max_characters):
+                yield from self._bounded(row.get(self.text_field, ""))
+
+    def _json_lines(self, path: Path, file: BinaryIO, limit: int) -> Iterator[str]:
+        for number, line in lines(file, limit):
+            if line is None:
+                self.long_records.append(f"{path}:{number}")
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}:{number} is not valid JSON ({error}); correct or remove the line") from error
+            yield from self._bounded(self._text_of(record, f"{path}:{number}"))
+
+    def _text_of(self, record: Any, place: str) -> str:
+        if isinstance(record, str):
+            return record
+        if not isinstance(record, dict) or self.text_field not in record:
+            has = f"the fields {', '.join(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
+            raise UserError(f"{place} has no field `{self.text_field}` but {has}; name the field with --text_field")
+        text = record[self.text_field]
+        if not isinstance(text, str | None):
+            raise UserError(
+                f"{place}: field `{self.text_field}` holds a {type(text).__name__}, not a string; "
+                "name another field with --text_field"
+            )
+        return text or ""
+
+    def _plain(self, file: BinaryIO) -> Iterator[str]:
+        """The parts between separators. A part too long to be held is divided before its end is read."""
+        self.plain_files += 1
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        rest, separated, in_long_part = "", False, False
+        while chunk := file.read(_CHUNK_BYTES):
+            rest += decoder.decode(chunk)
+            if self.separator is not None:
+                *parts, rest = self.separator.split(rest)
+                for part in parts:
+                    yield from self._bounded(part, counted=in_long_part)
+                    separated, in_long_part = True, False
+            if len(rest) > 2 * self.max_characters:
+                end = _boundary(rest, self.max_characters)
+                yield rest[:end]
+                rest = rest[end:]
+                self.divided += not in_long_part
+                in_long_part = True
+        self.divided_files += separated
+        yield from self._bounded(rest + decoder.decode(b"", final=True), counted=in_long_part)
+
+    def _bounded(self, text: str, *, counted: bool = False) -> Iterator[str]:
+        """The text, in pieces if it is longer than allowed, which counts it as divided unless it is ``counted``."""
+        if len(text) > self.max_characters:
+            self.divided += not counted
+        while len(text) > self.max_characters:
+            end = _boundary(text, self.max_characters)
+            yield text[:end]
+            text = text[end:]
+        yield text
+
+
+def _boundary(text: str, most: int) -> int:
+    """Where to cut: after the last paragraph, line or word that ends in the second half of ``most`` characters."""
+    for mark in ("\n\n", "\n", " "):
+        if (end := text.rfind(mark, most // 2, most)) >= 0:
+            return end + len(mark)
+    return most
+
+
+def _is_text(path: Path) -> bool:
+    """Whether a file's content is Unicode text without zero bytes."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with path.open("rb") as raw, open_text(path, raw) as (file, _):
+        try:
+            while chunk := file.read(_CHUNK_BYTES):
+                if b"\0" in chunk:
+                    return False
+                decoder.decode(chunk)
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError:
+            return False
+    return True

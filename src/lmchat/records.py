@@ -1,0 +1,241 @@
+"""Files of records as people have them: JSON lines, JSON arrays and CSV, compressed or not, in UTF-8, UTF-16 or UTF-32.
+
+Files are read as streams: memory is bounded by the longest record that is allowed.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import csv
+import gzip
+import io
+import json
+import lzma
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from lmchat.types import UserError
+
+JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
+JSON_SUFFIXES = (".json",)
+TABLE_SUFFIXES = (".csv", ".tsv")
+COMPRESSION_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
+
+DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
+"""Errors of damaged compressed data."""
+
+_CHUNK_BYTES = 1 << 20
+_PROBE_BYTES = 4096
+_BOMS = {  # those of UTF-32 first: they begin with those of UTF-16
+    codecs.BOM_UTF32_LE: "utf-32-le",
+    codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+    codecs.BOM_UTF8: "utf-8",
+}
+_BETWEEN_VALUES = re.compile(r"[\s,]*")
+
+
+class LongRecord(UserError):
+    """A record is longer than the limit, and the rest of its file cannot be read without it."""
+
+
+def kind_of(path: Path) -> tuple[str, str]:
+    """The lower-case suffix that tells a file's kind, and that of its compression or ``""``: ``(".jsonl", ".gz")``."""
+    *_, before, last = ["", "", *(suffix.lower() for suffix in path.suffixes)]
+    return (before, last) if last in COMPRESSION_SUFFIXES else (last, "")
+
+
+@contextlib.contextmanager
+def open_text(path: Path, raw: BinaryIO) -> Iterator[tuple[BinaryIO, str]]:
+    """A file's content, decompressed and in UTF-8 without a byte order mark, and the encoding it has on disk.
+
+    Content in no Unicode encoding passes through unchanged.
+
+    Args:
+        path: name of the file, whose suffix tells the compression.
+        raw: the open file, whose position tells how much of it has been read.
+
+    Raises:
+        UserError: the compressed data is damaged, or cannot be decompressed here.
+    """
+    try:
+        content = io.BufferedReader(cast(Any, _decompressed(path, raw)), _CHUNK_BYTES)
+        bom, encoding = _encoding_of(content.peek(_PROBE_BYTES)[:_PROBE_BYTES])
+        content.read(bom)
+        if encoding == "utf-8":
+            yield content, encoding
+        else:
+            yield io.BufferedReader(cast(Any, _ToUTF8(content, encoding)), _CHUNK_BYTES), encoding
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no valid {error.encoding} text ({error.reason}); save it as UTF-8") from error
+    except DAMAGE as error:
+        raise UserError(f"{path} is damaged ({error}); copy or make it again") from error
+
+
+def _decompressed(path: Path, raw: BinaryIO) -> Any:
+    suffix = kind_of(path)[1]
+    if suffix == ".gz":
+        return gzip.GzipFile(fileobj=raw)
+    if suffix == ".bz2":
+        import bz2
+
+        return bz2.BZ2File(raw)
+    if suffix == ".xz":
+        return lzma.LZMAFile(raw)
+    if suffix == ".zst":
+        import pyarrow as pa
+
+        if not pa.Codec.is_available("zstd"):
+            raise UserError(f"{path}: this pyarrow cannot read zstd; decompress the file with `zstd -d`")
+        return pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd")
+    return raw
+
+
+def _encoding_of(head: bytes) -> tuple[int, str]:
+    """Length of the byte order mark, and the encoding; without a mark, UTF-16 of mostly Latin text is known
+    by its zero bytes."""
+    for mark, encoding in _BOMS.items():
+        if head.startswith(mark):
+            return len(mark), encoding
+    even, odd = head[0::2], head[1::2]
+    for high, low, encoding in ((odd, even, "utf-16-le"), (even, odd, "utf-16-be")):
+        if len(head) >= 4 and high.count(0) > len(high) / 2 and low.count(0) < len(low) / 20:
+            return 0, encoding
+    return 0, "utf-8"
+
+
+class _ToUTF8(io.RawIOBase):
+    """Recodes a stream to UTF-8."""
+
+    def __init__(self, source: BinaryIO, encoding: str) -> None:
+        self._source = source
+        self._decoder = codecs.getincrementaldecoder(encoding)()
+        self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            data = self._source.read(_CHUNK_BYTES)
+            self._ready = self._decoder.decode(data, final=not data).encode("utf-8", "surrogatepass")
+            if not data:
+                break
+        size = min(len(buffer), len(self._ready))
+        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
+        return size
+
+
+def lines(file: BinaryIO, max_bytes: int) -> Iterator[tuple[int, bytes | None]]:
+    """The lines that are not blank with their numbers from 1; None for one that is longer than ``max_bytes``."""
+    number = 0
+    while line := file.readline(max_bytes + 1):
+        number += 1
+        if len(line) > max_bytes:
+            while line and not line.endswith(b"\n"):
+                line = file.readline(_CHUNK_BYTES)
+            yield number, None
+        elif line.strip():
+            yield number, line
+
+
+def json_values(file: BinaryIO, what: str, max_characters: int) -> Iterator[Any]:
+    """The elements of a JSON array, or JSON values one after the other, with or without line breaks between them.
+
+    Args:
+        file: in UTF-8.
+        what: name of the file for errors.
+        max_characters: longest value.
+
+    Raises:
+        UserError: the content is not JSON.
+        LongRecord: a value is longer than ``max_characters``.
+    """
+    text = io.TextIOWrapper(file, encoding="utf-8")
+    decoder = json.JSONDecoder()
+    buffer, position, number = "", 0, 0
+    array: bool | None = None  # unknown so far
+    ended = False
+    while True:
+        match = _BETWEEN_VALUES.match(buffer, position)
+        position = match.end() if match else position
+        if position < len(buffer):
+            if array is None:
+                array = buffer[position] == "["
+                position += array
+                continue
+            if array and buffer[position] == "]":
+                return
+            try:
+                value, end = decoder.raw_decode(buffer, position)
+            except (ValueError, RecursionError) as error:
+                if ended or isinstance(error, RecursionError):
+                    raise UserError(f"{what}: value {number + 1} is not valid JSON ({error}); correct it") from error
+                end = len(buffer)
+            if end < len(buffer) or ended:
+                number += 1
+                yield value
+                position = end
+                continue
+        elif ended:
+            if array:
+                raise UserError(f"{what} ends within its array, after value {number}; copy or make it again")
+            return
+        if len(buffer) - position > max_characters:
+            raise LongRecord(f"{what}: value {number + 1} is longer than {max_characters:,} characters")
+        # What is read grows with the value: an unfinished one is parsed again from its beginning.
+        buffer, position = buffer[position:], 0
+        more = text.read(min(max(_CHUNK_BYTES, len(buffer)), max_characters + 1 - len(buffer)))
+        buffer, ended = buffer + more, not more
+
+
+def table_rows(file: BinaryIO, what: str, column: str, max_characters: int) -> Iterator[dict[str, str]]:
+    """The rows of a CSV file by column, whichever of comma, semicolon, tab and bar divides them.
+
+    Args:
+        file: in UTF-8, the first line naming the columns.
+        what: name of the file for errors.
+        column: a column that has to be there, which tells the delimiter.
+        max_characters: longest cell and line.
+
+    Raises:
+        UserError: there is no such column, or a row is malformed.
+        LongRecord: a cell is longer than ``max_characters``.
+    """
+    text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+    source = _bounded_lines(text, what, max_characters)
+    header = next(source, "")
+    names: Sequence[str] = []
+    for delimiter in ",;\t|":
+        names = next(csv.reader([header], delimiter=delimiter), [])
+        if column in names:
+            break
+    else:
+        names = next(csv.reader([header]), [])
+        raise UserError(
+            f"{what} has no column `{column}` (its first line has: {', '.join(names) or 'nothing'}); name the column "
+            "with --text_field"
+        )
+    before = csv.field_size_limit(max_characters)
+    try:
+        reader = csv.reader(source, delimiter=delimiter, strict=True)
+        for row in reader:
+            if row:
+                yield dict(zip(names, row, strict=False))
+    except csv.Error as error:
+        problem = f"{what}, line {reader.line_num + 1}: {error}"
+        raise (LongRecord if "field limit" in str(error) else UserError)(f"{problem}; correct the row") from error
+    finally:
+        csv.field_size_limit(before)
+
+
+def _bounded_lines(text: io.TextIOWrapper, what: str, max_characters: int) -> Iterator[str]:
+    while line := text.readline(max_characters + 1):
+        if len(line) > max_characters:
+            raise LongRecord(f"{what} has a line longer than {max_characters:,} characters")
+        yield line
