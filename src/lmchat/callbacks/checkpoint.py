@@ -33,6 +33,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from lmchat.callbacks.step import StepCallback
 from lmchat.checkpoint.layout import CheckpointPaths, checkpoint_dir, committed_steps
 from lmchat.checkpoint.load import DamagedCheckpoint, open_checkpoint
 from lmchat.checkpoint.rng import capture_rng, restore_rng
@@ -73,7 +74,7 @@ def _data_state(trainer: L.Trainer) -> dict[str, Any]:
     return {} if data is None else {type(data).__qualname__: data.state_dict()}
 
 
-class StepCheckpoint(Checkpoint):
+class StepCheckpoint(StepCallback, Checkpoint):
     """Saves every ``every_n_steps`` optimizer steps, at the end, and when training is interrupted.
 
     A step is saved before it is evaluated, and never twice.
@@ -122,6 +123,7 @@ class StepCheckpoint(Checkpoint):
             _recount_micro_batches(checkpoint, trainer.accumulate_grad_batches)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        super().on_train_start(trainer, pl_module)
         self._saved_step = trainer.global_step
         self._boundary = None
         _on_rank_zero(trainer, lambda: _refuse_later_checkpoints(self.directory, trainer.global_step))
@@ -134,11 +136,11 @@ class StepCheckpoint(Checkpoint):
     def on_before_optimizer_step(self, *_: Any) -> None:
         self._stepping = True
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         self._io.check()
-        step = trainer.global_step
-        if step == (self._boundary.step if self._boundary else self._saved_step):
-            return  # gradients are still being accumulated
+        super().on_train_batch_end(trainer, pl_module)
+
+    def on_step_end(self, trainer: L.Trainer, pl_module: Any, step: int) -> None:
         self._mark_boundary(trainer)
         due = self.every_n_steps is not None and step % self.every_n_steps == 0
         if due or step == trainer.max_steps or trainer.should_stop:

@@ -1,4 +1,4 @@
-"""No garbage-collection pauses in the training loop."""
+"""Keeps garbage collection out of the training loop."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import gc
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
 
+from lmchat.callbacks.step import StepCallback
 from lmchat.types import UserError
 
 
-class GCFreeze(Callback):
-    """Collects, freezes and disables the garbage collector after the first step of a run; collects every so many steps.
+class GCFreeze(StepCallback):
+    """Freezes and disables the garbage collector after the first step; collects every ``every_n_steps`` steps.
 
-    A collection walks every object alive, some 0.5 s with a compiled model, and stalls all ranks. After the first step
-    the long-lived objects exist: they are frozen, and what little cyclic garbage the loop makes is collected by hand.
-    The collector is put back as it was when training ends, also by an exception.
+    A collection visits every live object, takes about 0.5 s with a compiled model and stalls all ranks. After the first
+    step the long-lived objects exist and are frozen; the little cyclic garbage of the loop is collected explicitly. The
+    collector is restored when training ends, also after an exception.
 
     Args:
         every_n_steps: optimizer steps between collections.
@@ -28,14 +28,7 @@ class GCFreeze(Callback):
         self.every_n_steps = every_n_steps
         self._was_enabled: bool | None = None
 
-    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
-        self._last_step = trainer.global_step
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        step = trainer.global_step
-        if step == self._last_step:
-            return
-        self._last_step = step
+    def on_step_end(self, trainer: L.Trainer, pl_module: Any, step: int) -> None:
         if self._was_enabled is None:
             self._was_enabled = gc.isenabled()
             gc.collect()

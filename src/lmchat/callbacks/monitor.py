@@ -8,9 +8,9 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lmchat.callbacks.step import StepCallback
 from lmchat.hardware import peak_flops, peak_memory_bytes
 from lmchat.progress import ProgressBar, clock_time, print_line
 from lmchat.scaling import flops_per_token
@@ -79,7 +79,7 @@ class Stopwatch:
         return seconds
 
 
-class Monitor(Callback):
+class Monitor(StepCallback):
     """Measures training at step boundaries, with one device synchronisation per logged step and none between.
 
     Logged under ``train/``: loss, loss_ema (debiased, decay 0.9), lr_multiplier, step_ms, tokens_per_second, mfu,
@@ -102,7 +102,8 @@ class Monitor(Callback):
         self._bar: ProgressBar | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self.first_step = self._last_step = trainer.global_step
+        super().on_train_start(trainer, pl_module)
+        self.first_step = trainer.global_step
         self._peak = peak_flops(pl_module.device)
         self.loss_ema.to(pl_module.device)
         self._lap_steps = self._lap_tokens = 0
@@ -140,11 +141,7 @@ class Monitor(Callback):
             shown = " | ".join(f"{name.removeprefix('val/')} {value:.4f}" for name, value in metrics.items())
             print_line(f"step {trainer.global_step}/{trainer.max_steps} | held out: {shown}")
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        step = trainer.global_step
-        if step == self._last_step:
-            return
-        self._last_step = step
+    def on_step_end(self, trainer: L.Trainer, pl_module: Any, step: int) -> None:
         loss = pl_module.pop_step_loss()
         self.loss_ema.update(loss)
         step_tokens = trainer.datamodule.step_tokens(pl_module.plan)  # type: ignore[attr-defined]

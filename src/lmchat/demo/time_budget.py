@@ -1,4 +1,4 @@
-"""A run that fits into the time there is."""
+"""Shortens a run to its time budget."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ import time
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lmchat.callbacks.step import StepCallback
 from lmchat.types import UserError
 
 
-class TimeBudget(Callback):
-    """Takes fewer steps on a machine too slow for all of them; on any other it changes nothing.
+class TimeBudget(StepCallback):
+    """Takes fewer steps on a machine too slow for all of them; otherwise it changes nothing.
 
-    In the first part of the run, where the learning rate (without warmup) does not depend on its length, the rest is
-    forecast from the steps after the first. ``max_steps`` is lowered where the forecast is over the budget, and raised
-    again, up to what it was, where a later one is not. Muon's weight decay, which does depend on the length from the
-    start, falls faster from there on. A run is reproducible as long as that does not happen; what was lowered stays so
-    in a resumed run.
+    In the first part of the run, in which the learning rate (without warmup) does not depend on the length, the rest is
+    forecast from the steps after the first. ``max_steps`` is lowered if the forecast exceeds the budget, and raised
+    again, at most to its first value, if a later forecast does not. Muon's weight decay, which depends on the length
+    from the start, then falls faster. A run is reproducible as long as this does not happen; a resumed run keeps the
+    lowered number of steps.
 
     Args:
         minutes: time that training may take, counted from its first step.
         check_every_n_steps: optimizer steps between forecasts.
-        until: share of the run after which nothing is changed any more.
+        until: fraction of the run after which the length is fixed.
     """
 
     def __init__(self, minutes: float, check_every_n_steps: int = 20, until: float = 0.4) -> None:
@@ -40,20 +40,18 @@ class TimeBudget(Callback):
         self.lowered_to: int | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        super().on_train_start(trainer, pl_module)
         if self.lowered_to is not None:
             _set_max_steps(trainer, min(self.lowered_to, trainer.max_steps))
         self._start = time.perf_counter()
-        self._first_step = self._last_step = trainer.global_step
+        self._first_step = trainer.global_step
         self._most_steps = trainer.max_steps
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        step, now = trainer.global_step, time.perf_counter()
-        if step == self._last_step:
-            return
-        self._last_step = step
+    def on_step_end(self, trainer: L.Trainer, pl_module: Any, step: int) -> None:
+        now = time.perf_counter()
         done = step - self._first_step
         if done == 1:
-            # It bore the evaluation before it, which the others will not.
+            # Step 1 includes the initial evaluation.
             self._first_step_end = now
         if done == 1 or done % self.check_every_n_steps or step > self.until * trainer.max_steps:
             return
@@ -61,7 +59,7 @@ class TimeBudget(Callback):
         affordable = step + int((60 * self.minutes - (now - self._start)) / per_step)
         # All ranks take the same steps.
         affordable = trainer.strategy.broadcast(affordable)
-        # A part that is over stays within `until`, so that no learning rate was other than it would have been.
+        # The steps taken so far stay in the constant phase of the learning rate.
         steps = min(max(affordable, int(step / self.until)), self._most_steps)
         if steps == trainer.max_steps:
             return
