@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lmchat.__main__ import COMMANDS, main
+from lmchat.__main__ import COMMANDS, command_module, main
 
 Command = tuple[str, ...]
 
@@ -19,7 +18,7 @@ Command = tuple[str, ...]
 def functions() -> dict[Command, Callable[..., Any]]:
     found: dict[Command, Callable[..., Any]] = {}
     for name in COMMANDS:
-        commands = import_module(f"lmchat.commands.{name}").COMMANDS
+        commands = command_module(name).COMMANDS
         if isinstance(commands, dict):
             found |= {(name, subcommand): function for subcommand, function in commands.items()}
         else:
@@ -44,7 +43,7 @@ def parsed(command: Command, arguments: list[str], monkeypatch: pytest.MonkeyPat
     def record(**options: Any) -> None:
         given.update(options)
 
-    module = import_module(f"lmchat.commands.{command[0]}")
+    module = command_module(command[0])
     monkeypatch.setattr(module, "COMMANDS", {command[1]: record} if len(command) == 2 else record)
     assert main([*command, *arguments]) == 0
     return given
