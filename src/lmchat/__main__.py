@@ -14,8 +14,8 @@ TRAINER_COMMANDS = {
     "validate": "evaluate a stage's checkpoint on its validation data",
 }
 COMMANDS = {
-    "tokenizer": "train, evaluate, look at or import a tokenizer",
-    "data": "download shards, make them from a folder of text, tokenize them, list their words",
+    "tokenizer": "train, evaluate, show or import a tokenizer",
+    "data": "download shards, import your own text, tokenize it, show conversations",
     "chat": "talk to a model in the terminal",
     "export": "write a model for the transformers library",
     "import": "read a model of the transformers library or of nanochat",

@@ -1,6 +1,6 @@
-"""Files and folders that are there whole or not at all, and locks between processes.
+"""Atomic writes of files and folders, and locks between processes.
 
-All are written under a temporary name beside their own and then renamed, which POSIX does in one step.
+Files are written under a temporary name in the same folder and then renamed, which is atomic on POSIX.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ TEMPORARY_SUFFIX = ".tmp"
 
 @contextlib.contextmanager
 def synced_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which becomes ``path`` when the block ends without an error and survives a power failure then.
+    """Opens a file that becomes ``path`` when the block ends without an error, and is then durable (fsync).
 
-    The temporary name is always the same, so that remains of a killed process are found: one writer at a time.
+    The temporary name is fixed, so that a later write replaces the remains of a killed process: one writer at a time.
     """
     unfinished = path.with_name(path.name + TEMPORARY_SUFFIX)
     with _renamed(unfinished, path), unfinished.open("wb") as file:
@@ -34,7 +34,7 @@ def synced_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """The name to write a file under, which becomes ``path`` when the block ends without an error."""
+    """Yields a temporary path; what is written there becomes ``path`` when the block ends without an error."""
     unfinished = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     with _renamed(unfinished, path):
         yield unfinished
@@ -52,7 +52,7 @@ def _renamed(unfinished: Path, path: Path) -> Iterator[None]:
 
 
 def sync_folder(directory: Path) -> None:
-    """Makes renamings and deletions in a folder survive a power failure."""
+    """Makes renames and deletions in a folder durable (fsync)."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -62,10 +62,10 @@ def sync_folder(directory: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes ``output`` when the block ends without an error.
+    """Yields a temporary folder, which becomes ``output`` when the block ends without an error.
 
     Raises:
-        UserError: ``output`` holds something already, or cannot be written.
+        UserError: ``output`` is not empty, or cannot be written.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"the output folder {output} is not empty; choose another with --output, or delete it")
@@ -86,7 +86,7 @@ def new_folder(output: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(path: Path, when_taken: Callable[[], Any]) -> Iterator[None]:
-    """One process at a time. Where another one is in the block, calls ``when_taken``, then waits for it."""
+    """Holds an exclusive lock between processes; calls ``when_taken`` before waiting for another holder."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

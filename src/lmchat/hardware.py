@@ -1,4 +1,4 @@
-"""What the machine can do: the peak a model FLOPs utilization (MFU) is measured against."""
+"""Properties of the device: its peak FLOP/s, which utilization (MFU) is measured against, and memory in use."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DENSE_BF16_PEAK = {
     "MI300X": 1307e12,
     "MI325X": 1307e12,
 }
-"""Dense bf16 peak in FLOP/s by words of the device's name, from the makers' data sheets; more specific names first."""
+"""Dense bf16 peak in FLOP/s by words of the device's name, from the vendors' data sheets; more specific names first."""
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -48,7 +48,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory held so far: of the device's allocator on a GPU, of the whole process on a CPU."""
+    """Peak memory so far, in bytes: of the device's allocator on a GPU, of the whole process on a CPU."""
     import resource
     import sys
 

@@ -1,4 +1,4 @@
-"""The rules that every conversation keeps, whether it comes from a file, a task or a prompt."""
+"""Validation of conversations, whether they come from a file, a task or a prompt."""
 
 from __future__ import annotations
 

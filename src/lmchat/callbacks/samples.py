@@ -1,7 +1,8 @@
-"""A look at what the model writes."""
+"""Sample completions during training."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lmchat.generation.sampling import SamplingParams
+from lmchat.progress import print_line
 from lmchat.stages.base import StageModule
 from lmchat.types import UserError
 
@@ -28,8 +30,8 @@ class Samples(Callback):
     """Completes fixed prompts greedily after every evaluation; prints them and writes them to TensorBoard.
 
     Args:
-        prompts: texts to continue.
-        max_new_tokens: longest continuation; 0 turns samples off.
+        prompts: texts to complete.
+        max_new_tokens: longest completion; 0 turns samples off.
     """
 
     def __init__(self, prompts: Sequence[str] = PROMPTS, max_new_tokens: int = 16) -> None:
@@ -42,7 +44,7 @@ class Samples(Callback):
         if trainer.sanity_checking or not trainer.is_global_zero or not self.max_new_tokens:
             return
         for prompt, text in zip(self.prompts, self._complete(pl_module), strict=True):
-            print(f"  {prompt}\033[1m{text}\033[0m" if _is_terminal() else f"  {prompt} ▸{text}", flush=True)
+            print_line(f"  {prompt}\033[1m{text}\033[0m" if sys.stdout.isatty() else f"  {prompt} ▸{text}")
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_text(f"samples/{prompt}", prompt + text, trainer.global_step)
@@ -53,9 +55,3 @@ class Samples(Callback):
         params = SamplingParams(max_new_tokens=self.max_new_tokens, temperature=0)
         results = module.policy.engine.generate(prompts, params)
         return [tokenizer.decode(samples[0].content).replace("\n", "⏎") for samples in results]
-
-
-def _is_terminal() -> bool:
-    import sys
-
-    return sys.stdout.isatty()

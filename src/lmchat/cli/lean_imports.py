@@ -19,25 +19,32 @@ _LEFT_OUT = ("SCIPY", "SCIPI", "TRANSFORMERS", "MATPLOTLIB", "SCIENCEPLOT")
 
 
 @contextmanager
+def paused_gc() -> Iterator[None]:
+    """Within it, the garbage collector pauses, and never looks at what was made again: imports free little."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.freeze()
+            gc.enable()
+
+
+@contextmanager
 def lean_imports() -> Iterator[None]:
     """Within it, Lightning and torchmetrics are imported without these packages, which stay importable on their own.
 
     In a process that has imported Lightning so, torchmetrics reports them as not installed: a metric that needs one
-    has to be imported before. The garbage collector pauses meanwhile, and never looks at what was imported again.
+    has to be imported before. The garbage collector pauses.
     """
-    collects = gc.isenabled()
-    gc.disable()
-    try:
+    with paused_gc():
         if "torchmetrics" in sys.modules:
             yield
         else:
             _preload_flags()
             with _without_scipy_signal():
                 yield
-    finally:
-        if collects:
-            gc.freeze()
-            gc.enable()
 
 
 def _preload_flags() -> None:

@@ -6,6 +6,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from lmchat.cli.lean_imports import paused_gc
+
 
 def chat(
     checkpoint: Path | None = None,
@@ -30,13 +32,14 @@ def chat(
         max_new_tokens: longest answer.
         seed: seed of the sampling; each answer of a conversation draws new numbers.
     """
-    from lmchat.checkpoint.load import find_model
-    from lmchat.generation.sampling import SamplingParams
-    from lmchat.serve.load import load_engine
-    from lmchat.serve.terminal import TerminalChat
+    with paused_gc():
+        from lmchat.checkpoint.load import find_model
+        from lmchat.generation.sampling import SamplingParams
+        from lmchat.serve.load import load_engine
+        from lmchat.serve.terminal import TerminalChat
 
-    found = find_model(checkpoint)
-    engine = load_engine(found, tokenizer)
+        found = find_model(checkpoint)
+        engine = load_engine(found, tokenizer)
     print(f"{found.stage} {found.meta['tag']}, step {found.step}: {found.paths.meta}", file=sys.stderr)
     params = SamplingParams(temperature=temperature, top_k=top_k, max_new_tokens=max_new_tokens)
     terminal = TerminalChat(

@@ -1,4 +1,4 @@
-"""Parquet shards from the Hugging Face hub: in parallel, verified, continued where an earlier run stopped."""
+"""Downloads parquet shards from the Hugging Face hub: in parallel, verified, resumable."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class DownloadReport:
 
 
 class _Damaged(Exception):
-    """A file is not what the hub announced."""
+    """A file's size or checksum differs from what the hub lists."""
 
 
 def download_shards(
@@ -91,10 +91,10 @@ def download_shards(
     num_workers: int = 8,
     progress: bool = True,
 ) -> DownloadReport:
-    """Fetch the first ``num_shards`` training shards of a data set, and its last shard, for validation.
+    """Download the first ``num_shards`` training shards of a data set, and its last shard, for validation.
 
-    A file gets its name in ``output`` when its size and checksum are verified, so what is there is complete, and a
-    later run fetches the rest. Failed transfers are tried again after growing pauses.
+    A file appears in ``output`` once its size and checksum are verified; a later run downloads the rest. Failed
+    transfers are retried with exponential backoff.
 
     Args:
         repo_id: data set on the hub (``HF_ENDPOINT`` names another hub).
@@ -132,7 +132,7 @@ def _is_present(path: Path, shard: Shard) -> bool:
 
 @contextlib.contextmanager
 def _claim(output: Path, repo_id: str) -> Iterator[None]:
-    """Make the folder, keep other downloads out of it, and note whose shards it holds."""
+    """Creates and locks the folder, and records which repository its shards are from."""
 
     def refuse() -> None:
         raise UserError(f"another download into {output} is running; wait for it, or stop it")
@@ -207,7 +207,7 @@ class _Hub:
         return files
 
     def fetch(self, shard: Shard, output: Path) -> None:
-        """Download, verify, and only then give the file its name."""
+        """Download and verify a shard, then move it into ``output``."""
 
         def transfer() -> None:
             path = Path(
@@ -225,7 +225,7 @@ class _Hub:
         _persistently(transfer, f"{self.repo_id}/{shard.path}")
 
     def staged_bytes(self) -> int:
-        """Bytes of the files under way."""
+        """Size of the partial downloads, in bytes."""
         total = 0
         for path in self.staging.rglob("*"):
             with contextlib.suppress(FileNotFoundError):
@@ -322,7 +322,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _fetch_all(hub: _Hub, shards: Sequence[Shard], output: Path, num_workers: int, progress: bool) -> None:
-    """Fetch in parallel; the first failure ends it. Threads are daemons: an interrupt need not wait for them."""
+    """Downloads in parallel until all are done or one fails. Daemon threads: an interrupt does not wait for them."""
     waiting: queue.SimpleQueue[Shard] = queue.SimpleQueue()
     done: queue.SimpleQueue[Shard | Exception] = queue.SimpleQueue()
     for shard in shards:
