@@ -41,8 +41,8 @@ PRETRAIN = [
     *("d12_native.yaml", "d20_native.yaml"),
 ]
 OVERLAYS = ["cpu.yaml"]
-CHAT = ["sft.yaml", "grpo.yaml"]
-"""Run by tests/stages/test_chat_stages.py, with data that is at hand."""
+CHAT = ["sft.yaml", "sft_own.yaml", "grpo.yaml"]
+"""Run by tests/stages/test_chat_stages.py and test_own_conversations.py, with data that is at hand."""
 
 
 @pytest.mark.parametrize("names", [[name] for name in PRETRAIN] + [["d12_pretrain.yaml", name] for name in OVERLAYS])

@@ -44,6 +44,8 @@ def _check_message(index: int, message: Any) -> None:
     if not isinstance(content, str):
         kinds = "a string or a list of parts" if role == "assistant" else "a string"
         raise UserError(f"message {index} ({role}) has content of type {type(content).__name__}: it must be {kinds}")
+    if message.get("weight", 1) not in (0, 1):
+        raise UserError(f"message {index} ({role}) has weight {message['weight']!r}: use 1, or 0 for no loss on it")
     if not content:
         raise UserError(f"message {index} ({role}) is empty: give it content or leave the conversation out")
 

@@ -30,10 +30,14 @@ class Part(TypedDict):
 
 
 class Message(TypedDict):
-    """One turn. ``content`` is a string, or for the assistant a list of parts."""
+    """One turn. ``content`` is a string, or for the assistant a list of parts.
+
+    weight: 0 takes no loss on an assistant message; 1, the default, does.
+    """
 
     role: Literal["system", "user", "assistant"]
     content: str | list[Part]
+    weight: NotRequired[int]
 
 
 class Conversation(TypedDict):

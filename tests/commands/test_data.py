@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -194,16 +195,20 @@ USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "conte
     [
         ([ASSISTANT, USER], "where 'user' is due"),
         ([USER, {"role": "assistant", "content": ""}], "message 1 (assistant) is empty"),
-        ([USER, {"role": "assistant", "content": [{"type": "image", "text": "x"}]}], "unknown type 'image'"),
-        ([USER, {"role": "tool", "content": "x"}], "unknown role 'tool'"),
-        ({"text": "a"}, "'messages' is missing"),
+        ([USER, {"role": "assistant", "content": [{"type": "image", "text": "x"}]}], "a part of type image"),
+        ([USER, {"role": "critic", "content": "x"}], "unknown role 'critic'"),
+        ({"text": "a"}, "no known form has the fields text"),
     ],
 )
 def test_show_names_file_and_line_of_what_it_cannot_render(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], row: Any, complaint: str
 ) -> None:
     chat = write_rows(tmp_path / "chat.jsonl", [USER, ASSISTANT], row)
+    with pytest.warns(UserWarning, match=rf"{chat}, line 2: .*{re.escape(complaint)}"):
+        assert main(["data", "show", str(chat)]) == 0
+    assert "1 of 2 records read" in capsys.readouterr().out
+    chat = write_rows(tmp_path / "chat.jsonl", row)
     assert main(["data", "show", str(chat)]) == 2
     (error,) = capsys.readouterr().err.splitlines()
-    assert f"{chat}, line 2" in error
+    assert f"{chat}, line 1" in error
     assert complaint in error

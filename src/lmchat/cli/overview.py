@@ -52,7 +52,7 @@ GROUPS = {
 
 CLASSES = {
     "model": ("PretrainModule", "SFTModule", "GRPOModule"),
-    "data": ("FineWebDataModule", "SFTDataModule", "RolloutDataModule"),
+    "data": ("FineWebDataModule", "SFTDataModule", "OwnConversationsDataModule", "RolloutDataModule"),
 }
 """The classes a group's options depend on."""
 

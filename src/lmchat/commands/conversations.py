@@ -25,8 +25,8 @@ def show(
     Lines that begin with + receive loss (green in a terminal), the others do not. Special tokens are magenta.
 
     Args:
-        source: a fine-tuning config, whose mixture is shown, e.g. configs/sft.yaml; or conversations in a .jsonl,
-            .jsonl.gz or .parquet file or a folder of them.
+        source: a fine-tuning config, whose mixture is shown, e.g. configs/sft.yaml; or a file or folder of
+            conversations, as --data.train of configs/sft_own.yaml takes them.
         overlay: config to lay over that one, as with a further --config of lmchat fit; may be given several times.
         split: which mixture of the config.
         tokenizer: folder of the tokenizer; default is $LMCHAT_BASE_DIR/tokenizer.

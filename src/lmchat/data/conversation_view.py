@@ -57,6 +57,8 @@ def show_conversations(
             console.print(marked_tokens(tokenizer, ids, mask))
     for name, count in mixture.counts().items():
         console.print(f"{name}: {count:,} conversations")
+    for note in mixture.notes():
+        console.print(note)
     console.print(str(report))
 
 

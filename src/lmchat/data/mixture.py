@@ -85,6 +85,10 @@ class Mixture:
         """(conversations,) int64, the place in ``parts`` of the part that each conversation comes from."""
         return np.searchsorted(self._ends, self._order, side="right")
 
+    def notes(self) -> list[str]:
+        """What the user should know of the tasks' data, each line once."""
+        return list(dict.fromkeys(note for part in self.parts for note in part.task.notes()))
+
     def counts(self) -> dict[str, int]:
         """Conversations of each task by name, repetitions included."""
         counts: Counter[str] = Counter()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
 import lmchat.tasks  # noqa: F401  (makes every task known by its short class name)
@@ -14,7 +15,7 @@ from lmchat.batching import rows_per_step
 from lmchat.data.fingerprint import fingerprint
 from lmchat.data.mixture import Mixture, MixturePart
 from lmchat.data.padded_batches import PaddedBatches, PaddedPlan
-from lmchat.data.rendered import RenderedConversations, render_all
+from lmchat.data.rendered import RenderedConversations, RenderReport, render_all
 from lmchat.evaluation.bits_per_byte import BitsPerByteEvaluator
 from lmchat.option_checks import check_count, check_range
 from lmchat.paths import base_dir
@@ -22,7 +23,12 @@ from lmchat.schedules import muon_momentum, sft_lr_multiplier
 from lmchat.stages.base import Schedule
 from lmchat.stages.chat import ChatDataModule, ChatModule, sum_over_step
 from lmchat.tasks.base import Task
-from lmchat.types import Batch
+from lmchat.tasks.conversation_formats import Format
+from lmchat.tasks.jsonl import JSONLConversations
+from lmchat.types import Batch, UserError
+
+MOST_WITHOUT_LOSS = 0.05
+"""Share of conversations without a token that receives loss above which the user is warned."""
 
 
 class SFTModule(ChatModule):
@@ -97,7 +103,10 @@ class SFTDataModule(ChatDataModule):
             folder = self._folder(split)
             report = render_all(mixture, spec.tokenizer, spec.sequence_len, folder, title=f"Rendering {split}")
             parts = ", ".join(f"{name} {count:,}" for name, count in mixture.counts().items())
+            for note in mixture.notes():
+                print(note, flush=True)
             print(f"{split}: {parts}; {report}", flush=True)
+            check_loss(split, report, spec.sequence_len)
 
     def setup(self, stage: str) -> None:
         val_plan = self._plan("val")
@@ -140,3 +149,55 @@ class SFTDataModule(ChatDataModule):
 
     def progress(self) -> dict[str, float]:
         return {"epoch": round(self.position["epoch"], 3)} if self.position else {}
+
+
+def check_loss(split: str, report: RenderReport, sequence_len: int) -> None:
+    """Warns where many conversations have no token that receives loss.
+
+    Raises:
+        UserError: none has any.
+    """
+    cut = f"{report.truncated:,} of {report.conversations:,} are cut at {sequence_len:,} tokens"
+    if report.supervised == 0:
+        raise UserError(
+            f"{split}: no token of the conversations receives loss ({cut}); give conversations in which the assistant "
+            "speaks within that length, or start from a model with a longer --model.sequence_len"
+        )
+    if report.unsupervised > MOST_WITHOUT_LOSS * report.conversations:
+        share = report.unsupervised / report.conversations
+        rank_zero_warn(
+            f"{share:.0%} of the {split} conversations have no token with loss ({cut}); `lmchat data show` shows them "
+            "with --only unsupervised"
+        )
+
+
+class OwnConversationsDataModule(SFTDataModule):
+    """Your own conversations: files in any of the known forms, of which some are held out for validation.
+
+    Args:
+        train: a file of JSON lines, a JSON array or parquet (.jsonl, .ndjson, .json, each also .gz or .zst, or
+            .parquet), or a folder of such files, in the forms of OpenAI (messages), ShareGPT, Alpaca, or prompt and
+            completion.
+        val: files to validate on; null holds some of ``train`` out.
+        val_fraction: share that is held out.
+        format: form of the records (messages, sharegpt, alpaca, prompt_completion); null recognizes each by its fields.
+        epochs: how often each conversation is trained on.
+        options: see `SFTDataModule`.
+    """
+
+    def __init__(
+        self,
+        train: str,
+        val: str | None = None,
+        val_fraction: float = 0.05,
+        format: Format | None = None,
+        epochs: int = 1,
+        **options: Any,
+    ) -> None:
+        split: dict[str, Any] = {"val_fraction": val_fraction, "format": format}
+        if val is None:
+            train_task = JSONLConversations(train, split="train", **split)
+            val_task = JSONLConversations(train, split="val", **split)
+        else:
+            train_task, val_task = JSONLConversations(train, **split), JSONLConversations(val, **split)
+        super().__init__([MixturePart(train_task, epochs)], [MixturePart(val_task)], **options)

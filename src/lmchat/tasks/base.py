@@ -72,6 +72,10 @@ class Task(ABC):
         """Whether ``completion`` answers the last user message of ``conversation`` correctly."""
         raise self._ungraded()
 
+    def notes(self) -> list[str]:
+        """What the user should know of the data, one line each."""
+        return []
+
     def check_graded(self) -> None:
         """Raises `UserError` where the task has no correct answers."""
         if type(self).evaluate is Task.evaluate:

@@ -7,7 +7,8 @@ from decimal import Decimal, InvalidOperation
 from typing import Any, Literal
 
 from lmchat.tasks.base import Task, reference_answer
-from lmchat.tasks.rows import HubDataset, MalformedRow, RowTask, field
+from lmchat.tasks.row_files import MalformedRow
+from lmchat.tasks.rows import HubDataset, RowTask, field
 from lmchat.types import Conversation, Part
 
 AnswerRule = Literal["number", "string"]

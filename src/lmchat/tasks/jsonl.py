@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import warnings
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 from lmchat.messages import check_messages
-from lmchat.tasks.rows import MalformedRow, RowTask, checked_text, field
+from lmchat.tasks.conversation_formats import FORMATS, Format, convert
+from lmchat.tasks.row_files import MalformedRow
+from lmchat.tasks.rows import RowTask, checked_text
 from lmchat.types import Conversation, Message, UserError
 
 
@@ -35,25 +43,96 @@ def _message(message: Any, what: str) -> Message:
 
 
 class JSONLConversations(RowTask):
-    """Conversations of a file or folder, in its order: each row a list of messages, or an object with ``messages``.
+    """Conversations of files, in any of the forms of `lmchat.tasks.conversation_formats`.
 
-    A message is ``{"role": ..., "content": ...}``; an assistant's content may be a list of parts.
+    Records that cannot be read are left out with a warning that counts and names them. `notes` says what was mapped.
     """
 
-    def __init__(self, path: str, shuffle_seed: int | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        path: str,
+        shuffle_seed: int | None = None,
+        skip_malformed: bool = True,
+        format: Literal["messages", "sharegpt", "alpaca", "prompt_completion"] | None = None,
+        split: Literal["train", "val"] | None = None,
+        val_fraction: float = 0.05,
+        **options: Any,
+    ) -> None:
         """Name the file.
 
         Args:
-            path: a .jsonl, .jsonl.gz or .parquet file, or a folder of them.
+            path: a file of JSON lines, a JSON array or parquet (.jsonl, .ndjson, .json, each also .gz or .zst, or
+                .parquet), or a folder of such files.
             shuffle_seed: order of the conversations; null keeps the file's.
+            skip_malformed: leave out what cannot be read, with a warning that counts it, instead of refusing all.
+            format: form of the records; null recognizes each by its fields.
+            split: the conversations to train on, or those held out of them; null is all. Equal conversations are in
+                the same split, which does not depend on their order.
+            val_fraction: share of the conversations that is held out.
             options: see `RowTask`.
+
+        Raises:
+            UserError: an option is out of its range.
         """
-        super().__init__(hub=None, path=path, shuffle_seed=shuffle_seed, **options)
+        super().__init__(hub=None, path=path, shuffle_seed=shuffle_seed, skip_malformed=skip_malformed, **options)
+        if format not in (None, *FORMATS):
+            raise UserError(f"JSONLConversations: format is {format}; use {', '.join(FORMATS)}, or null")
+        if not 0 < val_fraction < 1:
+            raise UserError(f"JSONLConversations: val_fraction is {val_fraction}; use a number between 0 and 1")
         self.file = path
+        self.format: Format | None = format
+        self.split = split
+        self.val_fraction = val_fraction
+        self._counts: Counter[str] = Counter()
+        self._digests: list[bytes] = []
 
     @property
     def name(self) -> str:
-        return f"{super().name}/{Path(self.file).name.split('.')[0]}"
+        split = f"/{self.split}" if self.split else ""
+        return f"{super().name}/{Path(self.file).name.split('.')[0]}{split}"
 
     def conversation(self, row: Any) -> Conversation:
-        return parse_messages(row if isinstance(row, list) else field(row, "messages", list))
+        return convert(row, self.format).conversation
+
+    def check(self, row: Any) -> None:
+        converted = convert(row, self.format)
+        self._counts.update([f"records of the form {converted.format}", *converted.notes])
+        text = json.dumps(converted.conversation, sort_keys=True)
+        self._digests.append(hashlib.blake2b(text.encode(), digest_size=16).digest())
+
+    def chosen(self) -> np.ndarray:
+        good = super().chosen()
+        if self.split is None:
+            return good
+        held_out = self._held_out()
+        is_held_out = np.array([digest in held_out for digest in self._digests])
+        return good[is_held_out == (self.split == "val")]
+
+    def _held_out(self) -> set[bytes]:
+        """Digests of the conversations held out: those with the smallest, until there are enough, but never all.
+
+        Where all conversations are equal, the one is in both splits.
+        """
+        counts = Counter(self._digests)
+        if len(counts) == 1:
+            warnings.warn(
+                f"{self.path}: all conversations are equal, so validation is on the one trained on", stacklevel=2
+            )
+            return set(counts) if self.split == "val" else set()
+        target, total = self.val_fraction * len(self._digests), 0
+        held_out: set[bytes] = set()
+        for digest in sorted(counts)[:-1]:
+            if held_out and total + counts[digest] > target:
+                break
+            held_out.add(digest)
+            total += counts[digest]
+        return held_out
+
+    def notes(self) -> list[str]:
+        """What was read, mapped and left out, with how many records it concerns; empty where nothing had to be."""
+        read, rows = len(self._checked[0]), len(self.rows)
+        if read == rows and set(self._counts) == {"records of the form messages"}:
+            return list(self.rows.notes)
+        notes = [*self.rows.notes, f"{self.path}: {read:,} of {rows:,} records read"]
+        notes += [f"{self.path}: {count:,} × {what}" for what, count in sorted(self._counts.items())]
+        return notes

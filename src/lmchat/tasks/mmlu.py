@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from lmchat.tasks.multiple_choice import MultipleChoiceConversation, MultipleChoiceTask, letters_for
-from lmchat.tasks.rows import HubDataset, MalformedRow, field
+from lmchat.tasks.row_files import MalformedRow
+from lmchat.tasks.rows import HubDataset, field
 
 
 class MMLU(MultipleChoiceTask):

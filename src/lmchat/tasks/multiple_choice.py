@@ -7,7 +7,8 @@ from string import ascii_uppercase
 from typing import cast
 
 from lmchat.tasks.base import exchange, reference_answer
-from lmchat.tasks.rows import MalformedRow, RowTask, checked_text
+from lmchat.tasks.row_files import MalformedRow
+from lmchat.tasks.rows import RowTask, checked_text
 from lmchat.types import Conversation
 
 

@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-import bisect
-import gzip
-import json
 import warnings
-import zlib
 from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
-from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from lmchat.paths import expand_user
 from lmchat.tasks.base import Task
+from lmchat.tasks.row_files import MalformedRow, Rows, TableRows, read_rows
 from lmchat.types import Conversation, UserError
 
 REFERENCE_SHUFFLE_SEED = 42
 """Rows are taken in the order of ``numpy.random.default_rng(42).permutation``, as ``datasets`` shuffles them."""
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 REPORTED_ROWS = 5
 
 T = TypeVar("T")
-
-
-class MalformedRow(ValueError):
-    """A row that is no example of its task. The message says what is wrong with it."""
 
 
 def field(row: Any, name: str, kind: type[T]) -> T:
@@ -63,121 +51,6 @@ def checked_text(text: Any, what: str) -> str:
     except UnicodeEncodeError:
         raise MalformedRow(f"{what} holds half a surrogate pair, which is no character") from None
     return text
-
-
-class Rows(Protocol):
-    """Rows that say where they come from."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Any:
-        """The row. Raises `MalformedRow` where it cannot be read."""
-
-    def location(self, index: int) -> str:
-        """File and line (or row) for error messages."""
-
-
-class JSONLines:
-    """The non-blank lines of a .jsonl or .jsonl.gz file, parsed when they are asked for."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        opener = gzip.open if path.suffix == ".gz" else open
-        try:
-            with opener(path, "rb") as file:
-                self.lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
-        except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"cannot read {path}: {error}; copy or download it again") from error
-
-    def __len__(self) -> int:
-        return len(self.lines)
-
-    def __getitem__(self, index: int) -> Any:
-        try:
-            return json.loads(self.lines[index][1])
-        except (ValueError, RecursionError) as error:
-            raise MalformedRow(f"not JSON: {error}") from None
-
-    def location(self, index: int) -> str:
-        return f"{self.path}, line {self.lines[index][0]}"
-
-
-class TableRows:
-    """The rows of an Arrow table, which may be memory-mapped."""
-
-    def __init__(self, table: Any, source: str) -> None:
-        self.table = table
-        self.source = source
-
-    def __len__(self) -> int:
-        return int(self.table.num_rows)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.table.slice(index, 1).to_pylist()[0]
-
-    def location(self, index: int) -> str:
-        return f"{self.source}, row {index}"
-
-
-class ChainedRows:
-    """Several sources one after the other."""
-
-    def __init__(self, sources: Sequence[Rows]) -> None:
-        self.sources = sources
-        self.ends = list(accumulate(map(len, sources)))
-
-    def _locate(self, index: int) -> tuple[Rows, int]:
-        source = bisect.bisect_right(self.ends, index)
-        return self.sources[source], index - (self.ends[source - 1] if source else 0)
-
-    def __len__(self) -> int:
-        return self.ends[-1]
-
-    def __getitem__(self, index: int) -> Any:
-        rows, local = self._locate(index)
-        return rows[local]
-
-    def location(self, index: int) -> str:
-        rows, local = self._locate(index)
-        return rows.location(local)
-
-
-def read_rows(path: str | Path, split: str | None = None) -> Rows:
-    """Rows of a file, or of the data files of a folder in the order of their names.
-
-    Args:
-        path: a .jsonl, .jsonl.gz or .parquet file, or a folder of them.
-        split: in a folder, only the files whose name is the split's, alone or followed by ``-`` or ``_``
-            (``test.parquet``, ``train-00000-of-00004.parquet``). A file is taken as it is.
-    """
-    path = expand_user(path)
-    if not path.exists():
-        raise UserError(f"there is no file or folder {path}; give the path of a {', '.join(SUFFIXES)} file or folder")
-    files = sorted(file for file in path.iterdir() if _matches(file, split)) if path.is_dir() else [path]
-    if not files:
-        wanted = " or ".join(f"{split or '*'}{suffix}" for suffix in SUFFIXES)
-        raise UserError(f"folder {path} holds no {wanted}; give the path of the file itself or of another folder")
-    return ChainedRows([_read_file(file) for file in files])
-
-
-def _matches(file: Path, split: str | None) -> bool:
-    if not file.name.endswith(SUFFIXES):
-        return False
-    stem = file.name.split(".")[0]
-    return split is None or stem == split or stem.startswith((f"{split}-", f"{split}_"))
-
-
-def _read_file(path: Path) -> Rows:
-    if not path.name.endswith(SUFFIXES):
-        raise UserError(f"{path} is none of {', '.join(SUFFIXES)}; convert it to JSON lines")
-    if path.suffix != ".parquet":
-        return JSONLines(path)
-    import pyarrow.parquet as parquet
-
-    try:
-        return TableRows(parquet.read_table(path, memory_map=True), str(path))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}; copy or download it again") from error
 
 
 @dataclass(frozen=True)
@@ -219,7 +92,8 @@ class RowTask(Task):
 
         Args:
             hub: the data set to load where ``path`` is null.
-            path: a local copy: a .jsonl, .jsonl.gz or .parquet file, or a folder of them named after their split.
+            path: a local copy: a file of JSON lines, a JSON array or parquet (.jsonl, .ndjson, .json, each also .gz or
+                .zst, or .parquet), or a folder of such files named after their split.
             skip_malformed: leave malformed rows out with a warning that counts them, instead of refusing the data.
             shuffle_seed: order of the examples; null keeps the order of the rows.
             slice: see `Task`.
@@ -235,6 +109,10 @@ class RowTask(Task):
     @abstractmethod
     def conversation(self, row: Any) -> Conversation:
         """The row as a conversation. Raises `MalformedRow` where that is not possible."""
+
+    def check(self, row: Any) -> None:
+        """Called once for every row, in their order, before any is used. Raises `MalformedRow` as `conversation`."""
+        self.conversation(row)
 
     @property
     def name(self) -> str:
@@ -258,26 +136,30 @@ class RowTask(Task):
         good, complaints = [], []
         for index in range(len(self.rows)):
             try:
-                self.conversation(self.rows[index])
+                self.check(self.rows[index])
                 good.append(index)
             except MalformedRow as error:
                 complaints.append(f"{self.rows.location(index)}: {error}")
         if complaints:
-            self._report(complaints)
+            self._report(complaints, refuse=not self.skip_malformed or not good)
         if not good:
             raise UserError(f"{self.name}: {self.path or self.hub} holds no rows; give another path")
         return np.array(good, dtype=np.int64), complaints
 
-    def _report(self, complaints: list[str]) -> None:
+    def _report(self, complaints: list[str], refuse: bool) -> None:
         listed = "\n  ".join(complaints[:REPORTED_ROWS] + ["..."] * (len(complaints) > REPORTED_ROWS))
-        summary = f"{self.name}: {len(complaints)} of {len(self.rows)} rows are malformed:\n  {listed}"
-        if not self.skip_malformed:
+        summary = f"{self.path or self.name}: {len(complaints)} of {len(self.rows)} rows are malformed:\n  {listed}"
+        if refuse:
             raise UserError(f"{summary}\nMend them, or set `skip_malformed: true` to train without them")
         warnings.warn(f"skipped, {summary}", stacklevel=3)
 
+    def chosen(self) -> np.ndarray:
+        """Indices of the rows to use, int64, in their order: all that are not malformed."""
+        return self._checked[0]
+
     @cached_property
     def _order(self) -> np.ndarray:
-        good = self._checked[0]
+        good = self.chosen()
         if self.shuffle_seed is None:
             return good
         order = np.random.default_rng(self.shuffle_seed).permutation(len(self.rows))

@@ -4,7 +4,8 @@
 
 Inside an assistant turn: prose, ``<|python_start|> expression <|python_end|>`` for a calculator call and
 ``<|output_start|> result <|output_end|>`` for its answer. The mask is 1 where the assistant speaks: prose, calls with
-both their markers, and the end of its turn. Calculator answers are forced, not spoken, so they have mask 0.
+both their markers, and the end of its turn. Calculator answers are forced, not spoken, so they have mask 0; so have
+messages of weight 0.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def _render(tokenizer: Tokenizer, turns: list[dict[str, Any]]) -> tuple[list[int
     for turn in turns:
         for span, spoken in _turn_spans(tokenizer, turn["role"], turn["content"]):
             ids += span
-            mask += [spoken] * len(span)
+            mask += [spoken * int(turn.get("weight", 1))] * len(span)
     return ids, mask
 
 

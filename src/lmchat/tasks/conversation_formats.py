@@ -1,0 +1,331 @@
+"""Records of conversations in the forms that people keep them in, as lmchat's conversations.
+
+    messages           {"messages": [{"role": "user", "content": "…"}, …]}, as in OpenAI's interface, or the bare list
+    sharegpt           {"conversations": [{"from": "human", "value": "…"}, …]}
+    alpaca             {"instruction": "…", "input": "…", "output": "…"}
+    prompt_completion  {"prompt": "…", "completion": "…"}, texts or lists of messages
+
+What lmchat has no exact counterpart for is mapped, and every mapping leaves a note; what cannot be mapped is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast, get_args
+
+from lmchat.messages import check_messages
+from lmchat.tasks.row_files import MalformedRow
+from lmchat.types import Conversation, Message, Part, UserError
+
+Format = Literal["messages", "sharegpt", "alpaca", "prompt_completion"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+
+_MESSAGE_LISTS = ("messages", "conversations", "conversation")
+_PROMPTS, _COMPLETIONS = ("prompt", "question"), ("completion", "response", "answer")
+_ROLES = {
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "bot", "model", "chatgpt", "ai"), "assistant"),
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("tool", "function", "observation", "ipython", "tool_response", "function_response"), "tool"),
+    **dict.fromkeys(("function_call", "tool_call"), "call"),
+}
+_OWN_ROLES = ("user", "assistant", "system")
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_TOOL_PARTS = ("python", "python_output")
+_KNOWN_FIELDS = {
+    *("role", "from", "content", "value", "text", "weight", "train"),
+    *("tool_calls", "function_call", "tool_call_id"),
+}
+_EXPRESSIONS = ("expression", "code", "python")
+"""Arguments of a tool call that hold what lmchat's calculator is given."""
+
+
+@dataclass
+class Converted:
+    """A record as a conversation.
+
+    Attributes:
+        conversation: what to learn from; an assistant message without loss has weight 0.
+        format: the form it had.
+        notes: what was mapped or left out, one phrase for each kind.
+    """
+
+    conversation: Conversation
+    format: Format
+    notes: set[str] = field(default_factory=set)
+
+
+def convert(row: Any, format: Format | None = None) -> Converted:
+    """The record as a conversation.
+
+    Args:
+        row: a parsed row of a file.
+        format: the form that it must have; None finds out.
+
+    Raises:
+        MalformedRow: it has another form, or something in it cannot be mapped.
+    """
+    found, messages, notes = _recognize(row)
+    if format not in (None, found):
+        raise MalformedRow(f"the record is of the form {found}, not {format}")
+    builder = _Builder(notes)
+    for index, message in enumerate(messages):
+        builder.add(message, f"message {index}")
+    return Converted(builder.finish(), found, builder.notes)
+
+
+def _recognize(row: Any) -> tuple[Format, list[Any], set[str]]:
+    """The form of a record, its messages, and notes of what else it has."""
+    if isinstance(row, list):
+        return "messages", row, set()
+    if not isinstance(row, dict):
+        raise MalformedRow(f"the row is {type(row).__name__}, not an object or a list of messages")
+    row = {name: value for name, value in row.items() if value is not None}
+    readers: tuple[Callable[[dict[str, Any]], tuple[Format, list[Any], set[str]] | None], ...]
+    readers = (_from_message_list, _from_alpaca, _from_prompt)
+    for reader in readers:
+        if (read := reader(row)) is not None:
+            return read
+    raise MalformedRow(
+        f"no known form has the fields {', '.join(map(str, row)) or '(none)'}; use messages (OpenAI), conversations "
+        "(ShareGPT), instruction and output (Alpaca), or prompt and completion"
+    )
+
+
+def _from_message_list(row: dict[str, Any]) -> tuple[Format, list[Any], set[str]] | None:
+    name = next((name for name in _MESSAGE_LISTS if isinstance(row.get(name), list)), None)
+    if name is None:
+        return None
+    messages = list(row[name])
+    is_sharegpt = any(isinstance(message, dict) and "from" in message for message in messages)
+    used = {name}
+    if isinstance(system := row.get("system"), str):
+        used.add("system")
+        messages[:0] = [{"role": "system", "content": system}] if system else []
+    return "sharegpt" if is_sharegpt else "messages", messages, _unused(row, used)
+
+
+def _from_alpaca(row: dict[str, Any]) -> tuple[Format, list[Any], set[str]] | None:
+    answer = next((name for name in ("output", *_COMPLETIONS) if name in row), None)
+    if "instruction" not in row or answer is None:
+        return None
+    question = _text(row["instruction"], "field 'instruction'")
+    if extra := row.get("input"):
+        question = f"{question}\n\n{_text(extra, 'field input')}"
+    messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    for turn in row.get("history", []):
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise MalformedRow("field 'history' is no list of pairs of question and answer")
+        messages += _exchange(*turn)
+    messages += _exchange(question, row[answer])
+    return "alpaca", messages, _unused(row, {"instruction", "input", answer, "system", "history"})
+
+
+def _from_prompt(row: dict[str, Any]) -> tuple[Format, list[Any], set[str]] | None:
+    prompt = next((name for name in _PROMPTS if name in row), None)
+    completion = next((name for name in _COMPLETIONS if name in row), None)
+    if prompt is None or completion is None:
+        return None
+    messages: list[Any] = []
+    for role, value in (("user", row[prompt]), ("assistant", row[completion])):
+        messages += value if isinstance(value, list) else [{"role": role, "content": value}]
+    return "prompt_completion", messages, _unused(row, {prompt, completion})
+
+
+def _exchange(question: Any, answer: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _unused(row: dict[str, Any], used: set[str]) -> set[str]:
+    return {f"field {name} of the record not used" for name in row if name not in used}
+
+
+class _Builder:
+    """Puts a conversation together from messages of all kinds."""
+
+    def __init__(self, notes: set[str]) -> None:
+        self.notes = notes
+        self.turns: list[Message] = []
+        self._system: list[str] = []
+        self._after_tool = False
+
+    def add(self, message: Any, what: str) -> None:
+        """Appends a message, or joins it to the one before."""
+        if not isinstance(message, dict):
+            raise MalformedRow(f"{what} must be an object with role and content, not {message!r:.100}")
+        message = {name: value for name, value in message.items() if value is not None}
+        given = message.get("role", message.get("from"))
+        role = _ROLES.get(str(given).lower())
+        if role is None:
+            raise MalformedRow(f"{what} has unknown role {given!r}: use user, assistant, system or tool")
+        if given not in _OWN_ROLES:
+            self.notes.add(f"role {given} read as {_meaning(role)}")
+        self.notes.update(f"field {name} of a message not used" for name in message if name not in _KNOWN_FIELDS)
+        if role == "system":
+            self._add_system(_joined(_content(message, what), what))
+        elif role == "user":
+            self._add_user(_joined(_content(message, what), what))
+        elif role == "tool":
+            self._add_tool_output(_joined(_content(message, what), what), what)
+        else:
+            parts = _content(message, what, is_call=role == "call")
+            self._add_assistant([*parts, *self._calls(message, what)], _weight(message, what), what)
+        self._after_tool = role in ("tool", "call")
+
+    def _add_system(self, text: str) -> None:
+        if self.turns:
+            self.notes.add("a system message in the middle joined to the next user message")
+        self._system.append(text)
+
+    def _add_user(self, text: str) -> None:
+        if self.turns and self._system:
+            text = "\n\n".join([*self._system, text])
+            self._system = []
+        if self.turns and self.turns[-1]["role"] == "user":
+            self.notes.add("user messages in a row joined")
+            text = f"{self.turns.pop()['content']}\n\n{text}"
+        elif not self.turns and self._system:
+            self.turns.append({"role": "system", "content": "\n\n".join(self._system)})
+            self._system = []
+        self.turns.append({"role": "user", "content": text})
+
+    def _add_assistant(self, parts: list[Part], weight: int, what: str) -> None:
+        if self.turns and self._system:
+            raise MalformedRow(f"{what} follows a system message in the middle, where a user message is due")
+        if self.turns and self.turns[-1]["role"] == "assistant":
+            if self.turns[-1].get("weight", 1) != weight:
+                raise MalformedRow(f"{what} continues an assistant message of another weight")
+            self.turns[-1]["content"] = _simplest(self._continued(_parts_of(self.turns[-1]), parts))
+            return
+        turn: Message = {"role": "assistant", "content": _simplest(parts)}
+        if weight == 0:
+            turn["weight"] = 0
+            self.notes.add("an assistant message of weight 0 read without loss")
+        self.turns.append(turn)
+
+    def _continued(self, parts: list[Part], more: list[Part]) -> list[Part]:
+        if self._after_tool or not parts or not more:
+            return [*parts, *more]
+        self.notes.add("assistant messages in a row joined")
+        if parts[-1]["type"] == more[0]["type"] == "text":
+            joint = Part(type="text", text=f"{parts[-1]['text']}\n\n{more[0]['text']}")
+            return [*parts[:-1], joint, *more[1:]]
+        return [*parts, *more]
+
+    def _add_tool_output(self, text: str, what: str) -> None:
+        if not self.turns or self.turns[-1]["role"] != "assistant":
+            raise MalformedRow(f"{what} is a tool's, without an assistant message before it")
+        self.notes.add("a tool's result read as the calculator's output")
+        parts = [*_parts_of(self.turns[-1]), Part(type="python_output", text=text)]
+        self.turns[-1]["content"] = parts
+
+    def _calls(self, message: dict[str, Any], what: str) -> list[Part]:
+        calls = list(message.get("tool_calls", [])) + [message[name] for name in ("function_call",) if name in message]
+        if calls:
+            self.notes.add("a tool call read as a call of the calculator")
+        return [Part(type="python", text=_call_text(call, what)) for call in calls]
+
+    def finish(self) -> Conversation:
+        """The conversation, checked."""
+        if self._system:
+            if self.turns:
+                self.notes.add("a system message at the end left out")
+            else:
+                self.turns.append({"role": "system", "content": "\n\n".join(self._system)})
+        try:
+            check_messages(self.turns)
+        except UserError as error:
+            raise MalformedRow(str(error)) from None
+        if not any(turn["role"] == "assistant" for turn in self.turns):
+            raise MalformedRow("there is no assistant message to learn from")
+        if self.turns[-1]["role"] == "user":
+            self.notes.add("a last user message without an answer receives no loss")
+        return {"messages": self.turns}
+
+
+def _meaning(role: str) -> str:
+    return {"tool": "a tool's result", "call": "a call of the calculator"}.get(role, role)
+
+
+def _content(message: dict[str, Any], what: str, is_call: bool = False) -> list[Part]:
+    """A message's content as parts of lmchat's."""
+    content = message.get("content", message.get("value", message.get("text")))
+    if content is None and (message.keys() & {"tool_calls", "function_call"}):
+        return []
+    if is_call:
+        return [Part(type="python", text=_call_text(content, what))]
+    if isinstance(content, str):
+        return [Part(type="text", text=_text(content, what))]
+    if not isinstance(content, list):
+        raise MalformedRow(
+            f"{what} has content of type {type(content).__name__}: it must be a string or a list of parts"
+        )
+    return [_part(part, what) for part in content]
+
+
+def _part(part: Any, what: str) -> Part:
+    if isinstance(part, str):
+        return Part(type="text", text=_text(part, what))
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    if kind not in (*_TEXT_PARTS, *_TOOL_PARTS):
+        raise MalformedRow(f"{what} has a part of type {kind}, and lmchat's models read text only")
+    text = _text(part.get("text"), what)
+    return Part(type="text", text=text) if kind in _TEXT_PARTS else cast(Part, {"type": kind, "text": text})
+
+
+def _text(text: Any, what: str) -> str:
+    """Checked to be a string that UTF-8 can hold."""
+    if not isinstance(text, str):
+        raise MalformedRow(f"{what} is {type(text).__name__}, not a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise MalformedRow(f"{what} holds half a surrogate pair, which is no character") from None
+    return text
+
+
+def _joined(parts: list[Part], what: str) -> str:
+    """The text of a message that has no tool parts."""
+    if any(part["type"] != "text" for part in parts):
+        raise MalformedRow(f"{what} has tool parts, which only the assistant's messages may have")
+    return "\n".join(part["text"] for part in parts)
+
+
+def _parts_of(message: Message) -> list[Part]:
+    content = message["content"]
+    return [Part(type="text", text=content)] if isinstance(content, str) else content
+
+
+def _simplest(parts: list[Part]) -> str | list[Part]:
+    """The parts, or their text where there is one text part alone."""
+    return parts[0]["text"] if len(parts) == 1 and parts[0]["type"] == "text" else parts
+
+
+def _weight(message: dict[str, Any], what: str) -> int:
+    """1, or 0 for a message to read without loss: OpenAI's ``weight``, axolotl's ``train``."""
+    weight = message.get("weight", message.get("train", 1))
+    if weight not in (0, 1):
+        raise MalformedRow(f"{what} has weight {weight!r}; a message is learned from (1) or not (0)")
+    return int(weight)
+
+
+def _call_text(call: Any, what: str) -> str:
+    """What the calculator is given: the call's expression, or the call as it is."""
+    if isinstance(call, str):
+        return _text(call, what)
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise MalformedRow(f"{what} has a tool call without a name: {call!r:.100}")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            return _text(arguments, what)
+    if isinstance(arguments, dict):
+        for name in _EXPRESSIONS:
+            if isinstance(expression := arguments.get(name), str):
+                return _text(expression, what)
+    return _text(f"{function['name']}({json.dumps(arguments, ensure_ascii=False)})", what)

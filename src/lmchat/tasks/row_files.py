@@ -1,0 +1,200 @@
+"""Rows of files: JSON lines, JSON arrays and parquet, compressed or not, one file or a folder of them."""
+
+from __future__ import annotations
+
+import bisect
+import json
+import os
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Protocol
+
+from lmchat.paths import expand_user
+from lmchat.records import COMPRESSION_SUFFIXES, JSON_LINES_SUFFIXES, JSON_SUFFIXES, kind_of, open_text
+from lmchat.types import UserError
+
+TABLE_SUFFIX = ".parquet"
+SUFFIXES = (*JSON_LINES_SUFFIXES, *JSON_SUFFIXES, TABLE_SUFFIX)
+"""Kinds of files with rows; those of JSON may be compressed (`COMPRESSION_SUFFIXES`)."""
+
+_KINDS = f"{', '.join(SUFFIXES)} (JSON also with {', '.join(COMPRESSION_SUFFIXES)})"
+
+
+class MalformedRow(ValueError):
+    """A row that is no example of its task. The message says what is wrong with it."""
+
+
+class Rows(Protocol):
+    """Rows that say where they come from."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What the user should know about the files: encodings other than UTF-8, files that were passed over."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any:
+        """The row. Raises `MalformedRow` where it cannot be read."""
+
+    def location(self, index: int) -> str:
+        """File and line (or row) for error messages."""
+
+
+class JSONRows:
+    """The non-blank lines of a file of JSON lines, or the elements of a JSON array; lines are parsed when asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as raw, open_text(path, raw) as (file, encoding):
+                content = file.read()
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error}; copy or download it again") from error
+        self.notes = [] if encoding == "utf-8" else [f"{path} is {encoding.upper()}"]
+        self.unit = "line"
+        self.rows: list[tuple[int, Any]] = list(_lines(content))
+        if kind_of(path)[0] in JSON_SUFFIXES:
+            self._read_whole(content)
+
+    def _read_whole(self, content: bytes) -> None:
+        """Takes a .json file for one document, an array of rows or one row, unless it holds JSON lines all the same."""
+        try:
+            document = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            if len(self.rows) < 2 or not all(line.strip().startswith(b"{") for _, line in self.rows):
+                raise UserError(
+                    f"{self.path} is not JSON ({error}); correct it, or convert it to JSON lines"
+                ) from error
+            return
+        self.unit = "element"
+        self.rows = list(enumerate(document if isinstance(document, list) else [document]))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        row = self.rows[index][1]
+        if self.unit == "element":
+            return row
+        try:
+            return json.loads(row)
+        except (ValueError, RecursionError) as error:
+            raise MalformedRow(f"not JSON: {error}") from None
+
+    def location(self, index: int) -> str:
+        return f"{self.path}, {self.unit} {self.rows[index][0]}"
+
+
+def _lines(content: bytes) -> Iterator[tuple[int, bytes]]:
+    return ((number, line) for number, line in enumerate(content.split(b"\n"), 1) if line.strip())
+
+
+class TableRows:
+    """The rows of an Arrow table, which may be memory-mapped."""
+
+    notes: Sequence[str] = ()
+
+    def __init__(self, table: Any, source: str) -> None:
+        self.table = table
+        self.source = source
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.table.slice(index, 1).to_pylist()[0]
+
+    def location(self, index: int) -> str:
+        return f"{self.source}, row {index}"
+
+
+class ChainedRows:
+    """Several sources one after the other."""
+
+    def __init__(self, sources: Sequence[Rows], notes: Sequence[str] = ()) -> None:
+        self.sources = sources
+        self.ends = list(accumulate(map(len, sources)))
+        self.notes = [*notes, *(note for source in sources for note in source.notes)]
+
+    def _locate(self, index: int) -> tuple[Rows, int]:
+        source = bisect.bisect_right(self.ends, index)
+        return self.sources[source], index - (self.ends[source - 1] if source else 0)
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, index: int) -> Any:
+        rows, local = self._locate(index)
+        return rows[local]
+
+    def location(self, index: int) -> str:
+        rows, local = self._locate(index)
+        return rows.location(local)
+
+
+def read_rows(path: str | Path, split: str | None = None) -> Rows:
+    """Rows of a file, or of the data files of a folder in the order of their names.
+
+    Args:
+        path: a file with one of `SUFFIXES`, or a folder, whose hidden files are passed over.
+        split: in a folder, only the files whose name is the split's, alone or followed by ``-`` or ``_``
+            (``test.parquet``, ``train-00000-of-00004.parquet``); None reads all, those of subfolders too. A file is
+            taken as it is.
+
+    Raises:
+        UserError: there is no such file, or it is damaged or of another kind.
+    """
+    path = expand_user(path)
+    if not path.exists():
+        raise UserError(f"there is no file or folder {path}; give the path of a {_KINDS} file or folder")
+    if not path.is_dir():
+        return ChainedRows([_read_file(path)])
+    found = sorted(_files_below(path) if split is None else filter(Path.is_file, path.iterdir()))
+    visible = [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    files = [file for file in visible if _matches(file, split)]
+    if not files:
+        wanted = " or ".join(f"{split or '*'}{suffix}" for suffix in SUFFIXES)
+        raise UserError(f"folder {path} holds no {wanted}; give the path of the file itself or of another folder")
+    notes = []
+    if hidden := len(found) - len(visible):
+        notes.append(f"{path}: {hidden} hidden file(s) passed over")
+    if split is None and (others := sorted(set(visible) - set(files))):
+        notes.append(f"{path}: {len(others)} file(s) of other kinds passed over, such as {others[0].name}")
+    return ChainedRows([_read_file(file) for file in files], notes)
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """All files below a folder; links to folders are followed, each folder once."""
+    seen = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(root)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(root) / name for name in names)
+
+
+def _has_rows(file: Path) -> bool:
+    kind, compression = kind_of(file)
+    return kind in SUFFIXES and not (kind == TABLE_SUFFIX and compression)
+
+
+def _matches(file: Path, split: str | None) -> bool:
+    if not _has_rows(file):
+        return False
+    stem = file.name.split(".")[0]
+    return split is None or stem == split or stem.startswith((f"{split}-", f"{split}_"))
+
+
+def _read_file(path: Path) -> Rows:
+    if not _has_rows(path):
+        raise UserError(f"{path} is none of {_KINDS}; convert it to JSON lines")
+    if kind_of(path)[0] != TABLE_SUFFIX:
+        return JSONRows(path)
+    import pyarrow.parquet as parquet
+
+    try:
+        return TableRows(parquet.read_table(path, memory_map=True), str(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}; copy or download it again") from error
