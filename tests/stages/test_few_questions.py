@@ -36,9 +36,10 @@ data:
     micro_batch_size: 1
     eval_tokens: 256
     eval_max_new_tokens: 4
+    eval_batch_size: 1
     train: [{task: {class_path: Identity, init_args: {split: train, size: 60}}}]
     val: [{task: {class_path: Identity, init_args: {split: test, size: 1}}}]
-    eval_tasks: [{class_path: lmchat.demo.tasks.Arithmetic, init_args: {split: test, size: 2}}]
+    eval_tasks: [{class_path: lmchat.demo.tasks.Arithmetic, init_args: {split: test, size: 5}}]
 """,
     "grpo": """
 model: {class_path: GRPOModule}

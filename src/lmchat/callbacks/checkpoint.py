@@ -40,6 +40,7 @@ from lmchat.checkpoint.rng import capture_rng, restore_rng
 from lmchat.checkpoint.writer import INTERRUPTED_PEER_TIMEOUT_SECONDS, RunLock, await_commit, check_writable, snapshot
 from lmchat.paths import expand_user
 from lmchat.strategies.checkpoint_io import LMChatCheckpointIO
+from lmchat.strategies.lightning_internals import checkpoint_dict, is_between_batches, set_batch_progress
 from lmchat.strategies.zero2_muon import LeftBeforeStep
 from lmchat.types import UserError
 
@@ -120,7 +121,9 @@ class StepCheckpoint(StepCallback, Checkpoint):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         self._rng_to_restore = checkpoint.get("rng")
         if trainer.state.fn == TrainerFn.FITTING and "loops" in checkpoint:
-            _recount_micro_batches(checkpoint, trainer.accumulate_grad_batches)
+            # Counters of the same step with this run's number of micro-batches.
+            micro_batches = checkpoint["global_step"] * trainer.accumulate_grad_batches
+            set_batch_progress(checkpoint["loops"]["fit_loop"], micro_batches)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         super().on_train_start(trainer, pl_module)
@@ -174,7 +177,7 @@ class StepCheckpoint(StepCallback, Checkpoint):
     def _save_interrupted(self, trainer: L.Trainer, exception: BaseException) -> None:
         if isinstance(exception, LeftBeforeStep):
             self._stepping = False
-        if self._stepping and _is_between_batches(trainer):
+        if self._stepping and is_between_batches(trainer):
             self._mark_boundary(trainer)  # a callback before this one has failed, the step has not
         self._io.peer_timeout_seconds = INTERRUPTED_PEER_TIMEOUT_SECONDS
         try:
@@ -206,8 +209,7 @@ class StepCheckpoint(StepCallback, Checkpoint):
         boundary = self._boundary
         if boundary is None or boundary.step == self._saved_step:
             return
-        # Not trainer.save_checkpoint: its barrier would wait for ever for a rank that has failed.
-        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        checkpoint = checkpoint_dict(trainer)
         trainer.strategy.save_checkpoint(checkpoint, CheckpointPaths(self.directory, boundary.step).model)
         self._saved_step = boundary.step
 
@@ -220,25 +222,6 @@ class StepCheckpoint(StepCallback, Checkpoint):
         checkpoint |= boundary.data
         checkpoint["rng"] = boundary.rng
         checkpoint["meta"] = pl_module.checkpoint_meta()
-
-
-def _recount_micro_batches(checkpoint: dict[str, Any], accumulate_grad_batches: int) -> None:
-    """Sets the restored counters to what they would be had every step had this many micro-batches.
-
-    Lightning decides by them when the optimizer steps, when validation is due, and how far a loader with an end has
-    come. A boundary lies before the end of its micro-batch, hence ``completed`` is one behind.
-    """
-    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-    ready = checkpoint["global_step"] * accumulate_grad_batches
-    for counters in (progress["total"], progress["current"]):
-        counters.update(ready=ready, started=ready, processed=ready, completed=ready - 1)
-    # The last batch of a shorter run; a run that is over does not get as far as to ask.
-    progress["is_last_batch"] = False
-
-
-def _is_between_batches(trainer: L.Trainer) -> bool:
-    progress = trainer.fit_loop.epoch_loop.batch_progress.total
-    return progress.processed == progress.ready  # type: ignore[attr-defined]
 
 
 def _on_rank_zero(trainer: L.Trainer, check: Callable[[], None]) -> None:

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lmchat.evaluation.evaluator import Evaluator, is_due
+from lmchat.strategies.lightning_internals import run_validation
 from lmchat.types import UserError
 
 
@@ -45,7 +46,7 @@ class Evaluate(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if self.at_start and trainer.global_step == 0:
-            _run_validation(trainer)
+            run_validation(trainer)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         for evaluator in trainer.datamodule.evaluators:  # type: ignore[attr-defined]
@@ -63,11 +64,4 @@ class Evaluate(Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         complete = trainer.global_step >= trainer.max_steps
         if self.at_end and complete and self._last_evaluated_step != trainer.global_step:
-            _run_validation(trainer)
-
-
-def _run_validation(trainer: L.Trainer) -> None:
-    """What Lightning's own training loop does when validation is due."""
-    trainer.validating = True
-    trainer.fit_loop.epoch_loop.val_loop.run()
-    trainer.training = True
+            run_validation(trainer)

@@ -11,6 +11,7 @@ from lmchat.callbacks.evaluate import Evaluate
 from lmchat.option_checks import check_range
 from lmchat.run_plan import RunPlan, horizon, validation_interval
 from lmchat.scaling import Plan, make_plan
+from lmchat.strategies.lightning_internals import set_max_steps
 
 
 class TrainingPlan(Callback):
@@ -78,7 +79,7 @@ class TrainingPlan(Callback):
         if stage != "fit":
             return
         plan = self.plan(trainer, pl_module)
-        trainer.fit_loop.epoch_loop.max_steps = plan.steps
+        set_max_steps(trainer, plan.steps)
         trainer.accumulate_grad_batches = plan.accumulate_grad_batches
         # With check_val_every_n_epoch None, Lightning counts micro-batches over the whole run.
         trainer.check_val_every_n_epoch = None

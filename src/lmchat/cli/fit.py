@@ -43,6 +43,7 @@ from lmchat.stages.base import StageModule
 from lmchat.stages.chat import ChatModule
 from lmchat.stages.data_module import StageDataModule
 from lmchat.strategies import zero2_muon
+from lmchat.strategies.lightning_internals import subcommand_option, subcommand_parser
 from lmchat.types import UserError
 
 TRAINER_DEFAULTS = {
@@ -100,28 +101,31 @@ class LMChatCLI(LightningCLI):
     @property
     def _options(self) -> ArgumentParser:
         """The parser of the command in use."""
-        assert self.subcommand is not None
-        return self._subcommand_parsers[self.subcommand]
+        return subcommand_parser(self)
+
+    def _option(self, name: str) -> Any:
+        """The value of an option of the command in use."""
+        return subcommand_option(self, self.config, name)
 
     def before_instantiate_classes(self) -> None:
         assert self.subcommand is not None
         check_groups(self.config.get(self.subcommand, self.config), self._options)
         check_environment(self.subcommand, self._options)
-        if self.subcommand == "validate" and self._get(self.config, "ckpt_path") is None:
+        if self.subcommand == "validate" and self._option("ckpt_path") is None:
             raise UserError("lmchat validate evaluates a checkpoint; give one with --ckpt_path, e.g. --ckpt_path last")
 
     def _set_seed(self) -> None:
-        check_seed(self._get(self.config, "seed_everything"))
+        check_seed(self._option("seed_everything"))
         super()._set_seed()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         assert self.subcommand is not None
-        check_trainer_options(self._get(self.config, "trainer"), self._options, self.subcommand)
+        check_trainer_options(self._option("trainer"), self._options, self.subcommand)
         self.checkpoint = find_start(
-            self._get(self.config, "ckpt_path"),
+            self._option("ckpt_path"),
             self.model.stage,
             self.model.tag,
-            self._get(self.config, "checkpoint")["dirpath"],
+            self._option("checkpoint")["dirpath"],
         )
         if self.checkpoint is not None:
             self.model.load_from(self.checkpoint)
@@ -129,13 +133,13 @@ class LMChatCLI(LightningCLI):
             # Before its data sets are downloaded.
             raise self.model.checkpoint_missing()
         self.datamodule.attach(self.model.spec())
-        if self._get(self.config_init, "trainer")["logger"] in (None, True):
+        if subcommand_option(self, self.config_init, "trainer")["logger"] in (None, True):
             folder = log_dir(STAGES[self.model.stage].logs, self.model.tag)
             tensorboard = TensorBoardLogger(folder.parent, name=folder.name)
             kwargs["logger"] = [tensorboard, CSVLogger(tensorboard.log_dir, "csv", "", flush_logs_every_n_steps=10)]
         if SLURMEnvironment.detect():
             # Requeueing, Lightning would save from within a signal handler, and elsewhere.
-            plugins = self._get(self.config_init, "trainer")["plugins"] or []
+            plugins = subcommand_option(self, self.config_init, "trainer")["plugins"] or []
             kwargs["plugins"] = [
                 *(plugins if isinstance(plugins, list) else [plugins]),
                 SLURMEnvironment(auto_requeue=False),
@@ -147,12 +151,12 @@ class LMChatCLI(LightningCLI):
 
     def _is_finished(self) -> bool:
         """Whether ``--ckpt_path auto`` found the run's last step and no further steps are requested."""
-        if resume_path(self.checkpoint, self.model.stage) is None or self._get(self.config, "ckpt_path") != "auto":
+        if resume_path(self.checkpoint, self.model.stage) is None or self._option("ckpt_path") != "auto":
             return False
         assert self.checkpoint is not None
-        steps = self._get(self.config, "trainer")["max_steps"]
+        steps = self._option("trainer")["max_steps"]
         if self.model.scales_with_depth:
-            steps = self._get(self.config_init, "scaling_laws").scale(self.model, steps).steps
+            steps = subcommand_option(self, self.config_init, "scaling_laws").scale(self.model, steps).steps
         return self.checkpoint.step >= max(self.checkpoint.meta["total_steps"], steps)
 
     def fit(self, model: StageModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
@@ -181,8 +185,8 @@ class DataModuleCLI(LMChatCLI):
 
     def instantiate_classes(self) -> None:
         assert self.subcommand is not None
-        data = Namespace(data=self._get(self.config, "data"))
-        self.datamodule = self._subcommand_parsers[self.subcommand].instantiate(data).data
+        data = Namespace(data=self._option("data"))
+        self.datamodule = self._options.instantiate(data).data
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Runs nothing."""

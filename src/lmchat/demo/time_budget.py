@@ -9,6 +9,7 @@ import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lmchat.callbacks.step import StepCallback
+from lmchat.strategies.lightning_internals import set_max_steps
 from lmchat.types import UserError
 
 
@@ -42,7 +43,7 @@ class TimeBudget(StepCallback):
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         super().on_train_start(trainer, pl_module)
         if self.lowered_to is not None:
-            _set_max_steps(trainer, min(self.lowered_to, trainer.max_steps))
+            set_max_steps(trainer, min(self.lowered_to, trainer.max_steps))
         self._start = time.perf_counter()
         self._first_step = trainer.global_step
         self._most_steps = trainer.max_steps
@@ -67,14 +68,10 @@ class TimeBudget(StepCallback):
             f"at {per_step:.2f} s per step, {self.minutes:g} minutes are enough for {steps} of {self._most_steps} steps"
         )
         self.lowered_to = steps
-        _set_max_steps(trainer, steps)
+        set_max_steps(trainer, steps)
 
     def state_dict(self) -> dict[str, Any]:
         return {"lowered_to": self.lowered_to}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.lowered_to = state_dict["lowered_to"]
-
-
-def _set_max_steps(trainer: L.Trainer, steps: int) -> None:
-    trainer.fit_loop.epoch_loop.max_steps = steps

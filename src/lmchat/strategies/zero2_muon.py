@@ -1,4 +1,4 @@
-"""`--trainer.strategy zero2_muon`: many processes train what one trains, with the optimizer's state shared out."""
+"""`--trainer.strategy zero2_muon`: data parallelism with ZeRO-2 sharded Muon state; the result equals one process's."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
@@ -23,28 +21,35 @@ from torch.distributed.distributed_c10d import _abort_process_group
 from lmchat.optim.muon_adamw import MuonAdamW
 from lmchat.optim.sharded import ShardedMuonAdamW
 from lmchat.strategies.checkpoint_io import LMChatCheckpointIO
+from lmchat.strategies.lightning_internals import (
+    broadcast_module_states,
+    ends_optimizer_step,
+    keep_other_ranks_alive,
+    stop_after_batch,
+    take_over_sigterm,
+)
 from lmchat.types import RankFailure, UserError
 
 
 class LeftBeforeStep(RankFailure):
-    """Another rank has failed before this step has changed anything."""
+    """Another rank failed before this step changed anything."""
 
 
 class Zero2MuonStrategy(DDPStrategy):
-    """Replicated parameters, sharded gradients and optimizer state: `ShardedMuonAdamW` in place of the MuonAdamW.
+    """Replicated parameters, sharded gradients and optimizer state, by `ShardedMuonAdamW` in place of MuonAdamW.
 
-    The module is not wrapped, so accumulation needs no communication; reductions start in the backward pass of the
-    micro-batch that ends a step. Every rank saves its own optimizer file, and any number of ranks can resume.
+    The module is not wrapped, so gradient accumulation needs no communication; reductions start in the backward pass of
+    the micro-batch that ends a step. Every rank saves its own optimizer file, and any number of ranks can resume.
 
-    SIGTERM or Ctrl-C on any rank ends training on all ranks, after the step or the evaluation's batch in which they
-    learn of it; a second Ctrl-C ends it at once. Lightning would ask at every micro-batch, and broadcast from within
-    the signal handler, between this step's collectives. Where a rank fails, the others learn of it on the CPU, which no
-    kernel of NCCL holds up that waits for that rank.
+    SIGTERM or Ctrl-C on any rank ends training on all ranks after the current step or evaluation batch; a second Ctrl-C
+    ends it at once. (Lightning would synchronize at every micro-batch, and broadcast within the signal handler, between
+    the collectives of the step.) When a rank fails, the other ranks are told over a gloo group, so that no NCCL kernel
+    that waits for the failed rank can block them.
 
     Args:
-        gather_dtype: in which new parameters travel; "auto" is bf16 where the network computes in bf16.
+        gather_dtype: dtype in which new parameters are gathered; "auto" is bf16 where the network computes in bf16.
         bucket_mebibytes: size of a message of gradients.
-        kwargs: as of `DDPStrategy`, e.g. ``process_group_backend``, ``timeout``.
+        kwargs: arguments of `DDPStrategy`, e.g. ``process_group_backend``, ``timeout``.
 
     Attributes:
         agreed_signal: the signal that ended the run on all ranks, 0 for none.
@@ -71,9 +76,9 @@ class Zero2MuonStrategy(DDPStrategy):
         self.checkpoint_io = LMChatCheckpointIO(self.global_rank, self.world_size, elastic=True)
 
     def configure_ddp(self) -> None:
-        """Gives every rank the first one's parameters and buffers; the module is left unwrapped."""
+        """Broadcasts parameters and buffers of rank 0; the module is not wrapped."""
         assert self.lightning_module is not None
-        _sync_module_states(self.lightning_module)
+        broadcast_module_states(self.lightning_module)
 
     def setup_optimizers(self, trainer: L.Trainer) -> None:
         super().setup_optimizers(trainer)
@@ -115,15 +120,14 @@ class Zero2MuonStrategy(DDPStrategy):
 
     def pre_backward(self, closure_loss: Tensor) -> None:
         assert self.lightning_module is not None
-        if not self.lightning_module.trainer.fit_loop._should_accumulate():
+        if ends_optimizer_step(self.lightning_module.trainer):
             self.optimizer.reduce_during_backward()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         output = super().optimizer_step(*args, **kwargs)
         if self.agreed_signal:
             assert self.lightning_module is not None
-            # Lightning raises SIGTERMException at the end of this batch.
-            self.lightning_module.trainer._signal_connector.received_sigterm = True
+            stop_after_batch(self.lightning_module.trainer)
             self._let_ranks_exit()
         return output
 
@@ -132,12 +136,12 @@ class Zero2MuonStrategy(DDPStrategy):
         return super().validation_step(*args, **kwargs)
 
     def await_evaluation(self) -> None:
-        """Returns when all ranks have evaluated their batches: some may have more than others."""
+        """Returns when all ranks have evaluated their batches, of which some may have more than others."""
         while self._agree_while_evaluating(busy=False):
             pass
 
     def _agree_while_evaluating(self, busy: bool) -> bool:
-        """Whether any rank still evaluates. Raises SIGTERMException on all ranks after a signal on one."""
+        """Whether any rank still evaluates. Raises SIGTERMException on all ranks after a signal on one of them."""
         if self._control_group is None:  # not training
             return False
         any_busy = bool(self._agree(torch.tensor([busy], dtype=torch.uint8)))
@@ -147,7 +151,7 @@ class Zero2MuonStrategy(DDPStrategy):
         return any_busy
 
     def _agree(self, flags: Tensor) -> Tensor:
-        """The maximum over ranks; the signals they have received along with it."""
+        """The maximum of ``flags`` over the ranks; also exchanges the signals they have received."""
         message = torch.cat([flags, flags.new_tensor([self._signal_here])])
         try:
             dist.all_reduce(message, op=dist.ReduceOp.MAX, group=self._control_group)
@@ -157,16 +161,16 @@ class Zero2MuonStrategy(DDPStrategy):
         return message[:-1]
 
     def reduce_numbers(self, numbers: Tensor, op: Any) -> Tensor:
-        """A few numbers on the CPU, in place, over the control group, during training."""
+        """Reduces a few numbers on the CPU in place over the control group; for use during training."""
         dist.all_reduce(numbers, op=op, group=self._control_group)
         return numbers
 
     def _take_over_signals(self, trainer: L.Trainer) -> None:
-        # A group of its own on the CPU: asking neither waits for the device nor gets in between its collectives.
+        # A group of its own on the CPU neither waits for the device nor interferes with its collectives.
         self._control_group = dist.new_group(backend="gloo")
-        trainer.callbacks.append(_AwaitEvaluation())  # type: ignore[attr-defined]
-        trainer._signal_connector._sigterm_notifier_fn = self._on_signal  # type: ignore[method-assign]
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        # First, since the callbacks after it reduce metrics over the ranks.
+        trainer.callbacks.insert(0, _AwaitEvaluation())  # type: ignore[attr-defined]
+        take_over_sigterm(trainer, self._on_signal)
         if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
             self._sigint_handler = signal.signal(signal.SIGINT, self._on_signal)
 
@@ -178,12 +182,10 @@ class Zero2MuonStrategy(DDPStrategy):
         self._signal_here = max(self._signal_here, int(signum))
 
     def _let_ranks_exit(self) -> None:
-        # Lightning kills all ranks as soon as it sees that one has exited with a status other than 0.
-        if isinstance(self.launcher, _SubprocessScriptLauncher):
-            self.launcher.procs.clear()
+        keep_other_ranks_alive(self.launcher)
 
     def on_exception(self, exception: BaseException) -> None:
-        """Closes the connections to the other ranks, which may be waiting for this one; saving needs none."""
+        """Closes the connections to the other ranks, which may be waiting for this one; saving does not need them."""
         super().on_exception(exception)
         self._let_ranks_exit()
         if self._control_group is None or isinstance(exception, SIGTERMException):  # all ranks know
@@ -197,8 +199,8 @@ class Zero2MuonStrategy(DDPStrategy):
 
     def teardown(self) -> None:
         if self._abandoned:
-            # Kernels that wait for a rank which is gone would hold up what frees memory, and the exit. All is saved
-            # by now; earlier, an abort would free what another rank still reads. (Never run on a GPU.)
+            # Kernels that wait for a failed rank would block freeing memory and the exit. Everything is saved by now;
+            # earlier, an abort would free memory that another rank still reads. (Never run on a GPU.)
             _abort_process_group()
         if self._sigint_handler is not None:
             signal.signal(signal.SIGINT, self._sigint_handler)
@@ -206,7 +208,7 @@ class Zero2MuonStrategy(DDPStrategy):
         super().teardown()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The module's weights, exact; while an exception is handled as they are, since other ranks may be gone."""
+        """The exact weights of the module; during an exception the local ones, since other ranks may have failed."""
         if self.optimizers and sys.exception() is None:
             self.optimizer.gather_exact()
         return super().lightning_module_state_dict()
@@ -216,7 +218,7 @@ class Zero2MuonStrategy(DDPStrategy):
         self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """The checkpoint with this rank's optimizer state, or that of all ranks where their number was another."""
+        """The checkpoint with this rank's optimizer state, or with that of all ranks if the world size has changed."""
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
         if "optimizer_shards" in checkpoint:
             checkpoint["optimizer_states"] = list(zip(*checkpoint.pop("optimizer_shards"), strict=True))
@@ -224,7 +226,7 @@ class Zero2MuonStrategy(DDPStrategy):
 
 
 class _AwaitEvaluation(Callback):
-    """Lets the ranks agree to the end of an evaluation, before its results are reduced."""
+    """Waits for all ranks at the end of an evaluation, before its metrics are reduced."""
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         assert isinstance(trainer.strategy, Zero2MuonStrategy)
@@ -234,5 +236,5 @@ class _AwaitEvaluation(Callback):
 StrategyRegistry.register(
     "zero2_muon",
     Zero2MuonStrategy,
-    description="ZeRO-2 for MuonAdamW: gradients and optimizer state shared out among the ranks",
+    description="ZeRO-2 for MuonAdamW: gradients and optimizer state sharded over the ranks",
 )

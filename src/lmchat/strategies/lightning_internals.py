@@ -1,0 +1,93 @@
+"""Every use of Lightning's private attributes, each behind a named function with a contract test.
+
+A new version of Lightning that renames one of them fails the test of that function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.overrides.distributed import _sync_module_states
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+
+OVERRIDDEN_CLI_HOOKS = ("_parse_ckpt_path", "_set_seed", "_run_subcommand")
+"""Private methods of `LightningCLI` that lmchat's command line overrides."""
+
+
+def ends_optimizer_step(trainer: L.Trainer) -> bool:
+    """Whether the current micro-batch is the last one of its optimizer step."""
+    return not trainer.fit_loop._should_accumulate()
+
+
+def stop_after_batch(trainer: L.Trainer) -> None:
+    """Makes the trainer raise SIGTERMException at the end of the current batch."""
+    trainer._signal_connector.received_sigterm = True
+
+
+def take_over_sigterm(trainer: L.Trainer, handler: Callable[..., None]) -> None:
+    """Calls ``handler`` on SIGTERM and ends Lightning's own agreement on it, which runs at every micro-batch."""
+    trainer._signal_connector._sigterm_notifier_fn = handler  # type: ignore[method-assign]
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+
+def keep_other_ranks_alive(launcher: Any) -> None:
+    """Keeps Lightning's launcher from killing the other ranks as soon as one of them exits with an error."""
+    if isinstance(launcher, _SubprocessScriptLauncher):
+        launcher.procs.clear()
+
+
+def broadcast_module_states(module: L.LightningModule) -> None:
+    """Gives every rank the parameters and buffers of rank 0."""
+    _sync_module_states(module)
+
+
+def checkpoint_dict(trainer: L.Trainer) -> dict[str, Any]:
+    """The trainer's checkpoint, without the barrier of `Trainer.save_checkpoint`, which would wait for failed ranks."""
+    return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+
+
+def set_max_steps(trainer: L.Trainer, steps: int) -> None:
+    """Sets the number of optimizer steps of the run."""
+    trainer.fit_loop.epoch_loop.max_steps = steps
+
+
+def run_validation(trainer: L.Trainer) -> None:
+    """Runs the validation loop within training, as the training loop does when validation is due."""
+    trainer.validating = True
+    trainer.fit_loop.epoch_loop.val_loop.run()
+    trainer.training = True
+
+
+def is_between_batches(trainer: L.Trainer) -> bool:
+    """Whether every micro-batch that was started has been processed."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress.total
+    return progress.processed == progress.ready  # type: ignore[attr-defined]
+
+
+def set_batch_progress(fit_loop: dict[str, Any], micro_batches: int) -> None:
+    """Sets the counters in the saved state of a fit loop to ``micro_batches`` processed ones.
+
+    Lightning decides by them when the optimizer steps, when validation is due, and how far a loader with an end has
+    come. The state is saved before the end of its micro-batch, hence ``completed`` is one less.
+    """
+    progress = fit_loop["epoch_loop.batch_progress"]
+    for counters in (progress["total"], progress["current"]):
+        counters.update(
+            ready=micro_batches, started=micro_batches, processed=micro_batches, completed=micro_batches - 1
+        )
+    # Set at the last batch of a shorter run. Cleared, so that a longer run continues.
+    progress["is_last_batch"] = False
+
+
+def subcommand_parser(cli: LightningCLI) -> Any:
+    """The parser of the subcommand in use."""
+    assert cli.subcommand is not None
+    return cli._subcommand_parsers[cli.subcommand]
+
+
+def subcommand_option(cli: LightningCLI, config: Any, name: str) -> Any:
+    """The value of the top-level option ``name`` in a config of the subcommand in use."""
+    return cli._get(config, name)

@@ -1,0 +1,178 @@
+"""Contracts with Lightning: each private attribute exists and does what its function relies on."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import pytest
+import torch.distributed as dist
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lmchat.strategies import lightning_internals as internals
+
+SOURCE = Path(internals.__file__).resolve().parent.parent
+
+
+def trainer(tmp_path: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return L.Trainer(
+        accelerator="cpu",
+        callbacks=list(callbacks),
+        default_root_dir=tmp_path,
+        enable_checkpointing=False,
+        num_sanity_val_steps=0,
+        **{"max_epochs": 1, "limit_train_batches": 6, "limit_val_batches": 2, **quiet, **options},
+    )
+
+
+class Watch(L.Callback):
+    """Calls ``check`` during the backward pass of every micro-batch, and ``after`` at its end."""
+
+    def __init__(self, check: Any = None, after: Any = None) -> None:
+        self.check, self.after = check, after
+
+    def on_before_backward(self, trainer: L.Trainer, *_: Any) -> None:
+        if self.check:
+            self.check(trainer)
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if self.after:
+            self.after(trainer)
+
+
+def test_the_last_micro_batch_of_a_step_is_known_in_its_backward_pass(tmp_path: Path) -> None:
+    seen: list[bool] = []
+    watch = Watch(check=lambda trainer: seen.append(internals.ends_optimizer_step(trainer)))
+    trainer(tmp_path, watch, accumulate_grad_batches=3).fit(BoringModel())
+    assert seen == [False, False, True, False, False, True]
+
+
+def test_a_requested_stop_comes_at_the_end_of_the_batch(tmp_path: Path) -> None:
+    run = trainer(tmp_path, Watch(check=internals.stop_after_batch))
+    with pytest.raises(SIGTERMException):
+        run.fit(BoringModel())
+    assert run.global_step == 1
+
+
+def test_sigterm_goes_to_the_own_handler(tmp_path: Path) -> None:
+    run, received = trainer(tmp_path), []
+    assert callable(run._signal_connector._sigterm_notifier_fn)
+    assert callable(run.fit_loop.epoch_loop._broadcast_sigterm_tensor)
+    internals.take_over_sigterm(run, lambda *signal: received.append(signal))
+    run._signal_connector._sigterm_notifier_fn(15, None)
+    assert received == [(15, None)]
+    assert run.fit_loop.epoch_loop._broadcast_sigterm_tensor() is None
+
+
+def test_the_launcher_forgets_the_processes_it_would_kill() -> None:
+    launcher = _SubprocessScriptLauncher(LightningEnvironment(), num_processes=2, num_nodes=1)
+    launcher.procs.append(SimpleNamespace())  # type: ignore[arg-type]
+    internals.keep_other_ranks_alive(launcher)
+    assert launcher.procs == []
+    internals.keep_other_ranks_alive(None)
+
+
+def test_a_checkpoint_is_made_without_a_barrier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[dict[str, Any]] = []
+
+    def save(trainer: L.Trainer) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(type(trainer.strategy), "barrier", lambda *_: pytest.fail("waited for other ranks"))
+            saved.append(internals.checkpoint_dict(trainer))
+
+    trainer(tmp_path, Watch(after=save)).fit(BoringModel())
+    assert {"state_dict", "optimizer_states", "loops", "global_step"} <= saved[0].keys()
+    assert "epoch_loop.batch_progress" in saved[0]["loops"]["fit_loop"]
+
+
+def test_the_number_of_steps_can_be_set(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    internals.set_max_steps(run, 4)
+    run.fit(BoringModel())
+    assert run.max_steps == run.global_step == 4
+
+
+def test_validation_runs_within_training(tmp_path: Path) -> None:
+    class Count(L.Callback):
+        validated = 0
+
+        def on_validation_batch_end(self, *_: Any) -> None:
+            self.validated += 1
+
+    class Validate(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+            internals.run_validation(trainer)
+            assert trainer.training
+
+    count = Count()
+    trainer(tmp_path, count, Validate(), check_val_every_n_epoch=None, val_check_interval=1000).fit(BoringModel())
+    assert count.validated == 2
+
+
+def test_between_batches_and_counters(tmp_path: Path) -> None:
+    during, after = [], []
+    run = trainer(
+        tmp_path,
+        Watch(
+            check=lambda trainer: during.append(internals.is_between_batches(trainer)),
+            after=lambda trainer: after.append(internals.is_between_batches(trainer)),
+        ),
+    )
+    run.fit(BoringModel())
+    assert not any(during) and all(after)
+    state = run.fit_loop.state_dict()
+    internals.set_batch_progress(state, 40)
+    for counters in ("total", "current"):
+        progress = state["epoch_loop.batch_progress"][counters]
+        assert (progress["ready"], progress["processed"], progress["completed"]) == (40, 40, 39)
+
+
+def test_states_of_rank_0_are_broadcast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a group of one rank; the values that are sent are counted."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        sent: list[int] = []
+        broadcast = dist._broadcast_coalesced
+
+        def counted(group: Any, tensors: list[Any], *rest: Any) -> None:
+            sent.append(sum(tensor.numel() for tensor in tensors))
+            broadcast(group, tensors, *rest)
+
+        monkeypatch.setattr(dist, "_broadcast_coalesced", counted)
+        module = BoringModel()
+        internals.broadcast_module_states(module)
+        assert sent == [sum(parameter.numel() for parameter in module.parameters())]
+    finally:
+        dist.destroy_process_group()
+
+
+def test_the_hooks_of_the_command_line_exist() -> None:
+    for name in (*internals.OVERRIDDEN_CLI_HOOKS, "_get"):
+        assert callable(getattr(LightningCLI, name)), name
+    assert "_subcommand_parsers" in Path(__import__("inspect").getsourcefile(LightningCLI)).read_text()
+
+
+def test_private_attributes_are_used_in_one_file() -> None:
+    """Attributes that begin with an underscore, of anything that is not self or cls or one of lmchat's modules."""
+    own = {"_version", "_parameters", "_buffers", "_foreach_copy_", "_fields", "_replace"}
+    found = []
+    for path in SOURCE.rglob("*.py"):
+        if "trainer" not in (text := path.read_text()) or path.name == "lightning_internals.py":
+            continue
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+                holder = ast.unparse(node.value)
+                if (
+                    any(word in holder for word in ("trainer", "fit_loop", "connector", "launcher"))
+                    and node.attr not in own
+                ):
+                    found.append(f"{path.name}: {holder}.{node.attr}")
+    assert found == []
