@@ -19,6 +19,8 @@ from pydoc_data import topics
 
 import torch
 
+SAME_KERNELS = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+"""No bf16 units, so that "auto" means fp32 on every x86 CPU."""
 REPOSITORY = Path(__file__).resolve().parent.parent
 COMMON = """
 trainer: {accelerator: cpu, max_steps: STEPS}
@@ -82,7 +84,7 @@ def check_out(revision: str, folder: Path) -> str:
 
 def run(source: Path, base: Path, text: Path, configs: Path) -> dict[str, tuple[list[str], dict[str, torch.Tensor]]]:
     """The losses of every step, as logged in full precision, and the final weights of each run with ``source``."""
-    environment = {**os.environ, "PYTHONPATH": str(source), "LMCHAT_BASE_DIR": str(base)}
+    environment = {**os.environ, **SAME_KERNELS, "PYTHONPATH": str(source), "LMCHAT_BASE_DIR": str(base)}
 
     def lmchat(*args: str) -> None:
         done = subprocess.run([sys.executable, "-m", "lmchat", *args], env=environment, capture_output=True, text=True)

@@ -111,6 +111,7 @@ class StageModule(L.LightningModule):
             check_count("model", 1, global_batch_tokens=global_batch_tokens)
         self.lr_scale = 1.0
         self.compute_dtype = compute_dtype
+        self.polar_dtype = "auto"
         self.attention = attention
         self.compile_mode = compile
         self.parent_meta: dict[str, Any] = {}
@@ -168,7 +169,7 @@ class StageModule(L.LightningModule):
             self._start = checkpoint
 
     def keep_numerics(self, checkpoint: Checkpoint) -> None:
-        """On resume the saved compute dtype is kept where the user leaves it to "auto"; a new probe might differ.
+        """On resume the saved dtypes are kept where the user leaves them to "auto"; a new probe might differ.
 
         Raises:
             UserError: the checkpoint was trained with another tokenizer.
@@ -176,6 +177,8 @@ class StageModule(L.LightningModule):
         resumes = checkpoint.stage == self.stage and not checkpoint.weights_only
         if resumes and self.compute_dtype == "auto":
             self.compute_dtype = checkpoint.meta["compute_dtype"]
+        if checkpoint.stage == self.stage:
+            self.polar_dtype = checkpoint.meta.get("polar_dtype", "auto")
         if checkpoint.meta["tokenizer_fingerprint"] != self.tokenizer.fingerprint:
             raise UserError(
                 f"{checkpoint.paths.meta} was trained with another tokenizer than the one in {self.tokenizer_path}; "
@@ -245,7 +248,8 @@ class StageModule(L.LightningModule):
             **self.learning_rates,  # type: ignore[arg-type]
         )
         on_gpu = self.net.device.type == "cuda"  # on a CPU Muon's matrix products dominate
-        return MuonAdamW(groups, compile=on_gpu and self._compiles(pays=True))
+        polar_dtype: Any = COMPUTE_DTYPES.get(self.polar_dtype, "auto")
+        return MuonAdamW(groups, polar_dtype=polar_dtype, compile=on_gpu and self._compiles(pays=True))
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         now = self.schedule(self.trainer.global_step)
@@ -277,9 +281,14 @@ class StageModule(L.LightningModule):
         return mean
 
     def _numerics(self) -> dict[str, str]:
-        """The compute dtype and the attention backend in use, by name."""
+        """The dtypes and the attention backend in use, by name."""
         names = {dtype: name for name, dtype in COMPUTE_DTYPES.items()}
-        return {"compute_dtype": names[self.net.compute_dtype], "attention": self.net.attention_backend}
+        polar_dtype = COMPUTE_DTYPES.get(self.polar_dtype) or default_compute_dtype(self.net.device)
+        return {
+            "compute_dtype": names[self.net.compute_dtype],
+            "polar_dtype": names[polar_dtype],
+            "attention": self.net.attention_backend,
+        }
 
     def checkpoint_meta(self) -> dict[str, Any]:
         """The metadata of a checkpoint, for later stages and readers; JSON values only."""
