@@ -16,6 +16,7 @@ TRAINER_COMMANDS = {
 COMMANDS = {
     "tokenizer": "train, evaluate, show or import a tokenizer",
     "data": "download shards, import your own text, tokenize it, show conversations",
+    "eval": "accuracy of a checkpoint on chat benchmarks",
     "chat": "talk to a model in the terminal",
     "export": "write a model for the transformers library",
     "import": "read a model of the transformers library or of nanochat",

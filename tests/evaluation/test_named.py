@@ -1,0 +1,86 @@
+"""Evaluation by name: intervals against their definition, results that survive, failures that stay with their task."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lmchat.evaluation import named
+from lmchat.evaluation.intervals import Z_95, wilson_interval
+from lmchat.evaluation.named import centered_mean, evaluate_tasks, make_task
+from lmchat.tasks.base import Task, exchange
+from lmchat.types import Conversation, UserError
+
+
+@pytest.mark.parametrize(("successes", "trials"), [(0, 10), (3, 10), (10, 10), (1, 1), (431, 1319), (7, 2000)])
+def test_wilson_bounds_solve_their_equation(successes: int, trials: int) -> None:
+    """A bound p satisfies (share − p)² = z² p (1 − p) / n."""
+    for bound in wilson_interval(successes, trials):
+        expected = Z_95**2 * bound * (1 - bound) / trials
+        assert (successes / trials - bound) ** 2 == pytest.approx(expected, abs=1e-15)
+    assert wilson_interval(0, 0) == (0, 1)
+
+
+class Echo(Task):
+    """Questions that are answered by their number; the answer of `answers` is right."""
+
+    def num_examples(self) -> int:
+        return 5
+
+    def example(self, index: int) -> Conversation:
+        return exchange(str(index), str(index))
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        return completion == conversation["messages"][-1]["content"]
+
+
+@pytest.fixture
+def graded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Replaces the engine's answers by a fixed one; notes which questions were asked."""
+    asked: list[str] = []
+
+    def evaluate(evaluator: Any, policy: Any) -> dict[str, float]:
+        questions = [str(c["messages"][0]["content"]) for batch in evaluator.batches(0, 1) for c in batch]
+        asked.extend(questions)
+        if "3" in questions and isinstance(policy, str):
+            raise UserError(policy)
+        return {evaluator.name: sum(question in "01" for question in questions) / len(questions)}
+
+    monkeypatch.setattr(named, "evaluate", evaluate)
+    return asked
+
+
+def test_results_are_kept_task_by_task_and_continued(tmp_path: Path, graded: list[str]) -> None:
+    path = tmp_path / "eval.json"
+    tasks: dict[str, Task] = {"first": Echo(stop=2), "second": Echo()}
+    failed = dict(evaluate_tasks("out of questions", tasks, path))  # type: ignore[arg-type]
+    assert failed["first"]["accuracy"] == 1 and failed["second"]["error"] == "out of questions"
+    assert json.loads(path.read_text()).keys() == {"first", "second"}
+    graded.clear()
+    results = dict(evaluate_tasks(SimpleNamespace(), tasks, path))  # type: ignore[arg-type]
+    assert graded == list("01234")  # only the task that had failed
+    assert results["second"]["accuracy"] == 0.4 and results["second"]["interval_95"] == list(wilson_interval(2, 5))
+    graded.clear()
+    assert dict(evaluate_tasks(SimpleNamespace(), tasks, path)) == results  # type: ignore[arg-type]
+    assert not graded
+    dict(evaluate_tasks(SimpleNamespace(), {"second": Echo(stop=4)}, path))  # type: ignore[arg-type]
+    assert graded == list("0123")  # other settings are another result
+
+
+def test_the_mean_is_centered_by_chance() -> None:
+    results = {"MMLU": {"accuracy": 0.25}, "GSM8K": {"accuracy": 0.5}, "ARC-Easy": {"accuracy": 1.0}}
+    assert centered_mean(results, list(results)) == pytest.approx((0 + 0.5 + 1) / 3)
+    assert centered_mean({**results, "ARC-Challenge": {"error": "x"}}, [*results, "ARC-Challenge"]) is None
+
+
+def test_mistakes(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no task 'GSM9K'; choose from ARC-Easy"):
+        make_task("GSM9K")
+    for text in ("[1]", '{"a": 1}', "{", "[" * 100_000):
+        (tmp_path / "eval.json").write_text(text)
+        with pytest.raises(UserError, match="not a file of results"):
+            list(evaluate_tasks(SimpleNamespace(), {"a": Echo()}, tmp_path / "eval.json"))  # type: ignore[arg-type]
