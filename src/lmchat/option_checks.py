@@ -6,26 +6,26 @@ import math
 
 from lmchat.types import UserError
 
-MOST_COUNT = 2**40
+MAX_COUNT = 2**40
 """Of tokens, rows, steps or questions: more than any run has, and sizes made of it still fit into 64 bits."""
 
 
-def check_range(group: str, most: float = math.inf, **numbers: float) -> None:
-    """Raises UserError unless the options ``--group.name`` are finite numbers from 0 to ``most``."""
+def check_range(group: str, max: float = math.inf, **numbers: float) -> None:
+    """Raises UserError unless the options ``--group.name`` are finite numbers from 0 to ``max``."""
     for name, value in numbers.items():
-        if not 0 <= value <= most or math.isinf(value):
-            span = "from 0" if math.isinf(most) else f"from 0 to {most:g}"
+        if not 0 <= value <= max or math.isinf(value):
+            span = "from 0" if math.isinf(max) else f"from 0 to {max:g}"
             raise UserError(f"--{group}.{name} is {value}; it must be a number {span}")
 
 
-def check_count(group: str, least: int, **numbers: int | None) -> None:
-    """Raises UserError unless the options ``--group.name`` are from ``least`` to `MOST_COUNT`, or None.
+def check_count(group: str, min: int, **numbers: int | None) -> None:
+    """Raises UserError unless the options ``--group.name`` are from ``min`` to `MAX_COUNT`, or None.
 
     An empty ``group`` stands for options without one, ``--name``.
     """
     for name, value in numbers.items():
         option = f"--{group}.{name}" if group else f"--{name}"
-        if value is not None and value < least:
-            raise UserError(f"{option} is {value}; it must be at least {least}")
-        if value is not None and value > MOST_COUNT:
-            raise UserError(f"{option} is {value}; it must be at most {MOST_COUNT}")
+        if value is not None and value < min:
+            raise UserError(f"{option} is {value}; it must be at least {min}")
+        if value is not None and value > MAX_COUNT:
+            raise UserError(f"{option} is {value}; it must be at most {MAX_COUNT}")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from lmchat.types import UserError
+
+_NOT_IN_NAMES = re.compile(r"[/\\\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def expand_user(path: str | Path) -> Path:
@@ -18,6 +21,11 @@ def expand_user(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise UserError(f"there is no home folder for {path}; write the path without ~") from error
+
+
+def is_folder_name(name: str) -> bool:
+    """Whether ``name`` can name one visible folder: no slashes, no control characters, no dot in front."""
+    return bool(name) and name[0] != "." and len(os.fsencode(name)) <= 200 and not _NOT_IN_NAMES.search(name)
 
 
 def base_dir() -> Path:
@@ -45,4 +53,5 @@ def base_data_dir() -> Path:
 
 def log_dir(stage_folder: str, tag: str) -> Path:
     """The folder of a run's logs; each start of the run has a version folder in it."""
+    assert is_folder_name(tag)
     return base_dir() / "logs" / stage_folder / tag

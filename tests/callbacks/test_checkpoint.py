@@ -19,6 +19,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader, IterableDataset
 
+from checkpoint_meta import META
 from lmchat.callbacks.checkpoint import StepCheckpoint
 from lmchat.checkpoint import writer
 from lmchat.checkpoint.layout import CheckpointPaths, committed_steps
@@ -92,7 +93,7 @@ class Module(L.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=1e-2)
 
     def checkpoint_meta(self) -> dict[str, Any]:
-        return {"stage": "pretrain", "tag": "tiny"}
+        return META
 
 
 class Interrupt(Callback):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from checkpoint_meta import META
 from lmchat.checkpoint.layout import CheckpointPaths
 from lmchat.checkpoint.writer import write_checkpoint
 
@@ -24,7 +25,7 @@ def save_step(directory: Path, step: int, **options: Any) -> CheckpointPaths:
         paths,
         model={"transformer.wte.weight": torch.full((64, 16), float(step))},
         rank_state={"optimizer_states": [{"exp_avg": torch.full((64, 16), float(step))}], "position": [step, None]},
-        meta={"stage": "pretrain", "model": {"n_layer": 4}},
+        meta=META,
         **options,
     )
     return paths

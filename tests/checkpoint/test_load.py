@@ -1,11 +1,11 @@
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import pytest
 import torch
 
+from checkpoint_meta import MODEL
 from lmchat.checkpoint.layout import CheckpointPaths
 from lmchat.checkpoint.load import (
     DamagedCheckpoint,
@@ -52,7 +52,7 @@ def test_every_way_to_name_a_checkpoint(folder: Path, monkeypatch: pytest.Monkey
 
 def test_what_is_read(folder: Path) -> None:
     checkpoint = find_checkpoint(folder)
-    assert (checkpoint.stage, checkpoint.world_size, checkpoint.meta["model"]) == ("pretrain", 1, {"n_layer": 4})
+    assert (checkpoint.stage, checkpoint.world_size, checkpoint.meta["model"]) == ("pretrain", 1, MODEL)
     assert load_model_state(checkpoint).keys() == {"transformer.wte.weight"}
     assert load_rank_state(checkpoint, 0)["position"] == [2, None]
 
@@ -143,6 +143,8 @@ def test_loading_runs_no_code_from_the_file(folder: Path, tmp_path: Path) -> Non
         (checkpoint.paths.model, lambda: load_model_state(checkpoint)),
     ):
         torch.save({"state": Hostile()}, path)
-        with pytest.raises(pickle.UnpicklingError):
+        with pytest.raises(
+            DamagedCheckpoint, match=rf"{path.name} holds more than tensors.*nothing in it was executed"
+        ):
             load()
     assert not (tmp_path / "owned").exists()

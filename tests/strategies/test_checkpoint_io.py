@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from checkpoint_meta import META
 from lmchat.checkpoint.layout import CheckpointPaths
 from lmchat.checkpoint.load import DamagedCheckpoint
 from lmchat.strategies.checkpoint_io import LMChatCheckpointIO
 from lmchat.types import UserError
+
+COUNTS = {"ready": 15, "started": 15, "processed": 15, "completed": 14}
 
 
 def dump(rank: int = 0) -> dict[str, Any]:
@@ -21,14 +24,16 @@ def dump(rank: int = 0) -> dict[str, Any]:
         "epoch": 0,
         "global_step": 5,
         "pytorch-lightning_version": "2.6.6",
-        "loops": {"fit_loop": {"epoch_loop.batch_progress": {"is_last_batch": False, "total": {"ready": 15}}}},
+        "loops": {
+            "fit_loop": {"epoch_loop.batch_progress": {"is_last_batch": False, "total": COUNTS, "current": COUNTS}}
+        },
         "state_dict": {"net.lm_head.weight": torch.arange(6.0).reshape(2, 3).to(torch.bfloat16)},
         "optimizer_states": [{"state": {0: {"step": 5, "exp_avg": torch.full((3,), float(rank))}}, "param_groups": []}],
         "lr_schedulers": [],
         "callbacks": {"Monitor": {"best": torch.tensor(1.5), "steps": 5}},
         "Data": {"position": [1, 2, None]},
         "rng": {"torch": torch.tensor([rank])},
-        "meta": {"stage": "sft", "model": {"n_layer": 4}},
+        "meta": META,
         "hyper_parameters": {"anything": object()},
     }
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lmchat.files import TEMPORARY_SUFFIX
-from lmchat.paths import base_dir
+from lmchat.paths import base_dir, is_folder_name
 from lmchat.stage_table import STAGES, current_stage_name
 from lmchat.types import UserError
 
@@ -22,9 +22,9 @@ LOCK_NAME = ".lock"
 
 # The receipt is what a rank other than 0 leaves for rank 0 to put into meta; it is gone afterwards.
 _FILE_NAME = re.compile(
-    rf"(?:model|meta|optim|receipt)_(\d{{6,}})(?:_rank\d+)?\.(?:pt|json)(?:{re.escape(TEMPORARY_SUFFIX)})?"
+    rf"(?:model|meta|optim|receipt)_([0-9]{{6,}})(?:_rank[0-9]+)?\.(?:pt|json)(?:{re.escape(TEMPORARY_SUFFIX)})?"
 )
-_CHECKPOINT_NAME = re.compile(r"(?:model_(\d{6,})\.pt|meta_(\d{6,})\.json)")
+_CHECKPOINT_NAME = re.compile(r"(?:model_([0-9]{6,})\.pt|meta_([0-9]{6,})\.json)")
 
 
 def checkpoint_dir(stage: str, tag: str) -> Path:
@@ -33,7 +33,14 @@ def checkpoint_dir(stage: str, tag: str) -> Path:
     Args:
         stage: name of a stage of `lmchat.stage_table`, present or former.
         tag: the run's name, e.g. d26.
+
+    Raises:
+        UserError: the tag is not the name of one folder.
     """
+    if not is_folder_name(tag):
+        raise UserError(
+            f"the tag {tag!r:.100} names no folder; leave out slashes, control characters and the dot in front"
+        )
     return base_dir() / STAGES[current_stage_name(stage)].checkpoints / tag
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 
 from lmchat.checkpoint.layout import CheckpointPaths, committed_steps, files_by_step
+from lmchat.checkpoint.meta_schema import check_meta, check_resumable, read_limited, shown
+from lmchat.checkpoint.tensors import check_tensors, shapes, shapes_of
 from lmchat.checkpoint.writer import FORMAT, json_digest
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT, default_compute_dtype
@@ -76,7 +79,7 @@ def find_checkpoint(
             raise UserError("there is no run whose last checkpoint could be meant; give a folder or a file")
         path = directory
     path = expand_user(path)
-    if not path.is_dir() and path.suffix:
+    if path.suffix and (not path.is_dir() or path.suffix in (".json", ".pt")):
         return open_checkpoint(CheckpointPaths.of(path))
     return _newest(path, warn)
 
@@ -130,7 +133,7 @@ def open_checkpoint(paths: CheckpointPaths, files: Iterable[Path] | None = None)
     """
     if not paths.meta.exists():
         raise UserError(_absent(paths))
-    meta = _read_meta(paths.meta)
+    meta = _read_meta(paths)
     records = meta["files"]
     for name in sorted(records) if files is None else sorted(path.name for path in files):
         if name not in records:
@@ -139,16 +142,30 @@ def open_checkpoint(paths: CheckpointPaths, files: Iterable[Path] | None = None)
     return Checkpoint(paths, meta)
 
 
-def _read_meta(path: Path) -> dict[str, Any]:
+def _read_meta(paths: CheckpointPaths) -> dict[str, Any]:
+    path = paths.meta
     try:
-        meta = json.loads(path.read_bytes())
+        meta = json.loads(read_limited(path))
         stated = meta.pop("meta_sha256")
+        digest = json_digest(meta)
+    except UserError as error:
+        raise DamagedCheckpoint(f"{path} is damaged: {error}; {_REMEDY}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); give it read permission, or copy it again") from error
+    except RecursionError as error:
+        raise DamagedCheckpoint(f"{path} is altered: it is nested too deep; {_REMEDY}") from error
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise DamagedCheckpoint(f"{path} is truncated or altered; {_REMEDY}") from error
-    if json_digest(meta) != stated:
+    if digest != stated:
         raise DamagedCheckpoint(f"{path} is altered: its content does not match its SHA-256; {_REMEDY}")
-    if meta["format"] != FORMAT:
-        raise UserError(f"{path} has format {meta['format']}, this lmchat reads {FORMAT}; use the lmchat that wrote it")
+    if meta.get("format") != FORMAT:
+        raise UserError(
+            f"{path} has format {shown(meta.get('format'))}, this lmchat reads {FORMAT}; use the lmchat that wrote it"
+        )
+    try:
+        check_meta(meta, paths)
+    except UserError as error:
+        raise DamagedCheckpoint(f"{path} describes no checkpoint of lmchat: {error}; {_REMEDY}") from error
     return meta
 
 
@@ -166,21 +183,78 @@ def _absent(paths: CheckpointPaths) -> str:
 
 
 def _verify(path: Path, record: dict[str, Any]) -> None:
-    if not path.exists():
-        raise DamagedCheckpoint(f"{path} is missing; {_REMEDY}")
+    if not path.is_file():
+        raise DamagedCheckpoint(f"{path} is {'no regular file' if path.exists() else 'missing'}; {_REMEDY}")
     size = path.stat().st_size
     if size != record["bytes"]:
         how = "truncated" if size < record["bytes"] else "altered"
         raise DamagedCheckpoint(f"{path} is {how}: {size} bytes, expected {record['bytes']}; {_REMEDY}")
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path} cannot be read ({error.strerror}); {_REMEDY}") from error
     if found != record["sha256"]:
         raise DamagedCheckpoint(f"{path} is altered: SHA-256 {found}, expected {record['sha256']}; {_REMEDY}")
 
 
 def load_model_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """The GPT's state dict on the CPU, mapped from the file: copied only where it is used."""
-    return torch.load(checkpoint.paths.model, map_location="cpu", weights_only=True, mmap=True)
+    """The GPT's state dict on the CPU, mapped from the file: copied only where it is used.
+
+    Raises:
+        DamagedCheckpoint: the file holds no state dict.
+    """
+    path = checkpoint.paths.model
+    state = _read_tensors(path, mmap=True)
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            raise DamagedCheckpoint(f"{path} holds {shown(name)}, which is no floating-point tensor; {_REMEDY}")
+    return state
+
+
+def load_network_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """`load_model_state`, with the names and shapes that the checkpoint's ``model`` asks for.
+
+    Raises:
+        DamagedCheckpoint: the tensors are others.
+    """
+    state = load_model_state(checkpoint)
+    try:
+        check_tensors(shapes_of(state), shapes(GPTConfig(**checkpoint.meta["model"])), str(checkpoint.paths.model))
+    except UserError as error:
+        raise DamagedCheckpoint(f"{error}; {_REMEDY}") from error
+    return state
+
+
+def _read_tensors(path: Path, *, mmap: bool = False) -> dict[Any, Any]:
+    """The dictionary in a file of `torch.save`; nothing in the file is executed.
+
+    Raises:
+        DamagedCheckpoint: it is another file, or holds more than tensors and plain values.
+    """
+    with path.open("rb") as file:
+        start = file.read(8)
+    if not start.startswith(b"PK\x03\x04"):
+        kind = next((kind for magic, kind in _OTHER_FILES.items() if start.startswith(magic)), "an unknown file")
+        raise DamagedCheckpoint(f"{path} is {kind}, not written by this program; {_REMEDY}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of TorchScript archives
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except MemoryError:
+        raise
+    except Exception as error:  # torch raises errors of many types for files that are not its own
+        reason = shown(str(error).splitlines()[0] if str(error) else type(error).__name__)
+        raise DamagedCheckpoint(
+            f"{path} holds more than tensors and plain values, or is damaged ({reason}); nothing in it was executed; "
+            f"{_REMEDY}"
+        ) from error
+    if not isinstance(content, dict):
+        raise DamagedCheckpoint(f"{path} holds a {type(content).__name__}, not named tensors; {_REMEDY}")
+    return content
+
+
+_OTHER_FILES = {b"\x93NUMPY": "a NumPy array", b"\x80": "a pickle", b"\x1f\x8b": "a gzip file"}
 
 
 def load_tokenizer(checkpoint: Checkpoint, folder: Path | None = None) -> Tokenizer:
@@ -205,8 +279,28 @@ def load_tokenizer(checkpoint: Checkpoint, folder: Path | None = None) -> Tokeni
 
 
 def load_rank_state(checkpoint: Checkpoint, rank: int) -> dict[str, Any]:
-    """What ``rank`` alone saved: ``optimizer_states``, ``rng``, callbacks and data position, on the CPU."""
-    return torch.load(checkpoint.paths.optimizer(rank), map_location="cpu", weights_only=True)
+    """What ``rank`` alone saved: ``optimizer_states``, ``rng``, callbacks and data position, on the CPU.
+
+    Raises:
+        DamagedCheckpoint: the file holds something else.
+    """
+    path = checkpoint.paths.optimizer(rank)
+    state = _read_tensors(path)
+    for name, kind in _RANK_STATE.items():
+        if not isinstance(state.get(name, kind()), kind):
+            raise DamagedCheckpoint(f"{path} holds {name} of type {type(state[name]).__name__}; {_REMEDY}")
+    return state
+
+
+_RANK_STATE: dict[str, type] = {"optimizer_states": list, "rng": dict, "callbacks": dict, "lr_schedulers": list}
+
+
+def check_can_resume(checkpoint: Checkpoint) -> None:
+    """Raises DamagedCheckpoint where ``meta`` lacks what the trainer restores."""
+    try:
+        check_resumable(checkpoint.meta)
+    except UserError as error:
+        raise DamagedCheckpoint(f"{checkpoint.paths.meta}: {error}; {_REMEDY}") from error
 
 
 def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> GPT:
@@ -214,5 +308,5 @@ def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> GP
     with torch.device("meta"):
         net = GPT(GPTConfig(**checkpoint.meta["model"]), compute_dtype=default_compute_dtype(device))
     net.to_empty(device=device)
-    net.load_state_dict(load_model_state(checkpoint))
+    net.load_state_dict(load_network_state(checkpoint))
     return net.eval()

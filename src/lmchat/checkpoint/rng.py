@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from lmchat.types import UserError
+
 
 def capture_rng() -> dict[str, Any]:
     """Copy of this process's generators as tensors and plain values; of CUDA, the current device's generator."""
@@ -23,7 +25,18 @@ def capture_rng() -> dict[str, Any]:
 
 
 def restore_rng(state: dict[str, Any]) -> None:
-    """Inverse of `capture_rng`. A CUDA state is ignored where no CUDA device is in use, and the other way round."""
+    """Inverse of `capture_rng`. A CUDA state is ignored where no CUDA device is in use, and the other way round.
+
+    Raises:
+        UserError: ``state`` is not what `capture_rng` returns, in a damaged checkpoint.
+    """
+    try:
+        _restore(state)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(f"the saved random number state is damaged ({error}); use an older checkpoint") from error
+
+
+def _restore(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

@@ -157,7 +157,7 @@ class LMChatCLI(LightningCLI):
         steps = self._option("trainer")["max_steps"]
         if self.model.scales_with_depth:
             steps = subcommand_option(self, self.config_init, "scaling_laws").scale(self.model, steps).steps
-        return self.checkpoint.step >= max(self.checkpoint.meta["total_steps"], steps)
+        return self.checkpoint.step >= max(self.checkpoint.meta.get("total_steps", 0), steps)
 
     def fit(self, model: StageModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
         path = resume_path(self.checkpoint, self.model.stage)

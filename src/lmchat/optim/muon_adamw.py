@@ -278,7 +278,16 @@ class MuonAdamW(Optimizer):
         Where these hold exact parameters too, because others had rounded ones, the parameters are restored as well.
         Raises UserError where the parameters are others than those saved, or where state of some is missing.
         """
-        parts = [state_dict] if isinstance(state_dict, dict) else list(state_dict)
+        try:
+            self._load([state_dict] if isinstance(state_dict, dict) else list(state_dict))
+        except UserError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+            raise UserError(
+                f"the saved optimizer state is damaged ({error!r:.200}); use an older checkpoint"
+            ) from error
+
+    def _load(self, parts: list[StateDict]) -> None:
         saved_groups = {group["name"]: group for group in parts[0]["param_groups"]}
         _check_same_parameters(self.param_groups, saved_groups)
         for group in self.param_groups:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from abc import abstractmethod
 from dataclasses import asdict, dataclass
@@ -14,7 +13,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lmchat.checkpoint.load import Checkpoint, load_model_state
+from lmchat.checkpoint.load import Checkpoint, load_network_state
 from lmchat.evaluation.evaluator import EvalBatch
 from lmchat.generation.policy import Policy
 from lmchat.hardware import memory_limit_bytes
@@ -24,7 +23,7 @@ from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT, default_compute_dtype
 from lmchat.optim.muon_adamw import MuonAdamW, build_param_groups
 from lmchat.option_checks import check_count, check_range
-from lmchat.paths import expand_user
+from lmchat.paths import expand_user, is_folder_name
 from lmchat.paths import tokenizer_dir as default_tokenizer_dir
 from lmchat.run_plan import RunPlan
 from lmchat.scaling import flops_per_token, parameter_counts
@@ -95,8 +94,11 @@ class StageModule(L.LightningModule):
         compile: bool | Literal["auto"] = "auto",
     ) -> None:
         super().__init__()
-        if tag and (tag.startswith(".") or re.search(r"[/\\]", tag)):
-            raise UserError(f"--model.tag is {tag}; it names a folder: leave out slashes and the dot in front")
+        if tag and not is_folder_name(tag):
+            raise UserError(
+                f"--model.tag is {tag!r:.200}; it names a folder: leave out slashes, control characters and the dot in "
+                "front"
+            )
         self.tokenizer_dir = tokenizer_dir
         self.global_batch_tokens = global_batch_tokens
         self.learning_rates = {
@@ -176,7 +178,7 @@ class StageModule(L.LightningModule):
         """
         resumes = checkpoint.stage == self.stage and not checkpoint.weights_only
         if resumes and self.compute_dtype == "auto":
-            self.compute_dtype = checkpoint.meta["compute_dtype"]
+            self.compute_dtype = checkpoint.meta.get("compute_dtype", "auto")
         if checkpoint.stage == self.stage:
             self.polar_dtype = checkpoint.meta.get("polar_dtype", "auto")
         if checkpoint.meta["tokenizer_fingerprint"] != self.tokenizer.fingerprint:
@@ -219,7 +221,7 @@ class StageModule(L.LightningModule):
             raise no_room(self.config, device, str(error).splitlines()[0]) from error
         net.init_weights()
         if self._start is not None:
-            net.load_state_dict(load_model_state(self._start))
+            net.load_state_dict(load_network_state(self._start))
         self.net = net
 
     def on_fit_start(self) -> None:

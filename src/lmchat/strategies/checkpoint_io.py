@@ -8,7 +8,7 @@ from typing import Any
 from lightning.fabric.plugins import CheckpointIO
 
 from lmchat.checkpoint.layout import CheckpointPaths
-from lmchat.checkpoint.load import Checkpoint, load_model_state, load_rank_state, open_checkpoint
+from lmchat.checkpoint.load import Checkpoint, check_can_resume, load_model_state, load_rank_state, open_checkpoint
 from lmchat.checkpoint.writer import PEER_TIMEOUT_SECONDS, BackgroundWriter, snapshot, write_checkpoint
 from lmchat.types import UserError
 
@@ -89,6 +89,7 @@ class LMChatCheckpointIO(CheckpointIO):
             )
         ranks = [self.rank] if same_world else list(range(meta["world_size"]))
         checkpoint = open_checkpoint(paths, files=[paths.model, *map(paths.optimizer, ranks)])
+        check_can_resume(checkpoint)
         shards = [load_rank_state(checkpoint, rank) for rank in ranks]
         state = shards[0]
         if not same_world:

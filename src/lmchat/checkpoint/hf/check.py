@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lmchat.checkpoint.hf.export import need, stored_dtype
-from lmchat.checkpoint.load import Checkpoint, load_model_state
+from lmchat.checkpoint.load import Checkpoint, load_network_state
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT
 from lmchat.model.kv_cache import KVCache
@@ -127,7 +127,7 @@ def _stored_model(checkpoint: Checkpoint, dtype: str) -> GPT:
     with torch.device("meta"):
         net = GPT(GPTConfig(**checkpoint.meta["model"]))
     net.to_empty(device="cpu")
-    net.load_state_dict({k: v.to(stored_dtype(k, dtype)).float() for k, v in load_model_state(checkpoint).items()})
+    net.load_state_dict({k: v.to(stored_dtype(k, dtype)).float() for k, v in load_network_state(checkpoint).items()})
     return net.eval()
 
 

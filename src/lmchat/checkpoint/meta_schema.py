@@ -1,0 +1,260 @@
+"""The schema of a checkpoint's ``meta``, which is untrusted input: checked here before anything is built from it.
+
+Everything a checkpoint says is used to make paths, allocate memory and print messages, and a matching checksum only
+shows that nobody altered the file afterwards. So names are names of files in the folder, sizes are bounded by the
+bytes that the weights file has, and no text holds control characters.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lmchat.checkpoint.layout import CheckpointPaths
+from lmchat.model.config import GPTConfig
+from lmchat.option_checks import MAX_COUNT
+from lmchat.paths import is_folder_name
+from lmchat.stage_table import STAGES, current_stage_name
+from lmchat.types import UserError
+
+MAX_META_BYTES = 2**26
+"""Far more than the meta of a run on 100,000 ranks."""
+MAX_NESTING = 32
+MAX_LAYERS = 10_000
+MAX_RANKS = 2**20
+LEARNING_RATES = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+Check = Callable[[Any], str | None]
+"""Says what a value must be where it is not that; None where it is."""
+
+
+def integer(low: int, high: int) -> Check:
+    """A whole number from ``low`` to ``high``."""
+
+    def check(value: Any) -> str | None:
+        if type(value) is int and low <= value <= high:
+            return None
+        return f"a whole number from {low} to {high}"
+
+    return check
+
+
+def number(value: Any) -> str | None:
+    """A finite number, 0 or more."""
+    return None if type(value) in (int, float) and 0 <= value < math.inf else "a number, 0 or more"
+
+
+def flag(value: Any) -> str | None:
+    """True or False."""
+    return None if type(value) is bool else "true or false"
+
+
+def text(value: Any) -> str | None:
+    """A string of at most 1,000 characters."""
+    return None if type(value) is str and len(value) <= 1000 else "a string of at most 1000 characters"
+
+
+def mapping(value: Any) -> str | None:
+    """A JSON object."""
+    return None if type(value) is dict else "an object"
+
+
+def one_of(*names: str) -> Check:
+    """One of some strings."""
+    return lambda value: None if type(value) is str and value in names else f"one of {', '.join(names)}"
+
+
+def optional(check: Check) -> Check:
+    """Null, or what ``check`` accepts."""
+    return lambda value: None if value is None else check(value)
+
+
+def folder_name(value: Any) -> str | None:
+    """The name of one folder, as a tag is."""
+    return None if type(value) is str and is_folder_name(value) else "the name of a folder, without slashes"
+
+
+def sha256(value: Any) -> str | None:
+    """A SHA-256 in hexadecimal."""
+    return None if type(value) is str and _SHA256.fullmatch(value) else "a SHA-256 in hexadecimal"
+
+
+_COUNT = integer(1, MAX_COUNT)
+_STAGE_NAMES = tuple(name for stage in STAGES.values() for name in (stage.name, *stage.former_names))
+
+REQUIRED: dict[str, Check] = {
+    "stage": one_of(*_STAGE_NAMES),
+    "step": integer(0, MAX_COUNT),
+    "world_size": integer(1, MAX_RANKS),
+    "files": mapping,
+    "tag": folder_name,
+    "model": mapping,
+    "tokenizer_fingerprint": text,
+    "learning_rates": mapping,
+    "global_batch_tokens": optional(_COUNT),
+}
+OPTIONAL: dict[str, Check] = {
+    "lmchat_version": text,
+    "saved_at": text,
+    "attempt": text,
+    "compute_dtype": one_of("bf16", "fp32"),
+    "attention": text,
+    "micro_batch_size": optional(_COUNT),
+    "total_steps": _COUNT,
+    "lr_scale": number,
+    "weight_decay": number,
+    "weights_only": flag,
+    "imported": mapping,
+    "lightning": mapping,
+}
+MODEL: dict[str, Check] = {
+    "sequence_len": integer(1, 2**24),
+    "vocab_size": integer(1, 2**26),
+    "n_layer": integer(1, MAX_LAYERS),
+    "n_head": integer(1, 2**16),
+    "n_kv_head": integer(1, 2**16),
+    "n_embd": integer(1, 2**20),
+    "window_pattern": text,
+    "value_embeddings": flag,
+    "residual_mix": flag,
+}
+_MODEL_REQUIRED = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
+
+
+def check_meta(meta: Any, paths: CheckpointPaths) -> None:
+    """Checks the ``meta`` of the checkpoint at ``paths``.
+
+    Args:
+        meta: JSON value as parsed, without ``meta_sha256``.
+        paths: where it was read.
+
+    Raises:
+        UserError: a value is missing or wrong; the message names it, without the file.
+    """
+    _check_plain(meta)
+    _check_fields(meta, REQUIRED, OPTIONAL, "")
+    if meta["step"] != paths.step:
+        raise UserError(f"step is {meta['step']}, and the file's name says {paths.step}")
+    _check_files(meta["files"], paths, meta["world_size"])
+    _check_fields(meta["learning_rates"], dict.fromkeys(LEARNING_RATES, number), {}, "learning_rates.")
+    _check_model(meta["model"], meta["files"][paths.model.name]["bytes"])
+    if "lightning" in meta:
+        _check_lightning(meta["lightning"], meta["step"])
+
+
+def check_resumable(meta: Mapping[str, Any]) -> None:
+    """Raises UserError unless ``meta`` has what the trainer restores; it has passed `check_meta`."""
+    for name in ("lightning", "compute_dtype", "total_steps"):
+        if name not in meta:
+            raise UserError(f"{name} is missing, so that no run can be resumed from it")
+
+
+def shown(value: Any) -> str:
+    """A value for a message: escaped, and at most 100 characters."""
+    try:
+        written = value if type(value) is int else ascii(value)
+        written = str(written)
+    except ValueError:  # an int of more than 4,300 digits
+        return "a number of thousands of digits"
+    return written if len(written) <= 100 else f"{written[:100]}…"
+
+
+def _check_plain(meta: Any) -> None:
+    """Refuses deep nesting, numbers that are not finite, and control characters, anywhere in ``meta``."""
+    if type(meta) is not dict:
+        raise UserError(f"it holds a {type(meta).__name__}, not an object")
+    waiting: list[tuple[Any, int, str]] = [(meta, 0, "it")]
+    while waiting:
+        value, depth, name = waiting.pop()
+        if depth > MAX_NESTING:
+            raise UserError(f"{shown(name)} is nested more than {MAX_NESTING} deep")
+        if isinstance(value, dict):
+            waiting += [(key, depth + 1, "a name") for key in value]
+            waiting += [(child, depth + 1, key) for key, child in value.items()]
+        elif isinstance(value, list):
+            waiting += [(child, depth + 1, name) for child in value]
+        elif isinstance(value, str) and _CONTROL.search(value):
+            raise UserError(f"{shown(name)} holds control characters: {shown(value)}")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{shown(name)} is {value}; it must be finite")
+
+
+def _check_fields(
+    fields: Any, required: Mapping[str, Check], optional_fields: Mapping[str, Check], prefix: str
+) -> None:
+    for name, check in {**required, **optional_fields}.items():
+        if name not in fields:
+            if name in required:
+                raise UserError(f"{prefix}{name} is missing")
+        elif problem := check(fields[name]):
+            raise UserError(f"{prefix}{name} is {shown(fields[name])}; it must be {problem}")
+
+
+def _check_files(files: Mapping[str, Any], paths: CheckpointPaths, world_size: int) -> None:
+    """Exactly the weights and every rank's state, each with its size and checksum."""
+    if len(files) != world_size + 1:
+        raise UserError(
+            f"files names {len(files)} files, and the weights and {world_size} rank(s) are {world_size + 1}"
+        )
+    expected = {paths.model.name, *(paths.optimizer(rank).name for rank in range(world_size))}
+    if unknown := sorted(files.keys() - expected):
+        raise UserError(f"files names {shown(unknown[0])}, which is no file of this checkpoint")
+    for name, record in files.items():
+        if problem := mapping(record):
+            raise UserError(f"files.{name} is {shown(record)}; it must be {problem}")
+        _check_fields(record, {"bytes": integer(0, 2**63), "sha256": sha256}, {}, f"files.{name}.")
+
+
+def _check_model(model: Mapping[str, Any], weights_bytes: int) -> None:
+    if unknown := sorted(model.keys() - MODEL.keys()):
+        raise UserError(f"model.{shown(unknown[0])} is unknown to this version of lmchat")
+    required = {name: MODEL[name] for name in _MODEL_REQUIRED}
+    _check_fields(model, required, {name: MODEL[name] for name in MODEL.keys() - required.keys()}, "model.")
+    GPTConfig(**model)
+    at_least = 10 * model["n_layer"] * model["n_embd"] ** 2 + 2 * model["vocab_size"] * model["n_embd"]
+    if at_least > weights_bytes:
+        raise UserError(
+            f"model (n_layer {model['n_layer']}, n_embd {model['n_embd']}, vocab_size {model['vocab_size']}) has at "
+            f"least {at_least:,} parameters, and the weights file has {weights_bytes:,} bytes"
+        )
+
+
+def _check_lightning(lightning: Mapping[str, Any], step: int) -> None:
+    fields = {"epoch": integer(0, MAX_COUNT), "global_step": integer(0, MAX_COUNT), "loops": mapping}
+    _check_fields(lightning, {**fields, "pytorch-lightning_version": text}, {}, "lightning.")
+    if lightning["global_step"] != step:
+        raise UserError(f"lightning.global_step is {lightning['global_step']}, and step is {step}")
+    _check_fields(lightning["loops"], {"fit_loop": mapping}, {}, "lightning.loops.")
+    place, progress = "lightning.loops.fit_loop.", "epoch_loop.batch_progress"
+    _check_fields(lightning["loops"]["fit_loop"], {progress: mapping}, {}, place)
+    counters = {name: integer(0, 2**62) for name in ("ready", "started", "processed", "completed")}
+    _check_fields(lightning["loops"]["fit_loop"][progress], {"total": mapping, "current": mapping}, {}, place)
+    for name in ("total", "current"):
+        _check_fields(lightning["loops"]["fit_loop"][progress][name], counters, {}, f"{place}{progress}.{name}.")
+
+
+def stage_of(meta: Mapping[str, Any]) -> str:
+    """Present name of the stage of a ``meta`` that has passed `check_meta`."""
+    return current_stage_name(meta["stage"])
+
+
+def read_limited(path: Path) -> bytes:
+    """The content of a ``meta`` file.
+
+    Raises:
+        UserError: it is no regular file, or larger than `MAX_META_BYTES`; the message does not name the file.
+        OSError: it cannot be read.
+    """
+    if not path.is_file():
+        raise UserError("it is no regular file" if not path.is_dir() else "it is a folder")
+    with path.open("rb") as file:
+        content = file.read(MAX_META_BYTES + 1)
+    if len(content) > MAX_META_BYTES:
+        raise UserError(f"it is larger than {MAX_META_BYTES} bytes")
+    return content

@@ -1,0 +1,208 @@
+"""A hostile or damaged meta or weights file ends in one message that names the file, before anything is built."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from checkpoint_meta import META
+from lmchat.checkpoint.layout import CheckpointPaths, checkpoint_dir
+from lmchat.checkpoint.load import (
+    DamagedCheckpoint,
+    find_checkpoint,
+    load_model_state,
+    load_rank_state,
+    open_checkpoint,
+)
+from lmchat.checkpoint.writer import json_digest
+from lmchat.types import UserError
+
+Change = Callable[[dict[str, Any]], Any]
+
+
+def put(*path: str, value: Any) -> Change:
+    def change(meta: dict[str, Any]) -> None:
+        for name in path[:-1]:
+            meta = meta[name]
+        meta[path[-1]] = value
+
+    return change
+
+
+def remove(name: str) -> Change:
+    return lambda meta: meta.pop(name)
+
+
+def rewrite(paths: CheckpointPaths, change: Change) -> None:
+    """Changes a meta and makes its checksum right again."""
+    meta = json.loads(paths.meta.read_text())
+    del meta["meta_sha256"]
+    change(meta)
+    paths.meta.write_text(json.dumps({**meta, "meta_sha256": json_digest(meta)}))
+
+
+HUGE = 10**9
+WRONG: list[tuple[Change, str]] = [
+    (put("tag", value="../../../escaped"), r"tag is '../../../escaped'; it must be the name of a folder"),
+    (put("tag", value="/etc"), "tag is '/etc'"),
+    (put("tag", value=".."), "tag is '..'"),
+    (put("tag", value=""), "tag is ''"),
+    (put("tag", value="x" * 300), "tag is 'xxx"),
+    (put("tag", value=["d4"]), r"tag is \['d4'\]"),
+    (put("tag", value="\x1b[2Jd4"), r"'tag' holds control characters: '\\x1b\[2Jd4'"),
+    (put("tag", value="a\u202eb"), "'tag' holds control characters"),
+    (put("unknown", value={"\x1b]0;": 1}), "'a name' holds control characters"),
+    (put("stage", value="mystery"), "stage is 'mystery'; it must be one of pretrain, sft, rl, grpo"),
+    (put("stage", value={}), "stage is {}"),
+    (put("step", value=3), "step is 3, and the file's name says 2"),
+    (put("world_size", value=0), "world_size is 0; it must be a whole number"),
+    (put("world_size", value=HUGE), "world_size is 1000000000"),
+    (put("world_size", value=1000), "files names 2 files"),
+    (put("world_size", value=True), "world_size is True"),
+    (put("world_size", value=2.0), "world_size is 2.0"),
+    (put("files", value=[]), r"files is \[\]"),
+    (put("files", "../../model.pt", value={}), "files names 3 files"),
+    (put("files", "model_000002.pt", "bytes", value="many"), "files.model_000002.pt.bytes is 'many'"),
+    (put("files", "model_000002.pt", "sha256", value="0"), "files.model_000002.pt.sha256 is '0'"),
+    (put("files", "model_000002.pt", value=None), "files.model_000002.pt is None"),
+    (put("model", "n_layer", value=HUGE), "model.n_layer is 1000000000; it must be a whole number from 1 to 10000"),
+    (put("model", "n_embd", value=2048), r"n_embd 2048.* has at least 167,.* parameters, and the weights file has"),
+    (put("model", "n_head", value=0), "model.n_head is 0"),
+    (put("model", "n_head", value=3), "n_embd 2 over n_head 3"),
+    (put("model", "n_layer", value="4"), "model.n_layer is '4'"),
+    (put("model", "n_layer", value=[[[]]]), "model.n_layer is"),
+    (put("model", "window_pattern", value=7), "model.window_pattern is 7"),
+    (put("model", "window_pattern", value="XY"), "window_pattern is 'XY'"),
+    (put("model", "residual_mix", value=1), "model.residual_mix is 1; it must be true or false"),
+    (put("model", "gelu", value=True), "model.'gelu' is unknown to this version"),
+    (put("learning_rates", value=[1, 2]), r"learning_rates is \[1, 2\]"),
+    (put("learning_rates", "matrix_lr", value=-1), "learning_rates.matrix_lr is -1; it must be a number, 0 or more"),
+    (put("learning_rates", "matrix_lr", value=float("nan")), "'matrix_lr' is nan"),
+    (put("learning_rates", "matrix_lr", value=float("inf")), "'matrix_lr' is inf"),
+    (put("learning_rates", value={}), "learning_rates.embedding_lr is missing"),
+    (put("global_batch_tokens", value=0), "global_batch_tokens is 0"),
+    (put("global_batch_tokens", value=2**80), "global_batch_tokens is 1208925819614629174706176"),
+    (put("micro_batch_size", value="x"), "micro_batch_size is 'x'"),
+    (put("compute_dtype", value="fp8"), "compute_dtype is 'fp8'; it must be one of bf16, fp32"),
+    (put("weights_only", value="yes"), "weights_only is 'yes'"),
+    (put("tokenizer_fingerprint", value=7), "tokenizer_fingerprint is 7"),
+    (put("lightning", value={}), "lightning.epoch is missing"),
+    *((remove(name), f"{name} is missing") for name in ("files", "stage", "tag", "model", "learning_rates", "step")),
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, save) -> Path:
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG, ids=[message[:40] for _, message in WRONG])
+def test_a_wrong_value_is_named(change: Change, message: str, folder: Path) -> None:
+    paths = CheckpointPaths(folder, 2)
+    rewrite(paths, change)
+    with pytest.raises(DamagedCheckpoint, match=message) as caught:
+        open_checkpoint(paths)
+    said = str(caught.value)
+    assert said.startswith(str(paths.meta)) and said.endswith("use an older checkpoint")
+    assert said.isprintable() and len(said) < 600
+    assert find_checkpoint(folder, warn=lambda _: None).step == 1
+
+
+def test_a_format_that_is_missing_or_another(folder: Path) -> None:
+    paths = CheckpointPaths(folder, 2)
+    for change in (remove("format"), put("format", value="\x1b[2J")):
+        rewrite(paths, change)
+        with pytest.raises(UserError, match=r"has format .*this lmchat reads 1") as caught:
+            open_checkpoint(paths)
+        assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("content", ["[" * 200_000, '{"a":' * 200_000, '{"meta_sha256": ' + "9" * 5000 + "}"])
+def test_json_that_cannot_be_parsed(content: str, folder: Path) -> None:
+    paths = CheckpointPaths(folder, 2)
+    paths.meta.write_text(content)
+    with pytest.raises(DamagedCheckpoint, match=r"meta_000002.json is .*altered"):
+        open_checkpoint(paths)
+
+
+def test_nesting_that_json_can_parse(folder: Path) -> None:
+    paths = CheckpointPaths(folder, 2)
+    deep: Any = 1
+    for _ in range(200):
+        deep = [deep]
+    rewrite(paths, put("extra", value=deep))
+    with pytest.raises(DamagedCheckpoint, match="'extra' is nested more than 32 deep"):
+        open_checkpoint(paths)
+
+
+def test_a_folder_in_place_of_a_file(folder: Path) -> None:
+    for name in ("model_000002.pt", "meta_000002.json"):
+        (folder / name).unlink()
+        (folder / name).mkdir()
+        with pytest.raises(DamagedCheckpoint, match=rf"{name} is (no regular file|damaged: it is a folder)"):
+            find_checkpoint(folder / "meta_000002.json")
+
+
+def npy(path: Path) -> None:
+    with path.open("wb") as file:
+        np.save(file, np.zeros(3))
+
+
+def archive(path: Path, content: Any) -> None:
+    torch.save(content, path)
+
+
+class Hostile:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return exec, ("raise SystemExit('executed')",)
+
+
+FOREIGN: dict[str, Callable[[Path], Any]] = {
+    "pickle": lambda path: path.write_bytes(pickle.dumps({"a": 1})),
+    "hostile pickle": lambda path: path.write_bytes(pickle.dumps(Hostile())),
+    "legacy": lambda path: torch.save({"a": torch.ones(2)}, path, _use_new_zipfile_serialization=False),
+    "hostile archive": lambda path: archive(path, {"a": Hostile()}),
+    "module": lambda path: archive(path, torch.nn.Linear(2, 2)),
+    "list": lambda path: archive(path, [torch.ones(2)]),
+    "npy": npy,
+    "empty zip": lambda path: path.write_bytes(b"PK\x03\x04" + bytes(100)),
+    "text": lambda path: path.write_text("version https://git-lfs.github.com/spec/v1"),
+    "nothing": lambda path: path.write_bytes(b""),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_file_that_is_no_file_of_weights(kind: str, folder: Path) -> None:
+    checkpoint = find_checkpoint(folder)
+    for path, load in (
+        (checkpoint.paths.model, lambda: load_model_state(checkpoint)),
+        (checkpoint.paths.optimizer(0), lambda: load_rank_state(checkpoint, 0)),
+    ):
+        FOREIGN[kind](path)
+        with pytest.raises(DamagedCheckpoint, match=rf"{path.name} (is|holds) .*use an older checkpoint") as caught:
+            load()
+        assert str(caught.value).isprintable()
+
+
+def test_weights_that_are_no_tensors(folder: Path) -> None:
+    checkpoint = find_checkpoint(folder)
+    for content in ({"a": 1}, {1: torch.ones(2)}, {"a": torch.ones(2, dtype=torch.int64)}):
+        torch.save(content, checkpoint.paths.model)
+        with pytest.raises(DamagedCheckpoint, match="no floating-point tensor"):
+            load_model_state(checkpoint)
+
+
+def test_a_tag_makes_no_path_out_of_the_base_folder() -> None:
+    for tag in ("../x", "/etc", ".", "..", "", "a/b", "a\\b", "a\nb", "\0"):
+        with pytest.raises(UserError, match="names no folder"):
+            checkpoint_dir("pretrain", tag)
+    assert checkpoint_dir("pretrain", META["tag"]).name == "tiny"
