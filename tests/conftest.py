@@ -6,8 +6,9 @@ import atexit
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,16 @@ for _offline in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
 if "HF_MODULES_CACHE" not in os.environ:
     os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="lmchat_hf_modules_")
     atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[Any]:
+    """Collection imports Lightning without what only metrics that nobody uses need."""
+    from lmchat.cli.lean_imports import lean_imports
+
+    with lean_imports():
+        return (yield)
+
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from killable_fit import _fit, fork_server, start_fit
+from forked import start
+from killable_fit import _fit, start_fit
 from lmchat.checkpoint.layout import CheckpointPaths, committed_steps
 from lmchat.checkpoint.load import find_checkpoint, load_model_state, load_rank_state
 from tiny_fit import same
@@ -123,9 +124,8 @@ def test_under_slurm_a_warned_run_saves_in_its_own_folder_and_ends(
     ranks = []
     for rank in range(RANKS):
         environment = {**job, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NODEID": "0"}
-        arguments = (["--config", str(config)], environment, tmp_path / f"output_rank{rank}.txt")
-        ranks.append(fork_server.Process(target=_fit, args=arguments))
-        ranks[-1].start()
+        log = tmp_path / f"output_rank{rank}.txt"
+        ranks.append(start(_fit, ["--config", str(config)], output=log, environment=environment))
     for process in ranks:
         process.join(250)
     assert [process.exitcode for process in ranks] == [143, 143], output(tmp_path)

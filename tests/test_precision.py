@@ -20,9 +20,26 @@ def fresh_choice() -> Iterator[None]:
 
 def claim(monkeypatch: pytest.MonkeyPatch, amx: bool = False, avx512: bool = False, speedup: float = 4.0) -> None:
     """Pretend this CPU reports the units, and that products on them are `speedup` times faster."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
-    monkeypatch.setattr(precision, "_seconds", lambda a, b: 1.0 if a.dtype == torch.float32 else 1 / speedup)
+    monkeypatch.setattr(precision, "_seconds", lambda a, b, **_: 1.0 if a.dtype == torch.float32 else 1 / speedup)
+
+
+def test_a_product_that_is_hopelessly_slow_is_repeated_thrice_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(1000))
+    monkeypatch.setattr(precision.time, "perf_counter", lambda: next(clock))
+    one = torch.ones(1, 1)
+    assert precision._seconds(one, one, stop_above=0.5) == 1
+    assert next(clock) == 2 * 3
+    assert precision._seconds(one, one, stop_above=2.0) == 1
+    assert next(clock) == 2 * 3 + 1 + 2 * 20
+
+
+def test_kernels_limited_to_avx2_have_no_bf16_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    claim(monkeypatch, amx=True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert not cpu_multiplies_bf16()
 
 
 def test_without_units_fp32(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,10 @@
-"""What each of four gloo processes does for test_sharded.py: `python sharded_ranks.py RANK FOLDER`.
+"""What each of four gloo processes does for test_sharded.py.
 
 Smaller worlds are subgroups of the four. Results go to files: processes only measure, the test judges.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Collection
 from copy import deepcopy
 from pathlib import Path
@@ -260,7 +259,3 @@ def main(rank: int, folder: Path) -> None:
     torch.save(results, folder / f"results_{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from itertools import pairwise
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import sharded_ranks as worker
+from forked import exit_statuses, start
 from lmchat.model.gpt import GPT
 from lmchat.optim.buckets import Bucket, RowBucket, assign_owners, make_buckets
 from lmchat.optim.muon_adamw import MuonAdamW, build_param_groups
 from lmchat.scaling import config_for_depth
 from lmchat.types import UserError
-
-WORKER = Path(worker.__file__)
 
 WORLD_SIZES = range(1, worker.RANKS + 1)
 Results = list[dict[str, Any]]
@@ -30,12 +26,9 @@ Results = list[dict[str, Any]]
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What the four processes measured, by rank."""
     folder = tmp_path_factory.mktemp("ranks")
-    processes = [
-        subprocess.Popen([sys.executable, WORKER, str(rank), folder], stderr=subprocess.PIPE, text=True)
-        for rank in range(worker.RANKS)
-    ]
-    errors = [process.communicate(timeout=250)[1] for process in processes]
-    assert all(process.returncode == 0 for process in processes), "\n".join(errors)
+    logs = [folder / f"output_rank{rank}.txt" for rank in range(worker.RANKS)]
+    processes = [start(worker.main, rank, folder, output=log) for rank, log in enumerate(logs)]
+    assert exit_statuses(processes) == [0] * worker.RANKS, "\n".join(log.read_text() for log in logs)
     results = [torch.load(folder / f"results_{rank}.pt") for rank in range(worker.RANKS)]
     results[0]["resharded"] = [
         [torch.load(folder / f"resharding_{step}_{rank}.pt", weights_only=True) for rank in range(world_size)]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,20 +13,22 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+import zero2_ranks
+from forked import exit_statuses, start_ranks
 from lmchat.__main__ import main
 from lmchat.cli.fit import LMChatCLI
 from lmchat.optim.muon_adamw import MuonAdamW
 from lmchat.strategies import zero2_muon
 from lmchat.strategies.zero2_muon import Zero2MuonStrategy
 from lmchat.types import UserError
-
-SCRIPT = Path(__file__).with_name("zero2_fit.py")
-MICRO_BATCHES_PER_STEP, STEPS = 12, 3
+from zero2_ranks import MICRO_BATCHES_PER_STEP, STEPS
 
 
-def fit(folder: Path, devices: int, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), str(folder), str(devices), *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+def fit(folder: Path, devices: int, sigterm_at: int | None = None) -> tuple[list[int | None], str]:
+    """Exit statuses and output of the ranks."""
+    ranks = start_ranks(devices, zero2_ranks.fit, folder, devices, sigterm_at, folder=folder)
+    statuses = exit_statuses(ranks)
+    return statuses, "\n".join(path.read_text() for path in folder.glob("output_rank*.txt"))
 
 
 def results(folder: Path, devices: int) -> list[dict[str, Any]]:
@@ -41,8 +41,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, A
     seen = {}
     for devices in (1, 3):
         folder = tmp_path_factory.mktemp(f"fit{devices}")
-        process = fit(folder, devices)
-        assert process.returncode == 0, process.stderr
+        statuses, output = fit(folder, devices)
+        assert statuses == [0] * devices, output
         seen[devices] = results(folder, devices)
     return seen
 
@@ -81,8 +81,8 @@ def test_accumulation_is_silent(runs: dict[int, list[dict[str, Any]]]) -> None:
 
 def test_sigterm_on_one_rank_ends_all_after_the_same_step(tmp_path: Path) -> None:
     middle_of_second_step = 6 + 2
-    process = fit(tmp_path, 2, "--sigterm-at", str(middle_of_second_step))
-    assert "Traceback" not in process.stderr
+    _, output = fit(tmp_path, 2, middle_of_second_step)
+    assert "Traceback" not in output
     for rank in results(tmp_path, 2):
         assert rank["exception"] == "SIGTERMException"
         assert rank["step"] == 2

@@ -1,11 +1,7 @@
-"""A short run with `zero2_muon`: `python zero2_fit.py FOLDER DEVICES [--sigterm-at MICRO_BATCH]`.
-
-Lightning starts this script once more for every further rank. Each rank writes what it saw to FOLDER.
-"""
+"""A short run with `zero2_muon`: each rank writes what it saw to a folder."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 from pathlib import Path
@@ -99,22 +95,18 @@ def count_collectives(module: Module) -> None:
         setattr(dist, name, call)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("devices", type=int)
-    parser.add_argument("--sigterm-at", type=int)
-    args = parser.parse_args()
+def fit(folder: Path, devices: int, sigterm_at: int | None = None) -> None:
+    """One rank's run. The last rank sends itself SIGTERM in micro-batch ``sigterm_at``."""
     torch.set_num_threads(1)
-    module = Module(args.folder, args.sigterm_at)
+    module = Module(folder, sigterm_at)
     count_collectives(module)
     trainer = L.Trainer(
         accelerator="cpu",
-        devices=args.devices,
+        devices=devices,
         strategy="zero2_muon",
         max_steps=STEPS,
         max_epochs=-1,
-        accumulate_grad_batches=MICRO_BATCHES_PER_STEP // args.devices,
+        accumulate_grad_batches=MICRO_BATCHES_PER_STEP // devices,
         logger=False,
         enable_checkpointing=False,
         use_distributed_sampler=False,
@@ -123,7 +115,3 @@ def main() -> None:
         callbacks=[Report()],
     )
     trainer.fit(module)
-
-
-if __name__ == "__main__":
-    main()
