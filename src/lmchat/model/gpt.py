@@ -25,9 +25,10 @@ from lmchat.types import UserError
 
 ROTARY_BASE = 10_000
 ROTARY_ROWS = 10
-"""Rotary tables reach this many training rows."""
+"""Length of the rotary tables, in training rows: the longest context that the model accepts."""
 
 EPS = torch.finfo(torch.float32).eps
+"""Of every norm, whatever the dtype."""
 
 
 def norm(x: Tensor) -> Tensor:
@@ -36,18 +37,22 @@ def norm(x: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding (arXiv:2104.09864), channels j and j + half rotated together, by minus the angle.
+    """Rotary position embedding (arXiv:2104.09864) that rotates channels j and j + half together, by minus the angle.
 
-    x: (B, T, heads, head_dim). cos, sin: (T or B x T, 1, head_dim / 2).
+    Args:
+        x: (B, T, heads, head_dim).
+        cos: (T, 1, head_dim / 2), or (B, T, 1, head_dim / 2) for positions that differ between rows.
+        sin: likewise.
     """
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
 
 class Linear(nn.Linear):
-    """A linear map without bias, its weight cast to the input's dtype.
+    """A linear map without bias, whose weight is cast to the input's dtype.
 
-    fp8: a layer on the same weight that computes in FP8, used in training mode; set by `lmchat.model.fp8`.
+    Attributes:
+        fp8: a layer on the same weight that computes in FP8, used in training mode; set by `lmchat.model.fp8`.
     """
 
     fp8: tuple[nn.Module] | None = None
@@ -56,24 +61,29 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., in_features) to (..., out_features)."""
+        """Maps x (..., in_features) to (..., out_features)."""
         if self.training and self.fp8 is not None:
             return cast(Tensor, self.fp8[0](x))
         return F.linear(x, self.weight.to(x.dtype))
 
     def reset_parameters(self) -> None:
-        """Leave the weight as allocated: `GPT.init_weights` fills it."""
+        """Does nothing: `GPT.init_weights` initializes the weight."""
 
 
 class Embedding(nn.Embedding):
     """A token table."""
 
     def reset_parameters(self) -> None:
-        """Leave the weight as allocated: `GPT.init_weights` fills it."""
+        """Does nothing: `GPT.init_weights` initializes the weight."""
 
 
 class SelfAttention(nn.Module):
-    """Causal attention with rotary positions, normed queries and keys, and gated value embeddings on some layers."""
+    """Causal attention with rotary positions, normed queries and keys, and gated value embeddings on some layers.
+
+    Attributes:
+        attend: the attention backend, set by `GPT`.
+        window: tokens attended to before the current one.
+    """
 
     attend: Attend
 
@@ -94,7 +104,15 @@ class SelfAttention(nn.Module):
     def forward(
         self, x: Tensor, value_embedding: Tensor | None, cos: Tensor, sin: Tensor, kv_cache: KVCache | None
     ) -> Tensor:
-        """x: (B, T, n_embd), normed. value_embedding: (B, T, kv heads · head_dim)."""
+        """Output (B, T, n_embd) for the normed residual stream.
+
+        Args:
+            x: (B, T, n_embd), normed.
+            value_embedding: (B, T, n_kv_head · head_dim), added to the values through the gate; None on other layers.
+            cos: rotary table of the positions, see `rotate`.
+            sin: likewise.
+            kv_cache: keys and values of earlier tokens, to which those of ``x`` are added.
+        """
         batch, length, _ = x.shape
         q = self.c_q(x).view(batch, length, -1, self.head_dim)
         k = self.c_k(x).view(batch, length, -1, self.head_dim)
@@ -120,7 +138,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (B, T, n_embd), normed."""
+        """Output (B, T, n_embd) for the normed residual stream x (B, T, n_embd)."""
         return self.c_proj(F.relu(self.c_fc(x)).square())
 
 
@@ -153,7 +171,13 @@ class Block(nn.Module):
         kv_cache: KVCache | None,
         mix: ResidualMix | None = None,
     ) -> Tensor:
-        """x: (B, T, n_embd), the residual stream; with `mix`, before its mix with the embedding."""
+        """The residual stream (B, T, n_embd) after the block.
+
+        Args:
+            x: (B, T, n_embd), the residual stream before it.
+            value_embedding: see `SelfAttention.forward`; likewise ``cos``, ``sin`` and ``kv_cache``.
+            mix: what to mix ``x`` with first; None where the caller has done so, or the model has no mix.
+        """
         x = mix_residual(x, mix)
         x = x + self.attn(norm(x), value_embedding, cos, sin, kv_cache)
         return x + self.mlp(norm(x))
@@ -171,16 +195,21 @@ class Transformer(nn.Module):
 class GPT(nn.Module):
     """The language model.
 
-    Weights are fp32 masters; each use casts them to `compute_dtype`, and gradients arrive in fp32. The token tables are
-    fp32 too, where nanochat stores them in bf16 on CUDA: the rows looked up are rounded the same, and the optimizer's
-    small updates are kept.
+    Weights are fp32; each use casts them to ``compute_dtype``, and gradients arrive in fp32. The token tables are fp32
+    too, where nanochat stores them in bf16 on CUDA: looked-up rows are rounded alike, and small updates are kept.
 
-    compute_dtype: of the residual stream and the matrix products; see `default_compute_dtype`.
-    attention: a name of `BACKENDS`, or "auto".
-    rotary_dtype: the rotary tables are rounded to it; None decides by `GPTConfig.rounds_rotary_tables`.
-    attention_backend: the name of the backend in use, chosen anew when the model moves to another device.
-    fixed_shapes, fused_head, mix_in_blocks: set by `lmchat.model.compile.compile_blocks`. Batches keep one shape, so
-        that cuDNN's attention pays; the head's loss is compiled; the residual mix is part of the (compiled) blocks.
+    Args:
+        config: hyperparameters.
+        compute_dtype: of the residual stream and the matrix products; see `default_compute_dtype`.
+        attention: a name of `BACKENDS`, or "auto".
+        rotary_dtype: the rotary tables are rounded to it; None decides by `GPTConfig.rounds_rotary_tables`.
+
+    Attributes:
+        attention_backend: name of the backend in use, chosen again when the model moves to another device.
+        fixed_shapes: batches keep one shape, so that cuDNN's attention pays. Set by
+            `lmchat.model.compile.compile_blocks`, like the next two.
+        fused_head: the head's loss is compiled.
+        mix_in_blocks: the residual mix is part of the (compiled) blocks.
     """
 
     cos: Tensor
@@ -217,12 +246,12 @@ class GPT(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.lm_head.weight.device
 
     @property
     def blocks(self) -> list[Block]:
-        """The blocks, first to last."""
+        """The blocks in their order."""
         return cast(list[Block], list(self.transformer.h))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -232,9 +261,9 @@ class GPT(nn.Module):
         return self
 
     def _follow_device(self) -> None:
-        """Set up what is neither weight nor saved: rotary tables, which `to_empty` leaves unset, and attention.
+        """Builds the rotary tables, which `to_empty` leaves unset, and chooses the attention backend.
 
-        A backend chosen by name is that of the first device: Lightning moves a model that was trained to the CPU.
+        A backend given by name is for the first device only: after training, Lightning moves the model to the CPU.
         """
         self._build_rotary_tables()
         if self.device.type == "meta":
@@ -253,7 +282,7 @@ class GPT(nn.Module):
             block.attn.attend = BACKENDS[self.attention_backend]
 
     def _build_rotary_tables(self) -> None:
-        """(10 rows, 1, head_dim / 2) each, on the weights' device; computed on the CPU so that all devices agree."""
+        """Registers ``cos`` and ``sin``, (positions, 1, head_dim / 2), computed on the CPU so that devices agree."""
         config = self.config
         channels = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
         frequencies = 1.0 / (ROTARY_BASE ** (channels / config.head_dim))
@@ -265,10 +294,14 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Fill the weights. Drawn on the generator's device, so that one seed gives the same model on every device.
+        """Initializes the weights.
 
-        wte N(0, 1); lm_head N(0, 0.001); matrices into the blocks and value embeddings U(-s, s) with s = √3/√n_embd;
-        matrices out of the blocks and gates 0; resid_lambdas 1; x0_lambdas 0.1.
+        wte N(0, 1); lm_head N(0, 0.001); c_q, c_k, c_v, c_fc and value embeddings U(-s, s) with s = √3/√n_embd; both
+        c_proj and the gates 0; resid_lambdas 1; x0_lambdas 0.1.
+
+        Args:
+            generator: source of the random numbers, drawn on its device: a CPU generator gives the same weights on
+                every device. None is torch's default one of the weights' device.
         """
 
         def draw(weight: Tensor, fill: Callable[..., Tensor], *bounds: float) -> None:
@@ -292,7 +325,7 @@ class GPT(nn.Module):
             self.x0_lambdas.fill_(0.1)
 
     def forward(self, ids: Tensor, kv_cache: KVCache | None = None) -> Tensor:
-        """Logits (B, T, vocab_size) in fp32 for ids (B, T); with a cache, of the tokens after those it holds."""
+        """Logits (B, T, vocab_size) in fp32 for ids (B, T), which follow the tokens in the cache if one is given."""
         return self.logits(self.hidden(ids, kv_cache))
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -303,7 +336,7 @@ class GPT(nn.Module):
     def loss(
         self, ids: Tensor, targets: Tensor, reduction: Reduction = "mean", weights: Tensor | None = None
     ) -> Tensor:
-        """Cross-entropy in fp32 of targets (B, T) after ids (B, T); see `linear_cross_entropy`."""
+        """Cross-entropy in fp32 of targets (B, T) given ids (B, T); see `linear_cross_entropy` for the rest."""
         return linear_cross_entropy(
             self.hidden(ids),
             self.lm_head.weight,
@@ -318,7 +351,12 @@ class GPT(nn.Module):
     def hidden(self, ids: Tensor, kv_cache: KVCache | None = None) -> Tensor:
         """Normed hidden states (B, T, n_embd) before the head, in the compute dtype.
 
-        Raises `UserError` for a context beyond the rotary tables.
+        Args:
+            ids: (B, T), which follow the tokens in ``kv_cache``.
+            kv_cache: keys and values of earlier tokens, to which those of ``ids`` are added.
+
+        Raises:
+            UserError: the context is longer than the rotary tables.
         """
         with nullcontext() if self.fixed_shapes and kv_cache is None else exclude_cudnn():
             return self._hidden(ids, kv_cache)
@@ -357,5 +395,5 @@ class GPT(nn.Module):
         return self.cos[positions], self.sin[positions]
 
     def extra_repr(self) -> str:
-        """What the model computes in."""
+        """Shown by ``print``: the compute dtype."""
         return f"compute_dtype={self.compute_dtype}"
