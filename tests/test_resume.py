@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import csv
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from forked import exit_statuses, lmchat, start
 from lmchat.checkpoint.layout import committed_steps
 from lmchat.checkpoint.load import find_checkpoint, load_model_state, load_rank_state
 from tiny_fit import config_options, same
@@ -33,21 +31,19 @@ checkpoint: {{every_n_steps: 1}}
 
 def run(base: Path, *options: str, kill_at_step: int | None = None) -> None:
     """`lmchat fit` in a process of its own; with ``kill_at_step``, SIGKILL once that step's checkpoint is there."""
-    command = [sys.executable, "-m", "lmchat", "fit", *config_options(base, CONFIG), *options]
-    environment = {**os.environ, "LMCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    if kill_at_step is not None:
-        awaited = base / "base_checkpoints" / "d2" / f"meta_{kill_at_step:06d}.json"
-        deadline = time.monotonic() + 120
-        while not awaited.exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert awaited.exists()
-        assert process.returncode == -signal.SIGKILL
+    output = base / "output.txt"
+    arguments = ["fit", *config_options(base, CONFIG), *options]
+    process = start(lmchat, *arguments, output=output, environment={"LMCHAT_BASE_DIR": str(base)})
+    if kill_at_step is None:
+        assert exit_statuses([process]) == [0], output.read_text()
         return
-    _, error = process.communicate(timeout=240)
-    assert process.returncode == 0, error
+    awaited = base / "base_checkpoints" / "d2" / f"meta_{kill_at_step:06d}.json"
+    deadline = time.monotonic() + 120
+    while not awaited.exists() and process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.kill()
+    assert exit_statuses([process]) == [-signal.SIGKILL]
+    assert awaited.exists()
 
 
 def losses(base: Path) -> dict[int, str]:

@@ -11,9 +11,11 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from forked import exit_statuses, lmchat, start
 from lmchat.commands import demo as command
 from lmchat.commands.demo import demo
 from lmchat.demo import run as demo_run
@@ -101,6 +103,18 @@ def text(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def forked_stages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Trainings run in forked processes, which start faster."""
+
+    def popen(command: list[str], env: dict[str, str]) -> SimpleNamespace:
+        assert command[:3] == [sys.executable, "-m", "lmchat"]
+        process = start(lmchat, *command[3:], output=tmp_path / "stages.txt", environment=env)
+        return SimpleNamespace(wait=lambda: exit_statuses([process])[0])
+
+    monkeypatch.setattr(demo_run, "subprocess", SimpleNamespace(Popen=popen))
+
+
 def fake_stages(monkeypatch: pytest.MonkeyPatch, calls: list[str], failing: str | None = None) -> None:
     def stage(name: str):
         def work(run: Demo) -> dict[str, float]:
@@ -115,6 +129,7 @@ def fake_stages(monkeypatch: pytest.MonkeyPatch, calls: list[str], failing: str 
     monkeypatch.setattr(command, "STAGES", {name: (name, stage(name)) for name in names})
 
 
+@pytest.mark.usefixtures("forked_stages")
 def test_a_user_trains_on_a_folder_of_text(text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """The real stages through the real entry point, for a few steps; then again."""
     output = tmp_path / "a run"
@@ -150,6 +165,7 @@ def test_a_user_trains_on_a_folder_of_text(text: Path, tmp_path: Path, capfd: py
     assert capfd.readouterr().out.count("done in an earlier run") == len(stages)
 
 
+@pytest.mark.usefixtures("forked_stages")
 def test_figures_are_of_the_last_step_also_where_its_log_is_lost(
     monkeypatch: pytest.MonkeyPatch, text: Path, tmp_path: Path
 ) -> None:
@@ -167,8 +183,8 @@ def test_figures_are_of_the_last_step_also_where_its_log_is_lost(
     stale = evaluations[0].split(",")
     stale[steps], stale[bits] = "2", "9.0"
     log.write_text("\n".join([header, *kept, ",".join(stale)]) + "\n")
-    lmchat = training.lmchat
-    monkeypatch.setattr(training, "lmchat", lambda run, name, *rest: name == "fit" or lmchat(run, name, *rest))
+    run_command = training.lmchat
+    monkeypatch.setattr(training, "lmchat", lambda run, name, *rest: name == "fit" or run_command(run, name, *rest))
     measured = training.pretrain(run)
     assert measured["steps"] == 4
     assert "bpb_before" not in measured

@@ -108,3 +108,8 @@ def lmchat(*args: str) -> int:
 
     sys.argv = ["lmchat", *args]
     return main([*args])
+
+
+def python(code: str) -> None:
+    """``python -c CODE``, as a function to `start`."""
+    exec(code, {"__name__": "__main__"})

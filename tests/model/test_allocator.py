@@ -1,18 +1,19 @@
-"""Large blocks are reused: counted in page faults of a fresh process."""
+"""Large blocks are reused: counted in page faults of a process of its own."""
 
 from __future__ import annotations
 
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from forked import exit_statuses, python, start
 from lmchat.model.allocator import tune_malloc
 
 PROGRAM = """
-import resource, sys, torch
+import resource, torch
 from lmchat.model.allocator import tune_malloc
-if sys.argv[1] == "keep":
+if "MODE" == "keep":
     assert tune_malloc()
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(12):  # Alignment leaves splinters between the first few blocks.
@@ -27,14 +28,15 @@ print(min(rounds))
 """
 
 
-def faults(mode: str) -> int:
-    out = subprocess.run([sys.executable, "-c", PROGRAM, mode], capture_output=True, text=True, check=True)
-    return int(out.stdout)
+def faults(mode: str, folder: Path) -> int:
+    output = folder / f"{mode}.txt"
+    assert exit_statuses([start(python, PROGRAM.replace("MODE", mode), output=output)]) == [0], output.read_text()
+    return int(output.read_text())
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a glibc setting")
-def test_blocks_of_64_mb_come_back_without_page_faults() -> None:
-    assert faults("keep") < 0.05 * faults("default")
+def test_blocks_of_64_mb_come_back_without_page_faults(tmp_path: Path) -> None:
+    assert faults("keep", tmp_path) < 0.05 * faults("default", tmp_path)
 
 
 def test_elsewhere_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -124,11 +125,14 @@ class MuonAdamW(Optimizer):
     ) -> None:
         self.polar_dtype = polar_dtype
         self.compile = compile
-        self._compiled_update = torch.compile(muon_update, dynamic=False)
         self._stacks: dict[str, tuple[Tensor, Tensor]] = {}
         self._names: dict[Tensor, str] = {}
         self._skipped = False
         super().__init__([dict(group) for group in param_groups], defaults={})
+
+    @cached_property
+    def _compiled_update(self) -> Callable[..., None]:
+        return torch.compile(muon_update, dynamic=False)  # imports the compiler, which takes more than a second
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, which needs ``name``, ``kind`` and its rule's settings."""
