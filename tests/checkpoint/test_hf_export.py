@@ -20,6 +20,7 @@ from lmchat.checkpoint.load import find_checkpoint, load_model_state
 from lmchat.checkpoint.meta_schema import REQUIRED
 from lmchat.checkpoint.writer import write_checkpoint
 from lmchat.generation.engine import Engine
+from lmchat.generation.sampling import SamplingParams
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT
 from lmchat.tokenizer.bpe import SPECIAL_TOKENS, Tokenizer
@@ -130,10 +131,13 @@ def test_cached_generation_is_lmchats(
     prompts = [row.tolist() for row in random_ids(length)]
     prompts[1] = prompts[1][5:]
     engine = Engine(net, tokenizer)
-    completions = engine.generate(prompts, max_new_tokens=new_tokens, temperature=0, stop_tokens=(), calculator=False)
+    params = SamplingParams(max_new_tokens=new_tokens, temperature=0, stop_tokens=(), calculator=False)
+    completions = engine.generate(prompts, params)
     padded = load_tokenizer(folder).pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
-    found = load(folder).generate(**padded, max_new_tokens=new_tokens, do_sample=False, eos_token_id=None)
-    assert [row.ids for (row,) in completions] == found[:, length:].tolist()
+    options = {**padded, "max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": None}
+    for caching in ({}, {"use_cache": False}, {"cache_implementation": "static", "disable_compile": True}):
+        found = load(folder).generate(**options, **caching)
+        assert [row.ids for (row,) in completions] == found[:, length:].tolist(), caching
 
 
 def test_a_pipeline_generates(exported: Callable[[str], tuple[Path, GPT]], tokenizer: Tokenizer) -> None:
@@ -142,7 +146,8 @@ def test_a_pipeline_generates(exported: Callable[[str], tuple[Path, GPT]], token
     folder, net = exported("full")
     chat = [{"role": "user", "content": "Hello!"}]
     prompt = render_for_completion(tokenizer, {"messages": chat})  # type: ignore[typeddict-item]
-    ((expected,),) = Engine(net, tokenizer).generate([prompt], max_new_tokens=30, temperature=0, calculator=False)
+    params = SamplingParams(max_new_tokens=30, temperature=0, calculator=False)
+    ((expected,),) = Engine(net, tokenizer).generate([prompt], params)
     generate = pipeline("text-generation", model=str(folder), trust_remote_code=True)
     (answer,) = generate(chat, max_new_tokens=30, do_sample=False)
     assert answer["generated_text"][0] == chat[0]

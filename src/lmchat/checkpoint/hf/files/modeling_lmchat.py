@@ -76,12 +76,46 @@ class LMChatConfig(PretrainedConfig):
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
 
+class Visibility:
+    """Which keys each token attends to, the same for all layers of a window.
+
+    Args:
+        ids: (B, T), the tokens.
+        mask: (B, keys), 0 for padding; or (B, 1, T, keys), True or 0.0 where visible; or None.
+        past: tokens in the cache before them.
+    """
+
+    def __init__(self, ids: Tensor, mask: Tensor | None, past: int) -> None:
+        self.queries = torch.arange(past, past + ids.size(1), device=ids.device)[:, None]
+        self.mask = mask
+        self.made: dict[tuple[int, int], Tensor] = {}
+
+    def __call__(self, window: int, num_keys: int) -> Tensor:
+        """(B or 1, 1, T, num_keys), True where a token attends to a key of its window that is not padding."""
+        if (window, num_keys) not in self.made:
+            keys = torch.arange(num_keys, device=self.queries.device)
+            visible = ((keys <= self.queries) & (keys >= self.queries - window))[None, None]
+            if self.mask is not None:
+                # Every token sees itself, so that no row of padding is empty.
+                visible = (visible & self._not_padding(num_keys)) | (keys == self.queries)
+            self.made[window, num_keys] = visible
+        return self.made[window, num_keys]
+
+    def _not_padding(self, num_keys: int) -> Tensor:
+        mask = self.mask
+        if mask.dim() == 2:
+            # A static cache has room for keys that the mask does not know yet.
+            return F.pad(mask.bool(), (0, max(0, num_keys - mask.size(1))))[:, None, None, :num_keys]
+        return (mask if mask.dtype == torch.bool else mask >= 0)[..., :num_keys]
+
+
 class Attention(nn.Module):
     """Causal attention within a window, with rotary positions and normed queries and keys."""
 
     def __init__(self, config: LMChatConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
+        self.window = config.window_sizes[layer]
         self.eps = config.rms_norm_eps
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.groups = config.num_attention_heads // config.num_key_value_heads
@@ -95,9 +129,9 @@ class Attention(nn.Module):
             self.ve_gate = nn.Linear(config.gate_channels, config.num_key_value_heads, bias=False)
 
     def forward(
-        self, x: Tensor, value: Tensor | None, cos: Tensor, sin: Tensor, mask: Tensor, cache: Cache | None
+        self, x: Tensor, value: Tensor | None, cos: Tensor, sin: Tensor, visible: Visibility, cache: Cache | None
     ) -> Tensor:
-        """x: (B, T, hidden). value: (B, T, kv heads · head_dim). mask: (B or 1, 1, T, keys), True where visible."""
+        """x: (B, T, hidden). value: (B, T, kv heads · head_dim)."""
         batch, length, width = x.shape
         q, k, v = (f(x).view(batch, length, -1, self.head_dim) for f in (self.c_q, self.c_k, self.c_v))
         if value is not None:
@@ -108,7 +142,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
         k, v = (heads.repeat_interleave(self.groups, dim=1) for heads in (k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[..., : k.size(2)])
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible(self.window, k.size(2)))
         return self.c_proj(out.transpose(1, 2).reshape(batch, length, width))
 
 
@@ -134,9 +168,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, value: Tensor | None, cos: Tensor, sin: Tensor, mask: Tensor, cache: Cache | None
+        self, x: Tensor, value: Tensor | None, cos: Tensor, sin: Tensor, visible: Visibility, cache: Cache | None
     ) -> Tensor:
-        x = x + self.attn(rms_norm(x, self.eps), value, cos, sin, mask, cache)
+        x = x + self.attn(rms_norm(x, self.eps), value, cos, sin, visible, cache)
         return x + self.mlp(rms_norm(x, self.eps))
 
 
@@ -204,7 +238,7 @@ class LMChatForCausalLM(PreTrainedModel, GenerationMixin):
         if cache is None and (config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache(config=config)
         past = cache.get_seq_length() if cache is not None else 0
-        masks = self._masks(input_ids, attention_mask, past, cache)
+        visible = Visibility(input_ids, attention_mask, past)
         cos, sin = self._rotary(self._positions(input_ids, attention_mask, position_ids, past))
         x = rms_norm(self.transformer.wte(input_ids), config.rms_norm_eps)
         x0 = x
@@ -213,7 +247,7 @@ class LMChatForCausalLM(PreTrainedModel, GenerationMixin):
                 x = self.resid_lambdas[layer] * x + self.x0_lambdas[layer] * x0
             name = str(layer)
             value = self.value_embeds[name](input_ids) if name in self.value_embeds else None
-            x = block(x, value, cos, sin, masks[config.window_sizes[layer]], cache)
+            x = block(x, value, cos, sin, visible, cache)
         x = rms_norm(x, config.rms_norm_eps)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(x[:, keep])[..., : config.vocab_size].float()
@@ -222,25 +256,6 @@ class LMChatForCausalLM(PreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
-
-    def _masks(self, ids: Tensor, attention_mask: Tensor | None, past: int, cache: Cache | None) -> dict[int, Tensor]:
-        """For each window size, (B or 1, 1, T, keys): True where a token attends to a key."""
-        length = ids.size(1)
-        size = getattr(cache, "get_max_cache_shape", lambda: -1)() if cache is not None else -1
-        keys = torch.arange(max(past + length, size or 0), device=ids.device)
-        queries = torch.arange(past, past + length, device=ids.device)[:, None]
-        padding = None
-        if attention_mask is not None and attention_mask.dim() == 2:
-            padding = F.pad(attention_mask.bool(), (0, len(keys) - attention_mask.size(1)))[:, None, None]
-        elif attention_mask is not None:
-            padding = attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
-            padding = padding[..., : len(keys)]
-        masks = {}
-        for window in set(self.config.window_sizes):
-            visible = ((keys <= queries) & (keys >= queries - window))[None, None]
-            # Every token sees itself, so that no row of padding is empty.
-            masks[window] = visible if padding is None else (visible & padding) | (keys == queries)
-        return masks
 
     def _positions(self, ids: Tensor, mask: Tensor | None, position_ids: Tensor | None, past: int) -> Tensor:
         """(B or 1, T); padding on the left does not count."""
