@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Literal
@@ -24,6 +25,7 @@ class HubServer:
     Args:
         repo_id: its name.
         files: path to content.
+        others: further data sets, served at the same address.
 
     Attributes:
         faults: path to the faults of its next GETs, in order ("tree" for the listing).
@@ -32,7 +34,7 @@ class HubServer:
         endless: every page of the list of files names a further one.
     """
 
-    def __init__(self, repo_id: str, files: dict[str, bytes]) -> None:
+    def __init__(self, repo_id: str, files: dict[str, bytes], others: Sequence[HubServer] = ()) -> None:
         self.repo_id = repo_id
         self.files = files
         self.faults: dict[str, list[Fault]] = defaultdict(list)
@@ -40,7 +42,7 @@ class HubServer:
         self.listing: bytes | None = None
         self.endless = False
         self.released = threading.Event()
-        self._http = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self._http = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"hubs": (self, *others)}))
         self._http.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{self._http.server_address[1]}"
 
@@ -70,8 +72,13 @@ class _Server(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    hub: HubServer
+    hubs: tuple[HubServer, ...]
     protocol_version = "HTTP/1.1"
+
+    @property
+    def hub(self) -> HubServer:
+        """The data set that is asked for; the first if it is none of them."""
+        return next((hub for hub in self.hubs if f"/{hub.repo_id}/" in self.path), self.hubs[0])
 
     def log_message(self, format: str, *args: Any) -> None:
         pass

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -16,7 +15,11 @@ import pytest
 
 from hub_server import HubServer
 
-ASK = "import json, lmchat.tasks as t; print(json.dumps([dict(c) for c in t.{task}({options}, shuffle_seed=None)]))"
+ASK = """
+import json, lmchat.tasks as t
+for task in ({tasks}):
+    print(json.dumps([task.name, [dict(conversation) for conversation in task]]))
+"""
 TALK = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]
 SUM = "It is 1+1 = <<1+1=2>>2.\n#### 2"
 CHECK = "def check(f):\n    assert f() == 1\n"
@@ -49,19 +52,31 @@ ROWS: dict[str, tuple[str, str, str, dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("task", ROWS)
-def test_loads_from_a_hub(task: str, tmp_path: Path) -> None:
-    options, repository, folder, row, answer = ROWS[task]
-    with HubServer(repository, repository_files(folder, row)) as hub:
-        environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
-        code = ASK.format(task=task, options=options).replace("(, ", "(")
-        done = subprocess.run([sys.executable, "-c", code], env=environment, text=True, capture_output=True)
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[Any], list[str]]]:
+    """Conversations of each task and the files it fetched; all in one process: `datasets` takes long to import."""
+    hubs = {task: HubServer(row[1], repository_files(*row[2:4])) for task, row in ROWS.items()}
+    first, *others = hubs.values()
+    calls = "".join(f"t.{task}({row[0]}{', ' if row[0] else ''}shuffle_seed=None), " for task, row in ROWS.items())
+    with HubServer(first.repo_id, first.files, others) as hub:
+        variables = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path_factory.mktemp("hub"))}
+        environment = {**os.environ, **variables, "HF_HUB_DISABLE_XET": "1"}
+        command = [sys.executable, "-c", ASK.format(tasks=calls)]
+        done = subprocess.run(command, env=environment, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
-    (conversation,) = json.loads(done.stdout.splitlines()[-1])
+    hubs[next(iter(hubs))] = hub
+    answers = [json.loads(line)[1] for line in done.stdout.splitlines() if line.startswith("[")]
+    return {task: (answer, hubs[task].gets) for task, answer in zip(ROWS, answers, strict=True)}
+
+
+@pytest.mark.parametrize("task", ROWS)
+def test_loads_from_a_hub(task: str, loaded: dict[str, tuple[list[Any], list[str]]]) -> None:
+    *_, folder, _, answer = ROWS[task]
+    (conversation,), fetched = loaded[task]
     content = conversation["messages"][-1]["content"]
     said = content if isinstance(content, str) else content[0]["text"]
     assert said.startswith(answer)
-    assert f"{folder}/test-00000-of-00001.parquet" in hub.gets
+    assert f"{folder}/test-00000-of-00001.parquet" in fetched
 
 
 def repository_files(folder: str, row: dict[str, Any]) -> dict[str, bytes]:
