@@ -140,7 +140,8 @@ class Attention(nn.Module):
         q, k = (rms_norm(rotate(heads, cos, sin), self.eps) for heads in (q, k))
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
         if cache is not None:
-            k, v = cache.update(k, v, self.layer)
+            # Static caches of transformers before 5.2x need to be told the positions.
+            k, v = cache.update(k, v, self.layer, {"cache_position": visible.queries[:, 0]})
         k, v = (heads.repeat_interleave(self.groups, dim=1) for heads in (k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible(self.window, k.size(2)))
         return self.c_proj(out.transpose(1, 2).reshape(batch, length, width))
