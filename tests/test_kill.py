@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -180,7 +181,7 @@ class Killer:
             for name in ("optimizer_states", "rng", "FineWebDataModule"):
                 assert same(states[0][name], states[1][name]), name
         assert not run.unfinished_files()
-        assert len(list(run.checkpoints.iterdir())) == KEEP_LAST * (2 + run.world_size) + len([".lock"])
+        assert len(list(run.checkpoints.iterdir())) == KEEP_LAST * (2 + run.world_size) + len([".lock", ".attempt"])
         assert not alive(run.sessions), "processes remain"
 
 
@@ -232,3 +233,32 @@ def test_three_kills_of_two_processes(new_run: Callable[..., Run]) -> None:
 def test_a_hundred_kills(new_run: Callable[..., Run], strategy: str, world_size: int, every_n_steps: int) -> None:
     kills = int(os.environ.get("LMCHAT_KILLS", "120")) // 4
     kill_and_compare(new_run, kills, strategy, world_size, every_n_steps)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("trial", range(4))
+def test_an_orphan_rank_does_not_damage_the_run_that_follows(trial: int, new_run: Callable[..., Run]) -> None:
+    """Rank 1 hangs and rank 0 dies; the run is resumed in the same folder, and then rank 1 wakes up."""
+    seed = int(os.environ.get("LMCHAT_KILL_SEED") or time.time_ns()) + trial
+    print(f"\nseed {seed}")
+    choice = random.Random(seed)
+    unbroken, run = new_run("zero2_muon", 2, 1), new_run("zero2_muon", 2, 1)
+    unbroken.finish()
+    killer = Killer(unbroken, seed)
+    first, orphan = run.start()
+    assert orphan.pid is not None
+    wait_until(lambda: len(run.records(0)) >= choice.randrange(4, 12), [first, orphan])
+    if trial % 2:
+        wait_until(lambda: any(run.checkpoints.glob(f"*rank1*{TEMPORARY_SUFFIX}")), [first, orphan])
+    os.kill(orphan.pid, signal.SIGSTOP)
+    first.kill()
+    first.join()
+    begun = len(run.records(0))
+    ranks = run.start()
+    wait_until(lambda: len(run.records(0)) > begun + choice.randrange(1, 8), ranks)
+    os.kill(orphan.pid, signal.SIGCONT)
+    join([*ranks, orphan])
+    assert orphan.exitcode != 0
+    assert [rank.exitcode for rank in ranks] == [0, 0], run.output()
+    killer.check_result(run, unbroken)

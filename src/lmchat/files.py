@@ -19,13 +19,22 @@ TEMPORARY_SUFFIX = ".tmp"
 
 
 @contextlib.contextmanager
-def synced_file(path: Path) -> Iterator[BinaryIO]:
+def synced_file(
+    path: Path,
+    writer: str = "",
+    renaming: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+) -> Iterator[BinaryIO]:
     """Opens a file that becomes ``path`` when the block ends without an error, and is then durable (fsync).
 
     The temporary name is fixed, so that a later write replaces the remains of a killed process: one writer at a time.
+
+    Args:
+        path: file to write.
+        writer: name of the writer, which then is a part of the temporary name.
+        renaming: makes a context for the rename; an error of it cancels the write.
     """
-    unfinished = path.with_name(path.name + TEMPORARY_SUFFIX)
-    with _renamed(unfinished, path), unfinished.open("wb") as file:
+    unfinished = path.with_name(f"{path.name}{'.' if writer else ''}{writer}{TEMPORARY_SUFFIX}")
+    with _renamed(unfinished, path, renaming), unfinished.open("wb") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
@@ -41,10 +50,15 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _renamed(unfinished: Path, path: Path) -> Iterator[None]:
+def _renamed(
+    unfinished: Path,
+    path: Path,
+    renaming: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+) -> Iterator[None]:
     try:
         yield
-        unfinished.replace(path)
+        with renaming():
+            unfinished.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
             unfinished.unlink()

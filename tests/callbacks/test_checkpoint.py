@@ -365,7 +365,7 @@ def test_a_stop_asked_for_by_another_callback_is_saved(tmp_path: Path) -> None:
 def test_old_checkpoints_go_after_newer_ones_are_complete(tmp_path: Path) -> None:
     train(tmp_path, every_n_steps=1, keep_last=2)
     assert committed_steps(tmp_path) == [STEPS - 1, STEPS]
-    assert {path.name for path in tmp_path.iterdir() if path.name != ".lock"} == {
+    assert {path.name for path in tmp_path.iterdir() if path.name not in (".lock", ".attempt")} == {
         path.name
         for step in (STEPS - 1, STEPS)
         for path in (
@@ -379,10 +379,10 @@ def test_old_checkpoints_go_after_newer_ones_are_complete(tmp_path: Path) -> Non
 def test_an_error_of_the_writing_thread_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = writer.write_file
 
-    def full_disk(path: Path, content: Any) -> Any:
+    def full_disk(path: Path, content: Any, attempt: Any = None) -> Any:
         if path.name.startswith("model") and path.name >= "model_000004":
             raise UserError(f"cannot write {path}: No space left on device")
-        return write(path, content)
+        return write(path, content, attempt)
 
     monkeypatch.setattr(writer, "write_file", full_disk)
     with pytest.raises(UserError, match=r"model_000004.pt: No space left"):

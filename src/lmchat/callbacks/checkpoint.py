@@ -34,6 +34,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lmchat.callbacks.step import StepCallback
+from lmchat.checkpoint.attempt import Attempt
 from lmchat.checkpoint.layout import CheckpointPaths, checkpoint_dir, committed_steps
 from lmchat.checkpoint.load import DamagedCheckpoint, open_checkpoint
 from lmchat.checkpoint.rng import capture_rng, restore_rng
@@ -112,6 +113,8 @@ class StepCheckpoint(StepCallback, Checkpoint):
         meta = pl_module.checkpoint_meta()
         self.directory = expand_user(self.dirpath) if self.dirpath else checkpoint_dir(meta["stage"], meta["tag"])
         _on_rank_zero(trainer, self._claim_directory)
+        name = trainer.strategy.broadcast(self._lock.attempt.name if self._lock is not None else None)
+        self._io.attempt = Attempt(self.directory, name)
         if self._io.rank > 0:  # now, not when its first file is due
             check_writable(self.directory, self._io.rank)
 

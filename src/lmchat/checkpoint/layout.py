@@ -22,7 +22,8 @@ LOCK_NAME = ".lock"
 
 # The receipt is what a rank other than 0 leaves for rank 0 to put into meta; it is gone afterwards.
 _FILE_NAME = re.compile(
-    rf"(?:model|meta|optim|receipt)_([0-9]{{6,}})(?:_rank[0-9]+)?\.(?:pt|json)(?:{re.escape(TEMPORARY_SUFFIX)})?"
+    r"(?:model|meta|optim|receipt)_([0-9]{6,})(?:_rank[0-9]+)?(?:_[0-9a-f]+)?\.(?:pt|json)"
+    rf"(?:(?:\.[0-9a-f]+)?{re.escape(TEMPORARY_SUFFIX)})?"
 )
 _CHECKPOINT_NAME = re.compile(r"(?:model_([0-9]{6,})\.pt|meta_([0-9]{6,})\.json)")
 
@@ -77,8 +78,10 @@ class CheckpointPaths:
     def optimizer(self, rank: int) -> Path:
         return self.directory / f"optim_{self.step:06d}_rank{rank}.pt"
 
-    def receipt(self, rank: int) -> Path:
-        return self.directory / f"receipt_{self.step:06d}_rank{rank}.json"
+    def receipt(self, rank: int, attempt: str = "") -> Path:
+        """What ``rank`` leaves for rank 0 of the same attempt."""
+        suffix = f"_{attempt}" if attempt else ""
+        return self.directory / f"receipt_{self.step:06d}_rank{rank}{suffix}.json"
 
 
 def files_by_step(directory: Path) -> dict[int, list[Path]]:

@@ -17,12 +17,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Any, BinaryIO, TypedDict, cast
 
 import torch
 
 import lmchat
+from lmchat.checkpoint.attempt import ATTEMPT_NAME, Attempt
 from lmchat.checkpoint.layout import LOCK_NAME, CheckpointPaths, committed_steps, files_by_step
 from lmchat.files import TEMPORARY_SUFFIX, sync_folder, synced_file
 from lmchat.types import UserError
@@ -90,15 +92,23 @@ class HashingFile:
         return {"bytes": self._bytes, "sha256": self._hash.hexdigest()}
 
 
-def write_file(path: Path, write: Callable[[HashingFile], Any]) -> FileRecord:
+def write_file(path: Path, write: Callable[[HashingFile], Any], attempt: Attempt | None = None) -> FileRecord:
     """Atomically makes ``path`` what ``write`` puts into the file object it is given.
+
+    Args:
+        path: file to write.
+        write: writes the content.
+        attempt: the attempt that writes; None is not fenced.
 
     Raises:
         UserError: the file cannot be written, e.g. because the disk is full; nothing is left behind.
+        Superseded: another attempt has begun; nothing is left behind.
     """
     file: HashingFile | None = None
     try:
-        with synced_file(path) as raw:
+        if attempt is not None:
+            attempt.check()
+        with synced_file(path, attempt.name if attempt else "", attempt.writing if attempt else nullcontext) as raw:
             file = HashingFile(raw)
             write(file)
     except BaseException as error:
@@ -126,6 +136,7 @@ def write_checkpoint(
     meta: Mapping[str, Any],
     rank: int = 0,
     world_size: int = 1,
+    attempt: Attempt | None = None,
     keep_last: int | None = None,
     peer_timeout_seconds: Callable[[], float] = lambda: PEER_TIMEOUT_SECONDS,
 ) -> None:
@@ -138,20 +149,25 @@ def write_checkpoint(
         meta: JSON that describes the checkpoint, ``stage`` at least; used by rank 0.
         rank: this process.
         world_size: how many ranks write.
+        attempt: the attempt of the run that these ranks belong to; None where nothing else can write to the folder.
         keep_last: how many complete checkpoints to keep; older ones go once this one is complete. None keeps all.
         peer_timeout_seconds: how long rank 0 waits for the other ranks' files; asked while it waits.
 
     Raises:
         UserError: a file cannot be written, or another rank has not written its own in time.
+        Superseded: another attempt has begun.
     """
+    writing = attempt.writing if attempt else nullcontext
+    name = attempt.name if attempt else ""
     if rank == 0:
-        _uncommit(paths)
-    records = {paths.optimizer(rank).name: _save_tensors(paths.optimizer(rank), rank_state)}
+        with writing():
+            _uncommit(paths)
+    records = {paths.optimizer(rank).name: _save_tensors(paths.optimizer(rank), rank_state, attempt)}
     if rank != 0:
-        _save_json(paths.receipt(rank), records)
+        _save_json(paths.receipt(rank, name), records, attempt)
         return
-    records[paths.model.name] = _save_tensors(paths.model, model)
-    receipts = [paths.receipt(peer) for peer in range(1, world_size)]
+    records[paths.model.name] = _save_tensors(paths.model, model, attempt)
+    receipts = [paths.receipt(peer, name) for peer in range(1, world_size)]
     for receipt in receipts:
         records |= _await_receipt(receipt, peer_timeout_seconds)
     own = {
@@ -164,19 +180,20 @@ def write_checkpoint(
     }
     assert not own.keys() & meta.keys(), f"reserved names in meta: {own.keys() & meta.keys()}"
     content = {**own, **meta}
-    _save_json(paths.meta, {**content, "meta_sha256": json_digest(content)})
+    _save_json(paths.meta, {**content, "meta_sha256": json_digest(content)}, attempt)
     for receipt in receipts:
         receipt.unlink(missing_ok=True)
     if keep_last is not None:
-        prune(paths, keep_last)
+        with writing():
+            prune(paths, keep_last)
 
 
-def _save_tensors(path: Path, tree: Mapping[str, Any]) -> FileRecord:
-    return write_file(path, lambda file: torch.save(dict(tree), cast(IO[bytes], file)))
+def _save_tensors(path: Path, tree: Mapping[str, Any], attempt: Attempt | None) -> FileRecord:
+    return write_file(path, lambda file: torch.save(dict(tree), cast(IO[bytes], file)), attempt)
 
 
-def _save_json(path: Path, value: Mapping[str, Any]) -> FileRecord:
-    return write_file(path, lambda file: file.write(json.dumps(value, indent=1, allow_nan=False).encode()))
+def _save_json(path: Path, value: Mapping[str, Any], attempt: Attempt | None) -> FileRecord:
+    return write_file(path, lambda file: file.write(json.dumps(value, indent=1, allow_nan=False).encode()), attempt)
 
 
 def json_digest(value: Mapping[str, Any]) -> str:
@@ -231,8 +248,13 @@ def check_writable(directory: Path, rank: int = 0) -> None:
 class RunLock:
     """The right of one run to write checkpoints into a folder; it ends with the process, however that ends.
 
+    A new attempt begins with it, so that ranks of an earlier run that are still alive can no longer write.
+
     Args:
         directory: created if missing. Remains of writes that were cut short are removed.
+
+    Attributes:
+        attempt: the attempt; every rank of the run writes as part of it.
 
     Raises:
         UserError: the folder cannot be created or written, or another run holds it.
@@ -261,6 +283,10 @@ class RunLock:
 
     def _prepare(self, directory: Path) -> None:
         check_writable(directory)
+        try:
+            self.attempt = Attempt.begin(directory)
+        except OSError as error:
+            raise UserError(_cannot_write(directory / ATTEMPT_NAME, error)) from error
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._file.flush()

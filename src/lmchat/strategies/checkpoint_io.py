@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.fabric.plugins import CheckpointIO
 
+from lmchat.checkpoint.attempt import Attempt
 from lmchat.checkpoint.layout import CheckpointPaths
 from lmchat.checkpoint.load import Checkpoint, check_can_resume, load_model_state, load_rank_state, open_checkpoint
 from lmchat.checkpoint.writer import PEER_TIMEOUT_SECONDS, BackgroundWriter, snapshot, write_checkpoint
@@ -37,6 +38,7 @@ class LMChatCheckpointIO(CheckpointIO):
             ``optimizer_shards`` in the loaded dictionary, in place of ``optimizer_states``.
 
     Attributes:
+        attempt: the attempt of the run that saves; None where nothing else can write to the folder.
         keep_last: complete checkpoints to keep in the folder; None keeps all.
         peer_timeout_seconds: how long rank 0 waits for the other ranks' files, also of a write in flight.
     """
@@ -45,6 +47,7 @@ class LMChatCheckpointIO(CheckpointIO):
         self.rank = rank
         self.world_size = world_size
         self.elastic = elastic
+        self.attempt: Attempt | None = None
         self.keep_last: int | None = None
         self.peer_timeout_seconds = PEER_TIMEOUT_SECONDS
         self._writer = BackgroundWriter()
@@ -67,6 +70,7 @@ class LMChatCheckpointIO(CheckpointIO):
             meta=snapshot(meta),
             rank=self.rank,
             world_size=self.world_size,
+            attempt=self.attempt,
             keep_last=self.keep_last,
             peer_timeout_seconds=lambda: self.peer_timeout_seconds,
         )

@@ -1,0 +1,129 @@
+"""A rank of an earlier attempt, at whatever point it was held up, changes nothing in the folder of a later one."""
+
+from __future__ import annotations
+
+import fcntl
+import multiprocessing
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lmchat.checkpoint import attempt as module
+from lmchat.checkpoint.attempt import ATTEMPT_NAME, Attempt, Superseded
+from lmchat.checkpoint.layout import CheckpointPaths
+from lmchat.checkpoint.load import open_checkpoint
+from lmchat.checkpoint.writer import RunLock, write_file
+from lmchat.types import UserError
+
+
+def run(target: Callable[[], object]) -> int | None:
+    """Exit code of ``target`` in a process of its own: locks of one process do not exclude one another."""
+    process = multiprocessing.get_context("fork").Process(target=target)
+    process.start()
+    process.join(60)
+    return process.exitcode
+
+
+def begin(directory: Path) -> Attempt:
+    """The attempt of a run that has begun; its lock has been given up, as by a process that was killed."""
+    lock = RunLock(directory)
+    lock.release()
+    return lock.attempt
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_the_newest_attempt_writes(tmp_path: Path, save) -> None:
+    first = begin(tmp_path)
+    save(tmp_path, 1, attempt=first)
+    second = begin(tmp_path)
+    assert first.name != second.name
+    save(tmp_path, 2, attempt=second)
+    assert open_checkpoint(CheckpointPaths(tmp_path, 2)).step == 2
+    first_files = contents(tmp_path)
+    with pytest.raises(Superseded, match="another attempt of this run writes to"):
+        save(tmp_path, 2, attempt=first)
+    with pytest.raises(Superseded):
+        save(tmp_path, 3, rank=1, world_size=2, attempt=first)
+    assert contents(tmp_path) == first_files
+
+
+def hold_up(at: str, monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], None]) -> None:
+    """Runs ``meanwhile`` once, when the orphan writes a file whose name holds ``at``, between writing and renaming."""
+    done = threading.Event()
+    writing = Attempt.writing
+
+    def held(self: Attempt):
+        if not done.is_set() and any(at in path.name for path in self.directory.glob(f"*{self.name}.tmp")):
+            done.set()
+            meanwhile()
+        return writing(self)
+
+    monkeypatch.setattr(Attempt, "writing", held)
+
+
+@pytest.mark.parametrize("at", ["optim_000002_rank1", "receipt_000002_rank1"])
+def test_an_orphan_held_up_before_it_renames(at: str, tmp_path: Path, save, monkeypatch: pytest.MonkeyPatch) -> None:
+    orphan = begin(tmp_path)
+    after: dict[str, bytes] = {}
+
+    def resume_and_save() -> None:
+        successor = begin(tmp_path)
+        save(tmp_path, 2, rank=1, world_size=2, attempt=successor)
+        save(tmp_path, 2, rank=0, world_size=2, attempt=successor)
+        after.update(contents(tmp_path))
+
+    hold_up(at, monkeypatch, resume_and_save)
+    with pytest.raises(Superseded):
+        save(tmp_path, 2, rank=1, world_size=2, attempt=orphan)
+    assert contents(tmp_path) == after
+    assert open_checkpoint(CheckpointPaths(tmp_path, 2)).world_size == 2
+
+
+def test_rank_0_takes_no_receipt_of_another_attempt(tmp_path: Path, save) -> None:
+    orphan = begin(tmp_path)
+    successor = begin(tmp_path)
+    stale = CheckpointPaths(tmp_path, 2).receipt(1, orphan.name)
+    stale.write_text("{}")
+    with pytest.raises(UserError, match="did not appear"):
+        save(tmp_path, 2, world_size=2, attempt=successor, peer_timeout_seconds=lambda: 0.05)
+    begin(tmp_path)
+    assert not stale.exists()
+
+
+def test_an_orphan_writes_no_meta_and_prunes_nothing(tmp_path: Path, save) -> None:
+    orphan = begin(tmp_path)
+    for step in (1, 2, 3):
+        save(tmp_path, step, attempt=orphan)
+    begin(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(Superseded):
+        save(tmp_path, 3, attempt=orphan, keep_last=1)
+    assert contents(tmp_path) == before
+
+
+def test_no_attempt_begins_while_a_rank_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is stopped at that very moment is reported."""
+    begin(tmp_path)
+    monkeypatch.setattr(module, "TAKEOVER_TIMEOUT_SECONDS", 0.1)
+    with (tmp_path / ATTEMPT_NAME).open("rb") as file:
+        fcntl.lockf(file, fcntl.LOCK_SH)
+
+        def other_process() -> None:
+            with pytest.raises(UserError, match="stopped in the middle of a write"):
+                Attempt.begin(tmp_path)
+
+        assert run(other_process) == 0
+    assert run(lambda: begin(tmp_path)) == 0
+
+
+def test_a_removed_folder_ends_the_attempt(tmp_path: Path) -> None:
+    attempt = begin(tmp_path)
+    (tmp_path / ATTEMPT_NAME).unlink()
+    with pytest.raises(Superseded, match="is gone"):
+        write_file(tmp_path / "file", lambda file: file.write(b"x"), attempt)
+    assert not (tmp_path / "file").exists()
