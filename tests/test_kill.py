@@ -248,7 +248,8 @@ def test_an_orphan_rank_does_not_damage_the_run_that_follows(trial: int, new_run
     killer = Killer(unbroken, seed)
     first, orphan = run.start()
     assert orphan.pid is not None
-    wait_until(lambda: len(run.records(0)) >= choice.randrange(4, 12), [first, orphan])
+    before, after = choice.randrange(4, 12), choice.randrange(1, 8)
+    wait_until(lambda: len(run.records(0)) >= before, [first, orphan])
     if trial % 2:
         wait_until(lambda: any(run.checkpoints.glob(f"*rank1*{TEMPORARY_SUFFIX}")), [first, orphan])
     os.kill(orphan.pid, signal.SIGSTOP)
@@ -256,7 +257,7 @@ def test_an_orphan_rank_does_not_damage_the_run_that_follows(trial: int, new_run
     first.join()
     begun = len(run.records(0))
     ranks = run.start()
-    wait_until(lambda: len(run.records(0)) > begun + choice.randrange(1, 8), ranks)
+    wait_until(lambda: len(run.records(0)) > begun + after, ranks)
     os.kill(orphan.pid, signal.SIGCONT)
     join([*ranks, orphan])
     assert orphan.exitcode != 0

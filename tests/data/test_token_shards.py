@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -265,3 +266,42 @@ def test_user_mistakes_are_named(write_shards: WriteShards, tmp_path: Path) -> N
     for broken in (path.read_bytes()[:-20], b"", b"no parquet"):
         path.write_bytes(broken)
         fails(folder, r"cannot read .*shard_00001\.parquet, truncated or no parquet file")
+
+
+def test_a_header_with_any_flipped_bit_is_read_right_or_not_at_all(write_shards: WriteShards) -> None:
+    tokenizer = ByteTokenizer()
+    folder = write_shards(*TEXTS)
+    _prepare(folder, tokenizer)
+    path = token_dir(folder, tokenizer) / "shard_00000.tokens"
+    whole = path.read_bytes()
+    fields = len(whole[:4096].rstrip())
+    for position in range(fields):
+        for bit in (0, 2, 5, 7):
+            path.write_bytes(whole[:position] + bytes([whole[position] ^ (1 << bit)]) + whole[position + 1 :])
+            header = Header.read(path)
+            assert header is None or header.dtype in ("uint16", "uint32")
+    for line in (b"[" * 4095, b"7", b"null", b'{"format": 1}', b"\xff"):
+        path.write_bytes(line.ljust(4095) + b"\n" + whole[4096:])
+        assert Header.read(path) is None
+    assert _prepare(folder, tokenizer).made == 1
+    assert path.read_bytes()[4096:] == whole[4096:]
+
+
+def test_a_flipped_bit_in_tokens_is_found_in_the_background(write_shards: WriteShards) -> None:
+    """Also in a file that the run has not come to yet."""
+    tokenizer = ByteTokenizer()
+    folder = write_shards(*TEXTS)
+    _prepare(folder, tokenizer)
+    path = token_dir(folder, tokenizer) / "shard_00002.tokens"
+    content = bytearray(path.read_bytes())
+    content[4097] ^= 4
+    path.write_bytes(content)
+    train, _ = TokenShards.open_split(folder, tokenizer)
+    first = np.empty(1, dtype=train.dtype)
+    train.copy(0, first)
+    train.check_in_background()
+    for thread in threading.enumerate():
+        if thread.name == "token file check":
+            thread.join(60)
+    with pytest.raises(UserError, match=r"shard_00002\.tokens is damaged \(wrong checksum\); delete it"):
+        train.copy(0, first)

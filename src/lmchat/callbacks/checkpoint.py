@@ -113,7 +113,7 @@ class StepCheckpoint(StepCallback, Checkpoint):
         meta = pl_module.checkpoint_meta()
         self.directory = expand_user(self.dirpath) if self.dirpath else checkpoint_dir(meta["stage"], meta["tag"])
         _on_rank_zero(trainer, self._claim_directory)
-        name = trainer.strategy.broadcast(self._lock.attempt.name if self._lock is not None else None)
+        name = trainer.strategy.broadcast(self._lock.attempt.name if self._lock is not None else "")
         self._io.attempt = Attempt(self.directory, name)
         if self._io.rank > 0:  # now, not when its first file is due
             check_writable(self.directory, self._io.rank)

@@ -25,10 +25,11 @@ from lmchat.types import UserError
 
 _FORMAT = "lmchat tokens 1"
 HEADER_BYTES = 4096
+_DTYPES = ("uint16", "uint32")
 
 
 class TextTokenizer(Protocol):
-    """What token files need of a tokenizer."""
+    """The part of a tokenizer that token files need."""
 
     @property
     def fingerprint(self) -> str: ...
@@ -75,6 +76,14 @@ class Header:
         file.seek(0)
         file.write(line.ljust(HEADER_BYTES - 1) + b"\n")
 
+    def __post_init__(self) -> None:
+        numbers = (self.documents, self.tokens, self.skipped, self.crc32, self.source.size)
+        names = (self.tokenizer, self.source.footer, self.source.sha256)
+        if self.dtype not in _DTYPES or any(type(n) is not int or n < 0 for n in numbers):
+            raise ValueError("no header of a token file")
+        if any(type(name) is not str for name in names) or type(self.source.mtime_ns) is not int:
+            raise ValueError("no header of a token file")
+
     @classmethod
     def read(cls, path: Path) -> Header | None:
         """The header, or None when the file is missing, truncated or in another format."""
@@ -85,7 +94,9 @@ class Header:
             if fields.pop("format") != _FORMAT:
                 return None
             header = cls(**{**fields, "source": Source(**fields["source"])})
-        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            return None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
         return header if size == header.file_bytes else None
 
@@ -117,14 +128,16 @@ class TokenShard:
     """One token file in memory. tokens: (tokens,) uint16 or uint32; offsets: (documents + 1,) int64.
 
     Raises:
-        UserError: the file's checksum is wrong. It is computed once, which also reads the file ahead.
+        UserError: the file's checksum is wrong. It is computed here, which also reads the file ahead.
     """
 
     def __init__(self, path: Path, header: Header) -> None:
         # Arrow's mapping outlives its file descriptor: thousands of shards stay within the limit of open files.
         with pa.memory_map(str(path)) as file:
             data = file.read_buffer()
-        if zlib.crc32(data[HEADER_BYTES:]) != header.crc32:
-            raise UserError(f"the token file {path} is damaged (wrong checksum); delete it, and it is made anew")
+        if header.file_bytes != len(data) or zlib.crc32(data[HEADER_BYTES:]) != header.crc32:
+            raise UserError(f"the token file {path} is damaged (wrong checksum); delete it, and it is made again")
         self.tokens = np.frombuffer(data, dtype=header.dtype, count=header.tokens, offset=HEADER_BYTES)
         self.offsets = np.frombuffer(data, dtype=np.int64, offset=header.offsets_at)
+        if self.offsets[0] != 0 or self.offsets[-1] != header.tokens or (np.diff(self.offsets) < 1).any():
+            raise UserError(f"the token file {path} is damaged (wrong offsets); delete it, and it is made again")

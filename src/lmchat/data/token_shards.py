@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property
@@ -19,10 +20,12 @@ from lmchat.types import UserError
 
 
 class TokenShards:
-    """The documents of several token files, numbered through. Files are opened when first read.
+    """The documents of several token files as one sequence. Files are opened, and verified, when first read.
 
     Args:
         paths: token files in the order of their documents.
+        tokenizer: tokenizer that the files must have been made with.
+
     Raises:
         UserError: a file is missing or damaged, or there is no document in any of them.
     """
@@ -31,6 +34,7 @@ class TokenShards:
         self.paths = list(paths)
         self._headers = [read_header(path, tokenizer) for path in self.paths]
         self._opened: list[TokenShard | None] = [None] * len(self.paths)
+        self._damage: list[UserError] = []
         # The first document of each shard, and the number of documents.
         self._firsts: list[int] = np.cumsum([0, *(header.documents for header in self._headers)]).tolist()
         if not len(self):
@@ -71,8 +75,30 @@ class TokenShards:
             opened = self._opened[shard] = TokenShard(self.paths[shard], self._headers[shard])
         return opened, self._firsts[shard]
 
+    def check_in_background(self) -> None:
+        """Verifies the checksums of all files in a thread; the next `copy` after a wrong one raises UserError."""
+        threading.Thread(target=self._check_all, name="token file check", daemon=True).start()
+
+    def _check_all(self) -> None:
+        for shard, (path, header) in enumerate(zip(self.paths, self._headers, strict=True)):
+            if self._opened[shard] is None:  # else it has been checked
+                try:
+                    TokenShard(path, header)
+                except UserError as error:
+                    self._damage.append(error)
+                    return
+                except OSError as error:
+                    self._damage.append(UserError(f"cannot read the token file {path} ({error.strerror})"))
+                    return
+
     def copy(self, document: int, into: npt.NDArray[np.unsignedinteger]) -> None:
-        """Fill an array of the shards' dtype with the document's first tokens."""
+        """Fills an array of the shards' dtype with the document's first tokens.
+
+        Raises:
+            UserError: a file is damaged: the document's, or one that `check_in_background` has found.
+        """
+        if self._damage:
+            raise self._damage[0]
         shard, first = self.open(self.shard_of(document))
         start = int(shard.offsets[document - first])
         into[:] = shard.tokens[start : start + len(into)]

@@ -167,6 +167,8 @@ class FineWebDataModule(StageDataModule):
 
     def setup(self, stage: str) -> None:
         self.train_shards, val_shards = TokenShards.open_split(self.data_dir, self.spec.tokenizer)
+        if stage == "fit" and self.trainer is not None and self.trainer.local_rank == 0:
+            self.train_shards.check_in_background()
 
         def validation_batches(rank: int, world_size: int) -> PackedBatches:
             return self._batches(val_shards, rank, world_size, rounds=self._eval_rounds(world_size))
