@@ -117,6 +117,7 @@ class StageModule(L.LightningModule):
         self.attention = attention
         self.compile_mode = compile
         self.parent_meta: dict[str, Any] = {}
+        self._initial_lrs: list[float] = []
         self._start: Checkpoint | None = None
         self._tag = tag
         self._loss_sum: torch.Tensor | None = None
@@ -228,6 +229,11 @@ class StageModule(L.LightningModule):
         if self._compiles(pays=self._compiling_pays()):
             compile_blocks(self.net)
 
+    def on_train_start(self) -> None:
+        # Restoring the optimizer has restored its learning rates too; an option changed on resume takes effect.
+        for group, initial_lr in zip(self.trainer.optimizers[0].param_groups, self._initial_lrs, strict=False):
+            group["initial_lr"] = initial_lr
+
     def _compiles(self, pays: bool) -> bool:
         """Whether to compile something; ``pays`` is the answer for "auto" where the compiler works."""
         if self.compile_mode == "auto":
@@ -249,6 +255,7 @@ class StageModule(L.LightningModule):
             weight_decay=self.plan.weight_decay,
             **self.learning_rates,  # type: ignore[arg-type]
         )
+        self._initial_lrs = [group["initial_lr"] for group in groups]
         on_gpu = self.net.device.type == "cuda"  # on a CPU Muon's matrix products dominate
         polar_dtype: Any = COMPUTE_DTYPES.get(self.polar_dtype, "auto")
         return MuonAdamW(groups, polar_dtype=polar_dtype, compile=on_gpu and self._compiles(pays=True))
