@@ -19,10 +19,9 @@ os.environ.update(ATEN_CPU_CAPABILITY="avx2", MKL_CBWR="AVX2", ONEDNN_MAX_CPU_IS
 # Stand-ins for the hub listen on the loopback interface, so these tests also run offline.
 for _offline in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
     os.environ.pop(_offline, None)
-# Modelling files that exports bring along are copied here, not into the user's cache.
-if "HF_MODULES_CACHE" not in os.environ:
-    os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="lmchat_hf_modules_")
-    atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
+# transformers copies the modelling files of exports here: not into the user's cache, nor into one that workers share.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="lmchat_hf_modules_")
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
 @pytest.hookimpl(wrapper=True)
