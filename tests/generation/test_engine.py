@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lmchat.generation.cached_attention import DecodeCache, PrefillCache
 from lmchat.generation.engine import Engine
 from lmchat.generation.sampling import SamplingParams
 from lmchat.generation.sequence import Completion, StreamedToken
@@ -147,8 +148,13 @@ def test_casting_weights_once_changes_nothing() -> None:
 class _AnyTokenizer:
     """Stands in for the tokenizer of an oracle model, whose vocabulary has no special tokens."""
 
+    bos_id = -3
+
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
+
+    def special(self, name: str) -> int:
+        return -3
 
 
 @pytest.mark.parametrize("name", ["kv2", "l5"])
@@ -239,9 +245,9 @@ def test_first_tokens_follow_the_model() -> None:
 
 
 class _ScriptedModel(nn.Module):
-    """Says ``scripts[i][step]`` after a prompt that ends in i, then stops; remembers which batches it was given.
+    """Says ``scripts[i][step]`` after a prompt that ends in i, then stops; remembers the rows of every decode step.
 
-    The script's number is kept in the KV cache, so that a row that is moved must take its cache along.
+    The script's number is kept in the KV pool, so that a row that is moved must take its slot along.
     """
 
     def __init__(self, scripts: Sequence[Sequence[int]], prompt_length: int) -> None:
@@ -249,26 +255,23 @@ class _ScriptedModel(nn.Module):
         self.config = GPTConfig(
             sequence_len=64, vocab_size=TOKENIZER.vocab_size, n_layer=1, n_head=1, n_kv_head=1, n_embd=32
         )
-        self.compute_dtype = torch.float32
-        self.device = torch.device("cpu")
         self.scripts, self.prompt_length = scripts, prompt_length
-        self.batches: list[tuple[int, int]] = []
+        self.prefilled: list[int] = []
+        self.decoded: list[int] = []
 
-    def hidden(self, ids: Tensor, kv_cache: KVCache) -> Tensor:
-        self.batches.append(tuple(ids.shape))
-        if ids.size(1) == self.prompt_length:
-            kv_cache.keys[0, :, 0, 0, 0] = ids[:, -1].float()
-        numbers = kv_cache.keys[0, :, 0, 0, 0].long().tolist()
-        kv_cache.advance(ids.size(1))
-        steps = (kv_cache.lengths - self.prompt_length).tolist()
-        says = [(*self.scripts[n], *[ASSISTANT_END] * 99)[step] for n, step in zip(numbers, steps, strict=True)]
-        return nn.functional.one_hot(torch.tensor(says), TOKENIZER.vocab_size)[:, None].expand(-1, ids.size(1), -1)
+    def hidden(self, ids: Tensor, kv_cache: PrefillCache | DecodeCache) -> Tensor:
+        if isinstance(kv_cache, PrefillCache):
+            self.prefilled.append(ids.size(1))
+            return ids
+        self.decoded.append(len(ids))
+        held = kv_cache.pool.keys[0][: len(ids), 0, 0, 0]
+        steps = kv_cache.row_positions - (self.prompt_length - 1)
+        held.copy_(torch.where(steps == 0, ids[:, 0].float(), held))
+        return torch.stack((held.long(), steps), dim=-1)[:, None]
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        return hidden * 10.0
-
-    def forward(self, ids: Tensor, kv_cache: KVCache) -> Tensor:
-        return self.logits(self.hidden(ids, kv_cache))
+    def lm_head(self, hidden: Tensor) -> Tensor:
+        says = [(*self.scripts[n], *[ASSISTANT_END] * 99)[step] for n, step in hidden.tolist()]
+        return nn.functional.one_hot(torch.tensor(says), self.config.padded_vocab_size) * 10.0
 
 
 def _scripted_engine(model: _ScriptedModel) -> Engine:
@@ -313,12 +316,10 @@ def test_tool_use_of_all_cases_in_one_batch(fixtures: Path) -> None:
     expected = [tokens[3:] for case in cases for tokens in case["batch_tokens"]]
     completions, model = _run_scripts(scripts, max_new_tokens=60)
     assert [completion.content for completion in completions] == expected
-    # Every row is decoded until it ends and no longer, after one prefill of all.
-    assert model.batches[0] == (len(scripts), 3)
+    # Every row is decoded until it ends and no longer, after one prefill of all prompts but their last tokens.
+    assert model.prefilled == [2 * len(scripts)]
     lengths = [len(completion.ids) for completion in completions]
-    assert [rows for rows, _ in model.batches[1:]] == [
-        sum(n > step for n in lengths) for step in range(1, max(lengths))
-    ]
+    assert model.decoded == [sum(n > step for n in lengths) for step in range(max(lengths))]
 
 
 def _script(text: str) -> list[int]:
@@ -366,7 +367,8 @@ def test_prompts_are_read_once() -> None:
     [first, second, again] = _generate(
         engine, [[BOS, 65, 0], [BOS, 65, 1], [BOS, 65, 0]], num_samples=5, max_new_tokens=9, temperature=0
     )
-    assert model.batches == [(2, 3), (15, 1), (15, 1), (10, 1)]
+    assert model.prefilled == [2 + 2]
+    assert model.decoded == [15, 15, 15, 10]
     assert [sample.ids for sample in first + again] == [_script("abc|")] * 10
     assert [sample.ids for sample in second] == [_script("de|")] * 5
 

@@ -1,131 +1,202 @@
-"""Runs the network for the engine, on inference weights of its own."""
+"""Runs the network for the engine: reads prompts into the KV pool and decodes rows, on inference weights of its own."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lmchat.generation.sampling import Sampler
-from lmchat.generation.sequence import Sequence
-from lmchat.model.gpt import GPT, Linear
-from lmchat.model.kv_cache import KVCache
-from lmchat.types import UserError
+from lmchat.generation.cached_attention import Chunk, DecodeCache, Groups, PrefillCache
+from lmchat.generation.cuda_graphs import GraphedSteps
+from lmchat.generation.decode_state import DecodeState, StepOutput
+from lmchat.generation.kv_pool import KVPool, SlotLayout, round_up
+from lmchat.generation.sampling import RowParams, SamplingMode, sample
+from lmchat.generation.sequence import Sequence, SharedPrompt
+from lmchat.generation.weights import inference_copy, refill
+from lmchat.model.gpt import GPT
+from lmchat.tokenizer.bpe import Tokenizer
+
+HEAD_ROWS = 16
+"""Rows whose tokens a CPU chooses at one time, so that their logits stay in its cache."""
+
+GPU_STEPS_PER_READ = 4
+"""Decode steps after which a GPU's tokens are read."""
+
+GPU_COLUMNS = 256
+"""On a GPU, attention reads slots in multiples of this, so that few shapes are captured."""
+
+
+class Decoded(NamedTuple):
+    """Tokens of the running sequences, (steps, rows) each; see `StepOutput`."""
+
+    tokens: npt.NDArray[np.int64]
+    forced: npt.NDArray[np.bool_]
+    logprobs: npt.NDArray[np.float64]
 
 
 class Runner:
-    """The network in evaluation mode, with the matrices cast to the compute dtype once instead of at every use.
-
-    Weights that already have the dtype they are used in are shared with the source, not copied.
+    """The network in evaluation mode with its KV pool and decode state.
 
     Args:
         source: the network to follow; it is only read.
+        tokenizer: the tokenizer it was trained with.
+        max_rows: sequences decoded together.
 
     Attributes:
-        net: the network that runs.
+        net: the network that runs, see `inference_copy`.
+        pool: slots of the running sequences, and of cached prefixes.
+        prompts: slots of shared prompts.
+        state: decode state of every slot.
     """
 
-    def __init__(self, source: GPT) -> None:
+    def __init__(self, source: GPT, tokenizer: Tokenizer, max_rows: int) -> None:
         self.source = source
-        self.net = _inference_copy(source)
+        self.net = inference_copy(source)
+        device = source.device
+        dtype = source.compute_dtype
+        if device.type == "cpu":  # whose products of few rows are slow in bf16
+            dtype = torch.promote_types(dtype, torch.float32)
+        self.layout = SlotLayout(source.config, dtype)
+        self.device = device
+        self.pool = KVPool(self.layout, device)
+        self.prompts = KVPool(self.layout, device)
+        self.state = DecodeState(max_rows, tokenizer, source.config.vocab_size, device)
+        self.graphs = GraphedSteps(self.state.frozen) if device.type == "cuda" else None
 
     def refresh(self) -> None:
-        """Takes over the source's current weights. Copies are refilled in place, so that their addresses stay valid."""
-        with torch.no_grad():
-            for name, weight in self.source.named_parameters():
-                own = self.net.get_parameter(name)
-                if own.dtype != weight.dtype:
-                    own.copy_(weight)
-                elif own.data_ptr() != weight.data_ptr():
-                    own.data = weight.detach()
+        """Takes over the source's current weights, in place."""
+        refill(self.net, self.source)
+
+    def resize(self, pool: KVPool, num_slots: int, capacity: int) -> None:
+        """Makes the slots of a pool larger; captured graphs, which hold the old addresses, are dropped."""
+        pool.resize(num_slots, capacity)
+        if self.graphs is not None:
+            self.graphs.clear()
 
     @torch.inference_mode()
-    def prefill(self, prompts: Seq[tuple[int, ...]]) -> tuple[KVCache, Tensor]:
-        """Reads prompts.
+    def prefill(self, chunks: Seq[Chunk], ids: Seq[int]) -> None:
+        """Reads chunks of prompts, ``ids`` end to end, into their slots."""
+        self._hidden(ids, PrefillCache(chunks, self.device))
 
-        Returns:
-            A cache of the prompts, and the logits (prompts, vocab) after each.
+    @torch.inference_mode()
+    def next_logits(self, prompts: Seq[tuple[int, ...]]) -> Tensor:
+        """fp32 logits (prompts, vocab_size) after each prompt."""
+        chunks = [Chunk(None, 0, 0, len(prompt)) for prompt in prompts]
+        hidden = self._hidden([token for prompt in prompts for token in prompt], PrefillCache(chunks, self.device))
+        ends = torch.tensor([len(prompt) for prompt in prompts]).cumsum(0) - 1
+        return self.net.logits(hidden[0, ends.to(self.device)])
+
+    def _hidden(self, ids: Seq[int], cache: PrefillCache) -> Tensor:
+        return self.net.hidden(torch.tensor([ids]).to(self.device, non_blocking=True), cache)
+
+    @torch.inference_mode()
+    def decode(
+        self, sequences: Seq[Sequence], shared: Seq[SharedPrompt], members: dict[SharedPrompt, list[int]]
+    ) -> Decoded:
+        """Decodes the sequences, row by row the first slots of the pool, for a few steps.
+
+        Args:
+            sequences: what is in the rows.
+            shared: prompts that several rows share, in the order of their slots.
+            members: rows of each of them.
         """
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        padded = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
-        for ids, prompt in zip(padded, prompts, strict=True):
-            ids[: len(prompt)] = torch.tensor(prompt)
-        net = self.net
-        cache = KVCache(net.config, padded.size(0), padded.size(1), net.compute_dtype, net.device)
-        hidden = net.hidden(padded.to(net.device), cache)
-        cache.lengths = lengths
-        return cache, net.logits(hidden[torch.arange(len(prompts)), lengths - 1])
-
-    @torch.inference_mode()
-    def start(self, sequences: Seq[Sequence]) -> tuple[KVCache, Tensor]:
-        """A cache of each sequence's prompt, and the logits (sequences, vocab) after it.
-
-        Each distinct prompt is read once.
-        """
-        index = {prompt: i for i, prompt in enumerate(dict.fromkeys(sequence.prompt for sequence in sequences))}
-        cache, logits = self.prefill(list(index))
-        selected = torch.tensor([index[sequence.prompt] for sequence in sequences])
-        max_len = max(len(sequence.prompt) + sequence.params.max_new_tokens for sequence in sequences)
-        return cache.select(selected, max_len), logits[selected]
-
-    @torch.inference_mode()
-    def drop(self, cache: KVCache, rows: Seq[int]) -> list[int]:
-        """Removes rows from the cache. Returns the old index of each remaining row."""
-        return cache.drop(rows)
-
-    @torch.inference_mode()
-    def decode(self, cache: KVCache, sequences: Seq[Sequence]) -> Tensor:
-        """Logits (sequences, vocab) after each sequence's newest token."""
-        tokens = torch.tensor([sequence.completion.ids[-1] for sequence in sequences])
-        return self.net(tokens.to(self.net.device, non_blocking=True)[:, None], cache)[:, -1]
-
-    @torch.inference_mode()
-    def sample(self, logits: Tensor, sequences: Seq[Sequence]) -> tuple[list[int], Seq[float | None]]:
-        """Samples a token for each sequence.
-
-        Returns:
-            The token ids, and their log-probabilities where asked for.
-
-        Raises:
-            UserError: the logits are not finite.
-        """
-        uniforms = torch.tensor([sequence.uniform for sequence in sequences], dtype=torch.float64)
-        uniforms = uniforms.to(logits.device, non_blocking=True)
-        chosen = torch.empty(len(sequences), dtype=torch.int64, device=logits.device)
-        rows_by_sampler: dict[Sampler, list[int]] = {}
-        for row, sequence in enumerate(sequences):
-            sampler = Sampler(sequence.params.temperature, sequence.params.top_k)
-            rows_by_sampler.setdefault(sampler, []).append(row)
-        for sampler, rows in rows_by_sampler.items():
-            if len(rows) == len(sequences):
-                chosen = sampler(logits, uniforms)
+        rows = self._bucket(len(sequences))
+        steps = GPU_STEPS_PER_READ if self.graphs is not None else 1
+        multiple = GPU_COLUMNS if self.graphs is not None else 1
+        max_own = round_up(max(sequence.num_own for sequence in sequences) + steps, multiple) - 1
+        mode = SamplingMode.of((sequence.params for sequence in sequences), self.state.vocab_size)
+        groups = self._groups(rows, shared, members, multiple) if shared else None
+        uniforms = self._uniforms(sequences, steps, rows)
+        outputs = []
+        for step in range(steps):
+            self.state.uniform[:rows].copy_(uniforms[step])
+            run = self._step(rows, max_own, groups, mode)
+            if self.graphs is None:
+                outputs.append(run())
             else:
-                chosen[rows] = sampler(logits[rows], uniforms[rows])
-        ids = chosen.tolist()
-        if min(ids) < 0:
-            raise UserError("the model's logits are not finite; its training diverged or its checkpoint is damaged")
-        if not any(sequence.params.logprobs for sequence in sequences):
-            return ids, [None] * len(ids)
-        logprobs = logits.log_softmax(dim=-1).gather(-1, chosen[:, None]).squeeze(-1).tolist()
-        wanted = [sequence.params.logprobs for sequence in sequences]
-        return ids, [logprob if asked else None for logprob, asked in zip(logprobs, wanted, strict=True)]
+                shape = None if groups is None else (*groups.members.shape, groups.max_prompt)
+                outputs.append(self.graphs.run((rows, max_own, shape, mode), run, groups))
+        return _read(outputs, len(sequences))
 
+    def _step(self, rows: int, max_own: int, groups: Groups | None, mode: SamplingMode) -> Callable[[], StepOutput]:
+        """One step of the first rows: no synchronisation with the host, and shapes that the arguments determine."""
+        state = self.state
 
-def _inference_copy(source: GPT) -> GPT:
-    """A network of the source's shape in evaluation mode, its `Linear` weights in the compute dtype."""
-    with torch.device("meta"):
-        net = GPT(
-            source.config,
-            compute_dtype=source.compute_dtype,
-            attention=source.attention,
-            rotary_dtype=source.rotary_dtype,
+        def run() -> StepOutput:
+            positions = state.position[:rows]
+            own = positions - state.base[:rows]
+            cache = DecodeCache(self.pool, self.prompts, positions, own, max_own, groups)
+            hidden = self.net.hidden(state.token[:rows, None], cache)[:, 0]
+            return state.advance(*self._sample(hidden, mode, state.row_params(rows)))
+
+        return run
+
+    def _sample(self, hidden: Tensor, mode: SamplingMode, params: RowParams) -> tuple[Tensor, Tensor]:
+        """A token and its log-probability for each row of hidden states (rows, n_embd)."""
+        vocab_size = self.state.vocab_size
+        if hidden.is_cuda or len(hidden) <= HEAD_ROWS:
+            return sample(self.net.lm_head(hidden), vocab_size, mode, params)
+        raw, parts = self.net.lm_head(hidden), []
+        for start in range(0, len(hidden), HEAD_ROWS):
+            part = slice(start, start + HEAD_ROWS)
+            parts.append(sample(raw[part], vocab_size, mode, RowParams(*(field[part] for field in params))))
+        chosen, logprobs = zip(*parts, strict=True)
+        return torch.cat(chosen), torch.cat(logprobs)
+
+    def _bucket(self, rows: int) -> int:
+        """Rows that are computed for ``rows`` sequences: on a GPU few sizes, each of which is captured once."""
+        if self.graphs is None:
+            return rows
+        bucket = 1 << (rows - 1).bit_length() if rows <= 16 else round_up(rows, 32)
+        return min(bucket, self.pool.num_slots)
+
+    def _groups(
+        self, rows: int, shared: Seq[SharedPrompt], members: dict[SharedPrompt, list[int]], multiple: int
+    ) -> Groups:
+        by_group = [list(members[prompt]) for prompt in shared]
+        grouped = {row for own in by_group for row in own}
+        for row in set(range(rows)) - grouped:
+            min(by_group, key=len).append(row)
+        size, count = max(map(len, by_group)), len(shared)
+        if self.graphs is not None:
+            size, count = 1 << (size - 1).bit_length(), min(1 << (count - 1).bit_length(), self.prompts.num_slots)
+        table = np.zeros((count, size), dtype=np.int64)
+        places = np.zeros(rows, dtype=np.int64)
+        for group, own in enumerate(by_group):
+            table[group, : len(own)] = own
+            places[own] = group * size + np.arange(len(own))
+        return Groups(
+            members=self._to_device(torch.from_numpy(table)),
+            places=self._to_device(torch.from_numpy(places)),
+            prompt_tokens=self.state.prompt_tokens[:rows],
+            max_prompt=round_up(max(len(prompt.prompt) - 1 for prompt in shared), multiple),
         )
-    linear_weights = {f"{name}.weight" for name, module in source.named_modules() if isinstance(module, Linear)}
-    for name, weight in source.named_parameters():
-        owner = net.get_submodule(name.rpartition(".")[0])
-        dtype = source.compute_dtype if name in linear_weights else weight.dtype
-        own = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
-        setattr(owner, name.rpartition(".")[2], own)
-    net.cos, net.sin = source.cos, source.sin
-    return net.eval()
+
+    def _uniforms(self, sequences: Seq[Sequence], steps: int, rows: int) -> Tensor:
+        """(steps, rows) float64 random numbers of the next tokens."""
+        numbers = np.zeros((steps, rows))
+        for row, sequence in enumerate(sequences):
+            start = len(sequence.completion.ids)
+            own = sequence.uniforms[start : start + steps]
+            numbers[: len(own), row] = own
+        return self._to_device(torch.from_numpy(numbers))
+
+    def _to_device(self, values: Tensor) -> Tensor:
+        """A copy that the host does not wait for."""
+        if self.device.type != "cuda":
+            return values
+        return values.pin_memory().to(self.device, non_blocking=True)
+
+
+def _read(outputs: Seq[StepOutput], rows: int) -> Decoded:
+    """The outputs on the host: the only place where it waits for the device."""
+    if not outputs[0].tokens.is_cuda:
+        tokens, forced, logprobs = (torch.stack(field)[:, :rows].numpy() for field in zip(*outputs, strict=True))
+        return Decoded(tokens, forced, logprobs)
+    packed = torch.stack([torch.stack([field.double() for field in output]) for output in outputs]).cpu().numpy()
+    return Decoded(packed[:, 0, :rows].astype(np.int64), packed[:, 1, :rows] > 0, packed[:, 2, :rows])

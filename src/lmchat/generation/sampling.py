@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
+from lmchat.losses import LOGIT_SOFTCAP, softcap
+from lmchat.model.config import VOCAB_MULTIPLE
 from lmchat.types import UserError
+
+BLOCK = VOCAB_MULTIPLE
+"""Logits are searched in blocks of this many."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,8 @@ class SamplingParams:
         stop_tokens: ids that end a completion; None is ``<|assistant_end|>`` and ``<|bos|>``.
         calculator: answer calculator calls.
         logprobs: return the log-probability of every sampled token.
+        top_p: of the tokens that ``top_k`` leaves, sample from the fewest whose probabilities add up to it; None or 1
+            is all of them.
 
     Raises:
         UserError: a value is out of range.
@@ -39,6 +48,7 @@ class SamplingParams:
     stop_tokens: Collection[int] | None = None
     calculator: bool = True
     logprobs: bool = False
+    top_p: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "max_new_tokens"):
@@ -48,8 +58,15 @@ class SamplingParams:
             raise UserError(f"temperature is {self.temperature}; give 0 for greedy decoding, or a positive number")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k is {self.top_k}; give at least 1, or null to sample from the whole vocabulary")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}; give more than 0 and at most 1, or null for no limit")
         if self.seed < 0:
             raise UserError(f"seed is {self.seed}; it must not be negative")
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temperature == 0 or self.top_k == 1
 
 
 def sample_uniforms(seed: int, sample: int, count: int) -> npt.NDArray[np.float64]:
@@ -64,38 +81,154 @@ def sample_uniforms(seed: int, sample: int, count: int) -> npt.NDArray[np.float6
     return np.random.Generator(np.random.PCG64((seed, sample))).random(count)
 
 
-@dataclass(frozen=True)
-class Sampler:
-    """Temperature and top-k sampling by inversion of the cumulative distribution.
+class SamplingMode(NamedTuple):
+    """What a batch needs of the sampler, known on the host.
 
     Attributes:
-        temperature: divides the logits; 0 takes the most likely token.
-        top_k: the softmax runs over the k largest logits only; None for all.
+        greedy: some row takes the most likely token.
+        top_k: the largest number of candidates that a row samples from, 0 if none has a limit.
+        full: some row samples from the whole vocabulary.
+        logprobs: log-probabilities are wanted.
     """
 
-    temperature: float = 1.0
-    top_k: int | None = 50
+    greedy: bool
+    top_k: int
+    full: bool
+    logprobs: bool
 
-    def __call__(self, logits: Tensor, uniforms: Tensor) -> Tensor:
-        """Chooses a token per row, in float64, so that the tail of a large vocabulary keeps its probability.
+    @classmethod
+    def of(cls, params: Iterable[SamplingParams], vocab_size: int) -> SamplingMode:
+        """The mode for rows with these parameters."""
+        params = list(params)
+        limits = [candidates(each, vocab_size) for each in params]
+        return cls(
+            greedy=any(each.is_greedy for each in params),
+            top_k=max(limits, default=0),
+            full=any(not each.is_greedy and not limit for each, limit in zip(params, limits, strict=True)),
+            logprobs=any(each.logprobs for each in params),
+        )
 
-        Args:
-            logits: (B, vocab) float.
-            uniforms: (B,) numbers in [0, 1).
 
-        Returns:
-            (B,) int64 token ids; -1 where logits are not finite.
-        """
-        if self.temperature == 0 or self.top_k == 1:
-            best, ids = logits.max(dim=-1)
-            return ids.masked_fill(~best.isfinite(), -1)
-        candidates: Tensor | None = None
-        if self.top_k is not None and self.top_k < logits.size(-1):
-            logits, candidates = logits.topk(self.top_k, dim=-1)
-        best = logits.amax(dim=-1, keepdim=True).double()
-        cumulative = ((logits - best) / self.temperature).exp().cumsum(dim=-1)
-        threshold = uniforms.to(cumulative)[:, None] * cumulative[:, -1:]
-        # Rounding may carry a threshold next to the total up to it.
-        choice = (cumulative <= threshold).sum(dim=-1, keepdim=True).clamp(max=logits.size(-1) - 1)
-        chosen = choice if candidates is None else candidates.gather(-1, choice)
-        return chosen.masked_fill(~best.isfinite(), -1).squeeze(-1)
+def candidates(params: SamplingParams, vocab_size: int) -> int:
+    """Number of most likely tokens that are sampled from; 0 for the whole vocabulary and for greedy decoding."""
+    if params.is_greedy:
+        return 0
+    limited = params.top_k is not None and params.top_k < vocab_size
+    if params.top_p is not None and params.top_p < 1:
+        return min(params.top_k or vocab_size, vocab_size)
+    return params.top_k or 0 if limited else 0
+
+
+class RowParams(NamedTuple):
+    """Sampling parameters of the rows of a batch, each (rows,).
+
+    Attributes:
+        temperature: float64; 1 for greedy rows.
+        top_k: int64 number of candidates, see `candidates`.
+        top_p: float64.
+        greedy: bool.
+        uniforms: float64 in [0, 1), the random number of the next token.
+    """
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    greedy: Tensor
+    uniforms: Tensor
+
+
+def sample(raw: Tensor, vocab_size: int, mode: SamplingMode, params: RowParams) -> tuple[Tensor, Tensor]:
+    """Chooses a token per row by inversion of the cumulative distribution.
+
+    Args:
+        raw: (rows, vocab) float logits before the soft cap, with columns from ``vocab_size`` on up to a multiple of
+            `BLOCK`. Overwritten if fp32 or larger.
+        vocab_size: number of tokens.
+        mode: what the rows need.
+        params: parameters of the rows.
+
+    Returns:
+        (rows,) int64 token ids, -1 where the logits are not finite; and (rows,) fp32 log-probabilities under the full
+        distribution, before temperature and top-k, 0 unless asked for.
+    """
+    raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
+    raw[:, vocab_size:] = -torch.inf
+    chosen = torch.zeros(len(raw), dtype=torch.int64, device=raw.device)
+    if mode.top_k:
+        values, ids = top_values(raw, mode.top_k)
+        best = values[:, 0]
+        chosen = ids.gather(1, _choose_candidate(values, params)).squeeze(1)
+        if mode.greedy:
+            chosen = torch.where(params.greedy, ids[:, 0], chosen)
+    else:
+        best, chosen = raw.max(dim=1)
+    logprobs = raw.new_zeros(len(raw))
+    if mode.full or mode.logprobs:
+        scale = 2 * LOGIT_SOFTCAP
+        # softcap(x) = scale · sigmoid(2 x / cap) - cap, as in the training loss; the constant drops out.
+        capped = raw.mul_(2 / LOGIT_SOFTCAP).sigmoid_().mul_(scale)
+        if mode.full:
+            from_all = _choose_from_all(capped, vocab_size, params)
+            is_full = (params.top_k == 0) & ~params.greedy
+            chosen = torch.where(is_full, from_all, chosen) if mode.top_k or mode.greedy else from_all
+        if mode.logprobs:
+            picked = capped.gather(1, chosen[:, None]).squeeze(1)
+            logprobs = picked - capped[:, :vocab_size].exp_().sum(dim=1).log()
+    return chosen.masked_fill(~best.isfinite(), -1), logprobs
+
+
+def top_values(raw: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest ``count`` values of each row, in descending order, and their columns; the row must be whole blocks.
+
+    They lie in the ``count`` blocks of the largest maxima, so only these are searched.
+    """
+    rows, columns = raw.shape
+    blocks = columns // BLOCK
+    if 2 * count > blocks:
+        return raw.topk(count, dim=1)
+    grouped = raw.view(rows, blocks, BLOCK)
+    best_blocks = grouped.amax(dim=2).topk(count, dim=1, sorted=False).indices
+    # In the order of their columns, so that equal values are found as in the whole row.
+    best_blocks = best_blocks.sort(dim=1).values
+    searched = grouped.gather(1, best_blocks[:, :, None].expand(-1, -1, BLOCK)).view(rows, count * BLOCK)
+    values, places = searched.topk(count, dim=1)
+    block = best_blocks.gather(1, places // BLOCK)
+    return values, block * BLOCK + places % BLOCK
+
+
+def _choose_candidate(values: Tensor, params: RowParams) -> Tensor:
+    """(rows, 1) which of the candidates (rows, k), raw logits in descending order, in float64."""
+    capped = softcap(values)
+    weights = ((capped - capped[:, :1].double()) / params.temperature[:, None]).exp()
+    allowed = torch.arange(values.size(1), device=values.device) < params.top_k[:, None]
+    weights = torch.where(allowed, weights, 0)
+    cumulative = weights.cumsum(dim=1)
+    # The fewest candidates whose weights reach top_p; the first always stays.
+    kept = allowed & ((cumulative - weights) < params.top_p[:, None] * cumulative[:, -1:])
+    weights = torch.where(kept, weights, 0)
+    cumulative = weights.cumsum(dim=1)
+    threshold = params.uniforms[:, None] * cumulative[:, -1:]
+    choice = (cumulative <= threshold).sum(dim=1, keepdim=True)
+    # Rounding may carry a threshold next to the total up to it.
+    return torch.minimum(choice, kept.sum(dim=1, keepdim=True) - 1).clamp(min=0)
+
+
+def _choose_from_all(capped: Tensor, vocab_size: int, params: RowParams) -> Tensor:
+    """(rows,) tokens from soft-capped logits (rows, columns), padding included.
+
+    Finds the block, then the token in it. Sums over blocks are float64, so that the tail of a large vocabulary keeps
+    its probability.
+    """
+    best = capped[:, :vocab_size].amax(dim=1, keepdim=True)
+    temperature = params.temperature[:, None].to(capped.dtype).clamp(min=1e-30)
+    weights = (capped - best).div_(temperature).exp_()
+    weights[:, vocab_size:] = 0
+    blocks = weights.view(len(weights), -1, BLOCK)
+    sums = blocks.sum(dim=2).double()
+    cumulative = sums.cumsum(dim=1)
+    threshold = params.uniforms[:, None] * cumulative[:, -1:]
+    block = (cumulative <= threshold).sum(dim=1, keepdim=True).clamp(max=sums.size(1) - 1)
+    rest = threshold - (cumulative - sums).gather(1, block)
+    inner = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK)).squeeze(1).double().cumsum(dim=1)
+    place = (inner <= rest).sum(dim=1, keepdim=True).clamp(max=BLOCK - 1)
+    return (block * BLOCK + place).squeeze(1).clamp(max=vocab_size - 1)

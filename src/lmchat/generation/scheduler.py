@@ -1,35 +1,245 @@
-"""Which sequences are decoded together."""
+"""Which sequences run, in which rows, and what is read of their prompts: continuous batching."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
 
-from lmchat.generation.sequence import Sequence
+from lmchat.generation.cached_attention import Chunk
+from lmchat.generation.kv_pool import KVPool, MemoryBudget
+from lmchat.generation.prefix_cache import PrefixCache
+from lmchat.generation.runner import Decoded, Runner
+from lmchat.generation.sequence import Sequence, SharedPrompt
+
+CHUNK_TOKENS = 256
+"""Prompts are read in chunks that end at multiples of this, whatever else is running."""
+
+PREFILL_TOKENS = 4096
+"""Tokens of prompts that are read at one time while nothing decodes."""
 
 
 class Scheduler:
-    """Waiting and running sequences, at most ``max_rows`` of them running.
+    """Admits waiting sequences to rows as soon as rows are free, first come, first served.
 
-    Waiting sequences are admitted once no sequence is running.
+    The running sequences are in rows 0, 1, …, which are also their slots in the KV pool. A sequence whose prompt is
+    still being read has a row that is frozen. When a sequence ends, the last one moves into its row.
+
+    Args:
+        runner: has the rows.
+        max_rows: maximum number of running sequences.
+        budget: memory for keys and values.
+        prefixes: slots of ended sequences, for prompts that begin alike.
     """
 
-    def __init__(self, sequences: Iterable[Sequence], max_rows: int) -> None:
-        self.waiting = deque(sequences)
-        self.running: list[Sequence] = []
+    def __init__(self, runner: Runner, max_rows: int, budget: MemoryBudget, prefixes: PrefixCache) -> None:
+        self.runner = runner
         self.max_rows = max_rows
+        self.budget = budget
+        self.prefixes = prefixes
+        self.waiting: deque[Sequence | SharedPrompt] = deque()
+        self.running: list[Sequence] = []
+        self.shared: list[SharedPrompt] = []
+        self._prompt_of: dict[Sequence, SharedPrompt] = {}
 
-    def admit(self) -> list[Sequence]:
-        """Starts and returns the next sequences; empty if some still run or none wait."""
-        if self.running:
-            return []
-        self.running = [self.waiting.popleft() for _ in range(min(self.max_rows, len(self.waiting)))]
-        return self.running
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that do not run yet."""
+        units = (*self.waiting, *self.shared)
+        return sum(len(unit.waiting) if isinstance(unit, SharedPrompt) else 1 for unit in units)
 
-    def finished(self) -> list[int]:
-        """Indices of the running sequences that are done."""
-        return [index for index, sequence in enumerate(self.running) if sequence.done]
+    def add(self, sequences: list[Sequence]) -> None:
+        """Adds sequences of one prompt to the queue."""
+        prompt = sequences[0].prompt
+        if len(sequences) > 1 and len(prompt) > 1:
+            shared = SharedPrompt(prompt, sequences)
+            self._prompt_of.update(dict.fromkeys(sequences, shared))
+            self.waiting.append(shared)
+        else:
+            self.waiting.extend(sequences)
 
-    def reorder(self, order: Iterable[int]) -> None:
-        """Keeps the running sequences of the given indices, in that order."""
-        self.running = [self.running[index] for index in order]
+    def remove(self, sequences: Iterable[Sequence]) -> None:
+        """Takes sequences out, wherever they are."""
+        removed = set(sequences)
+        self.waiting = deque(unit for unit in self.waiting if unit not in removed)
+        for unit in (*self.waiting, *self.shared):
+            if isinstance(unit, SharedPrompt):
+                unit.waiting = deque(each for each in unit.waiting if each not in removed)
+        self.waiting = deque(unit for unit in self.waiting if isinstance(unit, Sequence) or unit.waiting)
+        for row in reversed(range(len(self.running))):
+            if self.running[row] in removed:
+                self._free(row)
+        for sequence in removed:
+            self._prompt_of.pop(sequence, None)
+        self._drop_unused_prompts()
+
+    def prepare(self) -> None:
+        """Admits what has room and reads prompts, so that at least one sequence can decode."""
+        self._admit()
+        while self.running or self.shared:
+            decodes = any(sequence.is_prefilled for sequence in self.running)
+            self._prefill(CHUNK_TOKENS if decodes else PREFILL_TOKENS)
+            self._admit()
+            if any(sequence.is_prefilled for sequence in self.running):
+                return
+
+    def decode(self) -> tuple[list[Sequence], Decoded]:
+        """Decodes all rows for a few steps. Returns what ran in them, and its tokens."""
+        members: dict[SharedPrompt, list[int]] = {shared: [] for shared in self.shared if shared.running}
+        for row, sequence in enumerate(self.running):
+            if shared := self._prompt_of.get(sequence):
+                members[shared].append(row)
+        # Only the prompts in the first slots are read: those of which something runs come first.
+        used = self.shared[: max((index + 1 for index, each in enumerate(self.shared) if each.running), default=0)]
+        for shared in used:
+            members.setdefault(shared, [])
+        return list(self.running), self.runner.decode(self.running, used, members)
+
+    def resume(self, sequence: Sequence, forced: list[int]) -> None:
+        """Lets a sequence go on after a calculator call."""
+        self.runner.state.resume(self.running.index(sequence), forced)
+
+    def free_done(self) -> None:
+        """Frees the rows of sequences that are done."""
+        for row in reversed(range(len(self.running))):
+            if self.running[row].done:
+                self._free(row)
+        self._drop_unused_prompts()
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        while len(self.running) < self.max_rows and (sequence := self._next()) is not None:
+            self._start(sequence)
+
+    def _next(self) -> Sequence | None:
+        """The next sequence that can start, removed from where it waited."""
+        for shared in self.shared:
+            if shared.waiting and shared.is_prefilled:
+                if not self._has_room(len(self.running) + 1, shared.waiting[0].slot_tokens):
+                    return None
+                shared.running += 1
+                return shared.waiting.popleft()
+        reserved = len(self.running) + sum(len(shared.waiting) for shared in self.shared)
+        while self.waiting and reserved < self.max_rows:
+            unit = self.waiting[0]
+            if isinstance(unit, Sequence):
+                if not self._has_room(reserved + 1, unit.slot_tokens):
+                    return None
+                self.waiting.popleft()
+                return unit
+            if not self._has_prompt_room(len(unit.prompt) - 1):
+                return None
+            self.waiting.popleft()
+            self.shared.append(unit)
+            reserved += len(unit.waiting)
+        return None
+
+    def _has_room(self, rows: int, wanted: int) -> bool:
+        """Makes the pool large enough for ``rows`` rows of ``wanted`` tokens; False if memory does not allow it now."""
+        pool = self.runner.pool
+        capacity = max(wanted, pool.capacity)
+        affordable = min(self.max_rows, self.budget.slots(capacity))
+        if affordable < rows:
+            if self.running or self.shared:
+                return False
+            pool.release()
+            self.prefixes.clear()
+            capacity = wanted
+            affordable = min(self.max_rows, self.budget.slots(capacity))
+        if capacity > pool.capacity or rows > pool.num_slots:
+            # A CPU backs memory only once it is written; a GPU gets as many slots as are used, and some to spare.
+            on_cpu = self.runner.device.type == "cpu"
+            num_slots = affordable if on_cpu else min(affordable, max(8, 2 * pool.num_slots, rows))
+            self.prefixes.drop_from(num_slots)
+            self.runner.resize(pool, num_slots, capacity)
+        return True
+
+    def _has_prompt_room(self, tokens: int) -> bool:
+        """Makes room for one more shared prompt."""
+        prompts, count = self.runner.prompts, len(self.shared) + 1
+        if tokens > prompts.capacity or count > prompts.num_slots:
+            limit = max(1, self.max_rows // 2)
+            if count > limit:
+                return False
+            num_slots = limit if self.runner.device.type == "cpu" else min(limit, max(8, 2 * prompts.num_slots))
+            self.runner.resize(prompts, num_slots, tokens)
+        return True
+
+    def _start(self, sequence: Sequence) -> None:
+        """Gives the sequence the next row, with what is cached of its prompt."""
+        row = len(self.running)
+        if sequence.base:
+            self.prefixes.make_free(row, row)
+            sequence.prefilled = len(sequence.prompt) - 1
+        else:
+            sequence.prefilled = self.prefixes.load(sequence.prompt[:-1], row, self.running)
+        self.running.append(sequence)
+        self._set_state(row)
+
+    def _set_state(self, row: int) -> None:
+        sequence = self.running[row]
+        frozen = not sequence.is_prefilled
+        self.runner.state.set(row, sequence, sequence.position, sequence.base, frozen)
+
+    def _prefill(self, max_tokens: int) -> None:
+        """Reads the next chunk of each prompt that is not complete, about ``max_tokens`` tokens."""
+        chunks: list[Chunk] = []
+        ids: list[int] = []
+        for slot, shared in enumerate(self.shared):
+            self._add_chunk(chunks, ids, self.runner.prompts, slot, shared, max_tokens)
+        rows = []
+        for row, sequence in enumerate(self.running):
+            if self._add_chunk(chunks, ids, self.runner.pool, row, sequence, max_tokens):
+                rows.append(row)
+        if chunks:
+            self.runner.prefill(chunks, ids)
+        for row in rows:
+            self._set_state(row)
+
+    def _add_chunk(
+        self,
+        chunks: list[Chunk],
+        ids: list[int],
+        pool: KVPool,
+        slot: int,
+        unit: Sequence | SharedPrompt,
+        max_tokens: int,
+    ) -> bool:
+        """Adds the next chunk of a prompt; False if the prompt is complete or ``ids`` are enough."""
+        start = unit.prefilled
+        if unit.is_prefilled or len(ids) >= max_tokens:
+            return False
+        end = min(len(unit.prompt) - 1, (start // CHUNK_TOKENS + 1) * CHUNK_TOKENS)
+        chunks.append(Chunk(pool, slot, start, end - start))
+        ids.extend(unit.prompt[start:end])
+        unit.prefilled = end
+        return True
+
+    def _free(self, row: int) -> None:
+        """Takes the sequence out of its row; the last row moves there."""
+        runner, last = self.runner, len(self.running) - 1
+        sequence, moved = self.running[row], self.running[last]
+        if shared := self._prompt_of.get(sequence):
+            shared.running -= 1
+        if sequence.reusable and sequence.is_prefilled:
+            held = sequence.num_own
+            if row != last:
+                runner.pool.swap(row, last, max(held, moved.num_own + 1))
+            self.prefixes.add(last, (*sequence.prompt, *sequence.completion.ids)[:held])
+        elif row != last:
+            runner.pool.copy(last, row, moved.num_own + 1)
+        if row != last:
+            runner.state.move(last, row)
+            self.running[row] = moved
+        self.running.pop()
+        self._prompt_of.pop(sequence, None)
+
+    def _drop_unused_prompts(self) -> None:
+        """Frees the slots of prompts that no sequence needs; the last prompts move there."""
+        for slot in reversed(range(len(self.shared))):
+            shared = self.shared[slot]
+            if not shared.running and not shared.waiting:
+                moved = self.shared.pop()
+                if moved is not shared:
+                    self.runner.prompts.copy(len(self.shared), slot, moved.prefilled)
+                    self.shared[slot] = moved

@@ -53,7 +53,7 @@ class StreamedToken:
 
 
 class ToolUse:
-    """Follows the calculator calls of one sequence and queues the tokens to force.
+    """Follows the calculator calls of one sequence.
 
     After ``<|python_start|>`` it collects an expression. At ``<|python_end|>`` the calculator evaluates it, and
     ``<|output_start|>``, the result and ``<|output_end|>`` replace the next sampled tokens.
@@ -64,27 +64,28 @@ class ToolUse:
         self.start = tokenizer.special("python_start")
         self.end = tokenizer.special("python_end")
         self.call: list[int] | None = None
-        self.forced: deque[int] = deque()
 
-    def next_forced(self) -> int | None:
-        """Removes and returns the token that replaces the sampled one, if any."""
-        return self.forced.popleft() if self.forced else None
+    def observe(self, token: int) -> list[int] | None:
+        """Takes a sampled token. A start within a call restarts the call.
 
-    def observe(self, token: int) -> None:
-        """Takes a sampled token. A start within a call restarts the call; a call without a value gets no output."""
+        Returns:
+            If the token ends a call, the tokens to force next; none for a call without a value. Else None.
+        """
         if token == self.start:
             self.call = []
         elif self.call is not None and token == self.end:
-            self._answer(self.call)
-            self.call = None
+            call, self.call = self.call, None
+            return self._answer(call)
         elif self.call is not None:
             self.call.append(token)
+        return None
 
-    def _answer(self, call: list[int]) -> None:
+    def _answer(self, call: list[int]) -> list[int]:
         result = calculate(self.tokenizer.decode(call))
-        if result is not None:
-            special, encode = self.tokenizer.special, self.tokenizer.encode
-            self.forced.extend((special("output_start"), *encode(result), special("output_end")))
+        if result is None:
+            return []
+        special = self.tokenizer.special
+        return [special("output_start"), *self.tokenizer.encode(result), special("output_end")]
 
 
 class Sequence:
@@ -99,6 +100,9 @@ class Sequence:
     Attributes:
         uniforms: (max_new_tokens,) float64 random numbers, one per token.
         completion: what has been generated so far.
+        base: position of the first token in its slot; the tokens before it are in the slot of a shared prompt.
+        prefilled: tokens of the prompt that are in the KV pool. All but the last are read before decoding starts.
+        reusable: whether its slot is kept as a cached prefix when it ends.
     """
 
     def __init__(self, prompt: tuple[int, ...], params: SamplingParams, sample: int, tokenizer: Tokenizer) -> None:
@@ -111,29 +115,71 @@ class Sequence:
         self.stop_tokens = frozenset(stop_tokens)
         self.tool = ToolUse(tokenizer) if params.calculator else None
         self.completion = Completion()
-
-    @property
-    def uniform(self) -> float:
-        """The random number of the next token."""
-        return float(self.uniforms[len(self.completion.ids)])
+        self.base = 0
+        self.prefilled = 0
+        self.reusable = True
 
     @property
     def done(self) -> bool:
         """Whether it has stopped or has all its tokens."""
-        return self.completion.finished or len(self.completion.ids) == self.params.max_new_tokens
+        return self.completion.finished or len(self.completion.ids) >= self.params.max_new_tokens
 
-    def append(self, sampled: int, logprob: float | None) -> None:
-        """Appends the sampled token, or the token that is forced in its place."""
+    @property
+    def is_prefilled(self) -> bool:
+        """Whether decoding can start."""
+        return self.prefilled >= len(self.prompt) - 1
+
+    @property
+    def position(self) -> int:
+        """Position of the token that is read next, which is the number of tokens in the KV pool."""
+        return len(self.prompt) - 1 + len(self.completion.ids) if self.is_prefilled else self.prefilled
+
+    @property
+    def num_own(self) -> int:
+        """Tokens in its own slot."""
+        return self.position - self.base
+
+    @property
+    def slot_tokens(self) -> int:
+        """Tokens that its slot must have room for."""
+        return len(self.prompt) + self.params.max_new_tokens - self.base
+
+    def append(self, token: int, forced: bool, logprob: float) -> list[int] | None:
+        """Appends a sampled or forced token. Returns the tokens to force next if it ends a calculator call."""
         completion = self.completion
-        forced = self.tool.next_forced() if self.tool else None
-        completion.ids.append(sampled if forced is None else forced)
-        completion.mask.append(1 if forced is None else 0)
-        if forced is None:
-            completion.finished = sampled in self.stop_tokens
-            if self.tool:
-                self.tool.observe(sampled)
-        if logprob is not None:
-            completion.logprobs.append(logprob if forced is None else 0.0)
+        completion.ids.append(token)
+        completion.mask.append(0 if forced else 1)
+        if self.params.logprobs:
+            completion.logprobs.append(0.0 if forced else logprob)
+        if forced:
+            return None
+        completion.finished = token in self.stop_tokens
+        return self.tool.observe(token) if self.tool else None
+
+
+class SharedPrompt:
+    """A prompt of several sequences, which is read once.
+
+    Attributes:
+        prompt: token ids.
+        waiting: sequences that do not run yet.
+        running: number of sequences that run.
+        prefilled: tokens of the prompt in its slot, of all but the last.
+    """
+
+    def __init__(self, prompt: tuple[int, ...], sequences: list[Sequence]) -> None:
+        self.prompt = prompt
+        self.waiting = deque(sequences)
+        self.running = 0
+        self.prefilled = 0
+        for sequence in sequences:
+            sequence.base = len(prompt) - 1
+            sequence.reusable = False
+
+    @property
+    def is_prefilled(self) -> bool:
+        """Whether its sequences can start."""
+        return self.prefilled >= len(self.prompt) - 1
 
 
 class TokenStream:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lmchat.losses import Reduction, linear_cross_entropy, softcap
 from lmchat.model.attention import BACKENDS, Attend, attend_banded, choose_backend, exclude_cudnn
 from lmchat.model.config import GATE_CHANNELS, GPTConfig
-from lmchat.model.kv_cache import KVCache
+from lmchat.model.kv_cache import AttentionCache
 from lmchat.precision import default_compute_dtype as default_compute_dtype
 from lmchat.types import UserError
 
@@ -102,7 +102,7 @@ class SelfAttention(nn.Module):
             self.ve_gate = Linear(GATE_CHANNELS, config.n_kv_head)
 
     def forward(
-        self, x: Tensor, value_embedding: Tensor | None, cos: Tensor, sin: Tensor, kv_cache: KVCache | None
+        self, x: Tensor, value_embedding: Tensor | None, cos: Tensor, sin: Tensor, kv_cache: AttentionCache | None
     ) -> Tensor:
         """Output (B, T, n_embd) for the normed residual stream.
 
@@ -114,12 +114,13 @@ class SelfAttention(nn.Module):
             kv_cache: keys and values of earlier tokens, to which those of ``x`` are added.
         """
         batch, length, _ = x.shape
-        q = self.c_q(x).view(batch, length, -1, self.head_dim)
-        k = self.c_k(x).view(batch, length, -1, self.head_dim)
-        v = self.c_v(x).view(batch, length, -1, self.head_dim)
+        q, k, v, gate = self.project(x)
+        q = q.view(batch, length, -1, self.head_dim)
+        k = k.view(batch, length, -1, self.head_dim)
+        v = v.view(batch, length, -1, self.head_dim)
         if value_embedding is not None:
-            gate = 2 * torch.sigmoid(self.ve_gate(x[..., :GATE_CHANNELS]))
-            v = v + gate.unsqueeze(-1) * value_embedding.view_as(v)
+            assert gate is not None
+            v = v + (2 * torch.sigmoid(gate)).unsqueeze(-1) * value_embedding.view_as(v)
         q = norm(rotate(q, cos, sin))
         k = norm(rotate(k, cos, sin))
         if kv_cache is None:
@@ -127,6 +128,11 @@ class SelfAttention(nn.Module):
         else:
             out = kv_cache.attend(self.layer, q, k, v, self.window)
         return self.c_proj(out.reshape(batch, length, -1))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Queries, keys and values (B, T, heads · head_dim), and the gate (B, T, n_kv_head) before its sigmoid."""
+        gate = self.ve_gate(x[..., :GATE_CHANNELS]) if hasattr(self, "ve_gate") else None
+        return self.c_q(x), self.c_k(x), self.c_v(x), gate
 
 
 class MLP(nn.Module):
@@ -168,7 +174,7 @@ class Block(nn.Module):
         value_embedding: Tensor | None,
         cos: Tensor,
         sin: Tensor,
-        kv_cache: KVCache | None,
+        kv_cache: AttentionCache | None,
         mix: ResidualMix | None = None,
     ) -> Tensor:
         """The residual stream (B, T, n_embd) after the block.
@@ -324,7 +330,7 @@ class GPT(nn.Module):
             self.resid_lambdas.fill_(1.0)
             self.x0_lambdas.fill_(0.1)
 
-    def forward(self, ids: Tensor, kv_cache: KVCache | None = None) -> Tensor:
+    def forward(self, ids: Tensor, kv_cache: AttentionCache | None = None) -> Tensor:
         """Logits (B, T, vocab_size) in fp32 for ids (B, T), which follow the tokens in the cache if one is given."""
         return self.logits(self.hidden(ids, kv_cache))
 
@@ -348,7 +354,7 @@ class GPT(nn.Module):
             project=self.lm_head.fp8[0] if self.training and self.lm_head.fp8 else None,
         )
 
-    def hidden(self, ids: Tensor, kv_cache: KVCache | None = None) -> Tensor:
+    def hidden(self, ids: Tensor, kv_cache: AttentionCache | None = None) -> Tensor:
         """Normed hidden states (B, T, n_embd) before the head, in the compute dtype.
 
         Args:
@@ -361,7 +367,7 @@ class GPT(nn.Module):
         with nullcontext() if self.fixed_shapes and kv_cache is None else exclude_cudnn():
             return self._hidden(ids, kv_cache)
 
-    def _hidden(self, ids: Tensor, kv_cache: KVCache | None) -> Tensor:
+    def _hidden(self, ids: Tensor, kv_cache: AttentionCache | None) -> Tensor:
         cos, sin = self._rotary_tables(ids.size(1), kv_cache)
         x = norm(self.transformer.wte(ids).to(self.compute_dtype))
         x0 = x
@@ -382,8 +388,8 @@ class GPT(nn.Module):
         name = str(layer)
         return self.value_embeds[name](ids).to(self.compute_dtype) if name in self.value_embeds else None
 
-    def _rotary_tables(self, length: int, kv_cache: KVCache | None) -> tuple[Tensor, Tensor]:
-        end = length + (0 if kv_cache is None else kv_cache.longest)
+    def _rotary_tables(self, length: int, kv_cache: AttentionCache | None) -> tuple[Tensor, Tensor]:
+        end = length if kv_cache is None else kv_cache.context_end(length)
         if end > len(self.cos):
             raise UserError(
                 f"a context of {end} tokens is longer than this model's limit of {len(self.cos)} "

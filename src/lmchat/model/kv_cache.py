@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -10,6 +11,22 @@ from torch import Tensor
 from lmchat.model.attention import attend_banded, attention, window_mask
 from lmchat.model.config import GPTConfig
 from lmchat.types import UserError
+
+
+class AttentionCache(Protocol):
+    """What the model needs of a cache of keys and values."""
+
+    def context_end(self, length: int) -> int:
+        """The length of the longest context once ``length`` more tokens per row are in."""
+
+    def positions(self, length: int) -> Tensor:
+        """(B, T) int64 positions of the next ``length`` tokens of each row, on the device of the model."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+        """Adds the new tokens' k and v (B, T, kv heads, head_dim); returns q's attention over all that it can see."""
+
+    def advance(self, length: int) -> None:
+        """Called once all layers have added ``length`` tokens per row."""
 
 
 class KVCache:
@@ -50,6 +67,10 @@ class KVCache:
     def longest(self) -> int:
         """Tokens in the fullest row."""
         return int(self.lengths.max())
+
+    def context_end(self, length: int) -> int:
+        """Length of the fullest row once ``length`` more tokens are in."""
+        return self.longest + length
 
     def positions(self, length: int) -> Tensor:
         """(B, T) positions of the next `length` tokens of each row, on the cache's device."""

@@ -1,0 +1,171 @@
+"""Keys and values of many sequences, in slots of fixed size that honour attention windows."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lmchat.model.config import GPTConfig
+from lmchat.types import UserError
+
+COLUMNS = 64
+"""Slots grow, and attention reads them, in multiples of this many tokens."""
+
+MEMORY_SHARE = 0.5
+"""Share of the free memory that keys and values may take."""
+
+
+def round_up(number: int, multiple: int = COLUMNS) -> int:
+    """The least multiple of ``multiple`` that is at least ``number``."""
+    return -(-number // multiple) * multiple
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on ``device``; on a GPU what torch has cached counts as free."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):  # not on every system
+        return 4 << 30
+
+
+@dataclass(frozen=True)
+class SlotLayout:
+    """The size of a slot.
+
+    A layer whose window is shorter than a sequence keeps its last tokens only: token i of a slot is in column
+    i mod `columns` of the layer.
+
+    Attributes:
+        config: shape of the network.
+        dtype: dtype of keys and values.
+    """
+
+    config: GPTConfig
+    dtype: torch.dtype
+
+    def columns(self, layer: int, capacity: int) -> int:
+        """Columns of a layer in a slot for sequences of ``capacity`` tokens."""
+        return min(round_up(capacity), self.ring(layer))
+
+    def ring(self, layer: int) -> int:
+        """Columns that hold everything a token can see in a layer, itself included."""
+        return round_up(self.config.window_sizes[layer] + 1)
+
+    def slot_bytes(self, capacity: int) -> int:
+        """Bytes of a slot for sequences of ``capacity`` tokens."""
+        columns = sum(self.columns(layer, capacity) for layer in range(self.config.n_layer))
+        return 2 * columns * self.config.n_kv_head * self.config.head_dim * self.dtype.itemsize
+
+    def usable_prefix(self, held: int, wanted: int, capacity: int) -> int:
+        """Of a slot that holds ``held`` tokens, how many of its first ``wanted`` tokens can be continued after.
+
+        All of them, unless a layer has overwritten tokens that the next one would see; then none.
+        """
+        for layer, window in enumerate(self.config.window_sizes):
+            columns = self.columns(layer, capacity)
+            if held > columns and held - wanted > columns - 1 - window:
+                return 0
+        return wanted
+
+
+class KVPool:
+    """Slots of keys and values, all of one capacity.
+
+    Attributes:
+        layout: size of the slots.
+        capacity: tokens a slot is made for, in layers whose window does not bound them.
+        num_slots: number of slots.
+        keys, values: per layer (num_slots, kv heads, columns, head_dim).
+    """
+
+    def __init__(self, layout: SlotLayout, device: torch.device) -> None:
+        self.layout = layout
+        self.device = device
+        self.capacity = 0
+        self.num_slots = 0
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all slots."""
+        return self.num_slots * self.layout.slot_bytes(self.capacity)
+
+    @torch.inference_mode()
+    def resize(self, num_slots: int, capacity: int) -> None:
+        """Makes slots larger or changes their number; the first slots keep their contents.
+
+        New columns are zero: attention reads columns before they are written, and masks them.
+        """
+        old_keys, old_values, kept = self.keys, self.values, min(num_slots, self.num_slots)
+        self.capacity, self.num_slots = max(self.capacity, round_up(capacity)), num_slots
+        self.keys, self.values = [], []
+        for layer in range(self.layout.config.n_layer):
+            for new, old in ((self.keys, old_keys), (self.values, old_values)):
+                new.append(self._empty(layer))
+                if kept:
+                    new[-1][:kept, :, : old[layer].size(2)] = old[layer][:kept]
+
+    def _empty(self, layer: int) -> Tensor:
+        config = self.layout.config
+        shape = (self.num_slots, config.n_kv_head, self.layout.columns(layer, self.capacity), config.head_dim)
+        return torch.zeros(shape, dtype=self.layout.dtype, device=self.device)
+
+    def release(self) -> None:
+        """Frees the memory of all slots."""
+        self.keys, self.values, self.num_slots, self.capacity = [], [], 0, 0
+
+    @torch.inference_mode()
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copies the first ``length`` tokens of a slot to another slot."""
+        for held in (*self.keys, *self.values):
+            held[target, :, :length] = held[source, :, :length]
+
+    @torch.inference_mode()
+    def swap(self, a: int, b: int, length: int) -> None:
+        """Exchanges the first ``length`` tokens of two slots."""
+        for held in (*self.keys, *self.values):
+            kept = held[a, :, :length].clone()
+            held[a, :, :length] = held[b, :, :length]
+            held[b, :, :length] = kept
+
+
+class MemoryBudget:
+    """How many slots fit into memory.
+
+    Args:
+        layout: size of the slots.
+        device: where they are.
+        max_bytes: memory for keys and values; None is `MEMORY_SHARE` of what is free when first asked.
+    """
+
+    def __init__(self, layout: SlotLayout, device: torch.device, max_bytes: int | None = None) -> None:
+        self.layout = layout
+        self.device = device
+        self._max_bytes = max_bytes
+
+    @property
+    def max_bytes(self) -> int:
+        """Bytes that keys and values may take."""
+        if self._max_bytes is None:
+            self._max_bytes = int(MEMORY_SHARE * free_memory(self.device))
+        return self._max_bytes
+
+    def slots(self, capacity: int) -> int:
+        """How many slots of ``capacity`` tokens fit, beside as many for shared prompts as a group of two needs."""
+        return int(self.max_bytes // (1.5 * self.layout.slot_bytes(round_up(capacity))))
+
+    def check(self, tokens: int) -> None:
+        """Raises UserError if one sequence of ``tokens`` tokens does not fit."""
+        if self.slots(tokens) < 1:
+            needed = 1.5 * self.layout.slot_bytes(round_up(tokens))
+            raise UserError(
+                f"a sequence of {tokens} tokens needs {needed / 1e9:.3g} GB for keys and values, and "
+                f"{self.max_bytes / 1e9:.3g} GB are available on {self.device}; shorten the prompt or max_new_tokens"
+            )
