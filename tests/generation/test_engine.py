@@ -14,13 +14,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lmchat.generation import weights
 from lmchat.generation.cached_attention import DecodeCache, PrefillCache
 from lmchat.generation.engine import Engine
 from lmchat.generation.sampling import SamplingParams
 from lmchat.generation.sequence import Completion, StreamedToken
+from lmchat.generation.weights import InferenceWeights, PackedLinear, can_pack
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT
-from lmchat.model.kv_cache import KVCache
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.types import UserError
 
@@ -130,19 +131,29 @@ def test_logprobs_equal_the_full_forward_pass(compute_dtype: torch.dtype, tolera
             assert not torch.tensor(sample.logprobs)[~sampled].any()
 
 
-def test_casting_weights_once_changes_nothing() -> None:
-    """bf16 compute over fp32 weights: the same tokens as a model that casts at every use."""
-    model = _model(torch.bfloat16)
-    [prompt] = _prompts(9)
-    [[completion]] = _generate(
-        Engine(model, TOKENIZER), [prompt], max_new_tokens=30, temperature=0, stop_tokens=(), calculator=False
-    )
+@pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16])
+def test_casting_weights_once_changes_nothing(compute_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The inference copy against a model that casts at every use; packed products sum in another order."""
+    model, [prompt] = _model(compute_dtype), _prompts(50)
     with torch.no_grad():
-        cache = KVCache(model.config, 1, 64, dtype=torch.bfloat16)
-        ids = [int(model(torch.tensor([prompt]), cache)[0, -1].argmax())]
-        while len(ids) < 30:
-            ids.append(int(model(torch.tensor([ids[-1:]]), cache)[0, -1].argmax()))
-    assert completion.ids == ids
+        expected = model(torch.tensor([prompt]))
+        packed = InferenceWeights(model).net(torch.tensor([prompt]))
+        monkeypatch.setattr(weights, "can_pack", lambda *_: False)
+        plain = InferenceWeights(model).net(torch.tensor([prompt]))
+    assert torch.equal(plain, expected)
+    assert torch.allclose(packed, expected, atol=1e-4 if compute_dtype == torch.float32 else 0.5)
+
+
+@pytest.mark.skipif(not can_pack(torch.device("cpu"), torch.float32), reason="no packed products on this machine")
+def test_a_row_of_a_packed_product_does_not_depend_on_the_others() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for width in (32, 96, 256):
+        layer = PackedLinear(torch.randn(321, width, generator=generator), torch.float32)
+        x = torch.randn(200, width, generator=generator)
+        with torch.inference_mode():
+            together = layer(x)
+            for start, count in ((0, 1), (7, 1), (3, 2), (50, 5), (9, 16), (1, 33), (72, 128)):
+                assert torch.equal(layer(x[start : start + count]), together[start : start + count])
 
 
 class _AnyTokenizer:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import reference_engine
@@ -64,10 +64,57 @@ def expected_ids(prompt: list[int], options: dict[str, Any]) -> list[tuple[list[
     return [(sample.ids, sample.mask, sample.finished) for sample in samples]
 
 
-@settings(deadline=None, max_examples=25, derandomize=True)
+# Shrinking costs minutes, since every attempt generates.
+QUICK = settings(deadline=None, max_examples=20, derandomize=True, phases=[Phase.explicit, Phase.generate])
+
+
+@QUICK
 @given(st.lists(st.tuples(prompts, params), min_size=1, max_size=6), st.integers(1, 12))
 def test_requests_of_any_kind_in_one_batch(requests: list[tuple[list[int], dict[str, Any]]], max_rows: int) -> None:
     engine = Engine(model(), TOKENIZER, max_rows=max_rows)
     answers = engine.generate([prompt for prompt, _ in requests], [SamplingParams(**each) for _, each in requests])
     for (prompt, options), samples in zip(requests, answers, strict=True):
         assert [(sample.ids, sample.mask, sample.finished) for sample in samples] == expected_ids(prompt, options)
+
+
+@QUICK
+@given(st.data())
+def test_requests_that_come_and_go(data: st.DataObject) -> None:
+    """Requests arrive while others run, some begin like an earlier one, some are cancelled."""
+    engine = Engine(model(), TOKENIZER, max_rows=data.draw(st.integers(1, 6)))
+    requests: dict[int, tuple[list[int], dict[str, Any]]] = {}
+    yielded: dict[tuple[int, int], list[int]] = {}
+    reasons: dict[tuple[int, int], str | None] = {}
+    cancelled: set[int] = set()
+    arrivals, known = data.draw(st.integers(1, 7)), [[65] * 20]
+    while arrivals or len(reasons) < sum(options["num_samples"] for _, options in requests.values()):
+        if arrivals and (data.draw(st.booleans()) or not (engine.num_running or engine.num_waiting)):
+            begin = data.draw(st.sampled_from(known)) if data.draw(st.booleans()) else []
+            prompt = [*begin, *data.draw(prompts)][:150]
+            options = data.draw(params)
+            requests[engine.add_request(prompt, SamplingParams(**options))] = prompt, options
+            known.append(prompt)
+            arrivals -= 1
+        for event in engine.step():
+            place = event.request, event.sample
+            assert place not in reasons and event.request not in cancelled
+            yielded.setdefault(place, []).append(event.token)
+            if event.finish_reason:
+                reasons[place] = event.finish_reason
+                if len(yielded[place]) > 16:
+                    known.append([*requests[event.request][0], *yielded[place]])
+        if data.draw(st.integers(0, 19)) == 0 and requests:
+            victim = data.draw(st.sampled_from(sorted(requests)))
+            engine.cancel(victim)
+            cancelled.add(victim)
+            for sample in range(requests[victim][1]["num_samples"]):
+                reasons.setdefault((victim, sample), None)
+    assert engine.num_running == engine.num_waiting == 0 and not engine.step()
+    for request, (prompt, options) in requests.items():
+        for sample, (ids, _, finished) in enumerate(expected_ids(prompt, options)):
+            place = request, sample
+            got = yielded.get(place, [])
+            if reasons[place] is None:
+                assert got == ids[: len(got)]
+            else:
+                assert (got, reasons[place]) == (ids, "stop" if finished else "length")

@@ -10,7 +10,17 @@ import pytest
 import torch
 from scipy import stats
 
-from lmchat.generation.sampling import Sampler, SamplingParams, sample_uniforms
+import reference_engine
+from lmchat.generation.sampling import (
+    RowParams,
+    SamplingMode,
+    SamplingParams,
+    candidates,
+    sample,
+    sample_uniforms,
+    top_values,
+)
+from lmchat.losses import softcap
 from lmchat.types import UserError
 
 
@@ -18,71 +28,130 @@ def _logits(rows: int, vocab: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def _expected_probabilities(logits: np.ndarray, temperature: float, top_k: int | None) -> np.ndarray:
-    scaled = logits.astype(np.float64) / temperature
-    if top_k is not None and top_k < len(scaled):
-        scaled[np.argsort(-scaled)[top_k:]] = -np.inf
+def _sample(
+    raw: torch.Tensor, params: SamplingParams | list[SamplingParams], uniforms: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`sample` for raw logits (rows, vocab), padded to whole blocks as a model's head does."""
+    rows, vocab = raw.shape
+    all_params = [params] * rows if isinstance(params, SamplingParams) else params
+    padded = torch.nn.functional.pad(raw, (0, -vocab % 64), value=1000.0)
+    row_params = RowParams(
+        temperature=torch.tensor([each.temperature or 1.0 for each in all_params], dtype=torch.float64),
+        top_k=torch.tensor([candidates(each, vocab) for each in all_params]),
+        top_p=torch.tensor([each.top_p or 1.0 for each in all_params], dtype=torch.float64),
+        greedy=torch.tensor([each.is_greedy for each in all_params]),
+        uniforms=uniforms.double(),
+    )
+    return sample(padded, vocab, SamplingMode.of(all_params, vocab), row_params)
+
+
+def _expected_probabilities(raw: np.ndarray, params: SamplingParams) -> np.ndarray:
+    scaled = 15 * np.tanh(raw.astype(np.float64) / 15) / params.temperature
+    if params.top_k is not None and params.top_k < len(scaled):
+        scaled[np.argsort(-scaled)[params.top_k :]] = -np.inf
     weights = np.exp(scaled - scaled.max())
+    weights /= weights.sum()
+    if params.top_p is not None:
+        order = np.argsort(-weights)
+        before = np.cumsum(weights[order]) - weights[order]
+        weights[order[before >= params.top_p]] = 0
     return weights / weights.sum()
 
 
 def test_greedy_as_the_reference(fixtures: Path) -> None:
     measured = json.loads((fixtures / "engine.json").read_text())["sampling"]
     logits, uniforms = torch.tensor(measured["logits"]), torch.rand(4)
-    assert Sampler(temperature=0, top_k=None)(logits, uniforms).tolist() == measured["greedy"]
-    assert Sampler(temperature=1, top_k=1)(logits, uniforms).tolist() == measured["top_1"]
+    assert _sample(logits, SamplingParams(temperature=0, top_k=None), uniforms)[0].tolist() == measured["greedy"]
+    assert _sample(logits, SamplingParams(top_k=1), uniforms)[0].tolist() == measured["top_1"]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
-@pytest.mark.parametrize("top_k", [None, 2, 7, 30, 1000])
-def test_frequencies_follow_the_softmax(temperature: float, top_k: int | None) -> None:
-    draws, vocab = 20_000, 30
+@pytest.mark.parametrize(("top_k", "top_p"), [(None, None), (2, None), (7, None), (1000, None), (None, 0.8), (7, 0.9)])
+def test_frequencies_follow_the_softmax(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    draws, vocab = 20_000, 90
     logits = _logits(1, vocab)
-    uniforms = torch.from_numpy(sample_uniforms(3, 0, draws))
-    ids = Sampler(temperature, top_k)(logits.expand(draws, vocab), uniforms)
-    expected = _expected_probabilities(logits[0].numpy(), temperature, top_k) * draws
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
+    ids, _ = _sample(logits.expand(draws, vocab), params, torch.from_numpy(sample_uniforms(3, 0, draws)))
+    expected = _expected_probabilities(logits[0].numpy(), params) * draws
     observed = np.bincount(ids.numpy(), minlength=vocab)
     assert not observed[expected == 0].any()
     common = expected >= 5
     rare = (observed[~common].sum(), expected[~common].sum())
     observed, expected = np.append(observed[common], rare[0]), np.append(expected[common], rare[1])
     kept = expected > 0
-    assert stats.chisquare(observed[kept], expected[kept]).pvalue > 1e-3
+    if kept.sum() > 1:
+        assert stats.chisquare(observed[kept], expected[kept]).pvalue > 1e-3
 
 
 def test_each_token_owns_its_share_of_the_unit_interval() -> None:
     """Evenly spaced numbers hit each token as often as its probability says, to within one."""
-    count = 100_000
-    logits = _logits(1, 20)
+    count, params = 50_000, SamplingParams(top_k=None)
+    logits = _logits(1, 80)
     uniforms = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    observed = np.bincount(Sampler(1.0, None)(logits.expand(count, 20), uniforms).numpy(), minlength=20)
-    expected = _expected_probabilities(logits[0].numpy(), 1.0, None) * count
-    assert np.abs(observed - expected).max() <= 1 + 1e-6
+    observed = np.bincount(_sample(logits.expand(count, 80), params, uniforms)[0].numpy(), minlength=80)
+    expected = _expected_probabilities(logits[0].numpy(), params) * count
+    # The weights are fp32, and of 80 roundings some add up.
+    assert np.abs(observed - expected).max() <= 1 + 1e-6 * count
+
+
+@pytest.mark.parametrize("sampler", [(0.0, 50), (1.0, None), (1.3, 9), (0.7, 50), (1.0, 5000)])
+def test_the_same_as_the_reference_sampler(sampler: tuple[float, int | None]) -> None:
+    temperature, top_k = sampler
+    raw, uniforms = _logits(200, 5000), torch.from_numpy(sample_uniforms(1, 0, 200))
+    expected = reference_engine.Sampler(temperature, top_k)(softcap(raw), uniforms)
+    params = SamplingParams(temperature=temperature, top_k=top_k, logprobs=True)
+    ids, logprobs = _sample(raw, params, uniforms)
+    assert torch.equal(ids, expected)
+    exact = softcap(raw.double()).log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
+    assert torch.allclose(logprobs.double(), exact, atol=1e-5)
+
+
+def test_rows_of_all_kinds_together_choose_what_each_chooses_alone() -> None:
+    kinds = [
+        SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
+        for temperature in (0, 0.8, 1.0)
+        for top_k in (None, 1, 3, 50)
+        for top_p in (None, 0.5, 1.0)
+    ]
+    raw, uniforms = _logits(len(kinds), 700), torch.from_numpy(sample_uniforms(2, 0, len(kinds)))
+    together, _ = _sample(raw, kinds, uniforms)
+    alone = [int(_sample(raw[[i]], kind, uniforms[[i]])[0]) for i, kind in enumerate(kinds)]
+    assert together.tolist() == alone
+
+
+@pytest.mark.parametrize("count", [1, 5, 50, 200])
+def test_top_values_are_those_of_the_whole_row(count: int) -> None:
+    raw = _logits(20, 64 * 130)
+    values, ids = top_values(raw, count)
+    assert torch.equal(values, raw.topk(count, dim=1).values)
+    assert torch.equal(raw.gather(1, ids), values)
 
 
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
 @pytest.mark.parametrize("top_k", [None, 5])
 def test_ends_of_the_unit_interval(uniform: float, top_k: int | None) -> None:
-    logits = _logits(64, 5000)
-    ids = Sampler(1.0, top_k)(logits, torch.full((64,), uniform, dtype=torch.float64))
+    raw = _logits(64, 5000)
+    ids, _ = _sample(raw, SamplingParams(top_k=top_k), torch.full((64,), uniform, dtype=torch.float64))
     assert ((ids >= 0) & (ids < 5000)).all()
     if uniform == 0 and top_k is not None:
-        assert torch.equal(ids, logits.argmax(dim=-1))
+        assert torch.equal(ids, raw.argmax(dim=-1))
 
 
+@pytest.mark.parametrize("top_k", [None, 50])
 @pytest.mark.parametrize("temperature", [1e-6, 1e-300, 5e-324])
-def test_temperature_near_zero_is_greedy(temperature: float) -> None:
-    logits = _logits(50, 100)
-    ids = Sampler(temperature, 50)(logits, torch.rand(50, dtype=torch.float64))
-    assert torch.equal(ids, logits.argmax(dim=-1))
+def test_temperature_near_zero_is_greedy(temperature: float, top_k: int | None) -> None:
+    raw = _logits(50, 100)
+    params = SamplingParams(temperature=temperature, top_k=top_k)
+    ids, _ = _sample(raw, params, torch.rand(50, dtype=torch.float64))
+    assert torch.equal(ids, raw.argmax(dim=-1))
 
 
-@pytest.mark.parametrize("sampler", [Sampler(0), Sampler(1, 5), Sampler(1, None)])
+@pytest.mark.parametrize("params", [SamplingParams(temperature=0), SamplingParams(top_k=5), SamplingParams(top_k=None)])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_logits_that_are_not_finite_give_minus_one(sampler: Sampler, bad: float) -> None:
-    logits = _logits(3, 40)
-    logits[1, 17] = bad
-    ids = sampler(logits, torch.rand(3))
+def test_logits_that_are_not_finite_give_minus_one(params: SamplingParams, bad: float) -> None:
+    raw = _logits(3, 40)
+    raw[1, 17] = bad
+    ids, _ = _sample(raw, params, torch.rand(3))
     assert (ids < 0).tolist() == [False, True, False]
 
 
@@ -110,3 +179,9 @@ def test_bad_temperature(temperature: float) -> None:
 def test_bad_top_k(top_k: int) -> None:
     with pytest.raises(UserError, match="top_k"):
         SamplingParams(top_k=top_k)
+
+
+@pytest.mark.parametrize("top_p", [0.0, 1.1, float("nan")])
+def test_bad_top_p(top_p: float) -> None:
+    with pytest.raises(UserError, match="top_p"):
+        SamplingParams(top_p=top_p)

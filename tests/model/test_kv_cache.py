@@ -50,9 +50,6 @@ class _Twin:
             out.append(attend_banded(queries, keys, values, window)[:, -q.size(1) :])
         return torch.cat(out)
 
-    def choose(self, rows: list[int]) -> None:
-        self.rows = [list(self.rows[row]) for row in rows]
-
     def cut(self, lengths: list[int]) -> None:
         for held, length in zip(self.rows, lengths, strict=True):
             held[:] = [(keys[:, :length], values[:, :length]) for keys, values in held]
@@ -66,44 +63,19 @@ def _add(cache: KVCache, twin: _Twin, length: int, generator: torch.Generator) -
     cache.advance(length)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(st.data())
-def test_rows_come_and_go(data: st.DataObject) -> None:
-    """Padded prompts, then decode steps, chunks, repeats, drops and reordering in any order."""
+def test_rows_of_different_lengths(data: st.DataObject) -> None:
+    """Padded prompts, then decode steps and chunks in any order."""
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
     lengths = data.draw(st.lists(st.integers(1, 10), min_size=1, max_size=4))
-    cache, twin = KVCache(CONFIG, len(lengths), max(lengths), torch.float64), _Twin(len(lengths))
+    cache, twin = KVCache(CONFIG, len(lengths), MAX_LEN, torch.float64), _Twin(len(lengths))
     _add(cache, twin, max(lengths), generator)
     cache.lengths = torch.tensor(lengths)
     twin.cut(lengths)
-    cache = cache.select(range(len(lengths)), MAX_LEN)
-    for action in data.draw(st.lists(st.sampled_from(["step", "chunk", "select", "drop"]), max_size=6)):
-        rows = range(cache.batch_size)
-        if action == "select":
-            chosen = data.draw(st.lists(st.sampled_from(rows), min_size=1, max_size=6))
-            cache = cache.select(chosen)
-            twin.choose(chosen)
-        elif action == "drop":
-            dropped = data.draw(st.sets(st.sampled_from(rows), max_size=len(rows) - 1))
-            order = cache.drop(sorted(dropped))
-            assert sorted(order) == sorted(set(rows) - dropped)
-            twin.choose(order)
-        else:
-            _add(cache, twin, 1 if action == "step" else 3, generator)
+    for length in data.draw(st.lists(st.sampled_from([1, 3]), max_size=6)):
+        _add(cache, twin, length, generator)
         assert cache.lengths.tolist() == [held[0][0].size(1) for held in twin.rows]
-        assert cache.batch_size == len(twin.rows)
-    _add(cache, twin, 1, generator)
-
-
-def test_select_leaves_the_original_alone() -> None:
-    generator = torch.Generator().manual_seed(0)
-    cache, twin = KVCache(CONFIG, 2, MAX_LEN, torch.float64), _Twin(2)
-    _add(cache, twin, 5, generator)
-    other = cache.select([0, 0, 1])
-    for layer in range(CONFIG.n_layer):
-        other.attend(layer, *_tokens(3, 1, generator), 8)
-    other.advance(1)
-    assert cache.lengths.tolist() == [5, 5]
     _add(cache, twin, 1, generator)
 
 

@@ -17,7 +17,7 @@ from lmchat.generation.decode_state import DecodeState, StepOutput
 from lmchat.generation.kv_pool import KVPool, SlotLayout, round_up
 from lmchat.generation.sampling import RowParams, SamplingMode, sample
 from lmchat.generation.sequence import Sequence, SharedPrompt
-from lmchat.generation.weights import inference_copy, refill
+from lmchat.generation.weights import InferenceWeights
 from lmchat.model.gpt import GPT
 from lmchat.tokenizer.bpe import Tokenizer
 
@@ -48,15 +48,15 @@ class Runner:
         max_rows: sequences decoded together.
 
     Attributes:
-        net: the network that runs, see `inference_copy`.
+        net: the network that runs, see `InferenceWeights`.
         pool: slots of the running sequences, and of cached prefixes.
         prompts: slots of shared prompts.
         state: decode state of every slot.
     """
 
     def __init__(self, source: GPT, tokenizer: Tokenizer, max_rows: int) -> None:
-        self.source = source
-        self.net = inference_copy(source)
+        self.weights = InferenceWeights(source)
+        self.net = self.weights.net
         device = source.device
         dtype = source.compute_dtype
         if device.type == "cpu":  # whose products of few rows are slow in bf16
@@ -70,7 +70,7 @@ class Runner:
 
     def refresh(self) -> None:
         """Takes over the source's current weights, in place."""
-        refill(self.net, self.source)
+        self.weights.refill()
 
     def resize(self, pool: KVPool, num_slots: int, capacity: int) -> None:
         """Makes the slots of a pool larger; captured graphs, which hold the old addresses, are dropped."""

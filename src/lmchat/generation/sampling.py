@@ -89,12 +89,14 @@ class SamplingMode(NamedTuple):
         top_k: the largest number of candidates that a row samples from, 0 if none has a limit.
         full: some row samples from the whole vocabulary.
         logprobs: log-probabilities are wanted.
+        mixed: rows differ in their number of candidates, or some row has a top_p.
     """
 
     greedy: bool
     top_k: int
     full: bool
     logprobs: bool
+    mixed: bool = True
 
     @classmethod
     def of(cls, params: Iterable[SamplingParams], vocab_size: int) -> SamplingMode:
@@ -106,6 +108,7 @@ class SamplingMode(NamedTuple):
             top_k=max(limits, default=0),
             full=any(not each.is_greedy and not limit for each, limit in zip(params, limits, strict=True)),
             logprobs=any(each.logprobs for each in params),
+            mixed=len(set(limits)) > 1 or any(each.top_p is not None for each in params),
         )
 
 
@@ -157,7 +160,7 @@ def sample(raw: Tensor, vocab_size: int, mode: SamplingMode, params: RowParams) 
     if mode.top_k:
         values, ids = top_values(raw, mode.top_k)
         best = values[:, 0]
-        chosen = ids.gather(1, _choose_candidate(values, params)).squeeze(1)
+        chosen = ids.gather(1, _choose_candidate(values, params, mode.mixed)).squeeze(1)
         if mode.greedy:
             chosen = torch.where(params.greedy, ids[:, 0], chosen)
     else:
@@ -196,21 +199,23 @@ def top_values(raw: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values, block * BLOCK + places % BLOCK
 
 
-def _choose_candidate(values: Tensor, params: RowParams) -> Tensor:
+def _choose_candidate(values: Tensor, params: RowParams, mixed: bool) -> Tensor:
     """(rows, 1) which of the candidates (rows, k), raw logits in descending order, in float64."""
     capped = softcap(values)
     weights = ((capped - capped[:, :1].double()) / params.temperature[:, None]).exp()
-    allowed = torch.arange(values.size(1), device=values.device) < params.top_k[:, None]
-    weights = torch.where(allowed, weights, 0)
-    cumulative = weights.cumsum(dim=1)
-    # The fewest candidates whose weights reach top_p; the first always stays.
-    kept = allowed & ((cumulative - weights) < params.top_p[:, None] * cumulative[:, -1:])
-    weights = torch.where(kept, weights, 0)
+    last: Tensor | int = values.size(1) - 1
+    if mixed:
+        allowed = torch.arange(values.size(1), device=values.device) < params.top_k[:, None]
+        weights = torch.where(allowed, weights, 0)
+        cumulative = weights.cumsum(dim=1)
+        # The fewest candidates whose weights reach top_p; the first always stays.
+        kept = allowed & ((cumulative - weights) < params.top_p[:, None] * cumulative[:, -1:])
+        weights = torch.where(kept, weights, 0)
+        last = (kept.sum(dim=1, keepdim=True) - 1).clamp(min=0)
     cumulative = weights.cumsum(dim=1)
     threshold = params.uniforms[:, None] * cumulative[:, -1:]
-    choice = (cumulative <= threshold).sum(dim=1, keepdim=True)
     # Rounding may carry a threshold next to the total up to it.
-    return torch.minimum(choice, kept.sum(dim=1, keepdim=True) - 1).clamp(min=0)
+    return (cumulative <= threshold).sum(dim=1, keepdim=True).clamp(max=last)
 
 
 def _choose_from_all(capped: Tensor, vocab_size: int, params: RowParams) -> Tensor:

@@ -131,8 +131,8 @@ class SelfAttention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Queries, keys and values (B, T, heads · head_dim), and the gate (B, T, n_kv_head) before its sigmoid."""
-        gate = self.ve_gate(x[..., :GATE_CHANNELS]) if hasattr(self, "ve_gate") else None
-        return self.c_q(x), self.c_k(x), self.c_v(x), gate
+        q, k, v = self.c_q(x), self.c_k(x), self.c_v(x)
+        return q, k, v, self.ve_gate(x[..., :GATE_CHANNELS]) if hasattr(self, "ve_gate") else None
 
 
 class MLP(nn.Module):

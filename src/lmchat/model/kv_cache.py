@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -30,13 +29,21 @@ class AttentionCache(Protocol):
 
 
 class KVCache:
-    """Keys and values of every layer for a batch of rows, each row at its own position.
+    """Keys and values of every layer for a batch of rows, each row at its own position: the simplest cache.
 
-    Prefill by calling the model on (B, T) ids, then decode by calling it on (B, 1). Prompts of different lengths are
-    padded on the right and prefilled together; setting `lengths` to the true ones afterwards makes the next tokens
-    overwrite the padding. `select` repeats, drops or reorders rows: a prompt is prefilled once for all its samples.
+    The engine has its own, see `lmchat.generation.kv_pool`. Prefill by calling the model on (B, T) ids, then decode by
+    calling it on (B, 1). Prompts of different lengths are padded on the right and prefilled together; setting `lengths`
+    to the true ones afterwards makes the next tokens overwrite the padding.
 
-    lengths: (B,) int64 on the host, tokens held per row; on the host so that no step waits for the device.
+    Args:
+        config: shape of the network.
+        batch_size: number of rows.
+        max_len: tokens a row can hold.
+        dtype: dtype of keys and values.
+        device: where they are.
+
+    Attributes:
+        lengths: (B,) int64 on the host, tokens held per row; on the host so that no step waits for the device.
     """
 
     def __init__(
@@ -101,36 +108,6 @@ class KVCache:
             self._incoming = _Incoming(self.lengths, length, self.keys.device)
         return self._incoming
 
-    def select(self, rows: Sequence[int] | Tensor, max_len: int | None = None) -> KVCache:
-        """A new cache of the given rows, in that order, repeats allowed, with room for `max_len` tokens."""
-        rows = torch.as_tensor(rows, dtype=torch.int64)
-        selected = object.__new__(KVCache)
-        selected.lengths = self.lengths[rows.cpu()]
-        selected._incoming = None
-        selected.keys = _select(self.keys, rows, selected.longest, max_len or self.max_len)
-        selected.values = _select(self.values, rows, selected.longest, max_len or self.max_len)
-        return selected
-
-    def drop(self, rows: Sequence[int]) -> list[int]:
-        """Remove the given rows in place; the last rows move into their places, so that the cost is that of the gaps.
-
-        Returns, for each row now held, the index it had.
-        """
-        dropped = set(rows)
-        kept = self.batch_size - len(dropped)
-        order = list(range(kept))
-        gaps = [row for row in order if row in dropped]
-        moved = [row for row in range(kept, self.batch_size) if row not in dropped]
-        if moved:
-            length = self.longest
-            for held in (self.keys, self.values):
-                held[:, gaps, :, :length] = held[:, moved, :, :length]
-            self.lengths[gaps] = self.lengths[moved]
-        for gap, row in zip(gaps, moved, strict=True):
-            order[gap] = row
-        self.keys, self.values, self.lengths = self.keys[:, :kept], self.values[:, :kept], self.lengths[:kept]
-        return order
-
 
 class _Incoming:
     """Where the tokens of one model call go and what they see, which all layers share.
@@ -153,10 +130,3 @@ class _Incoming:
             held = torch.arange(start, self.end, device=self.positions.device)
             self._visible[window] = start, window_mask(self.positions, held, window)[:, None]
         return self._visible[window]
-
-
-def _select(held: Tensor, rows: Tensor, length: int, max_len: int) -> Tensor:
-    layers, _, heads, _, head_dim = held.shape
-    out = held.new_zeros(layers, len(rows), heads, max_len, head_dim)
-    out[:, :, :, :length] = held[:, rows.to(held.device), :, :length]
-    return out
