@@ -104,6 +104,22 @@ def test_dying_between_any_two_operations_leaves_a_whole_checkpoint(tmp_path: Pa
     assert set(survivors) == {1, 2}
 
 
+def test_a_step_that_is_saved_again_is_incomplete_until_the_end(
+    tmp_path: Path, save, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+
+    def full_disk(*_: object) -> None:
+        assert committed_steps(tmp_path) == [1]
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(writer, "_save_tensors", full_disk)
+    with pytest.raises(UserError, match="disk is full"):
+        save(tmp_path, 2)
+    assert assert_whole(tmp_path) == 1
+
+
 def test_killed_at_random_moments(tmp_path: Path, save) -> None:
     """SIGKILL while one checkpoint after the other is written: nothing that was complete is lost."""
     generator = random.Random(0)

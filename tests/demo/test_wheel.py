@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -14,7 +15,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import sys
 import lmchat
-from lmchat.cli.fit import read_data_module
+from lmchat.cli.lean_imports import lean_imports
+with lean_imports():
+    import lmchat.cli.fit
 from lmchat.demo.run import CONFIGS, Demo, STAGE_NAMES
 from lmchat.demo.tasks import Arithmetic
 from lmchat.tasks import Identity
@@ -34,8 +37,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "src"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         (source / name).symlink_to(REPOSITORY / name)
+    # A copy: building writes into it, maybe while another worker builds too.
+    shutil.copytree(REPOSITORY / "src", source / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     command = "from setuptools import build_meta; import sys; print(build_meta.build_wheel(sys.argv[1]))"
     subprocess.run([sys.executable, "-c", command, str(folder)], cwd=source, check=True, capture_output=True)
     (path,) = folder.glob("*.whl")
