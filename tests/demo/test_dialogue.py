@@ -32,10 +32,10 @@ def test_nothing_can_follow_a_question_without_an_answer() -> None:
         list(Dialogue([Identity(size=2), Unanswered()]))
 
 
-def test_it_is_graded_where_all_of_its_tasks_are() -> None:
-    Dialogue([Arithmetic(), Identity()]).check_graded()
-    with pytest.raises(UserError, match="Unanswered has no correct answers"):
-        Dialogue([Arithmetic(), Unanswered()]).check_graded()
+def test_only_questions_of_graded_tasks_are_graded() -> None:
+    (conversation,) = Dialogue([WithSystem(stop=1)])
+    with pytest.raises(UserError, match="WithSystem has no correct answers"):
+        Dialogue([WithSystem(stop=1)]).reward(conversation, "a")
 
 
 def test_every_example_is_asked_once() -> None:

@@ -9,7 +9,7 @@ from lmchat.evaluation.chat_tasks import grade
 from lmchat.generation.engine import Engine
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT
-from lmchat.tasks.base import Task, exchange
+from lmchat.tasks.base import MultipleChoice, Task, exchange
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.tokenizer.render import render_for_completion
 from lmchat.types import Conversation
@@ -17,10 +17,8 @@ from lmchat.types import Conversation
 TOKENIZER = Tokenizer({bytes([byte]): byte for byte in range(256)})
 
 
-class Letters(Task):
+class Letters(Task, MultipleChoice):
     """Questions of many lengths with three or four letters; a text is right if it is its reference answer."""
-
-    kind = "categorical"
 
     def num_examples(self) -> int:
         return 9

@@ -12,7 +12,7 @@ import pytest
 from lmchat.evaluation import named
 from lmchat.evaluation.intervals import Z_95, wilson_interval
 from lmchat.evaluation.named import centered_mean, evaluate_tasks, make_task
-from lmchat.tasks.base import Task, exchange
+from lmchat.tasks.base import Graded, Task, exchange
 from lmchat.types import Conversation, UserError
 
 
@@ -25,7 +25,7 @@ def test_wilson_bounds_solve_their_equation(successes: int, trials: int) -> None
     assert wilson_interval(0, 0) == (0, 1)
 
 
-class Echo(Task):
+class Echo(Task, Graded):
     """Questions that are answered by their number; the answer of `answers` is right."""
 
     def num_examples(self) -> int:

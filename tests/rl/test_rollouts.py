@@ -16,14 +16,14 @@ from lmchat.generation.sampling import SamplingParams
 from lmchat.generation.sequence import Completion
 from lmchat.rl.advantages import group_advantages
 from lmchat.rl.rollouts import Rollouts, collate_group
-from lmchat.tasks.base import Task, exchange
+from lmchat.tasks.base import Graded, Task, exchange
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.types import IGNORE_INDEX, Conversation, Rollout, UserError
 
 STEPS, QUESTIONS, SAMPLES, SEED = 3, 4, 5, 7
 
 
-class Guess(Task):
+class Guess(Task, Graded):
     """Seven questions, fewer than the steps ask for; an answer is worth its number of a's, at most 1."""
 
     def num_examples(self) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lmchat.tasks.base import Task, answer_text, exchange, reference_answer, reward_in_words_of
+from lmchat.tasks.base import Graded, Task, answer_text, exchange, graded, reference_answer, reward_in_words_of
 from lmchat.types import Conversation, UserError
 
 
@@ -57,12 +57,19 @@ def test_refuses_impossible_slices(bad: dict[str, int]) -> None:
         Numbers(**bad)
 
 
-def test_a_task_without_answers_says_so() -> None:
-    task = Numbers()
-    with pytest.raises(UserError, match="no correct answers"):
-        task.reward(task[0], "1")
-    with pytest.raises(UserError, match="letters"):
-        task.letters(task[0])
+class Guesses(Numbers, Graded):
+    """Numbers that can be graded."""
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        return completion == reference_answer(conversation)
+
+
+def test_only_tasks_that_grade_answers_are_evaluated() -> None:
+    with pytest.raises(UserError, match="Numbers has no correct answers"):
+        graded(Numbers())
+    task = Guesses()
+    assert graded(task) is task
+    assert [task.reward(task[1], answer) for answer in ("1", "2")] == [1.0, 0.0]
 
 
 def test_reference_answer_is_the_last_part() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmchat.tasks.base import exchange
-from lmchat.tasks.gsm8k import GSM8K, answers_match, extract_answer, parse_answer, word_problem
+from lmchat.tasks.gsm8k import GSM8K, answer_number, answers_match, extract_answer, parse_answer, word_problem
 from lmchat.types import UserError
 
 # Measured on the reference implementation.
@@ -46,6 +47,7 @@ def test_extracts_as_the_reference_does(text: str, answer: str | None) -> None:
         ("#### 10", "10", False, False),
         ("#### 10", "#### 1.0.", False, False),
         ("#### 10", "#### 9 #### 10", False, False),  # the first answer counts
+        ("#### 3/4", "#### 3", False, True),
         ("none", "none", False, True),
         ("#### 1.2.3", "#### 1.2.3", False, True),
         ("#### 9007199254740993", "#### 9007199254740992", False, False),  # equal as floats
@@ -58,9 +60,50 @@ def test_numbers_are_compared_unless_the_string_rule_is_chosen(
     assert answers_match(reference, completion, rule="string") is by_string
 
 
-@given(st.decimals(allow_nan=False, allow_infinity=False, places=3), st.integers(0, 4))
+@given(st.decimals(allow_nan=False, allow_infinity=False, places=4), st.integers(0, 4))
 def test_trailing_zeros_do_not_matter(value: object, zeros: int) -> None:
     assert answers_match(f"#### {value:f}", f"#### {value:f}" + "0" * zeros)
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("3/4", Fraction(3, 4)),
+        ("2 1/2", Fraction(5, 2)),
+        ("-2 1/2", Fraction(-5, 2)),
+        ("1e3", Fraction(1000)),
+        ("2.5E-1.", Fraction(1, 4)),
+        ("1 000", Fraction(1000)),
+        ("1\u202f234\u202f567", Fraction(1234567)),
+        ("+7", Fraction(7)),
+        ("−7", Fraction(-7)),
+        ("3.125", Fraction(25, 8)),
+        ("0.100", Fraction(1, 10)),
+        *(
+            (text, None)
+            for text in ("10,5", "0,123", "1,23", "1.000", "12.340", "1.000,50", "1 234,567", "1'000", "1_000")
+        ),
+        *(
+            (text, None)
+            for text in ("3:30", "5-3", "50%", "$12", "42 apples", "5 million", "2 3/2", "3/0", "1/2/3", "2½")
+        ),
+        *((text, None) for text in ("1e9999", "4²", "0x10", "٣", "-", "e3", "inf", "nan")),
+        ("9" * 5000, None),
+    ],
+)
+def test_answers_are_read_right_or_not_at_all(written: str, value: Fraction | None) -> None:
+    assert answer_number(f"So it is\n#### {written}\nGood.") == value
+    assert answers_match(f"#### {written}", f"#### {written}") is (value is not None)
+
+
+@pytest.mark.parametrize(
+    ("reference", "wrong"),
+    [("3/4", "3"), ("3/4", "3/8"), ("2 1/2", "2"), ("3:30", "3"), ("1e3", "1"), ("10,5", "105"), ("1 000", "1")],
+)
+def test_a_part_of_an_answer_is_not_the_answer(reference: str, wrong: str) -> None:
+    assert not answers_match(f"#### {reference}", f"#### {wrong}")
+    assert not answers_match(f"#### {wrong}", f"#### {reference}")
+    assert answers_match("#### 3/4", "#### 0.75")
 
 
 @given(st.text(alphabet="#0123456789.,- x", max_size=40))
@@ -99,7 +142,6 @@ def test_grades_the_last_part_and_rewards_with_one(tmp_path: Path) -> None:
     assert task.evaluate(conversation, "#### 4.0")
     assert task.reward(conversation, "#### 4.0") == 1.0
     assert task.reward(conversation, "4") == 0.0
-    assert task.kind == "generative"
     assert not GSM8K(path=str(tmp_path), answer_rule="string").evaluate(conversation, "#### 4.0")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from lmchat.tasks.arc import ARC
+from lmchat.tasks.base import MultipleChoice
 from lmchat.tasks.mmlu import MMLU
 from lmchat.tasks.multiple_choice import render_multiple_choice
 from lmchat.types import UserError
@@ -45,7 +46,7 @@ def test_the_prompt_agrees_with_the_oracle(oracles: Path) -> None:
 def test_mmlu_answers_with_the_letter_at_the_index(tmp_path: Path) -> None:
     task = MMLU(path=write(tmp_path / "rows.jsonl", mmlu_row()))
     conversation = task[0]
-    assert task.kind == "categorical"
+    assert isinstance(task, MultipleChoice)
     assert conversation["messages"][1]["content"] == "B"
     assert task.letters(conversation) == ["A", "B", "C"]
     assert task.evaluate(conversation, "B")

@@ -19,6 +19,7 @@ def converse(run: Demo) -> Metrics:
     from lmchat.generation.sampling import SamplingParams
     from lmchat.serve.load import load_engine
     from lmchat.serve.terminal import answer
+    from lmchat.tasks.base import graded
 
     engine = load_engine(find_checkpoint(run.checkpoints("rl")))
     stream = partial(engine.stream, params=SamplingParams(temperature=0))
@@ -29,7 +30,7 @@ def converse(run: Demo) -> Metrics:
         for task, example in chat:
             question = str(example["messages"][0]["content"])
             print(f"> {question}")
-            marks.append(task.evaluate(example, answer(engine, talk, question, stream)))
+            marks.append(graded(task).evaluate(example, answer(engine, talk, question, stream)))
             print("✓" if marks[-1] else "✗")
     print(f"\n{sum(marks)} of {len(marks)} answers are right; no question was in the training data")
     return {"questions": len(marks), "right": sum(marks)}

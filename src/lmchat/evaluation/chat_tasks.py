@@ -11,7 +11,7 @@ from lmchat.evaluation.evaluator import Evaluator, Metrics, compute_and_reset
 from lmchat.generation.engine import Engine
 from lmchat.generation.policy import Policy
 from lmchat.generation.sampling import SamplingParams
-from lmchat.tasks.base import Task
+from lmchat.tasks.base import MultipleChoice, Task, graded
 from lmchat.tokenizer.render import render_for_completion
 from lmchat.types import Conversation
 
@@ -56,12 +56,13 @@ def question_batches(task: Task, batch_size: int, rank: int, world_size: int) ->
 def grade(
     engine: Engine, task: Task, conversations: Sequence[Conversation], *, max_new_tokens: int = 256
 ) -> list[bool]:
-    """Whether each question is answered correctly: greedily, or for categorical tasks by the most likely letter."""
-    if task.kind == "categorical":
-        answers = _most_likely_letters(engine, task, conversations)
+    """Whether each question is answered correctly: greedily, or for multiple choice by the most likely letter."""
+    grader = graded(task)
+    if isinstance(grader, MultipleChoice):
+        answers = _most_likely_letters(engine, grader, conversations)
     else:
         answers = _greedy_answers(engine, conversations, max_new_tokens)
-    return [task.evaluate(*pair) for pair in zip(conversations, answers, strict=True)]
+    return [grader.evaluate(*pair) for pair in zip(conversations, answers, strict=True)]
 
 
 def _greedy_answers(engine: Engine, conversations: Sequence[Conversation], max_new_tokens: int) -> list[str]:
@@ -70,14 +71,14 @@ def _greedy_answers(engine: Engine, conversations: Sequence[Conversation], max_n
     return [engine.tokenizer.decode(completions[0].content) for completions in samples]
 
 
-def _most_likely_letters(engine: Engine, task: Task, conversations: Sequence[Conversation]) -> list[str]:
+def _most_likely_letters(engine: Engine, grader: MultipleChoice, conversations: Sequence[Conversation]) -> list[str]:
     if not conversations:
         return []
     tokenizer = engine.tokenizer
     prompts = [render_for_completion(tokenizer, conversation) for conversation in conversations]
     answers = []
     for conversation, logits in zip(conversations, engine.next_logits(prompts).cpu(), strict=True):
-        letters = task.letters(conversation)
+        letters = grader.letters(conversation)
         scores = logits[[tokenizer.encode(letter)[0] for letter in letters]]
         answers.append(letters[int(scores.argmax())])
     return answers

@@ -12,7 +12,7 @@ from lmchat.evaluation.chat_tasks import question_batches
 from lmchat.evaluation.evaluator import Evaluator, Metrics, compute_and_reset
 from lmchat.generation.policy import Policy
 from lmchat.generation.sampling import SamplingParams
-from lmchat.tasks.base import Task
+from lmchat.tasks.base import Task, graded
 from lmchat.tokenizer.render import render_for_completion
 from lmchat.types import Conversation
 
@@ -69,7 +69,7 @@ class PassAtKEvaluator(Evaluator):
     """pass@1 … pass@n of sampled answers to a task's questions, n being the number of samples.
 
     Args:
-        task: questions with graded answers.
+        task: questions with graded answers, see `lmchat.tasks.base.Graded`.
         sampling: how answers are sampled.
         batch_size: questions answered together.
     """
@@ -78,6 +78,7 @@ class PassAtKEvaluator(Evaluator):
 
     def __init__(self, task: Task, sampling: SamplingParams, batch_size: int) -> None:
         self.task = task
+        self.grader = graded(task)
         self.sampling = sampling
         self.batch_size = batch_size
         self._metrics = {f"pass@{k}": PassAtK(k) for k in range(1, sampling.num_samples + 1)}
@@ -90,7 +91,7 @@ class PassAtKEvaluator(Evaluator):
         samples = policy.engine.generate(prompts, self.sampling)
         correct = torch.tensor(
             [
-                sum(self.task.evaluate(conversation, policy.tokenizer.decode(sample.content)) for sample in group)
+                sum(self.grader.evaluate(conversation, policy.tokenizer.decode(sample.content)) for sample in group)
                 for conversation, group in zip(batch, samples, strict=True)
             ],
             device=policy.net.device,

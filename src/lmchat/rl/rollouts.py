@@ -17,7 +17,7 @@ from lmchat.generation.engine import Engine
 from lmchat.generation.sampling import SamplingParams
 from lmchat.generation.sequence import Completion
 from lmchat.rl.advantages import group_advantages
-from lmchat.tasks.base import Task
+from lmchat.tasks.base import Task, graded
 from lmchat.tokenizer.render import render_for_completion
 from lmchat.types import IGNORE_INDEX, Conversation, Rollout
 
@@ -147,7 +147,8 @@ class Rollouts(IterableDataset[Rollout]):
 
 def _rewards(engine: Engine, task: Task, conversation: Conversation, completions: Sequence[Completion]) -> Tensor:
     texts = [engine.tokenizer.decode(completion.content) for completion in completions]
-    return torch.tensor([task.reward(conversation, text) for text in texts], dtype=torch.float32)
+    grader = graded(task)
+    return torch.tensor([grader.reward(conversation, text) for text in texts], dtype=torch.float32)
 
 
 def _sums(groups: Sequence[Rollout]) -> Tensor:

@@ -16,7 +16,7 @@ from lmchat.option_checks import check_count, check_range
 from lmchat.stage_table import STAGES
 from lmchat.stages.base import StageModule
 from lmchat.stages.data_module import StageDataModule
-from lmchat.tasks.base import Task
+from lmchat.tasks.base import Task, graded
 from lmchat.types import UserError
 
 
@@ -133,7 +133,7 @@ class ChatDataModule(StageDataModule):
         check_count("data", 1, eval_batch_size=eval_batch_size, eval_max_new_tokens=eval_max_new_tokens)
         self.eval_tasks = eval_tasks or []
         for task in self.eval_tasks:
-            task.check_graded()
+            graded(task)
         names = [task.name for task in self.eval_tasks]
         if len(set(names)) < len(names):
             raise UserError(

@@ -24,7 +24,7 @@ from lmchat.schedules import rl_lr_multiplier
 from lmchat.stages.base import Schedule
 from lmchat.stages.chat import ChatDataModule, ChatModule, sum_over_step
 from lmchat.strategies.reduce_numbers import reduce_numbers
-from lmchat.tasks.base import Task
+from lmchat.tasks.base import Task, graded
 from lmchat.types import Rollout, UserError
 
 
@@ -116,7 +116,7 @@ class RolloutDataModule(ChatDataModule):
         check_count("data", 0, seed=seed)
         check_range("data", temperature=temperature, eval_temperature=eval_temperature)
         check_count("data", 2, num_samples=num_samples)  # a group of one has zero advantage
-        eval_task.check_graded()
+        graded(eval_task)
         super().__init__(num_samples, eval_tasks, eval_batch_size, max_new_tokens)
         self.mixtures = {"train": Mixture(train, seed)}
         self.eval_task = eval_task

@@ -1,7 +1,7 @@
-"""What a task is: conversations to train on, and a way to grade an answer.
+"""Tasks (conversations to train on) and the protocols of tasks whose answers can be graded.
 
-Adding one is a file with a subclass of `Task` (or of `rows.RowTask` for rows of a file or a hub data set) and one line
-of YAML that names it by ``class_path`` with its ``init_args``.
+To add a task, write a file with a subclass of `Task` (or of `rows.RowTask` for rows of a file or a Hub dataset), and
+name it in a config by ``class_path`` with its ``init_args``. If its answers can be graded, inherit `Graded` too.
 """
 
 from __future__ import annotations
@@ -10,22 +10,19 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
-from typing import ClassVar, Literal
+from typing import Protocol, runtime_checkable
 
 from lmchat.types import Conversation, UserError
 
-MUMBLED = 0.5
-"""Reward of a right answer that has words which nobody gave the model."""
+UNSEEN_WORDS_REWARD = 0.5
+"""Reward of a correct answer with words in neither question nor reference."""
 
 
 class Task(ABC):
     """A sequence of conversations whose last assistant message is the reference answer.
 
-    Building a task is cheap: files are opened and data sets fetched at the first access to an example or to the length.
+    The constructor is cheap: files are opened and datasets downloaded when an example or the length is first needed.
     """
-
-    kind: ClassVar[Literal["generative", "categorical"]] = "generative"
-    """How it is evaluated: by sampling an answer, or by comparing the logits of `letters`."""
 
     def __init__(self, start: int = 0, stop: int | None = None, step: int = 1) -> None:
         """Take every ``step``-th example from ``start`` up to, not including, ``stop``.
@@ -44,7 +41,7 @@ class Task(ABC):
 
     @property
     def name(self) -> str:
-        """What tables and logs call it."""
+        """Name in tables and logs."""
         return type(self).__name__
 
     @abstractmethod
@@ -68,46 +65,67 @@ class Task(ABC):
     def __iter__(self) -> Iterator[Conversation]:
         return map(self.example, self._indices)
 
-    def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Whether ``completion`` answers the last user message of ``conversation`` correctly."""
-        raise self._ungraded()
-
     def notes(self) -> list[str]:
         """What the user should know of the data, one line each."""
         return []
 
-    def check_graded(self) -> None:
-        """Raises `UserError` where the task has no correct answers."""
-        if type(self).evaluate is Task.evaluate:
-            raise self._ungraded()
 
-    def _ungraded(self) -> UserError:
-        return UserError(f"{self.name} has no correct answers; train on it, and evaluate on another task")
+@runtime_checkable
+class Graded(Protocol):
+    """Grades answers to the questions of a task, from their text alone. A task inherits it beside `Task`."""
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        """Whether ``completion`` is a correct answer to the last user message of ``conversation``."""
+        ...
 
     def reward(self, conversation: Conversation, completion: str) -> float:
-        """The reward of ``completion`` in reinforcement learning, by default 1 if it is correct, else 0."""
+        """The reward of ``completion`` in reinforcement learning; by default 1 if it is correct, else 0."""
         return float(self.evaluate(conversation, completion))
 
+
+@runtime_checkable
+class MultipleChoice(Graded, Protocol):
+    """Grades answers that are one of a few letters, so that the most likely letter can be taken without sampling."""
+
     def letters(self, conversation: Conversation) -> list[str]:
-        """The answers that a categorical question allows, in the order in which it lists them."""
-        raise UserError(f"{self.name} is {self.kind}: its questions have no answer letters")
+        """The possible answers to a question, in its order."""
+        ...
+
+
+def graded(task: Task) -> Graded:
+    """``task``, checked to grade answers.
+
+    Raises:
+        UserError: the task has no correct answers.
+    """
+    if not isinstance(task, Graded):
+        raise UserError(f"{task.name} has no correct answers; train on it, and evaluate on another task")
+    return task
 
 
 def reference_answer(conversation: Conversation) -> str:
-    """The reference answer's text: the last assistant message, or its last part where it has parts."""
+    """Text of the reference answer: the last assistant message, or its last part if it has parts."""
     content = conversation["messages"][-1]["content"]
     return content if isinstance(content, str) else content[-1]["text"]
 
 
 def reward_in_words_of(correct: bool, completion: str, *texts: str) -> float:
-    """0 if ``completion`` is wrong, 1 if it is right in words of ``texts`` alone, and `MUMBLED` if it has other words.
+    """Reward that is full only for a correct answer without words of its own.
 
-    Numbers, punctuation and special tokens do not matter, a ``#`` and a ``$`` count as words. Where only a number or a
-    name decides, reinforcement learning otherwise wears off the words around it.
+    Where only a number or a name decides, reinforcement learning otherwise degrades the words around it.
+
+    Args:
+        correct: whether the answer is correct.
+        completion: the answer.
+        texts: texts whose words it may use. Numbers, punctuation and special tokens are free, except that ``#`` and
+            ``$`` count as words.
+
+    Returns:
+        0 if it is wrong, 1 if it is correct in words of ``texts``, `UNSEEN_WORDS_REWARD` if it has other words.
     """
     if not correct:
         return 0.0
-    return 1.0 if _words(completion) <= _words(" ".join(texts)) else MUMBLED
+    return 1.0 if _words(completion) <= _words(" ".join(texts)) else UNSEEN_WORDS_REWARD
 
 
 def _words(text: str) -> set[str]:
@@ -115,7 +133,7 @@ def _words(text: str) -> set[str]:
 
 
 def answer_text(conversation: Conversation) -> str:
-    """All of the reference answer, tool calls and their results included."""
+    """Text of the reference answer with its tool calls and their results."""
     content = conversation["messages"][-1]["content"]
     return content if isinstance(content, str) else " ".join(part["text"] for part in content)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from decimal import Decimal, InvalidOperation
+from fractions import Fraction
 from typing import Any, Literal
 
-from lmchat.tasks.base import Task, reference_answer
+from lmchat.tasks.base import Graded, Task, reference_answer
 from lmchat.tasks.row_files import MalformedRow
 from lmchat.tasks.rows import HubDataset, RowTask, field
 from lmchat.types import Conversation, Part
@@ -14,11 +14,28 @@ from lmchat.types import Conversation, Part
 AnswerRule = Literal["number", "string"]
 
 _ANSWER = re.compile(r"#### (-?[0-9.,]+)")
+_ANSWER_LINE = re.compile(r"#### ([^\n]*)")
+_SPECIAL_TOKEN = re.compile(r"<\|.*")
+_NUMBER = re.compile(
+    r"""(?P<sign>[+\-−])?
+    (?:(?P<whole>[0-9]+)[ ])?(?P<numerator>[0-9]+)/(?P<denominator>[0-9]+)  # 3/4 and 2 1/2
+    |(?P<sign_>[+\-−])?
+    (?P<decimal>(?:[0-9]+|[1-9][0-9]{0,2}(?P<group>[,\ \u00a0\u2009\u202f])[0-9]{3}(?:(?P=group)[0-9]{3})*)
+      (?:\.[0-9]*)?|\.[0-9]+)
+    (?:[eE](?P<exponent>[+\-]?[0-9]{1,3}))?\.?""",
+    re.VERBOSE,
+)
+_AMBIGUOUS = re.compile(r"[1-9][0-9]{0,2}\.[0-9]{2}0")
+"""A decimal of three places that ends in 0 may be meant as thousands: 1.000."""
+_MAX_NUMBER_CHARACTERS = 100
 _CALL = re.compile(r"(<<[^>]+>>)")
 
 
 def extract_answer(text: str) -> str | None:
-    """What follows the first ``#### ``, without its commas; None where no number does."""
+    """The digits after the first ``#### `` without their commas, as the reference extracts them; None without any.
+
+    The rest of the line is ignored: ``#### 3/4`` gives ``3``. See `answer_number` for the number that is meant.
+    """
     match = _ANSWER.search(text)
     return match.group(1).replace(",", "") if match else None
 
@@ -29,21 +46,45 @@ def answers_match(reference: str, completion: str, rule: AnswerRule = "number") 
     Args:
         reference: the text with the right answer.
         completion: the text to grade.
-        rule: ``number`` compares values, and no answer is wrong. ``string`` is the reference's rule: characters are
-            compared, so "10" is not "10.0", and two texts without an answer agree.
+        rule: ``number`` compares the values of `answer_number`; a text without a number is wrong. ``string`` is the
+            reference's rule: the strings of `extract_answer` are compared, so "10" is not "10.0", and two texts
+            without an answer agree.
     """
-    expected, given = extract_answer(reference), extract_answer(completion)
     if rule == "string":
-        return expected == given
-    value = _value(given)
-    return value is not None and value == _value(expected)
+        return extract_answer(reference) == extract_answer(completion)
+    value = answer_number(completion)
+    return value is not None and value == answer_number(reference)
 
 
-def _value(answer: str | None) -> Decimal | None:
-    try:
-        return None if answer is None else Decimal(answer)
-    except InvalidOperation:  # "1.2.3"
+def answer_number(text: str) -> Fraction | None:
+    """The number after the first ``#### ``, which the rest of its line has to be.
+
+    Integers, decimals, thousands in groups (``1,234`` or ``1 234``), fractions (``3/4``, ``2 1/2``) and exponents
+    (``1e3``). None for anything else, such as ``10,5``, ``3:30``, ``50%``, ``5-3`` or ``42 apples``, and for ``1.000``,
+    which might be a thousand.
+    """
+    line = _ANSWER_LINE.search(text)
+    if not line:
         return None
+    written = _SPECIAL_TOKEN.sub("", line[1]).strip()
+    found = _NUMBER.fullmatch(written) if len(written) <= _MAX_NUMBER_CHARACTERS else None
+    if not found:
+        return None
+    sign = -1 if (found["sign"] or found["sign_"] or "+") in "-−" else 1
+    if found["numerator"]:
+        return _mixed_number(sign, int(found["whole"] or 0), int(found["numerator"]), int(found["denominator"]))
+    decimal = found["decimal"]
+    if _AMBIGUOUS.fullmatch(decimal):
+        return None
+    digits = re.sub(r"[^0-9.]", "", decimal)
+    return sign * Fraction(digits.removesuffix(".")) * Fraction(10) ** int(found["exponent"] or 0)
+
+
+def _mixed_number(sign: int, whole: int, numerator: int, denominator: int) -> Fraction | None:
+    """``whole numerator/denominator``; None if it is no number or an improper fraction follows a whole."""
+    if denominator == 0 or (whole and numerator >= denominator):
+        return None
+    return sign * (whole + Fraction(numerator, denominator))
 
 
 def parse_answer(answer: str) -> list[Part]:
@@ -70,13 +111,13 @@ def word_problem(question: str, answer: str) -> Conversation:
     }
 
 
-class NumericAnswerTask(Task):
+class NumericAnswerTask(Task, Graded):
     """A task whose answers end in ``#### number``."""
 
     answer_rule: AnswerRule = "number"
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Whether the completion ends in the reference's number, see `answers_match`."""
+        """Whether the completion gives the reference's answer, see `answers_match`."""
         return answers_match(reference_answer(conversation), completion, self.answer_rule)
 
 
@@ -109,6 +150,7 @@ class GSM8K(NumericAnswerTask, RowTask):
 
     def conversation(self, row: Any) -> Conversation:
         question, answer = field(row, "question", str), field(row, "answer", str)
-        if _value(extract_answer(answer)) is None:
-            raise MalformedRow("field 'answer' has no number after '#### '")
+        known = extract_answer(answer) if self.answer_rule == "string" else answer_number(answer)
+        if known is None:
+            raise MalformedRow("field 'answer' has no number after '#### ', such as 72, 1,250, 0.5, 3/4 or 2 1/2")
         return word_problem(question, answer)

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from lmchat.tasks.base import exchange
 from lmchat.tasks.rows import HubDataset, RowTask, field
-from lmchat.types import Conversation, UserError
+from lmchat.types import Conversation
 
 _FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 _IMPORT = re.compile(r"^(?:import|from)\s.*$", re.MULTILINE)
@@ -50,15 +50,6 @@ class HumanEval(RowTask):
         imports = _IMPORT.findall(cast(str, problem["messages"][0]["content"]))
         check = f"check({problem['entry_point']})"
         return "\n".join([*imports, "", extract_code(completion), "", problem["test"], check, ""])
-
-    def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        raise self._ungraded()
-
-    def check_graded(self) -> None:
-        raise self._ungraded()
-
-    def _ungraded(self) -> UserError:
-        return UserError("HumanEval is scored by running code: run HumanEval.program(...) in a sandbox")
 
 
 def extract_code(completion: str) -> str:

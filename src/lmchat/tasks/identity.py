@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import yaml
 
-from lmchat.tasks.base import Task, reward_in_words_of
+from lmchat.tasks.base import Graded, Task, reward_in_words_of
 from lmchat.tasks.patterns import expand
 from lmchat.tasks.split import Split
 from lmchat.types import Conversation, Message, UserError
@@ -67,7 +67,7 @@ class IdentityConversation(Conversation):
     facts: list[list[str]]
 
 
-class Identity(Task):
+class Identity(Task, Graded):
     """Conversations of one to three turns about the assistant itself. No wording of a question is in both splits."""
 
     def __init__(

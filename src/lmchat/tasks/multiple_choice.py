@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from string import ascii_uppercase
 from typing import cast
 
-from lmchat.tasks.base import exchange, reference_answer
+from lmchat.tasks.base import MultipleChoice, exchange, reference_answer
 from lmchat.tasks.row_files import MalformedRow
 from lmchat.tasks.rows import RowTask, checked_text
 from lmchat.types import Conversation
@@ -28,10 +28,8 @@ def render_multiple_choice(question: str, letters: Sequence[str], choices: Seque
     return f"Multiple Choice question: {question}\n{listed}\nRespond only with the letter of the correct answer."
 
 
-class MultipleChoiceTask(RowTask):
+class MultipleChoiceTask(RowTask, MultipleChoice):
     """A task whose answer is one letter."""
-
-    kind = "categorical"
 
     def question(
         self, question: str, letters: Sequence[str], choices: Sequence[str], answer: str

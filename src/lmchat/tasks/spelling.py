@@ -12,7 +12,7 @@ from functools import cached_property
 from string import ascii_lowercase
 from typing import Any
 
-from lmchat.tasks.base import Task, answer_text, exchange, reference_answer, reward_in_words_of
+from lmchat.tasks.base import Graded, Task, answer_text, exchange, reference_answer, reward_in_words_of
 from lmchat.tasks.gsm8k import NumericAnswerTask
 from lmchat.tasks.patterns import pick
 from lmchat.tasks.split import Split, in_split
@@ -155,7 +155,7 @@ def ask(patterns: tuple[str, ...], rng: random.Random, **values: str) -> str:
     return template.format(**quoted)
 
 
-class SimpleSpelling(WordTask):
+class SimpleSpelling(WordTask, Graded):
     """Spell a word: ``cat:c,a,t``."""
 
     def example(self, index: int) -> Conversation:

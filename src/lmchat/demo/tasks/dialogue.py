@@ -6,7 +6,7 @@ import random
 from functools import cached_property
 from typing import Any, cast
 
-from lmchat.tasks.base import Task
+from lmchat.tasks.base import Graded, Task, graded
 from lmchat.types import Conversation, Message, UserError
 
 
@@ -16,7 +16,7 @@ class DialogueConversation(Conversation):
     last: tuple[int, int]
 
 
-class Dialogue(Task):
+class Dialogue(Task, Graded):
     """Conversations of a random number of examples of some tasks, all of which are shuffled.
 
     Every example is in exactly one conversation. System messages are left out but for the first of a conversation. An
@@ -72,17 +72,13 @@ class Dialogue(Task):
             )
         return messages
 
-    def check_graded(self) -> None:
-        for task in self.tasks:
-            task.check_graded()
-
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         task, example = self._last(conversation)
-        return task.evaluate(example, completion)
+        return graded(task).evaluate(example, completion)
 
     def reward(self, conversation: Conversation, completion: str) -> float:
         task, example = self._last(conversation)
-        return task.reward(example, completion)
+        return graded(task).reward(example, completion)
 
     def _last(self, conversation: Conversation) -> tuple[Task, Conversation]:
         number, index = cast(DialogueConversation, conversation)["last"]
