@@ -7,7 +7,7 @@ import math
 from lmchat.types import UserError
 
 MAX_COUNT = 2**40
-"""Of tokens, rows, steps or questions: more than any run has, and sizes made of it still fit into 64 bits."""
+"""Limit for numbers of tokens, rows, steps or questions: more than any run has, and sizes in bytes fit into 64 bits."""
 
 
 def check_range(group: str, max: float = math.inf, **numbers: float) -> None:
@@ -18,13 +18,13 @@ def check_range(group: str, max: float = math.inf, **numbers: float) -> None:
             raise UserError(f"--{group}.{name} is {value}; it must be a number {span}")
 
 
-def check_count(group: str, min: int, **numbers: int | None) -> None:
+def check_count(group: str | None, min: int, **numbers: int | None) -> None:
     """Raises UserError unless the options ``--group.name`` are from ``min`` to `MAX_COUNT`, or None.
 
-    An empty ``group`` stands for options without one, ``--name``.
+    An empty ``group`` stands for options without one, ``--name``; None for arguments of a function, ``name``.
     """
     for name, value in numbers.items():
-        option = f"--{group}.{name}" if group else f"--{name}"
+        option = name if group is None else f"--{group}.{name}" if group else f"--{name}"
         if value is not None and value < min:
             raise UserError(f"{option} is {value}; it must be at least {min}")
         if value is not None and value > MAX_COUNT:

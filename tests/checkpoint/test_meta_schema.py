@@ -21,6 +21,7 @@ from lmchat.checkpoint.load import (
     load_rank_state,
     open_checkpoint,
 )
+from lmchat.checkpoint.meta_schema import check_meta, check_resumable
 from lmchat.checkpoint.writer import json_digest
 from lmchat.types import UserError
 
@@ -206,3 +207,13 @@ def test_a_tag_makes_no_path_out_of_the_base_folder() -> None:
         with pytest.raises(UserError, match="names no folder"):
             checkpoint_dir("pretrain", tag)
     assert checkpoint_dir("pretrain", META["tag"]).name == "tiny"
+
+
+def test_a_meta_of_the_first_release_is_accepted(fixtures: Path) -> None:
+    """Written by the program of November 2026, before there was a schema."""
+    meta = json.loads((fixtures / "meta_format_1.json").read_text())
+    assert json_digest({name: value for name, value in meta.items() if name != "meta_sha256"}) == meta.pop(
+        "meta_sha256"
+    )
+    check_meta(meta, CheckpointPaths(Path("d2"), 2))
+    check_resumable(meta)

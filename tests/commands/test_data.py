@@ -93,7 +93,7 @@ SUM = [
     },
 ]
 LONG = [{"role": "user", "content": "x" * 60}, {"role": "assistant", "content": "no"}]
-SHOWN = r"""conversation 0, JSONLConversations/chat: 36 tokens, 19 supervised
+SHOWN = r"""conversation 0, JSONLConversations/chat: 36 tokens, 19 with loss
   <|bos|><|user_start|>2+2?⏎
   quick<|user_end|><|assistant_start|>
 + It is <|python_start|>2+2<|python_end|>
@@ -101,11 +101,11 @@ SHOWN = r"""conversation 0, JSONLConversations/chat: 36 tokens, 19 supervised
 + 4.⏎
 + Bye\x1b<|assistant_end|>
 
-conversation 1, JSONLConversations/chat: 40 tokens, 0 supervised, truncated
+conversation 1, JSONLConversations/chat: 40 tokens, 0 with loss, truncated
   <|bos|><|user_start|>xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx
 
 JSONLConversations/chat: 2 conversations
-2 conversations, 76 tokens, 19 supervised, 1 truncated, 1 unsupervised
+2 conversations, 76 tokens, 19 with loss, 1 truncated, 1 without loss
 """
 
 
@@ -158,7 +158,7 @@ def test_show_takes_the_mixture_of_a_config(base: Path, tmp_path: Path, capsys: 
     config.write_text(f"data: {{class_path: SFTDataModule, init_args: {{train: {train}, val: {val}}}}}\n")
     assert main(["data", "show", str(config), "--rows", "1"]) == 0
     printed = capsys.readouterr().out
-    assert "JSONLConversations/chat: 3 conversations\n3 conversations, 108 tokens, 57 supervised" in printed
+    assert "JSONLConversations/chat: 3 conversations\n3 conversations, 108 tokens, 57 with loss" in printed
     assert main(["data", "show", str(config), "--split", "val"]) == 0
     assert "Identity/test: 2 conversations" in capsys.readouterr().out
 

@@ -98,7 +98,7 @@ def test_the_state_tells_epoch_and_shard(shards: tuple[TokenShards, TokenShards]
 
 
 def test_evaluation_starts_over_each_time(shards: tuple[TokenShards, TokenShards]) -> None:
-    batches = _batches(shards[1], rounds=30)
+    batches = _batches(shards[1], num_batches=30)
     first, second = ([_rows(batch) for batch in batches] for _ in range(2))
     assert first == second
     assert len(first) == len(batches) == 30

@@ -242,7 +242,7 @@ def rendered(tiny_base: Path, tmp_path: Path) -> tuple[Mixture, Tokenizer, Rende
 def test_every_conversation_is_in_the_plan_once(rendered: tuple[Mixture, Tokenizer, RenderedConversations]) -> None:
     plan = PaddedPlan(rendered[2], 128, 8)
     assert sorted(document for row in plan.rows for document, _ in row) == list(range(70))
-    assert sum(plan.loss_tokens(step) for step in range(plan.steps)) == rendered[2].supervised.sum()
+    assert sum(plan.loss_tokens(step) for step in range(plan.steps)) == rendered[2].loss_tokens.sum()
 
 
 @pytest.mark.parametrize(("rows", "world"), [(8, 1), (4, 2), (2, 1), (1, 4)])
@@ -302,7 +302,7 @@ def test_a_conversation_cut_short_is_counted(tiny_base: Path, tmp_path: Path) ->
     tokenizer = Tokenizer.load(tiny_base / "tokenizer")
     report = render_all(Arithmetic("train", size=5), tokenizer, 16, tmp_path, title="")
     assert report.truncated == 5
-    assert report.unsupervised == 5
+    assert report.no_loss_tokens == 5
     assert (RenderedConversations(tmp_path).lengths == 16).all()
 
 

@@ -13,7 +13,7 @@ What this asks of the rest:
   object itself must not be the one that Lightning asks for state.
 - ``train_dataloader`` starts from what ``load_state_dict`` was given; it is called after it. The loader has no end of
   its own: epochs are part of its state, and Lightning's epoch stays 0 (``max_epochs=-1``).
-- Evaluation runs in Lightning's validation loop, after the save of the same step. Its random numbers are taken back.
+- Evaluation runs in Lightning's validation loop, after the save of the same step. The RNG state is restored afterwards.
   A run resumed from that save does not repeat the evaluation of the step.
 - Nothing is decided from the time of day, and no other state of the module enters the loss.
 
@@ -39,6 +39,7 @@ from lmchat.checkpoint.layout import CheckpointPaths, checkpoint_dir, committed_
 from lmchat.checkpoint.load import DamagedCheckpoint, open_checkpoint
 from lmchat.checkpoint.rng import capture_rng, restore_rng
 from lmchat.checkpoint.writer import INTERRUPTED_PEER_TIMEOUT_SECONDS, RunLock, await_commit, check_writable, snapshot
+from lmchat.option_checks import check_count
 from lmchat.paths import expand_user
 from lmchat.strategies.checkpoint_io import LMChatCheckpointIO
 from lmchat.strategies.lightning_internals import checkpoint_dict, is_between_batches, set_batch_progress
@@ -48,7 +49,7 @@ from lmchat.types import UserError
 
 @dataclass(frozen=True)
 class _Boundary:
-    """What moves on between optimizer steps, as it was right after one."""
+    """State that changes between optimizer steps, as it was right after one."""
 
     step: int
     micro_batches: int
@@ -59,7 +60,7 @@ class _Boundary:
     @classmethod
     def now(cls, trainer: L.Trainer) -> _Boundary:
         fit_loop = trainer.fit_loop.state_dict()
-        # A loader's own state is one batch ahead; the DataModule's is not.
+        # The loader's own state is one batch ahead; the DataModule's is not.
         fit_loop["state_dict"].pop("combined_loader", None)
         return cls(
             step=trainer.global_step,
@@ -91,9 +92,7 @@ class StepCheckpoint(StepCallback, Checkpoint):
     def __init__(
         self, dirpath: str | None = None, every_n_steps: int | None = None, keep_last: int | None = None
     ) -> None:
-        for name, value in {"every_n_steps": every_n_steps, "keep_last": keep_last}.items():
-            if value is not None and value < 1:
-                raise UserError(f"--checkpoint.{name} is {value}; use 1 or more, or null")
+        check_count("checkpoint", 1, every_n_steps=every_n_steps, keep_last=keep_last)
         self.dirpath = dirpath
         self.every_n_steps = every_n_steps
         self.keep_last = keep_last
@@ -115,7 +114,7 @@ class StepCheckpoint(StepCallback, Checkpoint):
         _on_rank_zero(trainer, self._claim_directory)
         name = trainer.strategy.broadcast(self._lock.attempt.name if self._lock is not None else "")
         self._io.attempt = Attempt(self.directory, name)
-        if self._io.rank > 0:  # now, not when its first file is due
+        if self._io.rank > 0:  # fail now, not at the first save
             check_writable(self.directory, self._io.rank)
 
     def _claim_directory(self) -> None:
@@ -169,7 +168,7 @@ class StepCheckpoint(StepCallback, Checkpoint):
         self._save(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        # Lightning would call it later; ranks that wait for this one must hear first, as they have to save too.
+        # Called now, not later by Lightning: ranks that wait for this one have to save too.
         trainer.strategy.on_exception(exception)
         try:
             if self._boundary is not None or self._stepping:

@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 
 from lmchat.callbacks.step import StepCallback
-from lmchat.types import UserError
+from lmchat.option_checks import check_count
 
 
 class GCFreeze(StepCallback):
@@ -23,8 +23,7 @@ class GCFreeze(StepCallback):
     """
 
     def __init__(self, every_n_steps: int = 5000) -> None:
-        if every_n_steps < 1:
-            raise UserError(f"--gc_freeze.every_n_steps is {every_n_steps}; use 1 or more")
+        check_count("gc_freeze", 1, every_n_steps=every_n_steps)
         self.every_n_steps = every_n_steps
         self._was_enabled: bool | None = None
 

@@ -1,4 +1,4 @@
-"""What happens when a loss or a gradient is NaN or infinite."""
+"""Stops the run, or skips the step, when a loss or a gradient is NaN or infinite."""
 
 from __future__ import annotations
 
@@ -21,14 +21,13 @@ NOWHERE = 2**62
 
 
 class NonFiniteGuard(Callback):
-    """Does not take an optimizer step to which any micro-batch of any rank contributes a loss that is not finite.
+    """Prevents optimizer steps in which a micro-batch's loss, or the gradient, is not finite on any rank.
 
-    Nor one whose gradient is not, which an overflow in the backward pass can bring about. The ranks agree once per
-    step on both; on a GPU the losses reach the CPU while the last backward pass runs.
+    The ranks agree once per step. On a GPU the losses are copied to the CPU while the last backward pass runs.
 
     Args:
-        action: "stop" ends the run as it was before that step; "skip" drops the step's gradients, counts it in
-            ``train/skipped_steps`` and goes on.
+        action: "stop" ends the run before that step; "skip" discards the step's gradients, counts it in
+            ``train/skipped_steps`` and continues.
     """
 
     def __init__(self, action: Literal["stop", "skip"] = "stop") -> None:

@@ -1,4 +1,4 @@
-"""Where a checkpoint's files lie and what they are called.
+"""Folders and names of a checkpoint's files.
 
     <base>/base_checkpoints/<tag>/model_005000.pt         weights: a state dict of the GPT
                                   optim_005000_rank0.pt   that rank's optimizer, random numbers, data position
@@ -20,7 +20,7 @@ from lmchat.types import UserError
 
 LOCK_NAME = ".lock"
 
-# The receipt is what a rank other than 0 leaves for rank 0 to put into meta; it is gone afterwards.
+# A receipt holds the sizes and checksums of a rank's files, for rank 0 to put into meta; rank 0 deletes it.
 _FILE_NAME = re.compile(
     r"(?:model|meta|optim|receipt)_([0-9]{6,})(?:_rank[0-9]+)?(?:_[0-9a-f]+)?\.(?:pt|json)"
     rf"(?:(?:\.[0-9a-f]+)?{re.escape(TEMPORARY_SUFFIX)})?"
@@ -79,7 +79,7 @@ class CheckpointPaths:
         return self.directory / f"optim_{self.step:06d}_rank{rank}.pt"
 
     def receipt(self, rank: int, attempt: str = "") -> Path:
-        """What ``rank`` leaves for rank 0 of the same attempt."""
+        """Sizes and checksums of the files of ``rank``, for rank 0 of the same attempt."""
         suffix = f"_{attempt}" if attempt else ""
         return self.directory / f"receipt_{self.step:06d}_rank{rank}{suffix}.json"
 

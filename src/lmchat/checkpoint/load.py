@@ -62,7 +62,7 @@ class DamagedCheckpoint(UserError):
 def find_checkpoint(
     path: str | Path, *, directory: Path | None = None, warn: Callable[[str], None] = logger.warning
 ) -> Checkpoint:
-    """The checkpoint that ``path`` means, every file of it verified.
+    """Finds the checkpoint at ``path`` and verifies all its files.
 
     Args:
         path: a ``model_*.pt`` or ``meta_*.json`` (that checkpoint and no other), a folder (its newest complete one),

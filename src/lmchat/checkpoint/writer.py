@@ -1,4 +1,4 @@
-"""Writing checkpoints so that a crash at any moment leaves the previous one whole and the new one whole or absent.
+"""Writes checkpoints. A crash at any moment leaves the previous one intact, and the new one complete or absent.
 
 Every file is written under a temporary name, synced, renamed, and the folder synced; ``meta`` comes last and makes
 the checkpoint exist. With several ranks each writes its optimizer file and then a small receipt; rank 0 waits for the
@@ -34,22 +34,22 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 PEER_TIMEOUT_SECONDS = 1800.0
 INTERRUPTED_PEER_TIMEOUT_SECONDS = 20.0
-"""The same once a run is being interrupted: the ranks that live write at the same time, the others never will.
+"""The timeout once a run is being interrupted: ranks that are alive write at the same time, others never will.
 
-Less than the 30 seconds after which torchrun kills what is left, so that the first rank can say what became of the run.
+Less than the 30 seconds after which torchrun kills the remaining ranks, so that rank 0 can report how the run ended.
 """
 _PLAIN = (type(None), bool, int, float, str, bytes)
 
 
 class FileRecord(TypedDict):
-    """What ``meta`` says of a file: its size, and the SHA-256 of its content in hexadecimal."""
+    """Size in bytes and SHA-256, in hexadecimal, of a file listed in ``meta``."""
 
     bytes: int
     sha256: str
 
 
 def snapshot(tree: Any, name: str = "checkpoint") -> Any:
-    """Copy of a tree of tensors and plain values in CPU memory, which training can no longer change.
+    """Copies a tree of tensors and plain values to CPU memory, independent of further training.
 
     Raises:
         TypeError: a leaf that a safe loader (``weights_only=True``) would refuse. The message says where it is.
@@ -66,7 +66,7 @@ def snapshot(tree: Any, name: str = "checkpoint") -> Any:
 
 
 class HashingFile:
-    """A file that hashes what is written to it. Remembers its own error, which torch.save would bury."""
+    """A file that hashes what is written to it. It keeps its own error, which torch.save would replace."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -197,7 +197,7 @@ def _save_json(path: Path, value: Mapping[str, Any], attempt: Attempt | None) ->
 
 
 def json_digest(value: Mapping[str, Any]) -> str:
-    """SHA-256 of JSON, whatever its layout: what ``meta`` says of itself under ``meta_sha256``."""
+    """SHA-256 of a JSON value, independent of its formatting; ``meta_sha256`` in ``meta``."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -214,14 +214,14 @@ def _await_receipt(receipt: Path, timeout_seconds: Callable[[], float]) -> dict[
 
 
 def await_commit(paths: CheckpointPaths, timeout_seconds: float) -> None:
-    """Returns when rank 0 has made the checkpoint complete, or the time is over."""
+    """Waits until rank 0 has completed the checkpoint, or until the timeout."""
     begin = time.monotonic()
     while not paths.meta.exists() and time.monotonic() - begin < timeout_seconds:
         time.sleep(0.02)
 
 
 def _uncommit(paths: CheckpointPaths) -> None:
-    """From here on the checkpoint does not exist, whatever of its files is still there."""
+    """Deletes ``meta``: the checkpoint no longer exists, even if other files of it do."""
     if paths.meta.exists():
         paths.meta.unlink()
         sync_folder(paths.directory)
@@ -246,7 +246,7 @@ def check_writable(directory: Path, rank: int = 0) -> None:
 
 
 class RunLock:
-    """The right of one run to write checkpoints into a folder; it ends with the process, however that ends.
+    """Lock on a folder of checkpoints; released when the process ends.
 
     A new attempt begins with it, so that ranks of an earlier run that are still alive can no longer write.
 
@@ -312,7 +312,7 @@ class BackgroundWriter:
         self._error: BaseException | None = None
 
     def start(self, job: Callable[[], None]) -> None:
-        """Starts ``job`` when the one before has ended; raises what that one met."""
+        """Waits for the previous job, raises its error if any, and starts ``job``."""
         self.wait()
         self._thread = threading.Thread(target=self._run, args=(job,), name="checkpoint writer")
         self._thread.start()
@@ -324,13 +324,13 @@ class BackgroundWriter:
             self._error = error
 
     def check(self) -> None:
-        """Raises what a job that has ended met; does not wait."""
+        """Raises the error of a job that has ended; does not wait."""
         if self._error is not None:
             error, self._error = self._error, None
             raise error
 
     def wait(self) -> None:
-        """Waits for the job in flight and raises what it met."""
+        """Waits for the job in progress and raises its error."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

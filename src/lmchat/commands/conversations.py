@@ -17,7 +17,7 @@ def show(
     max_tokens: int = 2048,
     start: int = 0,
     rows: int = 3,
-    only: Literal["truncated", "unsupervised"] | None = None,
+    only: Literal["truncated", "no_loss_tokens", "unsupervised"] | None = None,
     limit: int | None = None,
 ) -> None:
     """Show conversations as fine-tuning sees them, and count them.
@@ -33,7 +33,8 @@ def show(
         max_tokens: longest conversation, the sequence length of the model; the rest of a longer one is cut off.
         start: index of the first conversation to show, counted from 0 in the order of the mixture.
         rows: how many to show.
-        only: show those alone that are cut off (truncated), or that have no tokens with loss (unsupervised).
+        only: show only those that are cut off (truncated), or without a token that receives loss (no_loss_tokens;
+            formerly unsupervised).
         limit: render and count this many conversations at most; by default all, as fine-tuning does.
     """
     from lmchat.data.conversation_view import show_conversations

@@ -16,7 +16,8 @@ from lmchat.tokenizer.bpe import Tokenizer
 if TYPE_CHECKING:
     from rich.text import Text
 
-Filter = Literal["truncated", "unsupervised"]
+Filter = Literal["truncated", "no_loss_tokens", "unsupervised"]
+"""``unsupervised`` is the former name of ``no_loss_tokens``."""
 
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 
@@ -39,7 +40,7 @@ def show_conversations(
         max_tokens: longest conversation; the rest of a longer one is cut off.
         start: index of the first conversation to print.
         rows: how many to print.
-        only: print those alone that are cut off (truncated), or that have no tokens with loss (unsupervised).
+        only: print only those that are cut off (truncated), or without a token that receives loss (no_loss_tokens).
         limit: render and count this many conversations at most.
     """
     from rich.console import Console
@@ -53,7 +54,7 @@ def show_conversations(
             ids, mask = (array.tolist() for array in rendered[index])
             cut = ", truncated" if rendered.truncated[index] else ""
             name = mixture.locate(index)[0].name
-            console.print(f"conversation {index}, {name}: {len(ids)} tokens, {sum(mask)} supervised{cut}", style="bold")
+            console.print(f"conversation {index}, {name}: {len(ids)} tokens, {sum(mask)} with loss{cut}", style="bold")
             console.print(marked_tokens(tokenizer, ids, mask))
     for name, count in mixture.counts().items():
         console.print(f"{name}: {count:,} conversations")
@@ -66,7 +67,7 @@ def _matching(rendered: RenderedConversations, only: Filter | None, start: int) 
     """Indices of the conversations to choose from."""
     if only is None:
         return range(start, len(rendered))
-    wanted = rendered.truncated if only == "truncated" else rendered.supervised == 0
+    wanted = rendered.truncated if only == "truncated" else rendered.loss_tokens == 0
     return [index for index in wanted.nonzero()[0].tolist() if index >= start]
 
 

@@ -10,26 +10,28 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from lmchat.data.packing import BestFitPacker, Row
+from lmchat.data.packing import BestFitPacker, PackedRow
 from lmchat.data.token_shards import TokenShards
+from lmchat.option_checks import check_count
 from lmchat.types import Batch, UserError
 
 
 class PackedBatches(IterableDataset[Batch]):
     """The micro-batches of one rank, from one sequence of packed rows that all ranks share.
 
-    Micro-batch k of the sequence, its rows k·b … (k+1)·b − 1, belongs to rank k mod W; W micro-batches are a round.
-    Every rank packs every row, which takes lengths only, and gathers the tokens of its own. So what is trained on,
-    and in which order, does not depend on the world size, nor does the state, which is that after the round.
+    Micro-batch k of the sequence, its rows k·b … (k+1)·b − 1, belongs to rank k mod W.
+    Every rank packs every row, which takes lengths only, and gathers the tokens of its own. So the data and its order
+    do not depend on the world size, nor does the state, which is the one after W micro-batches.
 
     Args:
         shards: the documents, read in order, over and over.
         sequence_len: T; a row is packed with T + 1 tokens, inputs and targets overlapping in T − 1 of them.
         micro_batch_size: b, rows per micro-batch.
         buffer_size: documents that best-fit packing chooses from.
-        rank, world_size: r of W.
+        rank: r, this rank.
+        world_size: W, number of ranks.
         state: continue after the batch that carried it; None is the beginning.
-        rounds: for evaluation: this many batches at each iteration, without state. None is without end.
+        num_batches: for evaluation: batches per iteration, which carry no state. None is without end.
 
     Raises:
         UserError: the state is a position in other documents.
@@ -45,11 +47,9 @@ class PackedBatches(IterableDataset[Batch]):
         rank: int = 0,
         world_size: int = 1,
         state: dict[str, Any] | None = None,
-        rounds: int | None = None,
+        num_batches: int | None = None,
     ) -> None:
-        for name, value in (("sequence_len", sequence_len), ("micro_batch_size", micro_batch_size)):
-            if value < 1:
-                raise UserError(f"{name} is {value}; it must be at least 1")
+        check_count(None, 1, sequence_len=sequence_len, micro_batch_size=micro_batch_size)
         if state is not None and state["data"] != shards.fingerprint:
             raise UserError(
                 f"the run to resume read documents with the fingerprint {state['data']}, those of "
@@ -64,13 +64,13 @@ class PackedBatches(IterableDataset[Batch]):
         self.rank = rank
         self.world_size = world_size
         self.state = state
-        self.rounds = rounds
+        self.num_batches = num_batches
 
     def __len__(self) -> int:
         """Batches per iteration; TypeError, as of an object without a length, when they have no end."""
-        if self.rounds is None:
+        if self.num_batches is None:
             raise TypeError("the training batches have no end")
-        return self.rounds
+        return self.num_batches
 
     def __iter__(self) -> Iterator[Batch]:
         if (worker := get_worker_info()) is not None and worker.num_workers > 1:
@@ -79,14 +79,15 @@ class PackedBatches(IterableDataset[Batch]):
         if self.state is not None:
             packer.restore(self.state)
         buffer = np.empty((self.micro_batch_size, self.sequence_len + 1), dtype=self.shards.dtype)
-        for _ in count() if self.rounds is None else range(self.rounds):
+        for _ in count() if self.num_batches is None else range(self.num_batches):
             micro_batches = [list(islice(packer, self.micro_batch_size)) for _ in range(self.world_size)]
             batch = self._gather(micro_batches[self.rank], buffer)
-            if self.rounds is None:
+            if self.num_batches is None:
                 batch["state"] = self._state(packer)
             yield batch
 
-    def _gather(self, rows: list[Row], buffer: np.ndarray) -> Batch:
+    def _gather(self, rows: list[PackedRow], buffer: np.ndarray) -> Batch:
+        """The batch of some rows; ``buffer`` is (rows, sequence_len + 1)."""
         for row, line in zip(rows, buffer, strict=True):
             at = 0
             for document, tokens in row:
@@ -98,7 +99,7 @@ class PackedBatches(IterableDataset[Batch]):
         return Batch(inputs=inputs, targets=targets)
 
     def _state(self, packer: BestFitPacker) -> dict[str, Any]:
-        """The packer's state, its buffer as an int64 tensor; whose documents it counts; epoch (from 0) and shard."""
+        """The packer's state (buffer as an int64 tensor), the data's fingerprint, the epoch (from 0) and the shard."""
         state = packer.state()
         state["buffer"] = torch.from_numpy(state["buffer"])
         epoch, document = divmod(packer.placed, len(self.shards))

@@ -13,9 +13,10 @@ from typing import Any, Literal, Protocol, overload
 import numpy as np
 import numpy.typing as npt
 
+from lmchat.option_checks import check_count
 from lmchat.types import UserError
 
-Row = list[tuple[int, int]]
+PackedRow = list[tuple[int, int]]
 """The segments of a row in order: (document, tokens taken from its beginning)."""
 
 # A buffered document is one integer: its length above, its arrival below, complemented. Sorted, the last integer
@@ -35,21 +36,28 @@ class Lengths(Protocol):
     def __getitem__(self, index: slice) -> npt.NDArray[np.integer]: ...
 
 
-class BestFitPacker(Iterator[Row]):
+class BestFitPacker(Iterator[PackedRow]):
     """Rows of ``row_tokens`` tokens from documents taken in order, over and over.
 
     The buffer is topped up, ``refill`` documents at a time, to at least ``buffer_size`` before each placement.
-    Placed is the longest document that fits entirely, the first to arrive among equals. When none fits, ``crop``
+    The longest document that fits entirely is placed, the first to arrive among equals. When none fits, ``crop``
     fills the row with the head of the shortest document and discards its tail; ``pad`` ends the row short.
-    Documents longer than a row are thus only ever cropped, and make ``pad`` raise `UserError`; so do empty ones always.
+    ``crop`` crops documents longer than a row, ``pad`` raises `UserError` for them. Empty documents always raise.
 
-    With a number of ``epochs`` the rows end: ``pad`` places every document exactly once per epoch; ``crop`` stops as
+    ``epochs`` limits the rows: ``pad`` places every document exactly once per epoch; ``crop`` stops as
     soon as the buffer cannot be topped up. The packer is the reference's (nanochat); there, documents buffered when
     training stops are lost, here ``state`` holds them.
 
     Args:
         lengths: document lengths in tokens.
         row_tokens: capacity of a row; sequence length + 1 where targets are the inputs shifted by one.
+        buffer_size: documents to choose from.
+        refill: documents added to the buffer at a time.
+        policy: what happens when no document fits.
+        epochs: passes over the documents; None is without end.
+
+    Raises:
+        UserError: an argument is out of range, or there are no documents.
     """
 
     def __init__(
@@ -62,11 +70,7 @@ class BestFitPacker(Iterator[Row]):
         policy: Literal["crop", "pad"] = "crop",
         epochs: int | None = None,
     ) -> None:
-        for name, value in (("row_tokens", row_tokens), ("buffer_size", buffer_size), ("refill", refill)):
-            if value < 1:
-                raise UserError(f"{name} is {value}; it must be at least 1")
-        if epochs is not None and epochs < 1:
-            raise UserError(f"epochs is {epochs}; it must be at least 1, or None for rows without end")
+        check_count(None, 1, row_tokens=row_tokens, buffer_size=buffer_size, refill=refill, epochs=epochs)
         if len(lengths) == 0:
             raise UserError("there are no documents to pack")
         self.lengths = lengths
@@ -84,9 +88,9 @@ class BestFitPacker(Iterator[Row]):
         """Documents placed in rows so far, all epochs counted."""
         return self._next - len(self._keys)
 
-    def __next__(self) -> Row:
+    def __next__(self) -> PackedRow:
         keys, documents, pad = self._keys, len(self.lengths), self.policy == "pad"
-        row: Row = []
+        row: PackedRow = []
         room = self.row_tokens
         while room:
             if len(keys) < self.buffer_size and not self._top_up() and not (pad and keys):
@@ -111,7 +115,7 @@ class BestFitPacker(Iterator[Row]):
         return bisect_left(self._keys, (length + 1) << _ARRIVAL_BITS) - 1
 
     def _top_up(self) -> bool:
-        """Refill the buffer; whether it holds ``buffer_size`` documents."""
+        """Refills the buffer; returns whether it holds ``buffer_size`` documents."""
         keys, documents = self._keys, len(self.lengths)
         while len(keys) < self.buffer_size and self._next < self._end:
             stop = min(self._next + self.refill, self._end)
@@ -141,16 +145,17 @@ class BestFitPacker(Iterator[Row]):
         return (np.minimum(lengths, _LONGEST) << _ARRIVAL_BITS | _LAST_ARRIVAL - arrivals).tolist()
 
     def state(self) -> dict[str, Any]:
-        """Where the packer stands, between two rows: exact, about 8 bytes per buffered document.
+        """The exact position between two rows, about 8 bytes per buffered document.
 
-        next: documents that have entered the buffer, all epochs counted; buffer: (n,) int64, those of them still in
-        it, in order of arrival.
+        Returns:
+            ``next``: documents that have entered the buffer, over all epochs. ``buffer``: (n,) int64, those still in
+            it, in order of arrival.
         """
         arrivals = _LAST_ARRIVAL - (np.array(self._keys, dtype=np.int64) & _LAST_ARRIVAL)
         return {"next": self._next, "buffer": np.sort(arrivals)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a `state` on the same lengths; its buffer may be any sequence of ints."""
+        """Continues from a `state` on the same lengths; its buffer may be any sequence of ints."""
         self._next = int(state["next"])
         arrivals = np.asarray(state["buffer"], dtype=np.int64)
         lengths = np.array([self.lengths[int(d)] for d in arrivals % len(self.lengths)], dtype=np.int64)

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from lmchat.data.fingerprint import check_fingerprint
-from lmchat.data.packing import BestFitPacker, Row
+from lmchat.data.packing import BestFitPacker, PackedRow
 from lmchat.data.rendered import RenderedConversations
 from lmchat.types import IGNORE_INDEX, Batch
 
@@ -21,10 +21,11 @@ BUFFER_SIZE = 100
 class PaddedPlan:
     """Which conversations share a row, decided for the whole epoch on lengths alone.
 
-    Rows are packed best fit and padded; every conversation is in exactly one row. Rows are dealt to steps in order, and
-    the last step is filled up with empty rows.
+    Rows are packed best fit and padded; every conversation is in exactly one row. Steps take rows in order, and the
+    last step is filled up with empty rows.
 
     Args:
+        conversations: the rendered conversations.
         sequence_len: T; a row is packed with T + 1 tokens, inputs and targets overlapping in T − 1 of them.
         rows_per_step: rows of an optimizer step, over all ranks.
     """
@@ -33,7 +34,7 @@ class PaddedPlan:
         self.conversations = conversations
         self.sequence_len = sequence_len
         self.rows_per_step = rows_per_step
-        self.rows: list[Row] = list(
+        self.rows: list[PackedRow] = list(
             BestFitPacker(
                 conversations.lengths,
                 row_tokens=sequence_len + 1,
@@ -49,27 +50,31 @@ class PaddedPlan:
         """Optimizer steps of the epoch."""
         return -(-len(self.rows) // self.rows_per_step)
 
-    def row(self, index: int) -> Row:
+    def row(self, index: int) -> PackedRow:
         """A row by its place in the epoch; empty beyond the last."""
         return self.rows[index] if index < len(self.rows) else []
 
     def loss_tokens(self, step: int) -> int:
-        """Tokens that a loss is taken on in an optimizer step, over all ranks; at least 1, to divide by."""
+        """Tokens with loss in an optimizer step, over all ranks; at least 1, since it is a divisor."""
         rows = self.rows[step * self.rows_per_step : (step + 1) * self.rows_per_step]
-        return max(1, int(sum(self.conversations.supervised[document] for row in rows for document, _ in row)))
+        return max(1, int(sum(self.conversations.loss_tokens[document] for row in rows for document, _ in row)))
 
 
 class PaddedBatches(IterableDataset[Batch]):
     """The micro-batches of one rank: micro-batch k of the plan belongs to rank k mod W, as in pretraining.
 
-    A batch says how many tokens the whole optimizer step takes a loss on (``loss_tokens``), so that each micro-batch
+    A batch holds the number of tokens with loss in its whole optimizer step (``loss_tokens``), so that each micro-batch
     can be weighted by its share.
 
     Args:
-        bos_id: fills rows up, without a loss.
-        fingerprint: of the data that the plan is of; part of the state.
+        plan: rows of the epoch.
+        bos_id: token id of the padding, which receives no loss.
+        micro_batch_size: rows per micro-batch.
+        rank: this rank.
+        world_size: number of ranks.
+        fingerprint: fingerprint of the plan's data; part of the state.
         state: continue after the batch that carried it, with any number of ranks; None is the beginning.
-        rounds: number of batches; None is the epoch and one more, which is read ahead and never trained on.
+        num_batches: number of batches; None is the epoch and one more, which is read ahead and never trained on.
 
     Raises:
         UserError: the state is a position in other data.
@@ -85,7 +90,7 @@ class PaddedBatches(IterableDataset[Batch]):
         world_size: int = 1,
         fingerprint: dict[str, str] | None = None,
         state: dict[str, Any] | None = None,
-        rounds: int | None = None,
+        num_batches: int | None = None,
     ) -> None:
         self.plan = plan
         self.bos_id = bos_id
@@ -96,18 +101,19 @@ class PaddedBatches(IterableDataset[Batch]):
         if state is not None:
             check_fingerprint(state["data"], self.fingerprint)
         self.first = state["rows"] // (micro_batch_size * world_size) if state else 0
-        self.rounds = rounds
+        self.num_batches = num_batches
 
     @property
-    def rounds_per_step(self) -> int:
+    def micro_batches_per_step(self) -> int:
+        """Micro-batches per rank and optimizer step."""
         return self.plan.rows_per_step // (self.micro_batch_size * self.world_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        last = self.plan.steps * self.rounds_per_step + 1 if self.rounds is None else self.rounds
+        last = self.plan.steps * self.micro_batches_per_step + 1 if self.num_batches is None else self.num_batches
         for number in range(self.first, last):
             batch = self._gather((number * self.world_size + self.rank) * self.micro_batch_size)
-            if self.rounds is None:
-                batch["loss_tokens"] = self.plan.loss_tokens(number // self.rounds_per_step)
+            if self.num_batches is None:
+                batch["loss_tokens"] = self.plan.loss_tokens(number // self.micro_batches_per_step)
                 rows = (number + 1) * self.micro_batch_size * self.world_size
                 batch["state"] = {
                     "rows": rows,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -18,7 +18,7 @@ from lmchat.types import Conversation, UserError
 
 
 class Conversations(Protocol):
-    """Conversations at random access, as a task or a mixture has them."""
+    """Conversations at random access: a task or a mixture."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Conversation: ...
@@ -26,17 +26,27 @@ class Conversations(Protocol):
 
 @dataclass(frozen=True)
 class RenderReport:
-    """conversations, tokens: how many there are. supervised: tokens under the mask. truncated: conversations that were
-    cut. unsupervised: conversations of which no token is under the mask, cut ones among them."""
+    """Counts of a rendering.
+
+    Attributes:
+        conversations: number of conversations.
+        tokens: number of tokens.
+        loss_tokens: tokens that receive loss.
+        truncated: conversations that were cut off.
+        no_loss_tokens: conversations without a token that receives loss, truncated ones included.
+    """
 
     conversations: int
     tokens: int
-    supervised: int
+    loss_tokens: int
     truncated: int
-    unsupervised: int
+    no_loss_tokens: int
 
     def __str__(self) -> str:
-        return ", ".join(f"{value:,} {name}" for name, value in asdict(self).items())
+        return (
+            f"{self.conversations:,} conversations, {self.tokens:,} tokens, {self.loss_tokens:,} with loss, "
+            f"{self.truncated:,} truncated, {self.no_loss_tokens:,} without loss"
+        )
 
 
 def render_all(
@@ -45,8 +55,11 @@ def render_all(
     """Renders ``conversations`` into ``folder``, to be opened with `RenderedConversations`.
 
     Args:
+        conversations: conversations to render.
+        tokenizer: tokenizer of the model.
         max_tokens: longest rendered conversation; the rest of a longer one is cut off.
-        title: of the progress bar on stderr.
+        folder: folder to write to; created if missing.
+        title: title of the progress bar on stderr.
 
     Raises:
         UserError: a conversation is malformed, or there is none; it names the conversation's index.
@@ -67,35 +80,38 @@ def render_all(
         raise UserError("there are no conversations; name at least one task that has some")
     folder.mkdir(parents=True, exist_ok=True)
     lengths = np.array([len(ids) for ids in tokens], dtype=np.int64)
-    supervised = np.array([mask.sum() for mask in masks], dtype=np.int64)
+    loss_tokens = np.array([mask.sum() for mask in masks], dtype=np.int64)
     arrays = {
         "tokens": np.concatenate(tokens),
         "mask": np.concatenate(masks),
         "offsets": np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
-        "supervised": supervised,
+        "supervised": loss_tokens,
         "truncated": np.array(truncated),
         "checksums": np.array(checksums, dtype=np.uint32),
     }
     for name, array in arrays.items():
-        # A run that has the old file mapped goes on reading that: written over, it would be killed or read other rows.
+        # Replaced, not overwritten: a run that has the old file mapped keeps reading that one.
         with replacing(folder / f"{name}.npy") as unfinished, unfinished.open("wb") as file:
             np.save(file, array)
     return RenderReport(
         conversations=len(tokens),
         tokens=int(lengths.sum()),
-        supervised=int(supervised.sum()),
+        loss_tokens=int(loss_tokens.sum()),
         truncated=sum(truncated),
-        unsupervised=int((supervised == 0).sum()),
+        no_loss_tokens=int((loss_tokens == 0).sum()),
     )
 
 
 class RenderedConversations:
-    """What `render_all` wrote, in memory-mapped arrays.
+    """The conversations that `render_all` wrote, in memory-mapped arrays.
+
+    Args:
+        folder: the folder it wrote to.
 
     Attributes:
         lengths: (conversations,) int64, tokens of each.
-        supervised: (conversations,) int64, tokens of each that a loss is taken on.
-        truncated: (conversations,) bool, which were cut.
+        loss_tokens: (conversations,) int64, tokens of each that receive loss.
+        truncated: (conversations,) bool, whether each was cut off.
         checksums: (conversations,) uint32, CRC-32 of the tokens and mask of each.
     """
 
@@ -103,7 +119,7 @@ class RenderedConversations:
         self._tokens = np.load(folder / "tokens.npy", mmap_mode="r")
         self._mask = np.load(folder / "mask.npy", mmap_mode="r")
         self._offsets = np.load(folder / "offsets.npy")
-        self.supervised: npt.NDArray[np.int64] = np.load(folder / "supervised.npy")
+        self.loss_tokens: npt.NDArray[np.int64] = np.load(folder / "supervised.npy")
         self.truncated: npt.NDArray[np.bool_] = np.load(folder / "truncated.npy")
         self.checksums: npt.NDArray[np.uint32] = np.load(folder / "checksums.npy")
         self.lengths: npt.NDArray[np.int64] = np.diff(self._offsets)

@@ -1,4 +1,4 @@
-"""Token files: the tokens of one parquet shard, in a format that is mapped into memory.
+"""Token files: the tokens of one parquet shard, in a memory-mapped format.
 
 A token file is a header of 4,096 bytes (JSON, readable with ``head -1``), the concatenated tokens of all documents
 (uint16 or uint32, each document with its leading BOS), and the int64 offset of each document and of the end. The header
@@ -42,7 +42,7 @@ class TextTokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Source:
-    """The identity of a parquet file: cheap to compare, except sha256, which settles a changed time stamp."""
+    """Identity of a parquet file. ``sha256`` is computed only where the time stamp has changed."""
 
     size: int
     mtime_ns: int
@@ -52,7 +52,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Header:
-    """What a token file says about itself. crc32: of everything after the header."""
+    """Header of a token file. ``crc32`` is the checksum of everything after the header."""
 
     tokenizer: str
     dtype: str
@@ -64,7 +64,7 @@ class Header:
 
     @property
     def offsets_at(self) -> int:
-        """Where the offsets begin: after the tokens, on a multiple of 8 bytes."""
+        """Byte position of the offsets: after the tokens, a multiple of 8."""
         return HEADER_BYTES + -(-self.tokens * np.dtype(self.dtype).itemsize // 8) * 8
 
     @property

@@ -1,4 +1,4 @@
-"""From parquet shards to token files: each shard is tokenized once, on all cores."""
+"""Tokenizes parquet shards into token files, each shard once, on all cores."""
 
 from __future__ import annotations
 
@@ -28,7 +28,16 @@ _CHUNK_CHARACTERS = 1 << 18
 
 @dataclass(frozen=True)
 class TokenReport:
-    """What `prepare_token_shards` found or made. skipped: null and empty texts. made: shards tokenized just now."""
+    """Result of `prepare_token_shards`.
+
+    Attributes:
+        directory: folder of the token files.
+        shards: number of shards.
+        made: shards that this call tokenized.
+        documents: number of documents.
+        tokens: number of tokens.
+        skipped: null and empty texts.
+    """
 
     directory: Path
     shards: int
@@ -41,7 +50,7 @@ class TokenReport:
 def prepare_token_shards(
     data_dir: Path, tokenizer: TextTokenizer, *, num_threads: int | None = None, progress: bool = True
 ) -> TokenReport:
-    """Tokenize the shards of a folder that have no up-to-date token file, on all cores.
+    """Tokenizes the shards of a folder that have no up-to-date token file, on all cores.
 
     One process works, others that call this for the same folder wait for it. A shard's file appears when it is
     complete, so an interrupted run continues with the shard it was at.
@@ -97,7 +106,7 @@ def _is_current(path: Path, shard: Path, tokenizer: TextTokenizer) -> bool:
 
 
 def _restamp(directory: Path, shard: Path, tokenizer: TextTokenizer) -> bool:
-    """Whether the shard differs from the tokenized one in its time stamp only, as a copy does; if so, note it."""
+    """Updates the time stamp in the header if nothing else of the shard has changed, as in a copy; returns whether."""
     path = token_path(directory, shard)
     header = Header.read(path)
     if header is None or header.tokenizer != tokenizer.fingerprint:
@@ -153,7 +162,7 @@ def _count_rows(shard: Path) -> int:
 
 @dataclass
 class _Chunk:
-    """Some documents on end. rows: how many rows of the parquet file they come from."""
+    """Concatenated tokens of some documents. ``rows`` is the number of rows of the parquet file that they come from."""
 
     rows: int
     tokens: npt.NDArray[np.unsignedinteger]
@@ -161,7 +170,7 @@ class _Chunk:
 
 
 class _OrderedEncoder:
-    """Texts to chunks of tokens, in order, with a bounded number of chunks under way."""
+    """Encodes texts to chunks of tokens, in order, with a bounded number of chunks in progress."""
 
     def __init__(self, pool: ThreadPoolExecutor, tokenizer: TextTokenizer, look_ahead: int) -> None:
         self.pool = pool
@@ -170,13 +179,13 @@ class _OrderedEncoder:
         self.dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
 
     def __call__(self, texts: Iterable[str | None]) -> Iterator[_Chunk]:
-        under_way: deque[Future[_Chunk]] = deque()
+        pending: deque[Future[_Chunk]] = deque()
         for chunk in _split(texts, _CHUNK_CHARACTERS):
-            under_way.append(self.pool.submit(self._encode, chunk))
-            if len(under_way) > self.look_ahead:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
+            pending.append(self.pool.submit(self._encode, chunk))
+            if len(pending) > self.look_ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
     def _encode(self, texts: Sequence[str | None]) -> _Chunk:
         bos = np.array([self.tokenizer.bos_id], dtype=self.dtype)
@@ -201,7 +210,7 @@ def _split(texts: Iterable[str | None], characters: int) -> Iterator[list[str | 
 
 
 def _write_token_file(path: Path, shard: Path, encode: _OrderedEncoder, fingerprint: str) -> Iterator[int]:
-    """Tokenize one shard; yields the number of rows done as it goes. The file appears when it is complete."""
+    """Tokenizes one shard; yields the number of rows done as it goes. The file appears when it is complete."""
     source = _identify(shard)
     rows = tokens = crc = 0
     lengths = [np.zeros(1, dtype=np.int64)]

@@ -47,5 +47,5 @@ def adamw_update(
 
 
 def _laid_out_as(param: Tensor, grad: Tensor) -> Tensor:
-    """The gradient in the parameter's layout: the fused kernel walks through memory, whatever the strides."""
+    """The gradient with the parameter's strides: the fused kernel ignores strides."""
     return grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)

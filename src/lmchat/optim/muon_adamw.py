@@ -95,7 +95,7 @@ def _group(name: str, members: Sequence[tuple[str, nn.Parameter]], settings: dic
 
 
 MAX_STACK_SHAPES = 64
-"""For so many shapes of a stack Muon's update is compiled; by torch's limit of 8 further ones would run eagerly."""
+"""Recompile limit of Muon's update: one graph per stack shape. Beyond torch's default of 8, they would run eagerly."""
 
 StateDict = dict[str, Any]
 
@@ -104,13 +104,13 @@ class MuonAdamW(Optimizer):
     """Muon and AdamW groups stepped together.
 
     Schedules set ``lr``, ``momentum`` and ``weight_decay`` in ``param_groups`` between steps, as plain numbers.
-    Parameters without a gradient are left alone, and their state too. ``state[param]`` holds, in the parameter's dtype,
+    Parameters without a gradient and their state are not changed. ``state[param]`` holds, in the parameter's dtype,
     ``momentum_buffer`` (rows, cols) and ``second_moment`` for Muon, views of one stack per group, and ``exp_avg``,
     ``exp_avg_sq`` and ``step`` for AdamW.
 
     Args:
-        param_groups: as `build_param_groups` makes them.
-        polar_dtype: of Muon's orthogonalisation; "auto" is bf16 where the device multiplies it fast. bf16 moves a
+        param_groups: groups as returned by `build_param_groups`.
+        polar_dtype: dtype of Muon's orthogonalisation; "auto" is bf16 where the device multiplies it fast. bf16 moves a
             single update by 3 to 6 % of its norm.
         compile: compile Muon's update, once per shape of a stack; "auto" is on a GPU only, since on a CPU the matrix
             products dominate.
@@ -172,12 +172,12 @@ class MuonAdamW(Optimizer):
         return [self._names[param] for param, good in zip(params, finite, strict=True) if not good]
 
     def skip_step(self) -> None:
-        """Lets the step under way, whose closure has run, drop the gradients: parameters and state stay as they are."""
+        """Makes the current step, whose closure has run, discard its gradients; parameters and state do not change."""
         self._skipped = True
 
     def _take_skipped(self) -> bool:
-        dropped, self._skipped = self._skipped, False
-        return dropped
+        skipped, self._skipped = self._skipped, False
+        return skipped
 
     def _step_adamw(self, group: dict[str, Any]) -> None:
         params = [param for param in group["params"] if param.grad is not None]
@@ -229,7 +229,7 @@ class MuonAdamW(Optimizer):
         if not (params.is_cuda if self.compile == "auto" else self.compile):
             muon_update(params, grads, *state, **settings, polar_dtype=polar_dtype)
             return
-        # Tensors: a compiled kernel would be made anew for every new number.
+        # Tensors, so that changing hyperparameters do not recompile.
         settings = {key: torch.tensor(value, dtype=params.dtype) for key, value in settings.items()}
         with torch._dynamo.config.patch(recompile_limit=MAX_STACK_SHAPES):
             self._compiled_update(params, grads, *state, **settings, polar_dtype=polar_dtype)
@@ -279,8 +279,10 @@ class MuonAdamW(Optimizer):
     def load_state_dict(self, state_dict: StateDict | Sequence[StateDict]) -> None:
         """Restores state and settings exactly, from one `state_dict` or from those of all ranks of a sharded run.
 
-        Where these hold exact parameters too, because others had rounded ones, the parameters are restored as well.
-        Raises UserError where the parameters are others than those saved, or where state of some is missing.
+        Exact parameters in the state, saved where other ranks had rounded ones, are restored too.
+
+        Raises:
+            UserError: the saved parameters have other names or shapes, state is missing, or the state is damaged.
         """
         try:
             self._load([state_dict] if isinstance(state_dict, dict) else list(state_dict))
@@ -324,7 +326,7 @@ class MuonAdamW(Optimizer):
 
 
 def are_finite(sums: Sequence[Tensor]) -> list[bool]:
-    """Of the tensors whose sums these are. A sum is the cheapest value that an infinity or NaN cannot leave finite."""
+    """Whether each of the tensors with these sums is finite: a sum with an infinity or NaN in it never is."""
     return torch.stack(list(sums)).isfinite().tolist() if sums else []
 
 

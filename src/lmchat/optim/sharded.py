@@ -67,16 +67,16 @@ class ShardedMuonAdamW(MuonAdamW):
 
     @property
     def bytes_sent(self) -> BytesSent:
-        """What this rank sends in one step in which every parameter has a gradient."""
+        """Bytes that this rank sends in a step in which every parameter has a gradient."""
         sent = [bucket.bytes_sent(self._gather_dtype) for bucket in self._buckets]
         ranks = self._collectives.world_size
         agreement = BytesSent(0.0, 0.0, 2 * len(self._bucket_of) * (ranks - 1) / ranks)
         return BytesSent(*map(sum, zip(agreement, *sent, strict=True)))
 
     def reduce_during_backward(self) -> None:
-        """Lets the next backward pass, the last before `step`, start reductions as its gradients come in.
+        """Starts reductions during the next backward pass, which must be the last before `step`.
 
-        Without this call `step` reduces everything itself.
+        Without this call `step` starts all reductions.
         """
         self._overlapping = True
 
@@ -90,7 +90,7 @@ class ShardedMuonAdamW(MuonAdamW):
             self._reduce_in_order()
 
     def _reduce_in_order(self) -> None:
-        """Reduces buckets that are complete, in the one order that all ranks keep."""
+        """Starts the reduction of complete buckets, in an order that is the same on all ranks."""
         while self._reduced < len(self._order) and not self._order[self._reduced].missing:
             self._order[self._reduced].reduce()
             self._reduced += 1
@@ -122,15 +122,15 @@ class ShardedMuonAdamW(MuonAdamW):
     def non_finite_gradients(self) -> list[str]:
         """Names of the parameters with an infinite or NaN gradient on any rank; synchronises with the device.
 
-        To be called by all ranks or by none, between the backward pass and the update: within `step`'s closure.
+        Call it on all ranks or on none, between the backward pass and the update: within `step`'s closure.
         """
         worst = zip(self._bucket_of, self._agree_on_gradients(), strict=True)
         return [self._names[param] for param, state in worst if state == NON_FINITE]
 
     def _agree_on_gradients(self) -> list[int]:
-        """The worst state of each parameter's gradient on any rank, agreed once per step.
+        """The status of each parameter's gradient, reduced over the ranks with max, once per step.
 
-        No rank returns, and so none changes a parameter, before all have ended their backward pass.
+        Returns only after all ranks have finished their backward pass, so no rank changes a parameter before.
         """
         if self._agreed is None:
             sums = [
@@ -150,7 +150,7 @@ class ShardedMuonAdamW(MuonAdamW):
             bucket.finish()
 
     def _learn_order(self) -> None:
-        """Takes the order in which a backward pass of the first rank completed all buckets, once."""
+        """Adopts, once, the order in which a backward pass on rank 0 completed the buckets."""
         if self._order is self._buckets and self._overlapping:
             complete = len(self._completed) == len(self._buckets)
             indices = self._collectives.broadcast_from_rank0(self._completed if complete else [-1] * len(self._buckets))
@@ -159,7 +159,7 @@ class ShardedMuonAdamW(MuonAdamW):
 
     @torch.no_grad()
     def gather_exact(self) -> None:
-        """Gives every rank the exact parameters, where `step` gathered them in a narrower dtype."""
+        """Gathers the exact parameters, which `step` gathers in a narrower dtype."""
         for bucket in self._buckets:
             bucket.gather(None)
         for bucket in self._buckets:
@@ -183,7 +183,7 @@ class ShardedMuonAdamW(MuonAdamW):
         return bucket.own if isinstance(bucket, RowBucket) else param
 
     def state_dict(self) -> StateDict:
-        """This rank's share; where others hold rounded parameters, it holds this rank's exact ones as ``param``."""
+        """This rank's state. With a narrower ``gather_dtype``, ``param`` holds the exact parameters of this rank."""
         saved = super().state_dict()
         if self._gather_dtype is not None:
             for param in self.state:
@@ -191,6 +191,10 @@ class ShardedMuonAdamW(MuonAdamW):
         return saved
 
     def load_state_dict(self, state_dict: StateDict | Sequence[StateDict]) -> None:
-        """As of `MuonAdamW`, on all ranks at once: from this rank's share if as many ranks saved it, or from all."""
+        """Restores state as `MuonAdamW` does; call it on all ranks.
+
+        Args:
+            state_dict: this rank's state if the same number of ranks saved it, else the states of all ranks.
+        """
         super().load_state_dict(state_dict)
         self.gather_exact()

@@ -171,7 +171,7 @@ class FineWebDataModule(StageDataModule):
             self.train_shards.check_in_background()
 
         def validation_batches(rank: int, world_size: int) -> PackedBatches:
-            return self._batches(val_shards, rank, world_size, rounds=self._eval_rounds(world_size))
+            return self._batches(val_shards, rank, world_size, num_batches=self._eval_batches(world_size))
 
         token_bytes = torch.from_numpy(self.spec.tokenizer.token_bytes)
         self.evaluators = [BitsPerByteEvaluator(token_bytes, validation_batches)]
@@ -194,16 +194,16 @@ class FineWebDataModule(StageDataModule):
 
     def val_dataloader(self) -> list[DataLoader]:
         assert self.trainer is not None
-        self._eval_rounds(self.trainer.world_size)  # a wrong option is reported before training
+        self._eval_batches(self.trainer.world_size)  # a wrong option is reported before training
         return super().val_dataloader()
 
-    def _eval_rounds(self, world_size: int) -> int:
+    def _eval_batches(self, world_size: int) -> int:
         """Micro-batches per rank in one evaluation."""
         tokens = self.micro_batch_size * self.spec.sequence_len * world_size
-        rounds = self.eval_tokens // tokens
-        if rounds == 0:
+        num_batches = self.eval_tokens // tokens
+        if num_batches == 0:
             raise UserError(
                 f"--data.eval_tokens {self.eval_tokens} is less than one micro-batch per rank ({tokens} tokens); "
                 f"use --data.eval_tokens {tokens} or more"
             )
-        return rounds
+        return num_batches

@@ -125,8 +125,8 @@ class SFTDataModule(ChatDataModule):
 
     def _validation_batches(self, plan: PaddedPlan, rank: int, world_size: int) -> PaddedBatches:
         rows = min(len(plan.rows), self.eval_tokens // self.spec.sequence_len)
-        rounds = max(1, -(-rows // (self.micro_batch_size * world_size)))
-        return self._batches(plan, rank, world_size, rounds=rounds)
+        num_batches = max(1, -(-rows // (self.micro_batch_size * world_size)))
+        return self._batches(plan, rank, world_size, num_batches=num_batches)
 
     def _batches(self, plan: PaddedPlan, rank: int, world_size: int, **kwargs: Any) -> PaddedBatches:
         return PaddedBatches(
@@ -158,16 +158,16 @@ def check_loss(split: str, report: RenderReport, sequence_len: int) -> None:
         UserError: none has any.
     """
     cut = f"{report.truncated:,} of {report.conversations:,} are cut at {sequence_len:,} tokens"
-    if report.supervised == 0:
+    if report.loss_tokens == 0:
         raise UserError(
             f"{split}: no token of the conversations receives loss ({cut}); give conversations in which the assistant "
             "speaks within that length, or start from a model with a longer --model.sequence_len"
         )
-    if report.unsupervised > MOST_WITHOUT_LOSS * report.conversations:
-        share = report.unsupervised / report.conversations
+    if report.no_loss_tokens > MOST_WITHOUT_LOSS * report.conversations:
+        share = report.no_loss_tokens / report.conversations
         rank_zero_warn(
             f"{share:.0%} of the {split} conversations have no token with loss ({cut}); `lmchat data show` shows them "
-            "with --only unsupervised"
+            "with --only no_loss_tokens"
         )
 
 

@@ -1,4 +1,4 @@
-"""Lightning's checkpoint dictionary to and from lmchat's files."""
+"""Converts between Lightning's checkpoint dictionary and lmchat's files."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ class LMChatCheckpointIO(CheckpointIO):
     """Saves and loads checkpoints in the layout of `lmchat.checkpoint.layout`.
 
     `save_checkpoint` copies the state to CPU memory and returns; files are written by a thread, one checkpoint at a
-    time. What that thread meets is raised by the next `save_checkpoint`, `check`, `wait` or `teardown`.
+    time. An error of that thread is raised by the next `save_checkpoint`, `check`, `wait` or `teardown`.
 
     Lightning's strategies save on rank 0. A strategy that shards the optimizer makes its own instance with its
     ``rank`` and ``world_size`` (before the callbacks' ``setup``) and calls `save_checkpoint` on every rank, with the
     rank's own ``optimizer_states``.
 
     Args:
-        rank: of this process among those that save.
-        world_size: how many processes save; each writes one optimizer file.
-        elastic: the strategy can use optimizer shards of another world size. It then finds those of all ranks under
+        rank: rank of this process.
+        world_size: number of processes that save; each writes one optimizer file.
+        elastic: the strategy can load optimizer shards of another world size. They are then under
             ``optimizer_shards`` in the loaded dictionary, in place of ``optimizer_states``.
 
     Attributes:
         attempt: the attempt of the run that saves; None where nothing else can write to the folder.
         keep_last: complete checkpoints to keep in the folder; None keeps all.
-        peer_timeout_seconds: how long rank 0 waits for the other ranks' files, also of a write in flight.
+        peer_timeout_seconds: how long rank 0 waits for the other ranks' files; a change applies to a write in progress.
     """
 
     def __init__(self, rank: int = 0, world_size: int = 1, *, elastic: bool = False) -> None:
@@ -57,8 +57,8 @@ class LMChatCheckpointIO(CheckpointIO):
         self._writer.wait()
         rest = {key: value for key, value in checkpoint.items() if key not in _DROPPED}
         network = rest.pop("state_dict")
-        strangers = [name for name in network if not name.startswith(_NETWORK)]
-        assert not strangers, f"only the network at module.net is saved, not {strangers}"
+        others = [name for name in network if not name.startswith(_NETWORK)]
+        assert not others, f"only the network at module.net is saved, not {others}"
         meta = {**rest.pop("meta"), "lightning": {key: rest.pop(key) for key in _IN_META}}
         job = partial(
             write_checkpoint,
@@ -97,7 +97,7 @@ class LMChatCheckpointIO(CheckpointIO):
         shards = [load_rank_state(checkpoint, rank) for rank in ranks]
         state = shards[0]
         if not same_world:
-            # Random numbers belong to a rank; with other ranks there is no state that would continue them.
+            # Each rank has its own random number state; none can be continued with another number of ranks.
             state = {key: value for key, value in state.items() if key not in ("optimizer_states", "rng")}
             state["optimizer_shards"] = [shard["optimizer_states"] for shard in shards]
         for former, name in _FORMER_CALLBACKS.items():
@@ -109,11 +109,11 @@ class LMChatCheckpointIO(CheckpointIO):
         raise NotImplementedError("checkpoints are pruned by keep_last, after a newer one is complete")
 
     def check(self) -> None:
-        """Raises what a finished write met, without waiting for one in flight."""
+        """Raises the error of a finished write; does not wait for one in progress."""
         self._writer.check()
 
     def wait(self) -> None:
-        """Returns when nothing is being written; raises what the write met."""
+        """Waits for the write in progress and raises its error."""
         self._writer.wait()
 
     def teardown(self) -> None:

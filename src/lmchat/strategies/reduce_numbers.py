@@ -1,4 +1,4 @@
-"""Numbers that the ranks of a run have in common."""
+"""Reductions of a few numbers over the ranks."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from lmchat.strategies.zero2_muon import Zero2MuonStrategy
 
 
 def reduce_numbers(trainer: L.Trainer, numbers: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
-    """A few numbers reduced over the ranks, on the CPU.
+    """Reduces a few numbers over the ranks; returns them on the CPU.
 
-    Not by Lightning's ``Strategy.reduce``, which adds a barrier. zero2_muon does it over its group on the CPU: where
-    another rank has failed that raises RuntimeError, while NCCL would wait for it where no signal gets through.
+    Lightning's ``Strategy.reduce`` would add a barrier. zero2_muon reduces over its CPU group, which raises
+    RuntimeError if another rank has failed; NCCL would wait for that rank and ignore signals.
 
     Args:
-        numbers: on any device, which is waited for; of the same shape and dtype on all ranks.
+        trainer: the trainer.
+        numbers: tensor on any device, of the same shape and dtype on all ranks; synchronises with the device.
         op: a `torch.distributed.ReduceOp`.
     """
     if trainer.world_size == 1:

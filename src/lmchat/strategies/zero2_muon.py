@@ -48,7 +48,7 @@ class Zero2MuonStrategy(DDPStrategy):
 
     Args:
         gather_dtype: dtype in which new parameters are gathered; "auto" is bf16 where the network computes in bf16.
-        bucket_mebibytes: size of a message of gradients.
+        bucket_mebibytes: size of a gradient message in MiB.
         kwargs: arguments of `DDPStrategy`, e.g. ``process_group_backend``, ``timeout``.
 
     Attributes:
