@@ -38,7 +38,7 @@ export BASE TEXT DEPTH SHARDS DEVICES STRATEGY VOCAB_SIZE PRETRAIN SFT RL
 tokenizer: $(INSTALLED)  ## download text and train a tokenizer on it (DEPTH=26, BASE=folder, DEVICES=auto, SHARDS=160)
 	@$(PIPELINE) tokenizer
 
-pretrain: tokenizer  ## pretrain, and what comes before; finished stages are left alone, interrupted ones go on
+pretrain: tokenizer  ## pretrain, and what comes before; finished stages are skipped, interrupted ones resume
 	@$(PIPELINE) pretrain
 
 sft: pretrain  ## fine-tune, and what comes before

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One stage of the full pipeline: scripts/pipeline.sh tokenizer|pretrain|sft|rl. `make speedrun` runs them in order.
-# What is finished is left alone, what was interrupted goes on where it stopped: run the same command again.
+# Finished stages are skipped, interrupted ones resume: run the same command again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

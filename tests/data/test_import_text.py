@@ -41,7 +41,7 @@ def source(tmp_path: Path) -> Path:
     (folder / "deep" / "er" / "c.rst").write_text("plain text")
     (folder / "d.jsonl").write_text('{"text": "json one"}\n\n{"text": "json two", "x": 1}\n{"text": null}\n')
     (folder / "e.jsonl.gz").write_bytes(
-        gzip.compress(b'{"text": "json one"}\n{"text": "zipped \\ud800 \\ud83d\\ude00"}')
+        gzip.compress(b'{"text": "json one"}\n{"text": "zipped \\ud800 \\ud83d\\ude00"}', mtime=0)
     )
     pq.write_table(pa.table({"text": ["from parquet", None, "  \n"]}), folder / "f.parquet")
     (folder / "binary.txt").write_bytes(b"abc\x00def")
@@ -136,7 +136,7 @@ def test_another_field_and_column(tmp_path: Path) -> None:
         ("a.jsonl", b'{"messages": [], "id": 3}', r"a\.jsonl:1 has no field `text` but the fields messages, id"),
         ("a.jsonl", b'{"text": 3}', r"a\.jsonl:1: field `text` holds a int, not a string"),
         ("a.jsonl", b'\n{"text": "\xff"}', r"a\.jsonl:2 is not valid JSON"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "one"}\n' * 9)[:-12], r"a\.jsonl\.gz is damaged"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "one"}\n' * 9, mtime=0)[:-12], r"a\.jsonl\.gz is damaged"),
         ("a.jsonl.gz", b'{"text": "one"}\n', r"a\.jsonl\.gz is damaged"),
         ("a.parquet", b"PAR1", r"cannot read .*a\.parquet"),
         ("a.txt", b"only one", r"found 1 document\(s\) with text, at least 2"),
