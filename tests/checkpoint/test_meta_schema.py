@@ -21,7 +21,7 @@ from lmchat.checkpoint.load import (
     load_rank_state,
     open_checkpoint,
 )
-from lmchat.checkpoint.meta_schema import check_meta, check_resumable
+from lmchat.checkpoint.meta_schema import check_meta, check_resumable, check_settings
 from lmchat.checkpoint.writer import json_digest
 from lmchat.types import UserError
 
@@ -217,3 +217,11 @@ def test_a_meta_of_the_first_release_is_accepted(fixtures: Path) -> None:
     )
     check_meta(meta, CheckpointPaths(Path("d2"), 2))
     check_resumable(meta)
+
+
+def test_settings_of_an_import_are_checked() -> None:
+    check_settings({"stage": "sft", "tag": "d4", "micro_batch_size": None, "learning_rates": META["learning_rates"]})
+    wrong: list[dict[str, Any]] = [{"tag": "../x"}, {"tag": 7}, {"learning_rates": {"a": 1}}, {"micro_batch_size": "x"}]
+    for settings in wrong:
+        with pytest.raises(UserError, match=next(iter(settings))):
+            check_settings(settings)

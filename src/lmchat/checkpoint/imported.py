@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lmchat.checkpoint.layout import CheckpointPaths, checkpoint_dir, files_by_step
+from lmchat.checkpoint.meta_schema import check_settings
 from lmchat.checkpoint.tensors import check_tensors, shapes, shapes_of
 from lmchat.checkpoint.writer import write_checkpoint
 from lmchat.model.config import GPTConfig
@@ -57,6 +58,10 @@ def save_imported(model: ImportedModel, *, stage: str, tag: str) -> CheckpointPa
         UserError: tensors and config, or model and tokenizer, do not fit together; the run's folder is taken; or the
             base folder has another tokenizer.
     """
+    try:
+        check_settings({**model.settings, "stage": stage, "tag": tag})
+    except UserError as error:
+        raise UserError(f"cannot import {model.source}: {error}; correct its files, or give another --tag") from error
     check_tensors(shapes_of(model.state), shapes(model.config), str(model.source))
     if model.tokenizer.vocab_size != model.config.vocab_size:
         raise UserError(

@@ -148,6 +148,18 @@ def check_meta(meta: Any, paths: CheckpointPaths) -> None:
         _check_lightning(meta["lightning"], meta["step"])
 
 
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Checks values for a new ``meta`` that were read from somebody else's files.
+
+    Raises:
+        UserError: a value is wrong; the message names it.
+    """
+    _check_plain(settings)
+    _check_fields(settings, {}, {**REQUIRED, **OPTIONAL}, "")
+    if "learning_rates" in settings:
+        _check_fields(settings["learning_rates"], dict.fromkeys(LEARNING_RATES, number), {}, "learning_rates.")
+
+
 def check_resumable(meta: Mapping[str, Any]) -> None:
     """Raises UserError unless ``meta`` has what the trainer restores; it has passed `check_meta`."""
     for name in ("lightning", "compute_dtype", "total_steps"):
