@@ -41,21 +41,21 @@ tokenizer: $(INSTALLED)  ## download text and train a tokenizer on it (DEPTH=26,
 pretrain: tokenizer  ## pretrain, and what comes before; finished stages are skipped, interrupted ones resume
 	@$(PIPELINE) pretrain
 
-sft: pretrain  ## fine-tune, and what comes before
+sft: pretrain  ## fine-tune, after the stages before it
 	@$(PIPELINE) sft
 
-rl: sft  ## reinforcement learning, and what comes before
+rl: sft  ## reinforcement learning, after the stages before it
 	@$(PIPELINE) rl
 
 speedrun: rl  ## the whole pipeline, d26 on 8 GPUs
 	@echo "Finished. Talk to it: make chat$(if $(BASE), BASE=$(BASE))"
 
-chat: $(INSTALLED)  ## talk to the model of the furthest stage
+chat: $(INSTALLED)  ## chat with the model of the latest finished stage
 	@$(if $(BASE),LMCHAT_BASE_DIR="$(BASE)") $(BIN)/lmchat chat
 
 # One worker a core, at most 8: each imports torch. One process: make test WORKERS=0.
 WORKERS ?= logical
-test: $(INSTALLED)  ## run the tests, in parallel (minutes, on two cores; WORKERS=2)
+test: $(INSTALLED)  ## run the tests in parallel (minutes on two cores; WORKERS=2)
 	@$(BIN)/python -m pytest -m 'not slow and not gpu' -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
 test-slow: $(INSTALLED)  ## run the long tests
@@ -71,13 +71,13 @@ lint: $(INSTALLED)  ## check style
 types: $(INSTALLED)  ## check types
 	@$(BIN)/python -m mypy
 
-format: $(INSTALLED)  ## put the code into the house style
+format: $(INSTALLED)  ## format the code
 	@$(BIN)/python -m ruff format . && $(BIN)/python -m ruff check --fix .
 
 bench: $(INSTALLED)  ## measure the CPU benchmarks, as ratios within one run
 	@for file in benchmarks/*.py; do case $$file in *gpu*|*loss_compare*) ;; *) echo "== $$file"; $(BIN)/python $$file || exit 1;; esac; done
 
-loss-compare: $(INSTALLED)  ## prove a refactor: the same losses at revisions A and B (A=rev B=rev)
+loss-compare: $(INSTALLED)  ## check that a refactor leaves the losses of revisions A and B identical (A=rev B=rev)
 	@$(BIN)/python benchmarks/loss_compare.py $(A) $(B)
 
 clean:  ## remove the virtual environment, caches and demo runs

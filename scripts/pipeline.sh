@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 LMCHAT=${LMCHAT:-lmchat}
-BASE=${BASE:-${LMCHAT_BASE_DIR:-$HOME/.cache/lmchat}}  # where everything goes
+BASE=${BASE:-${LMCHAT_BASE_DIR:-$HOME/.cache/lmchat}}  # output folder
 TEXT=${TEXT:-}                                         # a folder of text to train on, in place of a download
 DEPTH=${DEPTH:-26}
 SHARDS=${SHARDS:-160}                                  # to download: 160 × 250 M characters are one epoch of d26
@@ -14,7 +14,7 @@ STRATEGY=${STRATEGY:-zero2_muon}
 TOKENIZER_SHARDS=8                                     # the 2 G characters for the tokenizer and the word list
 export LMCHAT_BASE_DIR=$BASE
 
-# The rest of the shards comes down while the tokenizer is trained on the first.
+# Downloads the remaining shards while the tokenizer is trained on the first ones.
 tokenizer() {
   local first=$((SHARDS > 0 && SHARDS < TOKENIZER_SHARDS ? SHARDS : TOKENIZER_SHARDS))
   if [ -n "$TEXT" ]; then
@@ -23,7 +23,7 @@ tokenizer() {
     $LMCHAT data download --num_shards "$first"
     (exec $LMCHAT data download --num_shards "$SHARDS" > "$BASE/download.log" 2>&1) &
     download=$!
-    trap 'kill "$download" 2> /dev/null || true' EXIT  # Ctrl-C does not reach what runs in the background
+    trap 'kill "$download" 2> /dev/null || true' EXIT  # Ctrl-C does not reach background jobs
   fi
   [ -f "$BASE/words.txt" ] || $LMCHAT data words --max_shards "$first"
   if [ -f "$BASE/tokenizer/tokenizer.json" ]; then
@@ -34,7 +34,7 @@ tokenizer() {
   [ -z "${download:-}" ] || finish_download
 }
 
-# Nothing is trained on a part of the shards: make goes no further than a download that failed.
+# A failed download ends the stage, so that nothing is trained on an incomplete set of shards.
 finish_download() {
   local status=0
   echo "waiting for the download, see $BASE/download.log"
@@ -42,7 +42,7 @@ finish_download() {
   trap - EXIT
   if [ "$status" -ne 0 ]; then
     tail -n 1 "$BASE/download.log" >&2
-    echo "the download of $SHARDS shards failed (status $status); what is complete is kept, run again to continue" >&2
+    echo "the download of $SHARDS shards failed (status $status); complete shards are kept; run again to resume" >&2
     exit "$status"
   fi
   touch "$BASE/base_data/.complete_$SHARDS"

@@ -1,4 +1,4 @@
-"""The values that pass between the parts: conversations, batches, and the errors a user may cause."""
+"""Shared value types: conversations, batches, and exceptions for user errors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 IGNORE_INDEX = -1
-"""Target id that takes no part in a loss or a metric."""
+"""Target id that losses and metrics ignore."""
 
 
 class UserError(ValueError):

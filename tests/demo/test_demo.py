@@ -304,7 +304,7 @@ def test_another_recipe_does_not_continue(monkeypatch: pytest.MonkeyPatch, text:
 
 def test_a_folder_of_something_else_is_left_alone(text: Path) -> None:
     before = sorted(text.iterdir())
-    with pytest.raises(UserError, match="holds something else"):
+    with pytest.raises(UserError, match="is not the output of a demo"):
         demo(output=text)
     assert sorted(text.iterdir()) == before
 
@@ -312,12 +312,12 @@ def test_a_folder_of_something_else_is_left_alone(text: Path) -> None:
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"recipe": 1}'])
 def test_a_damaged_summary_is_named(content: str, text: Path, tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text(content)
-    with pytest.raises(UserError, match=r"summary.json is damaged or no demo's .*; delete .*--output"):
+    with pytest.raises(UserError, match=r"summary.json is damaged or not of a demo .*; delete .*--output"):
         demo(text, tmp_path)
 
 
 def test_the_time_to_take_is_positive(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--minutes is -1; give the time to take"):
+    with pytest.raises(UserError, match="--minutes is -1; give a time budget"):
         demo(None, tmp_path, minutes=-1)
 
 

@@ -61,7 +61,7 @@ class NonFiniteGuard(Callback):
             logger.log_metrics({"train/skipped_steps": self.skipped_steps}, step=trainer.global_step + 1)
 
     def _finding(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Optimizer) -> str | None:
-        """What is not finite, the same on every rank."""
+        """Description of the non-finite loss or gradient, equal on all ranks; None if all are finite."""
         step = trainer.global_step + 1
         place = int(reduce_numbers(trainer, torch.tensor(self._place()), dist.ReduceOp.MIN))
         if place != NOWHERE:

@@ -1,4 +1,4 @@
-"""jsonargparse's report of a wrong argument, which shows how it looked for a fit, as one sentence for a person."""
+"""Turns jsonargparse's errors into one readable sentence."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""``lmchat demo``: the whole pipeline, small, offline, on text that is on this machine.
+"""``lmchat demo``: the whole pipeline at small scale, offline, on text found on this machine.
 
-Stages run in order, each a function from `Demo` to its row of figures. The figures of a finished stage are in
-``summary.json`` from then on, so a second run continues with the first stage that is not there.
+Stages run in order, each a function from `Demo` to its metrics. The metrics of a finished stage are in
+``summary.json`` from then on, so a second run resumes at the first unfinished stage.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ STAGES: dict[str, tuple[str, Callable[[Demo], Metrics]]] = {
     "corpus": ("Find text", collect_text),
     "tokenizer": ("Train a tokenizer", train_tokenizer),
     "tokens": ("Tokenize the text", tokenize),
-    "baselines": ("Measure simple models, for comparison", measure_baselines),
+    "baselines": ("Measure compression baselines", measure_baselines),
     "pretrain": ("Train a GPT", pretrain),
     "sft": ("Fine-tune it to a chat model", finetune),
-    "rl": ("Let it practise word problems", reinforce),
+    "rl": ("Reinforcement learning on word problems", reinforce),
     "curves": ("Draw the curves", draw_curves),
-    "conversation": ("Talk to it", converse),
+    "conversation": ("Chat with it", converse),
 }
-"""Stage by its name in ``summary.json``: the heading, and what it does."""
+"""Stages by name in ``summary.json``: heading and function."""
 
 
 def demo(text: Path | None = None, output: Path = Path("runs/demo"), minutes: float = 15) -> None:
@@ -48,13 +48,13 @@ def demo(text: Path | None = None, output: Path = Path("runs/demo"), minutes: fl
         text: folder of your own text (.txt, .md, .rst, .jsonl or .parquet), a few MB or more; by default the
             documentation of Python and its packages on this machine.
         output: folder for data, tokenizer, checkpoints, logs, curves.png and summary.json.
-        minutes: time to take; on a slow machine pretraining and reinforcement learning take fewer steps for it.
-            Fine-tuning always gets its epoch, 5 minutes on two cores.
+        minutes: time budget; on a slow machine pretraining and reinforcement learning take fewer steps.
+            Fine-tuning always runs its full epoch, 5 minutes on two cores.
     """
     from rich.console import Console
 
     if not 0 < minutes < math.inf:
-        raise UserError(f"--minutes is {minutes:g}; give the time to take, for example 15")
+        raise UserError(f"--minutes is {minutes:g}; give a time budget, for example 15")
     console = Console()
     run = Demo(output, text, minutes)
     summary = _open_summary(run)
@@ -66,15 +66,15 @@ def demo(text: Path | None = None, output: Path = Path("runs/demo"), minutes: fl
         console.print(heading)
         started = time.perf_counter()
         try:
-            figures = stage(run)
+            metrics = stage(run)
         except KeyboardInterrupt:
             console.print("Interrupted. Run the same command again to continue.")
             raise
-        summary["stages"][name] = {"seconds": round(time.perf_counter() - started, 1), **figures}
-        summary["minutes"] = round(sum(figures["seconds"] for figures in summary["stages"].values()) / 60, 2)
+        summary["stages"][name] = {"seconds": round(time.perf_counter() - started, 1), **metrics}
+        summary["minutes"] = round(sum(metrics["seconds"] for metrics in summary["stages"].values()) / 60, 2)
         _write_json(run.summary, summary)
     console.print(time_table(summary), skills_table(summary))
-    console.print(f"These figures are in {run.summary}. Next, talk to the model yourself:", soft_wrap=True)
+    console.print(f"Metrics: {run.summary}. To chat with the model:", soft_wrap=True)
     console.print(f"  {_next_command(run)}", soft_wrap=True, highlight=False)
 
 
@@ -87,7 +87,7 @@ def _open_summary(run: Demo) -> dict[str, Any]:
     if not run.summary.exists():
         if run.output.exists() and (not run.output.is_dir() or any(run.output.iterdir())):
             raise UserError(
-                f"{run.output} holds something else than a demo; choose another folder with --output "
+                f"{run.output} is not the output of a demo; choose another folder with --output "
                 "(make demo OUTPUT=folder)"
             )
         summary = {"minutes": 0.0, "recipe": recipe, "stages": {}}
@@ -99,7 +99,7 @@ def _open_summary(run: Demo) -> dict[str, Any]:
         changed = [name for name, value in recipe.items() if summary["recipe"].get(name) != value]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
-            f"{run.summary} is damaged or no demo's ({error}); delete {run.output}, or choose another folder with "
+            f"{run.summary} is damaged or not of a demo ({error}); delete {run.output}, or choose another folder with "
             "--output (make demo OUTPUT=folder)"
         ) from error
     if changed:

@@ -1,4 +1,4 @@
-"""The end of the demo: talking to the model that it made, about what it was not trained on."""
+"""The demo's last stage: sample chats with the trained model, on held-out questions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def converse(run: Demo) -> Metrics:
-    """Three short chats with questions that are held out, answered greedily and graded."""
+    """Prints three short chats on held-out questions, answered by greedy decoding and graded."""
     from lmchat.checkpoint.load import find_checkpoint
     from lmchat.generation.sampling import SamplingParams
     from lmchat.serve.load import load_engine
@@ -32,12 +32,12 @@ def converse(run: Demo) -> Metrics:
             print(f"> {question}")
             marks.append(graded(task).evaluate(example, answer(engine, talk, question, stream)))
             print("✓" if marks[-1] else "✗")
-    print(f"\n{sum(marks)} of {len(marks)} answers are right; no question was in the training data")
+    print(f"\n{sum(marks)} of {len(marks)} answers are correct; no question was in the training data")
     return {"questions": len(marks), "right": sum(marks)}
 
 
 def script(run: Demo) -> list[list[tuple[Task, Conversation]]]:
-    """Per chat, its questions and the tasks that they are from: who the model is, words, sums of two steps."""
+    """Questions of each chat with their tasks: identity, spelling and counting, two-step arithmetic."""
     from lmchat.demo.tasks import Arithmetic
     from lmchat.tasks import Identity, SimpleSpelling, SpellingBee
 
@@ -48,7 +48,7 @@ def script(run: Demo) -> list[list[tuple[Task, Conversation]]]:
 
 
 def _ask(*tasks: Task) -> list[tuple[Task, Conversation]]:
-    """The first question that stands alone of the first task, the second of the second, and so on."""
+    """From the n-th task, its n-th single-turn example."""
     alone = [(example for example in task if len(example["messages"]) == 2) for task in tasks]
     return [
         (task, next(islice(found, number, None))) for number, (task, found) in enumerate(zip(tasks, alone, strict=True))

@@ -1,4 +1,4 @@
-"""What the demo shows at its end: a table of all stages, and the curves of their training."""
+"""The demo's report: tables of all stages and training curves."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 SKILLS = {
-    "identity": "says who it is",
-    "spelling": "spells words",
-    "counting": "counts letters",
-    "arithmetic_taught": "solves problems it was taught",
-    "arithmetic_pass_at_1": "solves new kinds of problems",
+    "identity": "identity",
+    "spelling": "spelling",
+    "counting": "letter counts",
+    "arithmetic_taught": "problems, families in SFT",
+    "arithmetic_pass_at_1": "problems, families only in RL",
 }
-"""What is asked on held-out questions: name in the summary, and heading."""
+"""Accuracies on held-out questions: key in the summary and column heading."""
 BASELINES = {"gzip_bpb": "gzip -9", "xz_bpb": "xz -9e", "ngram_bpb": "n-gram model"}
 REWARD_WINDOW = 10
-"""Steps over which the curve of the reward is averaged."""
+"""Window of the reward curve's moving average, in optimizer steps."""
 
 
 def time_table(summary: dict[str, Any]) -> Table:
-    """All stages with their time and speed, and the bits per byte of held-out text, for `rich`."""
+    """Time and speed of each stage, and bits per byte of held-out text."""
     table = _table("stage", "tokens", "time", "tokens/s", "bits per byte")
     table.title = f"The demo took {summary['minutes']:.1f} minutes"
-    for name, figures in summary["stages"].items():
+    for name, metrics in summary["stages"].items():
         table.add_row(
             name,
-            f"{figures['tokens']:,}" if "tokens" in figures else "",
-            f"{figures['seconds']:.0f} s",
-            f"{figures['tokens_per_second']:,}" if "tokens_per_second" in figures else "",
-            " → ".join(f"{figures[bits]:.3f}" for bits in ("bpb_before", "bpb_after") if bits in figures),
+            f"{metrics['tokens']:,}" if "tokens" in metrics else "",
+            f"{metrics['seconds']:.0f} s",
+            f"{metrics['tokens_per_second']:,}" if "tokens_per_second" in metrics else "",
+            " → ".join(f"{metrics[bits]:.3f}" for bits in ("bpb_before", "bpb_after") if bits in metrics),
         )
     table.add_section()
     for name, title in BASELINES.items():
@@ -43,12 +43,12 @@ def time_table(summary: dict[str, Any]) -> Table:
 
 
 def skills_table(summary: dict[str, Any]) -> Table:
-    """Shares of held-out questions that are answered right after each stage, for `rich`."""
+    """Accuracy on held-out questions after each stage."""
     table = _table("after", *SKILLS.values())
-    table.title = "Right answers to held-out questions"
-    for name, figures in summary["stages"].items():
-        if SKILLS.keys() <= figures.keys():
-            table.add_row(name, *(f"{figures[skill]:.1%}" for skill in SKILLS))
+    table.title = "Accuracy on held-out questions"
+    for name, metrics in summary["stages"].items():
+        if SKILLS.keys() <= metrics.keys():
+            table.add_row(name, *(f"{metrics[skill]:.1%}" for skill in SKILLS))
     return table
 
 
@@ -66,21 +66,21 @@ def draw_curves(run: Demo) -> Metrics:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print("no curves: they need matplotlib (pip install 'lmchat[plot]')")
+        print("curves skipped: matplotlib is not installed (pip install 'lmchat[plot]')")
         return {}
     figure = Figure(figsize=(13, 3.6), layout="constrained")
-    pretrain, sft, grpo = figure.subplots(1, 3)
+    pretrain, sft, rl = figure.subplots(1, 3)
     _curve(pretrain, run.logs("pretrain"), "val/bpb", "held-out text", marker="o")
     _titles(pretrain, "Pretraining", "bits per byte")
     _curve(sft, run.logs("sft"), "train/loss_ema", "training", linewidth=1)
-    _titles(sft, "Fine-tuning", "loss on the assistant's tokens, nats")
+    _titles(sft, "Fine-tuning", "loss on assistant tokens, nats")
     sft.set_yscale("log")
-    _curve(grpo, run.logs("rl"), "train/pass@1", f"practised, mean of {REWARD_WINDOW} steps", window=REWARD_WINDOW)
-    _curve(grpo, run.logs("rl"), "val/pass@1", "held-out problems", marker="o")
-    _titles(grpo, "Reinforcement learning", "share of right answers (practised: full reward)")
+    _curve(rl, run.logs("rl"), "train/pass@1", f"training, mean of {REWARD_WINDOW} steps", window=REWARD_WINDOW)
+    _curve(rl, run.logs("rl"), "val/pass@1", "held-out problems", marker="o")
+    _titles(rl, "Reinforcement learning", "accuracy (training: share of full rewards)")
     path = run.output / "curves.png"
     figure.savefig(path, dpi=120)
-    print(f"The curves of the three trainings are in {path}")
+    print(f"Training curves: {path}")
     return {"curves": path.name}
 
 

@@ -1,4 +1,4 @@
-"""One run of the demo: where its files are, how its stages are started, and what they logged."""
+"""One run of the demo: paths of its files, starting of its stages, reading of their logs."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Demo:
     """One run of the demo.
 
     Args:
-        output: folder that everything goes to.
-        text: the user's text; None is this machine's documentation.
-        minutes: time to take, from now on.
+        output: output folder.
+        text: the user's text; None uses the documentation installed on this machine.
+        minutes: time budget, counted from construction.
     """
 
     output: Path
@@ -76,7 +76,7 @@ class Demo:
         return CONFIGS / f"{stage}.yaml"
 
     def recipe(self) -> dict[str, str]:
-        """The settings that the results depend on. Stages of another recipe are not continued."""
+        """Settings that the results depend on. A run with another recipe is not resumed."""
         return {
             "text": str(self.text.resolve()) if self.text else "this machine's documentation",
             "vocab_size": str(self.vocab_size),
@@ -87,13 +87,13 @@ class Demo:
         }
 
     def environment(self) -> dict[str, str]:
-        """Of a stage's process: files under the demo's folder, no network."""
+        """Environment of a stage's process: base folder is the output folder, Hugging Face libraries offline."""
         offline = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"), "1")
         return {**os.environ, **offline, "LMCHAT_BASE_DIR": str(self.output.resolve())}
 
 
 def lmchat(run: Demo, command: str, stage: str, *options: str) -> None:
-    """``lmchat fit`` or ``validate`` with the stage's config, in a process of its own."""
+    """Runs ``lmchat fit`` or ``validate`` with the stage's config in a subprocess."""
     arguments = [command, "--config", str(run.config(stage)), "--model.tag", TAG, *options]
     process = subprocess.Popen([sys.executable, "-m", "lmchat", *arguments], env=run.environment())
     try:
@@ -105,19 +105,19 @@ def lmchat(run: Demo, command: str, stage: str, *options: str) -> None:
     if status:
         raise UserError(
             f"the stage {stage} failed with exit status {status}, its message is above; "
-            "`lmchat demo` with the same options continues from where it was"
+            "`lmchat demo` with the same options resumes it"
         )
 
 
 def start_from(run: Demo, stage: str, earlier: str | None = None) -> list[str]:
-    """Options that continue from the stage's last checkpoint; without one, from that of the earlier stage."""
+    """Options that resume from the stage's last checkpoint, or else start from that of the earlier stage."""
     if committed_steps(run.checkpoints(stage)):
         return ["--ckpt_path", "last"]
     return ["--ckpt_path", str(run.checkpoints(earlier).resolve())] if earlier else []
 
 
 def within(minutes: float) -> list[str]:
-    """Options that make a training take fewer steps where the machine is too slow for all of them."""
+    """Options that limit training to a time budget."""
     return [
         "--trainer.callbacks+=lmchat.demo.time_budget.TimeBudget",
         f"--trainer.callbacks.minutes={max(minutes, 0.1)}",
@@ -125,7 +125,7 @@ def within(minutes: float) -> list[str]:
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:
-    """The rows of all CSV logs under a folder in the order of their steps; without the cells that are empty."""
+    """Records of all CSV logs under a folder, ordered by step; empty cells are left out."""
     rows = []
     for path in folder.rglob("metrics.csv"):
         with path.open(newline="") as file:

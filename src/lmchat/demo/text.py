@@ -1,4 +1,4 @@
-"""The demo's text: found, cut into shards, tokenized, and given to simple models for comparison."""
+"""The demo's text stages: collection into shards, tokenizer, token files, compression baselines."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ VALIDATION_SHARE = 0.05
 FEW_FILES = 20
 """Fewer plain text files than this are cut into paragraphs, so that some text of each kind can be held out."""
 LONG_FILE_BYTES = 4_000
-"""Files longer than this on average are cut too: of a document, one row is read."""
+"""Files longer than this on average are split too, since training reads one row per document."""
 
 
 def collect_text(run: Demo) -> Metrics:
-    """Shards of text in ``base_data``, the last one held out, and the list of their words."""
+    """Writes text shards to ``base_data``, the last one for validation, and the word list."""
     shutil.rmtree(run.data_dir, ignore_errors=True)  # of an interrupted run
-    figures = _import_text(run, run.text) if run.text is not None else _collect_documentation(run)
-    return {**figures, "words": _list_words(run)}
+    metrics = _import_text(run, run.text) if run.text is not None else _collect_documentation(run)
+    return {**metrics, "words": _list_words(run)}
 
 
 def _import_text(run: Demo, text: Path) -> Metrics:
@@ -44,7 +44,7 @@ def _collect_documentation(run: Demo) -> Metrics:
 
 
 def _list_words(run: Demo) -> int:
-    """Writes the words that the model learns to spell: the text's, and should they be few, those of Python's manual."""
+    """Writes the word list of the spelling tasks: words of the text and of Python's manual."""
     from pydoc_data.topics import topics
 
     from lmchat.data.parquet_text import list_shards, read_documents
@@ -58,7 +58,7 @@ def _list_words(run: Demo) -> int:
 
 
 def _separator(text: Path) -> str | None:
-    """What cuts plain text into documents: nothing if files are many and short, else blank lines or lines."""
+    """Separator that splits plain text files into documents; None keeps files whole (many short files)."""
     from lmchat.data.documents import PLAIN_SUFFIXES
 
     found = [text] if text.is_file() else [path for path in text.rglob("*") if path.is_file()]
@@ -74,12 +74,12 @@ def _separator(text: Path) -> str | None:
 
 
 def _count(cut: str, files: list[Path]) -> int:
-    """How often it is in the files, read one at a time."""
+    """Number of occurrences of ``cut`` in the files."""
     return sum(path.read_bytes().count(cut.encode()) for path in files)
 
 
 def train_tokenizer(run: Demo) -> Metrics:
-    """A byte-level BPE on the training shards, with as many entries as the text gives."""
+    """Trains a byte-level BPE on the training shards; a small text gives a smaller vocabulary."""
     from lmchat.data.tokenizer_text import train_tokenizer as train
     from lmchat.tokenizer.bpe import TooFewMerges
 
@@ -95,7 +95,7 @@ def train_tokenizer(run: Demo) -> Metrics:
 
 
 def tokenize(run: Demo) -> Metrics:
-    """Token files of all shards."""
+    """Tokenizes all shards."""
     from lmchat.data.token_shards import TokenShards
     from lmchat.data.tokenize import prepare_token_shards
     from lmchat.tokenizer.bpe import Tokenizer
@@ -108,7 +108,7 @@ def tokenize(run: Demo) -> Metrics:
 
 
 def measure_baselines(run: Demo) -> Metrics:
-    """What compressors and an n-gram model make of the held-out text."""
+    """Measures bits per byte of compressors and an n-gram model on the held-out text."""
     from rich.console import Console
 
     from lmchat.data.parquet_text import list_shards, read_documents

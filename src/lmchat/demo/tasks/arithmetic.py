@@ -1,4 +1,4 @@
-"""Generated word problems in GSM8K's format: as many as wanted, of a chosen difficulty, solved with the calculator."""
+"""Generated word problems of adjustable difficulty in GSM8K's format, solved with the calculator."""
 
 from __future__ import annotations
 
@@ -144,11 +144,11 @@ class Arithmetic(NumericAnswerTask):
         Args:
             split: train or test; no calculation is in both, whatever the other options.
             size: number of problems.
-            steps: fewest and most calculations of a problem.
+            steps: minimum and maximum number of calculations.
             operands: smallest and largest number to start with, to add or to subtract.
             factors: smallest and largest number to multiply or divide by.
             max_value: largest result.
-            families: kinds of stories by name, see `arithmetic_stories.FAMILIES`; null: all.
+            families: kinds of stories by name, see `stories.FAMILIES`; null: all.
             seed: other seeds give other problems.
             answer_rule: how answers are compared, see `gsm8k.answers_match`.
             slice: see `Task`.
@@ -185,7 +185,7 @@ class Arithmetic(NumericAnswerTask):
         return word_problem(problem.question, problem.answer)
 
     def reward(self, conversation: Conversation, completion: str) -> float:
-        """1 for a right answer in words of the question and of solutions, less in others: `base.reward_in_words_of`."""
+        """See `base.reward_in_words_of`; the allowed words are those of the question and of solutions."""
         question = str(conversation["messages"][-2]["content"])
         known = (question, answer_text(conversation), "dollars", *WORKING.values())
         return reward_in_words_of(self.evaluate(conversation, completion), completion, *known)
@@ -272,9 +272,9 @@ def _lower(sentence: str) -> str:
     return sentence[0].lower() + sentence[1:]
 
 
-def _check_range(name: str, limits: tuple[int, int], least: int, most: int) -> None:
-    if not least <= limits[0] <= limits[1] <= most:
-        raise UserError(f"arithmetic: {name}={list(limits)} is not possible; use [low, high] within {least} to {most}")
+def _check_range(name: str, limits: tuple[int, int], min: int, max: int) -> None:
+    if not min <= limits[0] <= limits[1] <= max:
+        raise UserError(f"arithmetic: {name}={list(limits)} is not possible; use [low, high] within {min} to {max}")
 
 
 def calculation(quantities: Sequence[int], op: Operation, operand: int) -> tuple[str, int]:
