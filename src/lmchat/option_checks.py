@@ -1,4 +1,4 @@
-"""Numbers that a user gives as options, checked when they are given."""
+"""Range checks of numeric options."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from lmchat.tasks.split import Split
 from lmchat.types import Conversation, Message, UserError
 
 TEST_EVERY = 5
-"""Every fifth wording of a question is a test question, except for the common ones."""
+"""Every fifth wording of a question is in the test split, except for the common ones."""
 COMMON_SHARE = 0.25
 """Share of the training questions that are drawn from the common ones only."""
 MAX_TURNS = 3
@@ -79,10 +79,10 @@ class Identity(Task, Graded):
         seed: int = 0,
         **slice: Any,
     ) -> None:
-        """Choose who the assistant is.
+        """Set the assistant's identity.
 
         Args:
-            split: train or test; test questions are worded as no training question is.
+            split: train or test; no wording of a question is in both.
             size: number of conversations; 1,000 ask about each topic 100 times or more, in most wordings.
             assistant: its name.
             maker: who made it.
@@ -159,5 +159,5 @@ def vary(question: str, rng: random.Random) -> str:
 
 
 def shorten(text: str) -> str:
-    """The text as it is typed in a hurry: ``r u`` for ``are you``, no upper case and no apostrophes."""
+    """The text in chat shorthand: ``r u`` for ``are you``, no upper case and no apostrophes."""
     return re.sub(r"\w+", lambda word: SHORTHAND.get(word[0], word[0]), text.lower().replace("'", ""))

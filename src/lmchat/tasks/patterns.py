@@ -1,4 +1,4 @@
-"""Many sentences from few: patterns with alternatives."""
+"""Sentence patterns with alternatives in brackets."""
 
 from __future__ import annotations
 

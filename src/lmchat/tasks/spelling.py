@@ -1,4 +1,4 @@
-"""Spelling words and counting their letters: what a model that reads tokens, not letters, has to learn.
+"""Spelling of words and counting of letters, which are hard for models that read tokens instead of letters.
 
 Questions and solutions are generated from a word list (see `words`). Solutions spell the word letter by letter, which
 turns its tokens into those of its letters, and the counting is done step by step, then checked with the calculator.
@@ -71,7 +71,7 @@ def spell(word: str) -> str:
 
 
 class WordTask(Task):
-    """A task whose examples are made of a word each."""
+    """Base class of tasks with one word per example."""
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class WordTask(Task):
 
     @cached_property
     def words(self) -> list[str]:
-        """The split's words in the order in which the examples use them, over and over."""
+        """The split's words in the order in which the examples use them, cyclically."""
         words = split_words(read_words(self.words_path), self.split)
         if not words:
             raise UserError(f"{self.name}: {self.words_path or 'the list'} has no {self.split} words; use a longer one")

@@ -1,4 +1,4 @@
-"""Train and test, told apart by content."""
+"""Train/test split by a hash of the content."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ SPLIT_PATTERN = (
     r"|\s+(?!\S)"
     r"|\s+"
 )
-"""Cuts text into the pieces that merges stay within: GPT-4's pattern with runs of at most two digits."""
+"""Pre-tokenization pattern; merges do not cross its matches: GPT-4's pattern with runs of at most two digits."""
 
 SPECIAL_TOKENS = (
     "<|bos|>",
@@ -56,7 +56,7 @@ _LONG_WHITESPACE = re.compile(rf"(?<!\s)\s{{{_WHITESPACE_LIMIT}}}")
 
 
 class TooFewMerges(UserError):
-    """A text has too few pairs for the vocabulary asked for; ``possible_vocab_size`` is the largest it gives."""
+    """The text has too few byte pairs for the requested vocabulary; ``possible_vocab_size`` is the largest possible."""
 
     def __init__(self, message: str, possible_vocab_size: int) -> None:
         super().__init__(message)
@@ -117,7 +117,7 @@ class Tokenizer:
             min_frequency=0,
             show_progress=False,
             # Given first, the bytes take ids 0..255 in byte order. As the trainer's alphabet they would be ordered by
-            # stand-in character, and ties between pairs would fall otherwise than in the reference.
+            # stand-in character, and ties between pairs would be broken differently from nanochat.
             special_tokens=list(files.BYTE_CHARACTERS),
         )
         trained.train_from_iterator(texts, trainer)
@@ -132,7 +132,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: str | Path) -> Tokenizer:
-        """Loads what `save` wrote. Reads ``tokenizer.json`` alone.
+        """Loads a tokenizer written by `save`; reads only ``tokenizer.json``.
 
         Raises:
             UserError: there is no tokenizer in the folder, or it is damaged.
@@ -148,13 +148,13 @@ class Tokenizer:
             return cls(*files.read_hugging_face(path, SPECIAL_TOKENS))
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise UserError(
-                f"the tokenizer {path} is damaged or no lmchat tokenizer ({error}): "
+                f"the tokenizer {path} is damaged or not an lmchat tokenizer ({error}): "
                 f"train it again with `lmchat tokenizer train --output {directory}`"
             ) from error
 
     @classmethod
     def import_file(cls, path: str | Path) -> Tokenizer:
-        """Loads a vocabulary that another program trained; see `files.read_vocabulary` for the forms.
+        """Loads a vocabulary trained by another program; see `files.read_vocabulary` for the formats.
 
         Raises:
             UserError: the file is missing, or is no byte-level BPE vocabulary.
@@ -237,7 +237,7 @@ class Tokenizer:
 
 
 def _segments(text: str) -> Iterator[str]:
-    """The text, cut within whitespace runs that are too long for tiktoken."""
+    """Splits the text within whitespace runs that are too long for tiktoken."""
     while len(text) >= _WHITESPACE_LIMIT and (run := _LONG_WHITESPACE.search(text)):
         yield text[: run.end()]
         text = text[run.end() :]

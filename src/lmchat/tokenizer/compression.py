@@ -1,4 +1,4 @@
-"""How well a tokenizer compresses text, beside GPT-2's and GPT-4's encodings."""
+"""Bytes per token of a tokenizer, compared with GPT-2's and GPT-4's encodings."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def load_baselines() -> dict[str, tiktoken.Encoding]:
 
 
 def load_baseline(name: str) -> tiktoken.Encoding | None:
-    """An encoding from tiktoken's cache or from the network; None if neither answers in time."""
+    """An encoding from tiktoken's cache or from the network; None if neither is available within the timeout."""
     import tiktoken
 
     loaded: list[tiktoken.Encoding] = []

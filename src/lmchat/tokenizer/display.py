@@ -1,4 +1,4 @@
-"""Tokens made visible in a terminal."""
+"""Colored display of tokens in a terminal."""
 
 from __future__ import annotations
 
