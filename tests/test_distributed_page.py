@@ -15,6 +15,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 import lmchat.strategies.zero2_muon  # noqa: F401  (registers the strategy)
 from lmchat.checkpoint.load import find_checkpoint
@@ -85,6 +86,7 @@ def test_torchrun_is_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = {"RANK": 3, "LOCAL_RANK": 1, "GROUP_RANK": 1, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": 29500}
     for name, value in {**ranks, "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "none"}.items():
         monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(rank_zero_only, "rank", 0, raising=False)  # the Trainer sets it, for all later tests
     trainer = L.Trainer(accelerator="cpu", strategy="zero2_muon", num_nodes=2, devices=2, logger=False)
     assert isinstance(trainer.strategy.cluster_environment, TorchElasticEnvironment)
     assert (trainer.world_size, trainer.global_rank, trainer.node_rank, trainer.local_rank) == (4, 3, 1, 1)

@@ -30,7 +30,7 @@ def shell(base: Path, command: str, **environment: str) -> subprocess.CompletedP
         env={**os.environ, "LMCHAT_BASE_DIR": str(base), **environment},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=250,
     )
 
 
