@@ -1,4 +1,4 @@
-"""``lmchat eval``: accuracy of a checkpoint on chat benchmarks."""
+"""``lmchat eval``: accuracy of a checkpoint on chat benchmarks or on CORE."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ def evaluate(
     checkpoint: Path | None = None,
     tasks: list[str] | None = None,
     limit: int | None = None,
+    core: Path | None = None,
+    max_tokens: int | None = None,
     batch_size: int = 32,
     max_new_tokens: int = 256,
     tokenizer: Path | None = None,
     output: Path | None = None,
 ) -> None:
-    """Evaluate a checkpoint on chat benchmarks: ARC, MMLU, GSM8K and spelling.
+    """Evaluate a checkpoint on chat benchmarks (ARC, MMLU, GSM8K, spelling) or on CORE.
 
     Multiple choice is scored by the most likely letter, the other tasks by greedy answers. Results are written task by
     task; the same command continues an interrupted evaluation.
@@ -25,6 +27,9 @@ def evaluate(
             a local copy of its data (of the spelling tasks: a word list), as in [GSM8K=test.jsonl,MMLU]; default is
             the first five.
         limit: maximum number of questions per task.
+        core: folder or zip file of the evaluation bundle; evaluates its 22 tasks in place of the chat benchmarks, or
+            those of them that --tasks names.
+        max_tokens: longest prompt of CORE, of which the end is kept; default is the model's limit.
         batch_size: questions answered together.
         max_new_tokens: maximum number of tokens of an answer.
         tokenizer: folder of its tokenizer; default is the one beside the folders of checkpoints, or else
@@ -36,12 +41,14 @@ def evaluate(
     from rich.table import Table
 
     from lmchat.checkpoint.load import find_model, load_model, load_tokenizer
-    from lmchat.evaluation.named import TASKS, centered_mean, evaluate_tasks, make_task
+    from lmchat.evaluation.core import choose, read_bundle
+    from lmchat.evaluation.named import TASKS, centered_mean, evaluate_core, evaluate_tasks, make_task
     from lmchat.generation.policy import Policy
     from lmchat.option_checks import check_count
 
     check_count("eval", 1, batch_size=batch_size, max_new_tokens=max_new_tokens, **({"limit": limit} if limit else {}))
-    chosen = {spec.partition("=")[0]: make_task(spec, limit) for spec in tasks or list(TASKS)[:5]}
+    core_tasks = choose(read_bundle(core), tasks) if core else []
+    chosen = {} if core else {spec.partition("=")[0]: make_task(spec, limit) for spec in tasks or list(TASKS)[:5]}
     found = find_model(checkpoint)
     net = load_model(found, "cuda" if torch.cuda.is_available() else "cpu")
     policy = Policy(net, load_tokenizer(found, tokenizer))
@@ -49,7 +56,12 @@ def evaluate(
     console, results = Console(), {}
     console.print(f"{found.stage} {found.meta['tag']}, step {found.step}", highlight=False)
     options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
-    for name, result in evaluate_tasks(policy, chosen, path, **options):
+    running = (
+        evaluate_core(policy, core_tasks, path, max_per_task=limit, max_tokens=max_tokens)
+        if core
+        else evaluate_tasks(policy, chosen, path, **options)
+    )
+    for name, result in running:
         results[name] = result
         shown = f"{result['accuracy']:.1%}" if "accuracy" in result else f"failed: {result['error']}"
         console.print(f"  {name}: {shown}", highlight=False, soft_wrap=True)
@@ -59,10 +71,10 @@ def evaluate(
             low, high = result["interval_95"]
             interval = f"{low:.1%} … {high:.1%}"
             table.add_row(name, str(result["questions"]), f"{result['accuracy']:.1%}", interval, str(result["seconds"]))
-    mean = centered_mean(results, list(chosen))
+    mean = centered_mean(results, list(results))
     if mean is not None:
         table.add_section()
-        table.add_row("centered mean", "", f"{mean:.3f}", "", "")
+        table.add_row("CORE" if core and tasks is None else "centered mean", "", f"{mean:.3f}", "", "")
     console.print(table)
     console.print(f"Results are in {path}", soft_wrap=True, highlight=False)
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lmchat.evaluation.chat_tasks import ChatTaskEvaluator
+from lmchat.evaluation.core import CoreTask, centered
+from lmchat.evaluation.core_scoring import evaluate_core_task
 from lmchat.evaluation.evaluator import evaluate
 from lmchat.evaluation.intervals import wilson_interval
 from lmchat.files import replacing
@@ -56,39 +59,78 @@ def evaluate_tasks(
     A task whose result is already in the file, with as many questions and tokens, is not evaluated again. A task that
     fails with a UserError has its message as ``error`` and is tried again by the next call.
     """
+
+    def accuracy(task: Task) -> Result:
+        evaluator = ChatTaskEvaluator(task, batch_size, max_new_tokens)
+        share = float(evaluate(evaluator, policy)[evaluator.name])
+        return {"accuracy": share, "questions": len(task)}
+
+    yield from _evaluate_each(
+        {
+            name: ({"limit": task.slice.stop, "max_new_tokens": max_new_tokens}, partial(accuracy, task))
+            for name, task in tasks.items()
+        },
+        results_file,
+    )
+
+
+def evaluate_core(
+    policy: Policy,
+    tasks: Sequence[CoreTask],
+    results_file: Path,
+    *,
+    max_per_task: int | None = None,
+    max_tokens: int | None = None,
+) -> Iterator[tuple[str, Result]]:
+    """Evaluates CORE tasks as `evaluate_tasks` does chat tasks. Results also have the ``centered`` accuracy, and how
+    many examples were ``cut``: their answers did not fit into the context as a whole."""
+
+    def accuracy(task: CoreTask) -> Result:
+        result = evaluate_core_task(policy.net, policy.tokenizer, task, max_per_task, max_tokens)
+        share = result.correct / result.questions
+        return {
+            "accuracy": share,
+            "centered": centered(share, task.baseline),
+            "questions": result.questions,
+            "cut": result.cut,
+        }
+
+    settings = {"limit": max_per_task, "max_tokens": max_tokens}
+    yield from _evaluate_each({task.name: (settings, partial(accuracy, task)) for task in tasks}, results_file)
+
+
+def _evaluate_each(
+    evaluations: Mapping[str, tuple[Result, Callable[[], Result]]], results_file: Path
+) -> Iterator[tuple[str, Result]]:
+    """Runs evaluations that are not in the file yet with the same settings; yields the name and result of each."""
     results = _read(results_file)
-    for name, task in tasks.items():
-        settings = {"limit": task.slice.stop, "max_new_tokens": max_new_tokens}
+    for name, (settings, run) in evaluations.items():
         known = results.get(name, {})
         if "accuracy" not in known or any(known.get(key) != value for key, value in settings.items()):
-            results[name] = settings | _evaluate_task(policy, task, batch_size, max_new_tokens)
+            results[name] = settings | _timed(run)
             with replacing(results_file) as unfinished:
                 unfinished.write_text(json.dumps(results, indent=2) + "\n")
         yield name, results[name]
 
 
-def _evaluate_task(policy: Policy, task: Task, batch_size: int, max_new_tokens: int) -> Result:
+def _timed(run: Callable[[], Result]) -> Result:
+    """The result of an evaluation with its interval and duration; its message where it fails."""
     started = time.perf_counter()
     try:
-        evaluator = ChatTaskEvaluator(task, batch_size, max_new_tokens)
-        accuracy = float(evaluate(evaluator, policy)[evaluator.name])
+        result = run()
     except UserError as error:
         return {"error": str(error)}
-    low, high = wilson_interval(accuracy * len(task), len(task))
-    return {
-        "accuracy": accuracy,
-        "interval_95": [low, high],
-        "questions": len(task),
-        "seconds": round(time.perf_counter() - started, 1),
-    }
+    interval = wilson_interval(result["accuracy"] * result["questions"], result["questions"])
+    return {**result, "interval_95": list(interval), "seconds": round(time.perf_counter() - started, 1)}
 
 
 def centered_mean(results: Mapping[str, Result], names: Sequence[str]) -> float | None:
     """Mean of the accuracies, each rescaled so that chance is 0 and all correct is 1; None if a task has no result."""
     if not names or any("accuracy" not in results.get(name, {}) for name in names):
         return None
-    centered = [(results[name]["accuracy"] - CHANCE.get(name, 0.0)) / (1 - CHANCE.get(name, 0.0)) for name in names]
-    return float(sum(centered) / len(centered))
+    return sum(
+        results[name].get("centered", centered(results[name]["accuracy"], CHANCE.get(name, 0.0))) for name in names
+    ) / len(names)
 
 
 def _read(path: Path) -> dict[str, Result]:

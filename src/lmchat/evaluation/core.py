@@ -1,0 +1,207 @@
+"""CORE: the mean centered accuracy of a base model on 22 tasks (DCLM, Li et al. 2024, arXiv:2406.11794).
+
+Tasks, prompts and baselines are those of nanochat's ``eval_bundle``: ``core.yaml``, ``eval_meta_data.csv`` and
+``eval_data/``, in a folder or a zip file.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from lmchat.tokenizer.bpe import Tokenizer
+from lmchat.types import UserError
+
+SHUFFLE_SEED = 1337
+FEWSHOT_SEED = 1234
+
+Kind = Literal["multiple_choice", "schema", "language_modeling"]
+Item = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class CoreTask:
+    """A task of the bundle.
+
+    Attributes:
+        name: its label.
+        kind: how its items are rendered and scored.
+        path: file of its items, JSON lines.
+        num_fewshot: number of solved items before each question.
+        delimiter: text between a context and its continuation.
+        baseline: accuracy of random answers, 0 … 1.
+    """
+
+    name: str
+    kind: Kind
+    path: Traversable
+    num_fewshot: int
+    delimiter: str
+    baseline: float
+
+    def items(self, max_items: int | None = None) -> list[Item]:
+        """The items in the reference's order, at most ``max_items``.
+
+        Raises:
+            UserError: the file is missing or is no JSON lines.
+        """
+        try:
+            items = [json.loads(line) for line in self.path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        except (OSError, ValueError, LookupError) as error:
+            raise UserError(f"cannot read {self.path}: {error}; unpack the evaluation bundle again") from error
+        random.Random(SHUFFLE_SEED).shuffle(items)
+        return items[:max_items]
+
+
+@dataclass(frozen=True)
+class Example:
+    """An item as token ids.
+
+    Attributes:
+        options: token ids of each option, ``<|bos|>`` first. A language modelling item has one.
+        spans: first and last (exclusive) scored token of each option.
+        gold: index of the correct option.
+        cut: the context was so short that scored tokens were cut off.
+    """
+
+    options: list[list[int]]
+    spans: list[tuple[int, int]]
+    gold: int
+    cut: bool = False
+
+
+def read_bundle(path: Path) -> list[CoreTask]:
+    """The tasks of an evaluation bundle, in its order.
+
+    Args:
+        path: the bundle's folder, or the zip file of it.
+
+    Raises:
+        UserError: a file is missing or not as expected.
+    """
+    try:
+        folder: Traversable = zipfile.Path(path) / "eval_bundle" if path.suffix == ".zip" else path
+        config, table = folder / "core.yaml", folder / "eval_meta_data.csv"
+        rows = csv.DictReader(table.read_text(encoding="utf-8").splitlines())
+        baselines = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in rows}
+        return [
+            CoreTask(
+                name=task["label"],
+                kind=task["icl_task_type"],
+                path=folder / "eval_data" / task["dataset_uri"],
+                num_fewshot=int(task["num_fewshot"][0]),
+                delimiter=task.get("continuation_delimiter", " "),
+                baseline=baselines[task["label"]],
+            )
+            for task in yaml.safe_load(config.read_text(encoding="utf-8"))["icl_tasks"]
+        ]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{path} is not an evaluation bundle ({type(error).__name__}: {error}); it has core.yaml, "
+            "eval_meta_data.csv and eval_data/"
+        ) from error
+
+
+def choose(tasks: Sequence[CoreTask], names: Sequence[str] | None) -> list[CoreTask]:
+    """The tasks of the given names; None is all. Raises UserError for a name that there is not."""
+    known = {task.name: task for task in tasks}
+    for name in names or ():
+        if name not in known:
+            raise UserError(f"there is no CORE task {name!r}; choose from {', '.join(known)}")
+    return [known[name] for name in names] if names else list(tasks)
+
+
+def fewshot_indices(index: int, num_items: int, num_fewshot: int) -> list[int]:
+    """Which items stand before item ``index`` as solved examples, the same at every call."""
+    others = [other for other in range(num_items) if other != index]
+    return random.Random(FEWSHOT_SEED + index).sample(others, min(num_fewshot, len(others)))
+
+
+def render_prompts(kind: Kind, item: Item, fewshot: Sequence[Item], delimiter: str) -> list[str]:
+    """The texts of an item: one per option, or for language modelling without and with the continuation."""
+    before = "".join(f"{_solved(kind, example, delimiter)}\n\n" for example in fewshot)
+    if kind == "multiple_choice":
+        return [f"{before}{item['query']}{delimiter}{choice}" for choice in item["choices"]]
+    if kind == "schema":
+        return [f"{before}{context}{delimiter}{item['continuation']}" for context in item["context_options"]]
+    context = f"{before}{item['context'].strip()}{delimiter}"
+    return [context.strip(), context + item["continuation"]]
+
+
+def _solved(kind: Kind, item: Item, delimiter: str) -> str:
+    if kind == "multiple_choice":
+        return f"{item['query']}{delimiter}{item['choices'][item['gold']]}"
+    if kind == "schema":
+        return f"{item['context_options'][item['gold']]}{delimiter}{item['continuation']}"
+    return f"{item['context'].strip()}{delimiter}{item['continuation']}"
+
+
+def make_example(
+    kind: Kind, prompts: Sequence[str], gold: int, tokenizer: Tokenizer, max_tokens: int | None = None
+) -> Example:
+    """Token ids and scored spans of rendered prompts.
+
+    Multiple choice scores the tokens after the options' common beginning, schema those of their common end, language
+    modelling the continuation. An option longer than ``max_tokens`` keeps its end.
+    """
+    options = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    if kind == "schema":
+        length = common_prefix([option[::-1] for option in options])
+        spans = [(len(option) - length, len(option)) for option in options]
+    else:
+        start = common_prefix(options)
+        options = options if kind == "multiple_choice" else options[1:]
+        spans = [(start, len(option)) for option in options]
+    cut = False
+    if max_tokens is not None:
+        removed = [max(0, len(option) - max_tokens) for option in options]
+        cut = any(start - less < 1 for (start, _), less in zip(spans, removed, strict=True))
+        options = [option[less:] for option, less in zip(options, removed, strict=True)]
+        spans = [(max(1, start - less), end - less) for (start, end), less in zip(spans, removed, strict=True)]
+    return Example(options, spans, gold, cut)
+
+
+def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    """Number of elements with which all sequences begin."""
+    shortest = min(map(len, sequences))
+    return next((i for i in range(shortest) if len({sequence[i] for sequence in sequences}) > 1), shortest)
+
+
+def examples(
+    task: CoreTask,
+    tokenizer: Tokenizer,
+    *,
+    max_items: int | None = None,
+    max_tokens: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[Example]:
+    """The examples of one rank: rank r of W has items r, r + W, … of the task.
+
+    Raises:
+        UserError: the task's file cannot be read, or an item lacks a field.
+    """
+    items = task.items(max_items)
+    for index in range(rank, len(items), world_size):
+        item = items[index]
+        try:
+            fewshot = [items[other] for other in fewshot_indices(index, len(items), task.num_fewshot)]
+            prompts = render_prompts(task.kind, item, fewshot, task.delimiter)
+            gold = 0 if task.kind == "language_modeling" else int(item["gold"])
+        except (LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"{task.path}: an item is not of the kind {task.kind} ({error!r})") from error
+        yield make_example(task.kind, prompts, gold, tokenizer, max_tokens)
+
+
+def centered(accuracy: float, baseline: float) -> float:
+    """``accuracy`` rescaled so that ``baseline`` is 0 and all correct is 1."""
+    return (accuracy - baseline) / (1 - baseline)

@@ -1,0 +1,182 @@
+"""CORE against the oracle's prompts, tokens and spans, and against scoring one option at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers.random_checkpoint import save_random_checkpoint
+from lmchat.checkpoint.load import find_checkpoint, load_model
+from lmchat.commands.eval import evaluate
+from lmchat.evaluation.core import (
+    CoreTask,
+    Example,
+    centered,
+    choose,
+    examples,
+    fewshot_indices,
+    make_example,
+    read_bundle,
+    render_prompts,
+)
+from lmchat.evaluation.core_scoring import OptionScore, is_correct, score, score_plainly
+from lmchat.model.config import GPTConfig
+from lmchat.model.gpt import GPT
+from lmchat.tokenizer.bpe import Tokenizer
+from lmchat.types import UserError
+
+BYTES = Tokenizer({bytes([byte]): byte for byte in range(256)})
+
+
+@pytest.fixture(scope="module")
+def net() -> GPT:
+    config = GPTConfig(
+        sequence_len=64, vocab_size=BYTES.vocab_size, n_layer=3, n_head=2, n_kv_head=1, n_embd=32, window_pattern="SL"
+    )
+    net = GPT(config)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for weight in net.parameters():
+            weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
+    return net
+
+
+def test_prompts_tokens_and_spans_are_the_oracles(oracles: Path) -> None:
+    oracle = json.loads((oracles / "c13_core.json").read_text())
+    tokenizer = Tokenizer.import_file(oracles / oracle["tokenizer"])
+    for case in oracle["cases"]:
+        items = oracle["data"][case["kind"]]
+        chosen = fewshot_indices(case["idx"], len(items), case["num_fewshot"])
+        assert chosen == case["fewshot_indices"]
+        item = items[case["idx"]]
+        prompts = render_prompts(case["kind"], item, [items[index] for index in chosen], case["delimiter"])
+        assert prompts == case["prompts"]
+        example = make_example(case["kind"], prompts, 0, tokenizer)
+        assert example.options == case["tokens"][-len(example.options) :]
+        assert example.spans == list(zip(case["start"], case["end"], strict=True))
+    for name, expected in oracle["fewshot_examples"].items():
+        num_items, index, count = (int(part.strip("nkidx")) for part in name.split("_"))
+        assert fewshot_indices(index, num_items, count) == expected
+
+
+def test_items_are_shuffled_as_the_reference_does(oracles: Path, tmp_path: Path) -> None:
+    expected = json.loads((oracles / "c13_core.json").read_text())["shuffle_1337_of_range30"]
+    path = tmp_path / "items.jsonl"
+    path.write_text("\n".join(map(str, range(30))))
+    task = CoreTask("numbers", "schema", path, 0, " ", 0.5)
+    assert task.items() == expected
+    assert task.items(max_items=7) == expected[:7]
+
+
+def many_examples() -> list[tuple[str, Example]]:
+    found = []
+    for number in range(9):
+        context = "why? " * (1 + 7 * number)
+        found.append(
+            ("multiple_choice", make_example("multiple_choice", [context + c for c in ("ab", "b", "abc")], 1, BYTES))
+        )
+        found.append(("schema", make_example("schema", [f"{context} {c} was big" for c in ("it", "that")], 0, BYTES)))
+        found.append(("language_modeling", make_example("language_modeling", [context, context + "a"], 0, BYTES)))
+    return found
+
+
+@pytest.mark.parametrize("max_batch_tokens", [1, 1000, 100_000])
+def test_batches_score_as_one_option_at_a_time(net: GPT, max_batch_tokens: int) -> None:
+    kinds, all_examples = zip(*many_examples(), strict=True)
+    plain, batched = score_plainly(net, all_examples), score(net, all_examples, max_batch_tokens)
+    for kind, example, expected, scores in zip(kinds, all_examples, plain, batched, strict=True):
+        assert [each.loss for each in scores] == pytest.approx([each.loss for each in expected], rel=1e-5)
+        assert [each.greedy for each in scores] == [each.greedy for each in expected]
+        assert is_correct(kind, example, scores) == is_correct(kind, example, expected)
+
+
+def test_equal_options_tie_and_the_first_wins(net: GPT) -> None:
+    example = make_example("multiple_choice", ["a long question? " + c for c in ("x", "yy", "yy")], 1, BYTES)
+    (scores,) = score(net, [example])
+    assert scores[1] == scores[2]
+    assert is_correct("multiple_choice", example, [OptionScore(2, False), OptionScore(1, False), OptionScore(1, False)])
+
+
+def test_long_prompts_keep_their_end_and_cut_answers_are_counted() -> None:
+    whole = make_example("multiple_choice", ["question: " + c for c in ("aa", "bbbb")], 0, BYTES)
+    short = make_example("multiple_choice", ["question: " + c for c in ("aa", "bbbb")], 0, BYTES, max_tokens=6)
+    assert not whole.cut and not short.cut
+    for option, span, long, long_span in zip(short.options, short.spans, whole.options, whole.spans, strict=True):
+        assert option == long[-6:]
+        assert option[slice(*span)] == long[slice(*long_span)]
+    cut = make_example("multiple_choice", ["question: " + c for c in ("aa", "bbbb")], 0, BYTES, max_tokens=4)
+    assert cut.cut
+    assert [option[slice(*span)] for option, span in zip(cut.options, cut.spans, strict=True)] == [
+        BYTES.encode("aa"), BYTES.encode("bbb"),
+    ]  # fmt: skip
+
+
+def test_ranks_share_the_items_and_bad_items_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "items.jsonl"
+    items = [{"context": f"number {index} is", "continuation": str(index)} for index in range(11)]
+    path.write_text("\n".join(map(json.dumps, items)))
+    task = CoreTask("numbers", "language_modeling", path, 2, " ", 0.0)
+    whole = list(examples(task, BYTES, max_items=9))
+    shares = [list(examples(task, BYTES, max_items=9, rank=rank, world_size=2)) for rank in range(2)]
+    assert (whole[::2], whole[1::2]) == tuple(shares)
+    path.write_text('{"context": "a"}\n' * 3)
+    with pytest.raises(UserError, match="an item is not of the kind language_modeling"):
+        list(examples(task, BYTES))
+
+
+def write_bundle(folder: Path) -> None:
+    items = {
+        "capitals": [{"context": f"{index} is", "continuation": "even" if index % 2 else "odd"} for index in range(5)],
+        "sums": [{"query": f"{index}+1 =", "choices": [str(index), str(index + 1)], "gold": 1} for index in range(5)],
+        "broken": [{"query": "no choices"}],
+    }
+    kinds = {"capitals": "language_modeling", "sums": "multiple_choice", "broken": "schema"}
+    (folder / "eval_data").mkdir(parents=True)
+    tasks = []
+    for name, rows in items.items():
+        (folder / "eval_data" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        tasks.append({"label": name, "dataset_uri": f"{name}.jsonl", "num_fewshot": [2], "icl_task_type": kinds[name]})
+    (folder / "core.yaml").write_text(json.dumps({"icl_tasks": tasks}))
+    rows = "".join(f"{name},{50 * (name == 'sums')}\n" for name in items)
+    (folder / "eval_meta_data.csv").write_text(f"Eval Task,Random baseline\n{rows}")
+
+
+def test_the_command_evaluates_a_checkpoint_on_a_bundle(
+    base_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_bundle(tmp_path / "eval_bundle")
+    shutil.make_archive(str(tmp_path / "bundle"), "zip", tmp_path, "eval_bundle")
+    BYTES.save(base_dir / "tokenizer")
+    paths = save_random_checkpoint(BYTES)
+    evaluate(core=tmp_path / "bundle.zip")
+    results = json.loads((paths.directory / "eval_000007.json").read_text())
+    assert results["broken"].keys() == {"limit", "max_tokens", "error"}
+    net = load_model(find_checkpoint(paths.directory), "cpu")
+    for task in read_bundle(tmp_path / "eval_bundle")[:2]:
+        found = list(examples(task, BYTES))
+        correct = sum(is_correct(task.kind, *pair) for pair in zip(found, score_plainly(net, found), strict=True))
+        assert results[task.name]["accuracy"] == correct / 5
+        assert results[task.name]["centered"] == centered(correct / 5, task.baseline)
+        assert results[task.name]["cut"] == 0
+    evaluate(core=tmp_path / "eval_bundle", tasks=["sums"], limit=3)
+    assert json.loads((paths.directory / "eval_000007.json").read_text())["sums"]["questions"] == 3
+    assert "CORE" not in capsys.readouterr().out.splitlines()[-1]  # one task failed: there is no mean
+
+
+def test_what_is_no_bundle_is_told(tmp_path: Path) -> None:
+    (tmp_path / "x.zip").write_text("no zip")
+    for path in (tmp_path, tmp_path / "x.zip", tmp_path / "missing"):
+        with pytest.raises(UserError, match="is not an evaluation bundle"):
+            read_bundle(path)
+    with pytest.raises(UserError, match="no CORE task 'hellaswagg'; choose from hellaswag"):
+        choose([CoreTask("hellaswag", "schema", tmp_path, 0, " ", 0.5)], ["hellaswagg"])
+
+
+def test_chance_is_centered_at_zero() -> None:
+    assert centered(0.25, 0.25) == 0
+    assert centered(1.0, 0.25) == 1
+    assert centered(0.4, 0.2) == pytest.approx(0.25)
