@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.random_checkpoint import save_random_checkpoint
 from lmchat.checkpoint.load import find_checkpoint, load_model
 from lmchat.commands.eval import evaluate
 from lmchat.evaluation.core import (
@@ -28,6 +27,7 @@ from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.types import UserError
+from random_checkpoint import save_random_checkpoint
 
 BYTES = Tokenizer({bytes([byte]): byte for byte in range(256)})
 
@@ -146,11 +146,12 @@ def write_bundle(folder: Path) -> None:
 
 
 def test_the_command_evaluates_a_checkpoint_on_a_bundle(
-    base_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_bundle(tmp_path / "eval_bundle")
     shutil.make_archive(str(tmp_path / "bundle"), "zip", tmp_path, "eval_bundle")
-    BYTES.save(base_dir / "tokenizer")
+    monkeypatch.setenv("LMCHAT_BASE_DIR", str(tmp_path / "base"))
+    BYTES.save(tmp_path / "base" / "tokenizer")
     paths = save_random_checkpoint(BYTES)
     evaluate(core=tmp_path / "bundle.zip")
     results = json.loads((paths.directory / "eval_000007.json").read_text())
