@@ -28,6 +28,8 @@ class _WithoutDriver(TorchFunctionMode):
             if isinstance(value, Tensor):
                 value.expand_as(_index(target, index))
             return None
+        if func is Tensor.__invert__:
+            return torch.ops.aten.bitwise_not.default(*args)
         if func is Tensor.copy_:
             args[1].expand_as(args[0])
             return args[0]

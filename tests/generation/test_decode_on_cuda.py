@@ -1,0 +1,54 @@
+"""Decode steps on a CUDA device without values: no mixed devices, and the host does not wait for the device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fake_cuda import fake_cuda
+from lmchat.generation.runner import Runner
+from lmchat.generation.sampling import SamplingMode
+from lmchat.generation.sequence import SharedPrompt
+from lmchat.model import gpt
+from lmchat.model.config import GPTConfig
+from lmchat.model.gpt import GPT
+from lmchat.tokenizer.bpe import Tokenizer
+
+TOKENIZER = Tokenizer({bytes([byte]): byte for byte in range(256)})
+CONFIG = GPTConfig(
+    sequence_len=64, vocab_size=TOKENIZER.vocab_size, n_layer=4, n_head=4, n_kv_head=2, n_embd=64, window_pattern="SL"
+)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        SamplingMode(greedy=True, top_k=0, full=False, logprobs=False),
+        SamplingMode(greedy=False, top_k=20, full=False, logprobs=True, mixed=False),
+        SamplingMode(greedy=True, top_k=20, full=True, logprobs=True),
+    ],
+)
+def test_a_decode_step_does_not_wait_for_the_device(
+    shared: bool, mode: SamplingMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpt, "choose_backend", lambda *args: "flash")
+    with fake_cuda() as waits, torch.inference_mode():
+        with torch.device("cuda"):
+            net = GPT(CONFIG, compute_dtype=torch.bfloat16)
+        runner = Runner(net, TOKENIZER, max_rows=8)
+        for pool in (runner.pool, runner.prompts):
+            pool.resize(8, 200)
+        groups = None
+        if shared:
+            monkeypatch.setattr(
+                Runner, "_to_device", lambda self, values: values.new_zeros(values.shape, device="cuda")
+            )
+            prompts = [SharedPrompt((1,) * 40, []), SharedPrompt((2,) * 30, [])]
+            groups = runner._groups(6, prompts, dict(zip(prompts, ([0, 1, 2], [4]), strict=True)), 256)
+        step = runner._step(6, 100, groups, mode)
+        waits.count = 0
+        for _ in range(2):
+            output = step()
+        assert waits.count == 0
+        assert all(field.is_cuda and field.shape == (6,) for field in output)

@@ -1,0 +1,155 @@
+"""Random requests that come and go: none is lost, none is mixed up with another, and nothing is left behind."""
+
+from __future__ import annotations
+
+import random
+import resource
+
+import pytest
+import torch
+
+from lmchat.generation.engine import Engine, TokenEvent
+from lmchat.generation.sampling import SamplingParams
+from lmchat.model.config import GPTConfig
+from lmchat.model.gpt import GPT
+from lmchat.tokenizer.bpe import Tokenizer
+from lmchat.types import UserError
+
+TOKENIZER = Tokenizer({bytes([byte]): byte for byte in range(256)})
+ABSURD = [
+    {"max_new_tokens": 0}, {"max_new_tokens": 10**9}, {"temperature": -1.0}, {"temperature": float("nan")},
+    {"top_k": 0}, {"top_p": 2.0}, {"seed": -1}, {"num_samples": 0},
+]  # fmt: skip
+
+
+def _engine() -> Engine:
+    config = GPTConfig(
+        sequence_len=32, vocab_size=TOKENIZER.vocab_size, n_layer=2, n_head=2, n_kv_head=1, n_embd=32,
+        window_pattern="SL",
+    )  # fmt: skip
+    net = GPT(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in net.named_parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * (1.0 if "wte" in name else 0.2))
+    return Engine(net, TOKENIZER, max_rows=16, max_bytes=3_000_000)
+
+
+def _random_request(rng: random.Random) -> tuple[list[int], dict[str, object]]:
+    length = rng.choice([1, 2, 10, 40, 120])
+    prompt = [rng.randrange(TOKENIZER.vocab_size) for _ in range(length)]
+    if rng.random() < 0.3:
+        prompt = [66] * 20 + prompt
+    options: dict[str, object] = {
+        "num_samples": rng.choice([1, 1, 1, 2, 5]),
+        "max_new_tokens": rng.choice([1, 3, 10, 30]),
+        "temperature": rng.choice([0.0, 0.7, 1.0, 1e-300]),
+        "top_k": rng.choice([None, 1, 7, 50, 10**6]),
+        "top_p": rng.choice([None, None, 0.9, 1e-9]),
+        "seed": rng.randrange(2**62),
+        "calculator": rng.random() < 0.5,
+    }
+    return prompt, options
+
+
+@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.timeout(3000)
+def test_random_requests(count: int) -> None:
+    rng, engine = random.Random(count), _engine()
+    open_requests: dict[int, tuple[list[int], dict[str, object]]] = {}
+    answers: dict[int, dict[int, list[TokenEvent]]] = {}
+    finished, added, memory = [], 0, 0
+    while added < count or open_requests:
+        while added < count and rng.random() < 0.6:
+            prompt, options = _random_request(rng)
+            if rng.random() < 0.1:
+                with pytest.raises(UserError):
+                    engine.add_request(prompt, SamplingParams(**{**options, **rng.choice(ABSURD)}))  # type: ignore[arg-type]
+            request = engine.add_request(prompt, SamplingParams(**options))  # type: ignore[arg-type]
+            assert request not in answers
+            open_requests[request], answers[request] = (prompt, options), {}
+            added += 1
+        for event in engine.step():
+            events = answers[event.request].setdefault(event.sample, [])
+            assert event.request in open_requests and not (events and events[-1].finish_reason)
+            events.append(event)
+            num_samples = open_requests[event.request][1]["num_samples"]
+            samples = answers[event.request].values()
+            if len(samples) == num_samples and all(sample[-1].finish_reason for sample in samples):
+                finished.append((event.request, *open_requests.pop(event.request)))
+        if open_requests and rng.random() < 0.05:
+            request = rng.choice(list(open_requests))
+            engine.cancel(request)
+            del open_requests[request]
+        if added == count // 2:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert engine.num_running == engine.num_waiting == 0 and engine.step() == []
+    assert not (engine.scheduler.shared or engine._requests or engine._places or engine.scheduler._prompt_of)
+    assert len(engine.prefixes) <= engine.runner.pool.num_slots
+    if count >= 10_000:
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < memory + 60_000, "kilobytes"
+    alone = _engine()
+    for request, prompt, options in rng.sample(finished, 60):
+        alone.prefixes.clear()
+        [completions] = alone.generate([prompt], SamplingParams(**options))  # type: ignore[arg-type]
+        for sample, completion in enumerate(completions):
+            assert [event.token for event in answers[request][sample]] == completion.ids
+            assert [int(not event.forced) for event in answers[request][sample]] == completion.mask
+
+
+def test_a_request_that_never_fits_is_refused_with_numbers() -> None:
+    engine = _engine()
+    engine.budget._max_bytes = 20_000
+    with pytest.raises(UserError, match=r"a sequence of 300 tokens needs .* GB for keys and values, and 2e-05 GB"):
+        engine.add_request([1] * 290, SamplingParams(max_new_tokens=10))
+
+
+def test_a_request_that_does_not_fit_now_waits() -> None:
+    engine = _engine()
+    slot = engine.runner.layout.slot_bytes(64)
+    engine.budget._max_bytes = int(2 * 1.5 * slot)
+    for number in range(5):
+        engine.add_request([number, 1], SamplingParams(max_new_tokens=40, stop_tokens=()))
+    engine.step()
+    assert (engine.num_running, engine.num_waiting) == (2, 3)
+    while engine.step():
+        assert engine.runner.pool.num_bytes <= engine.budget.max_bytes
+        assert engine.num_running <= 2
+    assert engine.num_waiting == 0
+
+
+def test_a_cancelled_request_frees_its_place_at_once() -> None:
+    engine = _engine()
+    first = engine.add_request([1] * 100, SamplingParams(num_samples=16, max_new_tokens=100, stop_tokens=()))
+    second = engine.add_request([2, 3], SamplingParams(max_new_tokens=2, stop_tokens=()))
+    engine.step()
+    assert (engine.num_running, engine.num_waiting) == (16, 1)
+    engine.cancel(first)
+    assert {event.request for event in engine.step()} == {second}
+    engine.cancel(first)
+    engine.cancel(10**6)
+
+
+def test_slots_keep_what_windows_see() -> None:
+    """Slots of a short window are smaller, and do not grow with the context."""
+    layout = _engine().runner.layout
+    assert [layout.columns(layer, 320) for layer in range(2)] == [64, 64]
+    wide = GPTConfig(sequence_len=256, vocab_size=265, n_layer=2, n_head=2, n_kv_head=1, n_embd=32, window_pattern="SL")
+    layout = type(layout)(wide, torch.float32)
+    assert [layout.columns(layer, 100) for layer in range(2)] == [128, 128]
+    assert [layout.columns(layer, 2560) for layer in range(2)] == [192, 320]
+
+
+def test_a_conversation_reuses_its_earlier_turns() -> None:
+    engine, turns = _engine(), [1] * 60
+    read: list[int] = []
+    prefill = engine.runner.prefill
+    engine.runner.prefill = lambda chunks, ids: (read.append(len(ids)), prefill(chunks, ids))[1]  # type: ignore[method-assign, func-returns-value]
+    for turn in range(3):
+        [[completion]] = engine.generate([turns], SamplingParams(max_new_tokens=20, seed=turn, stop_tokens=()))
+        turns = [*turns, *completion.ids, 7, 8, 9]
+    assert read[0] == 59
+    assert sum(read[1:]) == 2 * 3, "the last token of an answer, and all but the last of what follows"
+    engine.refresh()
+    engine.generate([turns], SamplingParams(max_new_tokens=1))
+    assert sum(read) == 59 + 6 + len(turns) - 1
