@@ -1,20 +1,28 @@
-"""Decode throughput of the generation engine against a plain loop over the same model.
+"""Decode throughput of the generation engine against plain loops over the same model, and the engine before it.
 
     python benchmarks/decode.py [--depth 4] [--rows 1 16 64] [--prompt 64] [--new 128] [--top-k 50]
 
 The plain loop serves one prompt, all rows in step: a contiguous cache with a single position, slices in place of masks,
-`torch.multinomial` in place of per-row random numbers, no tools, no row that ends early. It is the floor that the
-engine's generality is measured against. Without a cache, every token costs a pass over the whole context. All run on
-one thread and take turns, so that other load meets them alike; CPU time of this process is measured. The last table
-counts the operators that one decode step dispatches.
+`torch.multinomial` in place of per-row random numbers, no tools, no row that ends early. Without a cache, every token
+costs a pass over the whole context.
+
+The rollouts are 16 questions of 100 to 150 tokens with 8 samples each of 20 to 256 tokens, most of them short. The
+engine decodes them together; the loop takes one question at a time until its longest sample ends; the reference engine,
+`tests/helpers/reference_engine.py`, starts them together and decodes the rows that are left. Useful tokens count.
+
+All take turns, so that other load meets them alike; CPU time of this process is measured, on one thread unless
+--threads says otherwise, and wall time in the rollouts. The last line counts the operators of one decode step.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -22,12 +30,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lmchat.generation.engine import Engine
+from lmchat.generation.sampling import SamplingParams
 from lmchat.model.attention import attend_banded
 from lmchat.model.gpt import GPT
 from lmchat.scaling import config_for_depth
 from lmchat.tokenizer.bpe import SPECIAL_TOKENS, Tokenizer
 
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests" / "helpers"))
+import reference_engine
+
 VOCAB_SIZE = 8192
+QUESTIONS, SAMPLES = 16, 8
 
 
 class PlainCache:
@@ -109,6 +122,48 @@ def best_seconds(runs: dict[str, Callable[[], object]], repeats: int) -> dict[st
     return seconds
 
 
+def rollouts(model: GPT, tokenizer: Tokenizer, top_k: int, repeats: int) -> Table:
+    """A table of the three ways to sample the same rollouts."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, VOCAB_SIZE - 9, length).tolist() for length in rng.integers(100, 151, QUESTIONS)]
+    lengths = np.clip(np.exp(rng.normal(4.1, 0.7, (QUESTIONS, SAMPLES))), 20, 256).astype(int)
+    requests = [
+        (prompts[question], SamplingParams(max_new_tokens=int(lengths[question, sample]), top_k=top_k,
+                                           seed=question * SAMPLES + sample, stop_tokens=(), logprobs=True))
+        for question in range(QUESTIONS) for sample in range(SAMPLES)
+    ]  # fmt: skip
+    engine, reference = Engine(model, tokenizer), reference_engine.Engine(model, tokenizer)
+
+    def together() -> None:
+        engine.generate([prompt for prompt, _ in requests], [params for _, params in requests])
+
+    def before() -> None:
+        rows = [reference._row(tuple(p), each.seed, 0, each.max_new_tokens, (), True) for p, each in requests]
+        with reference_engine._for_inference(model):
+            for _ in reference._decode(rows, reference_engine.Sampler(1.0, top_k), True):
+                pass
+
+    @torch.inference_mode()
+    def question_by_question() -> None:
+        for prompt, longest in zip(prompts, lengths.max(axis=1).tolist(), strict=True):
+            plain_loop(model, prompt, SAMPLES, longest, top_k)
+
+    runs = {"engine": together, "reference engine": before, "question by question": question_by_question}
+    best = dict.fromkeys(runs, (float("inf"), float("inf")))
+    for _ in range(repeats):
+        for name, run in runs.items():
+            cpu, wall = time.process_time(), time.perf_counter()
+            run()
+            measured = time.process_time() - cpu, time.perf_counter() - wall
+            best[name] = min(best[name][0], measured[0]), min(best[name][1], measured[1])
+    useful = int(lengths.sum())
+    table = Table("", "tokens/CPU s", "tokens/s", "× CPU", "× wall", title=f"rollouts, {useful:,} useful tokens")
+    for name, (cpu, wall) in best.items():
+        ratios = (f"{cpu / best['engine'][0]:.2f}", f"{wall / best['engine'][1]:.2f}")
+        table.add_row(name, f"{useful / cpu:,.0f}", f"{useful / wall:,.0f}", *ratios)
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depth", type=int, default=4)
@@ -118,20 +173,25 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--without-cache", action="store_true", help="also time one row without a cache")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--skip-rollouts", action="store_true")
     options = parser.parse_args()
 
-    torch.set_num_threads(1)
-    model = GPT(config_for_depth(options.depth, VOCAB_SIZE, 256))
+    torch.set_num_threads(options.threads)
+    model = GPT(config_for_depth(options.depth, VOCAB_SIZE, 256), compute_dtype=getattr(torch, options.dtype))
     model.init_weights(torch.Generator().manual_seed(0))
     # Two-byte ranks fill the vocabulary up; nothing is decoded to text here.
     ranks = [bytes([i]) for i in range(256)] + [bytes(divmod(i, 256)) for i in range(VOCAB_SIZE - 256)]
     tokenizer = Tokenizer({token: rank for rank, token in enumerate(ranks[: VOCAB_SIZE - len(SPECIAL_TOKENS)])})
     prompt = torch.randint(0, VOCAB_SIZE - 9, (options.prompt,), generator=torch.Generator().manual_seed(1)).tolist()
 
+    generator = Engine(model, tokenizer, max_rows=max(options.rows))
+
     def engine(rows: int, new: int) -> object:
-        return Engine(model, tokenizer, max_rows=rows).generate(
-            [prompt], num_samples=rows, max_new_tokens=new, top_k=options.top_k, stop_tokens=()
-        )
+        params = SamplingParams(num_samples=rows, max_new_tokens=new, top_k=options.top_k, stop_tokens=())
+        generator.prefixes.clear()
+        return generator.generate([prompt], params)
 
     @torch.inference_mode()
     def plain(rows: int, new: int, cached: bool = True) -> object:
@@ -148,12 +208,16 @@ def main() -> None:
         cells = (f"{rates['plain']:,.0f}", f"{rates['engine']:,.0f}", f"{rates['engine'] / rates['plain']:.2f}")
         table.add_row(str(rows), *cells)
     console.print(table)
+    if not options.skip_rollouts:
+        console.print(rollouts(model, tokenizer, options.top_k, options.repeats))
     if options.without_cache:
         seconds = best_seconds({"": lambda: plain(1, options.new, cached=False)}, 1)
         console.print(f"without a cache, 1 row: {options.new / seconds['']:,.0f} tokens/s")
     console.print(
         f"operators per step, 16 rows: plain {operators_per_step(lambda new: plain(16, new)):.0f}, "
-        f"engine {operators_per_step(lambda new: engine(16, new)):.0f}"
+        f"engine {operators_per_step(lambda new: engine(16, new)):.0f}; 1 row: plain "
+        f"{operators_per_step(lambda new: plain(1, new)):.0f}, "
+        f"engine {operators_per_step(lambda new: engine(1, new)):.0f}"
     )
 
 
