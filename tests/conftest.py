@@ -16,6 +16,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # All x86 CPUs run the AVX2 kernels, so that bounds on rounding errors mean the same on each of them.
 os.environ.update(ATEN_CPU_CAPABILITY="avx2", MKL_CBWR="AVX2", ONEDNN_MAX_CPU_ISA="AVX2")
+# Compiled kernels depend on that choice, which torch's cache of them does not know: tests have a cache of their own.
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / f"lmchat_test_kernels_avx2_{os.getuid()}")
 # Stand-ins for the hub listen on the loopback interface, so these tests also run offline.
 for _offline in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
     os.environ.pop(_offline, None)

@@ -379,7 +379,7 @@ CASES: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
     "checkpoint interval zero": (
         nothing,
         ["--checkpoint.every_n_steps", "0"],
-        ["--checkpoint.every_n_steps is 0", "1 or more, or null"],
+        ["--checkpoint.every_n_steps is 0", "at least 1"],
     ),
     "unknown attention backend": (
         nothing,
