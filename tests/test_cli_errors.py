@@ -421,9 +421,9 @@ CASES: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
     "tag that leaves the folder": (
         nothing,
         ["--model.tag", "a/../../b"],
-        ["--model.tag is a/../../b", "leave out slashes"],
+        ["--model.tag is 'a/../../b'", "leave out slashes"],
     ),
-    "hidden tag": (nothing, ["--model.tag", ".."], ["--model.tag is ..", "leave out", "dot"]),
+    "hidden tag": (nothing, ["--model.tag", ".."], ["--model.tag is '..'", "leave out", "dot"]),
 }
 
 
@@ -568,7 +568,8 @@ def test_auto_goes_on_where_more_is_asked_for(
 
 def test_nothing_is_lost_by_a_mistake(base: Path, config: Path) -> None:
     finished_run(base)
-    before = {path: path.read_bytes() for path in base.rglob("base_checkpoints/d1/*") if path.is_file()}
+    kept = (path for path in base.rglob("base_checkpoints/d1/*") if path.is_file() and path.name != ".attempt")
+    before = {path: path.read_bytes() for path in kept}  # but for the identity of the newest start
     assert main(["fit", "--config", str(config)]) == 2
     assert {path: path.read_bytes() for path in before} == before
     assert any(json.loads(data)["stage"] == "pretrain" for path, data in before.items() if path.suffix == ".json")

@@ -31,7 +31,7 @@ from lmchat.stages.spec import StageSpec
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.types import UserError
 
-COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 
 COMPILE_FLOPS_ON_CPU = 1e13
@@ -292,7 +292,9 @@ class StageModule(L.LightningModule):
     def _numerics(self) -> dict[str, str]:
         """The dtypes and the attention backend in use, by name."""
         names = {dtype: name for name, dtype in COMPUTE_DTYPES.items()}
-        polar_dtype = COMPUTE_DTYPES.get(self.polar_dtype) or default_compute_dtype(self.net.device)
+        weights = self.net.lm_head.weight
+        automatic = default_compute_dtype(weights.device) if weights.dtype == torch.float32 else weights.dtype
+        polar_dtype = COMPUTE_DTYPES.get(self.polar_dtype, automatic)
         return {
             "compute_dtype": names[self.net.compute_dtype],
             "polar_dtype": names[polar_dtype],
