@@ -8,7 +8,7 @@ TEXT ?=
 OUTPUT ?= runs/demo$(if $(TEXT),-$(shell basename -- "$(TEXT)"))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo tokenizer pretrain sft rl chat speedrun test test-slow test-gpu lint types format bench loss-compare clean
+.PHONY: help setup demo tokenizer pretrain sft rl chat serve speedrun test test-slow test-gpu lint types format bench loss-compare clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,7 +22,7 @@ $(INSTALLED): pyproject.toml
 	@$(PYTHON) -m venv $(VENV)
 	@$(PYTHON) -c 'import importlib.metadata as m; t = m.distribution("torch"); v = tuple(map(int, t.version.split(".")[:2])); print(t.locate_file("") if (2, 11) <= v < (2, 14) else "")' \
 	  2>/dev/null > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch_of_parent.pth" || true
-	@$(BIN)/python -m pip install -q -e ".[dev,plot$$(command -v nvidia-smi > /dev/null && echo ,gpu)]" || { echo "The installation failed; the message above says why"; exit 1; }
+	@$(BIN)/python -m pip install -q -e ".[dev,plot,serve$$(command -v nvidia-smi > /dev/null && echo ,gpu)]" || { echo "The installation failed; the message above says why"; exit 1; }
 	@touch $@
 
 setup: $(INSTALLED)  ## make the virtual environment and install lmchat into it
@@ -52,6 +52,9 @@ speedrun: rl  ## the whole pipeline, d26 on 8 GPUs
 
 chat: $(INSTALLED)  ## chat with the model of the latest finished stage
 	@$(if $(BASE),LMCHAT_BASE_DIR="$(BASE)") $(BIN)/lmchat chat
+
+serve: $(INSTALLED)  ## chat page and API of that model, on this machine only (PORT=8000)
+	@$(if $(BASE),LMCHAT_BASE_DIR="$(BASE)") $(BIN)/lmchat serve $(if $(PORT),--port $(PORT))
 
 # One worker a core, at most 8: each imports torch. One process: make test WORKERS=0.
 WORKERS ?= logical

@@ -18,6 +18,7 @@ COMMANDS = {
     "data": "download shards, import your own text, tokenize it, show conversations",
     "eval": "accuracy of a checkpoint on chat benchmarks",
     "chat": "talk to a model in the terminal",
+    "serve": "chat page and OpenAI-compatible API of a model",
     "export": "write a model for the transformers library",
     "import": "read a model of the transformers library or of nanochat",
     "demo": "the pipeline on this machine's own documentation, offline",

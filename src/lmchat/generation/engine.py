@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,20 @@ from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.types import UserError
 
 FinishReason = Literal["stop", "length"]
+
+NOT_FINITE = "the model's logits are not finite; its training diverged or its checkpoint is damaged"
+
+
+class TokenScores(NamedTuple):
+    """Log-probabilities of a text under the model's full distribution.
+
+    Attributes:
+        logprobs: of each token from the second on.
+        top: the most likely tokens at the same places, each (token id, log-probability), the likeliest first.
+    """
+
+    logprobs: list[float]
+    top: list[list[tuple[int, float]]]
 
 
 @dataclass(frozen=True)
@@ -149,7 +163,7 @@ class Engine:
         if (decoded.tokens == -1).any():
             for request in list(self._requests):
                 self.cancel(request)
-            raise UserError("the model's logits are not finite; its training diverged or its checkpoint is damaged")
+            raise UserError(NOT_FINITE)
         events: list[TokenEvent] = []
         columns = (values.T.tolist() for values in decoded)
         for sequence, *column in zip(sequences, *columns, strict=True):
@@ -162,9 +176,17 @@ class Engine:
                 self._forget(sequence)
         return events
 
-    def cancel(self, request: int) -> None:
-        """Ends a request now and frees its place; unknown ids, such as of finished requests, are ignored."""
-        sequences = [sequence for sequence in self._requests.get(request, ()) if not sequence.done]
+    def is_open(self, request: int) -> bool:
+        """Whether the request has samples that have not ended."""
+        return request in self._requests
+
+    def cancel(self, request: int, sample: int | None = None) -> None:
+        """Ends a request, or one of its samples, now and frees its place. What has ended before is ignored."""
+        sequences = [
+            sequence
+            for number, sequence in enumerate(self._requests.get(request, ()))
+            if sequence in self._places and sample in (None, number)
+        ]
         self.scheduler.remove(sequences)
         for sequence in sequences:
             self._forget(sequence)
@@ -260,6 +282,24 @@ class Engine:
             batches[-1].append(prompt)
             tokens += len(prompt)
         return torch.cat([self.runner.next_logits(batch) for batch in batches])
+
+    def score(self, ids: Seq[int], top: int = 0) -> TokenScores:
+        """Log-probabilities of the tokens of a text, each given the tokens before it; see `TokenScores`.
+
+        Args:
+            ids: token ids, at least one.
+            top: number of most likely tokens to list at each place.
+
+        Raises:
+            UserError: as in `add_request`, or the model's logits are not finite.
+        """
+        logprobs, top_logprobs, top_ids = self.runner.score(self._checked("the text", ids, 0), top)
+        if not logprobs.isfinite().all():
+            raise UserError(NOT_FINITE)
+        return TokenScores(
+            logprobs.tolist(),
+            [list(zip(*each, strict=True)) for each in zip(top_ids.tolist(), top_logprobs.tolist(), strict=True)],
+        )
 
     # -----------------------------------------------------------------------------------------------------------------
 

@@ -24,6 +24,9 @@ from lmchat.tokenizer.bpe import Tokenizer
 HEAD_ROWS = 16
 """Rows whose tokens a CPU chooses at one time, so that their logits stay in its cache."""
 
+SCORE_TOKENS = 256
+"""Tokens whose logits are in memory at one time when a text is scored."""
+
 GPU_STEPS_PER_READ = 4
 """Decode steps after which a GPU's tokens are read."""
 
@@ -90,6 +93,19 @@ class Runner:
         hidden = self._hidden([token for prompt in prompts for token in prompt], PrefillCache(chunks, self.device))
         ends = torch.tensor([len(prompt) for prompt in prompts]).cumsum(0) - 1
         return self.net.logits(hidden[0, ends.to(self.device)])
+
+    @torch.inference_mode()
+    def score(self, ids: Seq[int], top: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities of all tokens but the first, (n - 1,) fp32, and of the ``top`` most likely tokens at their
+        places, (n - 1, top), with the ids of these."""
+        hidden = self._hidden(ids, PrefillCache([Chunk(None, 0, 0, len(ids))], self.device))[0, :-1]
+        targets = torch.tensor(ids[1:], dtype=torch.int64, device=self.device)[:, None]
+        parts = []
+        for part, wanted in zip(hidden.split(SCORE_TOKENS), targets.split(SCORE_TOKENS), strict=True):
+            logprobs = self.net.logits(part).log_softmax(dim=-1)
+            parts.append((logprobs.gather(1, wanted)[:, 0], *logprobs.topk(min(top, logprobs.size(1)), dim=1)))
+        own, values, chosen = zip(*parts, strict=True)
+        return torch.cat(own), torch.cat(values), torch.cat(chosen)
 
     def _hidden(self, ids: Seq[int], cache: PrefillCache) -> Tensor:
         return self.net.hidden(torch.tensor([ids]).to(self.device, non_blocking=True), cache)

@@ -8,18 +8,34 @@ import torch
 
 from lmchat.checkpoint.load import Checkpoint, load_model, load_tokenizer
 from lmchat.generation.engine import Engine
+from lmchat.serve.model_card import ModelCard
 
 
-def load_engine(checkpoint: Checkpoint, tokenizer_folder: Path | None = None) -> Engine:
+def load_engine(checkpoint: Checkpoint, tokenizer_folder: Path | None = None, *, max_rows: int = 128) -> Engine:
     """The checkpoint's model with its tokenizer, on the GPU if there is one.
 
     Args:
         checkpoint: the model to load.
         tokenizer_folder: default is the ``tokenizer`` folder beside the checkpoint folders, or else
             ``$LMCHAT_BASE_DIR/tokenizer``.
+        max_rows: maximum number of sequences decoded together.
 
     Raises:
         UserError: the tokenizer is missing, or is not the one that the model was trained with.
     """
     tokenizer = load_tokenizer(checkpoint, tokenizer_folder)
-    return Engine(load_model(checkpoint, "cuda" if torch.cuda.is_available() else "cpu"), tokenizer)
+    net = load_model(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
+    return Engine(net, tokenizer, max_rows=max_rows)
+
+
+def model_card(checkpoint: Checkpoint, engine: Engine) -> ModelCard:
+    """What a server tells about the model it serves."""
+    tag, stage, step = checkpoint.meta["tag"], checkpoint.stage, checkpoint.step
+    details = {
+        "stage": stage,
+        "tag": tag,
+        "step": step,
+        "parameters": sum(weight.numel() for weight in engine.runner.net.parameters()),
+    }
+    created = int(checkpoint.paths.meta.stat().st_mtime)
+    return ModelCard(f"{tag}-{stage}-{step}", created, details)

@@ -1,0 +1,285 @@
+"""The server's routes: OpenAI's API on the engine, health and metrics, and the chat page."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
+
+from lmchat.generation.engine import Engine
+from lmchat.serve.engine_worker import EngineWorker
+from lmchat.serve.errors import APIError
+from lmchat.serve.http_io import GeneratedResponse, error_response, read_body
+from lmchat.serve.limits import Admission, Limits
+from lmchat.serve.metrics import Metrics
+from lmchat.serve.model_card import ModelCard
+from lmchat.serve.openai_responses import ChatResponses, CompletionResponses, Responses
+from lmchat.serve.openai_schema import (
+    DEFAULT_COMPLETION_TOKENS,
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+    messages_of,
+    parse,
+)
+from lmchat.serve.run import Plan
+from lmchat.serve.security import Gate
+from lmchat.tokenizer.render import render_for_completion
+from lmchat.types import Conversation
+
+ANY_MODEL = "lmchat"
+"""Name that requests may give instead of the model's."""
+
+PAGE = {
+    "index.html": "text/html; charset=utf-8",
+    "style.css": "text/css; charset=utf-8",
+    "app.js": "text/javascript; charset=utf-8",
+}
+"""Files of the page with their types."""
+
+
+class Server:
+    """The server as an ASGI application.
+
+    Args:
+        engine: generates; nobody else may use it while the application runs.
+        card: the model.
+        limits: what is accepted.
+        api_key: bearer token that requests must bring; None for none.
+        loopback: requests must name this machine.
+
+    Attributes:
+        app: the application.
+        admission: set ``draining`` to refuse new requests.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        card: ModelCard,
+        limits: Limits,
+        *,
+        api_key: str | None = None,
+        loopback: bool = True,
+    ) -> None:
+        self.engine = engine
+        self.card = card
+        self.limits = limits
+        self.worker = EngineWorker(engine)
+        self.admission = Admission(limits)
+        self.metrics = Metrics(lambda: engine.num_running, lambda: engine.num_waiting)
+        self.max_prompt_tokens = min(limits.max_prompt_tokens or engine.context_limit, engine.context_limit - 1)
+        self._longest_token = int(engine.tokenizer.token_bytes.max())
+        self.app = self._gated(self._routes(), api_key, loopback)
+
+    def _routes(self) -> FastAPI:
+        app = FastAPI(title="lmchat", docs_url=None, redoc_url=None, openapi_url=None, lifespan=self._lifespan)
+        app.post("/v1/chat/completions")(self.chat)
+        app.post("/v1/completions")(self.complete)
+        app.get("/v1/models")(self.models)
+        app.get("/v1/models/{name:path}")(self.model)
+        app.get("/health")(self.health)
+        app.get("/metrics")(self.metrics_text)
+        for name, kind in PAGE.items():
+            content = (files("lmchat.serve") / "page" / name).read_bytes()
+            path = "/" if name == "index.html" else f"/{name}"
+            app.get(path)(_static(content, kind))
+        app.add_exception_handler(APIError, _on_api_error)
+        app.add_exception_handler(HTTPException, _on_http_error)
+        return app
+
+    def _gated(self, app: FastAPI, api_key: str | None, loopback: bool) -> ASGIApp:
+        page = {"/", *(f"/{name}" for name in PAGE)}
+        api = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/metrics"}
+        return Gate(
+            app,
+            metrics=self.metrics,
+            public=frozenset(page | {"/health"}),
+            counted=frozenset(page | api | {"/health"}),
+            api_key=api_key,
+            loopback=loopback,
+        )
+
+    @asynccontextmanager
+    async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        self.worker.start()
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(self.worker.close)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Routes
+
+    async def chat(self, request: Request) -> Response:
+        """``POST /v1/chat/completions``."""
+        wanted = parse(ChatRequest, await read_body(request, self.limits.max_body_bytes))
+        self._check(wanted)
+        conversation: Conversation = {"messages": messages_of(wanted)}
+        self._check_size(*(str(message["content"]) for message in conversation["messages"]), param="messages")
+        tokenizer = self.engine.tokenizer
+        prompt = await asyncio.to_thread(render_for_completion, tokenizer, conversation)
+        if wanted.top_logprobs and not wanted.logprobs:
+            raise APIError("top_logprobs needs logprobs: true", param="top_logprobs")
+        max_tokens = self._max_tokens([prompt], wanted.max_completion_tokens or wanted.max_tokens)
+        logprobs = bool(wanted.logprobs)
+        plan = Plan(
+            prompts=[prompt],
+            params=wanted.sampling(max_tokens, calculator=True, logprobs=logprobs),
+            num_samples=wanted.samples,
+            stops=wanted.stops,
+            parts=True,
+            top_logprobs=(wanted.top_logprobs or 0) if logprobs else None,
+        )
+        return self._generated(wanted, plan, ChatResponses(tokenizer, self.card.name))
+
+    async def complete(self, request: Request) -> Response:
+        """``POST /v1/completions``."""
+        wanted = parse(CompletionRequest, await read_body(request, self.limits.max_body_bytes))
+        self._check(wanted)
+        prompts, hidden = await self._encoded(wanted.prompts)
+        max_tokens = DEFAULT_COMPLETION_TOKENS if wanted.max_tokens is None else wanted.max_tokens
+        self._max_tokens(prompts, max_tokens or 1)
+        logprobs = wanted.logprobs is not None
+        plan = Plan(
+            prompts=prompts,
+            params=wanted.sampling(max_tokens, calculator=False, logprobs=logprobs) if max_tokens else None,
+            num_samples=wanted.samples,
+            stops=wanted.stops,
+            echo=bool(wanted.echo),
+            top_logprobs=wanted.logprobs,
+        )
+        return self._generated(wanted, plan, CompletionResponses(self.engine.tokenizer, self.card.name, hidden))
+
+    async def models(self) -> Response:
+        """``GET /v1/models``."""
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def model(self, name: str) -> Response:
+        """``GET /v1/models/NAME``."""
+        self._check_model(name)
+        return JSONResponse(self._model())
+
+    async def health(self) -> Response:
+        """``GET /health``: 200 while requests are answered."""
+        state = "failed" if self.worker.failed else "shutting down" if self.admission.draining else "ok"
+        content = {
+            "status": state,
+            "model": self.card.name,
+            "running": self.engine.num_running,
+            "waiting": self.engine.num_waiting,
+        }
+        return JSONResponse(content, status_code=200 if state == "ok" else 503)
+
+    async def metrics_text(self) -> Response:
+        """``GET /metrics``, in Prometheus' text format."""
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _generated(self, wanted: GenerationRequest, plan: Plan, responses: Responses) -> Response:
+        usage = bool(wanted.stream_options and wanted.stream_options.include_usage)
+        return GeneratedResponse(
+            self.worker, self.admission, self.metrics, plan, responses, stream=bool(wanted.stream), usage=usage
+        )
+
+    def _check(self, wanted: GenerationRequest) -> None:
+        if wanted.model is not None:
+            self._check_model(wanted.model)
+        if wanted.samples > self.limits.max_running:
+            raise APIError(f"n is {wanted.samples}; this server allows {self.limits.max_running}", param="n")
+        if wanted.stream_options and not wanted.stream:
+            raise APIError("stream_options needs stream: true", param="stream_options")
+
+    def _check_model(self, name: str) -> None:
+        if name not in (self.card.name, ANY_MODEL):
+            message = f"there is no model {name[:100]!r} here; this server has {self.card.name!r}"
+            raise APIError(message, status=404, code="model_not_found", param="model")
+
+    def _check_size(self, *texts: str, param: str) -> None:
+        """Refuses texts that must have too many tokens, before they are encoded."""
+        size = sum(len(text.encode(errors="replace")) for text in texts)
+        if size > self.max_prompt_tokens * self._longest_token:
+            raise APIError(
+                f"the prompt has {size} bytes; this server reads at most {self.max_prompt_tokens} tokens; shorten it",
+                code="context_length_exceeded",
+                param=param,
+            )
+
+    async def _encoded(self, prompts: list[str] | list[list[int]]) -> tuple[list[list[int]], int]:
+        """Token ids of prompts, and how many at their beginning are not of the client's."""
+        encoded = []
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                self._check_size(prompt, param="prompt")
+                ids = await asyncio.to_thread(self.engine.tokenizer.encode, prompt)
+                encoded.append([self.engine.tokenizer.bos_id, *ids])
+            else:
+                encoded.append(prompt)
+        for ids in encoded:
+            if not ids or min(ids) < 0 or max(ids) >= self.engine.config.vocab_size:
+                raise APIError(
+                    f"the prompt must have token ids from 0 to {self.engine.config.vocab_size - 1}", param="prompt"
+                )
+        return encoded, int(isinstance(prompts[0], str))
+
+    def _max_tokens(self, prompts: Sequence[Sequence[int]], wanted: int | None) -> int:
+        """How many tokens to generate at most.
+
+        Raises:
+            APIError: prompt or completion is too long.
+        """
+        longest, limit = max(map(len, prompts)), self.engine.context_limit
+        if longest > self.max_prompt_tokens:
+            message = f"the prompt has {longest} tokens; this server reads at most {self.max_prompt_tokens}; shorten it"
+            raise APIError(message, code="context_length_exceeded", param="messages")
+        if wanted is None:
+            return min(self.limits.max_new_tokens, limit - longest)
+        if wanted > self.limits.max_new_tokens:
+            message = f"max_tokens is {wanted}; this server allows {self.limits.max_new_tokens}"
+            raise APIError(message, param="max_tokens")
+        if longest + wanted > limit:
+            message = (
+                f"the prompt has {longest} tokens, which with max_tokens {wanted} passes the model's {limit}; "
+                "shorten one of them"
+            )
+            raise APIError(message, code="context_length_exceeded", param="max_tokens")
+        return wanted
+
+    def _model(self) -> dict[str, Any]:
+        details = {**self.card.details, "max_new_tokens": self.limits.max_new_tokens}
+        return {
+            "id": self.card.name,
+            "object": "model",
+            "created": self.card.created,
+            "owned_by": "lmchat",
+            "max_model_len": self.engine.context_limit,
+            "details": details,
+        }
+
+
+def _static(content: bytes, kind: str) -> Any:
+    async def send() -> Response:
+        return Response(content, media_type=kind, headers={"Cache-Control": "no-cache"})
+
+    return send
+
+
+async def _on_api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, APIError)
+    return error_response(error)
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path[:100]}: {error.detail}"
+    response = error_response(APIError(message, status=error.status_code))
+    response.headers.update(error.headers or {})
+    return response

@@ -1,0 +1,236 @@
+"""The thread that owns the engine. Coroutines submit and cancel requests through a queue and receive tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from lmchat.generation.engine import Engine, TokenEvent, TokenScores
+from lmchat.generation.sampling import SamplingParams
+from lmchat.types import UserError
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+Numbered = tuple[int, TokenEvent]
+"""A token of a completion, and the completion's number."""
+
+
+class EngineFailure(RuntimeError):
+    """The engine has failed while it generated; the server's log says why."""
+
+
+class Generation:
+    """Completions that the engine generates; iterate over it for tokens until all have ended.
+
+    Completion i is sample ``i % num_samples`` of prompt ``i // num_samples``.
+
+    Attributes:
+        remaining: completions that have not ended.
+    """
+
+    def __init__(self, worker: EngineWorker, requests: Sequence[int], num_samples: int) -> None:
+        self.remaining = set(range(len(requests) * num_samples))
+        self._worker = worker
+        self._requests = requests
+        self._num_samples = num_samples
+        self._events: asyncio.Queue[list[Numbered] | Exception] = asyncio.Queue()
+
+    def deliver(self, events: list[Numbered] | Exception) -> None:
+        """Called in the event loop with what a step has generated, or why there will be no more."""
+        self._events.put_nowait(events)
+
+    async def __aiter__(self) -> AsyncIterator[list[Numbered]]:
+        while self.remaining:
+            batch: list[Numbered] = []
+            waiting = [await self._events.get()]
+            while not self._events.empty():  # what a slow reader has missed comes at once
+                waiting.append(self._events.get_nowait())
+            for events in waiting:
+                if isinstance(events, Exception):
+                    raise events
+                batch += [(number, event) for number, event in events if number in self.remaining]
+            self.remaining -= {number for number, event in batch if event.finish_reason}
+            yield batch
+
+    def cancel(self, number: int) -> None:
+        """Ends a completion; its place is free before the next step."""
+        if number in self.remaining:
+            self.remaining.remove(number)
+            prompt, sample = divmod(number, self._num_samples)
+            self._worker.cancel(self._requests[prompt], sample)
+
+    def close(self) -> None:
+        """Ends all completions."""
+        if self.remaining:
+            self.remaining = set()
+            for request in self._requests:
+                self._worker.cancel(request)
+
+
+class EngineWorker:
+    """Steps the engine in a thread of its own as long as there are requests.
+
+    Args:
+        engine: nobody else may use it until `close`.
+
+    Attributes:
+        failed: the engine has failed for a reason that is not the requests'; nothing runs any more.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.failed = False
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._owners: dict[int, tuple[Generation, int]] = {}  # by request, with the number of its first sample
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread; called in the event loop that will use it."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends the thread after the present step; open generations receive an error."""
+        self._commands.put(self._close)
+        self._thread.join()
+
+    async def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Generation:
+        """Queues prompts in the engine.
+
+        Raises:
+            UserError: the engine refuses one.
+            EngineFailure: the engine has failed before.
+        """
+
+        def add() -> Generation:
+            requests: list[int] = []
+            for prompt in prompts:
+                try:
+                    requests.append(self.engine.add_request(prompt, params))
+                except UserError:
+                    for request in requests:
+                        self.engine.cancel(request)
+                    raise
+            generation = Generation(self, requests, params.num_samples)
+            starts = range(0, len(requests) * params.num_samples, params.num_samples)
+            self._owners.update(zip(requests, ((generation, start) for start in starts), strict=True))
+            return generation
+
+        def abandon(future: asyncio.Future[Generation]) -> None:
+            if not future.cancelled() and future.exception() is None:
+                future.result().close()
+
+        future = asyncio.ensure_future(self.call(add))
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            future.add_done_callback(abandon)
+            raise
+
+    async def score(self, ids: Sequence[int], top: int) -> TokenScores:
+        """`Engine.score` in the engine's thread."""
+        return await self.call(lambda: self.engine.score(ids, top))
+
+    async def call(self, function: Callable[[], T]) -> T:
+        """What ``function`` returns in the engine's thread, between two steps.
+
+        Raises:
+            EngineFailure: the engine has failed before.
+        """
+        future: asyncio.Future[T] = self._loop.create_future()
+
+        def finish(result: T) -> None:
+            if not future.done():
+                future.set_result(result)
+
+        def fail(error: Exception) -> None:
+            if not future.done():
+                future.set_exception(error)
+
+        def run() -> None:
+            try:
+                self._in_loop(finish, function())
+            except Exception as error:
+                self._in_loop(fail, error)
+
+        if self.failed or self._closed:
+            raise EngineFailure("the engine does not run any more; restart the server")
+        self._commands.put(run)
+        return await future
+
+    def cancel(self, request: int, sample: int | None = None) -> None:
+        """Ends a sample of a request, or all of them, before the next step."""
+
+        def run() -> None:
+            self.engine.cancel(request, sample)
+            self._forget_ended([request])
+
+        self._commands.put(run)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # In the thread
+
+    def _run(self) -> None:
+        while not self._closed:
+            self._take_commands()
+            if self._closed or not self._owners:
+                continue
+            try:
+                events = self.engine.step()
+            except UserError as error:  # logits that are not finite: the engine has cancelled everything and can go on
+                logger.error("%s", error)
+                self._fail_all(EngineFailure(str(error)))
+            except Exception:
+                logger.exception("the engine has failed")
+                self.failed = True
+                self._fail_all(EngineFailure("the engine has failed; restart the server"))
+            else:
+                self._deliver(events)
+
+    def _take_commands(self) -> None:
+        """Runs all commands there are; without a request it waits for one."""
+        if not self._owners:
+            self._commands.get()()
+        while not self._closed:
+            try:
+                self._commands.get_nowait()()
+            except queue.Empty:
+                return
+
+    def _deliver(self, events: list[TokenEvent]) -> None:
+        batches: dict[Generation, list[Numbered]] = {}
+        for event in events:
+            generation, start = self._owners[event.request]
+            batches.setdefault(generation, []).append((start + event.sample, event))
+        self._forget_ended({event.request for event in events})
+        self._in_loop(_deliver_all, batches)
+
+    def _forget_ended(self, requests: Iterable[int]) -> None:
+        for request in requests:
+            if not self.engine.is_open(request):
+                self._owners.pop(request, None)
+
+    def _fail_all(self, error: EngineFailure) -> None:
+        batches = {generation: error for generation, _ in self._owners.values()}
+        self._owners.clear()
+        self._in_loop(_deliver_all, batches)
+
+    def _close(self) -> None:
+        self._closed = True
+        for request in self._owners:
+            self.engine.cancel(request)
+        self._fail_all(EngineFailure("the server has shut down"))
+
+    def _in_loop(self, function: Callable[..., None], *arguments: Any) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+
+def _deliver_all(batches: Mapping[Generation, list[Numbered] | Exception]) -> None:
+    for generation, events in batches.items():
+        generation.deliver(events)

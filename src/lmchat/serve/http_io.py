@@ -1,0 +1,180 @@
+"""Reading bodies and sending answers, with limits on both and an eye on clients that leave."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from lmchat.serve.engine_worker import EngineFailure, EngineWorker
+from lmchat.serve.errors import APIError
+from lmchat.serve.limits import Admission
+from lmchat.serve.metrics import Metrics
+from lmchat.serve.openai_responses import JSON, Responses
+from lmchat.serve.run import Plan, Run
+from lmchat.types import UserError
+
+BODY_SECONDS = 30
+"""Time a client has to send a body."""
+
+logger = logging.getLogger(__name__)
+
+
+def error_response(error: APIError) -> Response:
+    """An error as a response."""
+    return JSONResponse(error.body, status_code=error.status, headers=error.headers)
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The body of a request.
+
+    Raises:
+        APIError: it is no JSON by its content type, too large, or not complete in `BODY_SECONDS`.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # which another origin's page cannot send unasked
+        raise APIError("the body must be JSON: set Content-Type to application/json", status=415)
+    too_large = APIError(f"the body exceeds {max_bytes} bytes; shorten it", status=413, code="body_too_large")
+    length = request.headers.get("content-length", "0")
+    if length.isdecimal() and int(length[:20]) > max_bytes:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > max_bytes:
+                    raise too_large
+    except TimeoutError as error:
+        raise APIError(f"the body did not arrive within {BODY_SECONDS} seconds", status=408) from error
+    except ClientDisconnect as error:
+        raise APIError("the client left before the body was complete") from error
+    return bytes(body)
+
+
+class GeneratedResponse(Response):
+    """Runs a plan and sends its answers, as one JSON object or as a stream of events.
+
+    A client that leaves ends the run; so does the time limit.
+
+    Args:
+        worker: has the engine.
+        admission: limits what runs.
+        metrics: record what happens.
+        plan: what to generate.
+        responses: format of the answers.
+        stream: send pieces as they are generated.
+        usage: end a stream with its usage.
+    """
+
+    def __init__(
+        self,
+        worker: EngineWorker,
+        admission: Admission,
+        metrics: Metrics,
+        plan: Plan,
+        responses: Responses,
+        *,
+        stream: bool,
+        usage: bool,
+    ) -> None:
+        self.background = None
+        self._worker = worker
+        self._admission = admission
+        self._metrics = metrics
+        self._plan = plan
+        self._responses = responses
+        self._streams = stream
+        self._usage = usage
+        self._begun = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        work = asyncio.ensure_future(self._respond(scope, receive, send))
+        gone = asyncio.ensure_future(_disconnected(receive))
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                self._metrics.disconnects.inc()
+        finally:
+            work.cancel()
+            gone.cancel()
+            await asyncio.wait({work, gone})
+        if not work.cancelled():
+            work.result()
+
+    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
+        limits = self._admission.limits
+        try:
+            with self._admission.admit(len(self._plan.prompts) * self._plan.num_samples):
+                async with asyncio.timeout(limits.max_seconds):
+                    await self._run(scope, receive, send)
+            return
+        except APIError as raised:
+            error = raised
+        except UserError as raised:
+            error = APIError(str(raised))
+        except EngineFailure as raised:
+            error = APIError(str(raised), status=500, code="engine_failure")
+        except TimeoutError:
+            message = f"the answer took longer than {limits.max_seconds:g} seconds; ask for fewer tokens"
+            error = APIError(message, status=504, code="timeout")
+        if not self._begun:
+            await error_response(error)(scope, receive, send)
+        else:
+            async with asyncio.timeout(BODY_SECONDS):
+                await self._event(send, error.body)
+                await self._end(send)
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        run = Run(self._worker, self._plan, self._metrics)
+        try:
+            await run.start()
+            if self._streams:
+                await self._send_stream(run, send)
+                return
+            await run.finish()
+        finally:
+            run.close()
+        await JSONResponse(self._responses.whole(run))(scope, receive, send)
+
+    async def _send_stream(self, run: Run, send: Send) -> None:
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
+        if run.plan.needs_scores:
+            await run.finish()
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        self._begun = True
+        for chunk in self._responses.opening(run):
+            await self._event(send, chunk)
+        if run.plan.needs_scores:
+            for number in range(len(run.answers)):
+                await self._event(send, self._responses.scored_chunk(run, number))
+        else:
+            async for gained in run.deltas():
+                chunks = (self._responses.chunk(run, number, delta) for number, delta in gained.items())
+                if data := b"".join(_encode(chunk) for chunk in chunks if chunk):
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+        if self._usage:
+            await self._event(send, self._responses.usage_chunk(run))
+        await self._end(send)
+
+    async def _event(self, send: Send, data: JSON) -> None:
+        await send({"type": "http.response.body", "body": _encode(data), "more_body": True})
+
+    async def _end(self, send: Send) -> None:
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+
+
+def _encode(data: JSON) -> bytes:
+    """An event of a stream."""
+    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+async def _disconnected(receive: Callable[[], Awaitable[Any]]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

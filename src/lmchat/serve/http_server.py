@@ -1,0 +1,70 @@
+"""Runs the application with uvicorn until SIGINT or SIGTERM, then finishes what runs."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
+
+from lmchat.serve.app import Server
+from lmchat.types import UserError
+
+
+def open_socket(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        UserError: the address is not this machine's, or is in use.
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(1024)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot listen on {host} port {port}: {reason}; give another --host or --port") from error
+    return listener
+
+
+class _Uvicorn(uvicorn.Server):
+    """Signals end it in order: nothing new is accepted, what runs is finished. A second one ends it at once."""
+
+    def __init__(self, config: uvicorn.Config, server: Server) -> None:
+        super().__init__(config)
+        self._server = server
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        def stop(number: int, frame: object) -> None:
+            self._server.admission.draining = True
+            self.force_exit = self.should_exit
+            self.should_exit = True
+
+        earlier = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in earlier.items():
+                signal.signal(number, handler)
+
+
+def uvicorn_config(server: Server) -> uvicorn.Config:
+    """uvicorn's settings."""
+    return uvicorn.Config(
+        server.app,
+        access_log=False,
+        log_level="warning",
+        server_header=False,
+        ws="none",
+        timeout_graceful_shutdown=int(server.limits.max_seconds) + 1,
+    )
+
+
+def run_server(server: Server, listener: socket.socket) -> None:
+    """Serves until SIGINT or SIGTERM."""
+    _Uvicorn(uvicorn_config(server), server).run(sockets=[listener])

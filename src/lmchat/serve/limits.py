@@ -1,0 +1,92 @@
+"""What a server accepts: sizes, lengths, requests at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from lmchat.option_checks import check_count
+from lmchat.serve.errors import APIError
+from lmchat.types import UserError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of a server.
+
+    Attributes:
+        max_running: completions generated together.
+        max_queued: completions that may wait for a place among them.
+        max_prompt_tokens: longest prompt; None is what the model's context allows.
+        max_new_tokens: longest completion, and the length of chat answers whose request names none.
+        max_body_bytes: largest request body.
+        max_seconds: time for a request, waiting included.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    max_running: int = 64
+    max_queued: int = 256
+    max_prompt_tokens: int | None = None
+    max_new_tokens: int = 1024
+    max_body_bytes: int = 1_000_000
+    max_seconds: float = 300.0
+
+    def __post_init__(self) -> None:
+        check_count("", 0, max_queued=self.max_queued)
+        check_count(
+            "",
+            1,
+            max_running=self.max_running,
+            max_prompt_tokens=self.max_prompt_tokens,
+            max_new_tokens=self.max_new_tokens,
+            max_body_bytes=self.max_body_bytes,
+        )
+        if not 0 < self.max_seconds <= 1e6:
+            raise UserError(f"--max_seconds is {self.max_seconds}; give a number of seconds, for example 300")
+
+
+class Admission:
+    """Counts the completions of open requests and refuses those that exceed the limits.
+
+    Args:
+        limits: the limits.
+
+    Attributes:
+        open: completions of requests that are admitted and not finished.
+        draining: whether the server shuts down, so that nothing new is admitted.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.open = 0
+        self.draining = False
+
+    @contextmanager
+    def admit(self, completions: int) -> Iterator[None]:
+        """Holds places for ``completions`` while the context is open.
+
+        Raises:
+            APIError: the server is full, shuts down, or could never run that many at a time.
+        """
+        limits = self.limits
+        capacity = limits.max_running + limits.max_queued
+        if completions > capacity:
+            raise APIError(f"a request of {completions} completions exceeds this server's {capacity}; ask for fewer")
+        if self.draining:
+            raise APIError("the server is shutting down", status=503, code="shutting_down", retry_after=5)
+        if self.open + completions > capacity:
+            raise APIError(
+                f"the server is full: {self.open} completions run or wait, {capacity} may; try again later",
+                status=429,
+                kind="rate_limit_error",
+                code="server_full",
+                retry_after=1,
+            )
+        self.open += completions
+        try:
+            yield
+        finally:
+            self.open -= completions

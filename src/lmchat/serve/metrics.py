@@ -1,0 +1,45 @@
+"""Metrics of the server in Prometheus' text format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+
+class Metrics:
+    """The metrics of one server.
+
+    Args:
+        running: number of sequences in the batch.
+        waiting: number of sequences that wait.
+    """
+
+    def __init__(self, running: Callable[[], int], waiting: Callable[[], int]) -> None:
+        self.registry = registry = CollectorRegistry()
+        Gauge("lmchat_running", "Completions in the batch", registry=registry).set_function(running)
+        Gauge("lmchat_waiting", "Completions waiting for a place in the batch", registry=registry).set_function(waiting)
+        self.requests = Counter(
+            "lmchat_requests", "Requests by path and HTTP status", ["path", "status"], registry=registry
+        )
+        self.disconnects = Counter(
+            "lmchat_disconnects", "Requests whose client left before the answer was complete", registry=registry
+        )
+        self.prompt_tokens = Counter("lmchat_prompt_tokens", "Tokens of prompts", registry=registry)
+        self.generated_tokens = Counter("lmchat_generated_tokens", "Generated tokens", registry=registry)
+        self.first_token = Histogram(
+            "lmchat_first_token_seconds", "Time to the first token", buckets=_SECONDS, registry=registry
+        )
+        self.token_interval = Histogram(
+            "lmchat_token_interval_seconds",
+            "Mean time between a completion's tokens",
+            buckets=(0.001, 0.0025, *_SECONDS),
+            registry=registry,
+        )
+        self.duration = Histogram("lmchat_request_seconds", "Time of a request", buckets=_SECONDS, registry=registry)
+
+    def text(self) -> bytes:
+        """All metrics."""
+        return generate_latest(self.registry)

@@ -1,0 +1,184 @@
+"""Requests of OpenAI's API: what they may hold, and what lmchat makes of it."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lmchat.generation.sampling import SamplingParams
+from lmchat.messages import PART_TYPES, check_messages
+from lmchat.serve.errors import APIError
+from lmchat.types import Message, Part, UserError
+
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 200
+MAX_TOP_LOGPROBS = 20
+DEFAULT_COMPLETION_TOKENS = 16
+"""Length of a text completion whose request names none, as in OpenAI's API."""
+
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "response_format": ({"type": "text"},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "suffix": ("",),
+    "modalities": (["text"],),
+    "best_of": (1,),
+}
+"""Options of OpenAI's that change answers and that lmchat does not have, with values that ask for nothing."""
+
+_WITHOUT_EFFECT = {
+    "user", "store", "metadata", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key",
+    "prompt_cache_retention",
+}  # fmt: skip
+"""Options of OpenAI's that change no answer."""
+
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+
+
+class StreamOptions(BaseModel):
+    """``stream_options``."""
+
+    model_config = ConfigDict(strict=True)
+    include_usage: bool = False
+
+
+class GenerationRequest(BaseModel):
+    """What both kinds of completion have in common. ``top_k`` and ``calculator`` are lmchat's own."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    model: str | None = None
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=-1)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
+    n: int | None = Field(default=None, ge=1)
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    calculator: bool | None = None
+
+    @property
+    def stops(self) -> list[str]:
+        """The stop strings."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def samples(self) -> int:
+        """Completions of each prompt."""
+        return self.n or 1
+
+    def sampling(self, max_new_tokens: int, *, calculator: bool, logprobs: bool) -> SamplingParams:
+        """Sampling parameters; absent options have OpenAI's defaults, an absent seed is random."""
+        return SamplingParams(
+            num_samples=self.samples,
+            max_new_tokens=max_new_tokens,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_k=self.top_k if self.top_k and self.top_k > 0 else None,
+            top_p=self.top_p,
+            seed=secrets.randbits(63) if self.seed is None else self.seed % 2**64,
+            calculator=calculator if self.calculator is None else self.calculator,
+            logprobs=logprobs,
+        )
+
+
+class ChatRequest(GenerationRequest):
+    """The body of ``/v1/chat/completions``."""
+
+    messages: list[Any] = Field(min_length=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+
+
+class CompletionRequest(GenerationRequest):
+    """The body of ``/v1/completions``."""
+
+    prompt: str | list[int] | list[str] | list[list[int]]
+    max_tokens: int | None = Field(default=None, ge=0)
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    echo: bool | None = None
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts, as texts or as token ids.
+
+        Raises:
+            APIError: there is none.
+        """
+        prompt: Any = self.prompt
+        if prompt and (isinstance(prompt, str) or isinstance(prompt[0], int)):
+            return [prompt]
+        if not prompt:
+            raise APIError("the prompt is empty; give a text, or token ids", param="prompt")
+        return list(prompt)
+
+
+Request = TypeVar("Request", bound=GenerationRequest)
+
+
+def parse(kind: type[Request], body: bytes) -> Request:
+    """The request in a body of JSON.
+
+    Raises:
+        APIError: it is not JSON, a value is of the wrong type or out of range, or an option is unknown or unsupported.
+    """
+    try:
+        request = kind.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        param = next((str(part) for part in first["loc"]), None)
+        place = ".".join(map(str, first["loc"])) or "the body"
+        raise APIError(f"{place}: {first['msg']}"[:500], param=param) from error
+    for name, value in (request.model_extra or {}).items():
+        if value is None or name in _WITHOUT_EFFECT:
+            continue
+        if name not in _UNSUPPORTED:
+            raise APIError(f"unknown option {name[:100]!r}; leave it out", param=name[:100], code="unknown_parameter")
+        if value not in _UNSUPPORTED[name]:
+            raise APIError(f"{name} is not supported; leave it out", param=name, code="unsupported_parameter")
+    return request
+
+
+def messages_of(request: ChatRequest) -> list[Message]:
+    """The conversation.
+
+    Raises:
+        APIError: the messages are not a conversation that ends with the user's turn.
+    """
+    try:
+        messages = [_message(index, message) for index, message in enumerate(request.messages)]
+        check_messages(messages)
+    except UserError as error:
+        raise APIError(str(error)[:500], param="messages") from error
+    if messages[-1]["role"] != "user":
+        raise APIError("the last message must be the user's", param="messages")
+    return messages
+
+
+def _message(index: int, message: Any) -> Message:
+    """lmchat's form of a message: contents that are lists become a string, or the parts of an assistant's turn."""
+    if not isinstance(message, dict):
+        raise UserError(f"message {index} must be an object with role and content")
+    role, content = message.get("role"), message.get("content")
+    if any(message.get(name) for name in ("tool_calls", "function_call", "audio")):
+        raise UserError(f"message {index} has tool calls or audio, which this server does not support; leave them out")
+    if isinstance(content, list):
+        kinds = PART_TYPES if role == "assistant" else ("text",)
+        parts: list[Part] = [_part(index, part, kinds) for part in content]
+        plain = all(part["type"] == "text" for part in parts)
+        content = "".join(part["text"] for part in parts) if plain else parts
+    return {"role": "system" if role == "developer" else role, "content": content}  # type: ignore[typeddict-item]
+
+
+def _part(index: int, part: Any, kinds: tuple[str, ...]) -> Part:
+    if not isinstance(part, dict) or part.get("type") not in kinds or not isinstance(part.get("text"), str):
+        raise UserError(f"message {index} has a part other than {{'type': {' or '.join(kinds)}, 'text': ...}}")
+    return {"type": part["type"], "text": part["text"]}

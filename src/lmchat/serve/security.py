@@ -1,0 +1,144 @@
+"""What stands before every route: who may ask, from where, and what browsers may do with the answers."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import logging
+import secrets
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from lmchat.serve.errors import APIError
+from lmchat.serve.http_io import error_response
+from lmchat.serve.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+CONTENT_SECURITY_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+)
+HEADERS = {
+    "Content-Security-Policy": CONTENT_SECURITY_POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
+}
+"""Headers of every response. There are none of CORS: pages of other origins cannot read answers."""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address or name means this machine only."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+class Gate:
+    """ASGI middleware: checks Host, Origin and bearer token, adds headers, counts responses, catches what is left.
+
+    Args:
+        app: what it protects.
+        metrics: count responses.
+        public: paths that need no token.
+        counted: paths that are counted under their name.
+        api_key: token that requests must bring; None for none.
+        loopback: the server is bound to this machine only, so that requests must name it. A page elsewhere whose name
+            is made to point here ("DNS rebinding") would name another.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        metrics: Metrics,
+        public: frozenset[str],
+        counted: frozenset[str],
+        api_key: str | None,
+        loopback: bool,
+    ) -> None:
+        self.app = app
+        self.metrics = metrics
+        self.public = public
+        self.counted = counted
+        self.loopback = loopback
+        self._digest = _digest(api_key.encode()) if api_key is not None else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        path = scope["path"] if scope["path"] in self.counted else "other"
+        begun = False
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal begun
+            if message["type"] == "http.response.start":
+                begun = True
+                headers = MutableHeaders(scope=message)
+                headers.update(HEADERS)
+                headers["x-request-id"] = secrets.token_hex(8)
+                self.metrics.requests.labels(path, str(message["status"])).inc()
+            await send(message)
+
+        try:
+            self._check(scope["path"], Headers(scope=scope))
+            await self.app(scope, receive, send_with_headers)
+        except APIError as error:
+            await error_response(error)(scope, receive, send_with_headers)
+        except Exception:
+            logger.exception("%s %s failed", scope["method"], scope["path"])
+            if begun:
+                raise
+            failure = APIError("the server failed; its log says why", status=500)
+            await error_response(failure)(scope, receive, send_with_headers)
+
+    def _check(self, path: str, headers: Headers) -> None:
+        """Raises APIError if the request is not allowed."""
+        host = headers.get("host", "")
+        if self.loopback and not is_loopback(_hostname(f"//{host}")):
+            raise APIError("this server answers requests to this machine only; use localhost", status=403)
+        origin = headers.get("origin")
+        if origin is not None and _netloc(origin) != host.lower():
+            raise APIError("pages of other origins may not use this server", status=403)
+        if self._digest is None or path in self.public:
+            return
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        given = _digest(token.strip().encode("latin-1", "replace"))
+        if not hmac.compare_digest(given, self._digest) or scheme.lower() != "bearer":
+            raise APIError(
+                "a valid bearer token is missing: send `Authorization: Bearer TOKEN`",
+                status=401,
+                kind="authentication_error",
+                code="invalid_api_key",
+            )
+
+
+def _digest(token: bytes) -> bytes:
+    """Of equal length for all tokens, so that comparing takes equal time."""
+    return hashlib.sha256(token).digest()
+
+
+def _hostname(url: str) -> str:
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
+
+
+def _netloc(url: str) -> str:
+    """Host and port of a URL in lower case; empty if it has none."""
+    try:
+        return urlsplit(url).netloc.lower()
+    except ValueError:
+        return ""

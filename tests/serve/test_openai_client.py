@@ -1,0 +1,80 @@
+"""The server through the official client: answers equal the engine's, in one piece and streamed."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import openai
+import pytest
+
+from live_server import TOKENIZER, LiveServer, tiny_engine
+from lmchat.generation.sampling import SamplingParams
+from lmchat.tokenizer.render import render_for_completion
+
+MESSAGES: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+
+
+def client_of(live: LiveServer) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0)
+
+
+def expected_chat(calculator: bool = True, **options: Any) -> list[str]:
+    """What the engine alone says, without calculator calls and results."""
+    engine = tiny_engine()
+    prompt = render_for_completion(TOKENIZER, {"messages": MESSAGES})
+    [completions] = engine.generate([prompt], SamplingParams(calculator=calculator, **options))
+    return [TOKENIZER.decode([i for i in each.content if i < 256]) for each in completions]
+
+
+def test_chat_equals_the_engine_alone(live: LiveServer) -> None:
+    client = client_of(live)
+    options: Any = {"max_tokens": 40, "temperature": 0.8, "top_p": 0.9, "seed": 5, "n": 3}
+    answer = client.chat.completions.create(
+        model="tiny-sft-7", messages=MESSAGES, extra_body={"top_k": 50, "calculator": False}, **options
+    )
+    expected = expected_chat(
+        calculator=False, num_samples=3, max_new_tokens=40, temperature=0.8, top_p=0.9, seed=5, top_k=50
+    )
+    joined = ["".join(part["text"] for part in each.message.parts) for each in answer.choices]  # type: ignore[attr-defined]
+    assert joined == expected
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == len(render_for_completion(TOKENIZER, {"messages": MESSAGES}))
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+def test_a_stream_adds_up_to_the_whole_answer(live: LiveServer) -> None:
+    client = client_of(live)
+    options: Any = {"model": "lmchat", "messages": MESSAGES, "max_tokens": 50, "seed": 9, "n": 2}
+    whole = client.chat.completions.create(**options)
+    texts, reasons, usages = ["", ""], [None, None], []
+    for chunk in client.chat.completions.create(stream=True, stream_options={"include_usage": True}, **options):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+            reasons[choice.index] = choice.finish_reason or reasons[choice.index]
+        usages.append(chunk.usage)
+    assert texts == [choice.message.content for choice in whole.choices]
+    assert reasons == [choice.finish_reason for choice in whole.choices]
+    assert usages[-1] == whole.usage and not any(usages[:-1])
+
+
+def test_async_client(live: LiveServer) -> None:
+    async def ask() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{live.url}/v1", api_key="none") as client:
+            asked = [
+                client.chat.completions.create(model="lmchat", messages=MESSAGES, max_tokens=20, seed=seed)
+                for seed in (1, 2, 1)
+            ]
+            return [str(answer.choices[0].message.content) for answer in await asyncio.gather(*asked)]
+
+    first, second, third = asyncio.run(ask())
+    assert first == third != second
+
+
+def test_models(live: LiveServer) -> None:
+    client = client_of(live)
+    assert [model.id for model in client.models.list()] == ["tiny-sft-7"]
+    assert client.models.retrieve("tiny-sft-7").owned_by == "lmchat"
+    with pytest.raises(openai.NotFoundError, match="this server has 'tiny-sft-7'"):
+        client.models.retrieve("gpt-4")
