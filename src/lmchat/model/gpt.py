@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lmchat.losses import Reduction, linear_cross_entropy, softcap
 from lmchat.model.attention import BACKENDS, Attend, attend_banded, choose_backend, exclude_cudnn
@@ -216,6 +218,8 @@ class GPT(nn.Module):
             `lmchat.model.compile.compile_blocks`, like the next two.
         fused_head: the head's loss is compiled.
         mix_in_blocks: the residual mix is part of the (compiled) blocks.
+        checkpoint_blocks: keep only each block's input, and run the block again in the backward pass: less memory for
+            about a third more time.
     """
 
     cos: Tensor
@@ -238,6 +242,7 @@ class GPT(nn.Module):
         self.fixed_shapes = False
         self.fused_head = False
         self.mix_in_blocks = False
+        self.checkpoint_blocks = False
         vocab = config.padded_vocab_size
         self.transformer = Transformer(config)
         self.lm_head = Linear(config.n_embd, vocab)
@@ -374,7 +379,9 @@ class GPT(nn.Module):
         for layer, block in enumerate(self.blocks):
             mix = (x0, self.resid_lambdas[layer], self.x0_lambdas[layer]) if self.config.residual_mix else None
             # Compiled blocks are for the fixed shapes of training: a growing cache would compile them at every step.
-            run = block if kv_cache is None else block.forward
+            run: Callable[..., Tensor] = block if kv_cache is None else block.forward
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                run = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
             value_embedding = self._value_embedding(layer, ids)
             if self.mix_in_blocks:
                 x = run(x, value_embedding, cos, sin, kv_cache, mix)

@@ -1,0 +1,173 @@
+"""The memory model against what autograd keeps and what a step holds, both counted tensor by tensor."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lmchat.model.compile import recomputing
+from lmchat.model.config import GPTConfig
+from lmchat.model.gpt import GPT
+from lmchat.model.memory import (
+    Mode,
+    largest_micro_batch,
+    needs_recomputing,
+    training_memory,
+)
+from lmchat.optim.muon_adamw import MuonAdamW, build_param_groups
+from lmchat.scaling import config_for_depth
+
+CONFIG = GPTConfig(sequence_len=64, vocab_size=320, n_layer=3, n_head=4, n_kv_head=4, n_embd=128, window_pattern="L")
+PARTITION_ONLY = "aot_eager_decomp_partition"
+BACKENDS: dict[Mode, Any] = {
+    "eager": None,
+    "compiled": PARTITION_ONLY,
+    "recomputing": lambda *args, **options: recomputing(PARTITION_ONLY)(*args, **options),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+    torch.set_num_threads(threads)
+
+
+def model(config: GPTConfig, mode: Mode = "eager") -> GPT:
+    net = GPT(config, compute_dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in net.parameters():
+            weight.copy_(0.1 * torch.randn(weight.shape, generator=generator))
+    if (backend := BACKENDS[mode]) is not None:
+        net.mix_in_blocks = True
+        for block in net.blocks:
+            block.compile(dynamic=False, backend=backend)
+    return net
+
+
+def saved_bytes(run: Callable[[], Any], tokens: int) -> int:
+    """Bytes of the tensors with one row per token that autograd keeps while `run` runs; a storage counts once."""
+    kept: dict[int, Tensor] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        if x.numel() % tokens == 0 and tokens in (x.shape[:1].numel(), x.shape[:2].numel(), x.shape[0] * x.shape[-2]):
+            kept[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        run()
+    return sum(x.untyped_storage().nbytes() for x in kept.values() if x.is_floating_point())
+
+
+@pytest.mark.parametrize(("mode", "n_kv_head"), [("eager", 4), ("eager", 2), ("compiled", 2), ("recomputing", 2)])
+def test_a_block_keeps_what_the_model_says(mode: Mode, n_kv_head: int) -> None:
+    """The growth with the depth, to 2 %; of the two layers more, one has value embeddings."""
+    rows, totals = 3, []
+    for layers in (1, 3):
+        config = replace(CONFIG, n_kv_head=n_kv_head, n_layer=layers)
+        net, ids = model(config, mode), torch.zeros(rows, 64, dtype=torch.int64)
+        hidden: list[Tensor] = []
+        counted = saved_bytes(lambda net=net, ids=ids, hidden=hidden: hidden.append(net.hidden(ids)), rows * 64)
+        totals.append((counted, training_memory(config, rows, mode=mode, on_gpu=False).activations))
+        torch._dynamo.reset()
+    counted, expected = (b - a for a, b in zip(*totals, strict=True))
+    cast_weights = 2 * 2 * (10 * 128**2 + 2 * 128 * n_kv_head * 32)
+    assert counted == pytest.approx(expected - cast_weights, rel=0.02)
+
+
+def test_checkpointing_gives_the_same_gradients() -> None:
+    ids = torch.randint(320, (2, 64), generator=torch.Generator().manual_seed(1))
+    results = []
+    for checkpointed in (False, True):
+        net = model(CONFIG)
+        net.checkpoint_blocks = checkpointed
+        loss = net.loss(ids, ids)
+        loss.backward()
+        results.append([loss.detach(), *(weight.grad for weight in net.parameters())])
+    assert all(map(torch.equal, *results))
+
+
+class PeakMemory(TorchDispatchMode):
+    """The most bytes of storage alive at a time, of what operators return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, Tensor):
+                self._count(x.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self.alive or not storage.nbytes():
+            return
+        self.alive[key] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._free, key)
+
+    def _free(self, key: int) -> None:
+        self.now -= self.alive.pop(key)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("rows", [2, 12])
+def test_a_step_holds_what_the_model_says(rows: int, checkpointed: bool) -> None:
+    """Eager on a CPU, to a fifth: two micro-batches and the optimizer, weights included."""
+    config = replace(CONFIG, n_layer=4)
+    net = model(config)
+    net.checkpoint_blocks = checkpointed
+    optimizer = MuonAdamW(build_param_groups(net.named_parameters(), n_embd=128), compile=False)
+    ids = torch.randint(320, (rows, 64), generator=torch.Generator().manual_seed(1))
+    weights = sum(weight.untyped_storage().nbytes() for weight in net.parameters())
+    with PeakMemory() as memory:
+        for _ in range(2):
+            for _ in range(2):
+                net.loss(ids, ids).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    expected = training_memory(
+        config, rows, mode="eager", checkpoint_blocks=checkpointed, chunk_tokens=512, on_gpu=False
+    )
+    assert memory.peak + weights == pytest.approx(expected.total, rel=0.2)
+
+
+def test_the_largest_micro_batch_is_the_largest_divisor_that_fits() -> None:
+    config = config_for_depth(12, 32768, 2048)
+    for gigabytes in (10, 24, 80):
+        fits = [
+            rows
+            for rows in (1, 2, 4, 8, 16, 32, 64, 128, 256)
+            if training_memory(config, rows).total <= gigabytes * 1e9
+        ]
+        assert largest_micro_batch(config, gigabytes * 1e9, 256) == max(fits)
+    assert largest_micro_batch(config, 12e9, 3 * 5) == 5
+    assert largest_micro_batch(config, 3e9, 256) is None
+
+
+def test_a_micro_batch_that_fits_only_with_recomputing() -> None:
+    config = config_for_depth(26, 32768, 2048)
+    assert needs_recomputing(config, 16, 80e9) and not needs_recomputing(config, 8, 80e9)
+    assert training_memory(config, 16, mode="recomputing").total < 70e9
+
+
+@pytest.mark.parametrize("change", [{"mode": "recomputing"}, {"checkpoint_blocks": True}, {"optimizer_shards": 8}])
+def test_what_saves_memory(change: dict[str, Any]) -> None:
+    config = config_for_depth(20, 32768, 2048)
+    assert training_memory(config, 16, **change).total < training_memory(config, 16).total
