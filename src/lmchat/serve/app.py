@@ -40,7 +40,8 @@ ANY_MODEL = "lmchat"
 PAGE = {
     "index.html": "text/html; charset=utf-8",
     "style.css": "text/css; charset=utf-8",
-    "app.js": "text/javascript; charset=utf-8",
+    "icon.svg": "image/svg+xml",
+    **{f"{name}.js": "text/javascript; charset=utf-8" for name in ("app", "api", "markdown", "store")},
 }
 """Files of the page with their types."""
 
