@@ -159,8 +159,10 @@ async function generate() {
   running = null;
   asked.updated = Date.now();
   keep(asked);
+  const unfocused = [document.body, $("stop")].includes(document.activeElement);
   setBusy(false);
   draw();
+  if (unfocused) question.focus();
   say(message.error ?? (message.reason === "stopped" ? "Stopped" : `Answer: ${textOf(message)}`));
 }
 
@@ -197,6 +199,7 @@ function setBusy(busy) {
   $("stop").hidden = !busy;
   for (const id of ["new", "settings"]) $(id).disabled = busy;
   $("conversations").inert = busy;
+  if (busy && document.activeElement === document.body) $("stop").focus();
   if (!busy) updateSend();
 }
 

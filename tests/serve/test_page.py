@@ -1,0 +1,318 @@
+"""The chat page in headless Chromium, against a real server; hostile answers are put in its place."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from live_server import LiveServer, wait_for
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+pytestmark = pytest.mark.xdist_group("browser")
+
+Open = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("there is no browser; install one with apt-get install chromium")
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    with playwright.sync_playwright() as runner:
+        browser = runner.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser: Any, live: LiveServer) -> Iterator[Open]:
+    """Opens the page. At the end nothing has failed in it, and no request has left for another address."""
+    problems: list[str] = []
+    contexts = []
+
+    def open_it(width: int = 1280, height: int = 800, **options: Any) -> Any:
+        context = browser.new_context(viewport={"width": width, "height": height}, accept_downloads=True, **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(15_000)
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("console", lambda message: problems.append(message.text) if is_problem(message) else None)
+        page.on("dialog", lambda dialog: dialog.accept())
+        page.on(
+            "request",
+            lambda request: None if request.url.startswith((live.url, "blob:")) else problems.append(request.url),
+        )
+        page.goto(live.url)
+        page.wait_for_selector("#model-details:not(:empty)")
+        return page
+
+    yield open_it
+    for context in contexts:
+        context.close()
+    assert not problems
+
+
+def is_problem(message: Any) -> bool:
+    """Whether a message of the console is an error; the browser also notes every response that is one."""
+    return message.type == "error" and not message.text.startswith("Failed to load resource")
+
+
+def ask(page: Any, text: str) -> None:
+    page.fill("#question", text)
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".message.assistant .tools >> nth=-1")
+    page.wait_for_selector("#send:not([hidden])", state="visible")
+
+
+def texts(page: Any, role: str) -> list[str]:
+    return [str(text) for text in page.locator(f".message.{role} > .body").all_inner_texts()]
+
+
+def stored(page: Any) -> list[dict[str, Any]]:
+    script = "Object.keys(localStorage).filter(k => k.startsWith('lmchat.conversation.')).map(k => localStorage[k])"
+    return [json.loads(text) for text in page.evaluate(script)]
+
+
+def answer_with(page: Any, *parts: tuple[str, str], reason: str = "stop") -> list[dict[str, Any]]:
+    """Lets the page receive these parts instead of the server's answer; returns the bodies of its requests."""
+    chunks: list[dict[str, Any]] = [
+        {"choices": [{"index": 0, "delta": {"parts": [{"type": kind, "text": text}]}, "finish_reason": None}]}
+        for kind, text in parts
+    ]
+    chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]})
+    body = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
+    bodies: list[dict[str, Any]] = []
+
+    def reply(route: Any) -> None:
+        bodies.append(json.loads(route.request.post_data))
+        route.fulfill(status=200, content_type="text/event-stream", body=body)
+
+    page.route("**/v1/chat/completions", reply)
+    return bodies
+
+
+def test_several_turns_are_kept_and_sent(open_page: Open) -> None:
+    page = open_page()
+    assert "tiny-sft-7" in page.inner_text("header") and "step 7" in page.inner_text("header")
+    ask(page, "One")
+    bodies = answer_with(page, ("text", "Two?"))
+    ask(page, "Two")
+    assert texts(page, "user") == ["One", "Two"] and texts(page, "assistant")[1] == "Two?"
+    assert [message["role"] for message in bodies[0]["messages"]] == ["user", "assistant", "user"]
+    [conversation] = stored(page)
+    assert bodies[0]["messages"][1]["content"] == conversation["messages"][1]["parts"] != []
+    page.reload()
+    assert texts(page, "user") == []
+    page.click("#conversations .open")
+    assert texts(page, "user") == ["One", "Two"]
+
+
+def test_stop_keeps_what_there_is_and_frees_the_place(open_page: Open, live: LiveServer) -> None:
+    page, step = open_page(), live.server.engine.step
+
+    def slow_step() -> Any:
+        time.sleep(0.05)
+        return step()
+
+    live.server.engine.step = slow_step  # type: ignore[method-assign]
+    try:
+        page.fill("#question", "Hello")
+        page.click("#send")
+        wait_for(lambda: page.evaluate("document.querySelector('.busy > .body')?.textContent.length > 2"))
+        page.keyboard.press("Escape")
+        page.wait_for_selector("text=stopped")
+        assert texts(page, "assistant")[0]
+        wait_for(lambda: live.server.engine.num_running == 0)
+    finally:
+        live.server.engine.step = step  # type: ignore[method-assign]
+    assert page.evaluate("document.activeElement.id") == "question"
+
+
+def test_regenerate_and_edit(open_page: Open) -> None:
+    page = open_page()
+    ask(page, "First")
+    ask(page, "Second")
+    bodies = answer_with(page, ("text", "Again"))
+    page.locator(".message.assistant").nth(0).get_by_label("Regenerate").click()
+    page.wait_for_selector("text=Again")
+    assert texts(page, "user") == ["First"] and texts(page, "assistant") == ["Again"]
+    page.locator(".message.user").hover()
+    page.get_by_label("Edit", exact=True).click()
+    page.fill(".editor textarea", "Other")
+    page.keyboard.press("Enter")
+    wait_for(lambda: texts(page, "user") == ["Other"] and page.is_visible("#send"))
+    assert [body["messages"][-1]["content"] for body in bodies] == ["First", "Other"]
+    assert [len(each["messages"]) for each in stored(page)] == [2]
+
+
+HOSTILE = (
+    """<script>window.hacked = 1</script><img src=x onerror="window.hacked = 1">
+[click](javascript:window.hacked=1) [data](data:text/html,<script>window.hacked=1</script>)
+**<svg onload="window.hacked=1">** `<iframe src="javascript:window.hacked=1">` ![x](http://example.org/a.png)
+
+```html"><script>window.hacked=1</script>
+</code></pre><script>window.hacked = 1</script>
+```
+
+<https://example.org/"onmouseover="window.hacked=1> http://example.org/"><script>window.hacked=1</script>
+"""
+    + ">" * 5000
+    + "\n"
+    + "*" * 3000
+    + "a"
+    + "[" * 3000
+    + "\n"
+    + "- " * 2000
+)
+
+
+def test_hostile_answers_stay_text(open_page: Open) -> None:
+    page = open_page()
+    answer_with(
+        page, ("text", HOSTILE), ("python", "<img src=x onerror=window.hacked=1>"), ("python_output", "<b>1</b>")
+    )
+    ask(page, "<img src=x onerror=window.hacked=1>")
+    page.wait_for_timeout(100)
+    assert page.evaluate("window.hacked") is None
+    assert page.locator("#log script, #log img, #log iframe, #log b").count() == 0
+    assert page.locator("#log svg:not(:has(use))").count() == 0
+    schemes = page.locator("#log a").evaluate_all("links => links.map(link => new URL(link.href).protocol)")
+    assert set(schemes) <= {"http:", "https:"}
+    assert "<script>window.hacked = 1</script>" in texts(page, "assistant")[0]
+
+
+def test_markdown_and_calculator_calls(open_page: Open) -> None:
+    page = open_page()
+    source = (
+        "# Head\n\n1. one **bold**\n2. two\n   - inner *em*\n\n> quote\n\n```py\nx = '<b>'\n```\n\n"
+        "| a | b |\n|---|---|\n| 1 | `c` |\n\n---\n"
+        "line one\nline two [link](https://example.org/a_(b)) \\*not em\\* snake_case_name 2*3*4\n\n7·7 is "
+    )
+    answer_with(page, ("text", source), ("python", "7*7"), ("python_output", "49"), ("text", "49."), reason="length")
+    ask(page, "Go")
+    body = page.locator(".message.assistant > .body")
+    selectors = ["h1", "ol > li", "ul > li", "strong", "li em", "blockquote", "pre code", "th", "td code", "hr", "br"]
+    found = [[text.strip() for text in body.locator(css).all_inner_texts()] for css in selectors]
+    assert found[0] == ["Head"] and found[2] == ["inner em"] and len(found[1]) == 2
+    assert found[3][0] == "bold" and found[4] == ["em"] and found[5] == ["quote"] and found[6] == ["x = '<b>'"]
+    assert found[7] == ["a", "b"] and found[8] == ["c"] and len(found[9]) == 1
+    assert body.locator("a").get_attribute("href") == "https://example.org/a_(b)"
+    assert "*not em* snake_case_name" in body.inner_text()
+    assert " ".join(page.locator(".call").inner_text().split()) == "calculator: 7*7 = 49"
+    assert "cut at the longest answer" in page.inner_text("#log")
+
+
+def test_settings_system_prompt_and_export(open_page: Open) -> None:
+    page = open_page()
+    page.click("#settings")
+    page.fill("[name=system]", "Be brief.")
+    for name, value in {"temperature": "0", "top_k": "7", "top_p": "0.9", "max_tokens": "11", "seed": "3"}.items():
+        page.fill(f"[name={name}]", value)
+    page.click("#settings-dialog .main")
+    bodies = answer_with(page, ("text", "Ok"))
+    ask(page, "Hi")
+    expected = {"temperature": 0, "top_k": 7, "top_p": 0.9, "max_tokens": 11, "seed": 3, "calculator": True}
+    assert expected.items() <= bodies[0].items()
+    assert bodies[0]["messages"][0] == {"role": "system", "content": "Be brief."}
+    with page.expect_download() as download:
+        page.click("#export")
+    exported = json.loads(download.value.path().read_text())
+    assert exported["messages"] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": [{"type": "text", "text": "Ok"}]},
+    ]
+    page.click("#new")
+    ask(page, "Next")
+    assert bodies[1]["messages"][0]["content"] == "Be brief."
+    assert len(stored(page)) == 2
+    page.get_by_label("Delete Hi").click(force=True)
+    assert len(stored(page)) == 1
+
+
+def test_a_conversation_that_is_too_long_loses_its_oldest_turns(open_page: Open) -> None:
+    page = open_page()
+    for number in range(3):
+        answer_with(page, ("text", f"{number}" * 190))
+        ask(page, "q" * 10)
+    page.unroute("**/v1/chat/completions")
+    ask(page, "Now a real one")
+    assert "without the oldest" in page.locator(".message.assistant .note").last.inner_text()
+
+
+def test_errors_are_shown_and_can_be_tried_again(open_page: Open) -> None:
+    page = open_page()
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(
+        status=200, content_type="text/event-stream",
+        body='data: {"error": {"message": "The engine is gone", "code": "engine_failure"}}\n\ndata: [DONE]\n\n',
+    ))  # fmt: skip
+    page.fill("#question", "Hi")
+    page.keyboard.press("Enter")
+    assert "The engine is gone" in page.locator(".error").inner_text()
+    page.unroute("**/v1/chat/completions")
+    page.click("text=Try again")
+    page.wait_for_selector(".message.assistant .tools")
+    assert page.locator(".error").count() == 0
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_is_wider_than_the_screen_and_colours_have_contrast(open_page: Open, width: int, scheme: str) -> None:
+    page = open_page(width=width, color_scheme=scheme)
+    answer_with(page, ("text", "x" * 300 + "\n\n```\n" + "y" * 300 + "\n```\n\n" + "|a" * 60 + "|\n" + "|-" * 60 + "|"))
+    ask(page, "w" * 200)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    for selector in ("#log", "header", "#composer"):
+        assert (
+            page.evaluate(
+                f"(({{scrollWidth, clientWidth}}) => scrollWidth - clientWidth)(document.querySelector('{selector}'))"
+            )
+            <= 0
+        )
+    colours = page.evaluate("""() => { const get = (css, name) => getComputedStyle(document.querySelector(css))[name];
+        return [[get('.assistant > .body', 'color'), get('body', 'backgroundColor')],
+                [get('.user > .body', 'color'), get('.user > .body', 'backgroundColor')],
+                [get('.note', 'color'), get('body', 'backgroundColor')]] }""")
+    assert all(contrast(*pair) >= 4.5 for pair in colours)
+    assert (luminance(colours[0][1]) > 0.5) == (scheme == "light")
+    page.click("#theme")
+    page.click("#theme")
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of WCAG."""
+    channels = [int(value) / 255 for value in colour.strip("rgb()").split(",")[:3]]
+    linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(a: str, b: str) -> float:
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_keyboard_and_screen_reader(open_page: Open) -> None:
+    page = open_page(width=390)
+    named = "each => each.getAttribute('aria-label') || each.textContent.trim() || each.labels.length"
+    assert all(page.locator("button, input, textarea").evaluate_all(f"all => all.map({named})"))
+    answer_with(page, ("text", "Fine"))
+    ask(page, "Hi")
+    assert page.inner_text("#status") == "Answer: Fine"
+    page.focus("#menu")
+    page.keyboard.press("Enter")
+    assert page.get_attribute("#menu", "aria-expanded") == "true"
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "open"
+    page.keyboard.press("Escape")
+    assert page.get_attribute("#menu", "aria-expanded") == "false"
+    assert page.evaluate("document.activeElement.id") == "menu"
