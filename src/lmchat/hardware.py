@@ -74,3 +74,13 @@ def memory_limit_bytes(device: torch.device) -> int | None:
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
     return physical if address_space == resource.RLIM_INFINITY else min(physical, address_space)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or, as torch reports it, on the CPU."""
+    import torch
+
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
+    )

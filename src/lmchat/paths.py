@@ -51,6 +51,11 @@ def base_data_dir() -> Path:
     return base_dir() / "base_data"
 
 
+def eval_bundle_dir() -> Path:
+    """The folder of the evaluation bundle of CORE."""
+    return base_dir() / "eval_bundle"
+
+
 def log_dir(stage_folder: str, tag: str) -> Path:
     """The folder of a run's logs; each start of the run has a version folder in it."""
     assert is_folder_name(tag)

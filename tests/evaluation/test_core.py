@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from core_bundle import write_bundle
 from lmchat.checkpoint.load import find_checkpoint, load_model
 from lmchat.commands.eval import evaluate
 from lmchat.evaluation.core import (
@@ -22,7 +23,8 @@ from lmchat.evaluation.core import (
     read_bundle,
     render_prompts,
 )
-from lmchat.evaluation.core_scoring import OptionScore, is_correct, score, score_plainly
+from lmchat.evaluation.core_scoring import OptionScore, batches_by_length, is_correct, score, score_plainly
+from lmchat.evaluation.prompt_trees import PromptTree
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT
 from lmchat.tokenizer.bpe import Tokenizer
@@ -84,10 +86,14 @@ def many_examples() -> list[tuple[str, Example]]:
     return found
 
 
-@pytest.mark.parametrize("max_batch_tokens", [1, 1000, 100_000])
+@pytest.mark.parametrize("max_batch_tokens", [1, 300, 100_000])
 def test_batches_score_as_one_option_at_a_time(net: GPT, max_batch_tokens: int) -> None:
     kinds, all_examples = zip(*many_examples(), strict=True)
-    plain, batched = score_plainly(net, all_examples), score(net, all_examples, max_batch_tokens)
+    plain, found = score_plainly(net, all_examples), {}
+    for batch in batches_by_length(all_examples, max_batch_tokens):
+        assert len(batch) == 1 or sum(PromptTree.of(all_examples[i]).num_tokens for i in batch) <= max_batch_tokens
+        found |= dict(zip(batch, score(net, [all_examples[index] for index in batch]), strict=True))
+    batched = [found[index] for index in range(len(all_examples))]
     for kind, example, expected, scores in zip(kinds, all_examples, plain, batched, strict=True):
         assert [each.loss for each in scores] == pytest.approx([each.loss for each in expected], rel=1e-5)
         assert [each.greedy for each in scores] == [each.greedy for each in expected]
@@ -128,23 +134,6 @@ def test_ranks_share_the_items_and_bad_items_are_named(tmp_path: Path) -> None:
         list(examples(task, BYTES))
 
 
-def write_bundle(folder: Path) -> None:
-    items = {
-        "capitals": [{"context": f"{index} is", "continuation": "even" if index % 2 else "odd"} for index in range(5)],
-        "sums": [{"query": f"{index}+1 =", "choices": [str(index), str(index + 1)], "gold": 1} for index in range(5)],
-        "broken": [{"query": "no choices"}],
-    }
-    kinds = {"capitals": "language_modeling", "sums": "multiple_choice", "broken": "schema"}
-    (folder / "eval_data").mkdir(parents=True)
-    tasks = []
-    for name, rows in items.items():
-        (folder / "eval_data" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        tasks.append({"label": name, "dataset_uri": f"{name}.jsonl", "num_fewshot": [2], "icl_task_type": kinds[name]})
-    (folder / "core.yaml").write_text(json.dumps({"icl_tasks": tasks}))
-    rows = "".join(f"{name},{50 * (name == 'sums')}\n" for name in items)
-    (folder / "eval_meta_data.csv").write_text(f"Eval Task,Random baseline\n{rows}")
-
-
 def test_the_command_evaluates_a_checkpoint_on_a_bundle(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -155,7 +144,7 @@ def test_the_command_evaluates_a_checkpoint_on_a_bundle(
     paths = save_random_checkpoint(BYTES)
     evaluate(core=tmp_path / "bundle.zip")
     results = json.loads((paths.directory / "eval_000007.json").read_text())
-    assert results["broken"].keys() == {"limit", "max_tokens", "error"}
+    assert results["broken"].keys() == {"limit", "max_tokens", "data", "error", "seconds"}
     net = load_model(find_checkpoint(paths.directory), "cpu")
     for task in read_bundle(tmp_path / "eval_bundle")[:2]:
         found = list(examples(task, BYTES))
@@ -170,9 +159,11 @@ def test_the_command_evaluates_a_checkpoint_on_a_bundle(
 
 def test_what_is_no_bundle_is_told(tmp_path: Path) -> None:
     (tmp_path / "x.zip").write_text("no zip")
-    for path in (tmp_path, tmp_path / "x.zip", tmp_path / "missing"):
+    for path in (tmp_path, tmp_path / "x.zip"):
         with pytest.raises(UserError, match="is not an evaluation bundle"):
             read_bundle(path)
+    with pytest.raises(UserError, match=r"there is no evaluation bundle at .*missing; get it with"):
+        read_bundle(tmp_path / "missing")
     with pytest.raises(UserError, match="no CORE task 'hellaswagg'; choose from hellaswag"):
         choose([CoreTask("hellaswag", "schema", tmp_path, 0, " ", 0.5)], ["hellaswagg"])
 

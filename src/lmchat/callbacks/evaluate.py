@@ -10,8 +10,10 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lmchat.checkpoint.rng import capture_rng, restore_rng
 from lmchat.evaluation.evaluator import Evaluator, is_due
 from lmchat.strategies.lightning_internals import run_validation
+from lmchat.strategies.reduce_numbers import reduce_numbers
 from lmchat.types import UserError
 
 
@@ -46,14 +48,20 @@ class Evaluate(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if self.at_start and trainer.global_step == 0:
+            rng = capture_rng()  # every loader draws a seed; after later steps `StepCheckpoint` restores the RNG state
             run_validation(trainer)
+            restore_rng(rng)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        for evaluator in trainer.datamodule.evaluators:  # type: ignore[attr-defined]
-            if self.is_due(trainer, evaluator):
-                for name, value in evaluator.compute().items():
-                    # As a float64 tensor: Lightning would round a Python float to float32.
-                    pl_module.log(f"val/{name}", torch.as_tensor(value, dtype=torch.float64))
+        evaluators = trainer.datamodule.evaluators  # type: ignore[attr-defined]
+        due = [evaluator for evaluator in evaluators if self.is_due(trainer, evaluator)]
+        failures = reduce_numbers(trainer, torch.tensor([evaluator.failure is not None for evaluator in due]).long())
+        for evaluator, failed in zip(due, failures.tolist(), strict=True):
+            metrics = evaluator.compute()  # also where it failed: a reduction over all ranks, and the next starts anew
+            evaluator.failure = None
+            for name, value in {} if failed else metrics.items():
+                # As a float64 tensor: Lightning would round a Python float to float32.
+                pl_module.log(f"val/{name}", torch.as_tensor(value, dtype=torch.float64))
         # Otherwise Lightning logs an evaluation after step n at n − 1, but at n at the start and the end.
         pl_module.log("step", float(trainer.global_step))
 

@@ -136,9 +136,13 @@ class Monitor(StepCallback):
     def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.state.fn != "fit":
             return
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        metrics = {
+            name.removeprefix("val/"): float(value)
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith("val/") and name.count("/") == 1  # not those of CORE's tasks
+        }
         if trainer.is_global_zero and metrics:
-            shown = " | ".join(f"{name.removeprefix('val/')} {value:.4f}" for name, value in metrics.items())
+            shown = " | ".join(f"{name} {value:.4f}" for name, value in metrics.items())
             print_line(f"step {trainer.global_step}/{trainer.max_steps} | held out: {shown}")
 
     def on_step_end(self, trainer: L.Trainer, pl_module: Any, step: int) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lmchat.generation.sampling import SamplingParams
+from lmchat.hardware import is_out_of_memory
 from lmchat.progress import print_line
 from lmchat.stages.base import StageModule
 from lmchat.types import UserError
@@ -43,7 +45,14 @@ class Samples(Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.sanity_checking or not trainer.is_global_zero or not self.max_new_tokens:
             return
-        for prompt, text in zip(self.prompts, self._complete(pl_module), strict=True):
+        try:
+            completions = self._complete(pl_module)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            rank_zero_warn(f"no samples: {error}")
+            return
+        for prompt, text in zip(self.prompts, completions, strict=True):
             print_line(f"  {prompt}\033[1m{text}\033[0m" if sys.stdout.isatty() else f"  {prompt} ▸{text}")
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lmchat.callbacks.checkpoint import StepCheckpoint
+from lmchat.callbacks.core import Core
 from lmchat.callbacks.evaluate import Evaluate
 from lmchat.callbacks.fp8 import FP8
 from lmchat.callbacks.gc_freeze import GCFreeze
@@ -85,7 +86,8 @@ class LMChatCLI(LightningCLI):
         return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in ("fit", "validate")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        # Callbacks are set up in this order: the plan first, then what depends on it.
+        # Callbacks are set up in this order: what adds evaluators, the plan, then what depends on it.
+        parser.add_lightning_class_args(Core, "core")
         parser.add_lightning_class_args(TrainingPlan, "scaling_laws")
         parser.add_lightning_class_args(FP8, "fp8")
         parser.add_lightning_class_args(Monitor, "monitor")

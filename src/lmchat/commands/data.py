@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lmchat.commands.conversations import show
-from lmchat.paths import base_data_dir, tokenizer_dir
+from lmchat.paths import base_data_dir, eval_bundle_dir, tokenizer_dir
 
 
 def download(
@@ -15,8 +15,12 @@ def download(
     revision: str = "main",
     pattern: str = "*.parquet",
     num_workers: int = 8,
+    eval_bundle: bool = False,
+    eval_bundle_url: str = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip",
 ) -> None:
-    """Fetch pretraining shards from the Hugging Face hub; run again to continue or to fetch more.
+    """Fetch pretraining shards from the Hugging Face hub, or the evaluation bundle of CORE.
+
+    Run it again to continue or to fetch more shards.
 
     Args:
         num_shards: training shards to fetch, of about 250 million characters each; -1 is all. The last shard of the
@@ -26,7 +30,16 @@ def download(
         revision: branch, tag or commit of the repository.
         pattern: which files of the repository are shards, for example "sample/10BT/*.parquet".
         num_workers: simultaneous transfers.
+        eval_bundle: fetch the evaluation bundle of CORE in place of shards, into $LMCHAT_BASE_DIR/eval_bundle.
+        eval_bundle_url: where the bundle is.
     """
+    if eval_bundle:
+        from lmchat.evaluation.bundle_download import download_bundle
+
+        folder = output or eval_bundle_dir()
+        print(f"{download_bundle(folder, eval_bundle_url)} tasks of CORE in {folder}")
+        return
+
     from lmchat.data.download import download_shards
 
     report = download_shards(

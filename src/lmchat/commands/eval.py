@@ -43,6 +43,7 @@ def evaluate(
     from lmchat.checkpoint.load import find_model, load_model, load_tokenizer
     from lmchat.evaluation.core import choose, read_bundle
     from lmchat.evaluation.named import TASKS, centered_mean, evaluate_core, evaluate_tasks, make_task
+    from lmchat.evaluation.results import results_file
     from lmchat.generation.policy import Policy
     from lmchat.option_checks import check_count
 
@@ -52,7 +53,7 @@ def evaluate(
     found = find_model(checkpoint)
     net = load_model(found, "cuda" if torch.cuda.is_available() else "cpu")
     policy = Policy(net, load_tokenizer(found, tokenizer))
-    path = output or found.paths.directory / f"eval_{found.step:06d}.json"
+    path = output or results_file(found.paths.directory, found.step)
     console, results = Console(), {}
     console.print(f"{found.stage} {found.meta['tag']}, step {found.step}", highlight=False)
     options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}

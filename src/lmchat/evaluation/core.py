@@ -7,22 +7,35 @@ Tasks, prompts and baselines are those of nanochat's ``eval_bundle``: ``core.yam
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import random
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import yaml
 
-from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.types import UserError
 
 SHUFFLE_SEED = 1337
 FEWSHOT_SEED = 1234
+
+
+class PromptTokenizer(Protocol):
+    """What CORE needs of a tokenizer."""
+
+    @property
+    def bos_id(self) -> int:
+        """The token that every prompt begins with."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+
 
 Kind = Literal["multiple_choice", "schema", "language_modeling"]
 Item = dict[str, Any]
@@ -48,6 +61,23 @@ class CoreTask:
     delimiter: str
     baseline: float
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of everything that decides the task's examples and its centered accuracy.
+
+        Raises:
+            UserError: the file of its items cannot be read.
+        """
+        settings = [self.name, self.kind, self.num_fewshot, self.delimiter, self.baseline]
+        try:
+            content = self.path.read_bytes()
+        except (OSError, LookupError) as error:
+            raise self._unreadable(error) from error
+        return hashlib.sha256(json.dumps(settings).encode() + content).hexdigest()[:16]
+
+    def _unreadable(self, error: Exception) -> UserError:
+        return UserError(f"cannot read {self.path}: {error}; unpack the evaluation bundle again")
+
     def items(self, max_items: int | None = None) -> list[Item]:
         """The items in the reference's order, at most ``max_items``.
 
@@ -57,7 +87,7 @@ class CoreTask:
         try:
             items = [json.loads(line) for line in self.path.read_text(encoding="utf-8").split("\n") if line.strip()]
         except (OSError, ValueError, LookupError) as error:
-            raise UserError(f"cannot read {self.path}: {error}; unpack the evaluation bundle again") from error
+            raise self._unreadable(error) from error
         random.Random(SHUFFLE_SEED).shuffle(items)
         return items[:max_items]
 
@@ -88,6 +118,8 @@ def read_bundle(path: Path) -> list[CoreTask]:
     Raises:
         UserError: a file is missing or not as expected.
     """
+    if not path.exists():
+        raise UserError(f"there is no evaluation bundle at {path}; get it with lmchat data download --eval_bundle true")
     try:
         folder: Traversable = zipfile.Path(path) / "eval_bundle" if path.suffix == ".zip" else path
         config, table = folder / "core.yaml", folder / "eval_meta_data.csv"
@@ -146,7 +178,7 @@ def _solved(kind: Kind, item: Item, delimiter: str) -> str:
 
 
 def make_example(
-    kind: Kind, prompts: Sequence[str], gold: int, tokenizer: Tokenizer, max_tokens: int | None = None
+    kind: Kind, prompts: Sequence[str], gold: int, tokenizer: PromptTokenizer, max_tokens: int | None = None
 ) -> Example:
     """Token ids and scored spans of rendered prompts.
 
@@ -178,7 +210,7 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
 
 def examples(
     task: CoreTask,
-    tokenizer: Tokenizer,
+    tokenizer: PromptTokenizer,
     *,
     max_items: int | None = None,
     max_tokens: int | None = None,

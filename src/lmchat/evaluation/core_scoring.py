@@ -1,33 +1,33 @@
 """Scores of CORE examples: the loss of each option's tokens, and whether greedy decoding gives them.
 
-Examples of similar length are read together. The beginning that the options of an example share is read once, and the
-head is applied to scored positions only.
+Examples of similar length are read together, see `lmchat.evaluation.prompt_trees`. The head is applied to scored
+positions only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lmchat.evaluation.core import CoreTask, Example, Kind, common_prefix, examples
+from lmchat.evaluation.core import Example, Kind
+from lmchat.evaluation.prompt_trees import PackedTrees, PromptTree
 from lmchat.model.gpt import GPT
-from lmchat.model.kv_cache import KVCache
-from lmchat.progress import ProgressBar
-from lmchat.tokenizer.bpe import Tokenizer
-from lmchat.types import UserError
 
 LogitsOf = Callable[[Tensor], Tensor]
 """Logits (B, T, vocabulary) of ids (B, T) int64, in which padding follows the tokens."""
 
-MIN_SHARED_TOKENS = 16
 MAX_BATCH_TOKENS = 1 << 14
-CHUNK_EXAMPLES = 512
-"""Examples held as token ids at a time, and sorted by length."""
+MAX_BATCH_TOKENS_ON_CPU = 1 << 11
+"""Tokens read together; on a CPU larger batches leave its caches."""
+
+
+def max_batch_tokens(device: torch.device) -> int:
+    """Tokens to read together on a device."""
+    return MAX_BATCH_TOKENS_ON_CPU if device.type == "cpu" else MAX_BATCH_TOKENS
 
 
 @dataclass(frozen=True)
@@ -43,57 +43,12 @@ class OptionScore:
     greedy: bool
 
 
-@dataclass(frozen=True)
-class CoreResult:
-    """Result of a task.
-
-    Attributes:
-        questions: number of examples.
-        correct: number of correct ones.
-        cut: number of examples whose scored tokens did not fit into the context as a whole.
-    """
-
-    questions: int
-    correct: int
-    cut: int
-
-
 def is_correct(kind: Kind, example: Example, scores: Sequence[OptionScore]) -> bool:
     """Whether the gold option has the lowest mean loss (the first minimum), or the continuation is decoded greedily."""
     if kind == "language_modeling":
         return scores[0].greedy
     losses = [score.loss for score in scores]
     return losses.index(min(losses)) == example.gold
-
-
-def evaluate_core_task(
-    net: GPT, tokenizer: Tokenizer, task: CoreTask, max_items: int | None = None, max_tokens: int | None = None
-) -> CoreResult:
-    """Evaluates a network on a task in this process.
-
-    Args:
-        net: the network.
-        tokenizer: the tokenizer it was trained with.
-        task: the task.
-        max_items: maximum number of items.
-        max_tokens: longest prompt, see `make_example`; default is the network's limit.
-
-    Raises:
-        UserError: the task's file cannot be read, or there is nothing in it.
-    """
-    limit = len(net.cos)
-    found = examples(task, tokenizer, max_items=max_items, max_tokens=min(max_tokens or limit, limit))
-    correct = number = cut = 0
-    with ProgressBar(task.name, unit="examples") as progress:
-        while chunk := list(islice(found, CHUNK_EXAMPLES)):
-            for example, scores in zip(chunk, score(net, chunk), strict=True):
-                correct += is_correct(task.kind, example, scores)
-                cut += example.cut
-            number += len(chunk)
-            progress.advance(len(chunk))
-    if not number:
-        raise UserError(f"{task.path} has no items; unpack the evaluation bundle again")
-    return CoreResult(number, correct, cut)
 
 
 @torch.inference_mode()
@@ -110,84 +65,40 @@ def score_plainly(logits_of: LogitsOf, questions: Sequence[Example]) -> list[lis
 
 
 @torch.inference_mode()
-def score(net: GPT, questions: Sequence[Example], max_batch_tokens: int = MAX_BATCH_TOKENS) -> list[list[OptionScore]]:
+def score(net: GPT, questions: Sequence[Example]) -> list[list[OptionScore]]:
     """Scores of each example's options, equal to those of `score_plainly` up to the order of summation.
 
     Options with equal tokens get equal scores.
 
     Args:
         net: the network; its mode and weights stay as they are.
-        questions: the questions, in any order.
-        max_batch_tokens: maximum number of tokens read together, padding included.
+        questions: the examples, which are read together.
     """
-    found: dict[int, list[OptionScore]] = {}
-    for batch in _batches(questions, max_batch_tokens):
-        chosen = [questions[index] for index in batch]
-        found.update(zip(batch, _score_batch(net, chosen), strict=True))
-    return [found[index] for index in range(len(questions))]
+    trees = [PromptTree.of(example) for example in questions]
+    packed = PackedTrees(trees, net.device)
+    hidden = net.hidden(packed.ids, packed)[0]
+    places = torch.tensor([place for branch in packed.predicting for place in branch], device=net.device)
+    scores = iter(_scores(net.logits(hidden[places]), [target for tree in trees for target in tree.targets]))
+    results = []
+    for tree in trees:
+        by_branch = [next(scores) for _ in tree.branches]
+        results.append([by_branch[branch] for branch in tree.option_branch])
+    return results
 
 
-def _batches(questions: Sequence[Example], max_tokens: int) -> Iterator[list[int]]:
-    """Indices of questions of similar length."""
+def batches_by_length(questions: Sequence[Example], max_tokens: int) -> Iterator[list[int]]:
+    """Indices of examples of similar length, at most ``max_tokens`` tokens together unless one alone has more."""
+    trees = [PromptTree.of(example) for example in questions]
     batch: list[int] = []
-    rows = 0
-    for index in sorted(range(len(questions)), key=lambda index: -max(map(len, questions[index].options))):
-        longest = max(map(len, questions[(batch or [index])[0]].options))
-        rows += len(questions[index].options)
-        if batch and rows * longest > max_tokens:
+    tokens = 0
+    for index in sorted(range(len(trees)), key=lambda index: -len(trees[index].prefix)):
+        if batch and tokens + trees[index].num_tokens > max_tokens:
             yield batch
-            batch, rows = [], len(questions[index].options)
+            batch, tokens = [], 0
         batch.append(index)
+        tokens += trees[index].num_tokens
     if batch:
         yield batch
-
-
-def _score_batch(net: GPT, questions: Sequence[Example]) -> list[list[OptionScore]]:
-    shared = [_shared_tokens(example) for example in questions]
-    rows = [  # each distinct option once
-        (number, option, span)
-        for number, example in enumerate(questions)
-        for option, span in dict(zip(map(tuple, example.options), example.spans, strict=True)).items()
-    ]
-    cache = None
-    if all(shared):
-        prefixes = [example.options[0][:length] for example, length in zip(questions, shared, strict=True)]
-        longest = max(len(option) - shared[number] for number, option, _ in rows)
-        cache = _read_prefixes(net, prefixes, [number for number, _, _ in rows], longest)
-    skipped = [shared[number] if cache is not None else 0 for number, _, _ in rows]
-    ids = _padded([option[skip:] for (_, option, _), skip in zip(rows, skipped, strict=True)])
-    hidden = net.hidden(ids.to(net.device), cache)
-    picked = [
-        row_hidden[start - 1 - skip : end - 1 - skip]
-        for row_hidden, (_, _, (start, end)), skip in zip(hidden, rows, skipped, strict=True)
-    ]
-    scores = _scores(net.logits(torch.cat(picked)), [option[start:end] for _, option, (start, end) in rows])
-    by_option = {(number, option): score for (number, option, _), score in zip(rows, scores, strict=True)}
-    return [
-        [by_option[number, tuple(option)] for option in example.options] for number, example in enumerate(questions)
-    ]
-
-
-def _read_prefixes(net: GPT, prefixes: Sequence[Sequence[int]], rows: Sequence[int], room: int) -> KVCache:
-    """A cache whose row r holds prefix ``rows[r]`` and has room for ``room`` more tokens; each prefix is read once."""
-    lengths = torch.tensor([len(prefix) for prefix in prefixes])
-    longest = int(lengths.max())
-    read = KVCache(net.config, len(prefixes), longest, net.compute_dtype, net.device)
-    net.hidden(_padded(prefixes).to(net.device), read)
-    cache = KVCache(net.config, len(rows), longest + room, net.compute_dtype, net.device)
-    index = torch.tensor(rows, device=net.device)
-    cache.keys[:, :, :, :longest] = read.keys[:, index]
-    cache.values[:, :, :, :longest] = read.values[:, index]
-    cache.lengths = lengths[list(rows)]
-    return cache
-
-
-def _shared_tokens(example: Example) -> int:
-    """Tokens at the beginning of all options that are worth reading once; at least one token before the span is not."""
-    if len(example.options) < 2:
-        return 0
-    shared = min(common_prefix(example.options), *(start for start, _ in example.spans)) - 1
-    return shared if shared >= MIN_SHARED_TOKENS else 0
 
 
 def _scores(logits: Tensor, targets: Sequence[Sequence[int]]) -> list[OptionScore]:
@@ -197,10 +108,3 @@ def _scores(logits: Tensor, targets: Sequence[Sequence[int]]) -> list[OptionScor
     losses = F.cross_entropy(logits.float(), flat, reduction="none").cpu().split(lengths)
     greedy = (logits.argmax(dim=-1) == flat).cpu().split(lengths)
     return [OptionScore(float(loss.mean()), bool(hits.all())) for loss, hits in zip(losses, greedy, strict=True)]
-
-
-def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
-    padded = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
-    for ids, row in zip(padded, rows, strict=True):
-        ids[: len(row)] = torch.tensor(row)
-    return padded

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -11,6 +13,10 @@ from torch.utils.data import IterableDataset
 from torchmetrics import Metric
 
 from lmchat.generation.policy import Policy
+from lmchat.hardware import is_out_of_memory
+from lmchat.types import UserError
+
+logger = logging.getLogger(__name__)
 
 Metrics = Mapping[str, Tensor | float]
 """Metrics by name, each a scalar."""
@@ -24,11 +30,17 @@ class Evaluator(ABC):
     Attributes:
         name: name in logs and tables.
         every_n_steps: optimizer steps between two evaluations in training; None follows ``--eval.every_n_steps``. All
-            evaluators also run at the start and at the end of training.
+            evaluators also run at the end of training.
+        at_start: whether it runs before the first step of training.
+        parts: parts that each batch is scored in; doubled whenever memory runs out.
+        failure: why the evaluation that is running has no result, or None.
     """
 
     name: str
     every_n_steps: int | None = None
+    at_start: bool = True
+    parts: int = 1
+    failure: str | None = None
 
     @abstractmethod
     def batches(self, rank: int, world_size: int) -> Iterable[Any]:
@@ -37,6 +49,14 @@ class Evaluator(ABC):
     @abstractmethod
     def update(self, policy: Policy, batch: Any) -> None:
         """Scores a batch, whose tensors are on the device of ``policy.net``."""
+
+    def split(self, batch: Any, parts: int) -> list[Any]:
+        """A batch in at most ``parts`` parts of similar size; here a list, or a dictionary of tensors by their rows."""
+        if isinstance(batch, dict):
+            columns = {name: value.chunk(parts) for name, value in batch.items()}
+            return [dict(zip(columns, rows, strict=True)) for rows in zip(*columns.values(), strict=True)]
+        size = max(1, math.ceil(len(batch) / parts))
+        return [batch[start : start + size] for start in range(0, max(1, len(batch)), size)]
 
     @abstractmethod
     def compute(self) -> Metrics:
@@ -86,14 +106,58 @@ def is_due(evaluator: Evaluator, step: int, last_step: int, default_every_n_step
         default_every_n_steps: cadence of evaluators without their own; 0 is at the start and the end only.
     """
     every = default_every_n_steps if evaluator.every_n_steps is None else evaluator.every_n_steps
-    return step in (0, last_step) or (every > 0 and step % every == 0)
+    if step == 0:
+        return evaluator.at_start
+    return step == last_step or (every > 0 and step % every == 0)
+
+
+def update_within_memory(evaluator: Evaluator, policy: Policy, batch: Any) -> None:
+    """`Evaluator.update` in smaller parts where memory runs out; what does not fit alone fails the evaluation.
+
+    It never raises for lack of memory, so that training goes on. The parts stay small for later batches.
+    """
+    pending = evaluator.split(batch, evaluator.parts) if evaluator.parts > 1 else [batch]
+    while pending and evaluator.failure is None:
+        problem = _try_update(evaluator, policy, pending[0])
+        if problem is None:
+            del pending[0]
+            continue
+        # Only here are the tensors of the failed call free: its exception would have kept them alive.
+        policy.release_memory()
+        halves = evaluator.split(pending[0], 2)
+        if len(halves) == 1:
+            evaluator.failure = f"out of memory with the smallest batch ({problem})"
+            logger.warning("%s: %s; going on without it", evaluator.name, evaluator.failure)
+            return
+        evaluator.parts *= 2
+        logger.warning("%s: out of memory, going on with 1/%d of its batch", evaluator.name, evaluator.parts)
+        pending[:1] = halves
+
+
+def _try_update(evaluator: Evaluator, policy: Policy, batch: Any) -> str | None:
+    """Why there was not enough memory, or None. An update that fails has changed no metric."""
+    try:
+        evaluator.update(policy, batch)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return str(error).partition("\n")[0]
+    return None
 
 
 def evaluate(evaluator: Evaluator, policy: Policy) -> Metrics:
-    """Runs one evaluation in this process alone and returns its metrics."""
+    """Runs one evaluation in this process alone and returns its metrics.
+
+    Raises:
+        UserError: memory ran out with the smallest batch.
+    """
     for batch in evaluator.batches(rank=0, world_size=1):
-        evaluator.update(policy, batch)
-    return evaluator.compute()
+        update_within_memory(evaluator, policy, batch)
+    metrics, failure = evaluator.compute(), evaluator.failure
+    evaluator.failure = None
+    if failure is not None:
+        raise UserError(f"{evaluator.name}: {failure}; free memory, or use a smaller model")
+    return metrics
 
 
 def compute_and_reset(metrics: Mapping[str, Metric]) -> Metrics:

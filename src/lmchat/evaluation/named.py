@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from lmchat.evaluation.chat_tasks import ChatTaskEvaluator
 from lmchat.evaluation.core import CoreTask, centered
-from lmchat.evaluation.core_scoring import evaluate_core_task
+from lmchat.evaluation.core_evaluator import CoreEvaluator
 from lmchat.evaluation.evaluator import evaluate
 from lmchat.evaluation.intervals import wilson_interval
-from lmchat.files import replacing
+from lmchat.evaluation.results import Result, read_results, write_results
 from lmchat.generation.policy import Policy
 from lmchat.tasks import ARC, GSM8K, MMLU, SimpleSpelling, SpellingBee, Task
 from lmchat.types import UserError
@@ -30,8 +28,6 @@ TASKS: dict[str, Callable[..., Task]] = {
 """Task by name; ``path`` is a local copy of its data, or for the spelling tasks a word list."""
 CHANCE = {"ARC-Easy": 0.25, "ARC-Challenge": 0.25, "MMLU": 0.25}
 """Accuracy of random answers; 0 for tasks that are not listed."""
-
-Result = dict[str, Any]
 
 
 def make_task(name: str, limit: int | None = None) -> Task:
@@ -57,7 +53,7 @@ def evaluate_tasks(
     """Evaluates each task and writes the results so far to ``results_file``; yields name and result of each.
 
     A task whose result is already in the file, with as many questions and tokens, is not evaluated again. A task that
-    fails with a UserError has its message as ``error`` and is tried again by the next call.
+    fails has its message as ``error`` and is tried again by the next call.
     """
 
     def accuracy(task: Task) -> Result:
@@ -85,31 +81,32 @@ def evaluate_core(
     """Evaluates CORE tasks as `evaluate_tasks` does chat tasks. Results also have the ``centered`` accuracy, and how
     many examples were ``cut``: their answers did not fit into the context as a whole."""
 
-    def accuracy(task: CoreTask) -> Result:
-        result = evaluate_core_task(policy.net, policy.tokenizer, task, max_per_task, max_tokens)
-        share = result.correct / result.questions
-        return {
-            "accuracy": share,
-            "centered": centered(share, task.baseline),
-            "questions": result.questions,
-            "cut": result.cut,
-        }
+    limit = len(policy.net.cos)
+    limit = min(max_tokens or limit, limit)
 
-    settings = {"limit": max_per_task, "max_tokens": max_tokens}
-    yield from _evaluate_each({task.name: (settings, partial(accuracy, task)) for task in tasks}, results_file)
+    def result(evaluator: CoreEvaluator) -> Result:
+        evaluate(evaluator, policy)
+        return evaluator.results[evaluator.tasks[0].name]
+
+    evaluations = {}
+    for task in tasks:
+        evaluator = CoreEvaluator(
+            [task], policy.tokenizer, max_tokens=limit, max_per_task=max_per_task, device=policy.net.device
+        )
+        evaluations[task.name] = (evaluator.settings(0), partial(result, evaluator))
+    yield from _evaluate_each(evaluations, results_file)
 
 
 def _evaluate_each(
     evaluations: Mapping[str, tuple[Result, Callable[[], Result]]], results_file: Path
 ) -> Iterator[tuple[str, Result]]:
     """Runs evaluations that are not in the file yet with the same settings; yields the name and result of each."""
-    results = _read(results_file)
+    results = read_results(results_file)
     for name, (settings, run) in evaluations.items():
         known = results.get(name, {})
         if "accuracy" not in known or any(known.get(key) != value for key, value in settings.items()):
             results[name] = settings | _timed(run)
-            with replacing(results_file) as unfinished:
-                unfinished.write_text(json.dumps(results, indent=2) + "\n")
+            write_results(results_file, results)
         yield name, results[name]
 
 
@@ -118,8 +115,10 @@ def _timed(run: Callable[[], Result]) -> Result:
     started = time.perf_counter()
     try:
         result = run()
-    except UserError as error:
-        return {"error": str(error)}
+    except Exception as error:  # one task that fails must not lose the others
+        return {"error": str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"}
+    if "error" in result:
+        return result
     interval = wilson_interval(result["accuracy"] * result["questions"], result["questions"])
     return {**result, "interval_95": list(interval), "seconds": round(time.perf_counter() - started, 1)}
 
@@ -131,15 +130,3 @@ def centered_mean(results: Mapping[str, Result], names: Sequence[str]) -> float 
     return sum(
         results[name].get("centered", centered(results[name]["accuracy"], CHANCE.get(name, 0.0))) for name in names
     ) / len(names)
-
-
-def _read(path: Path) -> dict[str, Result]:
-    try:
-        results = json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not a file of results ({error}); move it away") from error
-    if not isinstance(results, dict) or not all(isinstance(result, dict) for result in results.values()):
-        raise UserError(f"{path} is not a file of results; move it away")
-    return results

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
+
 from lmchat.generation.engine import Engine
 from lmchat.model.gpt import GPT
 from lmchat.tokenizer.bpe import Tokenizer
@@ -27,6 +29,12 @@ class Policy:
         """The policy's engine, with the network's weights at the time of this call."""
         self._engine.refresh()
         return self._engine
+
+    def release_memory(self) -> None:
+        """Frees the engine, which is built again when needed, and torch's cache of free blocks."""
+        self.__dict__.pop("_engine", None)
+        if self.net.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @cached_property
     def _engine(self) -> Engine:

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lmchat.checkpoint.load import Checkpoint, load_network_state
-from lmchat.evaluation.evaluator import EvalBatch
+from lmchat.evaluation.evaluator import EvalBatch, update_within_memory
 from lmchat.generation.policy import Policy
 from lmchat.hardware import memory_limit_bytes
 from lmchat.model.allocator import tune_malloc
@@ -271,7 +271,7 @@ class StageModule(L.LightningModule):
         optimizer.zero_grad(set_to_none=True)
 
     def validation_step(self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        batch.evaluator.update(self.policy, batch.data)
+        update_within_memory(batch.evaluator, self.policy, batch.data)
 
     def on_validation_end(self) -> None:
         # Runs after all callbacks; training time resumes.

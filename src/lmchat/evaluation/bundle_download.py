@@ -1,0 +1,75 @@
+"""Downloads the evaluation bundle of CORE."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+import zipfile
+from http.client import HTTPException
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import urlopen
+
+from lmchat.evaluation.core import read_bundle
+from lmchat.files import new_folder
+from lmchat.progress import ProgressBar
+from lmchat.types import UserError
+
+BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
+MAX_BYTES = 1 << 30
+"""Limit of the file and of what is in it: ten times the size of the bundle."""
+_ATTEMPTS = 4
+_FIRST_PAUSE_SECONDS = 1.0
+_CHUNK_BYTES = 1 << 20
+_TIMEOUT_SECONDS = 60
+
+
+def download_bundle(output: Path, url: str = BUNDLE_URL) -> int:
+    """Downloads and unpacks a bundle, which appears at ``output`` once it is complete and readable.
+
+    Returns:
+        The number of its tasks.
+
+    Raises:
+        UserError: ``output`` exists, the download fails, or the file is no bundle.
+    """
+    if output.exists():
+        raise UserError(f"{output} exists; delete it to fetch the bundle again, or choose another with --output")
+    with tempfile.TemporaryDirectory() as folder:
+        archive = Path(folder) / "eval_bundle.zip"
+        _fetch(url, archive)
+        read_bundle(archive)
+        with zipfile.ZipFile(archive) as file, new_folder(output) as staging:
+            if (size := sum(entry.file_size for entry in file.infolist())) > MAX_BYTES:
+                raise UserError(f"{url} unpacks to {size / 1e9:.1f} GB, which no evaluation bundle does")
+            file.extractall(folder)
+            shutil.copytree(Path(folder) / "eval_bundle", staging, dirs_exist_ok=True)
+    return len(read_bundle(output))
+
+
+def _fetch(url: str, path: Path) -> None:
+    """Retries faults of the network and of the server."""
+    for attempt in range(_ATTEMPTS):
+        if attempt:
+            time.sleep(_FIRST_PAUSE_SECONDS * 2 ** (attempt - 1))
+        try:
+            return _transfer(url, path)
+        except (OSError, HTTPException, ValueError) as error:
+            problem = error
+            if isinstance(error, ValueError) or (isinstance(error, HTTPError) and error.code < 500):
+                break
+    raise UserError(f"cannot download {url}: {problem}; check the address and the network") from problem
+
+
+def _transfer(url: str, path: Path) -> None:
+    with urlopen(url, timeout=_TIMEOUT_SECONDS) as answer, path.open("wb") as file:
+        size = int(answer.headers.get("Content-Length") or 0)
+        with ProgressBar("Downloading", size or None, unit="B") as progress:
+            while chunk := answer.read(_CHUNK_BYTES):
+                file.write(chunk)
+                progress.advance(len(chunk))
+                if file.tell() > MAX_BYTES:
+                    raise UserError(f"{url} is longer than {MAX_BYTES / 1e9:.1f} GB, which no evaluation bundle is")
+        if size and file.tell() < size:
+            raise OSError(f"the connection ended after {file.tell()} of {size} bytes")

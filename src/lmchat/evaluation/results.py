@@ -1,0 +1,42 @@
+"""Files of evaluation results: JSON beside a checkpoint, one entry per task."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lmchat.files import replacing
+from lmchat.types import UserError
+
+Result = dict[str, Any]
+"""Result of a task: ``accuracy`` and more, or ``error``; and the settings it depends on."""
+
+
+def results_file(directory: Path, step: int) -> Path:
+    """The file of results of a checkpoint."""
+    return directory / f"eval_{step:06d}.json"
+
+
+def read_results(path: Path) -> dict[str, Result]:
+    """Results by task; none if there is no such file.
+
+    Raises:
+        UserError: it is another file.
+    """
+    try:
+        results = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not a file of results ({error}); move it away") from error
+    if not isinstance(results, dict) or not all(isinstance(result, dict) for result in results.values()):
+        raise UserError(f"{path} is not a file of results; move it away")
+    return results
+
+
+def write_results(path: Path, results: Mapping[str, Result]) -> None:
+    """Replaces the file by these results."""
+    with replacing(path) as unfinished:
+        unfinished.write_text(json.dumps(results, indent=2) + "\n")

@@ -1,0 +1,153 @@
+"""CORE in training: when it runs, what it writes, and that training goes on as if it had not run."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from core_bundle import write_bundle
+from forked import exit_statuses
+from killable_fit import start_fit
+from lmchat.__main__ import main
+from lmchat.checkpoint.load import find_checkpoint, load_model, load_model_state, load_rank_state
+from lmchat.evaluation.bits_per_byte import BitsPerByteEvaluator
+from lmchat.evaluation.core import Example, centered, examples, read_bundle
+from lmchat.evaluation.core_evaluator import CoreEvaluator
+from lmchat.evaluation.core_scoring import is_correct, score_plainly
+from lmchat.tokenizer.bpe import Tokenizer
+from tiny_fit import config_options, same
+
+OWN = """
+trainer: {max_steps: 5}
+monitor: {every_n_steps: 1}
+eval: {every_n_steps: 3}
+checkpoint: {every_n_steps: 2}
+"""
+CORE = ["--core.every_n_steps", "2", "--core.max_per_task", "4"]
+
+
+def checkpoint_of(base: Path) -> Any:
+    return find_checkpoint(base / "base_checkpoints" / "d2")
+
+
+def metrics(base: Path, name: str) -> dict[int, float]:
+    (path,) = base.rglob("metrics.csv")
+    return {int(row["step"]): float(row[name]) for row in csv.DictReader(path.open()) if row.get(name)}
+
+
+def same_run(one: Path, other: Path, world_size: int = 1) -> bool:
+    checkpoints = [checkpoint_of(one), checkpoint_of(other)]
+    assert [checkpoint.step for checkpoint in checkpoints] == [5, 5]
+    ranks = [[load_rank_state(each, rank) for each in checkpoints] for rank in range(world_size)]
+    names = ("optimizer_states", "rng", "FineWebDataModule", "callbacks")
+    assert [name for a, b in ranks for name in names if not same(a[name], b[name])] == []
+    return same(*map(load_model_state, checkpoints))
+
+
+def expected_results(base: Path, step: int) -> dict[str, float]:
+    """Accuracies of the checkpoint of a step, one option at a time."""
+    net = load_model(find_checkpoint(base / "base_checkpoints" / "d2" / f"meta_{step:06d}.json"), "cpu")
+    tokenizer, accuracies = Tokenizer.load(base / "tokenizer"), {}
+    for task in read_bundle(base / "eval_bundle"):
+        found = list(examples(task, tokenizer, max_items=4))
+        pairs = zip(found, score_plainly(net, found), strict=True)
+        accuracies[task.name] = sum(is_correct(task.kind, *pair) for pair in pairs) / len(found)
+    return accuracies
+
+
+@pytest.fixture(scope="module")
+def without(new_base: Callable[[], Path]) -> Path:
+    base = new_base()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("LMCHAT_BASE_DIR", str(base))
+        assert main(["fit", *config_options(base, OWN)]) == 0
+    return base
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_it_is_logged_and_saved_and_training_is_as_without(
+    world_size: int, without: Path, new_base: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = new_base()
+    write_bundle(base / "eval_bundle", broken=False)
+    if world_size == 1:
+        monkeypatch.setenv("LMCHAT_BASE_DIR", str(base))
+        assert main(["fit", *config_options(base, OWN), *CORE]) == 0
+    else:
+        without = new_base()
+        ranks = ["--trainer.devices", "2", "--trainer.strategy", "zero2_muon"]
+        for folder, options in ((base, CORE), (without, [])):
+            processes = start_fit([*config_options(folder, OWN), *ranks, *options], folder, world_size)
+            assert exit_statuses(processes) == [0, 0], (folder / "output_rank0.txt").read_text()
+    assert same_run(base, without, world_size)
+    assert metrics(base, "train/loss") == metrics(without, "train/loss")
+    assert metrics(base, "val/bpb") == metrics(without, "val/bpb")
+    core = metrics(base, "val/core")
+    assert sorted(core) == [2, 4, 5]  # not at the start
+    baselines = {task.name: task.baseline for task in read_bundle(base / "eval_bundle")}
+    for step in core:
+        results = json.loads((base / "base_checkpoints" / "d2" / f"eval_{step:06d}.json").read_text())
+        accuracies = expected_results(base, step)
+        assert {name: results[name]["accuracy"] for name in accuracies} == accuracies
+        shares = {name: centered(accuracies[name], baselines[name]) for name in accuracies}
+        assert core[step] == pytest.approx(sum(shares.values()) / len(shares))
+        for name, share in shares.items():
+            assert metrics(base, f"val/core/{name}")[step] == pytest.approx(share)
+    assert list(base.rglob("events.out.tfevents*"))
+
+
+def out_of_memory_from(rows: int) -> Callable[..., Any]:
+    """Replaces an `update`: more than ``rows`` rows or examples do not fit into the memory."""
+
+    def patch(original: Callable[..., None]) -> Callable[..., None]:
+        def update(self: Any, policy: Any, batch: Any) -> None:
+            if len(batch["inputs"] if isinstance(batch, dict) else batch.examples) > rows:
+                raise torch.OutOfMemoryError("CUDA out of memory (of the test)")
+            original(self, policy, batch)
+
+        return update
+
+    return patch
+
+
+def test_out_of_memory_makes_batches_smaller_or_skips_the_evaluation(
+    base: Path, without: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_bundle(base / "eval_bundle", broken=False)
+    monkeypatch.setattr(BitsPerByteEvaluator, "update", out_of_memory_from(1)(BitsPerByteEvaluator.update))
+    monkeypatch.setattr(CoreEvaluator, "update", out_of_memory_from(0)(CoreEvaluator.update))
+    assert main(["fit", *config_options(base, OWN), *CORE]) == 0
+    assert same_run(base, without)
+    assert metrics(base, "val/bpb") == pytest.approx(metrics(without, "val/bpb"), rel=1e-6)
+    assert not metrics(base, "val/core")
+    result = json.loads((base / "base_checkpoints" / "d2" / "eval_000002.json").read_text())["sums"]
+    assert "out of memory with the smallest batch" in result["error"]
+    assert "bpb: out of memory, going on with 1/2 of its batch" in caplog.text
+
+
+def test_an_error_of_a_task_is_its_own(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_bundle(base / "eval_bundle")
+
+    def score(net: Any, found: Sequence[Example]) -> Any:
+        if len(found[0].options) > 1:
+            raise ZeroDivisionError("of the test")
+        return score_plainly(net, found)
+
+    monkeypatch.setattr("lmchat.evaluation.core_evaluator.score", score)
+    assert main(["fit", *config_options(base, OWN), *CORE]) == 0
+    results = json.loads((base / "base_checkpoints" / "d2" / "eval_000005.json").read_text())
+    assert results["sums"]["error"] == "ZeroDivisionError: of the test"
+    assert "is not of the kind schema" in results["broken"]["error"]
+    assert 0 <= results["capitals"]["accuracy"] <= 1
+    assert metrics(base, "val/core/capitals") and not metrics(base, "val/core")
+
+
+def test_without_its_bundle_it_says_how_to_get_it(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", *config_options(base, OWN), *CORE]) == 2
+    assert "lmchat data download --eval_bundle true" in capsys.readouterr().err
