@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lmchat.serve.app import Server
 from lmchat.types import UserError
+
+HEADER_SECONDS = 20
+"""Time a client has to send the first request of a connection."""
 
 
 def open_socket(host: str, port: int) -> socket.socket:
@@ -20,8 +25,9 @@ def open_socket(host: str, port: int) -> socket.socket:
         UserError: the address is not this machine's, or is in use.
     """
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind)
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        # asyncio sends small packets at once (TCP_NODELAY) only where the socket's protocol is given.
+        listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(1024)
@@ -29,6 +35,18 @@ def open_socket(host: str, port: int) -> socket.socket:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot listen on {host} port {port}: {reason}; give another --host or --port") from error
     return listener
+
+
+class _Protocol(H11Protocol):
+    """HTTP/1.1 that closes connections whose first request does not arrive."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.loop.call_later(HEADER_SECONDS, self._close_without_request)
+
+    def _close_without_request(self) -> None:
+        if self.cycle is None and not self.transport.is_closing():
+            self.transport.close()
 
 
 class _Uvicorn(uvicorn.Server):
@@ -57,6 +75,7 @@ def uvicorn_config(server: Server) -> uvicorn.Config:
     """uvicorn's settings."""
     return uvicorn.Config(
         server.app,
+        http=_Protocol,
         access_log=False,
         log_level="warning",
         server_header=False,

@@ -1,0 +1,261 @@
+"""Requests that are malformed, too large, too slow or not allowed are answered with 4xx in OpenAI's shape."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from live_server import LiveServer, live_server, tiny_engine, wait_for
+from lmchat.generation.engine import TokenEvent
+from lmchat.serve import http_io, http_server
+from lmchat.serve.limits import Limits
+
+CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+TEXT = {"prompt": "Hi", "max_tokens": 1}
+PATHS = {"/v1/chat/completions": CHAT, "/v1/completions": TEXT}
+FIELDS = [
+    "model", "messages", "prompt", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "seed", "n",
+    "stop", "stream", "stream_options", "logprobs", "top_logprobs", "echo", "calculator", "tools", "logit_bias",
+    "best_of", "response_format", "user", "__class__", "",
+]  # fmt: skip
+VALUES = [
+    "true", "false", "0", "1", "-1", "2.5", "-0.0", "1e308", "-1e999", "NaN", "Infinity", "1" * 30, "1" * 5000, '""',
+    '"x"', r'"\ud800"', r'"\u0000"', '"\U0001f600"', "[]", "[[]]", "[null]", "[1, 2]", "[-1]", "[999999]", "{}",
+    '{"a": [1]}', "[" * 50 + "]" * 50, '[{"role": "user"}]', '[{"role": "user", "content": ""}]', '[{"content": "x"}]',
+    '[{"role": "user", "content": [{"type": "image_url"}]}]', '[{"role": ["user"], "content": "x"}]',
+    '[{"role": "assistant", "content": "x"}]', '[{"role": "user", "content": 1}]', '[{"role": {}, "content": null}]',
+    '[{"role": "user", "content": "x", "tool_calls": [1]}]', '[{"role": "user", "content": {"a": "b"}}]',
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def client(live: LiveServer) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=live.url, timeout=30) as client:
+        yield client
+
+
+def post(client: httpx.Client, path: str, body: bytes | str, **headers: str) -> httpx.Response:
+    return client.post(path, content=body, headers={"Content-Type": "application/json", **headers})
+
+
+def check(response: httpx.Response, *statuses: int) -> None:
+    """The response is an answer, or an error in OpenAI's shape."""
+    assert response.status_code in statuses if statuses else response.status_code < 500, response.text
+    if response.status_code >= 400:
+        error = response.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert error["message"] and error["type"] and len(error["message"]) < 1000
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_every_field_with_every_kind_of_value(client: httpx.Client, path: str) -> None:
+    refused = 0
+    for field, value in itertools.product(FIELDS, VALUES):
+        body = {name: json.dumps(each) for name, each in PATHS[path].items()} | {field: value}
+        response = post(client, path, "{" + ", ".join(f'"{name}": {each}' for name, each in body.items()) + "}")
+        check(response)
+        refused += response.status_code >= 400
+    assert refused > len(FIELDS) * len(VALUES) // 2
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_bodies_that_are_not_json(client: httpx.Client, path: str) -> None:
+    bodies: list[bytes] = [
+        b"", b"null", b"[]", b"1", b'"x"', b"{", b"{'a': 1}", b"\xff\xfe", b'{"prompt": "\xff"}', b"{}" * 2,
+        b"\x00" * 100, b"[" * 100_000, b'{"a":' * 100_000, b'{"messages": ' + b"[" * 50_000 + b"]" * 50_000 + b"}",
+        b'{"prompt": "' + b"\\" * 1001 + b'"}', b'{"n": 1, "n": 2, "prompt": "a"', '{"prompt": "é"}'.encode("utf-16"),
+    ]  # fmt: skip
+    for body in bodies:
+        check(post(client, path, body), 400)
+    valid = json.dumps(PATHS[path]).encode()
+    rng = random.Random(0)
+    for _ in range(300):
+        damaged = bytearray(valid)
+        for _ in range(rng.randint(1, 4)):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        check(post(client, path, bytes(damaged)))
+
+
+def test_unknown_and_unsupported_options_are_named(client: httpx.Client) -> None:
+    for name, value in {
+        "temprature": 1,
+        "tools": [{}],
+        "presence_penalty": 0.5,
+        "response_format": {"type": "json"},
+    }.items():
+        response = post(client, "/v1/chat/completions", json.dumps(CHAT | {name: value}))
+        check(response, 400)
+        assert response.json()["error"]["param"] == name
+    harmless = {
+        "presence_penalty": 0,
+        "tools": None,
+        "user": "me",
+        "response_format": {"type": "text"},
+        "logit_bias": {},
+    }
+    check(post(client, "/v1/chat/completions", json.dumps(CHAT | harmless)), 200)
+
+
+def test_other_types_paths_and_methods(client: httpx.Client) -> None:
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "", "multipart/form-data"):
+        check(client.post("/v1/completions", content=json.dumps(TEXT), headers={"Content-Type": kind}), 415)
+    check(post(client, "/v1/completions", json.dumps(TEXT), **{"Content-Type": "application/json; charset=utf-8"}), 200)
+    check(client.get("/v1/chat/completions"), 405)
+    check(client.put("/v1/completions"), 405)
+    for path in ("/nothing", "/v1/", "/v1/models/", "/../../etc/passwd", "/app.js/x", "/%00", "/docs", "/openapi.json"):
+        check(client.get(path), 404)
+
+
+def test_prompts_and_completions_that_are_too_long(client: httpx.Client, live: LiveServer) -> None:
+    limit = live.server.engine.context_limit
+    for text in ("x" * (limit + 1), "x" * (limit - 1), "x" * 900_000):
+        response = post(client, "/v1/completions", json.dumps({"prompt": text, "max_tokens": 30}))
+        check(response, 400)
+        assert response.json()["error"]["code"] == "context_length_exceeded"
+    response = post(client, "/v1/chat/completions", json.dumps(CHAT | {"max_tokens": 10**6}))
+    check(response, 400)
+    assert response.json()["error"]["param"] == "max_tokens"
+    check(post(client, "/v1/completions", json.dumps({"prompt": "x" * 1_100_000})), 413)
+    check(post(client, "/v1/completions", iter([b" " * 10_000] * 200)), 413)  # type: ignore[arg-type]
+    check(post(client, "/v1/completions", json.dumps(TEXT | {"n": 9})), 400)
+    check(post(client, "/v1/completions", json.dumps(TEXT | {"prompt": ["a"] * 300})), 400)
+
+
+def test_other_origins_and_names_are_refused(client: httpx.Client, live: LiveServer) -> None:
+    body = json.dumps(TEXT)
+    own = live.url.removeprefix("http://")
+    for origin in ("http://evil.example", "null", "http://127.0.0.1:1", "http://[", f"http://{own}.evil.example"):
+        response = post(client, "/v1/completions", body, Origin=origin)
+        check(response, 403)
+        assert not any(name.startswith("access-control") for name in response.headers)
+    check(post(client, "/v1/completions", body, Origin=live.url), 200)
+    assert client.options("/v1/completions", headers={"Origin": "http://evil.example"}).status_code == 403
+    for host in ("evil.example", "evil.example:80", "127.0.0.1.evil.example", "", "[", "10.0.0.1"):
+        check(client.get("/v1/models", headers={"Host": host}), 403)
+    for host in ("localhost:8000", "127.0.0.1", "[::1]:80"):
+        check(client.get("/v1/models", headers={"Host": host}), 200)
+
+
+def test_headers_of_every_response(client: httpx.Client) -> None:
+    for path in ("/", "/app.js", "/health", "/nothing"):
+        headers = client.get(path).headers
+        assert "default-src 'none'" in headers["content-security-policy"]
+        assert "unsafe" not in headers["content-security-policy"]
+        assert headers["x-content-type-options"] == "nosniff" and headers["x-request-id"]
+    assert client.get("/v1/models").headers["content-type"] == "application/json"
+
+
+def test_a_token_is_asked_for() -> None:
+    with live_server(tiny_engine(), api_key="s3cret") as live, httpx.Client(base_url=live.url) as client:
+        for path in ("/", "/app.js", "/health"):
+            check(client.get(path), 200)
+        wrong = ("", "s3cret", "Bearer", "Bearer s3cre", "Bearer s3cretx", "Basic s3cret", "Bearer \xe9")
+        for given in wrong:
+            headers = {"Authorization": given.encode("latin-1")}
+            for path in ("/v1/models", "/metrics", "/nothing"):
+                check(client.get(path, headers=headers), 401)
+            check(client.post("/v1/completions", headers=headers), 401)
+        for given in ("Bearer s3cret", "bearer  s3cret"):
+            check(client.get("/v1/models", headers={"Authorization": given}), 200)
+
+
+POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+
+
+@pytest.fixture
+def raw(live: LiveServer) -> Iterator[socket.socket]:
+    """A connection for bytes that no HTTP client sends."""
+    host, port = live.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        yield connection
+
+
+def received(connection: socket.socket) -> bytes:
+    return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"\x16\x03\x01\x02\x00",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"nonsense\r\n\r\n",
+        b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 20_000,
+        POST + b"Content-Length: -5\r\n\r\n",
+        POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    ],
+    ids=["tls", "version", "nonsense", "headers", "length", "chunk"],
+)
+def test_bytes_that_are_not_http(raw: socket.socket, sent: bytes, client: httpx.Client) -> None:
+    raw.sendall(sent)
+    raw.shutdown(socket.SHUT_WR)
+    answer = received(raw)
+    assert answer == b"" or answer.split()[1].startswith(b"4"), answer
+    check(client.get("/health"), 200)
+
+
+def test_a_body_that_does_not_arrive(raw: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_io, "BODY_SECONDS", 0.2)
+    raw.sendall(POST + b"Content-Type: application/json\r\nContent-Length: 50\r\n\r\n{")
+    assert b"408" in raw.recv(65536).split(b"\r\n")[0]
+
+
+def test_headers_that_do_not_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "HEADER_SECONDS", 0.2)
+    with live_server(tiny_engine()) as live:
+        host, port = live.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=20) as connection:
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nX: ")
+            assert received(connection) == b""
+        with httpx.Client(base_url=live.url) as client:
+            check(client.get("/health"), 200)
+
+
+def test_full_slow_and_closing_servers() -> None:
+    engine = tiny_engine(max_rows=2)
+    limits = Limits(max_running=2, max_queued=1, max_seconds=0.5, max_new_tokens=600)
+    engine_step, blocked = engine.step, threading.Event()
+    blocked.set()
+
+    def step() -> list[TokenEvent]:
+        if blocked.is_set():
+            time.sleep(0.05)
+            return []
+        return engine_step()
+
+    engine.step = step  # type: ignore[method-assign]
+    with live_server(engine, limits) as live, httpx.Client(base_url=live.url, timeout=20) as client:
+        check(post(client, "/v1/completions", json.dumps(TEXT | {"n": 2, "prompt": ["a", "b"]})), 400)
+        results: list[httpx.Response] = []
+        threads = [
+            threading.Thread(target=lambda: results.append(httpx.post(f"{live.url}/v1/completions", json=TEXT)))
+            for _ in range(3)
+        ]
+        for thread in threads:
+            thread.start()
+        wait_for(lambda: live.server.admission.open == 3)
+        full = post(client, "/v1/completions", json.dumps(TEXT))
+        check(full, 429)
+        assert full.headers["retry-after"] == "1" and full.json()["error"]["code"] == "server_full"
+        for thread in threads:
+            thread.join()
+        for response in results:
+            check(response, 504)
+            assert response.headers["x-should-retry"] == "false"
+        with client.stream("POST", "/v1/completions", json=TEXT | {"stream": True}) as response:
+            events = "".join(response.iter_text())
+        assert response.status_code == 200 and '"code":"timeout"' in events and events.endswith("data: [DONE]\n\n")
+        blocked.clear()
+        check(post(client, "/v1/completions", json.dumps(TEXT)), 200)
+        wait_for(lambda: live.server.admission.open == engine.num_running == engine.num_waiting == 0)
+        live.server.admission.draining = True
+        assert client.get("/health").status_code == 503
+        check(post(client, "/v1/completions", json.dumps(TEXT)), 503)

@@ -1,0 +1,106 @@
+"""Log-probabilities of the API against the network's own logits."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import openai
+import pytest
+import torch
+
+from live_server import TOKENIZER, LiveServer, tiny_engine
+from lmchat.types import UserError
+
+TEXT = "The cat – sat."
+
+
+def log_softmax(ids: list[int]) -> torch.Tensor:
+    """(tokens, vocabulary) by a plain forward pass."""
+    net = tiny_engine().runner.net
+    with torch.inference_mode():
+        return net.logits(net.hidden(torch.tensor([ids])))[0].double().log_softmax(-1)
+
+
+def test_scores_equal_a_plain_forward_pass() -> None:
+    engine = tiny_engine()
+    ids = [TOKENIZER.bos_id, *(i % 256 for i in range(7, 1800, 3))][: engine.context_limit]
+    scores, plain = engine.score(ids, top=3), log_softmax(ids)
+    assert len(scores.logprobs) == len(scores.top) == len(ids) - 1
+    for place in range(len(ids) - 1):
+        assert math.isclose(scores.logprobs[place], plain[place, ids[place + 1]].item(), abs_tol=1e-4)
+        values, chosen = plain[place].topk(3)
+        assert [token for token, _ in scores.top[place]] == chosen.tolist()
+        assert [logprob for _, logprob in scores.top[place]] == pytest.approx(values.tolist(), abs=1e-4)
+    assert engine.score([5]) == ([], [])
+    assert engine.score([5, 6]).top == [[]]
+    with pytest.raises(UserError, match="the text is empty"):
+        engine.score([])
+
+
+def client_of(live: LiveServer) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0)
+
+
+@pytest.mark.parametrize("as_tokens", [False, True])
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_scores_the_prompt(live: LiveServer, as_tokens: bool, stream: bool) -> None:
+    ids = [TOKENIZER.bos_id, *TEXT.encode()]
+    plain = log_softmax(ids)
+    options: Any = {"prompt": [ids] if as_tokens else TEXT, "max_tokens": 0, "echo": True, "logprobs": 1}
+    if stream:
+        [chunk] = client_of(live).completions.create(model="lmchat", stream=True, **options)
+        choice = chunk.choices[0]
+    else:
+        choice = client_of(live).completions.create(model="lmchat", **options).choices[0]
+    found = choice.logprobs
+    assert found is not None and found.token_logprobs and found.tokens and found.top_logprobs and found.text_offset
+    given, tops = list(found.token_logprobs), list(found.top_logprobs)
+    if as_tokens:
+        assert choice.text == f"<|bos|>{TEXT}" and given.pop(0) is None and tops.pop(0) is None
+    else:
+        assert choice.text == TEXT
+    expected = plain[range(len(ids) - 1), ids[1:]].tolist()
+    assert given == pytest.approx(expected, abs=1e-4)
+    for place, top in enumerate(tops):
+        assert max(top.values()) == pytest.approx(plain[place].max().item(), abs=1e-4)
+    assert "bytes:\\xe2" in found.tokens
+    assert len(found.text_offset) == len(found.tokens)
+
+
+def test_logprobs_of_generated_tokens(live: LiveServer) -> None:
+    options: Any = {"model": "lmchat", "prompt": TEXT, "max_tokens": 12, "seed": 1, "n": 2}
+    client = client_of(live)
+    plain_runs = client.completions.create(logprobs=0, **options).choices
+    scored_runs = client.completions.create(logprobs=2, **options).choices
+    echoed_runs = client.completions.create(logprobs=2, echo=True, **options).choices
+    for run, scored, echoed in zip(plain_runs, scored_runs, echoed_runs, strict=True):
+        assert run.logprobs and scored.logprobs and echoed.logprobs and run.logprobs.token_logprobs
+        assert run.text == scored.text and echoed.text == TEXT + run.text
+        assert scored.logprobs.token_logprobs == pytest.approx(run.logprobs.token_logprobs, abs=1e-4)
+        size = len(run.logprobs.token_logprobs)
+        assert size in (11, 12)
+        assert echoed.logprobs.token_logprobs == pytest.approx(
+            [*(echoed.logprobs.token_logprobs or [])[:-size], *run.logprobs.token_logprobs], abs=1e-4
+        )
+
+
+def test_chat_logprobs_whole_and_streamed(live: LiveServer) -> None:
+    client = client_of(live)
+    options: Any = {"model": "lmchat", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 20, "seed": 2}
+    plain = client.chat.completions.create(logprobs=True, **options).choices[0].logprobs
+    scored = client.chat.completions.create(logprobs=True, top_logprobs=3, **options).choices[0].logprobs
+    assert plain and scored and plain.content and scored.content
+    assert [token.bytes for token in plain.content] == [token.bytes for token in scored.content]
+    assert all(len(token.top_logprobs) == 3 for token in scored.content)
+    for tops in (0, 3):
+        wanted = {"top_logprobs": tops} if tops else {}
+        tokens: list[Any] = []
+        for chunk in client.chat.completions.create(logprobs=True, stream=True, **wanted, **options):
+            if chunk.choices[0].logprobs:
+                tokens += chunk.choices[0].logprobs.content or []
+        expected = scored.content if tops else plain.content
+        assert [token.bytes for token in tokens] == [token.bytes for token in expected]
+        assert [token.logprob for token in tokens] == pytest.approx([token.logprob for token in expected], abs=1e-4)
+    with pytest.raises(openai.BadRequestError, match="top_logprobs needs logprobs"):
+        client.chat.completions.create(top_logprobs=3, **options)

@@ -1,0 +1,184 @@
+"""Clients that leave, answers that stop early, signals, metrics, and an engine that fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from live_server import LiveServer, live_server, tiny_engine, wait_for
+from lmchat.generation.engine import TokenEvent
+from lmchat.tokenizer.bpe import Tokenizer
+from random_checkpoint import save_random_checkpoint
+
+ENDLESS = {"prompt": "x", "max_tokens": 500, "seed": 1, "top_k": 5, "temperature": 0.5}
+"""A request whose completion does not end by itself."""
+
+
+def slow(live: LiveServer, seconds: float, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Makes steps of the engine slow; returns a list that has the number of sequences decoded in each."""
+    step, sizes = live.server.engine.step, []
+
+    def slow_step() -> list[TokenEvent]:
+        time.sleep(seconds)
+        events = step()
+        sizes.append(len(events))
+        return events
+
+    monkeypatch.setattr(live.server.engine, "step", slow_step)
+    return sizes
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_place_within_a_step(
+    live: LiveServer, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    sizes = slow(live, 0.05, monkeypatch)
+    engine = live.server.engine
+    before = live.server.metrics.disconnects._value.get()
+    with httpx.Client(base_url=live.url, timeout=20) as client:
+        timeout = httpx.Timeout(20, read=20 if stream else 0.4)
+        body = {**ENDLESS, "n": 3, "stream": stream}
+        request = client.build_request("POST", "/v1/completions", json=body, timeout=timeout)
+        if stream:
+            response = client.send(request, stream=True)
+            next(response.iter_raw())
+            assert engine.num_running == 3
+            response.close()
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                client.send(request)
+    steps = len(sizes)
+    wait_for(lambda: engine.num_running == 0)
+    assert len(sizes) - steps <= 2, "the step that ran, and one more if the event loop was late"
+    wait_for(lambda: live.server.admission.open == 0)
+    assert live.server.metrics.disconnects._value.get() == before + 1
+
+
+def test_stop_strings_end_one_sample_and_not_the_others(live: LiveServer) -> None:
+    client = openai.OpenAI(base_url=f"{live.url}/v1", api_key="none")
+    options: Any = {"model": "lmchat", "prompt": "x", "max_tokens": 60, "seed": 4, "n": 3, "extra_body": {"top_k": 40}}
+    whole = [choice.text for choice in client.completions.create(**options).choices]
+    assert min(map(len, whole)) > 5
+    stop = whole[1][3:5]
+    cut = [text[: text.index(stop)] if stop in text else text for text in whole]
+    stopped = client.completions.create(stop=[stop, "never there"], **options)
+    assert [choice.text for choice in stopped.choices] == cut
+    assert stopped.choices[1].finish_reason == "stop"
+    texts = ["", "", ""]
+    for chunk in client.completions.create(stop=stop, stream=True, **options):
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == cut
+    wait_for(lambda: live.server.engine.num_running == 0)
+
+
+def test_a_slow_reader_misses_nothing(live: LiveServer) -> None:
+    body = {**ENDLESS, "stream": True, "logprobs": 0}
+    whole = httpx.post(f"{live.url}/v1/completions", json={**body, "stream": False}).json()["choices"][0]
+    with httpx.stream("POST", f"{live.url}/v1/completions", json=body) as response:
+        text = ""
+        for number, line in enumerate(response.iter_lines()):
+            if number < 10:
+                time.sleep(0.05)
+            if line.startswith("data: {"):
+                text += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
+    assert text == whole["text"]
+
+
+def test_metrics_and_health(live: LiveServer) -> None:
+    def metrics() -> dict[str, float]:
+        lines = httpx.get(f"{live.url}/metrics").text.splitlines()
+        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
+
+    before = metrics()
+    answer = httpx.post(f"{live.url}/v1/completions", json={"prompt": "abc", "max_tokens": 9, "seed": 2}).json()
+    after = metrics()
+
+    def gained(name: str) -> float:
+        return after[name] - before.get(name, 0)
+
+    assert gained("lmchat_prompt_tokens_total") == answer["usage"]["prompt_tokens"] == 4
+    assert gained("lmchat_generated_tokens_total") == answer["usage"]["completion_tokens"] > 1
+    assert gained('lmchat_requests_total{path="/v1/completions",status="200"}') == 1
+    for name in ("first_token", "token_interval", "request"):
+        assert gained(f"lmchat_{name}_seconds_count") == 1
+    assert after["lmchat_running"] == after["lmchat_waiting"] == 0
+    assert httpx.get(f"{live.url}/health").json() == {
+        "status": "ok", "model": "tiny-sft-7", "running": 0, "waiting": 0,
+    }  # fmt: skip
+
+
+def test_a_failed_engine_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    engine = tiny_engine()
+
+    def fail() -> list[TokenEvent]:
+        raise RuntimeError("out of memory")
+
+    engine.step = fail  # type: ignore[method-assign]
+    with live_server(engine) as live, httpx.Client(base_url=live.url) as client:
+        for _ in range(2):
+            answer = client.post("/v1/completions", json={"prompt": "a"})
+            assert answer.status_code == 500 and answer.json()["error"]["code"] == "engine_failure"
+        assert client.get("/health").status_code == 503
+    assert "out of memory" in caplog.text
+
+
+@pytest.fixture
+def process(tmp_path: Path) -> Iterator[Any]:
+    """``lmchat serve`` on a checkpoint, and its address."""
+    tokenizer = Tokenizer({bytes([byte]): byte for byte in range(256)})
+    environment = {**os.environ, "LMCHAT_BASE_DIR": str(tmp_path)}
+    os.environ["LMCHAT_BASE_DIR"], before = str(tmp_path), os.environ["LMCHAT_BASE_DIR"]
+    try:
+        save_random_checkpoint(tokenizer, sequence_len=256)
+    finally:
+        os.environ["LMCHAT_BASE_DIR"] = before
+    tokenizer.save(tmp_path / "tokenizer")
+    command = [sys.executable, "-m", "lmchat", "serve", "--port", "0", "--max_new_tokens", "2000"]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        first, second = process.stderr.readline(), process.stderr.readline()
+        assert first.startswith("sft tiny, step 7") and "Chat: http://127.0.0.1:" in second, first + second
+        yield process, second.split()[1].rstrip("/")
+        process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_signal_finishes_what_runs_and_refuses_what_is_new(process: Any, number: int) -> None:
+    server, url = process
+    answers: list[httpx.Response] = []
+    body = {"prompt": "x", "max_tokens": 1500, "seed": 1, "temperature": 0.3}
+    for _ in range(100):
+        try:
+            httpx.get(f"{url}/health")
+            break
+        except httpx.ConnectError:
+            time.sleep(0.05)
+    thread = threading.Thread(target=lambda: answers.append(httpx.post(f"{url}/v1/completions", json=body, timeout=60)))
+    thread.start()
+    wait_for(lambda: httpx.get(f"{url}/health").json()["running"] == 1)
+    server.send_signal(number)
+    wait_for(lambda: is_refused(url))
+    assert thread.is_alive(), "the answer came before the new request was refused; make it longer"
+    thread.join()
+    assert answers[0].status_code == 200 and answers[0].json()["usage"]["completion_tokens"] > 100
+    assert server.wait(timeout=20) == 0
+    assert server.stderr.read() == ""
+
+
+def is_refused(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=5).status_code == 503
+    except httpx.ConnectError:
+        return True
