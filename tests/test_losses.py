@@ -70,10 +70,21 @@ def test_equals_the_plain_head(
     hidden, weight, targets = problem((rows, length), 6, vocab_size, seed)
     weights = torch.randn(rows, length, dtype=torch.float64) if weighted else None
     expected = plain(hidden, weight, targets, vocab_size, reduction, weights)
+    options: Any = {"vocab_size": vocab_size, "weights": weights, "chunk_tokens": chunk_tokens}
+    token_losses = torch.full(targets.shape, torch.nan, dtype=torch.float64)
     actual = linear_cross_entropy(
-        hidden, weight, targets, vocab_size=vocab_size, reduction=reduction, weights=weights, chunk_tokens=chunk_tokens
+        hidden,
+        weight,
+        targets,
+        reduction=reduction,
+        token_losses=token_losses if reduction == "sum" else None,
+        **options,
     )
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+    if reduction == "sum":
+        per_token = plain(hidden, weight, targets, vocab_size, "none", weights)
+        torch.testing.assert_close(token_losses, per_token, rtol=1e-10, atol=1e-10)
+        assert not token_losses.requires_grad
     upstream = torch.randn_like(expected)
     gradients = torch.autograd.grad(actual, (hidden, weight), upstream)
     torch.testing.assert_close(

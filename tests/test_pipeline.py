@@ -163,7 +163,7 @@ def test_a_killed_speedrun_goes_on_and_a_finished_one_is_left_alone(tmp_path: Pa
     before = pipeline.files()
     printed = pipeline.make("speedrun")
     assert pipeline.files() == before
-    for stage in ("pretrain", "sft", "grpo"):
+    for stage in ("pretrain", "sft", "rl"):
         assert f"{stage} d1 is finished" in printed
 
 

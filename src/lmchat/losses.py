@@ -36,6 +36,7 @@ def linear_cross_entropy(
     softcap: float = LOGIT_SOFTCAP,
     reduction: Reduction = "mean",
     weights: Tensor | None = None,
+    token_losses: Tensor | None = None,
     chunk_tokens: int | None = None,
     fused: bool = False,
     project: Callable[[Tensor], Tensor] | None = None,
@@ -45,6 +46,7 @@ def linear_cross_entropy(
     hidden: (..., width), in the compute dtype. weight: (>= vocab_size, width); rows from `vocab_size` on are padding.
     targets: (...) integer ids, `IGNORE_INDEX` where no loss is taken. softcap: at most 30, so that exp(2 softcap) stays
     in range without looking for the largest logit. weights: (...) constant factor per token, for policy gradients.
+    token_losses: (...) fp32, receives the losses that "sum" or "mean" add up, without gradient; 0 at ignored targets.
     chunk_tokens: by default that of the device in `CHUNK_TOKENS`. fused: compile what happens between the matrix
     products, which saves passes over a GPU's memory; on a CPU, in cache, it gains nothing. project: computes the raw
     logits (tokens, rows of weight) of (tokens, width) with `weight` in another precision, such as FP8, where "sum" or
@@ -66,14 +68,20 @@ def linear_cross_entropy(
         coefficients = coefficients * weights.detach().reshape(-1)
     if reduction == "mean":
         coefficients = coefficients / live.sum().clamp(min=1)
-    if reduction != "none" and hidden.device.type == "cpu" and not live.all():
-        # A GPU would have to be waited for to know how many there are.
-        flat_hidden, flat_targets, coefficients = flat_hidden[live], flat_targets[live], coefficients[live]
-    function = _TokenLosses if reduction == "none" else _SummedLoss
     chunk_tokens = chunk_tokens or CHUNK_TOKENS.get(hidden.device.type, 1024)
     options = _Options(vocab_size, softcap, chunk_tokens, fused, project)
-    loss = function.apply(flat_hidden, weight, flat_targets, coefficients, options)
-    return loss.view(targets.shape) if reduction == "none" else loss
+    if reduction == "none":
+        losses = _TokenLosses.apply(flat_hidden, weight, flat_targets, coefficients, options)
+        return losses.view(targets.shape)
+    filtered = hidden.device.type == "cpu" and not live.all()
+    if filtered:  # Needs a device sync on a GPU: how many targets there are.
+        flat_hidden, flat_targets, coefficients = flat_hidden[live], flat_targets[live], coefficients[live]
+    loss, losses = _SummedLoss.apply(flat_hidden, weight, flat_targets, coefficients, options)
+    if token_losses is not None and filtered:
+        token_losses.zero_().masked_scatter_(live.view(targets.shape), losses.to(token_losses.dtype))
+    elif token_losses is not None:
+        token_losses.copy_(losses.view(targets.shape))
+    return loss
 
 
 class _Options(NamedTuple):
@@ -87,22 +95,24 @@ class _Options(NamedTuple):
 
 
 class _SummedLoss(torch.autograd.Function):
-    """Σ coefficient · nll, a scalar, its gradients computed in the forward pass."""
+    """Σ coefficient · nll, a scalar, its gradients computed in the forward pass; and its terms, without gradient."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, coefficients: Tensor, options: _Options
-    ) -> Tensor:
-        if not any(ctx.needs_input_grad):
-            return _token_losses(hidden, weight, targets, coefficients, options).sum()
-        compute = _losses_and_gradients if options.project is None else _losses_and_projected_gradients
-        losses, *gradients = compute(hidden, weight, targets, coefficients, options)
-        ctx.save_for_backward(*gradients)
-        return losses.sum()
+    ) -> tuple[Tensor, Tensor]:
+        if any(ctx.needs_input_grad):
+            compute = _losses_and_gradients if options.project is None else _losses_and_projected_gradients
+            losses, *gradients = compute(hidden, weight, targets, coefficients, options)
+            ctx.save_for_backward(*gradients)
+        else:
+            losses = _token_losses(hidden, weight, targets, coefficients, options)
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> Any:
+    def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> Any:
         grad_hidden, grad_weight = ctx.saved_tensors
         # In fp32: a loss scale such as 1 / 6, rounded to bf16 for one of the two, would tilt them against each other.
         scaled_hidden = (grad_hidden.to(grad_output.dtype) * grad_output).to(grad_hidden.dtype)

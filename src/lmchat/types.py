@@ -63,23 +63,19 @@ class Batch(TypedDict):
 
 
 class Rollout(TypedDict):
-    """Sampled answers to one question.
+    """Sampled answers, a micro-batch of reinforcement learning; it may have no rows.
 
-    inputs: (samples, tokens) int64. targets: (samples, tokens) int64, `IGNORE_INDEX` except where a token was sampled.
-    advantages, rewards: (samples,) float32. num_tokens: sampled tokens. truncated: samples cut off before they ended.
-    has_signal: whether any advantage is not 0, known without waiting for a GPU.
-    sampled_nll: −log p of the sampled tokens under the model, before temperature and top-k, summed, in nats.
+    inputs: (rows, tokens) int64. targets: (rows, tokens) int64, `IGNORE_INDEX` except where a token was sampled.
+    advantages: (rows,) float32, none of them 0. group_tokens: (rows,) int64, sampled tokens of each row's group.
+    logprobs: (rows, tokens) float32, log p of the targets as the engine sampled them, before temperature and top-k.
     loss_tokens, state: as in `Batch`. metrics: of all samples of the step, see `lmchat.rl.rollouts.rollout_metrics`.
     """
 
     inputs: Tensor
     targets: Tensor
     advantages: Tensor
-    rewards: Tensor
-    has_signal: bool
-    num_tokens: int
-    truncated: int
-    sampled_nll: float
+    group_tokens: Tensor
+    logprobs: Tensor
     loss_tokens: NotRequired[int]
     state: NotRequired[dict[str, Any]]
     metrics: NotRequired[dict[str, float]]

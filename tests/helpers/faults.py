@@ -101,8 +101,14 @@ class InfiniteGradient(Callback):
             pl_module.net.get_parameter(self.parameter).register_hook(overflow)
 
 
+def _row_digest(inputs: Any, targets: Any) -> str:
+    """Digest of a row up to its last target, however it is padded."""
+    end = sum((targets >= 0).nonzero()[-1:].flatten().tolist()) + 1
+    return hashlib.sha256(inputs[:end].numpy().tobytes() + targets[:end].numpy().tobytes()).hexdigest()
+
+
 class Diary(Callback):
-    """A line per micro-batch in a file of the rank's: step, place in the step over all ranks, what was in it, loss."""
+    """A line per micro-batch in a file of the rank's: step, place in the step over all ranks, its rows, its loss."""
 
     def __init__(self, directory: str) -> None:
         self.directory = Path(directory)
@@ -112,9 +118,8 @@ class Diary(Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.step = trainer.global_step
-        self.content = hashlib.sha256(
-            batch["inputs"].numpy().tobytes() + batch["targets"].numpy().tobytes()
-        ).hexdigest()
+        rows = zip(batch["inputs"], batch["targets"], strict=True)
+        self.content = ",".join(_row_digest(*row) for row in rows) or "empty"
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
         number = trainer.fit_loop.total_batch_idx % trainer.accumulate_grad_batches

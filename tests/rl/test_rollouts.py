@@ -1,4 +1,4 @@
-"""Groups of sampled answers: the rows of the reference, metrics counted one by one, any number of ranks, resuming."""
+"""Sampled answers: groups, metrics counted one by one, any number of ranks, resuming."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from lmchat.data.mixture import Mixture, MixturePart
 from lmchat.generation.sampling import SamplingParams
 from lmchat.generation.sequence import Completion
 from lmchat.rl.advantages import group_advantages
-from lmchat.rl.rollouts import Rollouts, collate_group
+from lmchat.rl.groups import Group
+from lmchat.rl.rollouts import Rollouts
 from lmchat.tasks.base import Graded, Task, exchange
 from lmchat.tokenizer.bpe import Tokenizer
-from lmchat.types import IGNORE_INDEX, Conversation, Rollout, UserError
+from lmchat.types import Conversation, Rollout, UserError
 
 STEPS, QUESTIONS, SAMPLES, SEED = 3, 4, 5, 7
 
@@ -82,32 +83,13 @@ def rollouts(monkey: Any, rank: int = 0, world_size: int = 1, **options: Any) ->
     )
 
 
+def groups_of(data: Rollouts) -> list[Group]:
+    """The groups of all steps."""
+    return [group for step in range(STEPS) for group in data._sample(step)]
+
+
 def same(a: Rollout, b: Rollout) -> bool:
-    return all(torch.equal(a[key], b[key]) for key in ("inputs", "targets", "advantages", "rewards"))  # type: ignore[literal-required]
-
-
-def test_rows_are_those_of_the_reference(oracles: Path) -> None:
-    """Its rows have prompts of their own, so that here the prompt is a part of what was forced."""
-    with np.load(oracles / "c09_rl.npz") as arrays:
-        ids, mask = arrays["ids"].tolist(), arrays["mask"].tolist()
-        measured = {name: torch.from_numpy(arrays[name]) for name in ("inputs", "targets", "rewards", "advantages")}
-    lengths = [len(row) - row[::-1].index(1) for row in mask]
-    rows = zip(ids, mask, lengths, strict=True)
-    completions = [Completion(row[:end], bits[:end], True, [0.0] * end) for row, bits, end in rows]
-    group = collate_group([], completions, measured["rewards"], pad_id=ids[lengths.index(min(lengths))][-1])
-    for name, expected in measured.items():
-        torch.testing.assert_close(group[name], expected, rtol=0, atol=1e-7)  # type: ignore[literal-required]
-    assert group["num_tokens"] == sum(map(sum, mask))
-
-
-def test_prompt_padding_and_forced_tokens_are_no_targets_but_the_stop_token_is() -> None:
-    completions = [Completion([5, 6, 7], [1, 0, 1], True, [-1.0, 0.0, -2.0]), Completion([8], [1], False, [-4.0])]
-    group = collate_group([3, 4], completions, torch.tensor([1.0, 0.0]), pad_id=0)
-    assert group["inputs"].tolist() == [[3, 4, 5, 6], [3, 4, 8, 0]]
-    none = IGNORE_INDEX
-    assert group["targets"].tolist() == [[none, 5, none, 7], [none, 8, none, none]]
-    assert group["advantages"].tolist() == [0.5, -0.5] and group["has_signal"] is True
-    assert (group["num_tokens"], group["truncated"], group["sampled_nll"]) == (3, 1, 7.0)
+    return all(torch.equal(a[key], b[key]) for key in ("inputs", "targets", "advantages", "group_tokens", "logprobs"))  # type: ignore[literal-required]
 
 
 def test_metrics_are_those_counted_one_by_one(monkey: Monkey) -> None:
@@ -118,10 +100,10 @@ def test_metrics_are_those_counted_one_by_one(monkey: Monkey) -> None:
         return recorder.asked[-1]
 
     recorder.generate = generate
-    groups = list(rollouts(recorder))
-    assert len(groups) == STEPS * QUESTIONS == len(rollouts(monkey))
+    batches = list(rollouts(recorder))
+    assert len(batches) == STEPS * QUESTIONS == len(rollouts(monkey))
     for step, answers in enumerate(recorder.asked):
-        of_step = groups[step * QUESTIONS : (step + 1) * QUESTIONS]
+        of_step = batches[step * QUESTIONS : (step + 1) * QUESTIONS]
         completions = [completion for group in answers for completion in group]
         texts = [monkey.tokenizer.decode(completion.content) for completion in completions]
         values = [min(1.0, text.count("a") / 2) for text in texts]
@@ -136,11 +118,11 @@ def test_metrics_are_those_counted_one_by_one(monkey: Monkey) -> None:
             "no_signal": signals.count(False),
             "sampled_tokens": tokens,
         }
-        for group in of_step:
-            metrics = group["metrics"]
+        for batch in of_step:
+            metrics = batch["metrics"]
             assert metrics.pop("rollout_seconds") >= 0
             assert metrics == pytest.approx(expected)
-            assert group["loss_tokens"] == tokens
+            assert batch["loss_tokens"] == tokens
 
 
 @pytest.mark.parametrize("reward", [0.0, 0.1, 0.3, 1 / 3, 0.7, 0.9, 1.0, 1e-6, -2.3])
@@ -159,13 +141,12 @@ def test_advantages_are_rewards_less_their_mean() -> None:
 
 
 def test_rewards_may_be_whole_numbers(monkey: Monkey, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = list(rollouts(monkey))
+    expected = groups_of(rollouts(monkey))
     monkeypatch.setattr(Guess, "reward", lambda *question: int("a" in question[-1]))
-    groups = list(rollouts(monkey))
-    assert all(group["rewards"].dtype == torch.float32 for group in groups)
-    assert [[reward > 0 for reward in group["rewards"]] for group in expected] == [
-        [reward == 1 for reward in group["rewards"]] for group in groups
-    ]
+    groups = groups_of(rollouts(monkey))
+    assert all(group.rewards.dtype == torch.float32 for group in groups)
+    for group, other in zip(groups, expected, strict=True):
+        assert (group.rewards == 1).equal(other.rewards > 0)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -183,19 +164,20 @@ def test_metrics_are_those_of_all_ranks(monkey: Monkey, world_size: int) -> None
 
 
 def test_ranks_share_the_questions_out(monkey: Monkey) -> None:
-    alone = list(rollouts(monkey))
+    alone = groups_of(rollouts(monkey))
     for world_size in (2, 4):
-        ranks = [list(rollouts(monkey, rank, world_size)) for rank in range(world_size)]
-        dealt = [group for groups in zip(*ranks, strict=True) for group in groups]
-        assert all(same(a, b) for a, b in zip(alone, dealt, strict=True))
+        ranks = [groups_of(rollouts(monkey, rank, world_size)) for rank in range(world_size)]
+        shared = [group for groups in zip(*ranks, strict=True) for group in groups]
+        for group, expected in zip(shared, alone, strict=True):
+            assert group.prompt == expected.prompt and group.completions == expected.completions
+            assert torch.equal(group.rewards, expected.rewards)
 
 
 def test_a_question_that_comes_again_is_answered_anew(monkey: Monkey) -> None:
-    groups = list(rollouts(monkey))
+    groups = groups_of(rollouts(monkey))
     first, again = groups[0], groups[7]
-    prompt = (first["targets"][0] != IGNORE_INDEX).nonzero()[0, 0]
-    assert torch.equal(first["inputs"][0, :prompt], again["inputs"][0, :prompt])
-    assert not same(first, again)
+    assert first.prompt == again.prompt
+    assert first.completions != again.completions
 
 
 def test_goes_on_where_it_stopped(monkey: Monkey) -> None:

@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lmchat.generation.sequence import Completion
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT
+from lmchat.rl.groups import Group, micro_batches
 from lmchat.stages.rl import GRPOModule
 from lmchat.types import IGNORE_INDEX, Rollout
 
@@ -29,13 +31,14 @@ class Recorded(nn.Module):
     def __init__(self, logp: Tensor, targets: Tensor) -> None:
         super().__init__()
         self.logp, self.targets = logp, targets
-        self.lm_head = nn.Linear(1, 1)  # a group without a signal has a loss of its type
+        self.lm_head = nn.Linear(1, 1)  # an empty batch has a loss of its type
 
-    def loss(self, inputs: Tensor, targets: Tensor, *, reduction: str, weights: Tensor) -> Tensor:
+    def loss(self, inputs: Tensor, targets: Tensor, reduction: str, weights: Tensor, *, token_losses: Tensor) -> Tensor:
         assert reduction == "sum"
         rows = slice(int(inputs[0, 0]), int(inputs[-1, 0]) + 1)
         assert targets.equal(self.targets[rows])
-        return -(self.logp[rows] * weights).sum()
+        token_losses.copy_(-self.logp[rows] * weights)
+        return token_losses.sum()
 
 
 def module(net: nn.Module, normalization: Any, micro_batches: int, world_size: int = 1) -> GRPOModule:
@@ -48,15 +51,14 @@ def module(net: nn.Module, normalization: Any, micro_batches: int, world_size: i
 
 
 def micro_batch(inputs: Tensor, targets: Tensor, rewards: Tensor, rows: slice, loss_tokens: int) -> Rollout:
+    """Rows of one group, of which those without advantage stay: the reference has them."""
+    tokens = (targets[rows] != IGNORE_INDEX).sum()
     return Rollout(
         inputs=inputs[rows],
         targets=targets[rows],
         advantages=(rewards - rewards.mean())[rows],
-        rewards=rewards[rows],
-        has_signal=bool((rewards != rewards.mean())[rows].any()),
-        num_tokens=int((targets[rows] != IGNORE_INDEX).sum()),
-        truncated=0,
-        sampled_nll=0.0,
+        group_tokens=tokens.expand(len(rewards[rows])),
+        logprobs=torch.zeros(targets[rows].shape),
         loss_tokens=loss_tokens,
     )
 
@@ -89,11 +91,68 @@ def test_by_step_every_token_weighs_the_same(recorded: dict[str, Tensor], micro_
     assert float(step) == pytest.approx(expected, rel=1e-5)
 
 
-def test_equal_rewards_leave_no_gradient_in_either_way(recorded: dict[str, Tensor]) -> None:
+def test_a_batch_without_rows_has_no_gradient_in_either_way(recorded: dict[str, Tensor]) -> None:
     for normalization in ("group", "step"):
         grpo = module(Recorded(recorded["logp"], recorded["targets"]), normalization, 2)
-        batch = micro_batch(recorded["rows"], recorded["targets"], torch.ones(16), PASSES[0], 335)
-        assert grpo.training_step(batch, 0).item() == 0
+        batch = micro_batch(recorded["rows"], recorded["targets"], recorded["rewards"], slice(0, 0), 335)
+        loss = grpo.training_step(batch, 0)
+        loss.backward()
+        assert loss == 0 and grpo.net.lm_head.weight.grad is None
+
+
+def test_gap_is_the_mean_distance_to_the_log_probabilities_of_the_engine(recorded: dict[str, Tensor]) -> None:
+    targets = recorded["targets"]
+    sampled = targets != IGNORE_INDEX
+    noise = torch.linspace(-0.01, 0.02, targets.numel()).view(targets.shape)
+    grpo = module(Recorded(recorded["logp"], targets), "step", 2)
+    for rows in PASSES:
+        batch = micro_batch(recorded["rows"], targets, recorded["rewards"], rows, 335)
+        batch["logprobs"] = torch.where(sampled, recorded["logp"] + noise, 0.0)[rows]
+        grpo.training_step(batch, 0)
+    assert grpo.pop_step_metrics()["logprob_gap"].item() == pytest.approx(noise[sampled].abs().mean().item(), rel=1e-4)
+    assert grpo.pop_step_metrics()["logprob_gap"] == 0
+
+
+@pytest.mark.parametrize("normalization", ["step", "group"])
+def test_gradients_equal_those_of_one_micro_batch_per_group(normalization: Any) -> None:
+    """Sorted rows in fp64 against groups taken one by one, with plain log-softmax."""
+    net = GPT(GPTConfig(sequence_len=64, vocab_size=50, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)).double()
+    net.compute_dtype = torch.float64
+    net.init_weights(torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(net.lm_head.weight, std=0.1, generator=torch.Generator().manual_seed(1))
+    rng = np.random.default_rng(3)
+    groups = []
+    for _ in range(5):
+        lengths = rng.integers(1, 40, 4)
+        masks = [(rng.random(length) < 0.8).astype(int).tolist() for length in lengths]
+        completions = [
+            Completion(rng.integers(0, 50, len(mask)).tolist(), mask, True, [0.0] * len(mask)) for mask in masks
+        ]
+        groups.append(
+            Group(rng.integers(0, 50, 6).tolist(), completions, torch.tensor(rng.choice([0.0, 1.0], 4)).float())
+        )
+    assert any(group.advantages.any() for group in groups)
+    total = sum(group.num_tokens for group in groups)
+
+    grpo = module(net, normalization, len(groups))
+    for batch in micro_batches(groups, pad_id=0):
+        batch["loss_tokens"] = total
+        (grpo.training_step(batch, 0) / len(groups)).backward()
+    actual = {name: parameter.grad for name, parameter in net.named_parameters()}
+    net.zero_grad()
+
+    expected = torch.zeros((), dtype=torch.float64)
+    for group in groups:
+        divisor = total if normalization == "step" else len(groups) * group.num_tokens
+        for advantage, completion in zip(group.advantages.tolist(), group.completions, strict=True):
+            ids = torch.tensor([[*group.prompt, *completion.ids]])
+            logp = net.logits(net.hidden(ids[:, :-1])).double().log_softmax(-1)[0, len(group.prompt) - 1 :]
+            chosen = logp.gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
+            expected = expected - advantage * (chosen * torch.tensor(completion.mask)).sum() / divisor
+    expected.backward()
+    for name, parameter in net.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(actual[name], parameter.grad, rtol=1e-6, atol=1e-9)
 
 
 def test_reference_gradients(oracles: Path) -> None:

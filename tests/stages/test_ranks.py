@@ -108,6 +108,16 @@ def figures(pretrained: Path, world_size: int) -> list[dict[str, float]]:
     return [{name: float(row[f"train/{name}"]) for name in names} for row in rows]
 
 
+def by_step(entries: dict[tuple[int, int], tuple[str, float]]) -> dict[int, tuple[list[str], float]]:
+    """Rows and sum of losses of each step."""
+    steps: dict[int, tuple[list[str], float]] = {}
+    for (step, _), (content, loss) in entries.items():
+        rows, total = steps.get(step, ([], 0.0))
+        own = [] if content == "empty" else content.split(",")
+        steps[step] = sorted([*rows, *own]), total + loss
+    return steps
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_ranks_train_what_one_trains(stage: str, pretrained: Path) -> None:
     weights = {world_size: train(stage, world_size, pretrained) for world_size in (1, 2, 3)}
@@ -115,16 +125,18 @@ def test_ranks_train_what_one_trains(stage: str, pretrained: Path) -> None:
     losses = [loss for _, loss in entries[1].values()]
     assert len(losses) == 3 * 6 and any(losses)
     if stage == "grpo":
-        assert not all(losses), "no group without a signal"
+        assert not all(losses), "no empty micro-batch"
     for world_size in (2, 3):
         assert entries[world_size].keys() == entries[1].keys()
-        for place, (content, loss) in entries[1].items():
-            assert entries[world_size][place][0] == content
-            # A loss is scaled by the number of ranks and micro-batches that share the step.
-            assert entries[world_size][place][1] == pytest.approx(loss, abs=1e-10)
         if stage == "grpo":
+            # A rank sorts its own rows into micro-batches. A loss is scaled by the number of those that share the step.
+            for step, (rows, total) in by_step(entries[1]).items():
+                assert by_step(entries[world_size])[step] == (rows, pytest.approx(total, abs=1e-9))
             for shared, alone in zip(figures(pretrained, world_size), figures(pretrained, 1), strict=True):
                 assert shared == pytest.approx(alone)
+        else:
+            for place, (content, loss) in entries[1].items():
+                assert entries[world_size][place] == (content, pytest.approx(loss, abs=1e-10))
         for name, tensor in weights[1].items():
             assert tensor.dtype == torch.float64
             torch.testing.assert_close(weights[world_size][name], tensor, rtol=0, atol=1e-10, msg=name)

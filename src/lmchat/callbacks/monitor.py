@@ -146,24 +146,22 @@ class Monitor(StepCallback):
             print_line(f"step {trainer.global_step}/{trainer.max_steps} | held out: {shown}")
 
     def on_step_end(self, trainer: L.Trainer, pl_module: Any, step: int) -> None:
-        loss = pl_module.pop_step_loss()
+        loss, metrics = pl_module.pop_step_loss(), pl_module.pop_step_metrics()
         self.loss_ema.update(loss)
         step_tokens = trainer.datamodule.step_tokens(pl_module.plan)  # type: ignore[attr-defined]
         self.tokens += step_tokens
         self._lap_tokens += step_tokens
         self._lap_steps += 1
         if step == self.first_step + 1 or step % self.every_n_steps == 0 or step == trainer.max_steps:
-            self._record(trainer, pl_module, loss)
+            self._record(trainer, pl_module, {"loss": loss, "loss_ema": self.loss_ema.value(), **metrics})
 
-    def _record(self, trainer: L.Trainer, module: StageModule, loss: torch.Tensor) -> None:
-        both = torch.stack([loss, self.loss_ema.value()]) / trainer.world_size
-        loss_value, ema_value = reduce_numbers(trainer, both).tolist()
+    def _record(self, trainer: L.Trainer, module: StageModule, tracked: dict[str, torch.Tensor]) -> None:
+        means = reduce_numbers(trainer, torch.stack(list(tracked.values())) / trainer.world_size).tolist()
         position = trainer.datamodule.progress()  # type: ignore[attr-defined]
         step, seconds = trainer.global_step, self._watch.lap()
         rate = self._lap_tokens / seconds
         metrics = {
-            "loss": loss_value,
-            "loss_ema": ema_value,
+            **dict(zip(tracked, means, strict=True)),
             "lr_multiplier": module.schedule(step - 1).lr_multiplier,
             "step_ms": 1000 * seconds / self._lap_steps,
             "tokens_per_second": rate,

@@ -345,7 +345,12 @@ class GPT(nn.Module):
         return softcap(logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
     def loss(
-        self, ids: Tensor, targets: Tensor, reduction: Reduction = "mean", weights: Tensor | None = None
+        self,
+        ids: Tensor,
+        targets: Tensor,
+        reduction: Reduction = "mean",
+        weights: Tensor | None = None,
+        token_losses: Tensor | None = None,
     ) -> Tensor:
         """Cross-entropy in fp32 of targets (B, T) given ids (B, T); see `linear_cross_entropy` for the rest."""
         return linear_cross_entropy(
@@ -355,6 +360,7 @@ class GPT(nn.Module):
             vocab_size=self.config.vocab_size,
             reduction=reduction,
             weights=weights,
+            token_losses=token_losses,
             fused=self.fused_head,
             project=self.lm_head.fp8[0] if self.training and self.lm_head.fp8 else None,
         )

@@ -1,4 +1,4 @@
-"""Rollouts: groups of sampled and graded answers to a question, the batches of reinforcement learning."""
+"""Rollouts: sampled and graded answers to questions, the batches of reinforcement learning."""
 
 from __future__ import annotations
 
@@ -16,45 +16,14 @@ from lmchat.data.mixture import Mixture
 from lmchat.generation.engine import Engine
 from lmchat.generation.sampling import SamplingParams
 from lmchat.generation.sequence import Completion
-from lmchat.rl.advantages import group_advantages
+from lmchat.rl.groups import Group, micro_batches
 from lmchat.tasks.base import Task, graded
 from lmchat.tokenizer.render import render_for_completion
-from lmchat.types import IGNORE_INDEX, Conversation, Rollout
-
-
-def collate_group(prompt: Sequence[int], completions: Sequence[Completion], rewards: Tensor, pad_id: int) -> Rollout:
-    """The samples of one question as rows of equal length.
-
-    Prompt, padding and forced tokens are not targets. The stop token of a sample is one; the reference leaves it out,
-    so that it never trains when to stop.
-
-    Args:
-        prompt: token ids of the question.
-        completions: the samples, with log-probabilities.
-        rewards: (samples,) float32.
-        pad_id: token id of the padding.
-    """
-    rows = [[*prompt, *completion.ids] for completion in completions]
-    sampled = [[0] * len(prompt) + completion.mask for completion in completions]
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows])
-    is_target = torch.tensor([mask + [0] * (width - len(mask)) for mask in sampled], dtype=torch.bool)
-    targets = torch.where(is_target, ids, IGNORE_INDEX)[:, 1:]
-    advantages = group_advantages(rewards)
-    return Rollout(
-        inputs=ids[:, :-1].contiguous(),
-        targets=targets.contiguous(),
-        advantages=advantages,
-        rewards=rewards,
-        has_signal=bool(advantages.any()),
-        num_tokens=int((targets != IGNORE_INDEX).sum()),
-        truncated=sum(not completion.finished for completion in completions),
-        sampled_nll=-sum(map(sum, (completion.logprobs for completion in completions))),
-    )
+from lmchat.types import Conversation, Rollout
 
 
 class Rollouts(IterableDataset[Rollout]):
-    """On-policy groups of one rank, step by step: all groups of a step are sampled before the first is trained on.
+    """On-policy micro-batches of one rank: all groups of a step are sampled before the first row is trained on.
 
     Questions are taken in the order of the mixture, again and again; rank r of W takes questions r, r + W, … of each
     step. The dataset has a length, so that Lightning does not prefetch: a prefetched group would be sampled from the
@@ -120,23 +89,24 @@ class Rollouts(IterableDataset[Rollout]):
             groups = self._sample(step)
             self.sampled_at = time.perf_counter()
             metrics = rollout_metrics(self.all_reduce(_sums(groups)))
-            for group in groups:
-                group["loss_tokens"] = max(1, int(metrics["sampled_tokens"]))
-                group["state"] = {"steps": step + 1, "data": self.fingerprint}
-                group["metrics"] = {**metrics, "rollout_seconds": self.sampled_at - started}
-                yield group
+            for batch in micro_batches(groups, self.pad_id):
+                batch["loss_tokens"] = max(1, int(metrics["sampled_tokens"]))
+                batch["state"] = {"steps": step + 1, "data": self.fingerprint}
+                batch["metrics"] = {**metrics, "rollout_seconds": self.sampled_at - started}
+                yield batch
 
-    def _sample(self, step: int) -> list[Rollout]:
+    def _sample(self, step: int) -> list[Group]:
         numbers = range(
             step * self.questions_per_step + self.rank, (step + 1) * self.questions_per_step, self.world_size
         )
         located = [self.mixture.locate(number % len(self.mixture)) for number in numbers]
         questions = [(task, task[index]) for task, index in located]
         engine = self.engine()
+        self.pad_id = engine.tokenizer.bos_id
         prompts = [render_for_completion(engine.tokenizer, conversation) for _, conversation in questions]
         params = [replace(self.sampling, seed=self._seed(number)) for number in numbers]
         return [
-            collate_group(prompt, completions, _rewards(engine, *question, completions), engine.tokenizer.bos_id)
+            Group(prompt, completions, _rewards(engine, *question, completions))
             for prompt, completions, question in zip(prompts, engine.generate(prompts, params), questions, strict=True)
         ]
 
@@ -151,17 +121,18 @@ def _rewards(engine: Engine, task: Task, conversation: Conversation, completions
     return torch.tensor([grader.reward(conversation, text) for text in texts], dtype=torch.float32)
 
 
-def _sums(groups: Sequence[Rollout]) -> Tensor:
+def _sums(groups: Sequence[Group]) -> Tensor:
     """The sums that `rollout_metrics` needs, (7,) float64."""
-    rewards = torch.cat([group["rewards"] for group in groups]).double()
+    rewards = torch.cat([group.rewards for group in groups]).double()
+    completions = [completion for group in groups for completion in group.completions]
     counts = [
         len(rewards),
-        sum(group["num_tokens"] for group in groups),
+        sum(group.num_tokens for group in groups),
         float(rewards.sum()),
         int((rewards >= 1).sum()),
-        sum(group["truncated"] for group in groups),
-        sum(group["sampled_nll"] for group in groups),
-        sum(not group["has_signal"] for group in groups),
+        sum(not completion.finished for completion in completions),
+        -sum(map(sum, (completion.logprobs for completion in completions))),
+        sum(not group.advantages.any() for group in groups),
     ]
     return torch.tensor(counts, dtype=torch.float64)
 

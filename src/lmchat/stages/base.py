@@ -289,6 +289,10 @@ class StageModule(L.LightningModule):
         self._loss_sum, self._loss_count = None, 0
         return mean
 
+    def pop_step_metrics(self) -> dict[str, torch.Tensor]:
+        """Further metrics of the step, 0-dim tensors by name; the monitor logs their mean over the ranks."""
+        return {}
+
     def _numerics(self) -> dict[str, str]:
         """The dtypes and the attention backend in use, by name."""
         names = {dtype: name for name, dtype in COMPUTE_DTYPES.items()}

@@ -25,7 +25,7 @@ from lmchat.stages.base import Schedule
 from lmchat.stages.chat import ChatDataModule, ChatModule, sum_over_step
 from lmchat.strategies.reduce_numbers import reduce_numbers
 from lmchat.tasks.base import Task, graded
-from lmchat.types import Rollout, UserError
+from lmchat.types import IGNORE_INDEX, Rollout, UserError
 
 
 class GRPOModule(ChatModule):
@@ -39,6 +39,9 @@ class GRPOModule(ChatModule):
             arXiv:2503.14476). "group": the sampled tokens of each group, averaged over groups, as in nanochat where one
             pass holds a group (its passes of a part of a group are normalised each by itself).
         momentum: Muon's, without a ramp.
+
+    The metric ``logprob_gap`` is the mean absolute difference between the engine's log-probabilities of the sampled
+    tokens and those of the training pass, in nats: how far from on-policy a step is.
     """
 
     stage: ClassVar[str] = "rl"
@@ -56,29 +59,43 @@ class GRPOModule(ChatModule):
         super().__init__(embedding_lr=embedding_lr, init_lr_fraction=init_lr_fraction, **kwargs)
         self.normalization = normalization
         self.momentum = momentum
+        self._gap: torch.Tensor | None = None
 
     def schedule(self, step: int) -> Schedule:
         return Schedule(rl_lr_multiplier(step, self.total_steps), self.momentum, self.plan.weight_decay)
 
     def training_step(self, batch: Rollout, batch_idx: int) -> torch.Tensor:
-        if not batch["has_signal"]:
-            # Nothing to learn from: no gradient at all, so that a step of such groups moves no optimizer state.
+        if not len(batch["inputs"]):
+            # Nothing to learn from: no gradient at all, so that a step of such batches moves no optimizer state.
             loss = self.net.lm_head.weight.new_zeros((), requires_grad=True)
         elif self.normalization == "group":
-            loss = self._policy_loss(batch) / max(1, batch["num_tokens"])
+            loss = self._policy_loss(batch, batch["advantages"] / batch["group_tokens"])
         else:
-            loss = sum_over_step(self._policy_loss(batch), batch["loss_tokens"], self)
+            loss = sum_over_step(self._policy_loss(batch, batch["advantages"]), batch["loss_tokens"], self)
         self.track_loss(loss)
         return loss
 
-    def _policy_loss(self, batch: Rollout) -> torch.Tensor:
-        """−Σ log p(token) · advantage over the sampled tokens."""
-        weights = batch["advantages"][:, None].expand(batch["targets"].shape)
-        return self.net.loss(batch["inputs"], batch["targets"], reduction="sum", weights=weights)
+    def _policy_loss(self, batch: Rollout, weights: torch.Tensor) -> torch.Tensor:
+        """−Σ log p(token) · weight over the sampled tokens, with a weight (rows,) per sample."""
+        weights = weights[:, None].expand(batch["targets"].shape)
+        losses = torch.zeros_like(batch["logprobs"])
+        loss = self.net.loss(batch["inputs"], batch["targets"], "sum", weights, token_losses=losses)
+        sampled = batch["targets"] != IGNORE_INDEX
+        gap = torch.where(sampled, losses / weights + batch["logprobs"], 0.0)
+        sums = torch.stack([gap.abs().sum(), sampled.sum()])
+        self._gap = sums if self._gap is None else self._gap + sums
+        return loss
+
+    def pop_step_metrics(self) -> dict[str, torch.Tensor]:
+        gap, tokens = torch.zeros(2, device=self.device) if self._gap is None else self._gap
+        self._gap = None
+        return {"logprob_gap": gap / tokens.clamp(min=1)}
 
 
 class RolloutDataModule(ChatDataModule):
-    """Questions, and the current policy's sampled and graded answers to them. One group is one micro-batch.
+    """Questions, and the current policy's sampled and graded answers to them.
+
+    A step has as many micro-batches as groups, none of which is larger than the largest group.
 
     Args:
         train: the mixture of questions to learn from, each task with its number of epochs; ``trainer.max_steps`` may
