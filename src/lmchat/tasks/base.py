@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol, runtime_checkable
 
@@ -81,6 +82,32 @@ class Graded(Protocol):
     def reward(self, conversation: Conversation, completion: str) -> float:
         """The reward of ``completion`` in reinforcement learning; by default 1 if it is correct, else 0."""
         return float(self.evaluate(conversation, completion))
+
+
+@dataclass(frozen=True)
+class CodeCheck:
+    """A program of a model and its tests.
+
+    Attributes:
+        program: source that defines the function; what the model wrote, which may do harm.
+        entry_point: name of the function.
+        tests: source that defines ``check(function)``, which raises if the function is wrong.
+        setup: source of what the tests use beside the function.
+    """
+
+    program: str
+    entry_point: str
+    tests: str
+    setup: str = ""
+
+
+@runtime_checkable
+class GradedByTests(Protocol):
+    """Answers that are programs, graded by running their tests in a sandbox. A task inherits it beside `Task`."""
+
+    def code_check(self, conversation: Conversation, completion: str) -> CodeCheck:
+        """The program in ``completion``, an answer to ``conversation``, and its tests."""
+        ...
 
 
 @runtime_checkable

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, cast
 
-from lmchat.tasks.base import exchange
+from lmchat.tasks.base import CodeCheck, GradedByTests, exchange
 from lmchat.tasks.rows import HubDataset, RowTask, field
 from lmchat.types import Conversation
 
@@ -20,8 +20,8 @@ class CodeConversation(Conversation):
     test: str
 
 
-class HumanEval(RowTask):
-    """164 functions. `program` gives what to run; running it belongs in a sandbox."""
+class HumanEval(RowTask, GradedByTests):
+    """164 functions."""
 
     def __init__(self, path: str | None = None, **options: Any) -> None:
         """Choose the source.
@@ -40,16 +40,16 @@ class HumanEval(RowTask):
             "test": field(row, "test", str),
         }
 
-    def program(self, conversation: Conversation, completion: str) -> str:
-        """The source that exits without an error if, and only if, ``completion`` passes the unit tests.
+    def code_check(self, conversation: Conversation, completion: str) -> CodeCheck:
+        """The program in ``completion`` with the prompt's imports before it, and the unit tests.
 
-        It consists of the prompt's imports, the completion's code (its first fenced block, if it has one), and the
-        tests. It is a model's output: run it only where it can do no harm.
+        The program is the first fenced block of the completion, if it has one. The tests can use the other functions
+        of the prompt.
         """
         problem = cast(CodeConversation, conversation)
-        imports = _IMPORT.findall(cast(str, problem["messages"][0]["content"]))
-        check = f"check({problem['entry_point']})"
-        return "\n".join([*imports, "", extract_code(completion), "", problem["test"], check, ""])
+        prompt = cast(str, problem["messages"][0]["content"])
+        program = "\n".join([*_IMPORT.findall(prompt), "", extract_code(completion), ""])
+        return CodeCheck(program, problem["entry_point"], problem["test"], setup=prompt)
 
 
 def extract_code(completion: str) -> str:

@@ -1,0 +1,191 @@
+"""Runs programs of a model where they can do no harm, and tests them.
+
+Each program has a process of its own in new user, mount, PID and network namespaces, with limits on time, memory,
+files and processes, see `lmchat.evaluation.sandbox_driver`. What this does not protect against is in
+``docs/evaluation.md``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import selectors
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lmchat.tasks.base import CodeCheck
+from lmchat.types import UserError
+
+DRIVER = Path(__file__).with_name("sandbox_driver.py")
+MISSING = {
+    "user": "a user namespace (programs keep this user's privileges)",
+    "mount": "a mount namespace (programs can read and write this user's files)",
+    "pid": "a PID namespace (programs can signal other processes and outlive their time limit)",
+    "net": "a network namespace (programs can use the network)",
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of a program.
+
+    Args:
+        seconds: wall-clock time, and CPU time of a process.
+        memory_bytes: address space of a process.
+        file_bytes: size of a file.
+        tmp_bytes: size of the private /tmp.
+        processes: processes and threads.
+        open_files: open files of a process.
+        output_bytes: what it may print.
+    """
+
+    seconds: float = 5.0
+    memory_bytes: int = 1 << 29
+    file_bytes: int = 1 << 23
+    tmp_bytes: int = 1 << 24
+    processes: int = 16
+    open_files: int = 64
+    output_bytes: int = 1 << 20
+
+    def to_dict(self) -> dict[str, int]:
+        """What the driver reads."""
+        return {
+            "cpu_seconds": math.ceil(self.seconds),
+            "memory_bytes": self.memory_bytes,
+            "file_bytes": self.file_bytes,
+            "tmp_bytes": self.tmp_bytes,
+            "processes": self.processes,
+            "open_files": self.open_files,
+        }
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a program passed its tests, and otherwise why it did not."""
+
+    passed: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Sandbox:
+    """Tests programs, many at the same time.
+
+    Args:
+        allow_weak: go on where the kernel refuses some of the namespaces. Programs can then do harm.
+        limits: limits of each program.
+        max_parallel: programs that run at the same time.
+    """
+
+    allow_weak: bool = False
+    limits: Limits = Limits()
+    max_parallel: int = field(default_factory=lambda: max(4, os.cpu_count() or 1))
+    driver: Path = DRIVER
+
+    def run(self, checks: Sequence[CodeCheck]) -> list[Verdict]:
+        """The verdict on each program.
+
+        Raises:
+            UserError: the kernel refuses a protection, and ``allow_weak`` is false.
+        """
+        with ThreadPoolExecutor(self.max_parallel) as pool:
+            return list(pool.map(self._run, checks))
+
+    def _run(self, check: CodeCheck) -> Verdict:
+        with tempfile.TemporaryDirectory(prefix="lmchat_sandbox_", ignore_cleanup_errors=True) as root:
+            Path(root).chmod(0o777 if self.allow_weak else 0o755)
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-B", str(self.driver)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env={},
+                cwd="/",
+                start_new_session=True,
+            )
+            try:
+                _send(process, self._messages(check, root))
+                message, problem = self._await_verdict(process)
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                for pipe in (process.stdin, process.stdout, process.stderr):
+                    assert pipe is not None
+                    with contextlib.suppress(OSError):
+                        pipe.close()
+        if "missing" in message:
+            lacking = ", ".join(MISSING[name] for name in message["missing"])
+            raise UserError(
+                f"programs of a model cannot be run safely: this kernel refuses {lacking}; allow user namespaces, or "
+                "accept the risk with --sandbox.allow_weak true"
+            )
+        if problem or not isinstance(message.get("passed"), bool):
+            return Verdict(False, problem or "the sandbox ended without a verdict")
+        return Verdict(message["passed"], str(message["reason"]))
+
+    def _messages(self, check: CodeCheck, root: str) -> list[dict[str, Any]]:
+        return [
+            {
+                "root": root,
+                "allow_weak": self.allow_weak,
+                "limits": self.limits.to_dict(),
+                "program": check.program,
+                "entry_point": check.entry_point,
+            },
+            {"setup": check.setup, "tests": check.tests, "entry_point": check.entry_point},
+        ]
+
+    def _await_verdict(self, process: subprocess.Popen[bytes]) -> tuple[dict[str, Any], str]:
+        """The driver's message, or why there is none."""
+        assert process.stdout is not None and process.stderr is not None
+        deadline = time.monotonic() + self.limits.seconds
+        verdict, printed = b"", 0
+        with selectors.DefaultSelector() as selector:
+            for pipe in (process.stdout, process.stderr):
+                selector.register(pipe, selectors.EVENT_READ)
+            while selector.get_map():
+                ready = selector.select(max(0.0, deadline - time.monotonic()))
+                if time.monotonic() >= deadline:
+                    return {}, f"longer than {self.limits.seconds:g} s"
+                for key, _ in ready:
+                    chunk = os.read(key.fd, 1 << 16)
+                    if key.fileobj is process.stdout:
+                        verdict += chunk
+                        if not chunk:
+                            return _parsed(verdict), ""
+                    else:
+                        printed += len(chunk)
+                        if not chunk:
+                            selector.unregister(key.fileobj)
+                    if printed > self.limits.output_bytes:
+                        return {}, f"more than {self.limits.output_bytes} bytes of output"
+        return {}, ""
+
+
+def _send(process: subprocess.Popen[bytes], messages: Sequence[dict[str, Any]]) -> None:
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+        for message in messages:
+            data = json.dumps(message).encode()
+            process.stdin.write(struct.pack("I", len(data)) + data)
+        process.stdin.flush()
+
+
+def _parsed(message: bytes) -> dict[str, Any]:
+    try:
+        parsed = json.loads(message[4:])
+    except ValueError:
+        return {}
+    return parsed if isinstance(parsed, dict) else {}

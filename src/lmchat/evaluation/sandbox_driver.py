@@ -1,0 +1,387 @@
+"""The process that `lmchat.evaluation.sandbox` starts for each program. Standard library only, and no import of lmchat.
+
+It isolates itself and becomes two processes. The judge runs the tests. The candidate runs the program and answers the
+judge's calls of its function; it has neither the tests nor the channel of the verdict, and no object of it reaches the
+judge: arguments and results travel as JSON. The judge is process 1 of a PID namespace and the candidate of one within
+it, so that neither outlives the driver.
+
+stdin: two messages, each with its length in four bytes: limits and program, then what the judge runs. stdout: the
+verdict. stderr: what the program prints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import platform
+import resource
+import signal
+import struct
+import sys
+from collections.abc import Callable
+from typing import Any
+
+CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x20000, 0x4000000, 0x8000000
+CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = (
+    1,
+    2,
+    4,
+    8,
+    32,
+    4096,
+    16384,
+    1 << 18,
+)
+MNT_DETACH = 2
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
+PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
+CAPABILITIES_V3 = 0x20080522
+FIRST_UID = 0x60000000
+"""Programs of root get a user id of their own from here on, since limits on processes do not hold for root."""
+NOBODY = 65534
+MAX_MESSAGE_BYTES = 1 << 24
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def call(function: str, *args: Any) -> None:
+    """A function of libc that returns 0 or sets errno."""
+    found = getattr(libc, function, None)
+    if found is None or found(*args) != 0:
+        raise OSError(ctypes.get_errno(), f"{function}: {os.strerror(ctypes.get_errno())}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Isolation
+
+
+def isolate(root: str, tmp_bytes: int) -> list[str]:
+    """Enters new namespaces as far as the kernel allows it; returns the names of those it does not.
+
+    The order matters. As root, the file system is prepared with root's privileges, which are then given up; a user
+    namespace without privileges outside of it comes last. Other users need that namespace first.
+    """
+    missing: list[str] = []
+    is_root = os.geteuid() == 0
+    if not is_root and not attempt("user", enter_user_namespace, missing):
+        return ["user", "mount", "pid", "net"]
+    # As root without a user namespace, the root is changed while there is the privilege to.
+    separate_user = not is_root or in_child(enter_user_namespace_as_other)
+    mounted = attempt("mount", lambda: mount_root(root, tmp_bytes), missing)
+    attempt("pid", lambda: call("unshare", CLONE_NEWPID | CLONE_NEWIPC | CLONE_NEWUTS), missing)
+    attempt("net", lambda: call("unshare", CLONE_NEWNET), missing)
+    if not separate_user:
+        missing.append("user")
+        change_root(mounted)
+        give_up_root()
+    else:
+        if is_root:
+            enter_user_namespace_as_other()
+        change_root(mounted)
+    return missing
+
+
+def change_root(mounted: bool) -> None:
+    """Makes /jail the root. In a changed root, the kernel allows no further user namespace, with privileges in it."""
+    if mounted:
+        os.chroot("/jail")
+        os.chdir("/")
+
+
+def in_child(step: Callable[[], None]) -> bool:
+    """Whether a step succeeds in a child process, which ends."""
+    child = os.fork()
+    if child == 0:
+        try:
+            step()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def attempt(name: str, step: Callable[[], None], missing: list[str]) -> bool:
+    """Whether a step succeeded; if not, its name is added to ``missing``."""
+    try:
+        step()
+    except OSError:
+        missing.append(name)
+        return False
+    return True
+
+
+def enter_user_namespace() -> None:
+    """A user namespace, in which this user is nobody."""
+    uid, gid = os.getuid(), os.getgid()
+    call("unshare", CLONE_NEWUSER)
+    for name, text in (("setgroups", "deny"), ("uid_map", f"{NOBODY} {uid} 1"), ("gid_map", f"{NOBODY} {gid} 1")):
+        with open(f"/proc/self/{name}", "w") as file:  # noqa: PTH123
+            file.write(text)
+
+
+def enter_user_namespace_as_other() -> None:
+    """As root: a user namespace of a user that no other program has, without a mapping of users."""
+    give_up_root()
+    call("unshare", CLONE_NEWUSER)
+
+
+def give_up_root() -> None:
+    """Becomes a user that no other program has."""
+    uid = FIRST_UID + os.getpid()
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
+
+
+def mount_root(root: str, tmp_bytes: int) -> None:
+    """A read-only root with Python's standard library and a small /tmp: /jail in an otherwise empty file system."""
+    call("unshare", CLONE_NEWNS)
+    mount(None, "/", None, MS_PRIVATE | MS_REC)
+    mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
+    jail = f"{root}/jail"
+    for folder in sorted({path for path in sys.path if os.path.isdir(path)}, key=len):  # noqa: PTH112
+        if not os.path.isdir(jail + folder):  # noqa: PTH112  (some are within others)
+            os.makedirs(jail + folder)  # noqa: PTH103
+            mount(folder, jail + folder, None, MS_BIND)
+            mount(None, jail + folder, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
+            for packages in ("site-packages", "dist-packages"):
+                if os.path.isdir(f"{jail}{folder}/{packages}"):  # noqa: PTH112
+                    mount("tmpfs", f"{jail}{folder}/{packages}", "tmpfs", MS_RDONLY | MS_NOSUID | MS_NODEV, "size=4k")
+    os.makedirs(f"{jail}/tmp", exist_ok=True)  # noqa: PTH103
+    options = f"size={tmp_bytes},nr_inodes=1024,mode=1777"
+    mount("tmpfs", f"{jail}/tmp", "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, options)
+    mount(None, root, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
+    os.chdir(root)
+    if libc.syscall(PIVOT_ROOT[platform.machine()], b".", b".") != 0:
+        raise OSError(ctypes.get_errno(), "pivot_root")
+    call("umount2", b".", MNT_DETACH)
+    os.chdir("/")
+
+
+def mount(source: str | None, target: str, kind: str | None, flags: int, options: str | None = None) -> None:
+    """mount(2)."""
+    texts = [None if text is None else os.fsencode(text) for text in (source, target, kind, options)]
+    call("mount", *texts[:3], ctypes.c_ulong(flags), texts[3])
+
+
+def drop_capabilities() -> None:
+    """Gives up the privileges within the user namespace, and that a program could gain some."""
+    libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    header = struct.pack("Ii", CAPABILITIES_V3, 0)
+    libc.capset(header, bytes(24))
+
+
+def limit(limits: dict[str, int]) -> None:
+    """Sets the limits of a program."""
+    for name, value in {
+        "RLIMIT_CPU": limits["cpu_seconds"],
+        "RLIMIT_AS": limits["memory_bytes"],
+        "RLIMIT_FSIZE": limits["file_bytes"],
+        "RLIMIT_NPROC": limits["processes"],
+        "RLIMIT_NOFILE": limits["open_files"],
+        "RLIMIT_CORE": 0,
+    }.items():
+        if hasattr(resource, name):
+            with contextlib.suppress(ValueError, OSError):
+                resource.setrlimit(getattr(resource, name), (value, value))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Messages
+
+
+def read_message(descriptor: int) -> Any:
+    """The next message; EOFError at the end, ValueError for one that is too long or no JSON."""
+    (length,) = struct.unpack("I", _read(descriptor, 4))
+    if length > MAX_MESSAGE_BYTES:
+        raise ValueError("a result is too large")
+    return json.loads(_read(descriptor, length))
+
+
+def _read(descriptor: int, length: int) -> bytes:
+    data = b""
+    while len(data) < length:
+        chunk = os.read(descriptor, min(length - len(data), 1 << 16))
+        if not chunk:
+            raise EOFError("the program ended")
+        data += chunk
+    return data
+
+
+def write_message(descriptor: int, message: Any) -> None:
+    """Writes a message."""
+    data = json.dumps(message).encode()
+    data = struct.pack("I", len(data)) + data
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def encoded(value: Any) -> Any:
+    """A value as JSON with its type; instances of subclasses become those of the class. TypeError for other values."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        return ["int", hex(value)]
+    if isinstance(value, float):
+        return ["float", float(value).hex()]
+    if isinstance(value, complex):
+        return ["complex", [value.real.hex(), value.imag.hex()]]
+    if isinstance(value, str):
+        return ["str", [*map(ord, value)] if any("\ud800" <= c <= "\udfff" for c in value) else str(value)]
+    if isinstance(value, bytes | bytearray):
+        return [bytes.__name__ if isinstance(value, bytes) else bytearray.__name__, value.hex()]
+    if isinstance(value, dict):
+        return ["dict", [[encoded(key), encoded(item)] for key, item in value.items()]]
+    for kind in (list, tuple, set, frozenset):
+        if isinstance(value, kind):
+            return [kind.__name__, [encoded(item) for item in value]]
+    raise TypeError(f"a value of type {type(value).__name__} cannot be handed over")
+
+
+def decoded(value: Any) -> Any:
+    """The inverse of `encoded`."""
+    if value is None or isinstance(value, bool):
+        return value
+    kind, content = value
+    if kind == "int":
+        return int(content, 16)
+    if kind == "float":
+        return float.fromhex(content)
+    if kind == "complex":
+        return complex(*map(float.fromhex, content))
+    if kind == "str":
+        return content if isinstance(content, str) else "".join(map(chr, content))
+    if kind in ("bytes", "bytearray"):
+        return bytes.fromhex(content) if kind == "bytes" else bytearray.fromhex(content)
+    if kind == "dict":
+        return {decoded(key): decoded(item) for key, item in content}
+    makers: dict[str, Any] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
+    return makers[kind](decoded(item) for item in content)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The two processes
+
+
+def run_candidate(request: dict[str, Any], calls: int, results: int) -> None:
+    """Runs the program and answers calls of its function until there are no more."""
+    namespace: dict[str, Any] = {"__name__": "program"}
+    try:
+        exec(compile(request["program"], "program", "exec"), namespace)
+        function = namespace[request["entry_point"]]
+    except BaseException as error:
+        write_message(results, ["error", _told(error)])
+        return
+    write_message(results, ["ready", None])
+    while True:
+        args, kwargs = decoded(read_message(calls))
+        try:
+            answer = ["value", encoded(function(*args, **kwargs))]
+        except BaseException as error:
+            answer = ["error", _told(error)]
+        write_message(results, answer)
+
+
+def _told(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"[:500]
+    except Exception:
+        return "an error that cannot be printed"
+
+
+def judge(calls: int, results: int) -> str:
+    """Runs the tests against the candidate; returns why they failed, or nothing if they passed."""
+    request = read_message(0)
+
+    def answer() -> Any:
+        kind, content = read_message(results)
+        if kind == "error":
+            raise RuntimeError(f"the program failed: {content}")
+        return decoded(content)
+
+    def candidate(*args: Any, **kwargs: Any) -> Any:
+        write_message(calls, encoded([args, kwargs]))
+        return answer()
+
+    try:
+        answer()
+        namespace: dict[str, Any] = {"__name__": "tests"}
+        exec(compile(request["setup"], "setup", "exec"), namespace)
+        namespace[request["entry_point"]] = candidate
+        exec(compile(request["tests"], "tests", "exec"), namespace)
+        namespace["check"](candidate)
+    except BaseException as error:
+        return _told(error) or "failed"
+    return ""
+
+
+def fork(function: Callable[[], None]) -> int:
+    """A child that runs ``function`` and ends, and is killed when its parent ends."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # no other process may trace it
+        function()
+    finally:
+        os._exit(0)
+
+
+def detach(*keep: int) -> list[int]:
+    """A session of its own: empty stdin, stdout joined with stderr, no open files but ``keep``, as numbered anew."""
+    os.setsid()
+    os.dup2(os.pipe()[0], 0)
+    os.dup2(2, 1)
+    kept = [os.dup2(descriptor, 100 + number) for number, descriptor in enumerate(keep)]
+    os.closerange(3, 100)
+    os.closerange(100 + len(kept), 1 << 12)
+    return kept
+
+
+def reap_orphans() -> None:
+    """Lets children whose parents have ended disappear."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    detach()
+    while True:
+        signal.pause()
+
+
+def judge_candidate(request: dict[str, Any]) -> None:
+    """The judge's process: starts the candidate, runs the tests and reports the verdict."""
+    with contextlib.suppress(OSError):
+        call("unshare", CLONE_NEWPID)
+        fork(reap_orphans)  # process 1 of the namespace; the candidate's parent is not in it
+    calls, results = os.pipe(), os.pipe()
+
+    def candidate() -> None:
+        keep = detach(calls[0], results[1])
+        os.chdir("/tmp" if request["isolated"] else request["root"])
+        limit(request["limits"])
+        drop_capabilities()
+        run_candidate(request, *keep)
+
+    fork(candidate)
+    os.close(calls[0])
+    os.close(results[1])
+    drop_capabilities()
+    reason = judge(calls[1], results[0])
+    write_message(1, {"passed": not reason, "reason": reason})
+
+
+def main() -> None:
+    """Isolates, judges, ends."""
+    request = read_message(0)
+    missing = isolate(request["root"], request["limits"]["tmp_bytes"])
+    if missing and not request["allow_weak"]:
+        write_message(1, {"missing": missing})
+        return
+    request["isolated"] = "mount" not in missing
+    os.waitpid(fork(lambda: judge_candidate(request)), 0)
+
+
+if __name__ == "__main__":
+    main()
