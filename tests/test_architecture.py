@@ -15,6 +15,7 @@ LAYERS = [
     {"model", "tokenizer"},
     {"optim"},
     {"scaling", "batching", "stage_table"},
+    {"training_memory"},
     {"run_plan"},
     {"tasks"},
     {"generation"},

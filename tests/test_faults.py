@@ -85,7 +85,7 @@ FAULTS = {
     "Ctrl-C": ("SIGINT", 0, "on_train_batch_start", 2, [130, 130], 2),
     "preemption while evaluating": ("SIGTERM", 1, "on_validation_batch_start", EVAL_BATCHES + 2, [143, 143], 3),
     "error in the forward pass": ("error", 1, "on_train_batch_start", 4, [1, 1], 2),
-    "error in the backward pass": ("out of memory", 0, "on_after_backward", 5, [1, 1], 2),
+    "error in the backward pass": ("out of memory", 0, "on_after_backward", 5, [2, 1], 2),
     "error while evaluating": ("error", 1, "on_validation_batch_start", EVAL_BATCHES + 2, [1, 1], 3),
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lmchat.hardware import DENSE_BF16_PEAK, peak_flops
+from lmchat.hardware import DENSE_BF16_PEAK, is_out_of_memory, peak_flops
 
 
 @pytest.mark.parametrize(
@@ -37,3 +37,18 @@ def test_peak_of_a_gpu(name: str, entry: str | None, monkeypatch: pytest.MonkeyP
 
 def test_a_cpu_has_no_peak() -> None:
     assert peak_flops(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("can't start new thread"), True),
+        (ImportError("libtorch.so: failed to map segment from shared object"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+)
+def test_want_of_memory_is_recognized(error: Exception, expected: bool) -> None:
+    assert is_out_of_memory(error) == expected

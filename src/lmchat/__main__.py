@@ -123,6 +123,13 @@ def _run(args: list[str]) -> int:
         if isinstance(error, BrokenPipeError) or (message := _explain(error)) is None:
             raise
         return _fail(message)
+    except (MemoryError, RuntimeError, ImportError) as error:
+        from lmchat.hardware import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return _fail(f"out of memory ({reason:.200}); close other programs, raise `ulimit -v`, or use a smaller model")
     except KeyboardInterrupt:
         return 130
     return 0
@@ -133,7 +140,8 @@ def _explain(error: OSError) -> str | None:
     from lmchat.paths import base_dir
 
     if not isinstance(error.filename, str):
-        return f"{error.strerror}; make room and run it again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
+        return f"{error.strerror}; make room and run it again" if full else None
     what, folder = f"{error.filename}: {error.strerror}", base_dir()
     if not _concerns(error.filename, folder):
         return f"{what}; give another path, or make this one fit to be read and written"

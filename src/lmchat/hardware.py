@@ -69,6 +69,8 @@ def memory_limit_bytes(device: torch.device) -> int | None:
 
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
+    if device.type == "mps":
+        return int(torch.mps.recommended_max_memory())  # never run
     if device.type != "cpu" or not hasattr(os, "sysconf"):
         return None
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -76,11 +78,14 @@ def memory_limit_bytes(device: torch.device) -> int | None:
     return physical if address_space == resource.RLIM_INFINITY else min(physical, address_space)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or, as torch reports it, on the CPU."""
-    import torch
+_OUT_OF_MEMORY = re.compile(
+    r"out ?of ?memory|can't allocate memory|cannot allocate memory|unable to allocate|not enough memory|bad_alloc"
+    r"|unable to mmap|can't start new thread|failed to map segment|\[enforce fail at alloc_cpu",
+    re.IGNORECASE,
+)
+"""What torch, Python and the system's loader say where memory, or the address space, is used up."""
 
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
-    )
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that memory is used up, on the device or on the machine."""
+    return isinstance(error, MemoryError) or bool(_OUT_OF_MEMORY.search(f"{type(error).__name__} {error}"))

@@ -18,7 +18,13 @@ def test_a_weight_decay_that_is_given_is_taken_as_it_is(given: float | None, exp
     module = SimpleNamespace(
         scales_with_depth=True, shape=SHAPE, global_batch_tokens=None, weight_decay=0.2, lr_scale=1.0
     )
-    data = SimpleNamespace(max_steps=None, micro_batch_size=1, evaluators=[], micro_batches_per_step=lambda *_: 1)
+    data = SimpleNamespace(
+        max_steps=None,
+        micro_batch_size=1,
+        evaluators=[],
+        chooses_micro_batch=False,
+        micro_batches_per_step=lambda *_: 1,
+    )
     trainer: Any = SimpleNamespace(max_steps=-1, world_size=1, callbacks=[], datamodule=data)
     run = TrainingPlan(weight_decay=given).plan(trainer, module)
     plan = make_plan(**SHAPE, weight_decay=0.2)

@@ -11,6 +11,7 @@ from lmchat.callbacks.evaluate import Evaluate
 from lmchat.option_checks import check_range
 from lmchat.run_plan import RunPlan, horizon, validation_interval
 from lmchat.scaling import Plan, make_plan
+from lmchat.stages.device_memory import choose_micro_batch
 from lmchat.strategies.lightning_internals import set_max_steps
 
 
@@ -56,10 +57,12 @@ class TrainingPlan(Callback):
         )
 
     def plan(self, trainer: L.Trainer, module: Any) -> RunPlan:
-        """The plan of the run; changes nothing."""
+        """The plan of the run."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         laws = self.scale(module, trainer.max_steps) if module.scales_with_depth else None
         batch = laws.global_batch_tokens if laws else module.global_batch_tokens
+        if data.chooses_micro_batch and batch is not None:
+            data.set_micro_batch_size(choose_micro_batch(module, batch))
         accumulate = data.micro_batches_per_step(batch, trainer.world_size)
         lr_scale, weight_decay = module.lr_scale, module.weight_decay
         if laws:

@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from lmchat.cli.argument_errors import config_paths
 from lmchat.cli.overview import listing
+from lmchat.option_checks import check_count
 from lmchat.stages.base import check_precision
 from lmchat.types import UserError
 
@@ -85,3 +86,6 @@ def check_trainer_options(trainer: Mapping[str, Any] | Namespace, parser: Argume
             f"--trainer.max_steps is {trainer['max_steps']}; give 1 step or more, or leave it out: the length of "
             "the run then follows from --scaling_laws.tokens_per_parameter or from the stage's data"
         )
+    for name in ("max_steps", "limit_train_batches", "limit_val_batches"):
+        if isinstance(trainer[name], int):
+            check_count("trainer", -1, **{name: trainer[name]})

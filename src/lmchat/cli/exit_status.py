@@ -1,4 +1,4 @@
-"""How a training process ends: the exit status after a signal, and the message after the failure of another rank."""
+"""How a training process ends: its status after a signal, its message after another rank failed or memory ran out."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from contextlib import contextmanager
 import lightning as L
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lmchat.hardware import is_out_of_memory
+from lmchat.stages.base import StageModule
+from lmchat.stages.device_memory import out_of_memory
 from lmchat.types import RankFailure
 
 _CONNECTION_LOST = re.compile(r"gloo/transport/\S+ ([\w ]+\w)|(ncclRemoteError)")
@@ -50,3 +53,14 @@ def translate_peer_failure(trainer: L.Trainer) -> Iterator[None]:
         raise RankFailure(
             f"rank {trainer.global_rank} lost the connection to another rank ({reason}); that rank's output says why"
         ) from error
+
+
+@contextmanager
+def translate_out_of_memory(module: StageModule) -> Iterator[None]:
+    """Turns an error for want of memory into a UserError that names what would fit."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RankFailure) or not is_out_of_memory(error):
+            raise
+        raise out_of_memory(module, error) from error

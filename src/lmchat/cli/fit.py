@@ -34,7 +34,7 @@ from lmchat.cli.checks import (
     check_seed,
     check_trainer_options,
 )
-from lmchat.cli.exit_status import exit_with_signal_status, translate_peer_failure
+from lmchat.cli.exit_status import exit_with_signal_status, translate_out_of_memory, translate_peer_failure
 from lmchat.cli.renamed import accept_former_names, rename_arguments
 from lmchat.cli.resume import find_start, resume_path
 from lmchat.paths import log_dir
@@ -43,6 +43,7 @@ from lmchat.stages import pretrain, rl, sft  # noqa: F401  (known to jsonargpars
 from lmchat.stages.base import StageModule
 from lmchat.stages.chat import ChatModule
 from lmchat.stages.data_module import StageDataModule
+from lmchat.stages.device_memory import check_model_fits
 from lmchat.strategies import zero2_muon
 from lmchat.strategies.lightning_internals import subcommand_option, subcommand_parser
 from lmchat.types import UserError
@@ -166,7 +167,13 @@ class LMChatCLI(LightningCLI):
         if self._is_finished():
             rank_zero_info(f"{self.model.stage} {self.model.tag} is finished: {path}")
             return
-        with exit_with_signal_status(self.trainer), translate_peer_failure(self.trainer):
+        model.trainer = self.trainer
+        check_model_fits(model, trains=True)
+        with (
+            exit_with_signal_status(self.trainer),
+            translate_peer_failure(self.trainer),
+            translate_out_of_memory(model),
+        ):
             self.trainer.fit(model, ckpt_path=path, **kwargs)
         if path is not None and self.checkpoint is not None and self.checkpoint.step >= self.trainer.max_steps:
             rank_zero_info(
@@ -175,7 +182,9 @@ class LMChatCLI(LightningCLI):
             )
 
     def validate(self, model: StageModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
-        with translate_peer_failure(self.trainer):
+        model.trainer = self.trainer
+        check_model_fits(model, trains=False)
+        with translate_peer_failure(self.trainer), translate_out_of_memory(model):
             self.trainer.validate(model, ckpt_path=resume_path(self.checkpoint, self.model.stage), **kwargs)
 
 

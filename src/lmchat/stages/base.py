@@ -16,7 +16,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lmchat.checkpoint.load import Checkpoint, load_network_state
 from lmchat.evaluation.evaluator import EvalBatch, update_within_memory
 from lmchat.generation.policy import Policy
-from lmchat.hardware import memory_limit_bytes
 from lmchat.model.allocator import tune_malloc
 from lmchat.model.compile import compile_blocks
 from lmchat.model.config import GPTConfig
@@ -26,7 +25,8 @@ from lmchat.option_checks import check_count, check_range
 from lmchat.paths import expand_user, is_folder_name
 from lmchat.paths import tokenizer_dir as default_tokenizer_dir
 from lmchat.run_plan import RunPlan
-from lmchat.scaling import flops_per_token, parameter_counts
+from lmchat.scaling import flops_per_token
+from lmchat.stages.device_memory import first_line, needs_recomputing, no_room
 from lmchat.stages.spec import StageSpec
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.types import UserError
@@ -65,6 +65,8 @@ class StageModule(L.LightningModule):
         compile: use torch.compile for the blocks, and on a GPU for the optimizer. "auto" is true where it works and
             pays: for the blocks on a GPU, and on a CPU for runs of `COMPILE_FLOPS_ON_CPU` or more; false where shapes
             change from batch to batch.
+        checkpoint_blocks: keep only each block's input for the backward pass and run the block again there: a fraction
+            of the memory for about a third more time.
     """
 
     stage: ClassVar[str]
@@ -92,6 +94,7 @@ class StageModule(L.LightningModule):
         compute_dtype: Literal["auto", "bf16", "fp32"] = "auto",
         attention: str = "auto",
         compile: bool | Literal["auto"] = "auto",
+        checkpoint_blocks: bool = False,
     ) -> None:
         super().__init__()
         if tag and not is_folder_name(tag):
@@ -116,6 +119,8 @@ class StageModule(L.LightningModule):
         self.polar_dtype = "auto"
         self.attention = attention
         self.compile_mode = compile
+        self.checkpoint_blocks = checkpoint_blocks
+        self.resumed_micro_batch_size: int | None = None
         self.parent_meta: dict[str, Any] = {}
         self._initial_lrs: list[float] = []
         self._start: Checkpoint | None = None
@@ -178,6 +183,7 @@ class StageModule(L.LightningModule):
             UserError: the checkpoint was trained with another tokenizer.
         """
         resumes = checkpoint.stage == self.stage and not checkpoint.weights_only
+        self.resumed_micro_batch_size = checkpoint.meta.get("micro_batch_size") if resumes else None
         if resumes and self.compute_dtype == "auto":
             self.compute_dtype = checkpoint.meta.get("compute_dtype", "auto")
         if checkpoint.stage == self.stage:
@@ -212,22 +218,25 @@ class StageModule(L.LightningModule):
         device = self.trainer.strategy.root_device
         if device.type == "cpu":
             tune_malloc()
-        dtype = default_compute_dtype(device) if self.compute_dtype == "auto" else COMPUTE_DTYPES[self.compute_dtype]
-        check_model_fits(self.config, device)
         try:
             with torch.device("meta"):
-                net = GPT(self.config, compute_dtype=dtype, attention=self.attention)
+                net = GPT(self.config, compute_dtype=self.network_dtype(device), attention=self.attention)
             net.to_empty(device=device)
         except (RuntimeError, MemoryError) as error:
-            raise no_room(self.config, device, str(error).splitlines()[0]) from error
+            raise no_room(self.config, device, first_line(error)) from error
+        net.checkpoint_blocks = self.checkpoint_blocks
         net.init_weights()
         if self._start is not None:
             net.load_state_dict(load_network_state(self._start))
         self.net = net
 
+    def network_dtype(self, device: torch.device) -> torch.dtype:
+        """The compute dtype on ``device``."""
+        return default_compute_dtype(device) if self.compute_dtype == "auto" else COMPUTE_DTYPES[self.compute_dtype]
+
     def on_fit_start(self) -> None:
         if self._compiles(pays=self._compiling_pays()):
-            compile_blocks(self.net)
+            compile_blocks(self.net, recompute=needs_recomputing(self, self.plan.micro_batch_size))
 
     def on_train_start(self) -> None:
         # Restoring the optimizer has restored its learning rates too; an option changed on resume takes effect.
@@ -320,22 +329,6 @@ class StageModule(L.LightningModule):
             "lr_scale": self.plan.lr_scale,
             "weight_decay": self.plan.weight_decay,
         }
-
-
-def check_model_fits(config: GPTConfig, device: torch.device) -> None:
-    """Raises UserError for a model whose fp32 weights alone exceed the memory of ``device``."""
-    limit, needed = memory_limit_bytes(device), 4 * parameter_counts(config).total
-    if limit is not None and needed > limit:
-        raise no_room(config, device, f"{needed / 1e9:,.1f} GB of weights, {limit / 1e9:,.1f} GB of memory")
-
-
-def no_room(config: GPTConfig, device: torch.device, reason: str) -> UserError:
-    """The error for a model that does not fit."""
-    return UserError(
-        f"a model of depth {config.n_layer} for {config.sequence_len} tokens has "
-        f"{parameter_counts(config).total / 1e9:,.1f} billion parameters and finds no room on {device} ({reason}); "
-        "choose a smaller --model.depth or --model.sequence_len"
-    )
 
 
 def check_precision(precision: str | int | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 
@@ -124,7 +124,7 @@ class ChatDataModule(StageDataModule):
 
     def __init__(
         self,
-        micro_batch_size: int | None,
+        micro_batch_size: int | Literal["auto"] | None,
         eval_tasks: list[Task] | None,
         eval_batch_size: int,
         eval_max_new_tokens: int,

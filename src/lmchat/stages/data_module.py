@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -23,9 +23,11 @@ class StageDataModule(L.LightningDataModule):
     `attach` must be called before the trainer runs; ``lmchat fit`` does it.
 
     Args:
-        micro_batch_size: rows per micro-batch and rank; null takes that of the checkpoint the stage starts from.
+        micro_batch_size: rows per micro-batch and rank; null takes that of the checkpoint the stage starts from, "auto"
+            the largest that fits the device's memory. The global batch does not depend on it.
 
     Attributes:
+        chooses_micro_batch: whether the run's plan must call `set_micro_batch_size`.
         evaluators: evaluations of the run, in their order; complete after `setup`. Callbacks may add their own.
         position: state of the data after the last micro-batch that was trained on.
         max_steps: optimizer steps that the data lasts; None is without end. Known after `setup`.
@@ -34,11 +36,11 @@ class StageDataModule(L.LightningDataModule):
 
     spec: StageSpec
 
-    def __init__(self, micro_batch_size: int | None) -> None:
+    def __init__(self, micro_batch_size: int | Literal["auto"] | None) -> None:
         super().__init__()
-        if micro_batch_size is not None:
-            check_count("data", 1, micro_batch_size=micro_batch_size)
-        self._micro_batch_size = micro_batch_size
+        self.chooses_micro_batch = micro_batch_size == "auto"
+        self._micro_batch_size = None if micro_batch_size == "auto" else micro_batch_size
+        check_count("data", 1, micro_batch_size=self._micro_batch_size)
         self.evaluators: list[Evaluator] = []
         self.position: dict[str, Any] | None = None
         self.max_steps: int | None = None
@@ -58,6 +60,10 @@ class StageDataModule(L.LightningDataModule):
                 "no micro-batch is set, and no checkpoint to start from names one; give --data.micro_batch_size 16"
             )
         return size
+
+    def set_micro_batch_size(self, rows: int) -> None:
+        """Decides what ``micro_batch_size="auto"`` leaves open."""
+        self._micro_batch_size = rows
 
     def micro_batches_per_step(self, global_batch_tokens: int | None, world_size: int) -> int:
         """Micro-batches per rank and optimizer step. Raises UserError if they cannot fill the global batch."""

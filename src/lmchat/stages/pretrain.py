@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch.utils.data import DataLoader
@@ -114,6 +114,7 @@ class PretrainModule(StageModule):
                 f"{checkpoint.paths.meta} is of stage {checkpoint.stage}; pretraining resumes only pretraining"
             )
         self.keep_numerics(checkpoint)
+        self.parent_meta = checkpoint.meta
         for name, value in GPTConfig(**checkpoint.meta["model"]).to_dict().items():
             if (mine := getattr(self.config, name)) != value:
                 raise UserError(
@@ -144,7 +145,7 @@ class FineWebDataModule(StageDataModule):
 
     Args:
         data_dir: folder of the parquet shards; null is ``$LMCHAT_BASE_DIR/base_data``.
-        micro_batch_size: rows per micro-batch and rank.
+        micro_batch_size: rows per micro-batch and rank; "auto" takes the largest that fits the device's memory.
         buffer_size: documents that best-fit packing chooses from.
         eval_tokens: tokens per evaluation over all ranks, rounded down to a whole number of micro-batches per rank.
     """
@@ -152,7 +153,7 @@ class FineWebDataModule(StageDataModule):
     def __init__(
         self,
         data_dir: str | None = None,
-        micro_batch_size: int = 32,
+        micro_batch_size: int | Literal["auto"] = 32,
         buffer_size: int = 1000,
         eval_tokens: int = 40 * 524288,
     ) -> None:

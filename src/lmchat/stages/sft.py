@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -68,7 +68,8 @@ class SFTDataModule(ChatDataModule):
         train: the mixture, each task with its number of epochs.
         val: held-out conversations for bits per byte.
         eval_tasks: tasks whose questions are asked in evaluation; limit them with their ``stop``.
-        micro_batch_size: rows per micro-batch and rank; null takes that of the checkpoint the stage starts from.
+        micro_batch_size: rows per micro-batch and rank; null takes that of the checkpoint the stage starts from, "auto"
+            the largest that fits the device's memory.
         eval_tokens: tokens per evaluation of bits per byte over all ranks, padding included, rounded up to a whole
             number of micro-batches per rank.
         eval_batch_size: questions answered together.
@@ -81,7 +82,7 @@ class SFTDataModule(ChatDataModule):
         train: list[MixturePart],
         val: list[MixturePart],
         eval_tasks: list[Task] | None = None,
-        micro_batch_size: int | None = None,
+        micro_batch_size: int | Literal["auto"] | None = None,
         eval_tokens: int = 20 * 524288,
         eval_batch_size: int = 32,
         eval_max_new_tokens: int = 256,

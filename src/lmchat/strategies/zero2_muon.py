@@ -55,6 +55,8 @@ class Zero2MuonStrategy(DDPStrategy):
         agreed_signal: the signal that ended the run on all ranks, 0 for none.
     """
 
+    shards_optimizer = True
+
     def __init__(
         self,
         *args: Any,

@@ -1,7 +1,7 @@
 """Memory of a training step, by counting: what fits a card, and the largest micro-batch that does.
 
-Saved activations per token and block were counted from what autograd keeps (tests/model/test_memory.py counts again):
-in the compute dtype, of the model's width D and the width of keys and values K,
+Saved activations per token and block were counted from what autograd keeps (tests/test_training_memory.py counts
+again): in the compute dtype, of the model's width D and the width of keys and values K,
 
 - compiled: 15 D + 3 K: the block's input, its norm, rotated and normed queries, attention's output, the residual
   stream between the parts and its norm (7 D), rotated keys, normed keys, values (3 K), the MLP's hidden states before
@@ -15,16 +15,13 @@ A layer with value embeddings keeps K more. Everything else is estimated: no fig
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal
 
-import torch
-
+from lmchat.batching import divisors
 from lmchat.losses import CHUNK_TOKENS
 from lmchat.model.config import GPTConfig
-from lmchat.model.gpt import GPT
+from lmchat.scaling import parameter_counts
 
 Mode = Literal["eager", "compiled", "recomputing"]
 
@@ -84,8 +81,9 @@ def training_memory(
         chunk_tokens: tokens whose logits the loss holds at a time.
     """
     tokens, width = rows * config.sequence_len, config.n_embd
-    matrices, tables = _parameter_counts(config)
-    states = 8 * (matrices + tables) + (4 * matrices + 8 * tables) / optimizer_shards
+    counts = parameter_counts(config)
+    matrices, tables = counts.transformer_matrices, counts.total - counts.transformer_matrices  # by Muon, by AdamW
+    states = 8 * counts.total + (4 * matrices + 8 * tables) / optimizer_shards
     activations = _saved_bytes(config, tokens, mode, checkpoint_blocks, element_bytes)
     chunk = min(chunk_tokens, tokens)
     head: float = chunk * config.vocab_size * (2 * element_bytes + (0 if mode != "eager" else 12))
@@ -112,15 +110,6 @@ def _saved_bytes(config: GPTConfig, tokens: int, mode: Mode, checkpoint_blocks: 
     return saved + value_rows + ends
 
 
-@cache
-def _parameter_counts(config: GPTConfig) -> tuple[int, int]:
-    """Parameters of the blocks' matrices (trained by Muon), and of tables and scalars (AdamW)."""
-    with torch.device("meta"):
-        net = GPT(config, attention="masked")
-    matrices = sum(weight.numel() for weight in net.transformer.h.parameters())
-    return matrices, sum(weight.numel() for weight in net.parameters()) - matrices
-
-
 def largest_micro_batch(
     config: GPTConfig, memory_bytes: float, rows_per_step: int, *, mode: Mode = "compiled", **options: bool | int
 ) -> int | None:
@@ -131,17 +120,7 @@ def largest_micro_batch(
         rows_per_step: rows per rank and optimizer step, all micro-batches together.
         mode, options: as in `training_memory`.
     """
-    for rows in sorted(_divisors(rows_per_step), reverse=True):
+    for rows in reversed(divisors(rows_per_step)):
         if training_memory(config, rows, mode=mode, **options).total <= memory_bytes:  # type: ignore[arg-type]
             return rows
     return None
-
-
-def needs_recomputing(config: GPTConfig, rows: int, memory_bytes: float, **options: bool | int) -> bool:
-    """Whether compiled blocks fit the device only if the backward pass recomputes what it can; see `compile_blocks`."""
-    return training_memory(config, rows, mode="compiled", **options).total > memory_bytes  # type: ignore[arg-type]
-
-
-def _divisors(number: int) -> set[int]:
-    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
-    return {*small, *(number // n for n in small)}

@@ -1,0 +1,213 @@
+"""Whether a stage fits its device: refused before anything is built, the micro-batch that fits, out of memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lmchat.batching import accumulation_steps, divisors
+from lmchat.hardware import is_out_of_memory, memory_limit_bytes
+from lmchat.model.compile import compile_blocks
+from lmchat.model.config import GPTConfig
+from lmchat.model.gpt import GPT
+from lmchat.scaling import parameter_counts
+from lmchat.training_memory import Mode, TrainingMemory, training_memory
+from lmchat.types import UserError
+
+if TYPE_CHECKING:
+    from lmchat.stages.base import StageModule
+
+MODEL_ERROR = 1.2
+"""The memory model may be off by this factor: what it finds larger than the device by more is not tried."""
+CPU_SHARE = 0.7
+"""Share of a CPU's memory that an automatic micro-batch may fill; the system and other programs need the rest."""
+
+
+def estimate(module: StageModule, rows: int, *, recompute: bool = False) -> TrainingMemory:
+    """The memory model of training ``module`` with micro-batches of ``rows`` rows on its trainer's device."""
+    trainer = module.trainer
+    on_gpu = trainer.strategy.root_device.type == "cuda"
+    mode: Mode = "eager"
+    if on_gpu and module.packed_rows and module.compile_mode is not False:
+        mode = "recomputing" if recompute else "compiled"
+    sharded = getattr(trainer.strategy, "shards_optimizer", False)
+    return training_memory(
+        module.config,
+        rows,
+        mode=mode,
+        checkpoint_blocks=module.checkpoint_blocks,
+        optimizer_shards=trainer.world_size if sharded else 1,
+        element_bytes=2 if module.network_dtype(trainer.strategy.root_device) == torch.bfloat16 else 4,
+        on_gpu=on_gpu,
+    )
+
+
+def memory_per_process(trainer: L.Trainer) -> float | None:
+    """Bytes that a process of the trainer may use on its device; None where that is not known."""
+    device = trainer.strategy.root_device
+    limit = memory_limit_bytes(device)
+    return limit and (CPU_SHARE * limit / trainer.num_devices if device.type == "cpu" else limit)
+
+
+def check_model_fits(module: StageModule, trains: bool) -> None:
+    """Raises UserError for a model that cannot fit the device, whatever the micro-batch; builds nothing.
+
+    Args:
+        trains: whether gradients, optimizer state and activations of one row must fit beside the weights.
+    """
+    config, device = module.config, module.trainer.strategy.root_device
+    limit, weights = memory_limit_bytes(device), 4 * parameter_counts(config).total
+    if limit is None:
+        return
+    if weights > limit:
+        raise no_room(config, device, f"{weights / 1e9:,.1f} GB of weights, {limit / 1e9:,.1f} GB of memory")
+    if trains and (needed := estimate(module, 1, recompute=True)).total > MODEL_ERROR * limit:
+        reason = (
+            f"training needs about {needed.total / 1e9:,.1f} GB, {needed.states / 1e9:,.1f} of them for weights, "
+            f"gradients and optimizer; the device has {limit / 1e9:,.1f}"
+        )
+        raise no_room(config, device, reason)
+
+
+def no_room(config: GPTConfig, device: torch.device, reason: str) -> UserError:
+    """The error for a model that does not fit."""
+    return UserError(
+        f"a model of depth {config.n_layer} for {config.sequence_len} tokens has "
+        f"{parameter_counts(config).total / 1e9:,.1f} billion parameters and finds no room on {device} ({reason}); "
+        "choose a smaller --model.depth or --model.sequence_len"
+    )
+
+
+def needs_recomputing(module: StageModule, rows: int) -> bool:
+    """Whether compiled blocks fit the device only if the backward pass recomputes what it can (see `compile_blocks`).
+
+    On GPUs only: elsewhere the micro-batch costs nothing to make smaller.
+    """
+    limit = memory_limit_bytes(module.trainer.strategy.root_device)
+    on_gpu = module.trainer.strategy.root_device.type == "cuda"
+    return on_gpu and limit is not None and estimate(module, rows).total > limit
+
+
+def choose_micro_batch(module: StageModule, global_batch_tokens: int) -> int:
+    """Rows of the largest micro-batch that fits and fills the global batch; rank 0 decides for all ranks.
+
+    A resumed run keeps its checkpoint's, if that still fills the global batch, so that it continues bit for bit. On a
+    GPU the candidates are tried, elsewhere the memory model decides.
+
+    Raises:
+        UserError: not one row fits.
+    """
+    trainer, length = module.trainer, module.sequence_len
+    rows_per_step = accumulation_steps(global_batch_tokens, 1, length, trainer.world_size)
+    if (kept := module.resumed_micro_batch_size) and rows_per_step % kept == 0:
+        return kept
+    device = trainer.strategy.root_device
+    chosen, how = None, "estimated"
+    if trainer.global_rank == 0:
+        limit = memory_per_process(trainer)
+        candidates = _candidates(module, divisors(rows_per_step), limit)
+        if device.type == "cuda":
+            how = "tried"
+            candidates = (rows for rows in candidates if _runs(module, rows))
+        chosen = next(iter(candidates), None)
+    chosen = trainer.strategy.broadcast(chosen)
+    if chosen is None:
+        raise UserError(f"not one row of {length} tokens fits {device}; {smaller_model(module)}")
+    rank_zero_info(
+        f"--data.micro_batch_size auto: {chosen} rows, the largest divisor of {rows_per_step} that fits {device}, {how}"
+    )
+    return chosen
+
+
+def _candidates(module: StageModule, rows: list[int], limit: float | None) -> Any:
+    """Those of ``rows`` that may fit: first those that need no recomputing, the largest first."""
+    on_gpu = module.trainer.strategy.root_device.type == "cuda"
+    slack = MODEL_ERROR if on_gpu else 1.0
+    for recompute in (False, True) if on_gpu else (False,):
+        for number in sorted(rows, reverse=True):
+            fits = limit is None or estimate(module, number, recompute=recompute).total <= slack * limit
+            if fits and recompute == needs_recomputing(module, number):
+                yield number
+
+
+def _runs(module: StageModule, rows: int) -> bool:
+    """Whether two micro-batches fit the GPU beside the optimizer's state (never run on a GPU).
+
+    The network that is built for it is the run's own, so that the random numbers of its initialization stay the same;
+    its compiled kernels are found again in the compiler's cache.
+    """
+    module.configure_model()
+    net, config = module.net, module.config
+    states = estimate(module, rows).states - 8 * parameter_counts(config).total
+    try:
+        if module.packed_rows and module.compile_mode is not False:
+            compile_blocks(net, recompute=needs_recomputing(module, rows))
+        optimizer_state = torch.empty(int(states), dtype=torch.uint8, device=net.device)
+        run_micro_batches(net, rows)
+        del optimizer_state
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    finally:
+        net.zero_grad(set_to_none=True)
+        torch._dynamo.reset()
+        torch.cuda.empty_cache()
+    return True
+
+
+def run_micro_batches(net: GPT, rows: int) -> None:
+    """Two forward and backward passes; the second has gradients beside its activations."""
+    ids = torch.zeros(rows, net.config.sequence_len, dtype=torch.int64, device=net.device)
+    for _ in range(2):
+        net.loss(ids, ids).backward()
+
+
+def out_of_memory(module: StageModule, error: BaseException) -> UserError:
+    """What to change after ``error``, in training: the largest micro-batch that would fit."""
+    trainer = module.trainer
+    device, plan = trainer.strategy.root_device, getattr(module, "plan", None)
+    limit, step = memory_limit_bytes(device), trainer.global_step + 1
+    size = f" ({limit / 1e9:,.1f} GB)" if limit else ""
+    when = f"in step {step}" if plan else "before the first step"
+    what = f"out of memory on {device}{size} {when}: {first_line(error)}"
+    if plan is None:
+        return UserError(f"{what}; {smaller_model(module)}")
+    if plan.global_batch_tokens is None:
+        return UserError(f"{what}; use a smaller --data.num_samples or --data.max_new_tokens")
+    rows = largest_that_should_fit(module, limit)
+    if rows is None:
+        return UserError(f"{what}; {smaller_model(module)}")
+    return UserError(
+        f"{what}; of micro-batches smaller than the {plan.micro_batch_size} rows in use the largest that should fit is "
+        f"{rows}: use --data.micro_batch_size {rows}, which leaves the global batch as it is"
+    )
+
+
+def largest_that_should_fit(module: StageModule, limit: float | None) -> int | None:
+    """The largest proper divisor of the micro-batch in use that fits by the memory model; None if none does."""
+    rows = module.plan.micro_batch_size
+    smaller = [number for number in divisors(rows) if number < rows]
+    if limit is not None:
+        smaller = [number for number in smaller if estimate(module, number, recompute=True).total <= limit]
+    return max(smaller, default=None)
+
+
+def smaller_model(module: StageModule) -> str:
+    """The remedy where no micro-batch is small enough."""
+    remedies = [] if module.checkpoint_blocks else ["--model.checkpoint_blocks true"]
+    if module.scales_with_depth:
+        remedies += ["a smaller --model.depth", "a smaller --model.sequence_len"]
+    else:
+        remedies += ["a smaller model"]
+    if module.trainer.world_size > 1 and not getattr(module.trainer.strategy, "shards_optimizer", False):
+        remedies += ["--trainer.strategy zero2_muon"]
+    return f"use {' or '.join(remedies)}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
