@@ -50,7 +50,7 @@ def _run_trainer(args: list[str]) -> None:
 
 
 def command_module(name: str) -> ModuleType:
-    """The module of a command; where Python reserves the name, the module's ends in an underscore."""
+    """The module of a command; it has a trailing underscore if the name is a Python keyword."""
     return import_module(f"lmchat.commands.{name}{'_' * keyword.iskeyword(name)}")
 
 
@@ -68,7 +68,7 @@ def _run_command(name: str, args: list[str]) -> None:
 
 
 def main(args: list[str] | None = None) -> int:
-    """Runs ``lmchat ARGS`` and returns the exit status; a user's mistake prints one message, no traceback."""
+    """Runs ``lmchat ARGS`` and returns the exit status. A `UserError` prints its message without a traceback."""
     from lmchat.cli.standard_streams import (
         BROKEN_PIPE_STATUS,
         discard_output,
@@ -136,7 +136,7 @@ def _run(args: list[str]) -> int:
 
 
 def _explain(error: OSError) -> str | None:
-    """What a person can do about a file or a full disk, None where ``error`` is of something else."""
+    """A message with a remedy for errors about a file or a full disk; None for other errors."""
     from lmchat.paths import base_dir
 
     if not isinstance(error.filename, str):
@@ -152,7 +152,7 @@ def _explain(error: OSError) -> str | None:
 
 
 def _concerns(filename: str, folder: Path) -> bool:
-    """Whether the file is in ``folder``, or is a folder above that it would be made in."""
+    """Whether the file is in ``folder``, or is one of its parents."""
     path, folder = Path(filename).absolute(), folder.absolute()
     return path.is_relative_to(folder) or folder.is_relative_to(path)
 

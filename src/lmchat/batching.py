@@ -1,4 +1,4 @@
-"""Gradient accumulation: how many micro-batches fill the global batch, and what would fit where none do."""
+"""Gradient accumulation: how many micro-batches make up the global batch, and which values would fit if none do."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def accumulation_steps(global_batch_tokens: int, micro_batch_size: int, sequence
         world_size: number of ranks.
 
     Raises:
-        UserError: the global batch is not a multiple of the tokens of one micro-batch on every rank; names what fits.
+        UserError: the global batch is not a multiple of the tokens of one micro-batch on every rank; the message names
+            values that fit.
     """
     micro_batch_tokens = micro_batch_size * sequence_len * world_size
     steps, rest = divmod(global_batch_tokens, micro_batch_tokens)
@@ -37,10 +38,10 @@ def accumulation_steps(global_batch_tokens: int, micro_batch_size: int, sequence
 
 
 def groups_per_rank(questions_per_step: int, world_size: int) -> int:
-    """Questions of each rank in an optimizer step of reinforcement learning; a question is one micro-batch.
+    """Questions per rank and optimizer step of reinforcement learning; a question is one micro-batch.
 
     Raises:
-        UserError: the questions cannot be divided equally; names what fits.
+        UserError: the questions cannot be divided equally; the message names values that fit.
     """
     groups, rest = divmod(questions_per_step, world_size)
     if rest or not groups:
@@ -54,7 +55,7 @@ def groups_per_rank(questions_per_step: int, world_size: int) -> int:
 
 
 def rows_per_step(global_batch_tokens: int, sequence_len: int) -> int:
-    """Rows of an optimizer step over all ranks.
+    """Rows per optimizer step over all ranks.
 
     Raises:
         UserError: the global batch is not a multiple of the row length.

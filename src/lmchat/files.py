@@ -30,8 +30,8 @@ def synced_file(
 
     Args:
         path: file to write.
-        writer: name of the writer, which then is a part of the temporary name.
-        renaming: makes a context for the rename; an error of it cancels the write.
+        writer: name of the writer, added to the temporary name.
+        renaming: returns a context manager for the rename; an error in it cancels the write.
     """
     unfinished = path.with_name(f"{path.name}{'.' if writer else ''}{writer}{TEMPORARY_SUFFIX}")
     with _renamed(unfinished, path, renaming), unfinished.open("wb") as file:
@@ -43,7 +43,7 @@ def synced_file(
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path; what is written there becomes ``path`` when the block ends without an error."""
+    """Yields a temporary path that is renamed to ``path`` when the block ends without an error."""
     unfinished = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     with _renamed(unfinished, path):
         yield unfinished
@@ -76,7 +76,7 @@ def sync_folder(directory: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """Yields a temporary folder, which becomes ``output`` when the block ends without an error.
+    """Yields a temporary folder that is renamed to ``output`` when the block ends without an error.
 
     Raises:
         UserError: ``output`` is not empty, or cannot be written.

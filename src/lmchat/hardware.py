@@ -1,4 +1,4 @@
-"""Properties of the device: its peak FLOP/s, which utilization (MFU) is measured against, and memory in use."""
+"""Properties of the device: peak FLOP/s (the denominator of MFU) and memory."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ DENSE_BF16_PEAK = {
     "MI300X": 1307e12,
     "MI325X": 1307e12,
 }
-"""Dense bf16 peak in FLOP/s by words of the device's name, from the vendors' data sheets; more specific names first."""
+"""Dense bf16 peak in FLOP/s by parts of the device's name, from the vendors' data sheets; more specific names first."""
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """FLOP/s that count as full utilization of ``device``: the data sheet's dense bf16 peak, None for an unknown GPU.
+    """Dense bf16 peak of ``device`` in FLOP/s, by its data sheet; None for an unknown GPU or a CPU.
 
-    None on CPUs: they have no such number. What a matrix product reaches depends on the clock, the cores that are free
-    and the moment; measured once, it made the same training speed 57 %, 99 % or 168 % of the peak.
+    A CPU's peak depends on clock and load: with measured peaks the same training speed gave an MFU of 57 %, 99 % or
+    168 %.
     """
     import torch
 
@@ -48,7 +48,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory so far, in bytes: of the device's allocator on a GPU, of the whole process on a CPU."""
+    """Peak memory so far, in bytes: of torch's allocator on a GPU, of the process on a CPU."""
     import resource
     import sys
 
@@ -61,7 +61,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def memory_limit_bytes(device: torch.device) -> int | None:
-    """Bytes of memory that this process may use on ``device``; None where that is not known."""
+    """Bytes of memory that this process may use on ``device``; None if unknown."""
     import os
     import resource
 

@@ -1,4 +1,4 @@
-"""Losses over token logits, computed in pieces so that a (tokens x vocabulary) table is never held in full."""
+"""Cross-entropy computed in chunks of tokens, so that the full (tokens, vocabulary) logits are never in memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOGIT_SOFTCAP = 15.0
 """Logits are bounded to ±15 by cap · tanh(logits / cap), in training and in sampling."""
 
 CHUNK_TOKENS = {"cpu": 512, "cuda": 4096}
-"""Tokens whose logits exist at one time. On a CPU they should stay in its cache; a GPU wants large products.
+"""Tokens per chunk. On a CPU the logits of a chunk should fit into the cache; a GPU needs large matrix products.
 The CUDA figure is an estimate, not a measurement."""
 
 
@@ -43,21 +43,26 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of soft-capped logits ``hidden @ weight.T`` against `targets`.
 
-    hidden: (..., width), in the compute dtype. weight: (>= vocab_size, width); rows from `vocab_size` on are padding.
-    targets: (...) integer ids, `IGNORE_INDEX` where no loss is taken. softcap: at most 30, so that exp(2 softcap) stays
-    in range without looking for the largest logit. weights: (...) constant factor per token, for policy gradients.
-    token_losses: (...) fp32, receives the losses that "sum" or "mean" add up, without gradient; 0 at ignored targets.
-    chunk_tokens: by default that of the device in `CHUNK_TOKENS`. fused: compile what happens between the matrix
-    products, which saves passes over a GPU's memory; on a CPU, in cache, it gains nothing. project: computes the raw
-    logits (tokens, rows of weight) of (tokens, width) with `weight` in another precision, such as FP8, where "sum" or
-    "mean" takes gradients; autograd differentiates it.
+    The forward pass also computes the gradients, chunk by chunk; with "none" the backward pass recomputes the logits.
+    Differentiable once.
 
-    Returns fp32 (fp64 for fp64 input): "sum" and "mean" a scalar, "none" the shape of `targets` with 0 at ignored
-    targets. "mean" divides by the number of targets not ignored, whatever their weights. With no such target the loss
-    is 0 and so is its gradient.
+    Args:
+        hidden: (..., width), in the compute dtype.
+        weight: (>= vocab_size, width); rows from `vocab_size` on are padding.
+        targets: (...) integer ids, `IGNORE_INDEX` where no loss is computed.
+        vocab_size: number of tokens.
+        softcap: bound of the logits; at most 30, so that exp(2 softcap) cannot overflow.
+        reduction: "sum", "mean" or "none". "mean" divides by the number of targets not ignored, whatever their weights.
+        weights: (...) constant factor per token, for policy gradients.
+        token_losses: (...) fp32, receives the losses that "sum" or "mean" add up, without gradient.
+        chunk_tokens: tokens per chunk; default is that of the device in `CHUNK_TOKENS`.
+        fused: compile the elementwise operations, which saves passes over a GPU's memory; no gain on a CPU.
+        project: computes the raw logits (tokens, rows of weight) of (tokens, width) in another precision, such as FP8;
+            used where "sum" or "mean" needs gradients, and differentiated by autograd.
 
-    The gradients are computed together with the loss, chunk by chunk, while the logits are at hand; "none" computes
-    the logits again in the backward pass. Differentiable once.
+    Returns:
+        fp32 (fp64 for fp64 input): a scalar, or for "none" losses of the shape of `targets` with 0 at ignored targets.
+        Without any target the loss and its gradient are 0.
     """
     assert 0 < softcap <= 30, softcap
     assert reduction in ("mean", "sum", "none"), reduction
@@ -95,7 +100,7 @@ class _Options(NamedTuple):
 
 
 class _SummedLoss(torch.autograd.Function):
-    """Σ coefficient · nll, a scalar, its gradients computed in the forward pass; and its terms, without gradient."""
+    """Σ coefficient · nll, a scalar, and its terms without gradient; the forward pass computes the gradients."""
 
     @staticmethod
     def forward(
@@ -114,13 +119,13 @@ class _SummedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> Any:
         grad_hidden, grad_weight = ctx.saved_tensors
-        # In fp32: a loss scale such as 1 / 6, rounded to bf16 for one of the two, would tilt them against each other.
+        # In fp32: rounding a loss scale such as 1 / 6 to bf16 would scale one of the two gradients differently.
         scaled_hidden = (grad_hidden.to(grad_output.dtype) * grad_output).to(grad_hidden.dtype)
         return scaled_hidden, grad_weight * grad_output, None, None, None
 
 
 class _TokenLosses(torch.autograd.Function):
-    """coefficient · nll per token, its gradients computed in the backward pass."""
+    """coefficient · nll per token; the backward pass computes its gradients."""
 
     @staticmethod
     def forward(
@@ -176,7 +181,7 @@ def _losses_and_gradients(
 def _losses_and_projected_gradients(
     hidden: Tensor, weight: Tensor, targets: Tensor, coefficients: Tensor, options: _Options
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`_losses_and_gradients` with logits, and their products' gradients, from `options.project`."""
+    """`_losses_and_gradients` with `options.project` as the output head, differentiated by autograd."""
     assert options.project is not None
     losses = torch.empty_like(coefficients)
     grad_hidden = torch.empty_like(hidden)
@@ -190,7 +195,7 @@ def _losses_and_projected_gradients(
             logits = options.project(states)
         values = logits.detach()[:, : options.vocab_size]
         if values.dtype == scale.dtype:
-            values = values.clone()  # it is overwritten, and autograd owns the logits
+            values = values.clone()  # overwritten below, and autograd owns the logits
         chunk_losses, grad = differentiate(values, picks, scale, options.softcap)
         losses[chunk] = chunk_losses[:, 0]
         grad = torch.nn.functional.pad(grad, (0, len(weight) - options.vocab_size))
@@ -202,7 +207,7 @@ def _losses_and_projected_gradients(
 def _loss_and_logit_gradient(logits: Tensor, picks: Tensor, scale: Tensor, cap: float) -> tuple[Tensor, Tensor]:
     """scale · nll (tokens, 1) and its gradient by the raw logits (tokens, vocab), in place where their dtype allows.
 
-    cap · tanh(z / cap) = 2 cap · s - cap with s = sigmoid(2 z / cap), of which the softmax p drops the constant. So
+    cap · tanh(z / cap) = 2 cap · s - cap with s = sigmoid(2 z / cap); the constant cancels in the softmax p. So
     nll = log Σ exp(2 cap · s) - 2 cap · s[target], and d nll / dz = (p - onehot) · 4 s (1 - s).
     """
     losses, grad, target_grad = _softmax_gradient(logits, picks, scale, cap)
@@ -211,7 +216,7 @@ def _loss_and_logit_gradient(logits: Tensor, picks: Tensor, scale: Tensor, cap: 
 
 
 def _loss_and_logit_gradient_fused(logits: Tensor, picks: Tensor, scale: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """`_loss_and_logit_gradient` for the compiler: a scatter would write the fp32 table to memory and read it again."""
+    """`_loss_and_logit_gradient` for the compiler, without a scatter, which would materialize the fp32 gradient."""
     losses, grad, target_grad = _softmax_gradient(logits, picks, scale, cap)
     is_target = torch.arange(logits.size(1), device=logits.device) == picks
     return losses, torch.where(is_target, grad - target_grad, grad).to(logits.dtype)
@@ -229,7 +234,7 @@ def _softmax_gradient(logits: Tensor, picks: Tensor, scale: Tensor, cap: float) 
 
 
 def _sigmoid_(logits: Tensor, cap: float) -> Tensor:
-    """sigmoid(2 logits / cap) in place: the tanh of the softcap at half its price on a CPU, to 1e-6 of a logit."""
+    """sigmoid(2 logits / cap) in place: half the cost of tanh on a CPU, accurate to 1e-6 of a logit."""
     return logits.mul_(2 / cap).sigmoid_()
 
 
@@ -241,10 +246,9 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def _logits(
     hidden: Tensor, weight: Tensor, targets: Tensor, options: _Options
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Per chunk: its slice, its targets (tokens, 1) with 0 at ignored ones, and its raw logits (tokens, vocab).
+    """Yields each chunk's slice, its targets (tokens, 1) with 0 at ignored ones, and its raw logits (tokens, vocab).
 
-    The logits of all chunks share one buffer, which the caller may overwrite: fresh memory for each would cost a page
-    fault per 4 KB.
+    All chunks share one buffer for the logits, which the caller may overwrite; new memory would cost page faults.
     """
     vocab_size, chunk_tokens = options.vocab_size, options.chunk_tokens
     cast_weight = weight[:vocab_size].to(hidden.dtype)

@@ -12,10 +12,10 @@ _NOT_IN_NAMES = re.compile(r"[/\\\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def expand_user(path: str | Path) -> Path:
-    """A path given by the user, with ``~`` and ``~name`` replaced by home folders. A shell leaves ``--option=~`` alone.
+    """A path with ``~`` and ``~name`` replaced by home folders. (A shell does not expand ``--option=~``.)
 
     Raises:
-        UserError: the path begins with the home folder of a user who has none.
+        UserError: there is no such home folder.
     """
     try:
         return Path(path).expanduser()
@@ -32,7 +32,7 @@ def base_dir() -> Path:
     """The folder for tokenizer, data and checkpoints: ``$LMCHAT_BASE_DIR``, by default ``~/.cache/lmchat``.
 
     Raises:
-        UserError: it begins with the home folder of a user who has none.
+        UserError: it begins with a home folder that does not exist.
     """
     given = os.environ.get("LMCHAT_BASE_DIR") or "~/.cache/lmchat"
     try:
@@ -57,6 +57,6 @@ def eval_bundle_dir() -> Path:
 
 
 def log_dir(stage_folder: str, tag: str) -> Path:
-    """The folder of a run's logs; each start of the run has a version folder in it."""
+    """The folder of a run's logs, with one version folder per start of the run."""
     assert is_folder_name(tag)
     return base_dir() / "logs" / stage_folder / tag

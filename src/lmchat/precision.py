@@ -1,4 +1,4 @@
-"""Which dtype a device multiplies matrices fastest in."""
+"""The dtype in which a device multiplies matrices fastest."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 REQUIRED_SPEEDUP = 1.2
-"""bf16 must beat fp32 by this much on a CPU; with real units it does by 2 to 20."""
+"""Minimum speedup of bf16 over fp32 on a CPU; with bf16 units it is 2 to 20."""
 
 
 def default_compute_dtype(device: torch.device | str) -> torch.dtype:
-    """bf16 on CUDA from sm80 on, and on CPUs whose bf16 units prove real; else fp32."""
+    """bf16 on CUDA from sm80 on, and on CPUs whose bf16 matmul is verified correct and faster; else fp32."""
     device = torch.device(device)
     if device.type == "cuda":
         has_units = torch.cuda.get_device_capability(device) >= (8, 0)
@@ -25,10 +25,10 @@ def default_compute_dtype(device: torch.device | str) -> torch.dtype:
 
 @cache
 def cpu_multiplies_bf16() -> bool:
-    """Whether this CPU reports bf16 matrix units (AMX or AVX512-bf16) and a product on them is right and faster.
+    """Whether this CPU reports bf16 matrix units (AMX or AVX512-bf16) and a bf16 product is correct and faster.
 
-    The report alone does not say that the math library uses them; without units bf16 is emulated and slow. Where
-    torch is limited to AVX2 kernels, by ``ATEN_CPU_CAPABILITY`` for example, nothing is measured.
+    The math library may not use the units, and emulated bf16 is slow. If torch is limited to AVX2 kernels, for example
+    by ``ATEN_CPU_CAPABILITY``, nothing is measured.
     """
     if torch.backends.cpu.get_cpu_capability() == "AVX2":
         return False
@@ -45,7 +45,7 @@ def cpu_multiplies_bf16() -> bool:
 
 
 def _seconds(a: Tensor, b: Tensor, repeats: int = 20, stop_above: float = math.inf) -> float:
-    """The fastest of several products, so that other load does not decide; of 3 if all take more than ``stop_above``.
+    """Seconds of the fastest of several products; of 3 if all take more than ``stop_above``.
 
     An emulated bf16 product of 768 rows takes 0.4 s.
     """

@@ -1,6 +1,6 @@
 """Progress bars on stderr: one line that is redrawn, with the share done, the amount, the speed and the time left.
 
-Where stderr is no terminal nothing is drawn; what takes long prints a plain line every minute instead, for logs.
+If stderr is not a terminal, nothing is drawn; a plain line is printed every minute instead, for logs.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ _MIN_BAR_WIDTH = 8
 _PREFIXES = ("", "k", "M", "G", "T")
 
 _live: list[ProgressBar] = []
-"""Bars on the terminal; the last one is drawn."""
+"""Open bars; only the last one is drawn."""
 
 
 class ProgressBar(contextlib.AbstractContextManager["ProgressBar"]):
     """A progress bar, which disappears when it is closed.
 
     Args:
-        description: what is going on.
-        total: the amount of work; None if unknown, which shows no share and no time left.
-        unit: what is counted, e.g. ``documents``; ``B`` counts bytes, in kB, MB and so on.
-        done: work done before, which the speed does not include.
+        description: text before the bar.
+        total: amount of work; None if unknown, which shows neither share nor time left.
+        unit: unit of the amounts, e.g. ``documents``; ``B`` is shown as kB, MB and so on.
+        done: work done before, which does not count for the speed.
         enabled: False shows nothing.
-        log: print a line every minute where the stream is no terminal.
+        log: print a line every minute if the stream is not a terminal.
         stream: where to draw, by default ``sys.stderr``.
         clock: seconds from any origin; for tests.
     """
@@ -59,7 +59,7 @@ class ProgressBar(contextlib.AbstractContextManager["ProgressBar"]):
         self._start = self._shown_at = clock()
         self._eta: float | None = None
         self._drawn = False
-        # Python sets a standard stream that is closed to None.
+        # A closed standard stream is None in Python.
         self._terminal = enabled and self._stream is not None and self._stream.isatty()
         self._log = enabled and log and self._stream is not None and not self._terminal
         if self._terminal:
@@ -67,7 +67,7 @@ class ProgressBar(contextlib.AbstractContextManager["ProgressBar"]):
             self.draw()
 
     def advance(self, amount: float = 1) -> None:
-        """Counts further work as done."""
+        """Adds to the work done."""
         self.set(self.done + amount)
 
     def set(self, done: float, *, description: str | None = None, eta_seconds: float | None = None) -> None:
@@ -166,7 +166,7 @@ class ProgressBar(contextlib.AbstractContextManager["ProgressBar"]):
 
 
 def print_line(text: str) -> None:
-    """Prints to stdout, above a bar that is on the terminal."""
+    """Prints to stdout, above the progress bar if there is one."""
     if _live:
         _live[-1].clear()
     print(text, flush=True)

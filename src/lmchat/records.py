@@ -1,6 +1,6 @@
-"""Files of records as people have them: JSON lines, JSON arrays and CSV, compressed or not, in UTF-8, UTF-16 or UTF-32.
+"""Readers of JSON lines, JSON arrays and CSV files, compressed or not, in UTF-8, UTF-16 or UTF-32.
 
-Files are read as streams: memory is bounded by the longest record that is allowed.
+Files are read as streams: memory is bounded by the longest record allowed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
 
 _CHUNK_BYTES = 1 << 20
 _PROBE_BYTES = 4096
-_BOMS = {  # those of UTF-32 first: they begin with those of UTF-16
+_BOMS = {  # UTF-32 first: its marks begin with those of UTF-16
     codecs.BOM_UTF32_LE: "utf-32-le",
     codecs.BOM_UTF32_BE: "utf-32-be",
     codecs.BOM_UTF16_LE: "utf-16-le",
@@ -41,27 +41,27 @@ _BETWEEN_VALUES = re.compile(r"[\s,]*")
 
 
 class LongRecord(UserError):
-    """A record is longer than the limit, and the rest of its file cannot be read without it."""
+    """A record is longer than the limit; the rest of its file cannot be read."""
 
 
 def kind_of(path: Path) -> tuple[str, str]:
-    """The lower-case suffix that tells a file's kind, and that of its compression or ``""``: ``(".jsonl", ".gz")``."""
+    """Lower-case suffixes of a file's kind and of its compression (or ``""``), e.g. ``(".jsonl", ".gz")``."""
     *_, before, last = ["", "", *(suffix.lower() for suffix in path.suffixes)]
     return (before, last) if last in COMPRESSION_SUFFIXES else (last, "")
 
 
 @contextlib.contextmanager
 def open_text(path: Path, raw: BinaryIO) -> Iterator[tuple[BinaryIO, str]]:
-    """A file's content, decompressed and in UTF-8 without a byte order mark, and the encoding it has on disk.
+    """Yields a file's content, decompressed and in UTF-8 without a byte order mark, and its encoding on disk.
 
     Content in no Unicode encoding passes through unchanged.
 
     Args:
-        path: name of the file, whose suffix tells the compression.
-        raw: the open file, whose position tells how much of it has been read.
+        path: name of the file; its suffix determines the compression.
+        raw: the open file; its position shows the progress.
 
     Raises:
-        UserError: the compressed data is damaged, or cannot be decompressed here.
+        UserError: the compressed data is damaged, or the compression is not supported.
     """
     try:
         content = io.BufferedReader(cast(Any, _decompressed(path, raw)), _CHUNK_BYTES)
@@ -97,8 +97,7 @@ def _decompressed(path: Path, raw: BinaryIO) -> Any:
 
 
 def _encoding_of(head: bytes) -> tuple[int, str]:
-    """Length of the byte order mark, and the encoding; without a mark, UTF-16 of mostly Latin text is known
-    by its zero bytes."""
+    """Length of the byte order mark, and the encoding. Without a mark, zero bytes indicate UTF-16 of Latin text."""
     for mark, encoding in _BOMS.items():
         if head.startswith(mark):
             return len(mark), encoding
@@ -132,7 +131,7 @@ class _ToUTF8(io.RawIOBase):
 
 
 def lines(file: BinaryIO, max_bytes: int) -> Iterator[tuple[int, bytes | None]]:
-    """The lines that are not blank with their numbers from 1; None for one that is longer than ``max_bytes``."""
+    """Yields the number (from 1) and content of each non-blank line; content is None if it exceeds ``max_bytes``."""
     number = 0
     while line := file.readline(max_bytes + 1):
         number += 1
@@ -145,7 +144,7 @@ def lines(file: BinaryIO, max_bytes: int) -> Iterator[tuple[int, bytes | None]]:
 
 
 def json_values(file: BinaryIO, what: str, max_characters: int) -> Iterator[Any]:
-    """The elements of a JSON array, or JSON values one after the other, with or without line breaks between them.
+    """Yields the elements of a JSON array, or consecutive JSON values with or without line breaks between them.
 
     Args:
         file: in UTF-8.
@@ -188,19 +187,19 @@ def json_values(file: BinaryIO, what: str, max_characters: int) -> Iterator[Any]
             return
         if len(buffer) - position > max_characters:
             raise LongRecord(f"{what}: value {number + 1} is longer than {max_characters:,} characters")
-        # What is read grows with the value: an unfinished one is parsed again from its beginning.
+        # An unfinished value is parsed again from its start, so reads grow with it.
         buffer, position = buffer[position:], 0
         more = text.read(min(max(_CHUNK_BYTES, len(buffer)), max_characters + 1 - len(buffer)))
         buffer, ended = buffer + more, not more
 
 
 def table_rows(file: BinaryIO, what: str, column: str, max_characters: int) -> Iterator[dict[str, str]]:
-    """The rows of a CSV file by column, whichever of comma, semicolon, tab and bar divides them.
+    """Yields the rows of a CSV file by column. The delimiter may be comma, semicolon, tab or bar.
 
     Args:
-        file: in UTF-8, the first line naming the columns.
+        file: in UTF-8; the first line names the columns.
         what: name of the file for errors.
-        column: a column that has to be there, which tells the delimiter.
+        column: a required column, used to find the delimiter.
         max_characters: longest cell and line.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The plan of a training run: every number that several parts need, decided once."""
+"""The plan of a training run: numbers that several parts need, computed in one place."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ NEVER = 2**62
 
 @dataclass(frozen=True)
 class RunPlan:
-    """The decided numbers of a training run.
+    """The numbers of a training run.
 
     Attributes:
         steps: optimizer steps.
         global_batch_tokens: tokens per optimizer step over all ranks; None where batches are groups of samples.
         micro_batch_size: rows per micro-batch and rank.
         accumulate_grad_batches: micro-batches per optimizer step and rank.
-        validate_every_n_batches: micro-batches between two entries of the validation loop.
+        validate_every_n_batches: micro-batches between two runs of the validation loop.
         lr_scale: factor on every base learning rate.
         weight_decay: weight decay of Muon at the start.
     """
@@ -37,28 +37,28 @@ class RunPlan:
 
 
 def horizon(max_steps: int | None, data_steps: int | None, laws: Plan | None) -> int:
-    """Optimizer steps of a run: the scaling laws' where they apply, else the user's, never more than the data has.
+    """Optimizer steps of a run: those of the scaling laws if they apply, else ``max_steps``; at most ``data_steps``.
 
     Args:
-        max_steps: the user's ``--trainer.max_steps``; the scaling laws have taken it into account already.
-        data_steps: steps that the data lasts; None is without end.
+        max_steps: ``--trainer.max_steps``, which ``laws`` already takes into account.
+        data_steps: steps that the data lasts; None is unlimited.
         laws: plan of the scaling laws; None for stages that do not scale with depth.
 
     Raises:
-        UserError: nothing decides the number of steps.
+        UserError: all three are None.
     """
     limits = [laws.steps if laws else max_steps, data_steps]
     given = [steps for steps in limits if steps is not None]
     if not given:
-        raise UserError("nothing decides the length of the run; give --trainer.max_steps")
+        raise UserError("the length of the run is not set; give --trainer.max_steps")
     return min(given)
 
 
 def validation_interval(every_n_steps: Sequence[int], accumulate_grad_batches: int) -> int:
-    """Micro-batches between two entries of the validation loop, so that each cadence in steps can be met.
+    """Micro-batches between two runs of the validation loop: the largest interval that fits every evaluator's.
 
     Args:
-        every_n_steps: cadences of the evaluators in optimizer steps; 0 is at the start and the end only.
+        every_n_steps: optimizer steps between evaluations of each evaluator; 0 is at the start and the end only.
         accumulate_grad_batches: micro-batches per optimizer step and rank.
     """
     return math.gcd(*every_n_steps) * accumulate_grad_batches or NEVER

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lmchat.model.config import GATE_CHANNELS, GPTConfig
+from lmchat.option_checks import check_count
 from lmchat.types import UserError
 
 REFERENCE_DEPTH = 12
@@ -21,9 +22,14 @@ BATCH_EXPONENT = 0.383
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Parameters by part; token tables count with their padding.
+    """Number of parameters of each part of the model.
 
-    transformer_matrices: every matrix in the blocks, value gates included. scalars: the residual lambdas.
+    Attributes:
+        wte: token embedding, padding rows included.
+        value_embeds: value embeddings of all layers, padding rows included.
+        lm_head: output head, padding rows included.
+        transformer_matrices: all matrices of the blocks, including value gates.
+        scalars: residual lambdas.
     """
 
     wte: int
@@ -39,7 +45,7 @@ class ParameterCounts:
 
     @property
     def scaling(self) -> int:
-        """The parameters by which the scaling laws measure a model: those which multiply every token."""
+        """Parameters that the scaling laws count: those that take part in every token's matrix products."""
         return self.transformer_matrices + self.lm_head
 
 
@@ -47,9 +53,16 @@ class ParameterCounts:
 class Plan:
     """A training run derived from a depth.
 
-    target_tokens: tokens the ratio asks for. reference_tokens: the same for depth 12, unrounded.
-    global_batch_tokens: tokens per optimizer step over all ranks. lr_scale: factor on every base learning rate.
-    weight_decay: Muon's, already scaled. steps: optimizer steps. flops_per_token: forward and backward.
+    Attributes:
+        config: shape of the model.
+        counts: its parameters.
+        target_tokens: training tokens by the ratio of tokens to scaling parameters.
+        reference_tokens: the same for the depth-12 model, not rounded.
+        global_batch_tokens: tokens per optimizer step over all ranks.
+        lr_scale: factor on every base learning rate.
+        weight_decay: scaled weight decay of Muon.
+        steps: optimizer steps.
+        flops_per_token: FLOPs of the forward and backward pass.
     """
 
     config: GPTConfig
@@ -85,9 +98,7 @@ def config_for_depth(
     residual_mix: bool = True,
 ) -> GPTConfig:
     """The shape of a model of `depth` layers: width depth · aspect_ratio, rounded up to whole heads."""
-    for name, value in (("depth", depth), ("aspect_ratio", aspect_ratio), ("head_dim", head_dim)):
-        if value < 1:
-            raise UserError(f"{name} is {value}; it must be at least 1")
+    check_count(None, 1, depth=depth, aspect_ratio=aspect_ratio, head_dim=head_dim)
     n_head = math.ceil(depth * aspect_ratio / head_dim)
     return GPTConfig(
         sequence_len=sequence_len,
@@ -118,10 +129,10 @@ def parameter_counts(config: GPTConfig) -> ParameterCounts:
 
 
 def flops_per_token(config: GPTConfig) -> int:
-    """Floating-point operations per trained token: 6 per matrix parameter, and attention within its windows.
+    """FLOPs per training token: 6 per matrix parameter, plus attention within its windows.
 
-    Queries against keys and weights against values are 2 · 2 · width operations per visible key, three times over
-    (forward, two gradients). Table look-ups are free.
+    Attention costs 12 · width per visible key: 2 · 2 · width for QKᵀ and for the weighted values, times 3 for forward
+    and backward. Embedding look-ups count as free.
     """
     attention = sum(12 * config.n_embd * min(window, config.sequence_len) for window in config.window_sizes)
     return 6 * parameter_counts(config).scaling + attention
@@ -137,14 +148,23 @@ def make_plan(
     weight_decay: float = 0.2,
     **shape: Any,
 ) -> Plan:
-    """Plan a pretraining run. `shape` is what `config_for_depth` takes beside the depth.
+    """Plans a pretraining run.
 
-    The horizon is `max_steps` if given, else `target_flops` operations, else `ratio` tokens per scaling parameter.
-    An explicit `global_batch_tokens` still moves learning rates and weight decay by the same laws.
-    The reference point is the depth-12 model with as many key/value heads as query heads.
-    Weight decay keeps the timescale of the weights' moving average, in epochs, constant (arXiv:2405.13698).
+    The horizon is `max_steps` if given, else `target_flops`, else `ratio`. Learning rates and weight decay scale with
+    the batch also if `global_batch_tokens` is given. Weight decay keeps the timescale of AdamW's implicit moving
+    average of the weights, in epochs, constant (arXiv:2405.13698).
 
-    Raises `UserError` where the horizon is empty or a number is out of range.
+    Args:
+        depth: number of blocks.
+        ratio: training tokens per scaling parameter.
+        target_flops: FLOPs of the whole run.
+        max_steps: optimizer steps.
+        global_batch_tokens: tokens per optimizer step over all ranks; None computes them.
+        weight_decay: weight decay of the depth-12 model at a batch of 2^19 tokens.
+        shape: further arguments of `config_for_depth`.
+
+    Raises:
+        UserError: the horizon is shorter than one step, or a number is out of range.
     """
     if not 0 < ratio < math.inf:
         raise UserError(f"ratio is {ratio}; tokens per parameter must be a number above 0")
@@ -153,8 +173,7 @@ def make_plan(
     counts = parameter_counts(config)
     target_tokens = int(ratio * counts.scaling)
     reference_tokens = ratio * parameter_counts(reference).scaling
-    if global_batch_tokens is not None and global_batch_tokens < 1:
-        raise UserError(f"global_batch_tokens is {global_batch_tokens}; it must be at least 1")
+    check_count(None, 1, global_batch_tokens=global_batch_tokens)
     batch = global_batch_tokens or optimal_batch_tokens(target_tokens, reference_tokens)
     flops = flops_per_token(config)
     lr_scale = math.sqrt(batch / REFERENCE_BATCH_TOKENS)
@@ -172,7 +191,7 @@ def make_plan(
 
 
 def optimal_batch_tokens(target_tokens: int, reference_tokens: float) -> int:
-    """The batch, a power of two of tokens, for a horizon of `target_tokens`."""
+    """Batch in tokens for a horizon of `target_tokens`, rounded to a power of two."""
     predicted = REFERENCE_BATCH_TOKENS * (target_tokens / reference_tokens) ** BATCH_EXPONENT
     return 2 ** round(math.log2(predicted))
 
@@ -190,6 +209,6 @@ def _horizon(
         steps, source = target_tokens // batch_tokens, f"{target_tokens:,} tokens at the given ratio"
     if steps < 1:
         raise UserError(
-            f"{source} is not one step of {batch_tokens:,} tokens; raise the horizon or lower global_batch_tokens"
+            f"{source} is less than one step of {batch_tokens:,} tokens; raise the horizon or lower global_batch_tokens"
         )
     return steps

@@ -1,6 +1,6 @@
 """Learning rate, momentum and weight decay as pure functions of the step (counted from 0) or of progress (0 to 1).
 
-They hold no state, so a resumed run continues them by knowing its step. Multipliers apply to a group's initial value.
+Multipliers apply to the initial value of a parameter group.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ def linear_warmdown(
 ) -> float:
     """Pretraining learning rate: linear warmup, constant, then linear to `final_lr_fraction`.
 
-    The final value belongs to step `steps`, which is never taken: the last update is still above it.
+    `final_lr_fraction` is reached at step `steps`, one after the last update.
     """
     warmup_steps = round(warmup_ratio * steps)
     warmdown_steps = round(warmdown_ratio * steps)
@@ -28,7 +28,7 @@ def linear_warmdown(
 
 
 def muon_momentum(step: int, *, start: float = 0.85, end: float = 0.95, ramp_steps: int = 300) -> float:
-    """Muon's momentum, raised linearly over the first `ramp_steps` steps whatever the length of the run."""
+    """Momentum of Muon, which rises linearly over the first `ramp_steps` steps."""
     done = min(step / ramp_steps, 1.0)
     return (1 - done) * start + done * end
 

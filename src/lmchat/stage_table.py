@@ -13,8 +13,8 @@ class Stage:
         name: name in configs, checkpoints and messages.
         checkpoints: folder of its runs' checkpoints, below the base folder.
         logs: folder of its runs' logs, below ``logs``.
-        predecessors: names of the stages whose checkpoints it may start from, the nearest first.
-        former_names: names that older checkpoints hold.
+        predecessors: names of the stages whose checkpoints it may start from, nearest first.
+        former_names: its names in older checkpoints.
     """
 
     name: str
@@ -42,7 +42,7 @@ STAGES = {
 
 
 def current_stage_name(name: str) -> str:
-    """The present name of the stage that ``name``, a present or former name, stands for.
+    """The current name of a stage, given its current or a former name.
 
     Raises:
         KeyError: there is no such stage.

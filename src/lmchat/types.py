@@ -12,27 +12,35 @@ IGNORE_INDEX = -1
 
 
 class UserError(ValueError):
-    """A mistake of the user's: bad config, data, checkpoint or request.
+    """An error that the user can fix: a bad option, config, data file, checkpoint or request.
 
     The message names the thing, the value and the remedy. The command line prints it without a traceback.
     """
 
 
 class RankFailure(RuntimeError):
-    """Another rank has failed, which says why itself. The command line prints the message without a traceback."""
+    """Another rank failed; that rank reports the cause. The command line prints the message without a traceback."""
 
 
 class Part(TypedDict):
-    """One part of an assistant message: prose, a calculator call, or the calculator's answer."""
+    """One part of an assistant message.
+
+    Attributes:
+        type: "text", "python" (a calculator call) or "python_output" (the calculator's result).
+        text: content of the part.
+    """
 
     type: Literal["text", "python", "python_output"]
     text: str
 
 
 class Message(TypedDict):
-    """One turn. ``content`` is a string, or for the assistant a list of parts.
+    """One message of a conversation.
 
-    weight: 0 takes no loss on an assistant message; 1, the default, does.
+    Attributes:
+        role: who wrote it.
+        content: a string, or for the assistant a list of parts.
+        weight: 1 (default) computes the loss on an assistant message, 0 does not.
     """
 
     role: Literal["system", "user", "assistant"]
@@ -41,19 +49,21 @@ class Message(TypedDict):
 
 
 class Conversation(TypedDict):
-    """An optional system message, then user and assistant in turn."""
+    """An optional system message, then alternating user and assistant messages."""
 
     messages: list[Message]
 
 
 class Batch(TypedDict):
-    """A micro-batch of token rows.
+    """A micro-batch.
 
-    inputs: (rows, sequence_len) int64. targets: (rows, sequence_len) int64, `IGNORE_INDEX` where no loss is taken.
-    state: the loader's state after this batch, absent in evaluation. It travels with the batch because loaders
-    are read ahead of the training step: a checkpoint must hold the position of what was trained on.
-    loss_tokens: targets that the whole optimizer step takes a loss on, over all its micro-batches and ranks; absent
-    where every micro-batch has as many.
+    Attributes:
+        inputs: (rows, sequence_len) int64.
+        targets: (rows, sequence_len) int64, `IGNORE_INDEX` where no loss is computed.
+        state: state of the loader after this batch; absent in evaluation. It is part of the batch because loaders
+            prefetch, and a checkpoint needs the position of the last batch that was trained on.
+        loss_tokens: targets with loss in the whole optimizer step, over all micro-batches and ranks; absent if all
+            micro-batches have equally many.
     """
 
     inputs: Tensor
@@ -63,12 +73,17 @@ class Batch(TypedDict):
 
 
 class Rollout(TypedDict):
-    """Sampled answers, a micro-batch of reinforcement learning; it may have no rows.
+    """A micro-batch of samples for reinforcement learning; it may have no rows.
 
-    inputs: (rows, tokens) int64. targets: (rows, tokens) int64, `IGNORE_INDEX` except where a token was sampled.
-    advantages: (rows,) float32, none of them 0. group_tokens: (rows,) int64, sampled tokens of each row's group.
-    logprobs: (rows, tokens) float32, log p of the targets as the engine sampled them, before temperature and top-k.
-    loss_tokens, state: as in `Batch`. metrics: of all samples of the step, see `lmchat.rl.rollouts.rollout_metrics`.
+    Attributes:
+        inputs: (rows, tokens) int64, prompts and completions.
+        targets: (rows, tokens) int64, `IGNORE_INDEX` except at sampled tokens.
+        advantages: (rows,) float32, none of them 0.
+        group_tokens: (rows,) int64, sampled tokens of each row's group.
+        logprobs: (rows, tokens) float32, log p of the targets in the engine, before temperature and top-k.
+        loss_tokens: as in `Batch`.
+        state: as in `Batch`.
+        metrics: metrics of all samples of the step, see `lmchat.rl.rollouts.rollout_metrics`.
     """
 
     inputs: Tensor
