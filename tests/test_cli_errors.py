@@ -286,12 +286,12 @@ CASES: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
     "depth beyond all memory": (
         nothing,
         ["--model.depth", "100000000"],
-        ["depth 100000000", "finds no room on any device", "choose a smaller --model.depth"],
+        ["depth 100000000", "does not fit on any device", "choose a smaller --model.depth"],
     ),
     "depth beyond this machine": (
         nothing,
         ["--model.depth", "1000"],
-        ["depth 1000", "finds no room on cpu", "GB of weights", "choose a smaller --model.depth"],
+        ["depth 1000", "does not fit on cpu", "GB of weights", "choose a smaller --model.depth"],
     ),
     "stage without a start": (
         nothing,

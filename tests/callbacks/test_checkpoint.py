@@ -398,7 +398,7 @@ def test_the_folder_is_checked_before_training(tmp_path: Path) -> None:
 
 def test_a_run_does_not_start_beneath_later_checkpoints(tmp_path: Path) -> None:
     train(tmp_path, steps=4)
-    with pytest.raises(UserError, match="holds a checkpoint of step 4 and this run starts at step 0"):
+    with pytest.raises(UserError, match="has a checkpoint of step 4, but this run starts at step 0"):
         train(tmp_path, steps=4)
 
 

@@ -162,7 +162,7 @@ def test_a_resumed_run_freezes_after_its_first_step_not_its_first_micro_batch(ba
 @pytest.mark.parametrize(("callback", "flag"), [(Monitor, "--monitor"), (GCFreeze, "--gc_freeze")])
 @pytest.mark.parametrize("steps", [0, -1])
 def test_intervals_must_be_positive(callback: type, flag: str, steps: int) -> None:
-    with pytest.raises(UserError, match=f"{flag}.every_n_steps is {steps}; (use 1 or more|it must be at least 1)"):
+    with pytest.raises(UserError, match=f"{flag}.every_n_steps is {steps}; it must be at least 1"):
         callback(every_n_steps=steps)
 
 

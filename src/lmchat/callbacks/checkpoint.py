@@ -1,24 +1,23 @@
-"""When to save, and what makes a resumed run repeat the unbroken one bit for bit.
+"""Saves checkpoints from which a resumed run equals an uninterrupted one bit for bit.
 
-State is saved as of a step boundary: the end of the micro-batch after which the optimizer has stepped. Weights and
-optimizer do not change until the next optimizer step begins, so the boundary can still be saved long after it, as long
-as the small things that do move on are kept: loop counters, data position, random numbers. They are copied at every
-boundary. That is why Ctrl-C, SIGTERM, an out-of-memory error or a failed evaluation leave a checkpoint of the last
-full step, also in the middle of an accumulation.
+Checkpoints are taken at step boundaries: after the micro-batch that completes an optimizer step. Weights and optimizer
+do not change until the next step, so a boundary can be saved later, if the small state that does change is copied at
+the boundary: loop counters, data position, RNG state. Ctrl-C, SIGTERM, an out-of-memory error or a failed evaluation
+therefore leave a checkpoint of the last complete step, also in the middle of gradient accumulation.
 
-What this asks of the rest:
+Requirements:
 
-- The DataModule's ``state_dict`` gives the position after the last *consumed* batch. Lightning reads one batch ahead,
-  so the state travels in the batch and is recorded in ``on_before_batch_transfer`` or ``training_step``. The loader
-  object itself must not be the one that Lightning asks for state.
-- ``train_dataloader`` starts from what ``load_state_dict`` was given; it is called after it. The loader has no end of
-  its own: epochs are part of its state, and Lightning's epoch stays 0 (``max_epochs=-1``).
-- Evaluation runs in Lightning's validation loop, after the save of the same step. The RNG state is restored afterwards.
-  A run resumed from that save does not repeat the evaluation of the step.
-- Nothing is decided from the time of day, and no other state of the module enters the loss.
+- The DataModule's ``state_dict`` is the position after the last *consumed* batch. Lightning prefetches one batch, so
+  the state is part of the batch and is recorded in ``on_before_batch_transfer`` or ``training_step``. The loader must
+  not have a ``state_dict`` of its own.
+- ``train_dataloader`` is called after ``load_state_dict`` and continues from its state. The loader is endless: epochs
+  are part of its state, and Lightning's epoch stays 0 (``max_epochs=-1``).
+- Evaluation runs in Lightning's validation loop, after the save of the same step; the RNG state is restored afterwards.
+  A run resumed from that checkpoint does not repeat the evaluation.
+- Nothing depends on the time, and the loss depends on no other state of the module.
 
-A run may be resumed with another number of micro-batches per step. Lightning's counters are in micro-batches, so they
-are rewritten from the step; the loader's length, where it has one, is that of the whole run in today's micro-batches.
+A run may be resumed with another number of micro-batches per step. Lightning counts micro-batches, so its counters are
+recomputed from the step; a loader with a length counts the whole run in the new micro-batches.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ from lmchat.types import UserError
 
 @dataclass(frozen=True)
 class _Boundary:
-    """State that changes between optimizer steps, as it was right after one."""
+    """Copy of the state that changes between optimizer steps, taken right after one."""
 
     step: int
     micro_batches: int
@@ -60,7 +59,7 @@ class _Boundary:
     @classmethod
     def now(cls, trainer: L.Trainer) -> _Boundary:
         fit_loop = trainer.fit_loop.state_dict()
-        # The loader's own state is one batch ahead; the DataModule's is not.
+        # The loader's state is one batch ahead, the DataModule's is not.
         fit_loop["state_dict"].pop("combined_loader", None)
         return cls(
             step=trainer.global_step,
@@ -72,7 +71,7 @@ class _Boundary:
 
 
 def _data_state(trainer: L.Trainer) -> dict[str, Any]:
-    """By the name under which Lightning keeps the DataModule's state in a checkpoint."""
+    """The DataModule's state, by its key in Lightning's checkpoints."""
     data = trainer.datamodule  # type: ignore[attr-defined]
     return {} if data is None else {type(data).__qualname__: data.state_dict()}
 
@@ -80,11 +79,11 @@ def _data_state(trainer: L.Trainer) -> dict[str, Any]:
 class StepCheckpoint(StepCallback, Checkpoint):
     """Saves every ``every_n_steps`` optimizer steps, at the end, and when training is interrupted.
 
-    A step is saved before it is evaluated, and never twice.
+    Each step is saved at most once, before its evaluation.
 
     Args:
-        dirpath: folder of the checkpoints; null is ``base_checkpoints/<tag>`` under ``$LMCHAT_BASE_DIR`` (or the
-            stage's own folder).
+        dirpath: folder of the checkpoints; null is ``<stage's folder>/<tag>`` under ``$LMCHAT_BASE_DIR``, for
+            pretraining ``base_checkpoints/<tag>``.
         every_n_steps: optimizer steps between checkpoints; null saves at the end only.
         keep_last: complete checkpoints to keep; null keeps all.
     """
@@ -168,7 +167,7 @@ class StepCheckpoint(StepCallback, Checkpoint):
         self._save(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        # Called now, not later by Lightning: ranks that wait for this one have to save too.
+        # Called before Lightning does, since ranks that wait for this one have to save too.
         trainer.strategy.on_exception(exception)
         try:
             if self._boundary is not None or self._stepping:
@@ -180,7 +179,7 @@ class StepCheckpoint(StepCallback, Checkpoint):
         if isinstance(exception, LeftBeforeStep):
             self._stepping = False
         if self._stepping and is_between_batches(trainer):
-            self._mark_boundary(trainer)  # a callback before this one has failed, the step has not
+            self._mark_boundary(trainer)  # the step is complete; an earlier callback failed
         self._io.peer_timeout_seconds = INTERRUPTED_PEER_TIMEOUT_SECONDS
         try:
             if not self._stepping:
@@ -189,7 +188,7 @@ class StepCheckpoint(StepCallback, Checkpoint):
             if not trainer.is_global_zero and self._saved_step:
                 # A rank that exits with an error makes the launcher kill the others.
                 await_commit(CheckpointPaths(self.directory, self._saved_step), INTERRUPTED_PEER_TIMEOUT_SECONDS)
-        # Training has failed already; what else fails must not hide why.
+        # A second error must not hide the one that ended training.
         except Exception as error:
             rank_zero_warn(f"could not save step {trainer.global_step}: {error}")
         steps = committed_steps(self.directory)
@@ -218,7 +217,7 @@ class StepCheckpoint(StepCallback, Checkpoint):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         boundary = self._boundary
         if boundary is None:
-            raise UserError("a checkpoint holds the state after an optimizer step, and none has been taken yet")
+            raise UserError("cannot save a checkpoint before the first optimizer step")
         checkpoint["global_step"] = boundary.step
         checkpoint["loops"]["fit_loop"] = boundary.fit_loop
         checkpoint |= boundary.data
@@ -227,7 +226,7 @@ class StepCheckpoint(StepCallback, Checkpoint):
 
 
 def _on_rank_zero(trainer: L.Trainer, check: Callable[[], None]) -> None:
-    """Runs ``check`` on rank 0; a `UserError` there is raised on every rank."""
+    """Runs ``check`` on rank 0; its `UserError` is raised on every rank."""
     problem = None
     if trainer.is_global_zero:
         try:
@@ -240,7 +239,7 @@ def _on_rank_zero(trainer: L.Trainer, check: Callable[[], None]) -> None:
 
 
 def _refuse_later_checkpoints(directory: Path, step: int) -> None:
-    """Steps only grow within a folder, so that its newest checkpoint is always the run's last."""
+    """Raises UserError if the folder has checkpoints of later steps: its newest checkpoint must be the run's last."""
     later = [other for other in committed_steps(directory) if other > step]
     for other in reversed(later):
         try:
@@ -248,6 +247,6 @@ def _refuse_later_checkpoints(directory: Path, step: int) -> None:
         except DamagedCheckpoint:
             continue  # will be written again
         raise UserError(
-            f"{directory} holds a checkpoint of step {other} and this run starts at step {step}; resume it with "
+            f"{directory} has a checkpoint of step {other}, but this run starts at step {step}; resume it with "
             "--ckpt_path last, or move it away, or choose another folder with --model.tag or --checkpoint.dirpath"
         )

@@ -1,4 +1,4 @@
-"""When evaluators run in training, and the log of their metrics."""
+"""Runs the evaluators in training and logs their metrics."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lmchat.checkpoint.rng import capture_rng, restore_rng
 from lmchat.evaluation.evaluator import Evaluator, is_due
+from lmchat.option_checks import check_count
 from lmchat.strategies.lightning_internals import run_validation
 from lmchat.strategies.reduce_numbers import reduce_numbers
-from lmchat.types import UserError
 
 
 class Evaluate(Callback):
     """Runs the evaluators of the data at step 0, every ``every_n_steps`` optimizer steps and at the end.
 
-    An evaluator may have a cadence of its own. ``lmchat validate`` runs all of them once. Metrics are logged under
-    ``val/``.
+    An evaluator may set its own interval. ``lmchat validate`` runs all of them once. Metrics are logged under ``val/``.
 
     Args:
         every_n_steps: optimizer steps between evaluations; 0 evaluates only at the start and at the end.
@@ -30,8 +29,7 @@ class Evaluate(Callback):
     """
 
     def __init__(self, every_n_steps: int = 250, at_start: bool = True, at_end: bool = True) -> None:
-        if every_n_steps < 0:
-            raise UserError(f"--eval.every_n_steps is {every_n_steps}; use 0 (only start and end) or more")
+        check_count("eval", 0, every_n_steps=every_n_steps)
         self.every_n_steps = every_n_steps
         self.at_start = at_start
         self.at_end = at_end
@@ -41,7 +39,7 @@ class Evaluate(Callback):
         trainer.datamodule.is_due = partial(self.is_due, trainer)  # type: ignore[attr-defined]
 
     def is_due(self, trainer: L.Trainer, evaluator: Evaluator) -> bool:
-        """Whether the validation loop that begins now runs the evaluator."""
+        """Whether the validation loop at the current step runs the evaluator."""
         if trainer.state.fn != TrainerFn.FITTING:
             return True
         return is_due(evaluator, trainer.global_step, trainer.max_steps, self.every_n_steps)
@@ -57,7 +55,7 @@ class Evaluate(Callback):
         due = [evaluator for evaluator in evaluators if self.is_due(trainer, evaluator)]
         failures = reduce_numbers(trainer, torch.tensor([evaluator.failure is not None for evaluator in due]).long())
         for evaluator, failed in zip(due, failures.tolist(), strict=True):
-            metrics = evaluator.compute()  # also where it failed: a reduction over all ranks, and the next starts anew
+            metrics = evaluator.compute()  # also after a failure: it reduces over all ranks and resets the metrics
             evaluator.failure = None
             for name, value in {} if failed else metrics.items():
                 # As a float64 tensor: Lightning would round a Python float to float32.

@@ -12,21 +12,21 @@ from lmchat.model.fp8 import MULTIPLE, Recipe, convert_linears, missing_hardware
 from lmchat.types import UserError
 
 AUTO_DEPTH = 20
-"""Smaller matrices spend as much time on casts as FP8 products save."""
+"""For smaller matrices the casts cost as much as FP8 products save."""
 
 
 class FP8(Callback):
     """Trains the blocks' linear layers with FP8 products, by torchao (``pip install 'lmchat[gpu]'``).
 
-    Evaluation, sampling and rollouts compute in the compute dtype as before, since they run in evaluation mode. The
-    weights stay fp32, so that checkpoints do not depend on this setting. Never run on a GPU so far.
+    Evaluation and sampling run in eval mode and use the compute dtype. The weights stay fp32, so checkpoints do not
+    depend on this setting. Never run on a GPU so far.
 
     Args:
-        enabled: "auto" is yes in pretraining from depth 20 on GPUs whose FP8 products prove right (Ada, Hopper and
-            newer), where the model is compiled: without compilation the casts cost more than is saved.
-        recipe: "tensorwise", one scale per tensor, is the fastest; "rowwise", one per row, is more exact.
+        enabled: "auto" is true in pretraining from depth 20 with a compiled model, on GPUs whose FP8 products are
+            verified correct (Ada, Hopper and newer). Without compilation the casts cost more than FP8 saves.
+        recipe: "tensorwise" has one scale per tensor and is fastest; "rowwise" has one per row and is more accurate.
         lm_head: convert the output head too.
-        emulate: round operands to FP8 but multiply in fp32: slow, on any device, to try what FP8 does to a run.
+        emulate: round operands to FP8 but multiply in fp32: slow, works on any device, shows how FP8 affects a run.
     """
 
     def __init__(

@@ -14,9 +14,9 @@ from lmchat.option_checks import check_count
 class GCFreeze(StepCallback):
     """Freezes and disables the garbage collector after the first step; collects every ``every_n_steps`` steps.
 
-    A collection visits every live object, takes about 0.5 s with a compiled model and stalls all ranks. After the first
-    step the long-lived objects exist and are frozen; the little cyclic garbage of the loop is collected explicitly. The
-    collector is restored when training ends, also after an exception.
+    A collection visits every live object, takes about 0.5 s with a compiled model and stalls all ranks. Long-lived
+    objects exist after the first step and are frozen then. The collector is restored when training ends, also after an
+    exception.
 
     Args:
         every_n_steps: optimizer steps between collections.

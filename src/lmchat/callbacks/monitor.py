@@ -1,4 +1,4 @@
-"""One line and one log record per logging interval: loss, speed, utilisation, memory, position, time left."""
+"""Logs loss, speed, utilisation, memory, data position and time left."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lmchat.callbacks.step import StepCallback
 from lmchat.hardware import peak_flops, peak_memory_bytes
+from lmchat.option_checks import check_count
 from lmchat.progress import ProgressBar, clock_time, print_line
 from lmchat.scaling import flops_per_token
 from lmchat.stages.base import StageModule
 from lmchat.strategies.reduce_numbers import reduce_numbers
-from lmchat.types import UserError
 
 EMA_DECAY = 0.9
 
 
 class LossEMA:
-    """Exponential moving average of the loss, debiased; resuming from `state` continues it bit for bit."""
+    """Debiased exponential moving average of the loss; a run resumed from `state` continues it bit for bit."""
 
     def __init__(self) -> None:
         self._mean = torch.zeros((), dtype=torch.float32)
@@ -33,7 +33,7 @@ class LossEMA:
         self._mean, self._steps = self._mean.to(device), self._steps.to(device)
 
     def update(self, loss: torch.Tensor) -> None:
-        """Adds a loss, a 0-dim fp32 tensor. One that is not finite is left out: the mean would never recover."""
+        """Adds a loss, a 0-dim fp32 tensor. Non-finite losses are ignored, or the average would stay NaN."""
         is_finite = loss.isfinite()
         self._mean = torch.where(is_finite, EMA_DECAY * self._mean + (1 - EMA_DECAY) * loss, self._mean)
         self._steps = self._steps + is_finite
@@ -43,11 +43,11 @@ class LossEMA:
         return self._mean / (1 - EMA_DECAY**self._steps)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds: Python numbers, in which fp32 fits exactly."""
+        """State for a checkpoint, as Python numbers, which represent fp32 exactly."""
         return {"loss_ema": float(self._mean), "ema_steps": int(self._steps)}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Continues from `state` in the same dtypes: Python's float64 would round the next mean differently."""
+        """Restores `state` in the original dtypes: with Python's float64 the next mean would be rounded differently."""
         self._mean = torch.tensor(state["loss_ema"], dtype=torch.float32)
         self._steps = torch.tensor(state["ema_steps"], dtype=torch.int64)
 
@@ -80,21 +80,20 @@ class Stopwatch:
 
 
 class Monitor(StepCallback):
-    """Measures training at step boundaries, with one device synchronisation per logged step and none between.
+    """Measures training at step boundaries, with one device sync per logged step and none in between.
 
     Logged under ``train/``: loss, loss_ema (debiased, decay 0.9), lr_multiplier, step_ms, tokens_per_second, mfu,
     memory_gb, tokens, eta_seconds, and the position and metrics of the data. Speed covers the steps since the last
-    record, without evaluation and the callbacks that follow it; the first steps, which compile and warm up, do not
-    enter the time left. mfu (model FLOPs utilization) is logged on GPUs with a known peak, see `peak_flops`.
+    record, without evaluation and the callbacks after it; the time left ignores the first steps, which compile and warm
+    up. mfu (model FLOPs utilization) is logged on GPUs with a known peak, see `peak_flops`.
 
     Args:
         every_n_steps: optimizer steps between records; the first and the last step are always recorded.
-        warmup_steps: first steps, which the estimate of the time left ignores.
+        warmup_steps: number of first steps that the estimate of the time left ignores.
     """
 
     def __init__(self, every_n_steps: int = 10, warmup_steps: int = 3) -> None:
-        if every_n_steps < 1:
-            raise UserError(f"--monitor.every_n_steps is {every_n_steps}; use 1 or more")
+        check_count("monitor", 1, every_n_steps=every_n_steps)
         self.every_n_steps = every_n_steps
         self.warmup_steps = warmup_steps
         self.loss_ema = LossEMA()
@@ -129,8 +128,8 @@ class Monitor(StepCallback):
             self._watch.pause()
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        # Not in on_validation_end: callbacks after this one may still generate samples, which is not training time.
-        # The time since then to get this batch is: reinforcement learning samples its batches.
+        # Not in on_validation_end: callbacks after this one may still generate samples, which is not training time. The
+        # time to get this batch counts, since reinforcement learning samples its batches.
         self._watch.resume(pl_module.evaluated_at)
 
     def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
@@ -182,7 +181,7 @@ class Monitor(StepCallback):
             self._show(step, trainer.max_steps, metrics, position)
 
     def _mfu(self, flops: float) -> float | None:
-        """The share of the peak that ``flops`` (FLOP/s of a device) are; None without a peak, or with a wrong one."""
+        """``flops`` (FLOP/s of a device) as a share of the peak; None if the peak is unknown or too low."""
         if self._peak is None:
             return None
         if flops > self._peak:

@@ -95,13 +95,13 @@ def _skip_step(optimizer: Optimizer) -> None:
 
 
 def _first_non_finite(losses: Tensor, rank: int, world_size: int) -> Tensor:
-    """Place in the step's order of micro-batches, of which number k · W + r is the k-th of rank r; or `NOWHERE`."""
+    """Index k · W + r of the first non-finite loss: micro-batch k of rank r of W ranks; `NOWHERE` if all are finite."""
     places = torch.arange(len(losses), device=losses.device) * world_size + rank
     return torch.where(losses.isfinite(), NOWHERE, places).min()
 
 
 def _read_later(number: Tensor) -> Callable[[], int]:
-    """Begins to copy a number to the CPU; the function returned waits for it."""
+    """Starts copying a number to the CPU; returns a function that waits for it."""
     copy = number.to("cpu", non_blocking=True)
     if not number.is_cuda:
         return lambda: int(copy)

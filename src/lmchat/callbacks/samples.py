@@ -13,9 +13,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lmchat.generation.sampling import SamplingParams
 from lmchat.hardware import is_out_of_memory
+from lmchat.option_checks import check_count
 from lmchat.progress import print_line
 from lmchat.stages.base import StageModule
-from lmchat.types import UserError
 
 PROMPTS = (
     "The capital of France is",
@@ -33,12 +33,11 @@ class Samples(Callback):
 
     Args:
         prompts: texts to complete.
-        max_new_tokens: longest completion; 0 turns samples off.
+        max_new_tokens: maximum number of tokens of a completion; 0 turns samples off.
     """
 
     def __init__(self, prompts: Sequence[str] = PROMPTS, max_new_tokens: int = 16) -> None:
-        if max_new_tokens < 0:
-            raise UserError(f"--samples.max_new_tokens is {max_new_tokens}; use 1 or more, or 0 for no samples")
+        check_count("samples", 0, max_new_tokens=max_new_tokens)
         self.prompts = list(prompts)
         self.max_new_tokens = max_new_tokens
 

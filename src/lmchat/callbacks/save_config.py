@@ -1,4 +1,4 @@
-"""The settings of a run, kept with what it logs."""
+"""Saves the settings of a run beside its logs."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from lmchat.stage_table import STAGES
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes every setting of a run to ``config.yaml``, in the logger's folder or else in ``logs/<stage>/<tag>``.
+    """Writes all settings of a run to ``config.yaml`` in the logger's folder, or without one in ``logs/<stage>/<tag>``.
 
-    Without a logger that has a folder of its own, Lightning would write it to the current folder, over what is there.
+    Lightning would then write to the current folder and overwrite the file there.
     """
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace) -> None:

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 class StepCallback(Callback):
     """Calls `on_step_end` once after each optimizer step, not after each micro-batch.
 
-    A subclass that overrides a hook used here calls the base class's hook too.
+    Subclasses that override ``on_train_start`` or ``on_train_batch_end`` must call the base class's hook.
 
     Attributes:
         last_step: optimizer steps taken at the last call.

@@ -1,4 +1,4 @@
-"""From the depth and the options to the plan of the run."""
+"""Computes the plan of a run from the depth and the options."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lmchat.strategies.lightning_internals import set_max_steps
 
 
 class TrainingPlan(Callback):
-    """Plans the run and writes the plan to the trainer, the module and its data; the only callback that does.
+    """Plans the run, and writes the plan to the trainer and the module.
 
     Stages that scale with depth take batch, steps, learning-rate scale and weight decay from the scaling laws (see
     `lmchat.scaling`). The number of steps is ``trainer.max_steps`` if set, else follows from ``target_flops``, else
@@ -46,7 +46,7 @@ class TrainingPlan(Callback):
         self.weight_decay = weight_decay
 
     def scale(self, module: Any, max_steps: int) -> Plan:
-        """The scaling laws' plan of a module that scales with depth; ``max_steps`` is the trainer's, -1 for none."""
+        """The scaling laws' plan of a module that scales with depth; ``max_steps`` is the trainer's (-1: not set)."""
         return make_plan(
             **module.shape,
             ratio=self.tokens_per_parameter,
@@ -91,7 +91,7 @@ class TrainingPlan(Callback):
 
 
 def _cadences(trainer: L.Trainer) -> list[int]:
-    """Optimizer steps between evaluations, of the run and of its evaluators; 0 is at the start and the end only."""
+    """Optimizer steps between evaluations, by default and of single evaluators; 0 is at the start and the end only."""
     default = [callback.every_n_steps for callback in trainer.callbacks if isinstance(callback, Evaluate)]  # type: ignore[attr-defined]
     own = [evaluator.every_n_steps for evaluator in trainer.datamodule.evaluators]  # type: ignore[attr-defined]
     return [*default, *(every for every in own if every is not None)]

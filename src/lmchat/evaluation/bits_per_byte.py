@@ -15,9 +15,9 @@ from lmchat.types import IGNORE_INDEX, Batch
 
 
 class BitsPerByte(Metric):
-    """Σ nll / (ln 2 · Σ bytes) over the targets that stand for text, summed over batches and ranks.
+    """Σ nll / (ln 2 · Σ bytes) over all text tokens of all batches and ranks.
 
-    Ignored targets and tokens without bytes (special tokens) enter neither sum.
+    Ignored targets and special tokens, which have no bytes, count in neither sum.
 
     Args:
         token_bytes: (vocab_size,) integers, bytes of each token.
@@ -37,7 +37,7 @@ class BitsPerByte(Metric):
         self.add_state("num_bytes", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, nll: Tensor, targets: Tensor) -> None:
-        """Adds losses (...) float, in nats, of targets (...) int64."""
+        """Adds losses (...) in nats, float, of targets (...) int64."""
         num_bytes = self.token_bytes[targets.clamp(min=0)] * (targets != IGNORE_INDEX)
         self.nats += torch.where(num_bytes > 0, nll, 0).sum(dtype=torch.float64)
         self.num_bytes += num_bytes.sum()
@@ -52,7 +52,7 @@ def bits_per_byte(nll: Tensor, targets: Tensor, token_bytes: Tensor) -> Tensor:
 
     Args:
         nll: (...) losses in nats.
-        targets: (...) int64, `IGNORE_INDEX` where there is none.
+        targets: (...) int64; `IGNORE_INDEX` is ignored.
         token_bytes: (vocab_size,) integers, bytes of each token.
 
     Returns:
@@ -64,11 +64,11 @@ def bits_per_byte(nll: Tensor, targets: Tensor, token_bytes: Tensor) -> Tensor:
 
 
 class BitsPerByteEvaluator(Evaluator):
-    """Bits per byte of held-out rows, as ``bpb``.
+    """Bits per byte of held-out text; the metric is ``bpb``.
 
     Args:
         token_bytes: (vocab_size,) integers, bytes of each token.
-        batches: rank and world size to that rank's batches of rows.
+        batches: returns the batches of a rank, given rank and world size.
     """
 
     name = "bpb"

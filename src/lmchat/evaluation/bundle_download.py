@@ -18,7 +18,7 @@ from lmchat.types import UserError
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 MAX_BYTES = 1 << 30
-"""Limit of the file and of what is in it: ten times the size of the bundle."""
+"""Limit of the file's packed and unpacked size: ten times the size of the bundle."""
 _ATTEMPTS = 4
 _FIRST_PAUSE_SECONDS = 1.0
 _CHUNK_BYTES = 1 << 20
@@ -26,13 +26,13 @@ _TIMEOUT_SECONDS = 60
 
 
 def download_bundle(output: Path, url: str = BUNDLE_URL) -> int:
-    """Downloads and unpacks a bundle, which appears at ``output`` once it is complete and readable.
+    """Downloads, checks and unpacks a bundle; ``output`` appears when it is complete.
 
     Returns:
-        The number of its tasks.
+        The number of tasks.
 
     Raises:
-        UserError: ``output`` exists, the download fails, or the file is no bundle.
+        UserError: ``output`` exists, the download fails, or the file is not a bundle.
     """
     if output.exists():
         raise UserError(f"{output} exists; delete it to fetch the bundle again, or choose another with --output")
@@ -49,7 +49,7 @@ def download_bundle(output: Path, url: str = BUNDLE_URL) -> int:
 
 
 def _fetch(url: str, path: Path) -> None:
-    """Retries faults of the network and of the server."""
+    """Downloads ``url``; retries after network and server errors."""
     for attempt in range(_ATTEMPTS):
         if attempt:
             time.sleep(_FIRST_PAUSE_SECONDS * 2 ** (attempt - 1))

@@ -1,4 +1,4 @@
-"""Accuracy on the questions of a task: one greedy answer each, or the most likely answer letter."""
+"""Accuracy on a task: one greedy answer per question, or for multiple choice the most likely letter."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lmchat.types import Conversation
 
 
 class ChatTaskEvaluator(Evaluator):
-    """The share of a task's questions that are answered correctly, under the task's name.
+    """Accuracy on a task; the metric has the task's name.
 
     Args:
-        task: questions with graded answers.
+        task: a task that grades answers.
         batch_size: questions answered together.
-        max_new_tokens: maximum number of tokens of an answer.
+        max_new_tokens: maximum number of new tokens of an answer.
     """
 
     def __init__(self, task: Task, batch_size: int, max_new_tokens: int = 256) -> None:
@@ -44,7 +44,7 @@ class ChatTaskEvaluator(Evaluator):
 
 
 def question_batches(task: Task, batch_size: int, rank: int, world_size: int) -> Iterator[list[Conversation]]:
-    """The questions of one rank in batches: rank r of W has questions r, r + W, … of the task.
+    """Yields one rank's questions in batches: rank r of W has questions r, r + W, … of the task.
 
     A rank without questions gets one empty batch, since metrics are reduced over all ranks.
     """

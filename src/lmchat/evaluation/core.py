@@ -27,14 +27,14 @@ FEWSHOT_SEED = 1234
 
 
 class PromptTokenizer(Protocol):
-    """What CORE needs of a tokenizer."""
+    """The part of a tokenizer that CORE uses."""
 
     @property
     def bos_id(self) -> int:
-        """The token that every prompt begins with."""
+        """Id of the token that starts every prompt."""
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text."""
+        """Token ids of ``text``."""
 
 
 Kind = Literal["multiple_choice", "schema", "language_modeling"]
@@ -46,9 +46,9 @@ class CoreTask:
     """A task of the bundle.
 
     Attributes:
-        name: its label.
-        kind: how its items are rendered and scored.
-        path: file of its items, JSON lines.
+        name: label of the task.
+        kind: how items are rendered and scored.
+        path: JSON lines file of the items.
         num_fewshot: number of solved items before each question.
         delimiter: text between a context and its continuation.
         baseline: accuracy of random answers, 0 … 1.
@@ -63,10 +63,10 @@ class CoreTask:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of everything that decides the task's examples and its centered accuracy.
+        """Digest of everything that determines the task's examples and centered accuracy.
 
         Raises:
-            UserError: the file of its items cannot be read.
+            UserError: the file of items cannot be read.
         """
         settings = [self.name, self.kind, self.num_fewshot, self.delimiter, self.baseline]
         try:
@@ -79,10 +79,10 @@ class CoreTask:
         return UserError(f"cannot read {self.path}: {error}; unpack the evaluation bundle again")
 
     def items(self, max_items: int | None = None) -> list[Item]:
-        """The items in the reference's order, at most ``max_items``.
+        """The items in nanochat's order, at most ``max_items``.
 
         Raises:
-            UserError: the file is missing or is no JSON lines.
+            UserError: the file is missing or not JSON lines.
         """
         try:
             items = [json.loads(line) for line in self.path.read_text(encoding="utf-8").split("\n") if line.strip()]
@@ -97,10 +97,10 @@ class Example:
     """An item as token ids.
 
     Attributes:
-        options: token ids of each option, ``<|bos|>`` first. A language modelling item has one.
-        spans: first and last (exclusive) scored token of each option.
+        options: token ids of each option, ``<|bos|>`` first. A language modelling item has one option.
+        spans: start and end (exclusive) of the scored tokens of each option.
         gold: index of the correct option.
-        cut: the context was so short that scored tokens were cut off.
+        cut: whether scored tokens were cut off, because the context is too short.
     """
 
     options: list[list[int]]
@@ -110,13 +110,13 @@ class Example:
 
 
 def read_bundle(path: Path) -> list[CoreTask]:
-    """The tasks of an evaluation bundle, in its order.
+    """The tasks of an evaluation bundle, in the order of the bundle.
 
     Args:
-        path: the bundle's folder, or the zip file of it.
+        path: folder or zip file of the bundle.
 
     Raises:
-        UserError: a file is missing or not as expected.
+        UserError: a file is missing or malformed.
     """
     if not path.exists():
         raise UserError(f"there is no evaluation bundle at {path}; get it with lmchat data download --eval_bundle true")
@@ -144,7 +144,7 @@ def read_bundle(path: Path) -> list[CoreTask]:
 
 
 def choose(tasks: Sequence[CoreTask], names: Sequence[str] | None) -> list[CoreTask]:
-    """The tasks of the given names; None is all. Raises UserError for a name that there is not."""
+    """The tasks with the given names; None is all. Raises UserError for an unknown name."""
     known = {task.name: task for task in tasks}
     for name in names or ():
         if name not in known:
@@ -153,13 +153,13 @@ def choose(tasks: Sequence[CoreTask], names: Sequence[str] | None) -> list[CoreT
 
 
 def fewshot_indices(index: int, num_items: int, num_fewshot: int) -> list[int]:
-    """Which items stand before item ``index`` as solved examples, the same at every call."""
+    """Indices of the items used as solved examples for item ``index``; deterministic."""
     others = [other for other in range(num_items) if other != index]
     return random.Random(FEWSHOT_SEED + index).sample(others, min(num_fewshot, len(others)))
 
 
 def render_prompts(kind: Kind, item: Item, fewshot: Sequence[Item], delimiter: str) -> list[str]:
-    """The texts of an item: one per option, or for language modelling without and with the continuation."""
+    """The prompts of an item: one per option, or for language modelling without and with the continuation."""
     before = "".join(f"{_solved(kind, example, delimiter)}\n\n" for example in fewshot)
     if kind == "multiple_choice":
         return [f"{before}{item['query']}{delimiter}{choice}" for choice in item["choices"]]
@@ -182,8 +182,8 @@ def make_example(
 ) -> Example:
     """Token ids and scored spans of rendered prompts.
 
-    Multiple choice scores the tokens after the options' common beginning, schema those of their common end, language
-    modelling the continuation. An option longer than ``max_tokens`` keeps its end.
+    Multiple choice scores the tokens after the common prefix of the options, schema the common suffix, language
+    modelling the continuation. Options longer than ``max_tokens`` are cut at the beginning.
     """
     options = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
     if kind == "schema":
@@ -203,7 +203,7 @@ def make_example(
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
-    """Number of elements with which all sequences begin."""
+    """Length of the common prefix of all sequences."""
     shortest = min(map(len, sequences))
     return next((i for i in range(shortest) if len({sequence[i] for sequence in sequences}) > 1), shortest)
 
@@ -217,7 +217,7 @@ def examples(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Example]:
-    """The examples of one rank: rank r of W has items r, r + W, … of the task.
+    """Yields one rank's examples: rank r of W has items r, r + W, … of the task.
 
     Raises:
         UserError: the task's file cannot be read, or an item lacks a field.
@@ -235,5 +235,5 @@ def examples(
 
 
 def centered(accuracy: float, baseline: float) -> float:
-    """``accuracy`` rescaled so that ``baseline`` is 0 and all correct is 1."""
+    """``accuracy`` rescaled linearly so that ``baseline`` becomes 0 and 1 stays 1."""
     return (accuracy - baseline) / (1 - baseline)

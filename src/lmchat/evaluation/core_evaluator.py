@@ -23,7 +23,7 @@ from lmchat.types import UserError
 logger = logging.getLogger(__name__)
 
 CHUNK_EXAMPLES = 512
-"""Examples held as token ids at a time, and sorted by length."""
+"""Number of examples that are tokenized together and sorted by length."""
 
 Result = dict[str, Any]
 Score = Callable[[Any, Sequence[Example]], list[list[OptionScore]]]
@@ -61,21 +61,21 @@ class Counts(Metric):
 
 
 class CoreEvaluator(Evaluator):
-    """The centered accuracy of each task as ``core/TASK``, and their mean as ``core`` if no task failed.
+    """Centered accuracy of each task as ``core/TASK``, and their mean as ``core`` if no task failed.
 
-    An error of any kind within a task is that task's error; lack of memory is handled as for every evaluator.
+    An exception in a task fails that task only; out of memory is handled as for every evaluator.
 
     Args:
         tasks: the tasks, see `lmchat.evaluation.core.read_bundle`.
         tokenizer: the tokenizer of the model.
         max_per_task: maximum number of examples of a task.
-        max_tokens: longest prompt, of which the end is kept.
+        max_tokens: maximum length of a prompt; longer ones are cut at the beginning.
         every_n_steps: see `Evaluator`; 0 is at the end of training only.
         device: device of the model.
-        score_examples: how examples are scored; default is `score`, for lmchat's own networks.
+        score_examples: function that scores examples; default is `score`, for lmchat's networks.
 
     Attributes:
-        results: result of each task after `compute`, as in the files of results.
+        results: result of each task after `compute`, in the format of the results file.
     """
 
     name = "core"
@@ -111,7 +111,7 @@ class CoreEvaluator(Evaluator):
                 started = time.perf_counter()
                 try:
                     yield from self._task_batches(number, rank, world_size)
-                except Exception as error:  # of a damaged file: this task's error
+                except Exception as error:  # e.g. a damaged file: fails this task only
                     self._fail(number, error)
                 self._seconds[number] = time.perf_counter() - started
         yield CoreBatch(0, [])  # every rank has a batch
@@ -188,7 +188,7 @@ class CoreEvaluator(Evaluator):
         }
 
     def settings(self, number: int) -> Result:
-        """What the result of task number ``number`` depends on beside the model."""
+        """Settings that the result of task number ``number`` depends on, apart from the model."""
         return {
             "limit": self.max_per_task,
             "max_tokens": self.max_tokens,

@@ -1,7 +1,7 @@
-"""Scores of CORE examples: the loss of each option's tokens, and whether greedy decoding gives them.
+"""Scores CORE examples: the loss of each option's tokens, and whether greedy decoding produces them.
 
-Examples of similar length are read together, see `lmchat.evaluation.prompt_trees`. The head is applied to scored
-positions only.
+Examples of similar length are batched, see `lmchat.evaluation.prompt_trees`. The output head runs only at scored
+positions.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from lmchat.evaluation.prompt_trees import PackedTrees, PromptTree
 from lmchat.model.gpt import GPT
 
 LogitsOf = Callable[[Tensor], Tensor]
-"""Logits (B, T, vocabulary) of ids (B, T) int64, in which padding follows the tokens."""
+"""Returns logits (B, T, vocab_size) for right-padded ids (B, T) int64."""
 
 MAX_BATCH_TOKENS = 1 << 14
 MAX_BATCH_TOKENS_ON_CPU = 1 << 11
-"""Tokens read together; on a CPU larger batches leave its caches."""
+"""Tokens per batch; larger batches do not fit into a CPU's caches."""
 
 
 def max_batch_tokens(device: torch.device) -> int:
-    """Tokens to read together on a device."""
+    """Tokens per batch on a device."""
     return MAX_BATCH_TOKENS_ON_CPU if device.type == "cpu" else MAX_BATCH_TOKENS
 
 
@@ -53,7 +53,7 @@ def is_correct(kind: Kind, example: Example, scores: Sequence[OptionScore]) -> b
 
 @torch.inference_mode()
 def score_plainly(logits_of: LogitsOf, questions: Sequence[Example]) -> list[list[OptionScore]]:
-    """Scores of each example's options, one option at a time. Works with any causal model."""
+    """Scores each example's options, one option at a time. Works with any causal model."""
     results = []
     for example in questions:
         scores = []
@@ -66,13 +66,13 @@ def score_plainly(logits_of: LogitsOf, questions: Sequence[Example]) -> list[lis
 
 @torch.inference_mode()
 def score(net: GPT, questions: Sequence[Example]) -> list[list[OptionScore]]:
-    """Scores of each example's options, equal to those of `score_plainly` up to the order of summation.
+    """Scores each example's options; equals `score_plainly` up to the order of summation.
 
     Options with equal tokens get equal scores.
 
     Args:
-        net: the network; its mode and weights stay as they are.
-        questions: the examples, which are read together.
+        net: the network; its mode and weights do not change.
+        questions: the examples, which form one batch.
     """
     trees = [PromptTree.of(example) for example in questions]
     packed = PackedTrees(trees, net.device)
@@ -87,7 +87,7 @@ def score(net: GPT, questions: Sequence[Example]) -> list[list[OptionScore]]:
 
 
 def batches_by_length(questions: Sequence[Example], max_tokens: int) -> Iterator[list[int]]:
-    """Indices of examples of similar length, at most ``max_tokens`` tokens together unless one alone has more."""
+    """Yields batches of indices of examples of similar length, with at most ``max_tokens`` tokens or one example."""
     trees = [PromptTree.of(example) for example in questions]
     batch: list[int] = []
     tokens = 0
@@ -102,7 +102,7 @@ def batches_by_length(questions: Sequence[Example], max_tokens: int) -> Iterator
 
 
 def _scores(logits: Tensor, targets: Sequence[Sequence[int]]) -> list[OptionScore]:
-    """Scores of consecutive rows of logits (tokens, vocabulary) for the tokens of each option."""
+    """Scores of options from logits (tokens, vocab_size), the rows of all options one after another."""
     lengths = [len(tokens) for tokens in targets]
     flat = torch.tensor([token for tokens in targets for token in tokens], device=logits.device)
     losses = F.cross_entropy(logits.float(), flat, reduction="none").cpu().split(lengths)

@@ -1,4 +1,4 @@
-"""The interface of every evaluation, in training and outside it."""
+"""The interface of evaluations, in training and outside it."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ Metrics = Mapping[str, Tensor | float]
 
 
 class Evaluator(ABC):
-    """One evaluation: the batches it reads, how a batch is scored, and the metrics at the end.
+    """An evaluation: its batches, how to score a batch, and the resulting metrics.
 
-    An instance is used again for every evaluation of a run.
+    The same instance is used for all evaluations of a run.
 
     Attributes:
         name: name in logs and tables.
         every_n_steps: optimizer steps between two evaluations in training; None follows ``--eval.every_n_steps``. All
             evaluators also run at the end of training.
         at_start: whether it runs before the first step of training.
-        parts: parts that each batch is scored in; doubled whenever memory runs out.
-        failure: why the evaluation that is running has no result, or None.
+        parts: number of parts that each batch is split into; doubled when memory runs out.
+        failure: why the current evaluation has no result, or None.
     """
 
     name: str
@@ -44,14 +44,14 @@ class Evaluator(ABC):
 
     @abstractmethod
     def batches(self, rank: int, world_size: int) -> Iterable[Any]:
-        """The batches of one evaluation that belong to rank ``rank`` of ``world_size``; at least one on every rank."""
+        """The batches of rank ``rank`` of ``world_size`` in one evaluation; at least one on every rank."""
 
     @abstractmethod
     def update(self, policy: Policy, batch: Any) -> None:
         """Scores a batch, whose tensors are on the device of ``policy.net``."""
 
     def split(self, batch: Any, parts: int) -> list[Any]:
-        """A batch in at most ``parts`` parts of similar size; here a list, or a dictionary of tensors by their rows."""
+        """Splits a batch into at most ``parts`` parts of similar size; supports lists, and dicts of tensors by rows."""
         if isinstance(batch, dict):
             columns = {name: value.chunk(parts) for name, value in batch.items()}
             return [dict(zip(columns, rows, strict=True)) for rows in zip(*columns.values(), strict=True)]
@@ -60,11 +60,11 @@ class Evaluator(ABC):
 
     @abstractmethod
     def compute(self) -> Metrics:
-        """The metrics over all batches of all ranks since the last call. Every rank must call it."""
+        """Returns the metrics over all batches of all ranks since the last call. Every rank must call it."""
 
 
 class EvalBatch:
-    """A batch and the evaluator that it belongs to.
+    """A batch and its evaluator.
 
     Not a dataclass: Lightning would copy its fields to the device one by one.
     """
@@ -78,10 +78,10 @@ class EvaluatorBatches(IterableDataset[EvalBatch]):
     """The batches of one evaluator on one rank, as a dataset for Lightning's validation loop.
 
     Args:
-        evaluator: evaluator to read.
+        evaluator: the evaluator.
         rank: rank of this process.
         world_size: number of ranks.
-        is_due: asked at the start of each iteration; where it is false there are no batches.
+        is_due: called at the start of each iteration; if it returns False, the iteration has no batches.
     """
 
     def __init__(self, evaluator: Evaluator, rank: int, world_size: int, is_due: Callable[[Evaluator], bool]) -> None:
@@ -103,7 +103,7 @@ def is_due(evaluator: Evaluator, step: int, last_step: int, default_every_n_step
         evaluator: the evaluator.
         step: optimizer steps taken.
         last_step: optimizer steps of the run.
-        default_every_n_steps: cadence of evaluators without their own; 0 is at the start and the end only.
+        default_every_n_steps: interval of evaluators without their own; 0 is at the start and the end only.
     """
     every = default_every_n_steps if evaluator.every_n_steps is None else evaluator.every_n_steps
     if step == 0:
@@ -112,9 +112,10 @@ def is_due(evaluator: Evaluator, step: int, last_step: int, default_every_n_step
 
 
 def update_within_memory(evaluator: Evaluator, policy: Policy, batch: Any) -> None:
-    """`Evaluator.update` in smaller parts where memory runs out; what does not fit alone fails the evaluation.
+    """Calls `Evaluator.update`, and splits the batch into smaller parts if memory runs out.
 
-    It never raises for lack of memory, so that training goes on. The parts stay small for later batches.
+    If the smallest part does not fit either, ``failure`` is set instead of raising, so that training continues. Later
+    batches keep the smaller parts.
     """
     pending = evaluator.split(batch, evaluator.parts) if evaluator.parts > 1 else [batch]
     while pending and evaluator.failure is None:
@@ -122,7 +123,7 @@ def update_within_memory(evaluator: Evaluator, policy: Policy, batch: Any) -> No
         if problem is None:
             del pending[0]
             continue
-        # Only here are the tensors of the failed call free: its exception would have kept them alive.
+        # The tensors of the failed call are free only here: its exception kept them alive.
         policy.release_memory()
         halves = evaluator.split(pending[0], 2)
         if len(halves) == 1:
@@ -135,7 +136,7 @@ def update_within_memory(evaluator: Evaluator, policy: Policy, batch: Any) -> No
 
 
 def _try_update(evaluator: Evaluator, policy: Policy, batch: Any) -> str | None:
-    """Why there was not enough memory, or None. An update that fails has changed no metric."""
+    """Returns the out-of-memory message, or None. A failed update has changed no metric."""
     try:
         evaluator.update(policy, batch)
     except (RuntimeError, MemoryError) as error:
@@ -146,7 +147,7 @@ def _try_update(evaluator: Evaluator, policy: Policy, batch: Any) -> str | None:
 
 
 def evaluate(evaluator: Evaluator, policy: Policy) -> Metrics:
-    """Runs one evaluation in this process alone and returns its metrics.
+    """Runs one evaluation in this process only and returns its metrics.
 
     Raises:
         UserError: memory ran out with the smallest batch.
@@ -161,7 +162,7 @@ def evaluate(evaluator: Evaluator, policy: Policy) -> Metrics:
 
 
 def compute_and_reset(metrics: Mapping[str, Metric]) -> Metrics:
-    """The values of torchmetrics metrics over all ranks; the metrics start anew."""
+    """Computes torchmetrics metrics over all ranks and resets them."""
     values = {name: metric.compute() for name, metric in metrics.items()}
     for metric in metrics.values():
         metric.reset()

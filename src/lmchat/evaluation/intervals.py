@@ -9,7 +9,7 @@ Z_95 = 1.959963984540054
 
 
 def wilson_interval(successes: float, trials: int, z: float = Z_95) -> tuple[float, float]:
-    """Wilson's score interval of a share (Wilson 1927, doi:10.1080/01621459.1927.10502953).
+    """Wilson's score interval of a proportion (Wilson 1927, doi:10.1080/01621459.1927.10502953).
 
     Args:
         successes: number of successes, 0 … trials.

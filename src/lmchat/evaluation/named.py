@@ -1,4 +1,4 @@
-"""Evaluations by name, run on a checkpoint outside training; results are kept task by task."""
+"""Evaluates a checkpoint on tasks given by name; results are saved after each task."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ TASKS: dict[str, Callable[..., Task]] = {
     "SpellingBee": lambda path=None, **options: SpellingBee("test", 256, path, **options),
     "SimpleSpelling": lambda path=None, **options: SimpleSpelling("test", 256, path, **options),
 }
-"""Task by name; ``path`` is a local copy of its data, or for the spelling tasks a word list."""
+"""Tasks by name; ``path`` is a local copy of the data, or for the spelling tasks a word list."""
 CHANCE = {"ARC-Easy": 0.25, "ARC-Challenge": 0.25, "MMLU": 0.25}
-"""Accuracy of random answers; 0 for tasks that are not listed."""
+"""Accuracy of random answers; 0 for other tasks."""
 
 
 def make_task(name: str, limit: int | None = None) -> Task:
-    """The task that ``NAME`` or ``NAME=PATH`` stands for, at most ``limit`` questions of it.
+    """Creates the task given as ``NAME`` or ``NAME=PATH``, with at most ``limit`` questions.
 
     Raises:
         UserError: there is no such task.
@@ -50,10 +50,10 @@ def evaluate_tasks(
     batch_size: int = 32,
     max_new_tokens: int = 256,
 ) -> Iterator[tuple[str, Result]]:
-    """Evaluates each task and writes the results so far to ``results_file``; yields name and result of each.
+    """Evaluates tasks one by one, saves each result to ``results_file`` and yields its name and result.
 
-    A task whose result is already in the file, with as many questions and tokens, is not evaluated again. A task that
-    fails has its message as ``error`` and is tried again by the next call.
+    Tasks with a result for the same settings in the file are not evaluated again. The result of a task that fails is
+    its message, as ``error``; the next call tries it again.
     """
 
     def accuracy(task: Task) -> Result:
@@ -78,8 +78,8 @@ def evaluate_core(
     max_per_task: int | None = None,
     max_tokens: int | None = None,
 ) -> Iterator[tuple[str, Result]]:
-    """Evaluates CORE tasks as `evaluate_tasks` does chat tasks. Results also have the ``centered`` accuracy, and how
-    many examples were ``cut``: their answers did not fit into the context as a whole."""
+    """Evaluates CORE tasks like `evaluate_tasks`. Results also have the ``centered`` accuracy and the number of
+    examples ``cut``, whose answers did not fit into the context."""
 
     limit = len(policy.net.cos)
     limit = min(max_tokens or limit, limit)
@@ -100,7 +100,7 @@ def evaluate_core(
 def _evaluate_each(
     evaluations: Mapping[str, tuple[Result, Callable[[], Result]]], results_file: Path
 ) -> Iterator[tuple[str, Result]]:
-    """Runs evaluations that are not in the file yet with the same settings; yields the name and result of each."""
+    """Runs the evaluations that the file does not have with the same settings; yields name and result of all."""
     results = read_results(results_file)
     for name, (settings, run) in evaluations.items():
         known = results.get(name, {})
@@ -111,11 +111,11 @@ def _evaluate_each(
 
 
 def _timed(run: Callable[[], Result]) -> Result:
-    """The result of an evaluation with its interval and duration; its message where it fails."""
+    """Result of an evaluation with interval and duration; if it fails, its message."""
     started = time.perf_counter()
     try:
         result = run()
-    except Exception as error:  # one task that fails must not lose the others
+    except Exception as error:  # one failing task must not stop the others
         return {"error": str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"}
     if "error" in result:
         return result
@@ -124,7 +124,7 @@ def _timed(run: Callable[[], Result]) -> Result:
 
 
 def centered_mean(results: Mapping[str, Result], names: Sequence[str]) -> float | None:
-    """Mean of the accuracies, each rescaled so that chance is 0 and all correct is 1; None if a task has no result."""
+    """Mean centered accuracy (chance is 0, all correct is 1); None if a task has no result."""
     if not names or any("accuracy" not in results.get(name, {}) for name in names):
         return None
     return sum(

@@ -31,7 +31,7 @@ def pass_at_k(num_correct: Tensor, num_samples: int, k: int) -> Tensor:
     assert 1 <= k <= num_samples, f"pass@{k} needs at least {k} samples, not {num_samples}"
     wrong = num_samples - num_correct.to(torch.float64)
     draws = torch.arange(k, dtype=torch.float64, device=num_correct.device)
-    # C(n − c, k) / C(n, k), factor by factor; a factor of 0 stands for fewer than k wrong samples.
+    # C(n − c, k) / C(n, k), factor by factor; it is 0 if fewer than k samples are wrong.
     all_wrong = ((wrong[:, None] - draws) / (num_samples - draws)).clamp(min=0).prod(dim=1)
     return 1 - all_wrong
 
@@ -40,7 +40,7 @@ class PassAtK(Metric):
     """Mean of `pass_at_k` over questions, summed over batches and ranks.
 
     Args:
-        k: number of samples of which one must be correct.
+        k: number of samples, of which at least one must be correct.
     """
 
     full_state_update = False
@@ -56,7 +56,7 @@ class PassAtK(Metric):
         self.add_state("questions", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, num_correct: Tensor, num_samples: int) -> None:
-        """Adds questions: (questions,) correct samples among ``num_samples`` samples of each."""
+        """Adds questions: (questions,) number of correct samples of ``num_samples`` per question."""
         self.total += pass_at_k(num_correct, num_samples, self.k).sum()
         self.questions += len(num_correct)
 
@@ -66,11 +66,11 @@ class PassAtK(Metric):
 
 
 class PassAtKEvaluator(Evaluator):
-    """pass@1 … pass@n of sampled answers to a task's questions, n being the number of samples.
+    """pass@1 … pass@n of sampled answers to a task's questions, where n is the number of samples.
 
     Args:
-        task: questions with graded answers, see `lmchat.tasks.base.Graded`.
-        sampling: how answers are sampled.
+        task: a task that grades answers, see `lmchat.tasks.base.Graded`.
+        sampling: sampling parameters of the answers.
         batch_size: questions answered together.
     """
 

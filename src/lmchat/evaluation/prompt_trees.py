@@ -1,7 +1,7 @@
-"""Examples packed into one row of tokens: what the options of an example share is read once, and nothing is padded.
+"""Packs examples into one row of tokens without padding; the common prefix of an example's options is read once.
 
-The linear layers see one row of all tokens. Attention runs twice per layer: within the shared beginnings, and from the
-options' own tokens to their example's beginning and to themselves.
+The linear layers process one row of all tokens. Attention runs twice per layer: within the prefixes, and from the
+options' own tokens to their prefix and to themselves.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from lmchat.model.attention import attend_banded, attention
 
 @dataclass(frozen=True)
 class PromptTree:
-    """The tokens of an example that the network has to read.
+    """The tokens of an example that the network has to read, as a tree.
 
     Attributes:
-        prefix: the tokens that all options begin with.
-        branches: the further tokens of each distinct option, without those that nothing is predicted from.
-        spans: first and last (exclusive) scored token of each distinct option.
+        prefix: common prefix of all options.
+        branches: remaining tokens of each distinct option, up to the last one that a scored token is predicted from.
+        spans: start and end (exclusive) of the scored tokens of each distinct option.
         targets: the scored tokens of each distinct option.
-        option_branch: the branch of each option of the example.
+        option_branch: index of the branch of each option of the example.
     """
 
     prefix: list[int]
@@ -50,20 +50,20 @@ class PromptTree:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens to read."""
+        """Number of tokens to read."""
         return len(self.prefix) + sum(map(len, self.branches))
 
 
 class PackedTrees:
-    """Trees packed into one row, and their attention: an `lmchat.model.kv_cache.AttentionCache` for one model call.
+    """Trees packed into one row, with their attention: an `lmchat.model.kv_cache.AttentionCache` for one model call.
 
     Args:
-        trees: the trees; attention costs least where their prefixes are of similar length.
+        trees: the trees; attention is cheapest if their prefixes have similar lengths.
         device: device of the network.
 
     Attributes:
         ids: (1, N) int64, the tokens of all trees.
-        predicting: for each branch of each tree, in order, the places in ``ids`` that predict its scored tokens.
+        predicting: for each branch of each tree, in order, the positions in ``ids`` that predict its scored tokens.
     """
 
     def __init__(self, trees: Sequence[PromptTree], device: torch.device) -> None:
@@ -115,10 +115,10 @@ class PackedTrees:
         return out
 
     def advance(self, length: int) -> None:
-        """Nothing: these tokens are read once."""
+        """Does nothing: the cache is for one call."""
 
     def _mask(self, window: int) -> Tensor:
-        """(trees, 1, branch tokens, prefix and branch tokens): what the tokens of the branches see."""
+        """Attention mask of the branches' tokens: (trees, 1, branch tokens, prefix and branch tokens) bool."""
         if window not in self._masks:
             own, before = self._branch.take(self._positions), self._prefix.take(self._positions)
             distance = own[:, :, None] - torch.cat([before, own], 1)[:, None, :]
@@ -130,7 +130,7 @@ class PackedTrees:
 
 
 class _PaddedIndex:
-    """Places in the packed row as a padded table with one line per tree."""
+    """Positions in the packed row as a padded table with one line per tree."""
 
     def __init__(self, places: Sequence[Sequence[int]], device: torch.device) -> None:
         table = _padded(places, -1)
@@ -141,7 +141,7 @@ class _PaddedIndex:
 
     @property
     def width(self) -> int:
-        """Places of the longest line."""
+        """Length of the longest line."""
         return self._table.size(1)
 
     def take(self, row: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ class _PaddedIndex:
         return x[0, self._table]
 
     def scatter(self, values: Tensor, out: Tensor) -> None:
-        """Puts values (trees, width, heads, head_dim) into their places of out (1, N, heads, head_dim)."""
+        """Writes values (trees, width, heads, head_dim) to their positions in out (1, N, heads, head_dim)."""
         out[0, self._places] = values[self._line, self._column]
 
 

@@ -11,11 +11,11 @@ from lmchat.files import replacing
 from lmchat.types import UserError
 
 Result = dict[str, Any]
-"""Result of a task: ``accuracy`` and more, or ``error``; and the settings it depends on."""
+"""Result of a task: ``accuracy`` and other values, or ``error``, and the settings it depends on."""
 
 
 def results_file(directory: Path, step: int) -> Path:
-    """The file of results of a checkpoint."""
+    """Path of a checkpoint's results file."""
     return directory / f"eval_{step:06d}.json"
 
 
@@ -23,7 +23,7 @@ def read_results(path: Path) -> dict[str, Result]:
     """Results by task; none if there is no such file.
 
     Raises:
-        UserError: it is another file.
+        UserError: the file is not a results file.
     """
     try:
         results = json.loads(path.read_text())
@@ -37,6 +37,6 @@ def read_results(path: Path) -> dict[str, Result]:
 
 
 def write_results(path: Path, results: Mapping[str, Result]) -> None:
-    """Replaces the file by these results."""
+    """Replaces the content of the file by ``results``."""
     with replacing(path) as unfinished:
         unfinished.write_text(json.dumps(results, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""What the modules of all stages share: the network, the optimizer and its schedules, the loss of a step."""
+"""Base class of the stages' LightningModules: network, optimizer, schedules and the loss of a step."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.f
 
 
 COMPILE_FLOPS_ON_CPU = 1e13
-"""FLOPs of a run from which compiling pays on a CPU: it takes a minute or two and makes training 1.2 times as fast."""
+"""Minimum FLOPs of a run to compile on a CPU: compilation takes 1 to 2 minutes and speeds training up 1.2 times."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Optimizer settings at one step: learning-rate multiplier, momentum of Muon, weight decay of Muon."""
+    """Learning-rate multiplier, and Muon's momentum and weight decay, at one optimizer step."""
 
     lr_multiplier: float
     momentum: float
@@ -48,12 +48,12 @@ class Schedule:
 
 
 class StageModule(L.LightningModule):
-    """One GPT, one MuonAdamW, stateless schedules; a stage adds its loss.
+    """A GPT trained by MuonAdamW with stateless schedules. Subclasses add ``training_step`` and `schedule`.
 
     Args:
         tokenizer_dir: folder of the tokenizer; null is ``$LMCHAT_BASE_DIR/tokenizer``.
-        tag: name of the run's folder of checkpoints and logs; null names it by the depth, e.g. ``d26``.
-        global_batch_tokens: tokens per optimizer step over all ranks; null lets the scaling laws decide.
+        tag: name of the run's folder of checkpoints and logs; null uses the depth, e.g. ``d26``.
+        global_batch_tokens: tokens per optimizer step over all ranks; null takes the scaling laws' value.
         embedding_lr: AdamW learning rate of the token and value embeddings at width 768 and batch 2¹⁹.
         unembedding_lr: AdamW learning rate of the output head, likewise.
         matrix_lr: Muon learning rate of the blocks' matrices.
@@ -61,7 +61,7 @@ class StageModule(L.LightningModule):
         weight_decay: Muon's weight decay before the scaling laws scale it.
         compute_dtype: dtype of activations and matrix products; "auto" is bf16 where the device multiplies it fast,
             else fp32. Master weights are always fp32.
-        attention: name of the attention backend; "auto" runs the candidates and takes the fastest correct one.
+        attention: name of the attention backend; "auto" tries the candidates and takes the fastest correct one.
         compile: use torch.compile for the blocks, and on a GPU for the optimizer. "auto" is true where it works and
             pays: for the blocks on a GPU, and on a CPU for runs of `COMPILE_FLOPS_ON_CPU` or more; false where shapes
             change from batch to batch.
@@ -72,11 +72,11 @@ class StageModule(L.LightningModule):
     stage: ClassVar[str]
     scales_with_depth: ClassVar[bool] = False
     packed_rows: ClassVar[bool] = True
-    """Every micro-batch has the same shape, and all of its tokens are trained on."""
+    """All micro-batches have the same shape and loss at every token."""
     net: GPT
     sequence_len: int
     plan: RunPlan
-    """The numbers of the run; set in training by the callback that plans it."""
+    """Plan of the run; set in training by `TrainingPlan`."""
     evaluated_at: float = 0.0
     """End of the last evaluation, by `time.perf_counter`."""
 
@@ -140,7 +140,7 @@ class StageModule(L.LightningModule):
     @property
     @abstractmethod
     def default_tag(self) -> str:
-        """Name of the run if the user gives none."""
+        """Name of the run if ``tag`` is null."""
 
     @property
     def tag(self) -> str:
@@ -149,14 +149,14 @@ class StageModule(L.LightningModule):
 
     @abstractmethod
     def load_from(self, checkpoint: Checkpoint) -> None:
-        """Prepares to continue from ``checkpoint``, before anything is built.
+        """Prepares to start from ``checkpoint``; called before the network is built.
 
         Raises:
-            UserError: this stage, as configured, cannot continue from it.
+            UserError: this stage, as configured, cannot start from it.
         """
 
     def spec(self) -> StageSpec:
-        """What the DataModule needs to know; call it once a checkpoint to start from has been loaded."""
+        """Settings for the DataModule; call it after `load_from`, if there is a checkpoint."""
         return StageSpec(
             tag=self.tag,
             tokenizer=self.tokenizer,
@@ -172,12 +172,12 @@ class StageModule(L.LightningModule):
         return Policy(self.net, self.tokenizer)
 
     def start_from_weights(self, checkpoint: Checkpoint) -> None:
-        """Takes the weights of ``checkpoint`` unless the trainer resumes it: it is of another stage, or imported."""
+        """Takes the weights of a checkpoint that the trainer does not resume: of another stage, or imported."""
         if checkpoint.stage != self.stage or checkpoint.weights_only:
             self._start = checkpoint
 
     def keep_numerics(self, checkpoint: Checkpoint) -> None:
-        """On resume the saved dtypes are kept where the user leaves them to "auto"; a new probe might differ.
+        """On resume the saved dtypes are kept for options set to "auto"; a new probe might choose others.
 
         Raises:
             UserError: the checkpoint was trained with another tokenizer.
@@ -239,12 +239,12 @@ class StageModule(L.LightningModule):
             compile_blocks(self.net, recompute=needs_recomputing(self, self.plan.micro_batch_size))
 
     def on_train_start(self) -> None:
-        # Restoring the optimizer has restored its learning rates too; an option changed on resume takes effect.
+        # Restoring the optimizer has restored its learning rates; options changed on resume must take effect.
         for group, initial_lr in zip(self.trainer.optimizers[0].param_groups, self._initial_lrs, strict=False):
             group["initial_lr"] = initial_lr
 
     def _compiles(self, pays: bool) -> bool:
-        """Whether to compile something; ``pays`` is the answer for "auto" where the compiler works."""
+        """Whether to compile; ``pays`` is the answer for "auto" if the compiler works."""
         if self.compile_mode == "auto":
             return pays and compiler_works(self.net.device.type)
         return self.compile_mode
@@ -276,7 +276,7 @@ class StageModule(L.LightningModule):
             if group["kind"] == "muon":
                 group["momentum"], group["weight_decay"] = now.momentum, now.weight_decay
         optimizer.step(closure=optimizer_closure)
-        # Lightning zeroes after the next forward, which would keep the gradients alive beside its activations.
+        # Lightning zeroes after the next forward pass, which would keep gradients and activations in memory together.
         optimizer.zero_grad(set_to_none=True)
 
     def validation_step(self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -287,7 +287,7 @@ class StageModule(L.LightningModule):
         self.evaluated_at = time.perf_counter()
 
     def track_loss(self, loss: torch.Tensor) -> None:
-        """Adds a micro-batch's loss to the loss of the step, without a device synchronisation."""
+        """Adds a micro-batch's loss to the loss of the step, without a device sync."""
         self._loss_sum = loss.detach() if self._loss_sum is None else self._loss_sum + loss.detach()
         self._loss_count += 1
 
@@ -315,7 +315,7 @@ class StageModule(L.LightningModule):
         }
 
     def checkpoint_meta(self) -> dict[str, Any]:
-        """The metadata of a checkpoint, for later stages and readers; JSON values only."""
+        """Metadata of a checkpoint; JSON values only."""
         return {
             "stage": self.stage,
             "tag": self.tag,

@@ -1,4 +1,4 @@
-"""What fine-tuning and reinforcement learning share: they start from a checkpoint and evaluate on questions."""
+"""Base classes of fine-tuning and reinforcement learning: start from a checkpoint, evaluate on questions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lmchat.types import UserError
 
 
 class ChatModule(StageModule):
-    """A stage that takes its network, and every setting left open, from a checkpoint of this or an earlier stage.
+    """A stage that takes its network, and settings that are null, from a checkpoint of this or an earlier stage.
 
     Args:
         init_lr_fraction: factor on every learning rate.
@@ -64,7 +64,7 @@ class ChatModule(StageModule):
         return self.parent_meta.get("tag", self.stage)
 
     def checkpoint_missing(self) -> UserError:
-        """Says what this stage starts from."""
+        """The error for a run without a checkpoint to start from."""
         return UserError(
             f"{self.stage} starts from a checkpoint; give one of stage {' or '.join(STAGES[self.stage].predecessors)} "
             "with --ckpt_path, e.g. its folder"
@@ -112,9 +112,9 @@ class ChatDataModule(StageDataModule):
 
     Args:
         micro_batch_size: as in `StageDataModule`.
-        eval_tasks: tasks whose questions are asked in evaluation; limit them with their ``stop``.
+        eval_tasks: tasks to evaluate on; limit them with their ``stop``.
         eval_batch_size: questions answered together.
-        eval_max_new_tokens: maximum number of tokens of an answer in evaluation.
+        eval_max_new_tokens: maximum number of new tokens of an answer in evaluation.
 
     Attributes:
         mixtures: mixtures of conversations by split.
@@ -136,9 +136,7 @@ class ChatDataModule(StageDataModule):
             graded(task)
         names = [task.name for task in self.eval_tasks]
         if len(set(names)) < len(names):
-            raise UserError(
-                f"--data.eval_tasks are {', '.join(names)}: metrics of equal names would mix; leave one of them out"
-            )
+            raise UserError(f"--data.eval_tasks are {', '.join(names)}: names must differ; leave one of them out")
         self.eval_batch_size = eval_batch_size
         self.eval_max_new_tokens = eval_max_new_tokens
 
@@ -159,8 +157,8 @@ def load_moments(optimizer: MuonAdamW, checkpoint: Checkpoint) -> None:
 def sum_over_step(loss_sum: torch.Tensor, loss_tokens: int, module: StageModule) -> torch.Tensor:
     """A micro-batch's share of the optimizer step's mean loss over ``loss_tokens`` tokens.
 
-    The trainer divides by the number of micro-batches and the strategy averages over ranks. Both are compensated, so
-    that every token of the step has the same weight.
+    Compensates the trainer's division by the number of micro-batches and the strategy's mean over ranks, so that every
+    token of the step has the same weight.
     """
     trainer = module.trainer
     return loss_sum * (trainer.accumulate_grad_batches * trainer.world_size / loss_tokens)

@@ -1,4 +1,4 @@
-"""What the DataModules of all stages share: the spec of their stage, the data position, the evaluators."""
+"""Base class of the stages' DataModules: spec of the stage, data position, evaluators."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class StageDataModule(L.LightningDataModule):
 
     Attributes:
         chooses_micro_batch: whether the run's plan must call `set_micro_batch_size`.
-        evaluators: evaluations of the run, in their order; complete after `setup`. Callbacks may add their own.
+        evaluators: evaluators of the run, in order; complete after `setup`. Callbacks may add their own.
         position: state of the data after the last micro-batch that was trained on.
-        max_steps: optimizer steps that the data lasts; None is without end. Known after `setup`.
-        is_due: whether the validation loop runs an evaluator now; set by the callback that decides it.
+        max_steps: optimizer steps that the data lasts; None is unlimited. Known after `setup`.
+        is_due: whether the validation loop runs an evaluator now; set by `Evaluate`.
     """
 
     spec: StageSpec
@@ -48,7 +48,7 @@ class StageDataModule(L.LightningDataModule):
         self._copy_stream: torch.cuda.Stream | None = None
 
     def attach(self, spec: StageSpec) -> None:
-        """Tells the data about its stage."""
+        """Sets the stage's spec."""
         self.spec = spec
 
     @property
@@ -57,7 +57,7 @@ class StageDataModule(L.LightningDataModule):
         size = self._micro_batch_size or self.spec.micro_batch_size
         if size is None:
             raise UserError(
-                "no micro-batch is set, and no checkpoint to start from names one; give --data.micro_batch_size 16"
+                "the micro-batch size is neither set nor known from a checkpoint; give --data.micro_batch_size 16"
             )
         return size
 
@@ -72,7 +72,7 @@ class StageDataModule(L.LightningDataModule):
         return accumulation_steps(global_batch_tokens, self.micro_batch_size, self.spec.sequence_len, world_size)
 
     def describe_step(self, plan: RunPlan, world_size: int) -> str:
-        """What an optimizer step consists of, for the log."""
+        """Description of an optimizer step, for the log."""
         return (
             f"{plan.global_batch_tokens:,} tokens ({plan.micro_batch_size} rows × {self.spec.sequence_len} × "
             f"{plan.accumulate_grad_batches} micro-batches × {world_size} rank(s))"
@@ -100,13 +100,13 @@ class StageDataModule(L.LightningDataModule):
         return [self.loader(EvaluatorBatches(each, rank, world_size, self.is_due)) for each in self.evaluators]
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        # Called when a batch is consumed. Loaders read ahead, so their own position would be too far.
+        # Called when a batch is consumed. Loaders prefetch, so their own position is ahead.
         if self.trainer is not None and self.trainer.training:
             self.position = batch.pop("state")
         return batch
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Copies a batch to the device; on a GPU on a separate stream, in parallel to the step (never run on a GPU)."""
+        """Copies a batch to the device; on a GPU in a separate stream, in parallel to the step (never run on a GPU)."""
         if isinstance(batch, EvalBatch):
             data = self.transfer_batch_to_device(batch.data, device, dataloader_idx)
             return EvalBatch(batch.evaluator, data)
@@ -118,7 +118,7 @@ class StageDataModule(L.LightningDataModule):
         compute.wait_stream(self.copy_stream(device))
         for value in batch.values() if isinstance(batch, dict) else ():
             if isinstance(value, torch.Tensor):
-                # Otherwise its memory could be reused by the copy stream while the step still reads it.
+                # Otherwise the copy stream could reuse its memory while the step still reads it.
                 value.record_stream(compute)
         return batch
 

@@ -76,7 +76,7 @@ def no_room(config: GPTConfig, device: torch.device, reason: str) -> UserError:
     """The error for a model that does not fit."""
     return UserError(
         f"a model of depth {config.n_layer} for {config.sequence_len} tokens has "
-        f"{parameter_counts(config).total / 1e9:,.1f} billion parameters and finds no room on {device} ({reason}); "
+        f"{parameter_counts(config).total / 1e9:,.1f} billion parameters and does not fit on {device} ({reason}); "
         "choose a smaller --model.depth or --model.sequence_len"
     )
 

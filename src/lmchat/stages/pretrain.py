@@ -1,4 +1,4 @@
-"""Pretraining: next-token prediction on packed web text, judged by bits per byte."""
+"""Pretraining: next-token prediction on packed text, evaluated by bits per byte."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from lmchat.stages.data_module import StageDataModule
 from lmchat.types import Batch, UserError
 
 MAX_DEPTH = 10_000
-"""Deeper models are refused before their layers are counted."""
+"""Deeper models are refused before their shape is computed."""
 
 
 class PretrainModule(StageModule):
-    """Next-token prediction by a GPT whose ``depth`` decides everything else.
+    """Next-token prediction by a GPT; the scaling laws derive all other settings from ``depth``.
 
     Args:
         depth: number of blocks; width, heads, batch, steps and learning rates follow from it.
@@ -69,7 +69,7 @@ class PretrainModule(StageModule):
         if depth > MAX_DEPTH:
             parameters = 12 * depth * (depth * aspect_ratio) ** 2
             raise UserError(
-                f"a model of depth {depth} has about {parameters:.0e} parameters and finds no room on any device; "
+                f"a model of depth {depth} has about {parameters:.0e} parameters and does not fit on any device; "
                 "choose a smaller --model.depth"
             )
         check_count("model", 1, sequence_len=sequence_len, aspect_ratio=aspect_ratio, head_dim=head_dim)
@@ -140,8 +140,8 @@ class PretrainModule(StageModule):
 class FineWebDataModule(StageDataModule):
     """Any text in parquet shards → token files → best-fit packed rows. The last shard is the validation set.
 
-    The stream of rows does not depend on the number of ranks, and its position is part of a checkpoint. Only the first
-    row of a longer document is read: split long documents when importing them (``--separator``).
+    The order of rows does not depend on the number of ranks, and the position is part of a checkpoint. Of documents
+    longer than a row only the beginning is read: split them when importing (``--separator``).
 
     Args:
         data_dir: folder of the parquet shards; null is ``$LMCHAT_BASE_DIR/base_data``.

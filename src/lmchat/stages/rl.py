@@ -1,4 +1,4 @@
-"""Reinforcement learning on questions with checkable answers: on-policy groups, advantages within the group."""
+"""Reinforcement learning on questions with gradable answers: on-policy samples, advantages within each group."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from lmchat.types import IGNORE_INDEX, Rollout, UserError
 class GRPOModule(ChatModule):
     """Policy gradient on groups of samples: −Σ log p · advantage, without ratio, clipping or KL term.
 
-    Fresh samples at every step make the policy that is trained the one that sampled, at temperature 1 and without
-    top-k exactly so (GRPO, arXiv:2402.03300, stripped down as in nanochat).
+    GRPO (arXiv:2402.03300) simplified as in nanochat. Each step samples anew, so it is on-policy: exactly at
+    temperature 1 and without top-k.
 
     Args:
-        normalization: what the sum is divided by. "step": the sampled tokens of the whole optimizer step (DAPO,
-            arXiv:2503.14476). "group": the sampled tokens of each group, averaged over groups, as in nanochat where one
-            pass holds a group (its passes of a part of a group are normalised each by itself).
-        momentum: Muon's, without a ramp.
+        normalization: divisor of the sum. "step": sampled tokens of the optimizer step (DAPO, arXiv:2503.14476).
+            "group": sampled tokens of each group, then the mean over groups, as in nanochat if one pass holds a group
+            (nanochat normalizes each pass by itself).
+        momentum: momentum of Muon, without a ramp.
 
     The metric ``logprob_gap`` is the mean absolute difference between the engine's log-probabilities of the sampled
     tokens and those of the training pass, in nats: how far from on-policy a step is.
@@ -66,7 +66,7 @@ class GRPOModule(ChatModule):
 
     def training_step(self, batch: Rollout, batch_idx: int) -> torch.Tensor:
         if not len(batch["inputs"]):
-            # Nothing to learn from: no gradient at all, so that a step of such batches moves no optimizer state.
+            # No gradients, so that a step without samples changes no optimizer state.
             loss = self.net.lm_head.weight.new_zeros((), requires_grad=True)
         elif self.normalization == "group":
             loss = self._policy_loss(batch, batch["advantages"] / batch["group_tokens"])
@@ -93,22 +93,21 @@ class GRPOModule(ChatModule):
 
 
 class RolloutDataModule(ChatDataModule):
-    """Questions, and the current policy's sampled and graded answers to them.
+    """Samples answers to questions from the current policy and grades them.
 
-    A step has as many micro-batches as groups, none of which is larger than the largest group.
+    A step has as many micro-batches as groups; none is larger than the largest group.
 
     Args:
-        train: the mixture of questions to learn from, each task with its number of epochs; ``trainer.max_steps`` may
-            end it sooner.
-        eval_task: held-out questions of the same kind.
-        eval_tasks: other tasks, to see what becomes of what the model could do before; answered greedily.
-        questions_per_step: over all ranks.
-        num_samples: answers per question, 2 or more: they are compared with each other.
-        max_new_tokens: longest answer.
-        temperature: of the sampling.
-        top_k: sample from the k likeliest tokens; null is all.
-        eval_num_samples: answers per held-out question, for pass@1 … pass@k.
-        eval_temperature: 0 is greedy decoding.
+        train: tasks to train on, each with its number of epochs; ``trainer.max_steps`` may end training earlier.
+        eval_task: held-out questions of the same kind, answered by sampling.
+        eval_tasks: other tasks, to detect forgetting; answered greedily.
+        questions_per_step: questions per optimizer step over all ranks.
+        num_samples: samples per question, at least 2, since advantages are relative to the group.
+        max_new_tokens: maximum number of new tokens of a sample.
+        temperature: sampling temperature.
+        top_k: sample from the k most likely tokens; null is all.
+        eval_num_samples: samples per held-out question, for pass@1 … pass@k.
+        eval_temperature: temperature in evaluation; 0 is greedy decoding.
         eval_batch_size: held-out questions answered together.
         seed: of the questions' order and the samples.
     """

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: one epoch over a mixture of conversations, with loss on the assistant's tokens."""
+"""Supervised fine-tuning: one epoch over a mixture of conversations, with loss on assistant tokens."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from lmchat.tasks.jsonl import JSONLConversations
 from lmchat.types import Batch, UserError
 
 MOST_WITHOUT_LOSS = 0.05
-"""Share of conversations without a token that receives loss above which the user is warned."""
+"""Share of conversations without loss tokens above which the user is warned."""
 
 
 class SFTModule(ChatModule):
@@ -67,13 +67,13 @@ class SFTDataModule(ChatDataModule):
     Args:
         train: the mixture, each task with its number of epochs.
         val: held-out conversations for bits per byte.
-        eval_tasks: tasks whose questions are asked in evaluation; limit them with their ``stop``.
+        eval_tasks: tasks to evaluate on; limit them with their ``stop``.
         micro_batch_size: rows per micro-batch and rank; null takes that of the checkpoint the stage starts from, "auto"
             the largest that fits the device's memory.
         eval_tokens: tokens per evaluation of bits per byte over all ranks, padding included, rounded up to a whole
             number of micro-batches per rank.
         eval_batch_size: questions answered together.
-        eval_max_new_tokens: maximum number of tokens of an answer.
+        eval_max_new_tokens: maximum number of new tokens of an answer.
         shuffle_seed: seed of the mixture's order.
     """
 
@@ -153,10 +153,10 @@ class SFTDataModule(ChatDataModule):
 
 
 def check_loss(split: str, report: RenderReport, sequence_len: int) -> None:
-    """Warns where many conversations have no token that receives loss.
+    """Warns if many conversations have no loss tokens.
 
     Raises:
-        UserError: none has any.
+        UserError: no conversation has loss tokens.
     """
     cut = f"{report.truncated:,} of {report.conversations:,} are cut at {sequence_len:,} tokens"
     if report.loss_tokens == 0:
@@ -173,15 +173,15 @@ def check_loss(split: str, report: RenderReport, sequence_len: int) -> None:
 
 
 class OwnConversationsDataModule(SFTDataModule):
-    """Your own conversations: files in any of the known forms, of which some are held out for validation.
+    """Your own conversations, from files in any supported format; a part is held out for validation.
 
     Args:
         train: a file of JSON lines, a JSON array or parquet (.jsonl, .ndjson, .json, each also .gz or .zst, or
-            .parquet), or a folder of such files, in the forms of OpenAI (messages), ShareGPT, Alpaca, or prompt and
+            .parquet), or a folder of such files, in the format of OpenAI (messages), ShareGPT, Alpaca, or prompt and
             completion.
-        val: files to validate on; null holds some of ``train`` out.
-        val_fraction: share that is held out.
-        format: form of the records (messages, sharegpt, alpaca, prompt_completion); null recognizes each by its fields.
+        val: files to validate on; null holds out a part of ``train``.
+        val_fraction: share of ``train`` that is held out.
+        format: format of the records (messages, sharegpt, alpaca, prompt_completion); null detects it by their fields.
         epochs: how often each conversation is trained on.
         options: see `SFTDataModule`.
     """

@@ -1,4 +1,4 @@
-"""What a stage's DataModule is told of the stage, since neither knows the other's class."""
+"""The settings that a stage's module passes to its DataModule; neither knows the other's class."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from lmchat.tokenizer.bpe import Tokenizer
 
 @dataclass(frozen=True)
 class StageSpec:
-    """The settings of a stage that its data depends on, once its checkpoint has been loaded.
+    """Settings of a stage that its data depends on.
 
     Attributes:
         tag: name of the run.
         tokenizer: tokenizer of the model.
         sequence_len: tokens per row.
-        global_batch_tokens: tokens per optimizer step over all ranks, given or of the parent checkpoint; None leaves it
-            to the scaling laws.
+        global_batch_tokens: tokens per optimizer step over all ranks, from the options or the parent checkpoint; None
+            takes the scaling laws' value.
         micro_batch_size: rows per micro-batch and rank in the parent checkpoint, if any.
-        policy: returns the policy with its current weights; for data that the policy samples.
+        policy: returns the policy with its current weights, to sample from.
     """
 
     tag: str
