@@ -169,3 +169,21 @@ def test_a_conversation_reuses_its_earlier_turns() -> None:
     engine.refresh()
     engine.generate([turns], SamplingParams(max_new_tokens=1))
     assert sum(read) == 59 + 6 + len(turns) - 1
+
+
+def test_reused_prefixes_change_no_answer() -> None:
+    """Prompts that branch off at random places of each other, so that slots are cut back and wrap around again."""
+    rng, warm, cold = random.Random(0), _engine(), _engine()
+    base = [rng.randrange(256) for _ in range(250)]
+    reused = 0
+    for seed in range(150):
+        length = rng.randint(20, 250)
+        prompt = [*base[:length], *(rng.randrange(256) for _ in range(rng.randint(0, 8)))][:255]
+        params = SamplingParams(max_new_tokens=rng.choice([1, 20, 60]), seed=seed, logprobs=True, stop_tokens=())
+        reused += len(warm.prefixes) > 0
+        [[found]] = warm.generate([prompt], params)
+        cold.prefixes.clear()
+        [[expected]] = cold.generate([prompt], params)
+        assert found.ids == expected.ids, seed
+        assert found.logprobs == pytest.approx(expected.logprobs, abs=1e-4), seed
+    assert reused > 100

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from typing import NamedTuple
 
 from lmchat.generation.kv_pool import KVPool
 from lmchat.generation.sequence import Sequence
 
 MIN_TOKENS = 16
 """Shorter prefixes are read again."""
+
+
+class Held(NamedTuple):
+    """What a slot holds.
+
+    Attributes:
+        tokens: the tokens.
+        written: number of tokens that the slot has held, if it once held more: of a layer with a short window it has
+            lost those that ``written`` tokens overwrite.
+    """
+
+    tokens: tuple[int, ...]
+    written: int
 
 
 class PrefixCache:
@@ -20,76 +34,75 @@ class PrefixCache:
 
     def __init__(self, pool: KVPool) -> None:
         self.pool = pool
-        self._tokens: dict[int, tuple[int, ...]] = {}  # by slot, least recently used first
+        self._held: dict[int, Held] = {}  # by slot, least recently used first
 
     def __len__(self) -> int:
-        return len(self._tokens)
+        return len(self._held)
 
     def clear(self) -> None:
         """Forgets everything: the weights have changed."""
-        self._tokens.clear()
+        self._held.clear()
 
     def drop_from(self, num_slots: int) -> None:
         """Forgets the slots from ``num_slots`` on, which cease to exist."""
-        self._tokens = {slot: tokens for slot, tokens in self._tokens.items() if slot < num_slots}
+        self._held = {slot: held for slot, held in self._held.items() if slot < num_slots}
 
-    def add(self, slot: int, tokens: tuple[int, ...]) -> None:
-        """Keeps a slot that holds ``tokens``."""
+    def add(self, slot: int, tokens: tuple[int, ...], written: int) -> None:
+        """Keeps a slot; see `Held`."""
         if len(tokens) >= MIN_TOKENS:
-            self._tokens[slot] = tokens
+            self._held[slot] = Held(tokens, written)
 
     def make_free(self, slot: int, rows: int) -> None:
         """Makes ``slot`` usable. Its contents move to a free slot from ``rows`` + 1 on, or replace the oldest."""
-        tokens = self._tokens.pop(slot, None)
-        if tokens is None:
+        held = self._held.pop(slot, None)
+        if held is None:
             return
-        free = (other for other in range(rows + 1, self.pool.num_slots) if other not in self._tokens)
-        oldest = next(iter(self._tokens), None)
+        free = (other for other in range(rows + 1, self.pool.num_slots) if other not in self._held)
+        oldest = next(iter(self._held), None)
         target = next(free, oldest)
         if target is None:
             return
-        self._tokens.pop(target, None)
-        self.pool.copy(slot, target, len(tokens))
-        self._tokens[target] = tokens
+        self._held.pop(target, None)
+        self.pool.copy(slot, target, len(held.tokens))
+        self._held[target] = held
 
-    def load(self, wanted: Seq[int], row: int, running: Seq[Sequence]) -> int:
+    def load(self, wanted: Seq[int], row: int, running: Seq[Sequence]) -> tuple[int, int]:
         """Puts the longest known prefix of ``wanted`` into slot ``row``, the first that is not running.
 
         Returns:
-            Number of tokens that the slot then holds of ``wanted``.
+            Number of tokens that the slot then holds of ``wanted``, and how many it has held; see `Held`.
         """
-        slot, length = self._longest(wanted, running)
+        slot, length, written = self._longest(wanted, running)
         if slot is None:
             self.make_free(row, row)
-            return 0
+            return 0, 0
         if slot < row:
             self.make_free(row, row)
             self.pool.copy(slot, row, length)
-            return length
-        tokens = self._tokens.pop(slot)
+            return length, written
+        tokens = self._held.pop(slot).tokens
         if slot != row:
-            other = self._tokens.pop(row, None)
-            self.pool.swap(row, slot, max(len(tokens), len(other or ())))
+            other = self._held.pop(row, None)
+            self.pool.swap(row, slot, max(len(tokens), len(other.tokens) if other else 0))
             if other is not None:
-                self._tokens[slot] = other
-        return length
+                self._held[slot] = other
+        return length, written
 
-    def _longest(self, wanted: Seq[int], running: Seq[Sequence]) -> tuple[int | None, int]:
-        """The slot that holds the longest usable prefix of ``wanted``, and its length."""
-        best: int | None = None
-        best_length = MIN_TOKENS - 1
+    def _longest(self, wanted: Seq[int], running: Seq[Sequence]) -> tuple[int | None, int, int]:
+        """The slot that holds the longest usable prefix of ``wanted``, its length, and what the slot has held."""
+        best: tuple[int | None, int, int] = None, MIN_TOKENS - 1, 0
         if len(wanted) < MIN_TOKENS:
-            return None, 0
-        held = [(row, each.prompt, each.num_own) for row, each in enumerate(running) if not each.base]
-        held += [(slot, tokens, len(tokens)) for slot, tokens in self._tokens.items()]
-        for slot, tokens, count in held:
+            return None, 0, 0
+        known = [(row, each.prompt[: each.num_own], each.written) for row, each in enumerate(running) if not each.base]
+        known += [(slot, *held) for slot, held in self._held.items()]
+        for slot, tokens, written in known:
             if tokens[:MIN_TOKENS] != wanted[:MIN_TOKENS]:
                 continue
-            length = common_prefix(tokens[:count], wanted)
-            length = self.pool.layout.usable_prefix(count, length, self.pool.capacity)
-            if length > best_length:
-                best, best_length = slot, length
-        return best, best_length if best is not None else 0
+            length = common_prefix(tokens, wanted)
+            length = self.pool.layout.usable_prefix(written, length, self.pool.capacity)
+            if length > best[1]:
+                best = slot, length, written
+        return best
 
 
 def common_prefix(a: Seq[int], b: Seq[int]) -> int:

@@ -172,7 +172,7 @@ class Scheduler:
             self.prefixes.make_free(row, row)
             sequence.prefilled = len(sequence.prompt) - 1
         else:
-            sequence.prefilled = self.prefixes.load(sequence.prompt[:-1], row, self.running)
+            sequence.prefilled, sequence.inherited = self.prefixes.load(sequence.prompt[:-1], row, self.running)
         self.running.append(sequence)
         self._set_state(row)
 
@@ -225,7 +225,7 @@ class Scheduler:
             held = sequence.num_own
             if row != last:
                 runner.pool.swap(row, last, max(held, moved.num_own + 1))
-            self.prefixes.add(last, (*sequence.prompt, *sequence.completion.ids)[:held])
+            self.prefixes.add(last, (*sequence.prompt, *sequence.completion.ids)[:held], sequence.written)
         elif row != last:
             runner.pool.copy(last, row, moved.num_own + 1)
         if row != last:

@@ -102,6 +102,7 @@ class Sequence:
         completion: what has been generated so far.
         base: position of the first token in its slot; the tokens before it are in the slot of a shared prompt.
         prefilled: tokens of the prompt that are in the KV pool. All but the last are read before decoding starts.
+        inherited: tokens that its slot held before it got the slot, of which it continues some.
         reusable: whether its slot is kept as a cached prefix when it ends.
     """
 
@@ -117,6 +118,7 @@ class Sequence:
         self.completion = Completion()
         self.base = 0
         self.prefilled = 0
+        self.inherited = 0
         self.reusable = True
 
     @property
@@ -138,6 +140,11 @@ class Sequence:
     def num_own(self) -> int:
         """Tokens in its own slot."""
         return self.position - self.base
+
+    @property
+    def written(self) -> int:
+        """Tokens that its slot has held, before it or of its own; see `lmchat.generation.prefix_cache.Held`."""
+        return max(self.inherited, self.num_own)
 
     @property
     def slot_tokens(self) -> int:
