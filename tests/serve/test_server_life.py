@@ -180,5 +180,5 @@ def test_a_signal_finishes_what_runs_and_refuses_what_is_new(process: Any, numbe
 def is_refused(url: str) -> bool:
     try:
         return httpx.get(f"{url}/health", timeout=5).status_code == 503
-    except httpx.ConnectError:
+    except httpx.TransportError:
         return True
