@@ -11,7 +11,7 @@ SOURCE = Path(__file__).resolve().parent.parent / "src" / "lmchat"
 LAYERS = [
     {"__init__", "types"},
     {"messages", "option_checks", "paths", "losses", "schedules"},
-    {"files", "hardware", "precision", "progress", "records"},
+    {"files", "hardware", "precision", "progress", "provenance", "records"},
     {"model", "tokenizer"},
     {"optim"},
     {"scaling", "batching", "stage_table"},
@@ -23,6 +23,7 @@ LAYERS = [
     {"rl"},
     {"checkpoint"},
     {"evaluation"},
+    {"report"},
     {"strategies"},
     {"stages"},
     {"callbacks"},

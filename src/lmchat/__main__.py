@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import keyword
 import sys
 from importlib import import_module
@@ -19,6 +20,7 @@ COMMANDS = {
     "eval": "accuracy of a checkpoint on chat benchmarks",
     "chat": "talk to a model in the terminal",
     "serve": "chat page and OpenAI-compatible API of a model",
+    "report": "what runs were and what came out of them, on one page",
     "export": "write a model for the transformers library",
     "import": "read a model of the transformers library or of nanochat",
     "demo": "the pipeline on this machine's own documentation, offline",
@@ -64,6 +66,9 @@ def _run_command(name: str, args: list[str]) -> None:
     module = command_module(name)
     short = getattr(module, "SHORT_OPTIONS", {})
     args = [short.get(name, name) + equals + value for name, equals, value in (arg.partition("=") for arg in args)]
+    if getattr(module, "TAKES_LIST", False):
+        count = next((index for index, arg in enumerate(args) if arg.startswith("-")), len(args))
+        args = [*([json.dumps(args[:count])] if count else []), *args[count:]]
     auto_cli(module.COMMANDS, args=args, prog=f"lmchat {name}", allow_abbrev=False, exit_on_error=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lmchat.callbacks.save_config import run_log_dir
 from lmchat.generation.sampling import SamplingParams
 from lmchat.hardware import is_out_of_memory
 from lmchat.option_checks import check_count
@@ -27,9 +29,13 @@ PROMPTS = (
     "This function returns",
 )
 
+SAMPLES_FILE = "samples.jsonl"
+
 
 class Samples(Callback):
-    """Completes fixed prompts greedily after every evaluation; prints them and writes them to TensorBoard.
+    """Completes fixed prompts greedily after every evaluation.
+
+    Prints them and writes them to TensorBoard and, in the folder of the logs, to ``samples.jsonl``.
 
     Args:
         prompts: texts to complete.
@@ -51,6 +57,9 @@ class Samples(Callback):
                 raise
             rank_zero_warn(f"no samples: {error}")
             return
+        record = {"step": trainer.global_step, "samples": dict(zip(self.prompts, completions, strict=True))}
+        with (run_log_dir(trainer, pl_module) / SAMPLES_FILE).open("a") as file:
+            file.write(json.dumps(record) + "\n")
         for prompt, text in zip(self.prompts, completions, strict=True):
             print_line(f"  {prompt}\033[1m{text}\033[0m" if sys.stdout.isatty() else f"  {prompt} ▸{text}")
             for logger in trainer.loggers:

@@ -1,31 +1,64 @@
-"""Saves the settings of a run beside its logs."""
+"""Saves the settings and the origin of a run beside its logs."""
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from lmchat.callbacks.step import StepCallback
+from lmchat.files import replacing
 from lmchat.paths import log_dir
+from lmchat.provenance import provenance
 from lmchat.stage_table import STAGES
+from lmchat.stages.base import StageModule
+
+RUN_FILE = "run.json"
 
 
-class SaveConfig(SaveConfigCallback):
-    """Writes all settings of a run to ``config.yaml`` in the logger's folder, or without one in ``logs/<stage>/<tag>``.
+def run_log_dir(trainer: L.Trainer, module: StageModule) -> Path:
+    """The folder that this start of the run logs to: the first logger's, or else ``logs/<stage>/<tag>``.
 
-    Lightning would then write to the current folder and overwrite the file there.
+    Without such a logger, Lightning would write to the current folder and overwrite files there.
     """
+    if isinstance(trainer.logger, TensorBoardLogger | CSVLogger):
+        return Path(trainer.logger.log_dir)
+    return log_dir(STAGES[module.stage].logs, module.tag)
+
+
+class SaveConfig(SaveConfigCallback, StepCallback):
+    """Writes every setting of a run to ``config.yaml``, and after its first step its `provenance` to ``run.json``."""
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace) -> None:
         super().__init__(parser, config, overwrite=True, save_to_log_dir=False)
 
     def save_config(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        folder = log_dir(STAGES[pl_module.stage].logs, pl_module.tag)
-        if isinstance(trainer.logger, TensorBoardLogger | CSVLogger):
-            folder = Path(trainer.logger.log_dir)
+        folder = run_log_dir(trainer, pl_module)
         folder.mkdir(parents=True, exist_ok=True)
         self.parser.save(self.config, folder / self.config_filename, skip_none=False, overwrite=self.overwrite)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._first_step = trainer.global_step + 1
+
+    def on_step_end(self, trainer: L.Trainer, pl_module: Any, step: int) -> None:
+        if step != self._first_step or not trainer.is_global_zero:
+            return
+        device = pl_module.device
+        record = {
+            **provenance(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "ranks": trainer.world_size,
+            "seed": os.environ.get("PL_GLOBAL_SEED"),
+            "data": (trainer.datamodule.position or {}).get("data"),  # type: ignore[attr-defined]
+            "first_step": step,
+        }
+        with replacing(run_log_dir(trainer, pl_module) / RUN_FILE) as unfinished:
+            unfinished.write_text(json.dumps(record, indent=2) + "\n")

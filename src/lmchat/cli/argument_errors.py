@@ -74,12 +74,12 @@ def _remedy(types: str, value: str) -> str:
 
 
 def _missing(names: Sequence[str], args: Sequence[str]) -> str:
-    """Required arguments come with the name of the command or subcommand in front."""
-    owner, _ = names[0].split(".", 1)
+    """Required arguments come with the name of the command or subcommand in front, unless there are no subcommands."""
+    owner = names[0].partition(".")[0] if "." in names[0] else ""
     listed = ", ".join(name.removeprefix(f"{owner}.") for name in names)
     if owner == args[0]:
         return f"lmchat {owner}: {listed} missing; give them in a config, e.g. --config configs/d12_pretrain.yaml"
-    command = f"lmchat {args[0]} {owner}"
+    command = f"lmchat {args[0]} {owner}".strip()
     return f"{command}: {listed} missing; see `{command} --help`"
 
 

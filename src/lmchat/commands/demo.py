@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lmchat.demo.conversation import converse
-from lmchat.demo.report import draw_curves, skills_table, time_table
+from lmchat.demo.report import draw_curves, skills_table, time_table, write_run_report
 from lmchat.demo.run import Demo, Metrics
 from lmchat.demo.text import collect_text, measure_baselines, tokenize, train_tokenizer
 from lmchat.demo.training import finetune, pretrain, reinforce
@@ -34,6 +34,7 @@ STAGES: dict[str, tuple[str, Callable[[Demo], Metrics]]] = {
     "sft": ("Fine-tune it to a chat model", finetune),
     "rl": ("Reinforcement learning on word problems", reinforce),
     "curves": ("Draw the curves", draw_curves),
+    "report": ("Write the report", write_run_report),
     "conversation": ("Chat with it", converse),
 }
 """Stages by name in ``summary.json``: heading and function."""

@@ -84,6 +84,17 @@ def draw_curves(run: Demo) -> Metrics:
     return {"curves": path.name}
 
 
+def write_run_report(run: Demo) -> Metrics:
+    """``report.html`` and ``report.md``: what each stage was trained with and what came out of it."""
+    from lmchat.report.page import write_report
+    from lmchat.report.runs import read_run
+
+    path = run.output / "report.html"
+    write_report([read_run(str(run.output))], path)
+    print(f"Report: {path}")
+    return {"report": path.name}
+
+
 def _curve(axes: Axes, logs: Path, key: str, label: str, window: int = 1, **style: Any) -> None:
     points = [(row["step"], row[key]) for row in read_log(logs) if key in row]
     steps, values = zip(*points, strict=True)

@@ -1,0 +1,204 @@
+"""Reads what runs left on disk: logs, settings, samples, checkpoints and results of evaluations."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lmchat.checkpoint.layout import CheckpointPaths, committed_steps
+from lmchat.checkpoint.load import open_checkpoint
+from lmchat.evaluation.results import Result, read_results, results_file
+from lmchat.model.config import GPTConfig
+from lmchat.paths import base_dir
+from lmchat.scaling import flops_per_token, parameter_counts
+from lmchat.stage_table import STAGES
+from lmchat.types import UserError
+
+Points = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
+
+AXES = {"step": "optimizer steps", "tokens": "tokens", "seconds": "seconds of training", "flops": "training FLOPs"}
+"""What curves can be drawn against."""
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """One stage of a run.
+
+    Attributes:
+        records: logged metrics by step, in order; later starts replace what they repeat.
+        starts: ``run.json`` of each start.
+        config: text of the last ``config.yaml``.
+        samples: completions by prompt, of the last evaluation.
+        meta: metadata of the last checkpoint, if there is one.
+        results: results of ``lmchat eval`` and CORE by task, of the last checkpoint.
+    """
+
+    stage: str
+    records: dict[int, dict[str, float]]
+    starts: list[dict[str, Any]] = field(default_factory=list)
+    config: str = ""
+    samples: dict[str, str] = field(default_factory=dict)
+    meta: dict[str, Any] | None = None
+    results: dict[str, Result] = field(default_factory=dict)
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of all metrics that were logged."""
+        return sorted({name for record in self.records.values() for name in record})
+
+    def has_curve(self, metric: str) -> bool:
+        """Whether a metric was logged more than once."""
+        return sum(metric in record for record in self.records.values()) > 1
+
+    def final(self, metric: str) -> float | None:
+        """The last value of a metric."""
+        return next((record[metric] for record in reversed(self.records.values()) if metric in record), None)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training, without evaluations."""
+        times = self._x_of_steps("seconds")[1]
+        return float(times[-1]) if len(times) else 0.0
+
+    @property
+    def num_parameters(self) -> int | None:
+        return parameter_counts(GPTConfig(**self.meta["model"])).total if self.meta else None
+
+    def curve(self, metric: str, axis: str) -> Points:
+        """x and y of a metric against one of `AXES`; empty where x is not known."""
+        logged = [(step, record[metric]) for step, record in self.records.items() if metric in record]
+        steps, values = np.array(logged, dtype=np.float64).reshape(-1, 2).T
+        known, x = self._x_of_steps(axis)
+        if not len(known):
+            return steps[:0], values[:0]
+        return np.interp(steps, known, x), values
+
+    def _x_of_steps(self, axis: str) -> Points:
+        """Steps, and the value of the axis at each."""
+        needed = {"train/step_ms"} if axis in ("step", "seconds") else {"train/tokens"}
+        steps = [0, *(step for step, record in self.records.items() if needed <= record.keys())]
+        records = [self.records[step] for step in steps[1:]]
+        if axis == "step":
+            x = [float(step) for step in steps]
+        elif axis == "seconds":
+            laps = np.diff(steps) * [record["train/step_ms"] / 1000 for record in records]
+            x = [0.0, *np.cumsum(laps).tolist()]
+        else:
+            x = [0.0, *(record["train/tokens"] for record in records)]
+            if axis == "flops":
+                # Sampling is not counted, so there is no total for reinforcement learning.
+                if self.meta is None or self.stage == "rl":
+                    return np.zeros(0), np.zeros(0)
+                x = [tokens * flops_per_token(GPTConfig(**self.meta["model"])) for tokens in x]
+        return np.array(steps, dtype=np.float64), np.array(x)
+
+
+@dataclass(frozen=True)
+class Run:
+    """All stages of a run, in the order of the pipeline; ``name`` is what its curves are called."""
+
+    name: str
+    stages: dict[str, StageRun]
+
+
+def read_runs(names: Sequence[str]) -> list[Run]:
+    """Reads runs as `read_run` does; runs that would have the same name keep the one they are given by."""
+    runs = [read_run(name) for name in names]
+    taken = [run.name for run in runs]
+    return [
+        run if taken.count(run.name) == 1 else replace(run, name=name) for name, run in zip(names, runs, strict=True)
+    ]
+
+
+def read_run(name: str) -> Run:
+    """Reads a run.
+
+    Args:
+        name: its tag; or a base folder that has one run; or ``FOLDER/TAG``.
+
+    Raises:
+        UserError: there is no such run, or a file of it cannot be read.
+    """
+    base, tag = _locate(name)
+    stages = {stage: _read_stage(base, stage, tag) for stage in STAGES}
+    return Run(Path(name).name, {stage: found for stage, found in stages.items() if found.records or found.meta})
+
+
+def _locate(name: str) -> tuple[Path, str]:
+    """Base folder and tag of a run."""
+    for base, tag in ((base_dir(), name), (Path(name).parent, Path(name).name)):
+        if tag in _tags(base):
+            return base, tag
+    tags = _tags(Path(name))
+    if len(tags) == 1:
+        return Path(name), tags[0]
+    if tags:
+        raise UserError(f"{name} has the runs {', '.join(tags)}; choose one, as in {name}/{tags[0]}")
+    known = ", ".join(_tags(base_dir())) or "none"
+    raise UserError(f"there is no run {name}: no tag in {base_dir()} (there: {known}), and no folder with logs")
+
+
+def _tags(base: Path) -> list[str]:
+    folders = (base / part for stage in STAGES.values() for part in (f"logs/{stage.logs}", stage.checkpoints))
+    return sorted({each.name for folder in folders if folder.is_dir() for each in folder.iterdir() if each.is_dir()})
+
+
+def _read_stage(base: Path, stage: str, tag: str) -> StageRun:
+    logs = base / "logs" / STAGES[stage].logs / tag
+    versions = sorted(logs.glob("version_*"), key=lambda path: int(path.name.rpartition("_")[2])) or [logs]
+    records: dict[int, dict[str, float]] = {}
+    starts, config = [], ""
+    samples: dict[str, str] = {}
+    for version in versions:
+        for path in sorted(version.rglob("metrics.csv")):
+            _merge(records, _read_metrics(path))
+        if (version / "run.json").exists():
+            starts.append(_read_json((version / "run.json").read_text(), version / "run.json"))
+        if (version / "config.yaml").exists():
+            config = (version / "config.yaml").read_text()
+        if (version / "samples.jsonl").exists():
+            lines = (version / "samples.jsonl").read_text().splitlines()
+            samples = _read_json(lines[-1], version / "samples.jsonl")["samples"] if lines else samples
+    checkpoints = base / STAGES[stage].checkpoints / tag
+    meta, results = None, {}
+    if steps := committed_steps(checkpoints):
+        meta = open_checkpoint(CheckpointPaths(checkpoints, steps[-1]), files=()).meta
+        results = read_results(results_file(checkpoints, steps[-1]))
+    return StageRun(stage, dict(sorted(records.items())), starts, config, samples, meta, results)
+
+
+def _merge(records: dict[int, dict[str, float]], new: Sequence[dict[str, float]]) -> None:
+    """Adds the records of a start; what earlier starts logged after its first step was not kept."""
+    if not new:
+        return
+    first = min(record["step"] for record in new)
+    for step in [step for step in records if step > first]:
+        del records[step]
+    for record in new:
+        records.setdefault(int(record.pop("step")), {}).update(record)
+
+
+def _read_metrics(path: Path) -> list[dict[str, float]]:
+    try:
+        with path.open(newline="") as file:
+            rows = csv.DictReader(file)
+            return [{key: float(value) for key, value in row.items() if key and value} for row in rows]
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{path} is no log of metrics ({error}); move it away") from error
+
+
+def _read_json(text: str, path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}); move it away") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged; move it away")
+    return content
