@@ -9,6 +9,7 @@ from pathlib import Path
 import lightning.pytorch  # noqa: F401  (its log handler keeps the stderr of its import: not that of one test)
 import pytest
 
+from core_bundle import write_bundle
 from lmchat.__main__ import main
 from lmchat.cli.fit import read_data_module
 from lmchat.demo import run
@@ -17,6 +18,8 @@ from lmchat.demo.tasks.stories import FAMILIES
 from lmchat.demo.training import NEW_ARITHMETIC, SKILLS
 from lmchat.stages.rl import RolloutDataModule
 from lmchat.stages.sft import SFTDataModule
+from lmchat.tokenizer.bpe import Tokenizer
+from random_checkpoint import save_random_checkpoint
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 DEMO_CONFIGS = run.CONFIGS
@@ -33,7 +36,7 @@ checkpoint: {every_n_steps: 2}
 
 def test_every_config_is_covered() -> None:
     names = {path.name for path in CONFIGS.glob("*.yaml")}
-    assert names == {*PRETRAIN, *OVERLAYS, *CHAT}
+    assert names == {*PRETRAIN, *OVERLAYS, *CHAT, "eval_base.yaml", "eval_chat.yaml"}
 
 
 PRETRAIN = [
@@ -62,6 +65,42 @@ def test_a_config_trains(names: list[str], base: Path, capsys: pytest.CaptureFix
     printed = capsys.readouterr().out
     assert "step 3/3" in printed
     assert "bpb" in printed
+
+
+def test_the_config_of_base_models_evaluates_core(
+    base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_bundle(base / "eval_bundle", broken=False)
+    paths = save_random_checkpoint(Tokenizer.load(base / "tokenizer"), stage="pretrain")
+    assert main(["eval", "--config", str(CONFIGS / "eval_base.yaml"), "--checkpoint", str(paths.directory)]) == 0
+    results = json.loads((paths.directory / "eval_000007.json").read_text())
+    assert results.keys() == {"capitals", "sums", "CORE"}
+    low, high = results["CORE"]["interval_95"]
+    assert low <= results["CORE"]["centered"] <= high
+    assert "CORE" in capsys.readouterr().out
+
+
+def test_the_config_of_chat_models_evaluates_six_benchmarks(
+    base: Path, shared_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = save_random_checkpoint(Tokenizer.load(base / "tokenizer"), sequence_len=1024)
+    sources = {
+        **{f"ARC-{kind}": next((shared_data / "arc" / f"ARC-{kind}").glob("test*")) for kind in ("Easy", "Challenge")},
+        "MMLU": shared_data / "mmlu" / "test.parquet",
+        "GSM8K": shared_data / "gsm8k" / "test.jsonl",
+        "HumanEval": shared_data / "humaneval" / "HumanEval.jsonl.gz",
+        "SpellingBee": shared_data / "words" / "words_alpha.txt",
+    }
+    local = ["--tasks", json.dumps([f"{name}={path}" for name, path in sources.items()]), "--limit", "2"]
+    options = ["--checkpoint", str(paths.directory), "--sandbox.allow_weak", "true", "--max_new_tokens", "4"]
+    command = ["eval", "--config", str(CONFIGS / "eval_chat.yaml"), *options, *local]
+    assert main(command) == 0
+    results = json.loads((paths.directory / "eval_000007.json").read_text())
+    assert results.keys() == {*sources, "ChatCORE"}, capsys.readouterr().out
+    assert results["HumanEval"]["accuracy"] == 0 and results["HumanEval"]["questions"] == 2
+    written = (paths.directory / "eval_000007.json").read_text()
+    assert main(command) == 0  # everything is there
+    assert (paths.directory / "eval_000007.json").read_text() == written
 
 
 def test_the_demo_tells_taught_problems_from_new_ones() -> None:

@@ -142,9 +142,9 @@ def test_the_command_evaluates_a_checkpoint_on_a_bundle(
     monkeypatch.setenv("LMCHAT_BASE_DIR", str(tmp_path / "base"))
     BYTES.save(tmp_path / "base" / "tokenizer")
     paths = save_random_checkpoint(BYTES)
-    evaluate(core=tmp_path / "bundle.zip")
+    evaluate(core=str(tmp_path / "bundle.zip"))
     results = json.loads((paths.directory / "eval_000007.json").read_text())
-    assert results["broken"].keys() == {"limit", "max_tokens", "data", "error", "seconds"}
+    assert results["broken"].keys() == {"limit", "max_tokens", "data", "weights", "error", "seconds"}
     net = load_model(find_checkpoint(paths.directory), "cpu")
     for task in read_bundle(tmp_path / "eval_bundle")[:2]:
         found = list(examples(task, BYTES))
@@ -152,7 +152,7 @@ def test_the_command_evaluates_a_checkpoint_on_a_bundle(
         assert results[task.name]["accuracy"] == correct / 5
         assert results[task.name]["centered"] == centered(correct / 5, task.baseline)
         assert results[task.name]["cut"] == 0
-    evaluate(core=tmp_path / "eval_bundle", tasks=["sums"], limit=3)
+    evaluate(core=str(tmp_path / "eval_bundle"), tasks=["sums"], limit=3)
     assert json.loads((paths.directory / "eval_000007.json").read_text())["sums"]["questions"] == 3
     assert "CORE" not in capsys.readouterr().out.splitlines()[-1]  # one task failed: there is no mean
 

@@ -7,12 +7,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lmchat.evaluation import named
-from lmchat.evaluation.intervals import Z_95, wilson_interval
-from lmchat.evaluation.named import centered_mean, evaluate_tasks, make_task
+from lmchat.evaluation.chat_tasks import grade
+from lmchat.evaluation.intervals import Z_95, bootstrap_interval, wilson_interval
+from lmchat.evaluation.named import evaluate_tasks, make_task, summary
+from lmchat.evaluation.sandbox import Sandbox
+from lmchat.generation.sampling import SamplingParams
 from lmchat.tasks.base import Graded, Task, exchange
+from lmchat.tasks.base import graded as check_graded
+from lmchat.tasks.humaneval import HumanEval
+from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.types import Conversation, UserError
 
 
@@ -71,10 +78,44 @@ def test_results_are_kept_task_by_task_and_continued(tmp_path: Path, graded: lis
     assert graded == list("0123")  # other settings are another result
 
 
-def test_the_mean_is_centered_by_chance() -> None:
-    results = {"MMLU": {"accuracy": 0.25}, "GSM8K": {"accuracy": 0.5}, "ARC-Easy": {"accuracy": 1.0}}
-    assert centered_mean(results, list(results)) == pytest.approx((0 + 0.5 + 1) / 3)
-    assert centered_mean({**results, "ARC-Challenge": {"error": "x"}}, [*results, "ARC-Challenge"]) is None
+def test_the_mean_is_centered_by_chance_and_has_an_interval() -> None:
+    results = {
+        "MMLU": {"accuracy": 0.25, "centered": 0.0, "questions": 40},
+        "GSM8K": {"accuracy": 0.5, "centered": 0.5, "questions": 10},
+        "ARC-Easy": {"accuracy": 1.0, "centered": 1.0, "questions": 4},
+    }
+    mean = summary(results)
+    assert mean is not None and mean["centered"] == pytest.approx((0 + 0.5 + 1) / 3)
+    assert mean["interval_95"] == list(bootstrap_interval([10, 5, 4], [40, 10, 4], [0.25, 0.0, 0.25]))
+    assert summary({**results, "ARC-Challenge": {"error": "x"}}) is None
+    assert summary({}) is None
+
+
+def test_the_bootstrap_draws_the_questions_of_each_task_anew() -> None:
+    outcomes, baselines = [np.repeat([1, 0], [12, 18]), np.repeat([1, 0], [30, 10])], [0.25, 0.0]
+    rng, means = np.random.default_rng(1), []
+    for _ in range(20_000):
+        shares = [rng.choice(outcome, len(outcome)).mean() for outcome in outcomes]
+        means.append(np.mean([(share - base) / (1 - base) for share, base in zip(shares, baselines, strict=True)]))
+    found = bootstrap_interval([12, 30], [30, 40], baselines, replicates=20_000)
+    assert found == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.01)
+    assert bootstrap_interval([0, 4], [9, 4], [0.0, 0.25]) == (0.5, 0.5)
+
+
+def test_answers_that_are_programs_are_run(shared_data: Path) -> None:
+    task = HumanEval(path=str(shared_data / "humaneval" / "HumanEval.jsonl.gz"), stop=3)
+    solutions = [str(conversation["messages"][1]["content"]) for conversation in task]
+    tokenizer = Tokenizer({bytes([byte]): byte for byte in range(256)})
+
+    def generate(prompts: list[list[int]], params: SamplingParams) -> list[list[SimpleNamespace]]:
+        assert len(prompts) == 3 and params.temperature == 0
+        answers = [solutions[0], "def other(): pass", f"```python\n{solutions[2]}\n```"]
+        return [[SimpleNamespace(content=tokenizer.encode(answer))] for answer in answers]
+
+    engine: Any = SimpleNamespace(generate=generate, tokenizer=tokenizer)
+    assert grade(engine, task, list(task), sandbox=Sandbox(allow_weak=True)) == [True, False, True]
+    with pytest.raises(UserError, match="are programs; evaluate on it with lmchat eval"):
+        check_graded(task)
 
 
 def test_mistakes(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lmchat.callbacks.checkpoint import StepCheckpoint
 from lmchat.evaluation.core import read_bundle
 from lmchat.evaluation.core_evaluator import CoreEvaluator
+from lmchat.evaluation.named import summary
 from lmchat.evaluation.results import read_results, results_file, write_results
 from lmchat.model.gpt import ROTARY_ROWS
 from lmchat.option_checks import check_count
@@ -67,6 +68,8 @@ class Core(Callback):
             (checkpoints,) = (each for each in trainer.checkpoint_callbacks if isinstance(each, StepCheckpoint))
             path = results_file(checkpoints.directory, trainer.global_step)
             settings = {task.name: evaluator.settings(number) for number, task in enumerate(evaluator.tasks)}
-            write_results(path, read_results(path) | {name: settings[name] | results[name] for name in results})
+            mean = summary(results)
+            written = {name: settings[name] | results[name] for name in results}
+            write_results(path, read_results(path) | written | ({"CORE": mean} if mean else {}))
         except (UserError, OSError) as error:
             rank_zero_warn(f"the results of CORE are in the logs only: {error}")

@@ -138,7 +138,7 @@ class Monitor(StepCallback):
         metrics = {
             name.removeprefix("val/"): float(value)
             for name, value in trainer.callback_metrics.items()
-            if name.startswith("val/") and name.count("/") == 1  # not those of CORE's tasks
+            if name.startswith("val/") and not name.startswith("val/core/")  # CORE's tasks would be 22 more
         }
         if trainer.is_global_zero and metrics:
             shown = " | ".join(f"{name} {value:.4f}" for name, value in metrics.items())

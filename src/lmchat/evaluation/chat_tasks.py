@@ -8,10 +8,11 @@ import torch
 from torchmetrics import MeanMetric
 
 from lmchat.evaluation.evaluator import Evaluator, Metrics, compute_and_reset
+from lmchat.evaluation.sandbox import Sandbox
 from lmchat.generation.engine import Engine
 from lmchat.generation.policy import Policy
 from lmchat.generation.sampling import SamplingParams
-from lmchat.tasks.base import MultipleChoice, Task, graded
+from lmchat.tasks.base import GradedByTests, MultipleChoice, Task, graded
 from lmchat.tokenizer.render import render_for_completion
 from lmchat.types import Conversation
 
@@ -23,20 +24,22 @@ class ChatTaskEvaluator(Evaluator):
         task: a task that grades answers.
         batch_size: questions answered together.
         max_new_tokens: maximum number of new tokens of an answer.
+        sandbox: where programs are run, for tasks that are graded by tests.
     """
 
-    def __init__(self, task: Task, batch_size: int, max_new_tokens: int = 256) -> None:
+    def __init__(self, task: Task, batch_size: int, max_new_tokens: int = 256, sandbox: Sandbox | None = None) -> None:
         self.task = task
         self.name = task.name
         self.batch_size = batch_size
         self.max_new_tokens = max_new_tokens
+        self.sandbox = sandbox
         self._metric = MeanMetric()
 
     def batches(self, rank: int, world_size: int) -> Iterator[list[Conversation]]:
         return question_batches(self.task, self.batch_size, rank, world_size)
 
     def update(self, policy: Policy, batch: list[Conversation]) -> None:
-        correct = grade(policy.engine, self.task, batch, max_new_tokens=self.max_new_tokens)
+        correct = grade(policy.engine, self.task, batch, max_new_tokens=self.max_new_tokens, sandbox=self.sandbox)
         self._metric.to(policy.net.device).update(torch.tensor(correct, dtype=torch.float32, device=policy.net.device))
 
     def compute(self) -> Metrics:
@@ -54,9 +57,22 @@ def question_batches(task: Task, batch_size: int, rank: int, world_size: int) ->
 
 
 def grade(
-    engine: Engine, task: Task, conversations: Sequence[Conversation], *, max_new_tokens: int = 256
+    engine: Engine,
+    task: Task,
+    conversations: Sequence[Conversation],
+    *,
+    max_new_tokens: int = 256,
+    sandbox: Sandbox | None = None,
 ) -> list[bool]:
-    """Whether each question is answered correctly: greedily, or for multiple choice by the most likely letter."""
+    """Whether each question is answered correctly.
+
+    Multiple choice is answered by the most likely letter, everything else greedily. Programs are tested in ``sandbox``,
+    by default one that refuses to run where a protection is missing.
+    """
+    if isinstance(task, GradedByTests):
+        answers = _greedy_answers(engine, conversations, max_new_tokens)
+        checks = [task.code_check(*pair) for pair in zip(conversations, answers, strict=True)]
+        return [verdict.passed for verdict in (sandbox or Sandbox()).run(checks)]
     grader = graded(task)
     if isinstance(grader, MultipleChoice):
         answers = _most_likely_letters(engine, grader, conversations)

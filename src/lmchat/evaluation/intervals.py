@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+
+import numpy as np
 
 Z_95 = 1.959963984540054
 """97.5th percentile of the standard normal distribution."""
@@ -25,3 +28,26 @@ def wilson_interval(successes: float, trials: int, z: float = Z_95) -> tuple[flo
     center = (share + spread / 2) / (1 + spread)
     half_width = z / (1 + spread) * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
     return max(0.0, center - half_width), min(1.0, center + half_width)
+
+
+def bootstrap_interval(
+    correct: Sequence[int], trials: Sequence[int], baselines: Sequence[float], replicates: int = 10_000
+) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of a mean of centered accuracies (Efron 1979, doi:10.1214/aos/1176344552).
+
+    The questions of each task are drawn anew with replacement; the number of correct ones among them is binomial.
+
+    Args:
+        correct: correct answers of each task.
+        trials: questions of each task, at least one.
+        baselines: accuracy of each task that stands for 0.
+        replicates: bootstrap samples; the same random numbers at every call.
+
+    Returns:
+        2.5th and 97.5th percentile of the mean.
+    """
+    accuracies = np.array(correct) / trials
+    drawn = np.random.default_rng(0).binomial(trials, accuracies, size=(replicates, len(trials))) / trials
+    means = ((drawn - baselines) / (1 - np.array(baselines))).mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)

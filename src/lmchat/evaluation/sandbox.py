@@ -93,6 +93,12 @@ class Sandbox:
     max_parallel: int = field(default_factory=lambda: max(4, os.cpu_count() or 1))
     driver: Path = DRIVER
 
+    def require(self) -> None:
+        """Raises UserError if the kernel refuses a protection, and ``allow_weak`` is false."""
+        self.run(
+            [CodeCheck("def same(x):\n    return x\n", "same", "def check(candidate):\n    assert candidate(1)\n")]
+        )
+
     def run(self, checks: Sequence[CodeCheck]) -> list[Verdict]:
         """The verdict on each program.
 

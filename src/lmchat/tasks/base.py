@@ -125,6 +125,8 @@ def graded(task: Task) -> Graded:
     Raises:
         UserError: the task has no correct answers.
     """
+    if isinstance(task, GradedByTests):
+        raise UserError(f"the answers to {task.name} are programs; evaluate on it with lmchat eval, which runs them")
     if not isinstance(task, Graded):
         raise UserError(f"{task.name} has no correct answers; train on it, and evaluate on another task")
     return task

@@ -1,0 +1,112 @@
+"""What ``lmchat eval`` does between its arguments and the evaluations: tasks by name, the model, the report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from lmchat.checkpoint.load import find_model, load_model, load_tokenizer
+from lmchat.evaluation.core import CoreTask, choose, read_bundle
+from lmchat.evaluation.named import CHAT_CORE, evaluate_core, evaluate_tasks, make_task, summary
+from lmchat.evaluation.results import Result, read_results, results_file, write_results
+from lmchat.evaluation.sandbox import Sandbox
+from lmchat.generation.policy import Policy
+from lmchat.paths import eval_bundle_dir, expand_user
+from lmchat.tasks.base import GradedByTests, Task
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is evaluated, and where its results go.
+
+    Attributes:
+        policy: the model.
+        path: file of the results.
+        identity: what tells its results from those of other weights.
+    """
+
+    policy: Policy
+    path: Path
+    identity: Result
+
+
+def load_subject(checkpoint: Path | None, tokenizer: Path | None, output: Path | None) -> Subject:
+    """The model of a checkpoint, by default the newest."""
+    found = find_model(checkpoint)
+    print(f"{found.stage} {found.meta['tag']}, step {found.step}")
+    net = load_model(found, "cuda" if torch.cuda.is_available() else "cpu")
+    return Subject(
+        Policy(net, load_tokenizer(found, tokenizer)),
+        output or results_file(found.paths.directory, found.step),
+        {"weights": found.meta["files"][found.paths.model.name]["sha256"][:16]},
+    )
+
+
+def core_tasks(bundle: str, names: list[str] | None) -> tuple[list[CoreTask], str | None]:
+    """The CORE tasks of these names, by default all; and the name of their mean, if they are all."""
+    found = read_bundle(eval_bundle_dir() if bundle == "default" else expand_user(bundle))
+    chosen = choose(found, names)
+    return chosen, "CORE" if len(chosen) == len(found) else None
+
+
+def run_core(
+    subject: Subject, tasks: tuple[list[CoreTask], str | None], *, max_per_task: int | None, max_tokens: int | None
+) -> None:
+    """Evaluates on CORE tasks and reports."""
+    limits = {"max_per_task": max_per_task, "max_tokens": max_tokens}
+    report(
+        evaluate_core(subject.policy, tasks[0], subject.path, identity=subject.identity, **limits), subject, tasks[1]
+    )
+
+
+def chat_tasks(specs: list[str] | None, limit: int | None, sandbox: Sandbox) -> dict[str, Task]:
+    """The tasks by name. What they need is checked before the model is loaded."""
+    chosen = {spec.partition("=")[0]: make_task(spec, limit) for spec in specs or CHAT_CORE}
+    if any(isinstance(task, GradedByTests) for task in chosen.values()):
+        sandbox.require()
+    return chosen
+
+
+def run_chat(
+    subject: Subject, tasks: Mapping[str, Task], *, batch_size: int, max_new_tokens: int, sandbox: Sandbox
+) -> None:
+    """Evaluates on chat benchmarks and reports."""
+    running = evaluate_tasks(
+        subject.policy,
+        tasks,
+        subject.path,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        sandbox=sandbox,
+        identity=subject.identity,
+    )
+    report(running, subject, "ChatCORE" if set(tasks) == set(CHAT_CORE) else None)
+
+
+def report(running: Iterator[tuple[str, Result]], subject: Subject, mean_name: str | None) -> None:
+    """Prints results as they come, then all of them; the mean goes into the file under its name, if it has one."""
+    console, results = Console(), {}
+    for name, result in running:
+        results[name] = result
+        shown = f"{result['accuracy']:.1%}" if "accuracy" in result else f"failed: {result['error']}"
+        console.print(f"  {name}: {shown}", highlight=False, soft_wrap=True)
+    table = Table("task", "questions", "accuracy", "95 % interval", "centered", "seconds")
+    for name, result in results.items():
+        if "accuracy" in result:
+            low, high = result["interval_95"]
+            interval, centered = f"{low:.1%} … {high:.1%}", f"{result['centered']:.3f}"
+            accuracy = f"{result['accuracy']:.1%}"
+            table.add_row(name, str(result["questions"]), accuracy, interval, centered, str(result["seconds"]))
+    if (mean := summary(results)) is not None:
+        low, high = mean["interval_95"]
+        table.add_section()
+        table.add_row(mean_name or "mean", "", "", f"{low:.3f} … {high:.3f}", f"{mean['centered']:.3f}", "")
+        if mean_name is not None:
+            write_results(subject.path, read_results(subject.path) | {mean_name: mean})
+    console.print(table)
+    console.print(f"Results are in {subject.path}", soft_wrap=True, highlight=False)
