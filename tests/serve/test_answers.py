@@ -46,7 +46,7 @@ def test_characters_of_several_tokens_and_calculator_calls() -> None:
     result = [special("output_start"), *b"2", special("output_end")]
     tokens = [*"é is ".encode(), *call, *result, *"2€".encode(), special("assistant_end")]
     start = len("é is ".encode()) + len(call)
-    answer = Answer(TOKENIZER, ["is x"], parts=True)
+    answer = Answer(TOKENIZER, ["is x"], chat=True)
     texts = []
     for event in events(*tokens, forced=tuple(range(start, start + len(result))), reason="stop"):
         delta = answer.take(event)
@@ -63,7 +63,7 @@ def test_characters_of_several_tokens_and_calculator_calls() -> None:
 
 
 def test_an_incomplete_character_at_the_end_is_replaced() -> None:
-    answer = Answer(TOKENIZER, [], parts=False)
+    answer = Answer(TOKENIZER, [], chat=False)
     for event in events(*"a€".encode()[:-1]):
         answer.take(event)
     assert answer.whole.text == "a\ufffd"
@@ -72,7 +72,7 @@ def test_an_incomplete_character_at_the_end_is_replaced() -> None:
 def test_a_stop_string_across_tokens_ends_the_answer() -> None:
     rng = random.Random(0)
     text = "".join(rng.choice("ab\n") for _ in range(200)) + "\n\nQ:" + "rest"
-    answer = Answer(TOKENIZER, ["\n\nQ:"], parts=False)
+    answer = Answer(TOKENIZER, ["\n\nQ:"], chat=False)
     for event in events(*text.encode()):
         if answer.take(event).finish_reason:
             break

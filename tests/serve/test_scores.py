@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import torch
@@ -79,7 +80,7 @@ def test_logprobs_of_generated_tokens(live: LiveServer) -> None:
         assert run.text == scored.text and echoed.text == TEXT + run.text
         assert scored.logprobs.token_logprobs == pytest.approx(run.logprobs.token_logprobs, abs=1e-4)
         size = len(run.logprobs.token_logprobs)
-        assert size in (11, 12)
+        assert size == 12 or run.finish_reason == "stop"
         assert echoed.logprobs.token_logprobs == pytest.approx(
             [*(echoed.logprobs.token_logprobs or [])[:-size], *run.logprobs.token_logprobs], abs=1e-4
         )
@@ -104,3 +105,39 @@ def test_chat_logprobs_whole_and_streamed(live: LiveServer) -> None:
         assert [token.logprob for token in tokens] == pytest.approx([token.logprob for token in expected], abs=1e-4)
     with pytest.raises(openai.BadRequestError, match="top_logprobs needs logprobs"):
         client.chat.completions.create(top_logprobs=3, **options)
+
+
+def lm_eval_score(choice: Any, context: int) -> tuple[float, bool]:
+    """How lm-eval's local-completions reads a continuation's score: the last token is the one that was generated."""
+    logprobs = choice.logprobs.token_logprobs[context:-1]
+    tops = choice.logprobs.top_logprobs[context:-1]
+    return sum(logprobs), all(own == max(top.values()) for own, top in zip(logprobs, tops, strict=True))
+
+
+@pytest.mark.parametrize("with_bos", [False, True])
+def test_continuations_are_scored_as_lm_eval_asks(live: LiveServer, with_bos: bool) -> None:
+    client, bos = client_of(live), TOKENIZER.bos_id
+    prompts = [[*[bos] * with_bos, *f"{number} and then".encode()] for number in range(40)]
+    reply = client.completions.create(
+        model="lmchat", prompt=prompts, temperature=0, max_tokens=1, logprobs=1, seed=1234, echo=True
+    )
+    for prompt, choice in zip(prompts, reply.choices, strict=True):
+        ids = prompt if with_bos else [bos, *prompt]
+        plain = log_softmax(ids)
+        places = range(len(ids) - 5, len(ids) - 1)
+        expected = sum(plain[place, ids[place + 1]].item() for place in places)
+        greedy = all(plain[place].argmax() == ids[place + 1] for place in places)
+        assert lm_eval_score(choice, len(prompt) - 4) == (pytest.approx(expected, abs=1e-3), greedy)
+        assert choice.logprobs and len(choice.logprobs.tokens or ()) == len(prompt) + 1
+
+
+def test_tokenize_and_detokenize(live: LiveServer) -> None:
+    def post(path: str, body: Any) -> Any:
+        return httpx.post(f"{live.url}/{path}", json=body).json()
+
+    assert post("tokenize", {"prompt": TEXT, "add_special_tokens": False})["tokens"] == [*TEXT.encode()]
+    info = httpx.get(f"{live.url}/tokenizer_info").json()
+    assert post("tokenize", {"prompt": info["bos_token"]})["tokens"] == [TOKENIZER.bos_id]
+    assert post("detokenize", {"tokens": [*TEXT.encode()]}) == {"prompt": TEXT}
+    for path, body in {"tokenize": {"prompt": 1}, "detokenize": {"tokens": [-1]}}.items():
+        assert httpx.post(f"{live.url}/{path}", json=body).status_code == 400

@@ -100,19 +100,19 @@ class Answer:
     Args:
         tokenizer: of the model.
         stops: stop strings; they are looked for in text, not in calculator calls and results.
-        parts: tell calculator calls and results from text; otherwise all is text.
+        chat: calculator calls and results are told from text, and the stop token is none of the tokens.
 
     Attributes:
         whole: everything so far.
         num_tokens: tokens generated, stop token and calculator results included.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], *, parts: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], *, chat: bool) -> None:
         self.whole = Delta()
         self.num_tokens = 0
         self._stream = TokenStream(tokenizer)
         self._stops = StopStrings(stops)
-        self._parts = parts
+        self._chat = chat
 
     @property
     def done(self) -> bool:
@@ -125,7 +125,7 @@ class Answer:
         last = event.finish_reason is not None
         piece = self._stream.next(event.token, event.forced, last)
         delta = Delta(finish_reason=event.finish_reason)
-        role = piece.role if self._parts else "text"
+        role = piece.role if self._chat else "text"
         if role == "text":
             text = self._stops.push(piece.text, last)
             if self._stops.found:
@@ -137,7 +137,7 @@ class Answer:
             text = piece.text
         if text:
             append_part(delta.parts, {"type": role, "text": text})
-        if event.finish_reason != "stop":  # a stop token is no part of the answer
+        if event.finish_reason != "stop" or not self._chat:
             delta.tokens.append(Token(event.token, event.logprob))
         self.whole.add(delta)
         return delta

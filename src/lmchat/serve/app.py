@@ -25,12 +25,15 @@ from lmchat.serve.openai_schema import (
     DEFAULT_COMPLETION_TOKENS,
     ChatRequest,
     CompletionRequest,
+    DetokenizeRequest,
     GenerationRequest,
+    TokenizeRequest,
     messages_of,
     parse,
 )
 from lmchat.serve.run import Plan
 from lmchat.serve.security import Gate
+from lmchat.tokenizer.bpe import SPECIAL_TOKENS
 from lmchat.tokenizer.render import render_for_completion
 from lmchat.types import Conversation
 
@@ -84,6 +87,9 @@ class Server:
         app = FastAPI(title="lmchat", docs_url=None, redoc_url=None, openapi_url=None, lifespan=self._lifespan)
         app.post("/v1/chat/completions")(self.chat)
         app.post("/v1/completions")(self.complete)
+        app.post("/tokenize")(self.tokenize)
+        app.post("/detokenize")(self.detokenize)
+        app.get("/tokenizer_info")(self.tokenizer_info)
         app.get("/v1/models")(self.models)
         app.get("/v1/models/{name:path}")(self.model)
         app.get("/health")(self.health)
@@ -136,7 +142,7 @@ class Server:
             params=wanted.sampling(max_tokens, calculator=True, logprobs=logprobs),
             num_samples=wanted.samples,
             stops=wanted.stops,
-            parts=True,
+            chat=True,
             top_logprobs=(wanted.top_logprobs or 0) if logprobs else None,
         )
         return self._generated(wanted, plan, ChatResponses(tokenizer, self.card.name))
@@ -145,7 +151,7 @@ class Server:
         """``POST /v1/completions``."""
         wanted = parse(CompletionRequest, await read_body(request, self.limits.max_body_bytes))
         self._check(wanted)
-        prompts, hidden = await self._encoded(wanted.prompts)
+        prompts, added = await self._encoded(wanted.prompts)
         max_tokens = DEFAULT_COMPLETION_TOKENS if wanted.max_tokens is None else wanted.max_tokens
         self._max_tokens(prompts, max_tokens or 1)
         logprobs = wanted.logprobs is not None
@@ -157,7 +163,26 @@ class Server:
             echo=bool(wanted.echo),
             top_logprobs=wanted.logprobs,
         )
-        return self._generated(wanted, plan, CompletionResponses(self.engine.tokenizer, self.card.name, hidden))
+        return self._generated(wanted, plan, CompletionResponses(self.engine.tokenizer, self.card.name, added))
+
+    async def tokenize(self, request: Request) -> Response:
+        """``POST /tokenize``, as of vLLM. A text that is the name of a special token is that token."""
+        wanted = parse(TokenizeRequest, await read_body(request, self.limits.max_body_bytes))
+        name = wanted.prompt.removeprefix("<|").removesuffix("|>")
+        is_special = wanted.prompt in SPECIAL_TOKENS
+        tokens = [self.engine.tokenizer.special(name)] if is_special else await self._tokens(wanted.prompt)
+        return JSONResponse({"count": len(tokens), "max_model_len": self.engine.context_limit, "tokens": tokens})
+
+    async def detokenize(self, request: Request) -> Response:
+        """``POST /detokenize``, as of vLLM."""
+        wanted = parse(DetokenizeRequest, await read_body(request, self.limits.max_body_bytes))
+        if any(not 0 <= token < self.engine.config.vocab_size for token in wanted.tokens):
+            raise APIError(f"tokens must be from 0 to {self.engine.config.vocab_size - 1}", param="tokens")
+        return JSONResponse({"prompt": self.engine.tokenizer.decode(wanted.tokens)})
+
+    async def tokenizer_info(self) -> Response:
+        """``GET /tokenizer_info``, as of vLLM: how lm-eval finds out that it can tokenize here."""
+        return JSONResponse({"bos_token": "<|bos|>", "eos_token": "<|bos|>"})
 
     async def models(self) -> Response:
         """``GET /v1/models``."""
@@ -214,22 +239,18 @@ class Server:
                 param=param,
             )
 
-    async def _encoded(self, prompts: list[str] | list[list[int]]) -> tuple[list[list[int]], int]:
-        """Token ids of prompts, and how many at their beginning are not of the client's."""
-        encoded = []
-        for prompt in prompts:
-            if isinstance(prompt, str):
-                self._check_size(prompt, param="prompt")
-                ids = await asyncio.to_thread(self.engine.tokenizer.encode, prompt)
-                encoded.append([self.engine.tokenizer.bos_id, *ids])
-            else:
-                encoded.append(prompt)
-        for ids in encoded:
-            if not ids or min(ids) < 0 or max(ids) >= self.engine.config.vocab_size:
-                raise APIError(
-                    f"the prompt must have token ids from 0 to {self.engine.config.vocab_size - 1}", param="prompt"
-                )
-        return encoded, int(isinstance(prompts[0], str))
+    async def _encoded(self, prompts: list[str] | list[list[int]]) -> tuple[list[list[int]], list[int]]:
+        """Token ids of prompts with ``<|bos|>`` in front, as in training, and how many tokens of each are added."""
+        encoded = [await self._tokens(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        size, bos = self.engine.config.vocab_size, self.engine.tokenizer.bos_id
+        if any(not 0 <= token < size for ids in encoded for token in ids):
+            raise APIError(f"the prompt must have token ids from 0 to {size - 1}", param="prompt")
+        added = [int(ids[:1] != [bos]) for ids in encoded]
+        return [[bos] * count + ids for count, ids in zip(added, encoded, strict=True)], added
+
+    async def _tokens(self, text: str) -> list[int]:
+        self._check_size(text, param="prompt")
+        return await asyncio.to_thread(self.engine.tokenizer.encode, text)
 
     def _max_tokens(self, prompts: Sequence[Sequence[int]], wanted: int | None) -> int:
         """How many tokens to generate at most.

@@ -118,19 +118,19 @@ class ChatResponses(Responses):
 
 
 class CompletionResponses(Responses):
-    """``/v1/completions``.
+    """``/v1/completions``. Log-probabilities include the stop token, which the text does not: lm-eval counts on it.
 
     Args:
         tokenizer: of the model.
         model: name of the model that answers.
-        hidden: tokens at the beginning of each prompt that the client did not send.
+        added: number of tokens at the beginning of each prompt that the client did not send and does not get back.
     """
 
     prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, tokenizer: Tokenizer, model: str, hidden: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, model: str, added: Sequence[int]) -> None:
         super().__init__(tokenizer, model)
-        self.hidden = hidden
+        self.added = added
 
     def opening(self, run: Run) -> Iterator[JSON]:
         if run.plan.echo and not run.plan.needs_scores:
@@ -160,14 +160,17 @@ class CompletionResponses(Responses):
         return {"index": number, "text": text + answer.text, "logprobs": logprobs, "finish_reason": reason}
 
     def _echo(self, run: Run, number: int) -> str:
-        return self.tokenizer.decode(run.prompt_of(number)[self.hidden :])
+        return self.tokenizer.decode(run.prompt_of(number)[self._added(run, number) :])
+
+    def _added(self, run: Run, number: int) -> int:
+        return self.added[number // run.plan.num_samples]
 
     def _prompt_tokens(self, run: Run, number: int) -> list[tuple[Token, Top]]:
         prompt, scores = run.prompt_of(number), run.scores[number]
         tokens: list[tuple[Token, Top]] = [(Token(prompt[0], None), ())]
         for token, logprob, top in zip(prompt[1:], scores.logprobs, scores.top, strict=False):
             tokens.append((Token(token, logprob), top))
-        return tokens[self.hidden :]
+        return tokens[self._added(run, number) :]
 
     def _logprobs(self, tokens: Sequence[tuple[Token, Top]]) -> JSON:
         texts = [self._text(token.id) for token, _ in tokens]

@@ -121,7 +121,21 @@ class CompletionRequest(GenerationRequest):
         return list(prompt)
 
 
-Request = TypeVar("Request", bound=GenerationRequest)
+class TokenizeRequest(BaseModel):
+    """The body of ``/tokenize``; special tokens are never added."""
+
+    model_config = ConfigDict(strict=True)
+    prompt: str
+
+
+class DetokenizeRequest(BaseModel):
+    """The body of ``/detokenize``."""
+
+    model_config = ConfigDict(strict=True)
+    tokens: list[int]
+
+
+Request = TypeVar("Request", bound=BaseModel)
 
 
 def parse(kind: type[Request], body: bytes) -> Request:

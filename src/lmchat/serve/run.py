@@ -22,7 +22,7 @@ class Plan:
         params: sampling parameters; None if nothing is generated, only prompts are scored.
         num_samples: completions per prompt.
         stops: stop strings.
-        parts: tell calculator calls from text.
+        chat: see `Answer`.
         echo: scores of the prompts are wanted too.
         top_logprobs: number of most likely tokens wanted at each place; None if no log-probabilities are wanted.
     """
@@ -31,7 +31,7 @@ class Plan:
     params: SamplingParams | None
     num_samples: int = 1
     stops: Sequence[str] = ()
-    parts: bool = False
+    chat: bool = False
     echo: bool = False
     top_logprobs: int | None = None
 
@@ -58,7 +58,7 @@ class Run:
         tokenizer = worker.engine.tokenizer
         count = len(plan.prompts) * plan.num_samples
         self.plan = plan
-        self.answers = [Answer(tokenizer, plan.stops, parts=plan.parts) for _ in range(count)]
+        self.answers = [Answer(tokenizer, plan.stops, chat=plan.chat) for _ in range(count)]
         self.scores: list[TokenScores] = []
         self._worker = worker
         self._metrics = metrics
