@@ -24,6 +24,7 @@ STRICT = SandboxOptions()
 
 def evaluate(
     checkpoint: Path | None = None,
+    model: str | None = None,
     tasks: list[str] | None = None,
     limit: int | None = None,
     core: str | None = None,
@@ -41,6 +42,7 @@ def evaluate(
 
     Args:
         checkpoint: folder or file of a checkpoint; default is the newest of the last stage that has one.
+        model: hf:PATH for a local model of the transformers library in place of a checkpoint, with --core.
         tasks: names from ARC-Easy, ARC-Challenge, MMLU, GSM8K, HumanEval, SpellingBee, SimpleSpelling, each also as
             NAME=PATH with a local copy of its data (of the spelling tasks: a word list), as in [GSM8K=test.jsonl,MMLU];
             default is the first six, whose mean is ChatCORE.
@@ -58,13 +60,20 @@ def evaluate(
     from lmchat.commands import evaluations
     from lmchat.evaluation.sandbox import Limits, Sandbox
     from lmchat.option_checks import check_count
+    from lmchat.types import UserError
 
     check_count("", 1, batch_size=batch_size, max_new_tokens=max_new_tokens, limit=limit, max_tokens=max_tokens)
     if core:
         chosen = evaluations.core_tasks(core, tasks)
-        subject = evaluations.load_subject(checkpoint, tokenizer, output)
+        subject = (
+            evaluations.load_hf_subject(model, output)
+            if model
+            else evaluations.load_subject(checkpoint, tokenizer, output)
+        )
         evaluations.run_core(subject, chosen, max_per_task=limit, max_tokens=max_tokens)
         return
+    if model:
+        raise UserError("models of transformers are evaluated on CORE; add --core eval_bundle.zip")
     isolation = Sandbox(sandbox.allow_weak, Limits(seconds=sandbox.seconds))
     questions = evaluations.chat_tasks(tasks, limit, isolation)
     subject = evaluations.load_subject(checkpoint, tokenizer, output)

@@ -12,12 +12,14 @@ from rich.table import Table
 
 from lmchat.checkpoint.load import find_model, load_model, load_tokenizer
 from lmchat.evaluation.core import CoreTask, choose, read_bundle
+from lmchat.evaluation.hf_model import HFModel
 from lmchat.evaluation.named import CHAT_CORE, evaluate_core, evaluate_tasks, make_task, summary
 from lmchat.evaluation.results import Result, read_results, results_file, write_results
 from lmchat.evaluation.sandbox import Sandbox
 from lmchat.generation.policy import Policy
 from lmchat.paths import eval_bundle_dir, expand_user
 from lmchat.tasks.base import GradedByTests, Task
+from lmchat.types import UserError
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,39 @@ class Subject:
     identity: Result
 
 
+@dataclass(frozen=True)
+class HFSubject:
+    """A model of the transformers library that is evaluated; see `Subject`."""
+
+    policy: HFModel
+    path: Path
+    identity: Result
+
+
+def load_hf_subject(model: str, output: Path | None) -> HFSubject:
+    """The model that ``hf:PATH`` stands for.
+
+    Raises:
+        UserError: it is written otherwise, or there is no such model.
+    """
+    kind, _, folder = model.partition(":")
+    if kind != "hf" or not folder:
+        raise UserError(f"--model is {model}; give hf:PATH, the folder of a model of the transformers library")
+    path = expand_user(folder)
+    found = HFModel(path, _device())
+    print(f"{type(found.net).__name__}, {path}")
+    return HFSubject(found, output or path / "eval.json", {"weights": found.fingerprint})
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def load_subject(checkpoint: Path | None, tokenizer: Path | None, output: Path | None) -> Subject:
     """The model of a checkpoint, by default the newest."""
     found = find_model(checkpoint)
     print(f"{found.stage} {found.meta['tag']}, step {found.step}")
-    net = load_model(found, "cuda" if torch.cuda.is_available() else "cpu")
+    net = load_model(found, _device())
     return Subject(
         Policy(net, load_tokenizer(found, tokenizer)),
         output or results_file(found.paths.directory, found.step),
@@ -55,7 +85,11 @@ def core_tasks(bundle: str, names: list[str] | None) -> tuple[list[CoreTask], st
 
 
 def run_core(
-    subject: Subject, tasks: tuple[list[CoreTask], str | None], *, max_per_task: int | None, max_tokens: int | None
+    subject: Subject | HFSubject,
+    tasks: tuple[list[CoreTask], str | None],
+    *,
+    max_per_task: int | None,
+    max_tokens: int | None,
 ) -> None:
     """Evaluates on CORE tasks and reports."""
     limits = {"max_per_task": max_per_task, "max_tokens": max_tokens}
@@ -88,7 +122,7 @@ def run_chat(
     report(running, subject, "ChatCORE" if set(tasks) == set(CHAT_CORE) else None)
 
 
-def report(running: Iterator[tuple[str, Result]], subject: Subject, mean_name: str | None) -> None:
+def report(running: Iterator[tuple[str, Result]], subject: Subject | HFSubject, mean_name: str | None) -> None:
     """Prints results as they come, then all of them; the mean goes into the file under its name, if it has one."""
     console, results = Console(), {}
     for name, result in running:

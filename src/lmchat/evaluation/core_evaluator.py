@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -26,7 +26,14 @@ CHUNK_EXAMPLES = 512
 """Number of examples that are tokenized together and sorted by length."""
 
 Result = dict[str, Any]
-Score = Callable[[Any, Sequence[Example]], list[list[OptionScore]]]
+
+
+@runtime_checkable
+class CoreModel(Protocol):
+    """A model that scores examples itself, unlike `lmchat.generation.policy.Policy`."""
+
+    def score(self, questions: Sequence[Example]) -> list[list[OptionScore]]:
+        """Scores of each example's options."""
 
 
 class CoreBatch:
@@ -90,7 +97,6 @@ class CoreEvaluator(Evaluator):
         max_per_task: int | None = None,
         every_n_steps: int = 0,
         device: torch.device | str = "cpu",
-        score_examples: Score | None = None,
     ) -> None:
         self.tasks = list(tasks)
         self.tokenizer = tokenizer
@@ -98,7 +104,6 @@ class CoreEvaluator(Evaluator):
         self.max_tokens = max_tokens
         self.every_n_steps = every_n_steps
         self.results: dict[str, Result] = {}
-        self._score = score_examples or score
         self._counts = Counts(len(self.tasks)).to(device)
         self._errors: dict[int, str] = {}
         self._seconds = [0.0] * len(self.tasks)
@@ -136,7 +141,9 @@ class CoreEvaluator(Evaluator):
             return
         kind = self.tasks[batch.task].kind
         try:
-            scores = self._score(policy.net, batch.examples)
+            scores = (
+                policy.score(batch.examples) if isinstance(policy, CoreModel) else score(policy.net, batch.examples)
+            )
             correct = sum(is_correct(kind, *pair) for pair in zip(batch.examples, scores, strict=True))
         except Exception as error:
             if is_out_of_memory(error):

@@ -59,7 +59,7 @@ def score_plainly(logits_of: LogitsOf, questions: Sequence[Example]) -> list[lis
         scores = []
         for option, (start, end) in zip(example.options, example.spans, strict=True):
             logits = logits_of(torch.tensor([option]))[0, start - 1 : end - 1]
-            scores += _scores(logits, [option[start:end]])
+            scores += scores_of(logits, [option[start:end]])
         results.append(scores)
     return results
 
@@ -78,7 +78,7 @@ def score(net: GPT, questions: Sequence[Example]) -> list[list[OptionScore]]:
     packed = PackedTrees(trees, net.device)
     hidden = net.hidden(packed.ids, packed)[0]
     places = torch.tensor([place for branch in packed.predicting for place in branch], device=net.device)
-    scores = iter(_scores(net.logits(hidden[places]), [target for tree in trees for target in tree.targets]))
+    scores = iter(scores_of(net.logits(hidden[places]), [target for tree in trees for target in tree.targets]))
     results = []
     for tree in trees:
         by_branch = [next(scores) for _ in tree.branches]
@@ -101,7 +101,7 @@ def batches_by_length(questions: Sequence[Example], max_tokens: int) -> Iterator
         yield batch
 
 
-def _scores(logits: Tensor, targets: Sequence[Sequence[int]]) -> list[OptionScore]:
+def scores_of(logits: Tensor, targets: Sequence[Sequence[int]]) -> list[OptionScore]:
     """Scores of options from logits (tokens, vocab_size), the rows of all options one after another."""
     lengths = [len(tokens) for tokens in targets]
     flat = torch.tensor([token for tokens in targets for token in tokens], device=logits.device)

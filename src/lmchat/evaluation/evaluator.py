@@ -146,7 +146,7 @@ def _try_update(evaluator: Evaluator, policy: Policy, batch: Any) -> str | None:
     return None
 
 
-def evaluate(evaluator: Evaluator, policy: Policy) -> Metrics:
+def evaluate(evaluator: Evaluator, policy: Any) -> Metrics:
     """Runs one evaluation in this process only and returns its metrics.
 
     Raises:

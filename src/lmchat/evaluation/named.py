@@ -11,6 +11,7 @@ from lmchat.evaluation.chat_tasks import ChatTaskEvaluator
 from lmchat.evaluation.core import CoreTask, centered
 from lmchat.evaluation.core_evaluator import CoreEvaluator
 from lmchat.evaluation.evaluator import evaluate
+from lmchat.evaluation.hf_model import HFModel
 from lmchat.evaluation.intervals import bootstrap_interval, wilson_interval
 from lmchat.evaluation.results import Result, read_results, write_results
 from lmchat.evaluation.sandbox import Sandbox
@@ -88,7 +89,7 @@ def evaluate_tasks(
 
 
 def evaluate_core(
-    policy: Policy,
+    model: Policy | HFModel,
     tasks: Sequence[CoreTask],
     results_file: Path,
     *,
@@ -98,17 +99,16 @@ def evaluate_core(
 ) -> Iterator[tuple[str, Result]]:
     """Evaluates CORE tasks like `evaluate_tasks`. Results also have the number of examples ``cut``, whose answers did
     not fit into the context."""
-    limit = len(policy.net.cos)
-    limit = min(max_tokens or limit, limit)
+    limit = min(max_tokens or model.context_limit, model.context_limit)
 
     def result(evaluator: CoreEvaluator) -> Result:
-        evaluate(evaluator, policy)
+        evaluate(evaluator, model)
         return evaluator.results[evaluator.tasks[0].name]
 
     evaluations = {}
     for task in tasks:
         evaluator = CoreEvaluator(
-            [task], policy.tokenizer, max_tokens=limit, max_per_task=max_per_task, device=policy.net.device
+            [task], model.tokenizer, max_tokens=limit, max_per_task=max_per_task, device=model.device
         )
         evaluations[task.name] = (evaluator.settings(0) | (identity or {}), partial(result, evaluator))
     yield from _evaluate_each(evaluations, results_file)

@@ -25,6 +25,16 @@ class Policy:
     tokenizer: Tokenizer
 
     @property
+    def device(self) -> torch.device:
+        """The device of the network."""
+        return self.net.device
+
+    @property
+    def context_limit(self) -> int:
+        """Maximum number of tokens of a context."""
+        return len(self.net.cos)
+
+    @property
     def engine(self) -> Engine:
         """The policy's engine, with the network's weights at the time of this call."""
         self._engine.refresh()

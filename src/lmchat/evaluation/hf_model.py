@@ -1,0 +1,111 @@
+"""Causal language models of the transformers library, scored on CORE."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmchat.evaluation.core import Example
+from lmchat.evaluation.core_scoring import OptionScore, scores_of
+from lmchat.types import UserError
+
+
+class HFModel:
+    """A causal language model and its tokenizer, from a local folder; also a `lmchat.evaluation.core.PromptTokenizer`.
+
+    Args:
+        path: folder of the model, as `save_pretrained` writes it.
+        device: device to run on.
+
+    Raises:
+        UserError: transformers is not installed, or the folder holds no causal language model.
+    """
+
+    def __init__(self, path: Path, device: torch.device | str = "cpu") -> None:
+        try:
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+        except ImportError as error:
+            raise UserError("models of transformers need that library; pip install 'lmchat[hf]'") from error
+        self.path = path
+        self.device = torch.device(device)
+        try:
+            self._encoder = AutoTokenizer.from_pretrained(path, local_files_only=True)
+            net: Any = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(f"{path} holds no causal language model of transformers ({reason})") from error
+        self.net = net.to(self.device).eval()
+        self._keeps_logits = "logits_to_keep" in inspect.signature(net.forward).parameters
+
+    @property
+    def tokenizer(self) -> HFModel:
+        """The model's tokenizer."""
+        return self
+
+    @property
+    def bos_id(self) -> int:
+        """The token that documents begin with: BOS, or else EOS. For GPT-2 it is ``<|endoftext|>``.
+
+        Raises:
+            UserError: the tokenizer has neither.
+        """
+        for token in (self._encoder.bos_token_id, self._encoder.eos_token_id):
+            if token is not None:
+                return int(token)
+        raise UserError(f"the tokenizer in {self.path} has no BOS token, which CORE's prompts begin with")
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without special tokens."""
+        return list(self._encoder(text, add_special_tokens=False)["input_ids"])
+
+    @property
+    def context_limit(self) -> int:
+        """Maximum number of tokens of a context."""
+        return int(getattr(self.net.config, "max_position_embeddings", None) or self._encoder.model_max_length)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of the files of weights."""
+        digest = hashlib.sha256()
+        for path in sorted(self.path.iterdir()):
+            if path.suffix in (".safetensors", ".bin"):
+                with path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()[:16]
+
+    def release_memory(self) -> None:
+        """Frees torch's cache of free blocks."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @torch.inference_mode()
+    def score(self, questions: Sequence[Example]) -> list[list[OptionScore]]:
+        """Scores of each example's options, see `lmchat.evaluation.core_scoring.score`."""
+        rows = list(dict.fromkeys((tuple(o), s) for q in questions for o, s in zip(q.options, q.spans, strict=True)))
+        ids = torch.zeros(len(rows), max(len(option) for option, _ in rows), dtype=torch.int64)
+        for line, (option, _) in zip(ids, rows, strict=True):
+            line[: len(option)] = torch.tensor(option)
+        first = min(start for _, (start, _) in rows) - 1
+        logits = self._logits(ids.to(self.device), first)
+        picked = [
+            row_logits[start - 1 - first : end - 1 - first]
+            for row_logits, (_, (start, end)) in zip(logits, rows, strict=True)
+        ]
+        scores = scores_of(torch.cat(picked), [option[slice(*span)] for option, span in rows])
+        by_row = dict(zip(rows, scores, strict=True))
+        return [
+            [by_row[tuple(option), span] for option, span in zip(example.options, example.spans, strict=True)]
+            for example in questions
+        ]
+
+    def _logits(self, ids: torch.Tensor, first: int) -> torch.Tensor:
+        """Logits (B, T − first, vocabulary) from position ``first`` on. Padding on the right needs no mask."""
+        keep: dict[str, Any] = {"logits_to_keep": ids.size(1) - first} if self._keeps_logits else {}
+        logits = self.net(ids, **keep).logits
+        return logits if keep else logits[:, first:]
