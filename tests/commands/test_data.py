@@ -197,7 +197,7 @@ USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "conte
         ([USER, {"role": "assistant", "content": ""}], "message 1 (assistant) is empty"),
         ([USER, {"role": "assistant", "content": [{"type": "image", "text": "x"}]}], "a part of type image"),
         ([USER, {"role": "critic", "content": "x"}], "unknown role 'critic'"),
-        ({"text": "a"}, "no known form has the fields text"),
+        ({"text": "a"}, "no known format has the fields text"),
     ],
 )
 def test_show_names_file_and_line_of_what_it_cannot_render(

@@ -104,7 +104,7 @@ def test_seeds_change_the_order_only() -> None:
 
 
 def test_mistakes_are_refused() -> None:
-    with pytest.raises(UserError, match="epochs=0 of task 0"):
+    with pytest.raises(UserError, match="epochs of task 0 is 0; it must be at least 1"):
         MixturePart(Labelled(0, 3), epochs=0)
     with pytest.raises(UserError, match="no parts"):
         Mixture([])

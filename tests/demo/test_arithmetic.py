@@ -296,7 +296,7 @@ def test_names_are_different_words() -> None:
         ({"operands": (2, 500), "max_value": 100}, "operands="),
         ({"families": ["buss"]}, "buss.*choose from things"),
         ({"families": []}, "choose from"),
-        ({"size": 0}, "size=0"),
+        ({"size": 0}, "size is 0"),
     ],
 )
 def test_mistakes_are_refused(bad: dict[str, Any], complaint: str) -> None:

@@ -79,7 +79,7 @@ def test_another_seed_is_another_order() -> None:
 
 
 def test_nothing_to_join_is_refused() -> None:
-    with pytest.raises(UserError, match="0 tasks"):
+    with pytest.raises(UserError, match="number of tasks is 0"):
         Dialogue([])
-    with pytest.raises(UserError, match="max_examples=0"):
+    with pytest.raises(UserError, match="max_examples is 0; it must be at least 1"):
         Dialogue([Identity()], max_examples=0)

@@ -110,5 +110,5 @@ def test_a_resumed_run_stays_short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_forecasts_need_steps_between_them() -> None:
-    with pytest.raises(UserError, match="check_every_n_steps is 0; use 1 or more"):
+    with pytest.raises(UserError, match="check_every_n_steps is 0; it must be at least 1"):
         TimeBudget(minutes=1, check_every_n_steps=0)

@@ -52,7 +52,7 @@ def test_a_folder_of_many_forms_is_trained_on(start: str, base: Path, capfd: pyt
     rows = [{"instruction": f"Say {number}", "output": str(number)} for number in range(19)]
     (folder / "b.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"instruction": "nothing"}])))
     (folder / "._b.jsonl").write_bytes(b"\0")
-    refused = r"1 of 40 rows are malformed:\n.*b.jsonl, line 20: no known form has the fields instruction"
+    refused = r"1 of 40 rows are malformed:\n.*b.jsonl, line 20: no known format has the fields instruction"
     with pytest.warns(UserWarning, match=refused):
         assert fit(start, "--data.train", str(folder), "--data.epochs", "1") == 0
     printed = capfd.readouterr().out
@@ -60,8 +60,8 @@ def test_a_folder_of_many_forms_is_trained_on(start: str, base: Path, capfd: pyt
         "a.json is UTF-16",
         "1 hidden file(s) passed over",
         "39 of 40 records read",
-        "20 × records of the form messages",
-        "19 × records of the form alpaca",
+        "20 × records of the format messages",
+        "19 × records of the format alpaca",
         "train: JSONLConversations/chats/train 38; 38 conversations",
         "val: JSONLConversations/chats/val 1; 1 conversations",
         "held out: bpb",
@@ -123,7 +123,7 @@ def test_messages_of_weight_0_receive_no_loss(base: Path, capsys: pytest.Capture
         ([], "train"),
         (["--data.train", "nowhere.jsonl"], "there is no file or folder nowhere.jsonl"),
         (["--data.train", "EMPTY"], "holds no rows"),
-        (["--data.train", "CHATS", "--data.format", "alpaca"], "of the form messages, not alpaca"),
+        (["--data.train", "CHATS", "--data.format", "alpaca"], "has the format messages, not alpaca"),
         (["--data.train", "CHATS", "--data.val_fraction", "0"], "val_fraction is 0"),
     ],
 )

@@ -158,10 +158,10 @@ def test_an_exact_record_leaves_no_note() -> None:
     ("row", "complaint"),
     [
         ("hello", "the row is str"),
-        ({}, "no known form has the fields .none."),
-        ({"text": "a"}, "no known form has the fields text; use messages"),
+        ({}, "no known format has the fields .none."),
+        ({"text": "a"}, "no known format has the fields text; use messages"),
         ({"messages": "a"}, "no known form"),
-        ({"prompt": "a", "chosen": "b"}, "no known form has the fields prompt, chosen"),
+        ({"prompt": "a", "chosen": "b"}, "no known format has the fields prompt, chosen"),
         ({"messages": []}, "at least one user message"),
         ({"messages": [USER]}, "no assistant message"),
         ({"messages": [SYSTEM]}, "at least one user message"),
@@ -183,7 +183,7 @@ def test_an_exact_record_leaves_no_note() -> None:
         ({"messages": [USER, {"role": "assistant", "tool_calls": [{"id": 1}]}]}, "a tool call without a name"),
         ({"instruction": "a", "output": 3}, "message 1 has content of type int"),
         ({"instruction": ["a"], "output": "b"}, "field 'instruction' is list"),
-        ({"instruction": "a", "output": "b", "history": ["c"]}, "field 'history' is no list of pairs"),
+        ({"instruction": "a", "output": "b", "history": ["c"]}, "field 'history' is not a list of pairs"),
     ],
 )
 def test_what_cannot_be_mapped_is_refused(row: Any, complaint: str) -> None:
@@ -192,5 +192,5 @@ def test_what_cannot_be_mapped_is_refused(row: Any, complaint: str) -> None:
 
 
 def test_a_named_form_refuses_the_others() -> None:
-    with pytest.raises(MalformedRow, match="of the form messages, not alpaca"):
+    with pytest.raises(MalformedRow, match="has the format messages, not alpaca"):
         convert([USER, ANSWER], "alpaca")

@@ -121,7 +121,7 @@ def test_notes_count_what_was_read_mapped_and_left_out(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"1 of 3 rows are malformed:\n.*mixed.jsonl, line 3: no known form"):
         assert len(task) == 2
     notes = "\n".join(task.notes())
-    for expected in ("2 of 3 records read", "1 × records of the form sharegpt", "1 × role human read as user"):
+    for expected in ("2 of 3 records read", "1 × records of the format sharegpt", "1 × role human read as user"):
         assert expected in notes
     with pytest.raises(UserError, match="1 of 3 rows are malformed"):
         len(JSONLConversations(task.file, skip_malformed=False))

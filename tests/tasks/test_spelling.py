@@ -163,7 +163,7 @@ def test_word_files_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(SimpleSpelling("train")) == 1
     with pytest.raises(UserError, match="no test words"):
         len(SimpleSpelling("test"))
-    with pytest.raises(UserError, match="size=0"):
+    with pytest.raises(UserError, match="SimpleSpelling: size is 0; it must be at least 1"):
         SimpleSpelling(size=0)
 
 

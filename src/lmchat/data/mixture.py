@@ -1,4 +1,4 @@
-"""A mixture of tasks: each repeated for its number of epochs, all of it shuffled once."""
+"""A mixture of tasks, each repeated for its number of epochs, shuffled once."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from itertools import accumulate
 
 import numpy as np
 
+from lmchat.option_checks import check_count
 from lmchat.tasks.base import Task
 from lmchat.types import Conversation, UserError
 
@@ -21,28 +22,27 @@ class MixturePart:
     """A task's share in a mixture.
 
     Args:
-        task: where the conversations come from.
-        epochs: how often each conversation occurs.
+        task: the task.
+        epochs: number of times that each conversation occurs.
     """
 
     task: Task
     epochs: int = 1
 
     def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise UserError(f"mixture: epochs={self.epochs} of {self.task.name} is not possible; use 1 or more")
+        check_count(None, 1, **{f"mixture: epochs of {self.task.name}": self.epochs})
 
 
 class Mixture:
-    """Conversations of several tasks in a fixed order, at random access."""
+    """Conversations of several tasks in a fixed random order, with random access."""
 
     def __init__(self, parts: list[MixturePart], shuffle_seed: int | None = 42) -> None:
-        """Name the tasks.
+        """Sets the tasks and their order.
 
         Args:
             parts: tasks with their epochs. A task may occur more than once.
-            shuffle_seed: seed of the order, that of ``random.Random(seed).shuffle`` as in the reference; null keeps
-                one task after the other, as in a curriculum.
+            shuffle_seed: seed of ``random.Random(seed).shuffle``, as in nanochat; null keeps one task after the other,
+                as in a curriculum.
         """
         if not parts:
             raise UserError("mixture: there are no parts; name at least one task")
@@ -51,12 +51,12 @@ class Mixture:
 
     @cached_property
     def _ends(self) -> list[int]:
-        """Where each part ends before the shuffle."""
+        """End (exclusive) of each part before the shuffle."""
         return list(accumulate(len(part.task) * part.epochs for part in self.parts))
 
     @cached_property
     def _order(self) -> np.ndarray:
-        """Position before the shuffle of each position after it, int64."""
+        """For each position after the shuffle the position before it, int64."""
         order = list(range(len(self)))
         if self.shuffle_seed is not None:
             random.Random(self.shuffle_seed).shuffle(order)
@@ -82,15 +82,15 @@ class Mixture:
 
     @property
     def part_numbers(self) -> np.ndarray:
-        """(conversations,) int64, the place in ``parts`` of the part that each conversation comes from."""
+        """(conversations,) int64, index in ``parts`` of the part of each conversation."""
         return np.searchsorted(self._ends, self._order, side="right")
 
     def notes(self) -> list[str]:
-        """What the user should know of the tasks' data, each line once."""
+        """Remarks on the tasks' data for the user, without repetitions."""
         return list(dict.fromkeys(note for part in self.parts for note in part.task.notes()))
 
     def counts(self) -> dict[str, int]:
-        """Conversations of each task by name, repetitions included."""
+        """Number of conversations of each task by name, including repetitions."""
         counts: Counter[str] = Counter()
         for part in self.parts:
             counts[part.task.name] += len(part.task) * part.epochs

@@ -1,7 +1,6 @@
-"""What simple models reach on held-out text, in bits per byte: general compressors and a byte n-gram model.
+"""Baselines for bits per byte on held-out text: general compressors and a byte n-gram model.
 
-A language model's bits per byte (`lmchat.evaluation.bits_per_byte`) are in the same units: bits spent per byte of the
-text itself. Where documents begin and end is given to all of them for nothing.
+Comparable with `lmchat.evaluation.bits_per_byte`: document boundaries cost nothing in either.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ Counts = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class CompressionBaselines:
-    """Bits per byte of the same text. gzip and xz see it alone, the n-gram model is trained on the training text."""
+    """Bits per byte of the same text: gzip and xz without training data, and an n-gram model with it."""
 
     gzip: float
     xz: float
@@ -36,10 +35,10 @@ class CompressionBaselines:
 
 
 def compression_baselines(train: Iterable[str], validation: Iterable[str]) -> CompressionBaselines:
-    """The baselines for a split of documents; of the training text the first `MAX_TRAIN_BYTES` are used.
+    """Computes the baselines; uses the first `MAX_TRAIN_BYTES` of the training text.
 
     Raises:
-        UserError: one of the two has no text.
+        UserError: one of the splits has no text.
     """
     held_out = [text.encode(errors="replace") for text in validation]
     model = ByteNgramModel.train(train)
@@ -74,7 +73,7 @@ class _Order:
             contexts=contexts,
             context_counts=np.add.reduceat(gram_counts, first),
             continuations=continuations,
-            # Ney, Essen & Kneser 1994; a half where no gram occurs once or twice.
+            # Ney, Essen & Kneser 1994; 0.5 if no gram occurs once or twice.
             discount=once / (once + 2 * twice) if once and twice else 0.5,
         )
 
@@ -94,7 +93,7 @@ class ByteNgramModel:
     def train(
         cls, texts: Iterable[str], *, context_bytes: int = CONTEXT_BYTES, max_bytes: int = MAX_TRAIN_BYTES
     ) -> ByteNgramModel:
-        """Count the grams of up to ``context_bytes`` + 1 bytes in the first ``max_bytes`` of the documents.
+        """Counts the grams of up to ``context_bytes`` + 1 bytes in the first ``max_bytes`` of the documents.
 
         Raises:
             UserError: there is no text.
@@ -113,12 +112,12 @@ class ByteNgramModel:
         for length in range(context_bytes + 1, 0, -1):
             grams, counts = np.unique(codes, return_counts=True)
             orders.append(_Order.of(grams, counts))
-            # Each distinct gram is one distinct byte before the gram that is a byte shorter.
+            # Each distinct gram is one distinct byte before the gram that is one byte shorter.
             codes = grams & _mask(length - 1)
         return cls(orders[::-1])
 
     def probabilities(self, codes: Codes) -> npt.NDArray[np.float64]:
-        """P(last byte | bytes before it). codes: (n,) the bytes of context and predicted byte as one integer each."""
+        """P(last byte | bytes before it), (n,); ``codes`` (n,) are context and predicted byte as one integer."""
         result = np.full(len(codes), 1 / _BYTES)
         for length, order in enumerate(self._orders, start=1):
             grams = codes & _mask(length)
@@ -142,9 +141,9 @@ def _mask(length: int) -> np.uint64:
 
 
 def _codes(documents: Iterable[bytes], length: int) -> tuple[Codes, npt.NDArray[np.bool_]]:
-    """For each byte the ``length`` bytes up to it, as an integer, and whether it is text rather than a boundary.
+    """For each byte, the ``length`` bytes ending with it as an integer, and whether it is text and not a boundary.
 
-    A boundary stands before every document; before the first there are as many as the context needs.
+    There is one boundary byte before each document, and as many as the context needs before the first.
     """
     joined = _BOUNDARY * (length - 1) + b"".join(_BOUNDARY + document for document in documents)
     stream = np.frombuffer(joined, dtype=np.uint8)
@@ -156,6 +155,6 @@ def _codes(documents: Iterable[bytes], length: int) -> tuple[Codes, npt.NDArray[
 
 
 def _lookup(keys: Codes, values: Counts, wanted: Codes) -> Counts:
-    """The values of the wanted keys, 0 where a key is absent. keys: sorted."""
+    """The values of the wanted keys, 0 for absent ones; ``keys`` must be sorted."""
     at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
     return np.where(keys[at] == wanted, values[at], 0)

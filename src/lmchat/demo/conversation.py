@@ -48,7 +48,7 @@ def script(run: Demo) -> list[list[tuple[Task, Conversation]]]:
 
 
 def _ask(*tasks: Task) -> list[tuple[Task, Conversation]]:
-    """From the n-th task, its n-th single-turn example."""
+    """The n-th single-turn example of the n-th task."""
     alone = [(example for example in task if len(example["messages"]) == 2) for task in tasks]
     return [
         (task, next(islice(found, number, None))) for number, (task, found) in enumerate(zip(tasks, alone, strict=True))

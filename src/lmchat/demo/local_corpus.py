@@ -1,8 +1,8 @@
-"""English text that is on every machine lmchat runs on: the documentation of Python and of lmchat's dependencies.
+"""Collects the English documentation of Python and of lmchat's dependencies, which every installation has.
 
-Docstrings, Python's own reference topics, and README and text files, reduced to prose (`lmchat.demo.prose`), without
-near-duplicates, as parquet shards. Nothing is downloaded and no package is imported. The same environment gives the
-same shards.
+Docstrings, Python's reference topics, README and text files are reduced to prose (`lmchat.demo.prose`), deduplicated
+and written as parquet shards. Nothing is downloaded, no package is imported, and the same environment gives the same
+shards.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 DOCUMENT_CHARACTERS = 1000
-"""Paragraphs of a file are joined to documents of about this size, which fits a short training row."""
+"""Paragraphs of a file are joined into documents of about this size, which fits into a short training row."""
 MIN_DOCUMENT_CHARACTERS = 120
 SHINGLE_WORDS = 6
 MAX_SEEN_SHARE = 0.3
-"""A paragraph of which more than this share of the shingles (runs of words) stands elsewhere is a near-duplicate."""
+"""A paragraph is a near-duplicate if more than this share of its shingles (runs of words) occurred before."""
 
 _CODE_SUFFIXES = {".py", ".pyi"}
 _TEXT_SUFFIXES = {".md", ".rst", ".txt"}
@@ -48,15 +48,15 @@ _SKIPPED_FOLDERS = {
     "tests",
 }
 _SKIPPED_NAME = re.compile(r"(?i)(licen[sc]e|copying|notice|authors|third.?party)")
-# Reading pairs of triple quotes takes a thirtieth of the time of parsing the modules. What is no docstring among them,
-# or is paired wrongly, does not pass for prose.
+# Matching triple quotes is 30 times as fast as parsing the modules. Matches that are not docstrings are not prose, and
+# filtered out later.
 _TRIPLE_QUOTED = re.compile(r'("""|\'\'\')(.*?)\1', re.DOTALL)
 _WORD = re.compile(r"[a-z0-9]+")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A package, and its files that may hold documentation."""
+    """A package, and its files that may contain documentation."""
 
     name: str
     files: list[Path]
@@ -64,7 +64,7 @@ class Source:
 
 @dataclass
 class SourceReport:
-    """What became of one source: files with prose, documents and characters kept."""
+    """Files with prose, documents and characters kept of one source."""
 
     files: int = 0
     documents: int = 0
@@ -79,7 +79,13 @@ class SourceReport:
 
 @dataclass
 class CorpusReport:
-    """What a corpus consists of. read: characters of prose found; the difference to those kept is repetition."""
+    """Contents of a corpus.
+
+    Attributes:
+        sources: report of each source by name.
+        read: characters of prose before deduplication.
+        validation: report of the held-out part.
+    """
 
     sources: dict[str, SourceReport] = field(default_factory=dict)
     read: int = 0
@@ -94,7 +100,7 @@ class CorpusReport:
         return sum(source.characters for source in self.sources.values())
 
     def table(self, rows: int = 10) -> Table:
-        """The largest sources, the rest, and the sum, for `rich`."""
+        """The largest sources, the others and the total."""
         from rich.table import Table
 
         table = Table("source", title="Text found on this machine")
@@ -118,7 +124,7 @@ class CorpusReport:
 
 
 def documentation_sources() -> list[Source]:
-    """The standard library, then the installed dependencies of lmchat by name, optional ones and theirs included.
+    """The standard library, then the installed direct and indirect dependencies of lmchat by name.
 
     Raises:
         UserError: lmchat is not installed, so its dependencies are unknown.
@@ -135,20 +141,20 @@ def collect_documentation(
     processes: int | None = None,
     progress: bool = True,
 ) -> CorpusReport:
-    """Make a folder of parquet shards with the prose of the sources, the last shard for validation.
+    """Writes parquet shards with the prose of the sources; the last shard is for validation.
 
-    Documents are in random order, by hash. All documents of a file are on the same side of the split.
+    Documents are ordered by hash. All documents of a file are in the same split.
 
     Args:
-        output: folder to make; it appears when it is complete.
-        sources: null is `documentation_sources`.
+        output: folder to create; it appears when it is complete.
+        sources: None is `documentation_sources`.
         train_shards: number of training shards.
         validation_share: share of the files that is held out.
-        processes: null is one per core.
+        processes: number of processes; None is one per core.
         progress: show a progress bar on stderr.
 
     Raises:
-        UserError: ``output`` holds something already, or there is too little prose for two shards.
+        UserError: ``output`` is not empty, or there is too little prose for two shards.
     """
     sources = documentation_sources() if sources is None else sources
     report = CorpusReport({source.name: SourceReport() for source in sources})
@@ -166,7 +172,7 @@ def collect_documentation(
 def _deduplicate(
     files: Iterable[tuple[Source, Path, list[str]]], validation_share: float, report: CorpusReport
 ) -> tuple[list[str], list[str]]:
-    """Documents to train on and to hold out, without what stands in an earlier one; counted in ``report``."""
+    """Training and validation documents without repeated paragraphs; counts them in ``report``."""
     seen: set[bytes] = set()
     held_out: list[tuple[Source, list[str]]] = []
     train: list[str] = []
@@ -178,7 +184,7 @@ def _deduplicate(
             documents = list(_join(_without_repetition(found, seen)))
             report.sources[source.name].add(documents)
             train += documents
-    # These come last, so that what they repeat of the training text is taken from them.
+    # Validation files come last, so that text repeated in both splits is removed from validation.
     validation: list[str] = []
     for source, found in held_out:
         documents = list(_join(_without_repetition(found, seen)))
@@ -210,12 +216,12 @@ def _may_hold_prose(path: os.PathLike[str]) -> bool:
 
 
 def _dependencies() -> Iterator[tuple[str, metadata.Distribution]]:
-    """What is installed of lmchat's dependencies, by name. lmchat itself is left out: its text changes too often."""
+    """The installed dependencies of lmchat by name, without lmchat itself, whose text changes too often."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
     try:
-        # Of lmchat itself every extra counts, as far as it is installed.
+        # All installed extras of lmchat itself count.
         queue = [Requirement(line.split(";")[0]) for line in metadata.requires("lmchat") or ()]
     except metadata.PackageNotFoundError as error:
         raise UserError(
@@ -240,7 +246,7 @@ def _dependencies() -> Iterator[tuple[str, metadata.Distribution]]:
 
 
 def _read_all(sources: Sequence[Source], processes: int, progress: bool) -> Iterator[tuple[Source, Path, list[str]]]:
-    """The prose of every file, in order, read by several processes."""
+    """Yields the prose of all files in order, read by several processes."""
     places = [(source, path) for source in sources for path in source.files]
     # A forked child would inherit the locks of other threads.
     with (
@@ -253,7 +259,7 @@ def _read_all(sources: Sequence[Source], processes: int, progress: bool) -> Iter
 
 
 def _read(path: Path) -> list[str]:
-    """The prose paragraphs of a file, none if it cannot be read."""
+    """The prose paragraphs of a file; empty if it cannot be read."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -269,7 +275,7 @@ def _read(path: Path) -> list[str]:
 
 
 def _without_repetition(found: Iterable[str], seen: set[bytes]) -> Iterator[str]:
-    """The paragraphs whose shingles are not in ``seen``, which takes up theirs."""
+    """Yields the paragraphs that are not near-duplicates of earlier ones; adds their shingles to ``seen``."""
     for paragraph in found:
         words = _WORD.findall(paragraph.lower())
         runs = (" ".join(words[at : at + SHINGLE_WORDS]) for at in range(max(1, len(words) - SHINGLE_WORDS + 1)))
@@ -280,7 +286,7 @@ def _without_repetition(found: Iterable[str], seen: set[bytes]) -> Iterator[str]
 
 
 def _join(found: Iterable[str]) -> Iterator[str]:
-    """Documents of consecutive paragraphs; a remainder too short to be one is dropped."""
+    """Joins consecutive paragraphs into documents; drops a remainder that is too short."""
     document: list[str] = []
     size = 0
     for paragraph in found:
@@ -294,7 +300,7 @@ def _join(found: Iterable[str]) -> Iterator[str]:
 
 
 def _fraction(key: str) -> float:
-    """A number in [0, 1) drawn by hash."""
+    """A number in [0, 1) from a hash of ``key``."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) / 2**64
 
 

@@ -1,6 +1,6 @@
-"""The English prose in documentation: reStructuredText, Markdown and docstrings of the usual styles.
+"""Extracts English prose from documentation: reStructuredText, Markdown and docstrings of the usual styles.
 
-Code, tables, formulas, parameter types, headings and legal boilerplate are left out; markup is taken off; each
+Code, tables, formulas, parameter types, headings and legal boilerplate are left out, markup is removed, and each
 paragraph or list item becomes one line.
 """
 
@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator
 
 MIN_WORDS = 5
 MIN_PLAIN_SHARE = 0.85
-"""Share of a paragraph's words that must be ordinary ones: no identifiers, signatures, formulas."""
+"""Minimum share of ordinary words in a paragraph, as opposed to identifiers, signatures and formulas."""
 MIN_FUNCTION_SHARE = 0.3
-"""Share that must be function words. Running English has 0.4 to 0.5, enumerations and data have next to none."""
+"""Minimum share of function words. English sentences have 0.4 to 0.5; lists and data have almost none."""
 
 
 def _set_of(words: str) -> frozenset[str]:
@@ -29,7 +29,7 @@ FUNCTION_WORDS = _set_of(
     """
 )
 
-# Directives whose body is prose; the body of any other (code, maths, tables, figures) is not.
+# Directives whose body is prose.
 _PROSE_DIRECTIVES = _set_of(
     """
     admonition attention caution danger deprecated error hint important note tip versionadded versionchanged
@@ -73,7 +73,7 @@ def paragraphs(text: str) -> Iterator[str]:
 
 
 def dedent_docstring(text: str) -> str:
-    """A docstring without the indentation of the code around it, which its first line lacks."""
+    """Removes the indentation of all lines but the first, which has none."""
     lines = text.expandtabs().split("\n")
     margin = min((_indent(line) for line in lines[1:] if line.strip()), default=0)
     return "\n".join([lines[0].lstrip(), *(line[margin:] for line in lines[1:])])
@@ -89,7 +89,7 @@ def _is_underline(line: str) -> bool:
 
 
 def _without_code(lines: list[str]) -> Iterator[str]:
-    """The lines, with an empty one for each of a code block, doctest, table, directive or heading."""
+    """Replaces the lines of code blocks, doctests, tables, directives and headings by empty lines."""
     fenced = in_doctest = False
     code_margin: int | None = None  # lines indented deeper than this belong to a literal block or a directive
     for line, following in zip(lines, [*lines[1:], ""], strict=True):
@@ -129,9 +129,9 @@ def _directive(stripped: str) -> tuple[str, bool]:
 
 
 def _blocks(lines: Iterable[str]) -> Iterator[str]:
-    """Paragraphs and list items, each joined to one line. A change of indentation ends a block, too.
+    """Yields paragraphs and list items, each joined to one line. A change of indentation ends a block, too.
 
-    The first line of an item may hang to the left of the others.
+    The first line of a list item may be indented less than the others.
     """
     block: list[str] = []
     margin = 0
@@ -162,7 +162,7 @@ def _without_markup(block: str) -> str:
 
 
 def _as_prose(block: str) -> str | None:
-    """The block as a sentence that begins with a capital and ends with a stop, or None where it is no English prose."""
+    """The block, capitalized and ending with a full stop; None if it is not English prose."""
     words = block.split()
     if len(words) < MIN_WORDS or not block.isascii() or not (block[0].isalpha() or block[0] in "\"'("):
         return None

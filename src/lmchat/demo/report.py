@@ -62,7 +62,7 @@ def _table(first: str, *columns: str) -> Table:
 
 
 def draw_curves(run: Demo) -> Metrics:
-    """``curves.png``: held-out bits per byte, fine-tuning loss, reward and held-out pass@1 by step."""
+    """Draws ``curves.png``: held-out bits per byte, fine-tuning loss, and pass@1 in RL by optimizer step."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -75,9 +75,9 @@ def draw_curves(run: Demo) -> Metrics:
     _curve(sft, run.logs("sft"), "train/loss_ema", "training", linewidth=1)
     _titles(sft, "Fine-tuning", "loss on assistant tokens, nats")
     sft.set_yscale("log")
-    _curve(rl, run.logs("rl"), "train/pass@1", f"training, mean of {REWARD_WINDOW} steps", window=REWARD_WINDOW)
+    _curve(rl, run.logs("rl"), "train/pass@1", f"training, {REWARD_WINDOW}-step mean", window=REWARD_WINDOW)
     _curve(rl, run.logs("rl"), "val/pass@1", "held-out problems", marker="o")
-    _titles(rl, "Reinforcement learning", "accuracy (training: share of full rewards)")
+    _titles(rl, "Reinforcement learning", "accuracy")
     path = run.output / "curves.png"
     figure.savefig(path, dpi=120)
     print(f"Training curves: {path}")

@@ -1,4 +1,4 @@
-"""One run of the demo: paths of its files, starting of its stages, reading of their logs."""
+"""One run of the demo: its paths, and functions to run its stages and read their logs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lmchat.stage_table import STAGES
 from lmchat.types import UserError
 
 with resources.as_file(resources.files(__package__) / "configs") as _configs:
-    CONFIGS = _configs  # a folder on disk: the package is never imported from an archive
+    CONFIGS = _configs  # a folder on disk, since the package is never imported from an archive
 STAGE_NAMES = ("pretrain", "sft", "rl")
 VOCAB_SIZE = 1024
 TAG = "demo"
@@ -33,7 +33,7 @@ class Demo:
     Args:
         output: output folder.
         text: the user's text; None uses the documentation installed on this machine.
-        minutes: time budget, counted from construction.
+        minutes: time budget, counted from construction of this object.
     """
 
     output: Path
@@ -72,11 +72,11 @@ class Demo:
         return self.output / "logs" / STAGES[stage].logs / TAG
 
     def config(self, stage: str) -> Path:
-        """The stage's config, a file of the package."""
+        """Path of the stage's config in the package."""
         return CONFIGS / f"{stage}.yaml"
 
     def recipe(self) -> dict[str, str]:
-        """Settings that the results depend on. A run with another recipe is not resumed."""
+        """Settings that the results depend on; only runs with an equal recipe are resumed."""
         return {
             "text": str(self.text.resolve()) if self.text else "this machine's documentation",
             "vocab_size": str(self.vocab_size),
@@ -99,7 +99,7 @@ def lmchat(run: Demo, command: str, stage: str, *options: str) -> None:
     try:
         status = process.wait()
     except KeyboardInterrupt:
-        # Ctrl-C in a terminal reaches the child too, which is saving a checkpoint; subprocess.run would kill it.
+        # Ctrl-C reaches the child too, which then saves a checkpoint; subprocess.run would kill it.
         process.wait()
         raise
     if status:
@@ -110,7 +110,7 @@ def lmchat(run: Demo, command: str, stage: str, *options: str) -> None:
 
 
 def start_from(run: Demo, stage: str, earlier: str | None = None) -> list[str]:
-    """Options that resume from the stage's last checkpoint, or else start from that of the earlier stage."""
+    """Options that resume from the stage's last checkpoint, or start from the earlier stage's."""
     if committed_steps(run.checkpoints(stage)):
         return ["--ckpt_path", "last"]
     return ["--ckpt_path", str(run.checkpoints(earlier).resolve())] if earlier else []

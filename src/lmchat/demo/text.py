@@ -11,9 +11,9 @@ from lmchat.demo.run import Demo, Metrics
 
 VALIDATION_SHARE = 0.05
 FEW_FILES = 20
-"""Fewer plain text files than this are cut into paragraphs, so that some text of each kind can be held out."""
+"""Below this number of plain text files, files are split into paragraphs, so that some text of each can be held out."""
 LONG_FILE_BYTES = 4_000
-"""Files longer than this on average are split too, since training reads one row per document."""
+"""Above this mean length files are split, since training reads only one row of each document."""
 
 
 def collect_text(run: Demo) -> Metrics:
@@ -70,7 +70,7 @@ def _separator(text: Path) -> str | None:
         cut = next((cut for cut in paragraph_breaks if _count(cut, files) >= FEW_FILES), "\n")
         return cut if _count(cut, files) else None
     except OSError:
-        return None  # the import says which file it is
+        return None  # the import raises an error that names the file
 
 
 def _count(cut: str, files: list[Path]) -> int:

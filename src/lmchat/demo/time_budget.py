@@ -9,28 +9,28 @@ import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lmchat.callbacks.step import StepCallback
+from lmchat.option_checks import check_count
 from lmchat.strategies.lightning_internals import set_max_steps
 from lmchat.types import UserError
 
 
 class TimeBudget(StepCallback):
-    """Takes fewer steps on a machine too slow for all of them; otherwise it changes nothing.
+    """Lowers the number of steps on a machine that is too slow for all of them.
 
-    In the first part of the run, in which the learning rate (without warmup) does not depend on the length, the rest is
-    forecast from the steps after the first. ``max_steps`` is lowered if the forecast exceeds the budget, and raised
-    again, at most to its first value, if a later forecast does not. Muon's weight decay, which depends on the length
-    from the start, then falls faster. A run is reproducible as long as this does not happen; a resumed run keeps the
-    lowered number of steps.
+    In the first part of the run, in which the learning rate (without warmup) is constant, the duration is forecast from
+    the steps after the first. ``max_steps`` is lowered if the forecast exceeds the budget, and raised again, at most to
+    its original value, if a later forecast does not. Muon's weight decay, which depends on the length from the start,
+    then falls faster, so a run is reproducible only if its steps were not lowered. A resumed run keeps the lowered
+    number of steps.
 
     Args:
-        minutes: time that training may take, counted from its first step.
+        minutes: maximum duration of training, counted from its first step.
         check_every_n_steps: optimizer steps between forecasts.
         until: fraction of the run after which the length is fixed.
     """
 
     def __init__(self, minutes: float, check_every_n_steps: int = 20, until: float = 0.4) -> None:
-        if check_every_n_steps < 1:
-            raise UserError(f"TimeBudget's check_every_n_steps is {check_every_n_steps}; use 1 or more")
+        check_count(None, 1, check_every_n_steps=check_every_n_steps)
         if not minutes > 0 or not 0 < until <= 1:
             raise UserError(
                 f"TimeBudget's minutes are {minutes} and its until is {until}; use minutes above 0 and a share above 0"

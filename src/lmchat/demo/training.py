@@ -10,7 +10,7 @@ from lmchat.demo.run import Demo, Metrics, lmchat, read_log, start_from, within
 from lmchat.types import UserError
 
 PRETRAIN_SHARE = 0.22
-"""Share of the remaining time for pretraining; fine-tuning always runs its full epoch afterwards."""
+"""Share of the remaining time for pretraining; fine-tuning always runs a full epoch."""
 OVERHEAD_MINUTES = 1.25
 """Minutes reserved for process starts, evaluations and the last checkpoint."""
 SKILLS = {

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lmchat.losses import LOGIT_SOFTCAP, softcap
 from lmchat.model.config import VOCAB_MULTIPLE
+from lmchat.option_checks import check_count
 from lmchat.types import UserError
 
 BLOCK = VOCAB_MULTIPLE
@@ -51,9 +52,7 @@ class SamplingParams:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_count(None, 1, num_samples=self.num_samples, max_new_tokens=self.max_new_tokens)
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise UserError(f"temperature is {self.temperature}; give 0 for greedy decoding, or a positive number")
         if self.top_k is not None and self.top_k < 1:

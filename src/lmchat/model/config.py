@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lmchat.option_checks import check_count
 from lmchat.types import UserError
 
 GATE_CHANNELS = 32
@@ -48,9 +49,8 @@ class GPTConfig:
     residual_mix: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        names = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
+        check_count(None, 1, **{name: getattr(self, name) for name in names})
         if self.n_embd % self.n_head or self.head_dim % 2:
             raise UserError(
                 f"n_embd {self.n_embd} over n_head {self.n_head} gives no even head size; "

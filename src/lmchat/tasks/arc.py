@@ -9,7 +9,7 @@ from lmchat.tasks.rows import HubDataset, field
 
 
 class ARC(MultipleChoiceTask):
-    """The easy questions, or those of the challenge set. Questions keep their own letters, which may be digits."""
+    """The easy or the challenge questions. Questions keep their own letters, which may be digits."""
 
     def __init__(
         self,

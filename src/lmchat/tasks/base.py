@@ -1,7 +1,7 @@
-"""Tasks (conversations to train on) and the protocols of tasks whose answers can be graded.
+"""Base class of tasks (conversations to train on), and protocols of tasks that grade answers.
 
-To add a task, write a file with a subclass of `Task` (or of `rows.RowTask` for rows of a file or a Hub dataset), and
-name it in a config by ``class_path`` with its ``init_args``. If its answers can be graded, inherit `Graded` too.
+To add a task, subclass `Task` (or `rows.RowTask` for rows of a file or a Hub dataset), and give its ``class_path`` and
+``init_args`` in a config. If it grades answers, inherit `Graded` too.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ UNSEEN_WORDS_REWARD = 0.5
 class Task(ABC):
     """A sequence of conversations whose last assistant message is the reference answer.
 
-    The constructor is cheap: files are opened and datasets downloaded when an example or the length is first needed.
+    Constructors must be cheap: files are opened and datasets downloaded when an example or the length is first needed.
     """
 
     def __init__(self, start: int = 0, stop: int | None = None, step: int = 1) -> None:
-        """Take every ``step``-th example from ``start`` up to, not including, ``stop``.
+        """Selects the examples ``range(start, stop, step)``.
 
         Args:
             start: first example, counted from 0.
-            stop: end of the slice; null or more than there are: all of them.
+            stop: end (exclusive); null is the end of the task.
             step: distance between examples.
         """
         if start < 0 or step < 1 or (stop is not None and stop < start):
@@ -51,7 +51,7 @@ class Task(ABC):
 
     @abstractmethod
     def example(self, index: int) -> Conversation:
-        """The conversation at ``index`` before slicing, the same at every call."""
+        """The conversation at ``index`` before slicing; deterministic."""
 
     @cached_property
     def _indices(self) -> range:
@@ -67,13 +67,13 @@ class Task(ABC):
         return map(self.example, self._indices)
 
     def notes(self) -> list[str]:
-        """What the user should know of the data, one line each."""
+        """Remarks on the data for the user, one line each."""
         return []
 
 
 @runtime_checkable
 class Graded(Protocol):
-    """Grades answers to the questions of a task, from their text alone. A task inherits it beside `Task`."""
+    """Grades the text of answers. Tasks inherit it in addition to `Task`."""
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         """Whether ``completion`` is a correct answer to the last user message of ``conversation``."""
@@ -112,18 +112,18 @@ class GradedByTests(Protocol):
 
 @runtime_checkable
 class MultipleChoice(Graded, Protocol):
-    """Grades answers that are one of a few letters, so that the most likely letter can be taken without sampling."""
+    """Grades answers that are one of a few letters, so that evaluation can compare their probabilities."""
 
     def letters(self, conversation: Conversation) -> list[str]:
-        """The possible answers to a question, in its order."""
+        """The possible answers to a question, in order."""
         ...
 
 
 def graded(task: Task) -> Graded:
-    """``task``, checked to grade answers.
+    """Checks that a task grades answers, and returns it.
 
     Raises:
-        UserError: the task has no correct answers.
+        UserError: it does not.
     """
     if isinstance(task, GradedByTests):
         raise UserError(f"the answers to {task.name} are programs; evaluate on it with lmchat eval, which runs them")
@@ -139,18 +139,18 @@ def reference_answer(conversation: Conversation) -> str:
 
 
 def reward_in_words_of(correct: bool, completion: str, *texts: str) -> float:
-    """Reward that is full only for a correct answer without words of its own.
+    """Reward of an answer, reduced if it has words that are not in ``texts``.
 
-    Where only a number or a name decides, reinforcement learning otherwise degrades the words around it.
+    If only a number or a name is graded, reinforcement learning otherwise degrades the words around it.
 
     Args:
         correct: whether the answer is correct.
         completion: the answer.
-        texts: texts whose words it may use. Numbers, punctuation and special tokens are free, except that ``#`` and
-            ``$`` count as words.
+        texts: texts whose words it may use. Numbers, punctuation and special tokens are always allowed, except that
+            ``#`` and ``$`` count as words.
 
     Returns:
-        0 if it is wrong, 1 if it is correct in words of ``texts``, `UNSEEN_WORDS_REWARD` if it has other words.
+        0 if the answer is wrong; 1 if it is correct and has only words of ``texts``; else `UNSEEN_WORDS_REWARD`.
     """
     if not correct:
         return 0.0
@@ -162,7 +162,7 @@ def _words(text: str) -> set[str]:
 
 
 def answer_text(conversation: Conversation) -> str:
-    """Text of the reference answer with its tool calls and their results."""
+    """Text of the reference answer, including tool calls and their results."""
     content = conversation["messages"][-1]["content"]
     return content if isinstance(content, str) else " ".join(part["text"] for part in content)
 

@@ -1,11 +1,11 @@
-"""Records of conversations in the forms that people keep them in, as lmchat's conversations.
+"""Converts records of the common conversation formats to lmchat's conversations.
 
     messages           {"messages": [{"role": "user", "content": "…"}, …]}, as in OpenAI's interface, or the bare list
     sharegpt           {"conversations": [{"from": "human", "value": "…"}, …]}
     alpaca             {"instruction": "…", "input": "…", "output": "…"}
     prompt_completion  {"prompt": "…", "completion": "…"}, texts or lists of messages
 
-What lmchat has no exact counterpart for is mapped, and every mapping leaves a note; what cannot be mapped is refused.
+Content without an exact counterpart is mapped, with a note for each kind of mapping; what cannot be mapped is an error.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ _KNOWN_FIELDS = {
     *("tool_calls", "function_call", "tool_call_id"),
 }
 _EXPRESSIONS = ("expression", "code", "python")
-"""Arguments of a tool call that hold what lmchat's calculator is given."""
+"""Names of the tool call argument that holds the calculator's expression."""
 
 
 @dataclass
 class Converted:
-    """A record as a conversation.
+    """A converted record.
 
     Attributes:
-        conversation: what to learn from; an assistant message without loss has weight 0.
-        format: the form it had.
+        conversation: the conversation; assistant messages without loss have weight 0.
+        format: format of the record.
         notes: what was mapped or left out, one phrase for each kind.
     """
 
@@ -58,18 +58,18 @@ class Converted:
 
 
 def convert(row: Any, format: Format | None = None) -> Converted:
-    """The record as a conversation.
+    """Converts a record to a conversation.
 
     Args:
         row: a parsed row of a file.
-        format: the form that it must have; None finds out.
+        format: format of the record; None detects it.
 
     Raises:
-        MalformedRow: it has another form, or something in it cannot be mapped.
+        MalformedRow: it has another format, or cannot be mapped.
     """
     found, messages, notes = _recognize(row)
     if format not in (None, found):
-        raise MalformedRow(f"the record is of the form {found}, not {format}")
+        raise MalformedRow(f"the record has the format {found}, not {format}")
     builder = _Builder(notes)
     for index, message in enumerate(messages):
         builder.add(message, f"message {index}")
@@ -77,7 +77,7 @@ def convert(row: Any, format: Format | None = None) -> Converted:
 
 
 def _recognize(row: Any) -> tuple[Format, list[Any], set[str]]:
-    """The form of a record, its messages, and notes of what else it has."""
+    """Returns the format of a record, its messages, and notes on fields that are not used."""
     if isinstance(row, list):
         return "messages", row, set()
     if not isinstance(row, dict):
@@ -89,7 +89,7 @@ def _recognize(row: Any) -> tuple[Format, list[Any], set[str]]:
         if (read := reader(row)) is not None:
             return read
     raise MalformedRow(
-        f"no known form has the fields {', '.join(map(str, row)) or '(none)'}; use messages (OpenAI), conversations "
+        f"no known format has the fields {', '.join(map(str, row)) or '(none)'}; use messages (OpenAI), conversations "
         "(ShareGPT), instruction and output (Alpaca), or prompt and completion"
     )
 
@@ -117,7 +117,7 @@ def _from_alpaca(row: dict[str, Any]) -> tuple[Format, list[Any], set[str]] | No
     messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
     for turn in row.get("history", []):
         if not isinstance(turn, list) or len(turn) != 2:
-            raise MalformedRow("field 'history' is no list of pairs of question and answer")
+            raise MalformedRow("field 'history' is not a list of pairs of question and answer")
         messages += _exchange(*turn)
     messages += _exchange(question, row[answer])
     return "alpaca", messages, _unused(row, {"instruction", "input", answer, "system", "history"})
@@ -143,7 +143,7 @@ def _unused(row: dict[str, Any], used: set[str]) -> set[str]:
 
 
 class _Builder:
-    """Puts a conversation together from messages of all kinds."""
+    """Builds a conversation from messages of any format."""
 
     def __init__(self, notes: set[str]) -> None:
         self.notes = notes
@@ -152,7 +152,7 @@ class _Builder:
         self._after_tool = False
 
     def add(self, message: Any, what: str) -> None:
-        """Appends a message, or joins it to the one before."""
+        """Appends a message, or joins it to the previous one."""
         if not isinstance(message, dict):
             raise MalformedRow(f"{what} must be an object with role and content, not {message!r:.100}")
         message = {name: value for name, value in message.items() if value is not None}
@@ -228,7 +228,7 @@ class _Builder:
         return [Part(type="python", text=_call_text(call, what)) for call in calls]
 
     def finish(self) -> Conversation:
-        """The conversation, checked."""
+        """Returns the checked conversation."""
         if self._system:
             if self.turns:
                 self.notes.add("a system message at the end left out")
@@ -250,7 +250,7 @@ def _meaning(role: str) -> str:
 
 
 def _content(message: dict[str, Any], what: str, is_call: bool = False) -> list[Part]:
-    """A message's content as parts of lmchat's."""
+    """Converts the content of a message to parts."""
     content = message.get("content", message.get("value", message.get("text")))
     if content is None and (message.keys() & {"tool_calls", "function_call"}):
         return []
@@ -276,7 +276,7 @@ def _part(part: Any, what: str) -> Part:
 
 
 def _text(text: Any, what: str) -> str:
-    """Checked to be a string that UTF-8 can hold."""
+    """Checks that ``text`` is a string that UTF-8 can encode, and returns it."""
     if not isinstance(text, str):
         raise MalformedRow(f"{what} is {type(text).__name__}, not a string")
     try:
@@ -287,7 +287,7 @@ def _text(text: Any, what: str) -> str:
 
 
 def _joined(parts: list[Part], what: str) -> str:
-    """The text of a message that has no tool parts."""
+    """Text of a message, which must have no tool parts."""
     if any(part["type"] != "text" for part in parts):
         raise MalformedRow(f"{what} has tool parts, which only the assistant's messages may have")
     return "\n".join(part["text"] for part in parts)
@@ -299,20 +299,20 @@ def _parts_of(message: Message) -> list[Part]:
 
 
 def _simplest(parts: list[Part]) -> str | list[Part]:
-    """The parts, or their text where there is one text part alone."""
+    """The parts, or the text if there is only one text part."""
     return parts[0]["text"] if len(parts) == 1 and parts[0]["type"] == "text" else parts
 
 
 def _weight(message: dict[str, Any], what: str) -> int:
-    """1, or 0 for a message to read without loss: OpenAI's ``weight``, axolotl's ``train``."""
+    """1, or 0 for a message without loss: OpenAI's ``weight``, axolotl's ``train``."""
     weight = message.get("weight", message.get("train", 1))
     if weight not in (0, 1):
-        raise MalformedRow(f"{what} has weight {weight!r}; a message is learned from (1) or not (0)")
+        raise MalformedRow(f"{what} has weight {weight!r}; use 1, or 0 for no loss on it")
     return int(weight)
 
 
 def _call_text(call: Any, what: str) -> str:
-    """What the calculator is given: the call's expression, or the call as it is."""
+    """Input of the calculator: the call's expression, or the whole call if it has none."""
     if isinstance(call, str):
         return _text(call, what)
     function = call.get("function", call) if isinstance(call, dict) else None

@@ -26,15 +26,15 @@ _NUMBER = re.compile(
     re.VERBOSE,
 )
 _AMBIGUOUS = re.compile(r"[1-9][0-9]{0,2}\.[0-9]{2}0")
-"""A decimal of three places that ends in 0 may be meant as thousands: 1.000."""
+"""A number with three decimals that ends in 0, such as 1.000, may mean thousands."""
 _MAX_NUMBER_CHARACTERS = 100
 _CALL = re.compile(r"(<<[^>]+>>)")
 
 
 def extract_answer(text: str) -> str | None:
-    """The digits after the first ``#### `` without their commas, as the reference extracts them; None without any.
+    """The digits after the first ``#### `` without commas, extracted as in nanochat; None if there are none.
 
-    The rest of the line is ignored: ``#### 3/4`` gives ``3``. See `answer_number` for the number that is meant.
+    The rest of the line is ignored: ``#### 3/4`` gives ``3``. `answer_number` parses the whole number.
     """
     match = _ANSWER.search(text)
     return match.group(1).replace(",", "") if match else None
@@ -44,10 +44,10 @@ def answers_match(reference: str, completion: str, rule: AnswerRule = "number") 
     """Whether two texts give the same answer after ``####``.
 
     Args:
-        reference: the text with the right answer.
-        completion: the text to grade.
-        rule: ``number`` compares the values of `answer_number`; a text without a number is wrong. ``string`` is the
-            reference's rule: the strings of `extract_answer` are compared, so "10" is not "10.0", and two texts
+        reference: text with the correct answer.
+        completion: text to grade.
+        rule: ``number`` compares the values of `answer_number`; a text without a number is wrong. ``string`` is
+            nanochat's rule: it compares the strings of `extract_answer`, so "10" differs from "10.0", and two texts
             without an answer agree.
     """
     if rule == "string":
@@ -57,11 +57,11 @@ def answers_match(reference: str, completion: str, rule: AnswerRule = "number") 
 
 
 def answer_number(text: str) -> Fraction | None:
-    """The number after the first ``#### ``, which the rest of its line has to be.
+    """The number that the line after the first ``#### `` consists of.
 
-    Integers, decimals, thousands in groups (``1,234`` or ``1 234``), fractions (``3/4``, ``2 1/2``) and exponents
-    (``1e3``). None for anything else, such as ``10,5``, ``3:30``, ``50%``, ``5-3`` or ``42 apples``, and for ``1.000``,
-    which might be a thousand.
+    Accepts integers, decimals, grouped thousands (``1,234`` or ``1 234``), fractions (``3/4``, ``2 1/2``) and exponents
+    (``1e3``). Returns None for anything else, such as ``10,5``, ``3:30``, ``50%``, ``5-3`` or ``42 apples``, and for
+    the ambiguous ``1.000``.
     """
     line = _ANSWER_LINE.search(text)
     if not line:
@@ -81,14 +81,14 @@ def answer_number(text: str) -> Fraction | None:
 
 
 def _mixed_number(sign: int, whole: int, numerator: int, denominator: int) -> Fraction | None:
-    """``whole numerator/denominator``; None if it is no number or an improper fraction follows a whole."""
+    """``whole numerator/denominator``; None if the denominator is 0 or the fraction after a whole is improper."""
     if denominator == 0 or (whole and numerator >= denominator):
         return None
     return sign * (whole + Fraction(numerator, denominator))
 
 
 def parse_answer(answer: str) -> list[Part]:
-    """A solution as parts: each ``<<48/2=24>>`` is a calculator call and its output, the rest is text."""
+    """Splits a solution into parts: each ``<<48/2=24>>`` is a calculator call and its output, the rest is text."""
     return [part for piece in _CALL.split(answer) for part in _piece(piece)]
 
 
@@ -117,17 +117,16 @@ class NumericAnswerTask(Task, Graded):
     answer_rule: AnswerRule = "number"
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Whether the completion gives the reference's answer, see `answers_match`."""
+        """Whether the completion has the correct answer, see `answers_match`."""
         return answers_match(reference_answer(conversation), completion, self.answer_rule)
 
 
 class GSM8K(NumericAnswerTask, RowTask):
     """The 7,473 training and 1,319 test problems, with the calculator calls of their solutions.
 
-    Of the 23,716 calls in the training solutions 24 % have a whole result, such as 48/2 = 24, that the calculator, like
-    the reference's, prints as 24.0 when the model makes the call. Both are kept as the reference has them: the result
-    carries no loss, so nothing wrong is learned, and answers are compared as numbers. `Arithmetic` divides with ``//``
-    and has no such difference.
+    In 24 % of the 23,716 calls of the training solutions the result is an integer, such as 48/2 = 24, that the
+    calculator prints as 24.0. As in nanochat, the data are not changed: results have no loss, and answers are compared
+    as numbers. `Arithmetic` avoids the difference by dividing with ``//``.
     """
 
     def __init__(

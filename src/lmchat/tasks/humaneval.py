@@ -14,7 +14,7 @@ _IMPORT = re.compile(r"^(?:import|from)\s.*$", re.MULTILINE)
 
 
 class CodeConversation(Conversation):
-    """A function's head, the whole function, and what it takes to check another one."""
+    """A function's head, the whole function, and the data to check a completion."""
 
     entry_point: str
     test: str

@@ -1,4 +1,4 @@
-"""Generated conversations about the assistant: its name, its maker, what it can and cannot do."""
+"""Generated conversations about the assistant's identity: its name, its maker, what it can and cannot do."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from typing import Any, cast
 
 import yaml
 
+from lmchat.option_checks import check_count
 from lmchat.tasks.base import Graded, Task, reward_in_words_of
 from lmchat.tasks.patterns import expand
 from lmchat.tasks.split import Split
 from lmchat.types import Conversation, Message, UserError
 
 TEST_EVERY = 5
-"""Every fifth wording of a question is in the test split, except for the common ones."""
+"""Every fifth wording of a question is in the test split, except common ones."""
 COMMON_SHARE = 0.25
-"""Share of the training questions that are drawn from the common ones only."""
+"""Share of training questions drawn from the common ones only."""
 MAX_TURNS = 3
 OPENERS = ("", "", "", "", "", "", "Hey, ", "So, ", "By the way, ", "Hello! ", "Okay. ", "One more thing: ")
 SHORTHAND = {"you": "u", "your": "ur", "are": "r", "please": "pls", "thanks": "thx"}
@@ -31,8 +32,8 @@ class Topic:
     Attributes:
         questions: wordings, all different from those of the other topics.
         answers: wordings, each with all the facts.
-        facts: what a correct answer contains, one alternative of each group.
-        common: the most frequent questions; all of them are training questions, drawn more often than the others.
+        facts: groups of alternatives; a correct answer contains one of each group.
+        common: the most frequent questions; all are in the training split, and drawn more often than others.
     """
 
     questions: tuple[str, ...]
@@ -59,9 +60,10 @@ TOPICS: dict[str, Topic] = {
 
 
 class IdentityConversation(Conversation):
-    """A conversation about the assistant, and what a correct last answer contains.
+    """A conversation about the assistant.
 
-    ``facts`` holds groups of alternatives; an answer needs one of each group.
+    Attributes:
+        facts: groups of alternatives; a correct last answer contains one of each group.
     """
 
     facts: list[list[str]]
@@ -83,15 +85,16 @@ class Identity(Task, Graded):
 
         Args:
             split: train or test; no wording of a question is in both.
-            size: number of conversations; 1,000 ask about each topic 100 times or more, in most wordings.
-            assistant: its name.
-            maker: who made it.
+            size: number of conversations; 1,000 ask about each topic at least 100 times, in most wordings.
+            assistant: name of the assistant.
+            maker: maker of the assistant.
             seed: other seeds give other conversations.
             slice: see `Task`.
         """
         super().__init__(**slice)
-        if size < 1 or not assistant.strip() or not maker.strip():
-            raise UserError(f"identity: size={size}, assistant='{assistant}', maker='{maker}': none may be 0 or empty")
+        check_count(None, 1, **{"identity: size": size})
+        if not assistant.strip() or not maker.strip():
+            raise UserError(f"identity: assistant='{assistant}', maker='{maker}': neither may be empty")
         self.split = split
         self.size = size
         self.assistant = assistant
@@ -122,12 +125,12 @@ class Identity(Task, Graded):
         return template.format(name=self.assistant, maker=self.maker)
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Whether the completion has every fact of the right answer, upper or lower case."""
+        """Whether the completion has every fact of the correct answer; ignores case."""
         facts = cast(IdentityConversation, conversation)["facts"]
         return all(any(mentions(completion, fact) for fact in alternatives) for alternatives in facts)
 
     def reward(self, conversation: Conversation, completion: str) -> float:
-        """1 for a right answer in words of those trained on, less in others: see `base.reward_in_words_of`."""
+        """1 for a correct answer in words of the training answers, else less; see `base.reward_in_words_of`."""
         known = (self._fill(answer) for topic in TOPICS.values() for answer in topic.answers)
         return reward_in_words_of(self.evaluate(conversation, completion), completion, *known)
 
@@ -139,12 +142,12 @@ def questions(topic: Topic, split: Split) -> list[str]:
 
 
 def mentions(text: str, words: str) -> bool:
-    """Whether ``text`` has ``words`` as whole words, upper or lower case."""
+    """Whether ``text`` has ``words`` as whole words; ignores case."""
     return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text, re.IGNORECASE) is not None
 
 
 def vary(question: str, rng: random.Random) -> str:
-    """The question with an opener, with less or more punctuation, in lower case or in shorthand, as users write."""
+    """Varies a question as users write: with an opener, other punctuation, in lower case or in shorthand."""
     opener = rng.choice(OPENERS) if question.endswith("?") else ""
     if opener.endswith(", "):
         question = question[0].lower() + question[1:]
@@ -159,5 +162,5 @@ def vary(question: str, rng: random.Random) -> str:
 
 
 def shorten(text: str) -> str:
-    """The text in chat shorthand: ``r u`` for ``are you``, no upper case and no apostrophes."""
+    """The text in chat shorthand: lower case, ``r u`` for ``are you``, no apostrophes."""
     return re.sub(r"\w+", lambda word: SHORTHAND.get(word[0], word[0]), text.lower().replace("'", ""))

@@ -19,11 +19,11 @@ from lmchat.types import Conversation, Message, UserError
 
 
 def parse_messages(messages: list[Any]) -> Conversation:
-    """``messages`` as a conversation to learn from; other fields of the messages and parts are left out.
+    """Converts ``messages`` to a conversation to train on; drops other fields of the messages and parts.
 
     Raises:
-        MalformedRow: they break a rule of `lmchat.messages.check_messages`, there is no assistant message, or UTF-8
-            cannot hold their text.
+        MalformedRow: they violate `lmchat.messages.check_messages`, there is no assistant message, or UTF-8 cannot
+            encode their text.
     """
     try:
         check_messages(messages)
@@ -43,9 +43,9 @@ def _message(message: Any, what: str) -> Message:
 
 
 class JSONLConversations(RowTask):
-    """Conversations of files, in any of the forms of `lmchat.tasks.conversation_formats`.
+    """Conversations from files, in any format of `lmchat.tasks.conversation_formats`.
 
-    Records that cannot be read are left out with a warning that counts and names them. `notes` says what was mapped.
+    Malformed records are left out with a warning that counts and lists them. `notes` lists what was mapped.
     """
 
     def __init__(
@@ -63,16 +63,15 @@ class JSONLConversations(RowTask):
         Args:
             path: a file of JSON lines, a JSON array or parquet (.jsonl, .ndjson, .json, each also .gz or .zst, or
                 .parquet), or a folder of such files.
-            shuffle_seed: order of the conversations; null keeps the file's.
-            skip_malformed: leave out what cannot be read, with a warning that counts it, instead of refusing all.
-            format: form of the records; null recognizes each by its fields.
-            split: the conversations to train on, or those held out of them; null is all. Equal conversations are in
-                the same split, which does not depend on their order.
-            val_fraction: share of the conversations that is held out.
+            shuffle_seed: seed of the order; null keeps the order of the file.
+            skip_malformed: leave out malformed records with a warning, instead of raising an error.
+            format: format of the records; null detects it by their fields.
+            split: train or val; null is all. Equal conversations are in the same split, whatever the order.
+            val_fraction: share of the conversations in the val split.
             options: see `RowTask`.
 
         Raises:
-            UserError: an option is out of its range.
+            UserError: an option is out of range.
         """
         super().__init__(hub=None, path=path, shuffle_seed=shuffle_seed, skip_malformed=skip_malformed, **options)
         if format not in (None, *FORMATS):
@@ -96,7 +95,7 @@ class JSONLConversations(RowTask):
 
     def check(self, row: Any) -> None:
         converted = convert(row, self.format)
-        self._counts.update([f"records of the form {converted.format}", *converted.notes])
+        self._counts.update([f"records of the format {converted.format}", *converted.notes])
         text = json.dumps(converted.conversation, sort_keys=True)
         self._digests.append(hashlib.blake2b(text.encode(), digest_size=16).digest())
 
@@ -109,9 +108,9 @@ class JSONLConversations(RowTask):
         return good[is_held_out == (self.split == "val")]
 
     def _held_out(self) -> set[bytes]:
-        """Digests of the conversations held out: those with the smallest, until there are enough, but never all.
+        """Digests of the held-out conversations: the smallest digests, as many as needed, but never all.
 
-        Where all conversations are equal, the one is in both splits.
+        If all conversations are equal, that conversation is in both splits.
         """
         counts = Counter(self._digests)
         if len(counts) == 1:
@@ -129,9 +128,9 @@ class JSONLConversations(RowTask):
         return held_out
 
     def notes(self) -> list[str]:
-        """What was read, mapped and left out, with how many records it concerns; empty where nothing had to be."""
+        """What was mapped or left out, with the number of records; empty if nothing was."""
         read, rows = len(self._checked[0]), len(self.rows)
-        if read == rows and set(self._counts) == {"records of the form messages"}:
+        if read == rows and set(self._counts) == {"records of the format messages"}:
             return list(self.rows.notes)
         notes = [*self.rows.notes, f"{self.path}: {read:,} of {rows:,} records read"]
         notes += [f"{self.path}: {count:,} × {what}" for what, count in sorted(self._counts.items())]

@@ -10,7 +10,7 @@ from lmchat.tasks.rows import HubDataset, field
 
 
 class MMLU(MultipleChoiceTask):
-    """MMLU's questions, or with ``auxiliary_train`` 100 K questions of other data sets to train on."""
+    """MMLU's questions; ``auxiliary_train`` has 100 K training questions of other datasets."""
 
     def __init__(
         self,
@@ -28,7 +28,7 @@ class MMLU(MultipleChoiceTask):
         super().__init__(hub=HubDataset("cais/mmlu", "all", split), path=path, **options)
 
     def conversation(self, row: Any) -> MultipleChoiceConversation:
-        if isinstance(row, dict) and set(row) == {"train"}:  # the hub's file of auxiliary_train wraps its rows
+        if isinstance(row, dict) and set(row) == {"train"}:  # in the Hub's file of auxiliary_train rows are wrapped
             row = row["train"]
         question, choices = field(row, "question", str), field(row, "choices", list)
         letters, answer = letters_for(choices), field(row, "answer", int)

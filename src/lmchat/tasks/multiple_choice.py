@@ -1,4 +1,4 @@
-"""What multiple choice tasks share: the prompt, the letters, the grading."""
+"""Base class of multiple choice tasks: prompt, letters, grading."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from lmchat.types import Conversation
 
 
 class MultipleChoiceConversation(Conversation):
-    """A question, its answer's letter, and the letters it offers."""
+    """A question, the letter of its answer, and all its letters."""
 
     letters: list[str]
 
 
 def render_multiple_choice(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
-    """The prompt of a question.
+    """The prompt of a multiple choice question.
 
-    The letter follows its choice, and without a space, so that it is the token that answers too: a small model binds
-    a letter to the text before it more easily (the reference's finding).
+    As in nanochat, letters follow their choice, which is easier for small models, and have no space before them, so
+    that they are the same token as in the answer.
     """
     listed = "".join(f"- {choice}={letter}\n" for letter, choice in zip(letters, choices, strict=True))
     return f"Multiple Choice question: {question}\n{listed}\nRespond only with the letter of the correct answer."
@@ -34,7 +34,7 @@ class MultipleChoiceTask(RowTask, MultipleChoice):
     def question(
         self, question: str, letters: Sequence[str], choices: Sequence[str], answer: str
     ) -> MultipleChoiceConversation:
-        """The conversation of a question. Raises `MalformedRow` where choices, letters and answer do not agree."""
+        """The conversation of a question. Raises `MalformedRow` if choices, letters and answer do not match."""
         for letter in letters:
             checked_text(letter, "a choice's letter")
         if len(choices) < 2 or len(choices) != len(set(letters)):
@@ -50,7 +50,7 @@ class MultipleChoiceTask(RowTask, MultipleChoice):
         return cast(MultipleChoiceConversation, conversation)["letters"]
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Whether the completion is the right letter and nothing else."""
+        """Whether the completion is the correct letter and nothing else."""
         return completion.strip() == reference_answer(conversation)
 
 

@@ -9,16 +9,16 @@ _ALTERNATIVES = re.compile(r"\[(.*?)\]")
 
 
 def expand(*patterns: str) -> tuple[str, ...]:
-    """The sentences of each pattern, in which ``[a|b]`` stands for one of its alternatives, first letters capitalised.
+    """All sentences of the patterns, capitalised; ``[a|b]`` stands for either alternative.
 
-    Sentences with the same beginning stay together, and the alternatives that follow it are shuffled, always in the
-    same way. So every n-th sentence is a fair sample: of each beginning alike, and not always of the same ending.
+    Sentences with the same beginning are adjacent, and the alternatives after it are in a fixed random order, so that
+    every n-th sentence is a balanced sample of beginnings and endings.
     """
     return tuple(sentence[0].upper() + sentence[1:] for pattern in patterns for sentence in _sentences(pattern))
 
 
 def pick(pattern: str, rng: random.Random) -> str:
-    """One of the pattern's sentences, each alternative as likely as the others of its brackets."""
+    """A random sentence of the pattern; the alternatives of a bracket are equally likely."""
     return _ALTERNATIVES.sub(lambda found: rng.choice(found[1].split("|")), pattern)
 
 

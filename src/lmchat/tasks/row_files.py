@@ -1,4 +1,4 @@
-"""Rows of files: JSON lines, JSON arrays and parquet, compressed or not, one file or a folder of them."""
+"""Reads rows of JSON lines, JSON arrays and parquet, compressed or not, from a file or a folder."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from lmchat.types import UserError
 
 TABLE_SUFFIX = ".parquet"
 SUFFIXES = (*JSON_LINES_SUFFIXES, *JSON_SUFFIXES, TABLE_SUFFIX)
-"""Kinds of files with rows; those of JSON may be compressed (`COMPRESSION_SUFFIXES`)."""
+"""Supported kinds of files; JSON may be compressed (`COMPRESSION_SUFFIXES`)."""
 
 _KINDS = f"{', '.join(SUFFIXES)} (JSON also with {', '.join(COMPRESSION_SUFFIXES)})"
 
 
 class MalformedRow(ValueError):
-    """A row that is no example of its task. The message says what is wrong with it."""
+    """A row is not a valid example of its task. The message says why."""
 
 
 class Rows(Protocol):
-    """Rows that say where they come from."""
+    """A sequence of rows that knows the location of each row."""
 
     @property
     def notes(self) -> Sequence[str]:
-        """What the user should know about the files: encodings other than UTF-8, files that were passed over."""
+        """Remarks on the files for the user: encodings other than UTF-8, skipped files."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Any:
-        """The row. Raises `MalformedRow` where it cannot be read."""
+        """The row. Raises `MalformedRow` if it cannot be read."""
 
     def location(self, index: int) -> str:
         """File and line (or row) for error messages."""
 
 
 class JSONRows:
-    """The non-blank lines of a file of JSON lines, or the elements of a JSON array; lines are parsed when asked for."""
+    """The non-blank lines of a JSON lines file, which are parsed on access, or the elements of a JSON array."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -58,7 +58,7 @@ class JSONRows:
             self._read_whole(content)
 
     def _read_whole(self, content: bytes) -> None:
-        """Takes a .json file for one document, an array of rows or one row, unless it holds JSON lines all the same."""
+        """Parses a .json file: an array of rows, one row, or JSON lines."""
         try:
             document = json.loads(content)
         except (ValueError, RecursionError) as error:
@@ -134,13 +134,12 @@ class ChainedRows:
 
 
 def read_rows(path: str | Path, split: str | None = None) -> Rows:
-    """Rows of a file, or of the data files of a folder in the order of their names.
+    """Reads the rows of a file, or of the data files of a folder in the order of their names.
 
     Args:
-        path: a file with one of `SUFFIXES`, or a folder, whose hidden files are passed over.
-        split: in a folder, only the files whose name is the split's, alone or followed by ``-`` or ``_``
-            (``test.parquet``, ``train-00000-of-00004.parquet``); None reads all, those of subfolders too. A file is
-            taken as it is.
+        path: a file with one of `SUFFIXES`, or a folder, whose hidden files are skipped.
+        split: in a folder, read only files named after the split, such as ``test.parquet`` or
+            ``train-00000-of-00004.parquet``; None reads all files, including subfolders. Ignored if ``path`` is a file.
 
     Raises:
         UserError: there is no such file, or it is damaged or of another kind.

@@ -1,4 +1,4 @@
-"""Tasks made of rows: a hub data set, or a local copy of it as JSON lines or parquet."""
+"""Tasks made of rows: a Hugging Face Hub dataset, or a local copy as JSON lines or parquet."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lmchat.tasks.row_files import MalformedRow, Rows, TableRows, read_rows
 from lmchat.types import Conversation, UserError
 
 REFERENCE_SHUFFLE_SEED = 42
-"""Rows are taken in the order of ``numpy.random.default_rng(42).permutation``, as ``datasets`` shuffles them."""
+"""Seed of ``numpy.random.default_rng(seed).permutation``, the order in which ``datasets`` shuffles rows."""
 
 REPORTED_ROWS = 5
 
@@ -23,10 +23,10 @@ T = TypeVar("T")
 
 
 def field(row: Any, name: str, kind: type[T]) -> T:
-    """``row[name]``, checked to be there and to be of type ``kind``.
+    """Returns ``row[name]`` after checking that it exists and is of type ``kind``.
 
     Raises:
-        MalformedRow: it is missing, of another type, or text that UTF-8 cannot hold.
+        MalformedRow: it is missing, of another type, or text that UTF-8 cannot encode.
     """
     if not isinstance(row, dict):
         raise MalformedRow(f"the row is {type(row).__name__}, not an object with fields")
@@ -41,7 +41,7 @@ def field(row: Any, name: str, kind: type[T]) -> T:
 
 
 def checked_text(text: Any, what: str) -> str:
-    """``text``, checked to be a string that is not empty and that UTF-8 can hold."""
+    """Returns ``text`` after checking that it is a non-empty string that UTF-8 can encode."""
     if not isinstance(text, str):
         raise MalformedRow(f"{what} is {type(text).__name__}, not str")
     if not text:
@@ -55,7 +55,7 @@ def checked_text(text: Any, what: str) -> str:
 
 @dataclass(frozen=True)
 class HubDataset:
-    """A data set of the Hugging Face hub, one configuration and split of it."""
+    """One configuration and split of a dataset on the Hugging Face Hub."""
 
     repository: str
     config: str | None
@@ -65,12 +65,12 @@ class HubDataset:
         return f"{self.repository} ({', '.join(filter(None, (self.config, self.split)))})"
 
     def rows(self) -> Rows:
-        """Download it, unless it is in the cache of ``datasets``."""
+        """Downloads it, unless it is in the cache of ``datasets``."""
         import datasets
 
         try:
             dataset = datasets.load_dataset(self.repository, self.config, split=self.split)
-        except Exception as error:  # whatever the network, the hub or the cache comes up with
+        except Exception as error:  # errors of the network, the Hub or the cache are of many types
             raise UserError(
                 f"cannot load {self} from the hub: {error}; check the network, or give a local copy as `path`"
             ) from error
@@ -78,7 +78,7 @@ class HubDataset:
 
 
 class RowTask(Task):
-    """A task whose examples are the rows of a hub data set or of local files."""
+    """A task whose examples are the rows of a Hub dataset or of local files."""
 
     def __init__(
         self,
@@ -88,14 +88,14 @@ class RowTask(Task):
         shuffle_seed: int | None = REFERENCE_SHUFFLE_SEED,
         **slice: Any,
     ) -> None:
-        """Set where the rows come from.
+        """Sets the source of the rows.
 
         Args:
-            hub: the data set to load where ``path`` is null.
+            hub: the dataset to load if ``path`` is null.
             path: a local copy: a file of JSON lines, a JSON array or parquet (.jsonl, .ndjson, .json, each also .gz or
                 .zst, or .parquet), or a folder of such files named after their split.
-            skip_malformed: leave malformed rows out with a warning that counts them, instead of refusing the data.
-            shuffle_seed: order of the examples; null keeps the order of the rows.
+            skip_malformed: leave out malformed rows with a warning, instead of raising an error.
+            shuffle_seed: seed of the order of the examples; null keeps the order of the rows.
             slice: see `Task`.
         """
         super().__init__(**slice)
@@ -108,10 +108,10 @@ class RowTask(Task):
 
     @abstractmethod
     def conversation(self, row: Any) -> Conversation:
-        """The row as a conversation. Raises `MalformedRow` where that is not possible."""
+        """Converts a row to a conversation. Raises `MalformedRow` if that is not possible."""
 
     def check(self, row: Any) -> None:
-        """Called once for every row, in their order, before any is used. Raises `MalformedRow` as `conversation`."""
+        """Checks a row; called once for all rows, in order, before any is used. Raises `MalformedRow`."""
         self.conversation(row)
 
     @property
@@ -127,12 +127,12 @@ class RowTask(Task):
 
     @cached_property
     def malformed(self) -> list[str]:
-        """What is wrong with each malformed row, with its location."""
+        """Location and problem of each malformed row."""
         return list(self._checked[1])
 
     @cached_property
     def _checked(self) -> tuple[np.ndarray, list[str]]:
-        """Indices of the good rows, int64, and the complaints about the others."""
+        """Indices of the valid rows, int64, and the problems of the others."""
         good, complaints = [], []
         for index in range(len(self.rows)):
             try:
@@ -154,7 +154,7 @@ class RowTask(Task):
         warnings.warn(f"skipped, {summary}", stacklevel=3)
 
     def chosen(self) -> np.ndarray:
-        """Indices of the rows to use, int64, in their order: all that are not malformed."""
+        """Indices of the rows to use, int64, in order: all that are not malformed."""
         return self._checked[0]
 
     @cached_property
@@ -163,7 +163,7 @@ class RowTask(Task):
         if self.shuffle_seed is None:
             return good
         order = np.random.default_rng(self.shuffle_seed).permutation(len(self.rows))
-        return order[np.isin(order, good)]  # a malformed row more or less leaves the order of the others
+        return order[np.isin(order, good)]  # malformed rows do not affect the order of the others
 
     def num_examples(self) -> int:
         return len(self._order)

@@ -1,8 +1,8 @@
-"""Spelling of words and counting of letters, which are hard for models that read tokens instead of letters.
+"""Spelling words and counting letters, which is hard for models that read tokens instead of letters.
 
-Questions and solutions are generated from a word list (see `words`). Solutions spell the word letter by letter, which
-turns its tokens into those of its letters, and the counting is done step by step, then checked with the calculator.
-The idea and the form of a spelling, ``cat:c,a,t``, are nanochat's; words, their division and the wordings are our own.
+Questions and solutions are generated from a word list (see `words`). Solutions spell the word letter by letter, count
+step by step, and check the count with the calculator. The idea and the format of a spelling, ``cat:c,a,t``, are
+nanochat's.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from functools import cached_property
 from string import ascii_lowercase
 from typing import Any
 
+from lmchat.option_checks import check_count
 from lmchat.tasks.base import Graded, Task, answer_text, exchange, reference_answer, reward_in_words_of
 from lmchat.tasks.gsm8k import NumericAnswerTask
 from lmchat.tasks.patterns import pick
@@ -20,7 +21,7 @@ from lmchat.tasks.words import read_words, split_words
 from lmchat.types import Conversation, UserError
 
 ABSENT_LETTER_SHARE = 0.1
-"""Share of counting questions whose letter is drawn from the alphabet, not from the word."""
+"""Share of counting questions whose letter is drawn from the alphabet instead of the word."""
 
 SPELL_QUESTIONS = (
     "[|Please ][spell|spell out][|:| the word| the word:] {word}",
@@ -66,7 +67,7 @@ QUOTES = ("", "'", '"')
 
 
 def spell(word: str) -> str:
-    """The word, a colon, and its letters between commas: ``cat:c,a,t``."""
+    """The spelling of a word: ``cat:c,a,t``."""
     return f"{word}:{','.join(word)}"
 
 
@@ -82,20 +83,19 @@ class WordTask(Task):
         seed: int = 0,
         **slice: Any,
     ) -> None:
-        """Choose words and number of examples.
+        """Sets the words and the number of examples.
 
         Args:
             split: train or test; no word is in both.
-            size: number of examples; null: one for each word of the split.
-            words_path: a file with a word a line; null: ``words.txt`` in the base folder.
-            made_up: share of the words that are not of the list, but the beginning of one and the end of another:
-                practice in reading tokens that words of the list seldom have. Less where few such words are new.
-            seed: order of the words, and wording of the questions.
+            size: number of examples; null is one per word of the split.
+            words_path: a file with one word per line; null is ``words.txt`` in the base folder.
+            made_up: share of words that are not in the list but made of the beginning of one and the end of another,
+                to train on rare tokens; smaller if few such words are new.
+            seed: seed of the order of the words and of the wording of the questions.
             slice: see `Task`.
         """
         super().__init__(**slice)
-        if size is not None and size < 1:
-            raise UserError(f"{type(self).__name__}: size={size} is not possible; use 1 or more, or null")
+        check_count(None, 1, **{f"{type(self).__name__}: size": size})
         if not 0 <= made_up <= 1:
             raise UserError(f"{type(self).__name__}: made_up={made_up} is not possible; use a share from 0 to 1")
         self.split = split
@@ -110,7 +110,7 @@ class WordTask(Task):
 
     @cached_property
     def words(self) -> list[str]:
-        """The split's words in the order in which the examples use them, cyclically."""
+        """The words of the split in the order in which examples use them, cyclically."""
         words = split_words(read_words(self.words_path), self.split)
         if not words:
             raise UserError(f"{self.name}: {self.words_path or 'the list'} has no {self.split} words; use a longer one")
@@ -125,13 +125,13 @@ class WordTask(Task):
         return self.size if self.size is not None else len(self.words)
 
     def draw(self, index: int) -> tuple[str, random.Random]:
-        """The word of an example and the example's own random numbers."""
+        """The word of an example, and the example's random number generator."""
         rng = random.Random(f"{self.seed}/{self.split}/{index}")
         word = self.words[index % len(self.words)]
         return (self._made_up(word, rng) if rng.random() < self.made_up else word), rng
 
     def _made_up(self, word: str, rng: random.Random) -> str:
-        """The first letters of ``word`` and the rest of another, in the same split; the word itself if none fits."""
+        """The beginning of ``word`` and the end of another word, in the same split; ``word`` if none is found."""
         for _ in range(MAX_TRIES):
             other = rng.choice(self.words)
             cut = rng.randint(1, min(len(word), len(other)))
@@ -142,7 +142,7 @@ class WordTask(Task):
 
 
 def ask(patterns: tuple[str, ...], rng: random.Random, **values: str) -> str:
-    """One of ``patterns`` filled in, with some variety in quotes, case and punctuation as users have it."""
+    """A random pattern filled in, with random quotes, case and punctuation, as users write."""
     template = pick(rng.choice(patterns), rng)
     first = template[0].lower() if rng.random() < 0.2 else template[0].upper()
     template = first + template[1:]
@@ -163,7 +163,7 @@ class SimpleSpelling(WordTask, Graded):
         return exchange(ask(SPELL_QUESTIONS, rng, word=word), spell(word))
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Whether the completion is the word's spelling and nothing else."""
+        """Whether the completion is exactly the spelling."""
         return completion.strip() == reference_answer(conversation)
 
 
@@ -171,7 +171,7 @@ class SpellingBee(WordTask, NumericAnswerTask):
     """Count a letter in a word, first by spelling it, then with the calculator."""
 
     def reward(self, conversation: Conversation, completion: str) -> float:
-        """1 for a right count in words of the reference answer, less in others: see `base.reward_in_words_of`."""
+        """1 for a correct count in words of the reference answer, else less; see `base.reward_in_words_of`."""
         return reward_in_words_of(self.evaluate(conversation, completion), completion, answer_text(conversation))
 
     def example(self, index: int) -> Conversation:
@@ -195,9 +195,9 @@ class SpellingBee(WordTask, NumericAnswerTask):
 
 
 def count_by_hand(word: str, letter: str) -> str:
-    """The spelling of ``word``, then its letters one a line, with the count so far at each ``letter``.
+    """The spelling of ``word``, then one letter per line, with the count so far at each ``letter``.
 
-    It begins as no other answer does: reinforcement learning wore "I spell" down to the "I speak" of other answers.
+    No other answer begins with its first words: RL turned the former "I spell" into the "I speak" of other answers.
     """
     lines = [f'Count each "{letter}":', spell(word)]
     count = 0

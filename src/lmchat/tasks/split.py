@@ -14,7 +14,6 @@ TEST_SHARE = 10
 def in_split(key: str, split: Split) -> bool:
     """Whether ``key`` belongs to ``split``.
 
-    A hash of the key decides, so that generated examples of the two splits are disjoint whatever the seed, the sizes
-    and the other options of their tasks.
+    A hash of the key decides, so the splits of generated examples are disjoint for all options of the tasks.
     """
     return (zlib.crc32(key.encode()) % TEST_SHARE == 0) == (split == "test")

@@ -1,4 +1,4 @@
-"""Word lists for the spelling tasks, and their division into train and test words."""
+"""Word lists for the spelling tasks, and their train/test split."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from lmchat.paths import base_dir, expand_user
 from lmchat.tasks.split import Split, in_split
 from lmchat.types import UserError
 
-# Not part of a longer word, of a compound or of a contraction.
+# Not part of a longer word, compound or contraction.
 _LOWER_CASE_WORD = re.compile(r"(?<![\w'’-])[a-z]+(?![\w'’-])")
 
 
 def default_words_path() -> Path:
-    """The word list that spelling tasks use unless another one is named."""
+    """Path of the default word list of the spelling tasks."""
     return base_dir() / "words.txt"
 
 
 def words_from_text(
     texts: Iterable[str], *, max_words: int = 100_000, min_count: int = 3, min_letters: int = 3, max_letters: int = 20
 ) -> list[str]:
-    """The words of a body of text, the most frequent first, equally frequent ones by the alphabet.
+    """The words of a text by decreasing frequency, equally frequent ones in alphabetical order.
 
-    Only words written in lower-case ASCII letters count: that leaves names, numbers and most foreign words out.
+    Only words of lower-case ASCII letters count, which excludes names, numbers and most foreign words.
 
     Args:
         texts: documents.
-        max_words: length of the list at most.
-        min_count: occurrences that a word needs; misspelled words are rare.
-        min_letters: length of the shortest words.
-        max_letters: length of the longest words.
+        max_words: maximum length of the list.
+        min_count: minimum number of occurrences of a word; misspelled words are rare.
+        min_letters: minimum length of a word.
+        max_letters: maximum length of a word.
     """
     counts: Counter[str] = Counter()
     for text in texts:
@@ -43,7 +43,7 @@ def words_from_text(
 
 
 def write_words(words: Iterable[str], path: str | Path | None = None) -> Path:
-    """Write a word list, a word a line, to ``path`` or to `default_words_path`; returns where.
+    """Writes a word list, one word per line, to ``path`` or to `default_words_path`; returns the path.
 
     Raises:
         UserError: ``path`` is a folder.
@@ -58,7 +58,7 @@ def write_words(words: Iterable[str], path: str | Path | None = None) -> Path:
 
 
 def read_words(path: str | Path | None) -> list[str]:
-    """The words of a file, one a line, each once; null reads `default_words_path`.
+    """Reads a file with one word per line, without repetitions; None reads `default_words_path`.
 
     Raises:
         UserError: the file is missing, empty, or a line is not a word of ASCII letters.
@@ -67,7 +67,7 @@ def read_words(path: str | Path | None) -> list[str]:
     if not file.is_file():
         raise UserError(
             f"there is no word list {file}; make one from the pretraining text with `lmchat data words`, "
-            "or set `words_path` to a file with a word a line"
+            "or set `words_path` to a file with one word per line"
         )
     lines = map(str.strip, file.read_text(encoding="utf-8", errors="replace").lower().splitlines())
     words = list(dict.fromkeys(filter(None, lines)))
@@ -76,10 +76,10 @@ def read_words(path: str | Path | None) -> list[str]:
         listed = ", ".join(map(repr, wrong[:5]))
         raise UserError(f"{file}: {len(wrong)} lines are not words of the letters a to z ({listed}); remove them")
     if not words:
-        raise UserError(f"{file} holds no words; give a file with a word a line")
+        raise UserError(f"{file} holds no words; give a file with one word per line")
     return words
 
 
 def split_words(words: list[str], split: Split) -> list[str]:
-    """The words of a split. Which split a word is in depends on the word alone, so no other list can mix them up."""
+    """The words of a split. The split depends on the word only, so it is the same for all word lists."""
     return [word for word in words if in_split(word, split)]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lmchat.demo.tasks.stories import FAMILIES, PRONOUNS, WORKING, Family, Operation, Step
+from lmchat.option_checks import check_count
 from lmchat.tasks.base import answer_text, reward_in_words_of
 from lmchat.tasks.gsm8k import AnswerRule, NumericAnswerTask, word_problem
 from lmchat.tasks.patterns import pick
@@ -17,27 +18,27 @@ from lmchat.types import Conversation, UserError
 
 MAX_TRIES = 10_000
 MAX_STEPS = 6
-"""No story has more steps: every family has as many different ones."""
+"""Maximum number of steps of a story; every family has at least as many different ones."""
 START_SHARE = 0.5
-"""Share of the problems that begin with a calculation, where the family has such beginnings."""
+"""Share of problems that start with a calculation, if the family has such starts."""
 PRONOUN_SHARE = 0.5
-"""Share of the sentences about a person who was named before that say he or she."""
+"""Share of sentences about a person named before that use "he" or "she"."""
 JOINED_SHARES = (0.2, 0.6)
-"""Share of the second sentences, and of later ones, that are joined to the one before, where they can be: "Tom has 9
-coins. He finds 4 and loses 2" is how people tell it."""
+"""Shares of the second and of later sentences that are joined to the previous one if possible, as in "Tom has 9 coins.
+He finds 4 and loses 2"."""
 CONJUNCTIONS = (" and ", " and then ", ", then ")
-"""Between two halves of a sentence that are about the same person, who is named once."""
+"""Between two halves of a sentence about the same person, who is named once."""
 LINKS = (", and ", " and ")
-"""Between any others."""
+"""Between other halves."""
 SMALLEST_RESULT = 2
-"""Results are plural: a story counts "2 marbles" at least."""
+"""Minimum result, so that nouns are plural: "2 marbles"."""
 
 
 @dataclass(frozen=True)
 class WordProblem:
-    """A problem as GSM8K stores it: the solution holds its calculator calls as ``<<12+5=17>>`` and ends in ``#### 17``.
+    """A problem in GSM8K's format: the solution has calculator calls as ``<<12+5=17>>`` and ends in ``#### 17``.
 
-    ``calculation`` is what there is to calculate, without the story.
+    ``calculation`` is the calculation without the story.
     """
 
     question: str
@@ -51,10 +52,10 @@ class _Impossible(Exception):
 
 @dataclass
 class _Draft:
-    """A problem in the making.
+    """A problem under construction.
 
-    ``turn`` is the person that the story is about just now, ``subject`` the one that the last sentence begins with,
-    ``joined`` whether that sentence is made of two.
+    ``turn`` is the person that the story is currently about, ``subject`` the one that the last sentence starts with,
+    ``joined`` whether that sentence consists of two.
     """
 
     family: Family
@@ -71,12 +72,12 @@ class _Draft:
     expressions: list[str] = field(default_factory=list)
 
     def text(self, template: str, **numbers: int | str) -> str:
-        """A template filled in."""
+        """Fills in a template."""
         who, prev = self.people[self.turn], self.people[self.turn - 1]
         return template.format(who=who, prev=prev, items=self.items, **numbers)
 
     def tell(self, pattern: str, **numbers: int) -> None:
-        """Go on with the story, in a new sentence or in the last one."""
+        """Continues the story, in a new sentence or in the last one."""
         sentence = pick(pattern, self.rng)
         subject = self.people[self.turn] if sentence.startswith("{who} ") else ""
         share = JOINED_SHARES[len(self.story) > 1]
@@ -94,24 +95,24 @@ class _Draft:
         self.subject = subject
 
     def questions(self) -> tuple[str, ...]:
-        """The questions that fit the story as it is."""
+        """The questions that fit the current story."""
         taken_away = any(step.op in ("-", "/") for step in self.taken)
         return self.family.questions + (self.family.remaining if taken_away else ())
 
     def ask(self, pattern: str) -> None:
-        """End the story with a question."""
+        """Ends the story with a question."""
         question = pick(pattern, self.rng)
         if self._draw_pronoun():
             question = re.sub(r"(does|did) \{who\}", rf"\1 {PRONOUNS[self.people[self.turn]]}", question)
         self.story.append(self.text(question))
 
     def _draw_pronoun(self) -> bool:
-        """Whether to call the person he or she, drawn where that is one who was named before, and the only one."""
+        """Whether to use "he" or "she"; drawn at random if the person was named before and is the only one."""
         named = any(self.people[self.turn] in sentence for sentence in self.story)
         return named and not self.family.relay and self.rng.random() < PRONOUN_SHARE
 
     def calculate(self, step: Step, expression: str, result: int) -> None:
-        """Write a calculation into the solution."""
+        """Adds a calculation to the solution."""
         words = self.text(step.result or self.family.result, r=f"<<{expression}={result}>>{result}")
         self.working.append(f"{self.text(step.working or self.family.working or WORKING[step.op])} {words}.")
         self.taken.append(step)
@@ -122,8 +123,8 @@ class _Draft:
 class Arithmetic(NumericAnswerTask):
     """Word problems of one to four steps, and their solutions with a calculator call for each step.
 
-    Divisions have no remainder and are written ``//`` in the calls, for which the calculator gives a whole number as
-    the story does (``48/2`` would give 24.0). No calculation of a training problem is that of a test problem.
+    Divisions have no remainder and are written ``//`` in the calls, so that the calculator returns an integer (``48/2``
+    would give 24.0). The calculations of the splits are disjoint.
     """
 
     def __init__(
@@ -139,7 +140,7 @@ class Arithmetic(NumericAnswerTask):
         answer_rule: AnswerRule = "number",
         **slice: Any,
     ) -> None:
-        """Choose the difficulty.
+        """Sets the difficulty.
 
         Args:
             split: train or test; no calculation is in both, whatever the other options.
@@ -148,7 +149,7 @@ class Arithmetic(NumericAnswerTask):
             operands: smallest and largest number to start with, to add or to subtract.
             factors: smallest and largest number to multiply or divide by.
             max_value: largest result.
-            families: kinds of stories by name, see `stories.FAMILIES`; null: all.
+            families: kinds of stories by name, see `stories.FAMILIES`; null is all.
             seed: other seeds give other problems.
             answer_rule: how answers are compared, see `gsm8k.answers_match`.
             slice: see `Task`.
@@ -157,8 +158,7 @@ class Arithmetic(NumericAnswerTask):
         _check_range("steps", steps, 1, MAX_STEPS)
         _check_range("operands", operands, 1, max_value)
         _check_range("factors", factors, 2, max_value)
-        if size < 1:
-            raise UserError(f"arithmetic: size={size} is not possible; use 1 or more")
+        check_count(None, 1, **{"arithmetic: size": size})
         unknown = sorted(set(families or ()) - set(FAMILIES))
         if unknown or families == []:
             raise UserError(f"arithmetic: families {families} are unknown or none; choose from {', '.join(FAMILIES)}")
@@ -185,13 +185,13 @@ class Arithmetic(NumericAnswerTask):
         return word_problem(problem.question, problem.answer)
 
     def reward(self, conversation: Conversation, completion: str) -> float:
-        """See `base.reward_in_words_of`; the allowed words are those of the question and of solutions."""
+        """See `base.reward_in_words_of`; words of the question and of solutions are allowed."""
         question = str(conversation["messages"][-2]["content"])
         known = (question, answer_text(conversation), "dollars", *WORKING.values())
         return reward_in_words_of(self.evaluate(conversation, completion), completion, *known)
 
     def problem(self, index: int) -> WordProblem:
-        """The problem at ``index`` before slicing; it depends on the index and the options alone."""
+        """The problem at ``index`` before slicing; depends only on the index and the options."""
         rng = random.Random(f"{self.seed}/{self.split}/{index}")
         for _ in range(MAX_TRIES):
             try:
@@ -206,7 +206,7 @@ class Arithmetic(NumericAnswerTask):
         )
 
     def _compose(self, rng: random.Random) -> WordProblem:
-        """A problem of either split. Raises `_Impossible` where the numbers do not work out."""
+        """A problem of either split. Raises `_Impossible` if no numbers fit."""
         family = rng.choice(self.families)
         num_steps = rng.randint(*self.steps)
         people = rng.sample(tuple(PRONOUNS), num_steps + 1)
@@ -219,7 +219,7 @@ class Arithmetic(NumericAnswerTask):
         return WordProblem(" ".join(draft.story), solution, " ".join(draft.expressions))
 
     def _begin(self, draft: _Draft, num_steps: int) -> str:
-        """Write the first sentence, which may be a step. Returns the question that the step asks, if any."""
+        """Writes the first sentence, which may be a step. Returns the step's question, if any."""
         starts = [step for step in draft.family.starts if num_steps == 1 or not step.question]
         if starts and draft.rng.random() < START_SHARE:
             return self._take(draft, draft.rng.choice(starts))
@@ -227,7 +227,7 @@ class Arithmetic(NumericAnswerTask):
         return ""
 
     def _continue(self, draft: _Draft, num_steps: int) -> str:
-        """Write the next step, each operation as likely as the others. Returns the question that it asks, if any."""
+        """Writes the next step; operations are equally likely. Returns the step's question, if any."""
         last = len(draft.expressions) == num_steps - 1
         possible = [
             step

@@ -1,4 +1,4 @@
-"""Conversations of several turns, made of the exchanges of other tasks, as users ask one thing after another."""
+"""Conversations of several turns, joined from examples of other tasks."""
 
 from __future__ import annotations
 
@@ -6,44 +6,42 @@ import random
 from functools import cached_property
 from typing import Any, cast
 
+from lmchat.option_checks import check_count
 from lmchat.tasks.base import Graded, Task, graded
 from lmchat.types import Conversation, Message, UserError
 
 
 class DialogueConversation(Conversation):
-    """A conversation, and which example of which task its last question is, by their numbers."""
+    """A conversation, and the indices of its last question's task and example."""
 
     last: tuple[int, int]
 
 
 class Dialogue(Task, Graded):
-    """Conversations of a random number of examples of some tasks, all of which are shuffled.
+    """Conversations that join a random number of shuffled examples of several tasks.
 
-    Every example is in exactly one conversation. System messages are left out but for the first of a conversation. An
-    answer to the last question is graded as its task does.
+    Every example is in exactly one conversation. Only the first system message of a conversation is kept. The answer to
+    the last question is graded by its task.
     """
 
     def __init__(self, tasks: list[Task], max_examples: int = 3, seed: int = 0, **slice: Any) -> None:
-        """Choose what is joined.
+        """Sets the tasks to join.
 
         Args:
-            tasks: where the exchanges come from.
-            max_examples: a conversation has one to so many examples, each number as likely as the others.
-            seed: of the order and the numbers.
+            tasks: tasks that the examples come from.
+            max_examples: maximum number of examples in a conversation; all numbers from 1 are equally likely.
+            seed: seed of the order and of the numbers.
             slice: see `Task`.
         """
         super().__init__(**slice)
-        if not tasks or max_examples < 1:
-            raise UserError(
-                f"dialogue: {len(tasks)} tasks with max_examples={max_examples} are not possible; use 1 or more"
-            )
+        check_count(None, 1, **{"dialogue: number of tasks": len(tasks), "dialogue: max_examples": max_examples})
         self.tasks = tasks
         self.max_examples = max_examples
         self.seed = seed
 
     @cached_property
     def _conversations(self) -> list[list[tuple[int, int]]]:
-        """Per conversation, the number of the task and of the example of each of its parts."""
+        """For each conversation, the indices of task and example of its parts."""
         rng = random.Random(f"{self.seed}")
         examples = [(number, index) for number, task in enumerate(self.tasks) for index in range(len(task))]
         rng.shuffle(examples)

@@ -1,4 +1,4 @@
-"""The stories that arithmetic word problems are made of; their texts and rules are in ``stories.yaml``."""
+"""The stories of arithmetic word problems; texts and rules are in ``stories.yaml``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WORKING: dict[Operation, str] = {
 
 @dataclass(frozen=True)
 class Step:
-    """One calculation: what happens in the story, and its wording in the solution.
+    """One calculation: its sentence in the story and its wording in the solution.
 
     Attributes:
         op: operation on the quantity; ``total`` adds up the quantities of all persons of a relay.
