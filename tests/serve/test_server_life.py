@@ -18,8 +18,11 @@ import openai
 import pytest
 
 from live_server import LiveServer, live_server, tiny_engine, wait_for
+from lmchat.__main__ import main
 from lmchat.generation.engine import TokenEvent
+from lmchat.serve.http_server import open_socket
 from lmchat.tokenizer.bpe import Tokenizer
+from lmchat.types import UserError
 from random_checkpoint import save_random_checkpoint
 
 ENDLESS = {"prompt": "x", "max_tokens": 500, "seed": 1, "top_k": 5, "temperature": 0.5}
@@ -182,3 +185,20 @@ def is_refused(url: str) -> bool:
         return httpx.get(f"{url}/health", timeout=5).status_code == 503
     except httpx.TransportError:
         return True
+
+
+def test_ports_that_cannot_be_had() -> None:
+    listener = open_socket("127.0.0.1", 0)
+    with listener, pytest.raises(UserError, match=r"cannot listen on 127.0.0.1 port \d+: Address already in use"):
+        open_socket("127.0.0.1", listener.getsockname()[1])
+    for port in (-1, 65536):
+        with pytest.raises(UserError, match="from 0 to 65535"):
+            open_socket("127.0.0.1", port)
+
+
+def test_the_network_needs_a_key(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("LMCHAT_API_KEY", raising=False)
+    assert main(["serve", "--host", "0.0.0.0"]) == 2
+    assert "set LMCHAT_API_KEY to a secret token" in capsys.readouterr().err
+    assert main(["serve", "--max_seconds", "0"]) == 2
+    assert "--max_seconds is 0" in capsys.readouterr().err

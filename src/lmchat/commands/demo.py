@@ -75,8 +75,9 @@ def demo(text: Path | None = None, output: Path = Path("runs/demo"), minutes: fl
         summary["minutes"] = round(sum(metrics["seconds"] for metrics in summary["stages"].values()) / 60, 2)
         _write_json(run.summary, summary)
     console.print(time_table(summary), skills_table(summary))
-    console.print(f"Metrics: {run.summary}. To chat with the model:", soft_wrap=True)
-    console.print(f"  {_next_command(run)}", soft_wrap=True, highlight=False)
+    console.print(f"Metrics: {run.summary}. To chat with the model, here or in a browser:", soft_wrap=True)
+    for command in ("chat", "serve"):
+        console.print(f"  {_next_command(run, command)}", soft_wrap=True, highlight=False)
 
 
 COMMANDS = demo
@@ -116,9 +117,9 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
         unfinished.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _next_command(run: Demo) -> str:
-    """Opens a chat with the model."""
-    return f"LMCHAT_BASE_DIR={shlex.quote(str(run.output))} {shlex.quote(_short(LMCHAT))} chat"
+def _next_command(run: Demo, command: str) -> str:
+    """A command on the demo's model."""
+    return f"LMCHAT_BASE_DIR={shlex.quote(str(run.output))} {shlex.quote(_short(LMCHAT))} {command}"
 
 
 def _short(path: Path) -> str:

@@ -22,8 +22,10 @@ def open_socket(host: str, port: int) -> socket.socket:
     """A listening socket.
 
     Raises:
-        UserError: the address is not this machine's, or is in use.
+        UserError: the address is not this machine's or is in use, or there is no such port.
     """
+    if not 0 <= port < 2**16:
+        raise UserError(f"--port is {port}; give a number from 0 to 65535")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         # asyncio sends small packets at once (TCP_NODELAY) only where the socket's protocol is given.
@@ -31,9 +33,10 @@ def open_socket(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(1024)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot listen on {host} port {port}: {reason}; give another --host or --port") from error
+    except OSError as error:
+        raise UserError(
+            f"cannot listen on {host} port {port}: {error.strerror or error}; give another --host or --port"
+        ) from error
     return listener
 
 

@@ -1,0 +1,18 @@
+"""The load benchmark, for some seconds."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.slow
+def test_nothing_is_lost_or_mixed_up_under_load() -> None:
+    script = Path(__file__).resolve().parents[2] / "benchmarks" / "serve_load.py"
+    command = [sys.executable, str(script), "--seconds", "20", "--clients", "32"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "'right'" in done.stdout and "'left'" in done.stdout
