@@ -214,7 +214,7 @@ CASES: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
     "shard that is a broken link": (
         link_to_a_lost_shard,
         OWN,
-        ["shard_00001.parquet is a link to {base}/elsewhere.parquet", "put it back or fetch it anew"],
+        ["shard_00001.parquet is a link to {base}/elsewhere.parquet", "restore it or download it again"],
     ),
     "file missing in the base folder": (
         logs_on_a_disk_that_is_gone,
@@ -231,7 +231,7 @@ CASES: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
         ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "{base}/tiny.yaml"],
         ["tiny.yaml/lightning_logs: Not a directory"],
     ),
-    "truncated parquet": (truncated_parquet, OWN, ["shard_00001.parquet", "fetch or make it anew"]),
+    "truncated parquet": (truncated_parquet, OWN, ["shard_00001.parquet", "download or make it again"]),
     "indivisible batch": (
         nothing,
         ["--model.global_batch_tokens", "100"],
@@ -316,7 +316,7 @@ CASES: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
     "negative length of samples": (
         nothing,
         ["--samples.max_new_tokens", "-1"],
-        ["--samples.max_new_tokens is -1", "0 for no samples"],
+        ["--samples.max_new_tokens is -1", "at least 0"],
     ),
     "bf16-true": (
         nothing,
@@ -375,7 +375,11 @@ CASES: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
         ["--model.tag", "x"],
         ["no home folder for ~nobody-of-this-name/lmchat", "set LMCHAT_BASE_DIR"],
     ),
-    "negative evaluation interval": (nothing, ["--eval.every_n_steps", "-1"], ["--eval.every_n_steps is -1", "use 0"]),
+    "negative evaluation interval": (
+        nothing,
+        ["--eval.every_n_steps", "-1"],
+        ["--eval.every_n_steps is -1", "at least 0"],
+    ),
     "checkpoint interval zero": (
         nothing,
         ["--checkpoint.every_n_steps", "0"],
@@ -387,7 +391,7 @@ CASES: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
         ["attention is 'flashy'", "choose auto or one of", "masked"],
     ),
     "no micro-batch": (nothing, ["--data.micro_batch_size", "0"], ["--data.micro_batch_size is 0", "at least 1"]),
-    "no monitor interval": (nothing, ["--monitor.every_n_steps", "0"], ["monitor.every_n_steps is 0", "1 or more"]),
+    "no monitor interval": (nothing, ["--monitor.every_n_steps", "0"], ["monitor.every_n_steps is 0", "at least 1"]),
     "accumulation by hand": (
         nothing,
         ["--trainer.accumulate_grad_batches", "7"],

@@ -132,7 +132,7 @@ def test_a_shard_that_stays_broken_is_named_and_the_rest_is_kept(
 
 def test_a_shard_that_is_no_parquet_file_is_named(hub: HubServer, fetch: Callable[..., DownloadReport]) -> None:
     hub.files["shard_00005.parquet"] = b"something else"
-    with pytest.raises(UserError, match=r"cannot read .*shard_00005\.parquet, truncated or no parquet file"):
+    with pytest.raises(UserError, match=r"cannot read .*shard_00005\.parquet, truncated or not a parquet file"):
         fetch()
 
 

@@ -265,7 +265,7 @@ def test_user_mistakes_are_named(write_shards: WriteShards, tmp_path: Path) -> N
     path = folder / "shard_00001.parquet"
     for broken in (path.read_bytes()[:-20], b"", b"no parquet"):
         path.write_bytes(broken)
-        fails(folder, r"cannot read .*shard_00001\.parquet, truncated or no parquet file")
+        fails(folder, r"cannot read .*shard_00001\.parquet, truncated or not a parquet file")
 
 
 def test_a_header_with_any_flipped_bit_is_read_right_or_not_at_all(write_shards: WriteShards) -> None:

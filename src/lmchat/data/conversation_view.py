@@ -1,4 +1,4 @@
-"""Prints conversations as fine-tuning sees them, marking the tokens that receive loss."""
+"""Prints rendered conversations, marking the tokens that receive loss."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def show_conversations(
 
     Args:
         mixture: the conversations.
-        tokenizer: renders them.
-        max_tokens: longest conversation; the rest of a longer one is cut off.
+        tokenizer: tokenizer to render them with.
+        max_tokens: length that longer conversations are cut to.
         start: index of the first conversation to print.
-        rows: how many to print.
-        only: print only those that are cut off (truncated), or without a token that receives loss (no_loss_tokens).
-        limit: render and count this many conversations at most.
+        rows: number of conversations to print.
+        only: print only truncated conversations, or only those without loss tokens (no_loss_tokens).
+        limit: maximum number of conversations to render and count.
     """
     from rich.console import Console
 
@@ -64,7 +64,7 @@ def show_conversations(
 
 
 def _matching(rendered: RenderedConversations, only: Filter | None, start: int) -> Sequence[int]:
-    """Indices of the conversations to choose from."""
+    """Indices of the conversations that match ``only``, from ``start`` on."""
     if only is None:
         return range(start, len(rendered))
     wanted = rendered.truncated if only == "truncated" else rendered.loss_tokens == 0
@@ -72,7 +72,7 @@ def _matching(rendered: RenderedConversations, only: Filter | None, start: int) 
 
 
 def marked_tokens(tokenizer: Tokenizer, ids: list[int], mask: list[bool]) -> Text:
-    """A conversation's text; runs of tokens with loss are green and stand on lines of their own that begin with +."""
+    """Text of a conversation; tokens with loss are green, on separate lines that begin with +."""
     from rich.text import Text
 
     text = Text()

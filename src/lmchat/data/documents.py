@@ -1,4 +1,4 @@
-"""The documents of a folder of text: which files there are, and the texts in them, read as a stream."""
+"""Finds the text files of a folder and reads their documents as a stream."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from lmchat.types import UserError
 
 PLAIN_SUFFIXES = (".txt", ".md", ".rst")
 SUFFIXES = (*PLAIN_SUFFIXES, *JSON_LINES_SUFFIXES, *JSON_SUFFIXES, *TABLE_SUFFIXES)
-"""Kinds of text files, which may be compressed; parquet files come on top of them."""
+"""Kinds of text files, which may be compressed. Parquet is supported too."""
 KINDS = f"{' '.join(SUFFIXES)} .parquet (the text ones also as {' '.join(COMPRESSION_SUFFIXES)})"
 
 MAX_DOCUMENT_CHARACTERS = 10_000_000
@@ -45,10 +45,10 @@ class FoundFiles:
     """What `find_files` found.
 
     Attributes:
-        files: files to read, by name.
+        files: files to read, sorted by name.
         others: number of files of other kinds, by suffix.
-        hidden: files and folders that begin with a dot, which are left out.
-        broken_links: links that point nowhere.
+        hidden: number of files and folders that begin with a dot; they are left out.
+        broken_links: broken symbolic links.
     """
 
     files: list[Path] = field(default_factory=list)
@@ -58,7 +58,7 @@ class FoundFiles:
 
 
 def find_files(source: Path) -> FoundFiles:
-    """The files of text in a folder and the folders in it, linked ones too; or ``source`` itself, if it is a file.
+    """Finds the text files in a folder and its subfolders, following links; or ``source`` itself, if it is a file.
 
     Raises:
         UserError: there is nothing to read.
@@ -81,7 +81,7 @@ def find_files(source: Path) -> FoundFiles:
 
 
 def _walk(source: Path, found: FoundFiles) -> None:
-    visited = set()  # A linked folder may hold itself.
+    visited = set()  # links may form cycles
     for folder, folders, names in os.walk(source, followlinks=True):
         status = Path(folder).stat()
         if (status.st_dev, status.st_ino) in visited:
@@ -109,13 +109,13 @@ def _sort_in(path: Path, found: FoundFiles) -> None:
 
 
 def parse_separator(separator: str | None) -> re.Pattern[str] | None:
-    r"""The pattern that a separator stands for: a line break in it matches Windows line breaks too.
+    r"""Compiles a separator to a pattern in which line breaks also match Windows line breaks.
 
     ``\n``, ``\r`` and ``\t`` typed as two characters mean line break and tab, unless a letter follows, as in LaTeX's
     ``\newpage``.
 
     Raises:
-        UserError: it is empty.
+        UserError: the separator is empty.
     """
     if separator is None:
         return None
@@ -127,18 +127,19 @@ def parse_separator(separator: str | None) -> re.Pattern[str] | None:
 
 @dataclass
 class DocumentReader:
-    """Reads the documents of files of any kind, and counts what is special about them.
+    """Reads the documents of files of any supported kind, and collects statistics.
 
     Attributes:
-        text_field: field of JSON records and column of tables that holds the text.
-        separator: divides plain text files into documents.
-        max_characters: longest document; a longer one is divided, at the end of a paragraph, line or word.
+        text_field: field of JSON records, or column of tables, with the text.
+        separator: splits plain text files into documents.
+        max_characters: longer documents are split at the end of a paragraph, line or word.
         bar: progress in bytes of the files.
-        undecodable: plain text files that are in no Unicode encoding; they are left out.
-        recoded: number of files by their encoding, if it is not UTF-8.
-        divided: documents that were longer than ``max_characters``.
-        long_records: places of JSON records too long to be read; they are left out.
-        plain_files: number of plain text files read, of which ``divided_files`` held the separator.
+        undecodable: plain text files in no Unicode encoding; they are left out.
+        recoded: number of files by encoding, if not UTF-8.
+        divided: number of documents longer than ``max_characters``.
+        long_records: locations of JSON records too long to read; they are left out.
+        plain_files: number of plain text files read.
+        divided_files: number of plain text files that contained the separator.
     """
 
     text_field: str = TEXT_COLUMN
@@ -153,10 +154,10 @@ class DocumentReader:
     divided_files: int = 0
 
     def read(self, path: Path) -> Iterator[str]:
-        """The documents of a file, "" for a null one.
+        """Yields the documents of a file; "" for null.
 
         Raises:
-            UserError: the file is damaged or malformed, or lacks the field; it names the file and the place.
+            UserError: the file is damaged or malformed, or lacks the field; the message has file and location.
         """
         size, before = path.stat().st_size, self.bar.done
         if path.suffix.lower() == ".parquet":
@@ -219,7 +220,7 @@ class DocumentReader:
         return text or ""
 
     def _plain(self, file: BinaryIO) -> Iterator[str]:
-        """The parts between separators. A part too long to be held is divided before its end is read."""
+        """Yields the parts between separators. Very long parts are split before their end is read."""
         self.plain_files += 1
         decoder = codecs.getincrementaldecoder("utf-8")()
         rest, separated, in_long_part = "", False, False
@@ -240,7 +241,7 @@ class DocumentReader:
         yield from self._bounded(rest + decoder.decode(b"", final=True), counted=in_long_part)
 
     def _bounded(self, text: str, *, counted: bool = False) -> Iterator[str]:
-        """The text, in pieces if it is longer than allowed, which counts it as divided unless it is ``counted``."""
+        """Yields the text, split if too long. Increments ``divided`` then, unless the text is already ``counted``."""
         if len(text) > self.max_characters:
             self.divided += not counted
         while len(text) > self.max_characters:

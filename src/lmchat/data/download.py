@@ -1,4 +1,4 @@
-"""Downloads parquet shards from the Hugging Face hub: in parallel, verified, resumable."""
+"""Downloads parquet shards from the Hugging Face Hub: in parallel, verified, resumable."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ from lmchat.types import UserError
 MAX_FILES = 1_000_000
 LISTING_SECONDS = 600.0
 LISTING_BYTES = 1 << 30
-"""Limits of a repository's list of files: what no real one comes near."""
+"""Limits of a repository's list of files, far above real ones."""
 
 _NOT_LISTED = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
-"""What huggingface_hub raises for an answer that is not as it expects."""
+"""What huggingface_hub raises for a malformed response."""
 _ATTEMPTS = 5
 _FIRST_PAUSE_SECONDS = 0.5
 _POLL_SECONDS = 0.25
@@ -56,7 +56,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Shard:
-    """A parquet file of a repository. sha256: None for the rare file that the hub keeps in git itself."""
+    """A parquet file of a repository; ``sha256`` is None for files stored in git instead of LFS."""
 
     path: str
     size: int
@@ -69,7 +69,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class DownloadReport:
-    """What `download_shards` found; ``present`` counts the shards that an earlier run had fetched."""
+    """Result of `download_shards`; ``present`` is the number of shards that were there before."""
 
     directory: Path
     shards: int
@@ -78,7 +78,7 @@ class DownloadReport:
 
 
 class _Damaged(Exception):
-    """A file's size or checksum differs from what the hub lists."""
+    """A file's size or checksum differs from the Hub's."""
 
 
 def download_shards(
@@ -91,22 +91,22 @@ def download_shards(
     num_workers: int = 8,
     progress: bool = True,
 ) -> DownloadReport:
-    """Download the first ``num_shards`` training shards of a data set, and its last shard, for validation.
+    """Downloads the first ``num_shards`` training shards of a dataset, and its last shard, for validation.
 
     A file appears in ``output`` once its size and checksum are verified; a later run downloads the rest. Failed
     transfers are retried with exponential backoff.
 
     Args:
-        repo_id: data set on the hub (``HF_ENDPOINT`` names another hub).
-        num_shards: training shards; -1 is all of them.
-        revision: branch, tag or commit; resolved to a commit once, so all shards are of the same.
-        pattern: which files of the repository are shards.
-        num_workers: simultaneous transfers.
+        repo_id: dataset on the Hub (``HF_ENDPOINT`` sets another server).
+        num_shards: number of training shards; -1 is all.
+        revision: branch, tag or commit; resolved once, so that all shards are from the same commit.
+        pattern: glob pattern of the files that are shards.
+        num_workers: number of parallel transfers.
         progress: show a progress bar on stderr.
 
     Raises:
-        UserError: no such repository, revision or shards; a file that stays broken; no room; ``output`` holds another
-            repository's shards.
+        UserError: no such repository, revision or shards; a file is damaged at every attempt; the disk is full; or
+            ``output`` has shards of another repository.
     """
     check_count("", 1, num_workers=num_workers, num_shards=None if num_shards == -1 else num_shards)
     hub = _Hub(repo_id, revision, output / _STAGING)
@@ -119,7 +119,7 @@ def download_shards(
 
 
 def _choose(shards: list[Shard], num_shards: int, repo_id: str) -> list[Shard]:
-    """The validation shard first: a training run that starts meanwhile must not take another one for it."""
+    """Selects the shards; validation first, so that a run started meanwhile does not take another shard for it."""
     *train, validation = shards
     if num_shards > len(train):
         raise UserError(f"num_shards is {num_shards}; {repo_id} has {len(train)} training shards (-1 takes all)")
@@ -165,7 +165,7 @@ def _note_source(output: Path, repo_id: str) -> None:
 
 
 class _Hub:
-    """One data set at one commit."""
+    """One dataset at one commit."""
 
     def __init__(self, repo_id: str, revision: str, staging: Path) -> None:
         disable_progress_bars()
@@ -176,7 +176,7 @@ class _Hub:
         self.api = HfApi()
 
     def list_shards(self, pattern: str) -> list[Shard]:
-        """The files that match, by name. Raises `UserError` unless there are two or more."""
+        """The files that match, sorted by name. Raises `UserError` if there are fewer than two."""
 
         what = f"{self.repo_id} at revision {self.revision}"
         files = _within_limits(lambda: _persistently(self._list_files, what), what)
@@ -207,7 +207,7 @@ class _Hub:
         return files
 
     def fetch(self, shard: Shard, output: Path) -> None:
-        """Download and verify a shard, then move it into ``output``."""
+        """Downloads and verifies a shard, then moves it into ``output``."""
 
         def transfer() -> None:
             path = Path(
@@ -234,10 +234,10 @@ class _Hub:
 
 
 def _checked(entry: RepoFile) -> Shard:
-    """The file of a listing, which could name files outside of the folder that they are written to.
+    """Validates an entry of the list of files, whose path could lead outside the output folder.
 
     Raises:
-        UserError: it has no name, size and checksum as a file of a repository has.
+        UserError: its name, size or checksum is malformed.
     """
     path, size, sha256 = entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None
     parts = path.split("/") if isinstance(path, str) else [""]
@@ -249,7 +249,7 @@ def _checked(entry: RepoFile) -> Shard:
 
 
 def _within_limits(action: Callable[[], T], what: str) -> T:
-    """The result of ``action``, which runs in a thread of its own: an answer without an end must not fill the memory.
+    """Runs ``action`` in a thread with limits on time and memory, since a response could be endless.
 
     Raises:
         UserError: it takes too long or too much memory.
@@ -292,7 +292,7 @@ def _verify(path: Path, shard: Shard) -> None:
 
 
 def _persistently(action: Callable[[], T], what: str) -> T:
-    """Retries after faults of the network or the server; other errors are raised at once as `UserError`."""
+    """Retries after network and server errors; raises others at once as `UserError`."""
     for attempt in range(_ATTEMPTS):
         if attempt:
             time.sleep(_FIRST_PAUSE_SECONDS * 2 ** (attempt - 1))
@@ -322,7 +322,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _fetch_all(hub: _Hub, shards: Sequence[Shard], output: Path, num_workers: int, progress: bool) -> None:
-    """Downloads in parallel until all are done or one fails. Daemon threads: an interrupt does not wait for them."""
+    """Downloads in parallel until all are done or one fails; in daemon threads, so that Ctrl-C does not wait."""
     waiting: queue.SimpleQueue[Shard] = queue.SimpleQueue()
     done: queue.SimpleQueue[Shard | Exception] = queue.SimpleQueue()
     for shard in shards:
@@ -348,7 +348,7 @@ def _fetch_all(hub: _Hub, shards: Sequence[Shard], output: Path, num_workers: in
 
 
 def _watch(hub: _Hub, shards: Sequence[Shard], done: queue.SimpleQueue[Shard | Exception], progress: bool) -> None:
-    """A progress bar until every shard is done. Raises the first failure."""
+    """Shows progress until all shards are done. Raises the first failure."""
     leftover = hub.staged_bytes()
     left, complete = len(shards), 0
     size = sum(shard.size for shard in shards)

@@ -1,4 +1,4 @@
-"""What a run draws its conversations from, in a few words: a resumed run must not go on with something else."""
+"""Fingerprint of a run's conversations; a run refuses to resume on different data."""
 
 from __future__ import annotations
 
@@ -16,39 +16,40 @@ _ORDER = "order"
 
 
 def conversation_checksums(mixture: Mixture) -> npt.NDArray[np.uint32]:
-    """(conversations,) CRC-32 of the messages of each."""
+    """(conversations,) uint32, CRC-32 of the messages of each conversation."""
     messages = (json.dumps(conversation["messages"], sort_keys=True) for conversation in mixture)
     return np.fromiter((zlib.crc32(text.encode()) for text in messages), np.uint32, len(mixture))
 
 
 def fingerprint(mixture: Mixture, checksums: npt.NDArray[np.uint32], **settings: object) -> dict[str, str]:
-    """What the mixture consists of, by the name of the task; its order; and what else decides who comes when.
+    """Fingerprint of a mixture: a digest per task by name, a digest of the order, and settings.
 
     Args:
-        checksums: (conversations,) of each, in the order of the mixture.
-        settings: by the name in the message about a difference.
+        mixture: the mixture.
+        checksums: (conversations,) uint32 checksums in the order of the mixture.
+        settings: other settings that determine the batches; keys are their names in messages.
     """
     found = {name: str(value) for name, value in settings.items()}
     names = [part.task.name for part in mixture.parts]
     numbers = mixture.part_numbers
     for name in dict.fromkeys(names):
         own = checksums[np.isin(numbers, [number for number, other in enumerate(names) if other == name])]
-        own.sort()  # a change of another task, which shuffles them all differently, is none of this one
+        own.sort()  # so that other tasks cannot change this digest
         found[name] = f"{len(own):,} conversations {_digest(own)}"
     return {**found, _ORDER: _digest(checksums)}
 
 
 def check_fingerprint(resumed: dict[str, str], current: dict[str, str]) -> None:
-    """Raises `UserError` with the differences, if there are any."""
+    """Raises `UserError` that lists the differences, if there are any."""
     names = [name for name in {**resumed, **current} if resumed.get(name) != current.get(name)]
     if not names:
         return
     if len(names) > 1 and _ORDER in names:
-        names.remove(_ORDER)  # a consequence of the others
+        names.remove(_ORDER)  # it follows from the others
     changes = "; ".join(f"{name}: {resumed.get(name, 'none')}, now {current.get(name, 'none')}" for name in names)
     raise UserError(
-        f"the run to resume began with other data than the config gives now ({changes}); give it what it began with, "
-        "or start a new run, with another --model.tag and --ckpt_path a checkpoint of the stage before"
+        f"the run to resume was started with other data than the config gives now ({changes}); restore that data, or "
+        "start a new run with another --model.tag and --ckpt_path a checkpoint of the stage before"
     )
 
 

@@ -1,4 +1,4 @@
-"""Makes shuffled parquet shards without duplicates from any folder of text."""
+"""Imports a folder of text into shuffled, deduplicated parquet shards."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LISTED = 10
 
 @dataclass
 class ImportReport:
-    """What `import_folder` wrote to ``output``, which files it found, and what was special about the documents."""
+    """Result of `import_folder`: shards written to ``output``, files found, and statistics of the documents."""
 
     output: Path
     shards: WrittenShards
@@ -69,21 +69,21 @@ def import_folder(
     seed: int = 0,
     progress: bool = True,
 ) -> ImportReport:
-    """Make parquet shards from every file of text under a folder; see `lmchat.data.documents` for the kinds.
+    """Writes parquet shards from all text files under a folder; see `lmchat.data.documents` for the kinds.
 
     A plain text file is one document, or several with a ``separator``. Memory stays below 1 GB.
 
     Args:
         source: a folder, or one file.
-        output: folder to make; see `write_shards` for this and the rest.
-        text_field: field of JSON records and column of tables that holds the text.
-        separator: divides plain text files into documents; see `parse_separator`.
-        max_document_characters: longer documents are divided.
+        output: folder to create; see `write_shards` for this and the other arguments.
+        text_field: field of JSON records, or column of tables, with the text.
+        separator: splits plain text files into documents; see `parse_separator`.
+        max_document_characters: longer documents are split.
         progress: show a progress bar on stderr.
 
     Raises:
-        UserError: nothing to import, a malformed line or file (named), a separator that occurs nowhere, or an output
-            folder that is in use.
+        UserError: there is nothing to import, a line or file is malformed, the separator occurs nowhere, or ``output``
+            is not empty.
     """
     if output.resolve().is_relative_to(source.resolve()):
         raise UserError(f"the output folder {output} lies inside the source {source}; choose one outside of it")

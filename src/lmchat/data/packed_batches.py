@@ -17,21 +17,21 @@ from lmchat.types import Batch, UserError
 
 
 class PackedBatches(IterableDataset[Batch]):
-    """The micro-batches of one rank, from one sequence of packed rows that all ranks share.
+    """The micro-batches of one rank, from a global sequence of packed rows.
 
-    Micro-batch k of the sequence, its rows k·b … (k+1)·b − 1, belongs to rank k mod W.
-    Every rank packs every row, which takes lengths only, and gathers the tokens of its own. So the data and its order
-    do not depend on the world size, nor does the state, which is the one after W micro-batches.
+    Micro-batch k, rows k·b … (k+1)·b − 1 of the sequence, belongs to rank k mod W. Every rank packs all rows, which
+    needs lengths only, and gathers the tokens of its own rows. Data, order and state, which is that after W
+    micro-batches, therefore do not depend on the world size.
 
     Args:
-        shards: the documents, read in order, over and over.
-        sequence_len: T; a row is packed with T + 1 tokens, inputs and targets overlapping in T − 1 of them.
+        shards: the documents, read in order and repeatedly.
+        sequence_len: T; a packed row has T + 1 tokens, since targets are the inputs shifted by one.
         micro_batch_size: b, rows per micro-batch.
         buffer_size: documents that best-fit packing chooses from.
         rank: r, this rank.
         world_size: W, number of ranks.
-        state: continue after the batch that carried it; None is the beginning.
-        num_batches: for evaluation: batches per iteration, which carry no state. None is without end.
+        state: state of the batch to continue after; None is the beginning.
+        num_batches: batches per iteration, for evaluation; they have no state. None is endless.
 
     Raises:
         UserError: the state is a position in other documents.
@@ -52,7 +52,7 @@ class PackedBatches(IterableDataset[Batch]):
         check_count(None, 1, sequence_len=sequence_len, micro_batch_size=micro_batch_size)
         if state is not None and state["data"] != shards.fingerprint:
             raise UserError(
-                f"the run to resume read documents with the fingerprint {state['data']}, those of "
+                f"the run to resume was trained on documents with the fingerprint {state['data']}, those of "
                 f"{shards.paths[0].parent} have {shards.fingerprint}; give the data it began with by --data.data_dir, "
                 "or start a new run with another --model.tag"
             )
@@ -67,14 +67,14 @@ class PackedBatches(IterableDataset[Batch]):
         self.num_batches = num_batches
 
     def __len__(self) -> int:
-        """Batches per iteration; TypeError, as of an object without a length, when they have no end."""
+        """Batches per iteration. Raises TypeError, like objects without a length, if they are endless."""
         if self.num_batches is None:
-            raise TypeError("the training batches have no end")
+            raise TypeError("the training batches are endless")
         return self.num_batches
 
     def __iter__(self) -> Iterator[Batch]:
         if (worker := get_worker_info()) is not None and worker.num_workers > 1:
-            raise UserError(f"num_workers is {worker.num_workers}; packed batches come in one order: use 0 or 1")
+            raise UserError(f"num_workers is {worker.num_workers}; packed batches have one order: use 0 or 1")
         packer = BestFitPacker(self.shards.lengths, row_tokens=self.sequence_len + 1, buffer_size=self.buffer_size)
         if self.state is not None:
             packer.restore(self.state)
@@ -87,7 +87,7 @@ class PackedBatches(IterableDataset[Batch]):
             yield batch
 
     def _gather(self, rows: list[PackedRow], buffer: np.ndarray) -> Batch:
-        """The batch of some rows; ``buffer`` is (rows, sequence_len + 1)."""
+        """The batch of the given rows; ``buffer`` is (rows, sequence_len + 1)."""
         for row, line in zip(rows, buffer, strict=True):
             at = 0
             for document, tokens in row:
@@ -99,7 +99,7 @@ class PackedBatches(IterableDataset[Batch]):
         return Batch(inputs=inputs, targets=targets)
 
     def _state(self, packer: BestFitPacker) -> dict[str, Any]:
-        """The packer's state (buffer as an int64 tensor), the data's fingerprint, the epoch (from 0) and the shard."""
+        """State of the packer (buffer as an int64 tensor), fingerprint of the data, epoch (from 0) and shard."""
         state = packer.state()
         state["buffer"] = torch.from_numpy(state["buffer"])
         epoch, document = divmod(packer.placed, len(self.shards))

@@ -1,7 +1,7 @@
-"""Best-fit packing of documents into rows, on their lengths alone.
+"""Best-fit packing of documents into rows, by their lengths only.
 
-A packer never sees a token, so every rank can run the whole stream and keep only its own rows: the global
-sequence of rows is the same for any number of ranks. Pretraining crops, fine-tuning pads; both are this packer.
+The packer needs no tokens, so every rank can pack the whole stream and keep its own rows: the global sequence of rows
+is the same for any number of ranks. Pretraining crops, fine-tuning pads.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from lmchat.option_checks import check_count
 from lmchat.types import UserError
 
 PackedRow = list[tuple[int, int]]
-"""The segments of a row in order: (document, tokens taken from its beginning)."""
+"""Segments of a row in order: (document, number of tokens from its beginning)."""
 
-# A buffered document is one integer: its length above, its arrival below, complemented. Sorted, the last integer
-# under a bound is then the longest document under it, the first to arrive among equals.
+# A buffered document is one integer: its length in the high bits, its complemented arrival number in the low bits. In
+# sorted order, the last integer under a bound is the longest document that fits, the earliest among equals.
 _ARRIVAL_BITS = 36
 _LAST_ARRIVAL = (1 << _ARRIVAL_BITS) - 1
 _LONGEST = (1 << (62 - _ARRIVAL_BITS)) - 1
 
 
 class Lengths(Protocol):
-    """Document lengths in tokens, the leading BOS included: an int array, or a view of one on disk."""
+    """Document lengths in tokens, including BOS: an int array, or a view of one on disk."""
 
     def __len__(self) -> int: ...
     @overload
@@ -37,24 +37,23 @@ class Lengths(Protocol):
 
 
 class BestFitPacker(Iterator[PackedRow]):
-    """Rows of ``row_tokens`` tokens from documents taken in order, over and over.
+    """Packs documents, read in order and repeatedly, into rows of ``row_tokens`` tokens; the algorithm is nanochat's.
 
-    The buffer is topped up, ``refill`` documents at a time, to at least ``buffer_size`` before each placement.
-    The longest document that fits entirely is placed, the first to arrive among equals. When none fits, ``crop``
-    fills the row with the head of the shortest document and discards its tail; ``pad`` ends the row short.
-    ``crop`` crops documents longer than a row, ``pad`` raises `UserError` for them. Empty documents always raise.
+    Before each placement the buffer is refilled, ``refill`` documents at a time, to at least ``buffer_size``. The
+    longest document that fits entirely is placed, the earliest among equals. If none fits, ``crop`` fills the row with
+    the beginning of the shortest document and discards the rest; ``pad`` ends the row. ``crop`` crops documents longer
+    than a row, ``pad`` raises `UserError` for them. Empty documents always raise.
 
-    ``epochs`` limits the rows: ``pad`` places every document exactly once per epoch; ``crop`` stops as
-    soon as the buffer cannot be topped up. The packer is the reference's (nanochat); there, documents buffered when
-    training stops are lost, here ``state`` holds them.
+    With ``epochs``, ``pad`` places every document exactly once per epoch, and ``crop`` stops when the buffer cannot be
+    refilled. Buffered documents are part of ``state`` (nanochat loses them when training stops).
 
     Args:
         lengths: document lengths in tokens.
-        row_tokens: capacity of a row; sequence length + 1 where targets are the inputs shifted by one.
+        row_tokens: capacity of a row; sequence length + 1 if targets are the inputs shifted by one.
         buffer_size: documents to choose from.
         refill: documents added to the buffer at a time.
         policy: what happens when no document fits.
-        epochs: passes over the documents; None is without end.
+        epochs: passes over the documents; None is unlimited.
 
     Raises:
         UserError: an argument is out of range, or there are no documents.
@@ -79,13 +78,13 @@ class BestFitPacker(Iterator[PackedRow]):
         self.refill = refill
         self.policy = policy
         self._end = _LAST_ARRIVAL if epochs is None else epochs * len(lengths)
-        # Arrivals count on through the epochs: document = arrival mod number of documents.
+        # Arrivals are counted over all epochs: document = arrival mod number of documents.
         self._next = 0
         self._keys: list[int] = []
 
     @property
     def placed(self) -> int:
-        """Documents placed in rows so far, all epochs counted."""
+        """Documents placed in rows so far, over all epochs."""
         return self._next - len(self._keys)
 
     def __next__(self) -> PackedRow:
@@ -141,15 +140,15 @@ class BestFitPacker(Iterator[PackedRow]):
                 f"document {arrivals[worst] % len(self.lengths)} has {lengths[worst]} tokens, a row holds "
                 f"{self.row_tokens}; truncate it first"
             )
-        # Beyond _LONGEST no row could tell the difference.
+        # No row is longer than _LONGEST.
         return (np.minimum(lengths, _LONGEST) << _ARRIVAL_BITS | _LAST_ARRIVAL - arrivals).tolist()
 
     def state(self) -> dict[str, Any]:
         """The exact position between two rows, about 8 bytes per buffered document.
 
         Returns:
-            ``next``: documents that have entered the buffer, over all epochs. ``buffer``: (n,) int64, those still in
-            it, in order of arrival.
+            ``next``: number of documents that have entered the buffer, over all epochs. ``buffer``: (n,) int64, those
+            still in it, in order of arrival.
         """
         arrivals = _LAST_ARRIVAL - (np.array(self._keys, dtype=np.int64) & _LAST_ARRIVAL)
         return {"next": self._next, "buffer": np.sort(arrivals)}

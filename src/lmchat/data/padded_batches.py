@@ -1,4 +1,4 @@
-"""Micro-batches of padded rows of whole conversations: one epoch, planned ahead."""
+"""Micro-batches of padded rows of whole conversations, planned for one epoch."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from lmchat.data.rendered import RenderedConversations
 from lmchat.types import IGNORE_INDEX, Batch
 
 BUFFER_SIZE = 100
-"""Conversations that best fit chooses from, as in the reference."""
+"""Conversations that best fit chooses from, as in nanochat."""
 
 
 class PaddedPlan:
-    """Which conversations share a row, decided for the whole epoch on lengths alone.
+    """Assignment of conversations to rows for a whole epoch, by their lengths only.
 
-    Rows are packed best fit and padded; every conversation is in exactly one row. Steps take rows in order, and the
-    last step is filled up with empty rows.
+    Rows are packed by best fit and padded; every conversation is in exactly one row. Steps take rows in order; the last
+    step is filled up with empty rows.
 
     Args:
         conversations: the rendered conversations.
-        sequence_len: T; a row is packed with T + 1 tokens, inputs and targets overlapping in T − 1 of them.
-        rows_per_step: rows of an optimizer step, over all ranks.
+        sequence_len: T; a packed row has T + 1 tokens, since targets are the inputs shifted by one.
+        rows_per_step: rows per optimizer step over all ranks.
     """
 
     def __init__(self, conversations: RenderedConversations, sequence_len: int, rows_per_step: int) -> None:
@@ -51,11 +51,11 @@ class PaddedPlan:
         return -(-len(self.rows) // self.rows_per_step)
 
     def row(self, index: int) -> PackedRow:
-        """A row by its place in the epoch; empty beyond the last."""
+        """Row number ``index`` of the epoch; empty beyond the last."""
         return self.rows[index] if index < len(self.rows) else []
 
     def loss_tokens(self, step: int) -> int:
-        """Tokens with loss in an optimizer step, over all ranks; at least 1, since it is a divisor."""
+        """Tokens with loss in an optimizer step over all ranks; at least 1, since the loss is divided by it."""
         rows = self.rows[step * self.rows_per_step : (step + 1) * self.rows_per_step]
         return max(1, int(sum(self.conversations.loss_tokens[document] for row in rows for document, _ in row)))
 
@@ -63,21 +63,20 @@ class PaddedPlan:
 class PaddedBatches(IterableDataset[Batch]):
     """The micro-batches of one rank: micro-batch k of the plan belongs to rank k mod W, as in pretraining.
 
-    A batch holds the number of tokens with loss in its whole optimizer step (``loss_tokens``), so that each micro-batch
-    can be weighted by its share.
+    Each batch has the number of tokens with loss in its optimizer step (``loss_tokens``), the divisor of its loss.
 
     Args:
         plan: rows of the epoch.
-        bos_id: token id of the padding, which receives no loss.
+        bos_id: token id used as padding, which receives no loss.
         micro_batch_size: rows per micro-batch.
         rank: this rank.
         world_size: number of ranks.
         fingerprint: fingerprint of the plan's data; part of the state.
-        state: continue after the batch that carried it, with any number of ranks; None is the beginning.
-        num_batches: number of batches; None is the epoch and one more, which is read ahead and never trained on.
+        state: state of the batch to continue after, with any number of ranks; None is the beginning.
+        num_batches: number of batches; None is one epoch plus one batch, which is prefetched and never trained on.
 
     Raises:
-        UserError: the state is a position in other data.
+        UserError: the state belongs to other data.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Parquet shards of text: which there are, and their documents."""
+"""Lists parquet shards of text and reads their documents."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _NAME_COLUMN = "`lmchat data import FOLDER --text_field COLUMN` makes shards fro
 
 
 def list_shards(data_dir: Path) -> list[Path]:
-    """The parquet files of a folder by name: all but the last are for training, the last is for validation.
+    """The parquet files of a folder sorted by name; the last one is for validation, the others for training.
 
     Raises:
-        UserError: the folder is missing, has fewer than two shards, or one that is a broken link.
+        UserError: the folder is missing, has fewer than two shards, or a broken link.
     """
     if not data_dir.is_dir():
         raise UserError(
@@ -36,19 +36,19 @@ def list_shards(data_dir: Path) -> list[Path]:
     for shard in shards:
         if not shard.exists():
             raise UserError(
-                f"{shard} is a link to {shard.readlink()}, which is not there; put it back or fetch it anew"
+                f"{shard} is a link to {shard.readlink()}, which is missing; restore it or download it again"
             )
     return shards
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:
-    """Open a parquet file; `UserError` when it is truncated or no parquet at all."""
+    """Opens a parquet file. Raises `UserError` if it is truncated or not parquet."""
     with _readable(path):
         return pq.ParquetFile(path)
 
 
 def check_text_column(parquet: pq.ParquetFile, path: Path, column: str = TEXT_COLUMN) -> None:
-    """Raise `UserError` unless the file has a string column of this name."""
+    """Raises `UserError` unless the file has a string column of this name."""
     schema = parquet.schema_arrow
     if schema.names.count(column) > 1:
         raise UserError(f"{path} has several columns `{column}`; {_NAME_COLUMN}")
@@ -62,7 +62,7 @@ def check_text_column(parquet: pq.ParquetFile, path: Path, column: str = TEXT_CO
 
 
 def read_documents(path: Path, column: str = TEXT_COLUMN) -> Iterator[str | None]:
-    """The texts of a shard in order, null ones as None. Raises `UserError` when the file cannot be read."""
+    """Yields the texts of a shard in order, None for null. Raises `UserError` if the file cannot be read."""
     with open_parquet(path) as parquet:
         check_text_column(parquet, path, column)
         with _readable(path):
@@ -77,5 +77,5 @@ def _readable(path: Path) -> Iterator[None]:
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"cannot read {path}, truncated or no parquet file ({reason}); fetch or make it anew"
+            f"cannot read {path}, truncated or not a parquet file ({reason}); download or make it again"
         ) from error

@@ -1,4 +1,4 @@
-"""Conversations rendered once to tokens and loss masks, then mapped into memory by every process of a node."""
+"""Renders conversations once to files of tokens and loss masks, which all processes of a node memory-map."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lmchat.types import Conversation, UserError
 
 
 class Conversations(Protocol):
-    """Conversations at random access: a task or a mixture."""
+    """Conversations with random access: a task or a mixture."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Conversation: ...
@@ -26,14 +26,14 @@ class Conversations(Protocol):
 
 @dataclass(frozen=True)
 class RenderReport:
-    """Counts of a rendering.
+    """Statistics of `render_all`.
 
     Attributes:
         conversations: number of conversations.
         tokens: number of tokens.
-        loss_tokens: tokens that receive loss.
-        truncated: conversations that were cut off.
-        no_loss_tokens: conversations without a token that receives loss, truncated ones included.
+        loss_tokens: number of tokens that receive loss.
+        truncated: number of conversations that were cut off.
+        no_loss_tokens: number of conversations without loss tokens, truncated ones included.
     """
 
     conversations: int
@@ -57,12 +57,12 @@ def render_all(
     Args:
         conversations: conversations to render.
         tokenizer: tokenizer of the model.
-        max_tokens: longest rendered conversation; the rest of a longer one is cut off.
+        max_tokens: length that longer conversations are cut to.
         folder: folder to write to; created if missing.
         title: title of the progress bar on stderr.
 
     Raises:
-        UserError: a conversation is malformed, or there is none; it names the conversation's index.
+        UserError: a conversation is malformed (the message has its index), or there is none.
     """
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     tokens, masks, truncated, checksums = [], [], [], []
@@ -90,7 +90,7 @@ def render_all(
         "checksums": np.array(checksums, dtype=np.uint32),
     }
     for name, array in arrays.items():
-        # Replaced, not overwritten: a run that has the old file mapped keeps reading that one.
+        # Replaced, not overwritten: a run that has mapped the old file keeps reading it.
         with replacing(folder / f"{name}.npy") as unfinished, unfinished.open("wb") as file:
             np.save(file, array)
     return RenderReport(
@@ -106,13 +106,13 @@ class RenderedConversations:
     """The conversations that `render_all` wrote, in memory-mapped arrays.
 
     Args:
-        folder: the folder it wrote to.
+        folder: folder that `render_all` wrote to.
 
     Attributes:
-        lengths: (conversations,) int64, tokens of each.
-        loss_tokens: (conversations,) int64, tokens of each that receive loss.
-        truncated: (conversations,) bool, whether each was cut off.
-        checksums: (conversations,) uint32, CRC-32 of the tokens and mask of each.
+        lengths: (conversations,) int64, number of tokens.
+        loss_tokens: (conversations,) int64, number of tokens that receive loss.
+        truncated: (conversations,) bool, whether the conversation was cut off.
+        checksums: (conversations,) uint32, CRC-32 of tokens and mask.
     """
 
     def __init__(self, folder: Path) -> None:

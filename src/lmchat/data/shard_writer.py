@@ -1,7 +1,7 @@
 """Shuffles documents, drops duplicates and writes parquet shards, in bounded memory.
 
-Documents are ordered by a hash of the seed and their text: the order is random, does not depend on how the input is
-ordered, and brings equal documents together. Sorting goes through buckets on disk, each a range of hashes.
+Documents are sorted by a hash of seed and text: the order is random, does not depend on the order of the input, and
+puts equal documents next to each other. Sorting uses buckets on disk, each with a range of hashes.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from lmchat.option_checks import check_count
 from lmchat.types import UserError
 
 BUCKET_BYTES = 256 << 20
-"""Size of a bucket, which is sorted in memory by its hashes."""
+"""Size of a bucket, which is sorted in memory."""
 
 _MAX_BUCKETS = 256
-_DOCUMENT_BYTES = 200  # of a document's hash in memory
+_DOCUMENT_BYTES = 200  # memory of a document's hash
 _SPILL_BYTES = 64 << 20
 _MAX_SPILL_BYTES = 1 << 20
 _SPLIT_INTO = 16
 _DIGEST_BYTES = 16
-_DIGESTS = 1 << 64  # Buckets divide the first 8 bytes.
+_DIGESTS = 1 << 64  # buckets are ranges of the first 8 bytes
 _SPILL_SCHEMA = pa.schema([("digest", pa.binary(_DIGEST_BYTES)), ("text", pa.large_string())])
 _ROW_GROUP_DOCUMENTS = 1024
 _ROW_GROUP_CHARACTERS = 1 << 24
@@ -38,7 +38,7 @@ _ROW_GROUP_CHARACTERS = 1 << 24
 
 @dataclass
 class WrittenShards:
-    """What `write_shards` wrote, and what it left out: duplicates, and texts that are empty or white space."""
+    """Statistics of `write_shards`; ``blank`` documents are empty or white space."""
 
     train_shards: int
     train_documents: int
@@ -57,15 +57,15 @@ def write_shards(
     seed: int = 0,
     expected_bytes: int = 0,
 ) -> WrittenShards:
-    """Shuffle documents, drop exact duplicates and blank ones, and write ``shard_00000.parquet`` and so on.
+    """Shuffles documents, drops exact duplicates and blank ones, and writes ``shard_00000.parquet`` and so on.
 
     Args:
         documents: the texts.
-        output: folder to make; it appears when it is complete.
-        validation_fraction: share of the documents that go to the last shard. No shard is empty.
-        shard_characters: a training shard with this many characters is full.
-        seed: decides the order.
-        expected_bytes: rough size of the text, which decides the number of buckets to begin with.
+        output: folder to create; it appears when it is complete.
+        validation_fraction: share of the documents in the last shard. No shard is empty.
+        shard_characters: size of a training shard in characters.
+        seed: seed of the order.
+        expected_bytes: approximate size of the text, for the initial number of buckets.
 
     Raises:
         UserError: an option is out of range, there are fewer than two documents, or ``output`` is not empty.
@@ -108,7 +108,7 @@ def write_shards(
 
 @dataclass
 class _Bucket:
-    """Documents on disk whose hashes begin with ``first`` to ``end`` - 1; ``cost`` is what they take in memory."""
+    """Documents on disk whose hashes begin with ``first`` to ``end`` - 1; ``cost`` is their size in memory."""
 
     path: Path
     first: int
@@ -116,12 +116,12 @@ class _Bucket:
     cost: int = 0
 
     def table(self) -> pa.Table:
-        """All documents, mapped from the disk."""
+        """All documents, memory-mapped."""
         with pa.memory_map(str(self.path)) as file:
             return pa.ipc.open_stream(file).read_all()
 
     def unique(self) -> dict[bytes, int]:
-        """The digests, each with the row of one document that has it."""
+        """For each digest the row of one of its documents."""
         rows: dict[bytes, int] = {}
         start = 0
         for chunk in self.table()["digest"].chunks:
@@ -131,30 +131,30 @@ class _Bucket:
         return rows
 
     def texts(self) -> Iterator[str]:
-        """The texts in the order of their digests, each once."""
+        """Yields the texts in the order of their digests, without duplicates."""
         texts = self.table()["text"]
         for _, row in sorted(self.unique().items()):
             yield texts[row].as_py()
 
     def divided(self) -> Iterator[_Bucket]:
-        """This bucket, or if it is too large for memory several that hold its documents, in the order of the hashes."""
+        """Yields this bucket, or if it is too large for memory, smaller buckets of its documents in order of hashes."""
         if self.cost <= BUCKET_BYTES or self.end - self.first < _SPLIT_INTO:
             yield self
             return
         parts = _ranges(self.path.with_suffix(""), self.first, self.end, _SPLIT_INTO)
-        # Not mapped: of a file that large, the mapped pages would count as memory of this process.
+        # Not memory-mapped: the mapped pages of a large file would count as memory of this process.
         with _Writers(parts) as writers, pa.OSFile(str(self.path)) as file:
             for batch in pa.ipc.open_stream(file):
                 for digest, text in zip(batch["digest"], batch["text"], strict=True):
                     writers.add(digest.as_py(), text.as_py().encode())
         self.path.unlink()
         for part in parts:
-            # Copies of one document cannot be divided.
+            # Copies of one document cannot be split up.
             yield from part.divided() if part.cost < self.cost else [part]
 
 
 def _ranges(stem: Path, first: int, end: int, number: int) -> list[_Bucket]:
-    """Buckets of equal ranges of hashes."""
+    """Creates buckets with equal ranges of hashes."""
     edges = [first + (end - first) * index // number for index in range(number + 1)]
     return [
         _Bucket(stem.with_name(f"{stem.name}-{index}.arrow"), edges[index], edges[index + 1]) for index in range(number)
@@ -162,7 +162,7 @@ def _ranges(stem: Path, first: int, end: int, number: int) -> list[_Bucket]:
 
 
 class _Writers(contextlib.ExitStack):
-    """Deals documents to buckets."""
+    """Writes documents to their buckets."""
 
     def __init__(self, buckets: Sequence[_Bucket]) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ class _Writers(contextlib.ExitStack):
 
 
 class _Spill(_Writers):
-    """Hashes documents and deals them to buckets on disk; counts them and the blank ones, which it leaves out."""
+    """Hashes documents and writes them to buckets on disk; counts and leaves out blank ones."""
 
     def __init__(self, folder: Path, number: int, seed: int) -> None:
         super().__init__(_ranges(folder / "bucket", 0, _DIGESTS, number))

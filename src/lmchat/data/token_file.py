@@ -1,8 +1,8 @@
 """Token files: the tokens of one parquet shard, in a memory-mapped format.
 
-A token file is a header of 4,096 bytes (JSON, readable with ``head -1``), the concatenated tokens of all documents
-(uint16 or uint32, each document with its leading BOS), and the int64 offset of each document and of the end. The header
-names the tokenizer and the parquet file that the tokens come from, so that a change of either is noticed.
+A token file consists of a header of 4,096 bytes (JSON, readable with ``head -1``), the concatenated tokens of all
+documents (uint16 or uint32, each document starting with BOS), and the int64 offsets of the documents and of the end.
+The header identifies tokenizer and parquet file, so that changes of either are detected.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class TextTokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Source:
-    """Identity of a parquet file. ``sha256`` is computed only where the time stamp has changed."""
+    """Identity of a parquet file. ``sha256`` is compared only if the time stamp has changed."""
 
     size: int
     mtime_ns: int
@@ -52,7 +52,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Header:
-    """Header of a token file. ``crc32`` is the checksum of everything after the header."""
+    """Header of a token file; ``crc32`` is the checksum of everything after it."""
 
     tokenizer: str
     dtype: str
@@ -64,7 +64,7 @@ class Header:
 
     @property
     def offsets_at(self) -> int:
-        """Byte position of the offsets: after the tokens, a multiple of 8."""
+        """Byte position of the offsets: after the tokens, aligned to 8."""
         return HEADER_BYTES + -(-self.tokens * np.dtype(self.dtype).itemsize // 8) * 8
 
     @property
@@ -86,7 +86,7 @@ class Header:
 
     @classmethod
     def read(cls, path: Path) -> Header | None:
-        """The header, or None when the file is missing, truncated or in another format."""
+        """Reads the header; None if the file is missing, truncated or in another format."""
         try:
             with path.open("rb") as file:
                 fields = json.loads(file.read(HEADER_BYTES))
@@ -102,10 +102,10 @@ class Header:
 
 
 def token_dir(data_dir: Path, tokenizer: TextTokenizer) -> Path:
-    """The folder of the token files: in the data folder, or under the base folder when that one is read-only."""
+    """Folder of the token files: in the data folder, or in the base folder if the data folder is read-only."""
     name = tokenizer.fingerprint[:12]
     beside = data_dir / "tokens" / name
-    # Root may write anywhere; a folder without any write bit is meant to stay as it is.
+    # Root can write anywhere, but a folder without any write bit should stay unchanged.
     if beside.is_dir() or (os.access(data_dir, os.W_OK) and stat.S_IMODE(data_dir.stat().st_mode) & 0o222):
         return beside
     path = hashlib.sha256(os.fsencode(data_dir.resolve())).hexdigest()
@@ -125,14 +125,18 @@ def read_header(path: Path, tokenizer: TextTokenizer) -> Header:
 
 
 class TokenShard:
-    """One token file in memory. tokens: (tokens,) uint16 or uint32; offsets: (documents + 1,) int64.
+    """A memory-mapped token file.
+
+    Attributes:
+        tokens: (tokens,) uint16 or uint32.
+        offsets: (documents + 1,) int64.
 
     Raises:
-        UserError: the file's checksum is wrong. It is computed here, which also reads the file ahead.
+        UserError: the checksum is wrong. Computing it also reads the file into the page cache.
     """
 
     def __init__(self, path: Path, header: Header) -> None:
-        # Arrow's mapping outlives its file descriptor: thousands of shards stay within the limit of open files.
+        # Arrow closes the file descriptor after mapping, so thousands of shards stay within the limit of open files.
         with pa.memory_map(str(path)) as file:
             data = file.read_buffer()
         if header.file_bytes != len(data) or zlib.crc32(data[HEADER_BYTES:]) != header.crc32:

@@ -20,14 +20,14 @@ from lmchat.types import UserError
 
 
 class TokenShards:
-    """The documents of several token files as one sequence. Files are opened, and verified, when first read.
+    """The documents of several token files as one sequence. Files are opened and verified on first use.
 
     Args:
         paths: token files in the order of their documents.
-        tokenizer: tokenizer that the files must have been made with.
+        tokenizer: the tokenizer that the files were made with.
 
     Raises:
-        UserError: a file is missing or damaged, or there is no document in any of them.
+        UserError: a file is missing or damaged, or there are no documents.
     """
 
     def __init__(self, paths: Sequence[Path], tokenizer: TextTokenizer) -> None:
@@ -55,7 +55,7 @@ class TokenShards:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Names the documents and their order, wherever the files lie and whatever they are called."""
+        """Digest of the documents and their order; does not depend on paths."""
         contents = [(header.documents, header.tokens, header.crc32) for header in self._headers]
         return hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:12]
 
@@ -65,11 +65,11 @@ class TokenShards:
         return sum(header.tokens for header in self._headers)
 
     def shard_of(self, document: int) -> int:
-        """The position of the shard that holds a document."""
+        """Index of the shard that contains a document."""
         return bisect_right(self._firsts, document) - 1
 
     def open(self, shard: int) -> tuple[TokenShard, int]:
-        """A shard and the number of its first document."""
+        """Opens a shard; returns it and the index of its first document."""
         opened = self._opened[shard]
         if opened is None:
             opened = self._opened[shard] = TokenShard(self.paths[shard], self._headers[shard])
@@ -81,7 +81,7 @@ class TokenShards:
 
     def _check_all(self) -> None:
         for shard, (path, header) in enumerate(zip(self.paths, self._headers, strict=True)):
-            if self._opened[shard] is None:  # else it has been checked
+            if self._opened[shard] is None:  # open shards have been checked
                 try:
                     TokenShard(path, header)
                 except UserError as error:
@@ -92,10 +92,10 @@ class TokenShards:
                     return
 
     def copy(self, document: int, into: npt.NDArray[np.unsignedinteger]) -> None:
-        """Fills an array of the shards' dtype with the document's first tokens.
+        """Fills an array of the shards' dtype with the first tokens of a document.
 
         Raises:
-            UserError: a file is damaged: the document's, or one that `check_in_background` has found.
+            UserError: the document's file is damaged, or `check_in_background` has found a damaged one.
         """
         if self._damage:
             raise self._damage[0]
@@ -105,7 +105,7 @@ class TokenShards:
 
 
 class DocumentLengths:
-    """Document lengths of `TokenShards` as a sequence; a slice reads no more of the files than it covers."""
+    """Document lengths of `TokenShards` as a sequence; a slice reads only the part of the files that it covers."""
 
     def __init__(self, shards: TokenShards) -> None:
         self._shards = shards

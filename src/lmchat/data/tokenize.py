@@ -1,4 +1,4 @@
-"""Tokenizes parquet shards into token files, each shard once, on all cores."""
+"""Tokenizes parquet shards into token files, on all cores."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class TokenReport:
     Attributes:
         directory: folder of the token files.
         shards: number of shards.
-        made: shards that this call tokenized.
+        made: number of shards that this call tokenized.
         documents: number of documents.
         tokens: number of tokens.
-        skipped: null and empty texts.
+        skipped: number of null and empty texts.
     """
 
     directory: Path
@@ -52,17 +52,17 @@ def prepare_token_shards(
 ) -> TokenReport:
     """Tokenizes the shards of a folder that have no up-to-date token file, on all cores.
 
-    One process works, others that call this for the same folder wait for it. A shard's file appears when it is
-    complete, so an interrupted run continues with the shard it was at.
+    If several processes call this for the same folder, one works and the others wait. A token file appears when it is
+    complete, so a rerun after an interruption continues.
 
     Args:
         data_dir: folder of parquet shards with a string column ``text``; null and empty texts are skipped.
-        num_threads: None is one per core.
+        num_threads: number of threads; None is one per core.
         progress: show a progress bar on stderr.
 
     Raises:
-        UserError: the folder is missing, has fewer than two shards, or one that cannot be read; or the token files
-            cannot be written.
+        UserError: the folder is missing or has fewer than two shards, a shard cannot be read, or a token file cannot be
+            written.
     """
     shards = list_shards(data_dir)
     directory = token_dir(data_dir, tokenizer)
@@ -106,7 +106,7 @@ def _is_current(path: Path, shard: Path, tokenizer: TextTokenizer) -> bool:
 
 
 def _restamp(directory: Path, shard: Path, tokenizer: TextTokenizer) -> bool:
-    """Updates the time stamp in the header if nothing else of the shard has changed, as in a copy; returns whether."""
+    """Updates the time stamp in the header if only that has changed, as in a copy; returns whether it did."""
     path = token_path(directory, shard)
     header = Header.read(path)
     if header is None or header.tokenizer != tokenizer.fingerprint:
@@ -120,7 +120,7 @@ def _restamp(directory: Path, shard: Path, tokenizer: TextTokenizer) -> bool:
 
 
 def _footer_digest(shard: Path) -> str:
-    """Digest of a parquet file's footer: sizes, offsets and statistics of every column chunk."""
+    """Digest of a parquet file's footer, which has sizes, offsets and statistics of all column chunks."""
     open_parquet(shard).close()
     with shard.open("rb") as file:
         file.seek(-8, os.SEEK_END)
@@ -139,7 +139,7 @@ def _identify(shard: Path) -> Source:
 def _tokenize_all(
     shards: Sequence[Path], directory: Path, tokenizer: TextTokenizer, num_threads: int, progress: bool
 ) -> None:
-    """Every shard in turn, on one pool of threads: tiktoken and pyarrow release the GIL."""
+    """Tokenizes shards one by one with a pool of threads; tiktoken and pyarrow release the GIL."""
     if not shards:
         return
     total = sum(_count_rows(shard) for shard in shards)
@@ -162,7 +162,7 @@ def _count_rows(shard: Path) -> int:
 
 @dataclass
 class _Chunk:
-    """Concatenated tokens of some documents. ``rows`` is the number of rows of the parquet file that they come from."""
+    """Concatenated tokens of documents from ``rows`` rows of a parquet file."""
 
     rows: int
     tokens: npt.NDArray[np.unsignedinteger]
@@ -196,7 +196,7 @@ class _OrderedEncoder:
 
 
 def _split(texts: Iterable[str | None], characters: int) -> Iterator[list[str | None]]:
-    """Consecutive texts in lists of at least ``characters`` characters, the last one excepted."""
+    """Yields lists of consecutive texts with at least ``characters`` characters, except the last."""
     chunk: list[str | None] = []
     room = characters
     for text in texts:
@@ -210,7 +210,7 @@ def _split(texts: Iterable[str | None], characters: int) -> Iterator[list[str | 
 
 
 def _write_token_file(path: Path, shard: Path, encode: _OrderedEncoder, fingerprint: str) -> Iterator[int]:
-    """Tokenizes one shard; yields the number of rows done as it goes. The file appears when it is complete."""
+    """Tokenizes one shard and yields the number of rows done. The file appears when it is complete."""
     source = _identify(shard)
     rows = tokens = crc = 0
     lengths = [np.zeros(1, dtype=np.int64)]

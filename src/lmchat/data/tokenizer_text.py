@@ -17,7 +17,7 @@ from lmchat.types import UserError
 
 @dataclass(frozen=True)
 class TrainedTokenizer:
-    """A tokenizer, where it is saved, and what it was trained on."""
+    """A trained tokenizer, its folder, and statistics of its training."""
 
     tokenizer: Tokenizer
     directory: Path
@@ -45,12 +45,12 @@ def train_tokenizer(
     """Trains a byte-level BPE and saves it.
 
     Args:
-        data: a folder of parquet shards, the last of several being held out, or of .txt files; or such files.
+        data: a folder of parquet shards, of which the last is held out, or of .txt files; or such files.
         output: folder to write.
-        vocab_size: entries of the vocabulary, special tokens included.
-        max_chars: characters to read in all.
-        doc_cap: characters to read of a document.
-        max_shards: files to read, the first by name.
+        vocab_size: size of the vocabulary, special tokens included.
+        max_chars: maximum number of characters to read.
+        doc_cap: maximum number of characters to read of a document.
+        max_shards: maximum number of files to read, in order of their names.
 
     Raises:
         UserError: an option is out of range, there is no text, or ``output`` cannot be written.
@@ -82,7 +82,7 @@ def training_files(data: list[Path] | Path) -> list[Path]:
 
 
 def check_writable(directory: Path) -> None:
-    """Creates the folder and a temporary file in it: better to fail before training than after.
+    """Creates the folder and a temporary file in it, to fail before training instead of after it.
 
     Raises:
         UserError: the folder cannot be written.
@@ -97,7 +97,7 @@ def check_writable(directory: Path) -> None:
 
 
 def read_beginnings(files: Iterable[Path], max_chars: int, doc_cap: int) -> Iterator[str]:
-    """The first ``doc_cap`` characters of each document, ``max_chars`` in all."""
+    """Yields the first ``doc_cap`` characters of each document, at most ``max_chars`` in total."""
     for file in files:
         for document in _documents(file):
             text = document[: min(doc_cap, max_chars)]
@@ -119,7 +119,7 @@ def _count_documents(file: Path) -> int:
 
 
 class _Reading:
-    """Passes documents on to the trainer, counts them and moves the progress bar."""
+    """Iterates over documents, counts them and updates the progress bar."""
 
     def __init__(self, texts: Iterable[str], bar: ProgressBar, total_documents: int, max_chars: int) -> None:
         self.documents = self.characters = 0

@@ -19,14 +19,14 @@ def adamw_update(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """One step, in place on all but ``grads``.
+    """Takes one step, in place on everything but ``grads``.
 
     p ← p(1 − lr·wd); m ← lerp(m, g, 1−β₁); v ← lerp(v, g², 1−β₂); p ← p − lr/(1−β₁ᵗ) · m / (√(v/(1−β₂ᵗ)) + eps).
-    Elementwise, so any split of a tensor gives the same numbers.
+    Elementwise, so splitting a tensor does not change the result.
 
     Args:
-        params: tensors of any shape; ``grads``, ``exp_avgs`` (m) and ``exp_avg_sqs`` (v) match them one by one.
-        steps: 0-dim fp32 tensors on the parameters' devices: steps taken before this one (t − 1).
+        params: tensors of any shape; ``grads``, ``exp_avgs`` (m) and ``exp_avg_sqs`` (v) correspond one to one.
+        steps: 0-dim fp32 tensors on the parameters' devices, number of previous steps (t − 1).
     """
     adamw(
         params,
@@ -47,5 +47,5 @@ def adamw_update(
 
 
 def _laid_out_as(param: Tensor, grad: Tensor) -> Tensor:
-    """The gradient with the parameter's strides: the fused kernel ignores strides."""
+    """The gradient with the parameter's strides, since the fused kernel ignores strides."""
     return grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)

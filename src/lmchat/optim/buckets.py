@@ -1,4 +1,4 @@
-"""Buckets: parameters whose gradients are reduced in one message and whose new values are gathered in another."""
+"""Buckets of parameters whose gradients are reduced in one message and whose new values are gathered in another."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Bucket(ABC):
 
     @abstractmethod
     def _place(self, message: Tensor, param: Tensor) -> Tensor:
-        """The view of a message that holds a parameter, in the parameter's shape."""
+        """The parameter's view of a message, in the parameter's shape."""
 
     @abstractmethod
     def allocate_state(self, optimizer: MuonAdamW) -> None:
@@ -50,7 +50,7 @@ class Bucket(ABC):
 
     @abstractmethod
     def bytes_sent(self, gather_dtype: torch.dtype | None) -> BytesSent:
-        """By one rank in one step."""
+        """Bytes sent by one rank in one step."""
 
     def collect(self, param: Tensor) -> None:
         """Moves the gradient of ``param`` into the message; zeros if there is none."""
@@ -95,7 +95,7 @@ class Bucket(ABC):
 
 
 class ShardedBucket(Bucket):
-    """A bucket whose message has the ranks as first dimension: each rank steps its part and gathers the others'."""
+    """A bucket whose messages have ranks as first dimension; each rank steps its part and gathers the others."""
 
     _gathered: Callable[[], Tensor] | None = None
 
@@ -245,7 +245,7 @@ def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 
 
 def assign_owners(count: int, loads: list[float], weight: float) -> list[int]:
-    """The owner of each of ``count`` equal matrices: all ranks in turn, the remainder to the least loaded ranks.
+    """Assigns ``count`` equal matrices to ranks: round-robin, the remainder to the least loaded ranks.
 
     Args:
         count: number of matrices.

@@ -1,4 +1,4 @@
-"""The collectives that the sharded optimizer uses, over NCCL or gloo, and a count of the bytes they send."""
+"""Collectives of the sharded optimizer, over NCCL or gloo, and the bytes they send."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Collectives:
     """Asynchronous collectives of tensors on one device; each returns a function that waits for the result.
 
     Args:
-        process_group: ranks that take part; None is the default group.
+        process_group: process group; None is the default group.
         device: device of the tensors.
 
     Attributes:
-        by_exchange: reduce by an all-to-all and a local sum, as on CPUs: gloo implements reduce-scatter by an
-            all-reduce, which sends twice the bytes.
+        by_exchange: reduce by all-to-all and a local sum; true on CPUs, where gloo implements reduce-scatter as an
+            all-reduce that sends twice the bytes.
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None, device: torch.device) -> None:

@@ -1,8 +1,8 @@
 """Muon's update of a stack of equally shaped matrices.
 
 Nesterov momentum, made nearly orthogonal by Polar Express (arXiv:2505.16932), with NorMuon's variance reduction
-(arXiv:2510.05491) and cautious weight decay. Every matrix of a stack is treated alone: norms and products stay within
-its last two dimensions, so any split of a stack, over calls or over ranks, gives the same numbers.
+(arXiv:2510.05491) and cautious weight decay. The matrices of a stack are independent: norms and products run over the
+last two dimensions only, so splitting a stack, over calls or ranks, does not change the result.
 """
 
 from __future__ import annotations
@@ -20,20 +20,22 @@ POLAR_EXPRESS_COEFFICIENTS = (
 """(a, b, c) of each step X ← aX + bXXᵀX + c(XXᵀ)²X."""
 
 NORM_MARGIN = 1.02
-"""Singular values start below 1 by this factor, so that rounding does not lift them above."""
+"""Safety factor by which singular values start below 1, so that rounding does not push them above."""
 
 
 def polar_express(matrices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The nearest (semi-)orthogonal matrices, up to singular values between about 0.86 and 1.14.
+    """Approximates the nearest (semi-)orthogonal matrices; singular values end between about 0.86 and 1.14.
 
-    matrices: (K, rows, cols). dtype: of the iteration and of the result, by default that of ``matrices``.
+    Args:
+        matrices: (K, rows, cols).
+        dtype: dtype of the iteration and of the result; default is that of ``matrices``.
     """
     norms = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True)
     x = (matrices * (NORM_MARGIN * norms + 1e-6).reciprocal()).to(dtype or matrices.dtype)
     tall = x.size(-2) > x.size(-1)
     for a, b, c in POLAR_EXPRESS_COEFFICIENTS:
         gram = x.mT @ x if tall else x @ x.mT
-        # c last: each product is rounded once, which makes bf16 three times more accurate than term by term.
+        # In this order each product is rounded once, which is three times as accurate in bf16 as term by term.
         square = torch.baddbmm(gram, gram, gram, beta=b / c)
         left, right = (x, square) if tall else (square, x)
         x = torch.baddbmm(x, left, right, beta=a, alpha=c)
@@ -41,14 +43,17 @@ def polar_express(matrices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def second_moment_shape(rows: int, cols: int) -> tuple[int, int]:
-    """Shape of a matrix's second moment: one value per row, or per column where the matrix is wide."""
+    """Shape of a matrix's second moment: one value per row, or per column if the matrix is wide."""
     return (rows, 1) if rows >= cols else (1, cols)
 
 
 def reduce_variance(update: Tensor, second_moment: Tensor, beta2: float | Tensor) -> Tensor:
     """NorMuon: divides each row (column, if wide) by its running root mean square, keeping the Frobenius norm.
 
-    update: (K, rows, cols). second_moment: (K, rows, 1) or (K, 1, cols), updated in place; no bias correction.
+    Args:
+        update: (K, rows, cols).
+        second_moment: (K, rows, 1) or (K, 1, cols), updated in place; no bias correction.
+        beta2: decay of the second moment.
     """
     axis = -1 if second_moment.size(-1) == 1 else -2
     mean_square = update.square().mean(dim=axis, keepdim=True)
@@ -71,17 +76,17 @@ def muon_update(
     beta2: float | Tensor = 0.95,
     polar_dtype: torch.dtype | None = None,
 ) -> None:
-    """One step, in place on ``params``, ``momentum_buffers`` and ``second_moments``.
+    """Takes one step, in place on ``params``, ``momentum_buffers`` and ``second_moments``.
 
-    The learning rate is taken × √max(1, rows / cols). The decay goes into the same subtraction as the update, where
-    update and parameter agree in sign. All arithmetic but the orthogonalisation is in the dtype of the parameters,
-    hyperparameters too; nanochat rounds lr, weight decay and beta2 to bf16 with the update.
+    The learning rate is multiplied by √max(1, rows / cols). Weight decay applies where update and parameter have the
+    same sign, in the same subtraction as the update. Everything but the orthogonalisation is computed in the dtype of
+    the parameters, including hyperparameters; nanochat rounds lr, weight decay and beta2 to bf16 with the update.
 
     Args:
-        params: (K, rows, cols); ``grads`` and ``momentum_buffers`` likewise.
+        params: (K, rows, cols), like ``grads`` and ``momentum_buffers``.
         second_moments: (K, *second_moment_shape(rows, cols)).
-        lr, momentum, weight_decay, beta2: numbers, or 0-dim tensors where the call is compiled.
-        polar_dtype: of `polar_express`, by default that of ``params``.
+        lr, momentum, weight_decay, beta2: numbers, or 0-dim tensors if the call is compiled.
+        polar_dtype: dtype of `polar_express`; default is that of ``params``.
     """
     rows, cols = params.shape[-2:]
     momentum_buffers.lerp_(grads, 1 - momentum)

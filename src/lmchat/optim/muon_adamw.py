@@ -17,7 +17,7 @@ from lmchat.precision import default_compute_dtype
 from lmchat.types import UserError
 
 REFERENCE_WIDTH = 768
-"""Width at which the AdamW learning rates of the tables hold; elsewhere they are × √(REFERENCE_WIDTH / n_embd)."""
+"""Width that the AdamW learning rates of tables are tuned for; otherwise they are × √(REFERENCE_WIDTH / n_embd)."""
 
 
 def build_param_groups(
@@ -34,18 +34,27 @@ def build_param_groups(
     betas: tuple[float, float] = (0.8, 0.95),
     muon_beta2: float = 0.95,
 ) -> list[dict[str, Any]]:
-    """The reference's groups in its order: head, tables, scalars, then one Muon group per matrix shape, ascending.
+    """nanochat's parameter groups in its order: head, tables, scalars, then one Muon group per matrix shape, ascending.
 
     Args:
-        named_parameters: a GPT's; the name alone decides the group.
+        named_parameters: parameters of a GPT; the group depends on the name only.
         n_embd: width of the model.
         lr_scale: factor on every learning rate, from the batch size.
-        weight_decay: Muon's; AdamW has none.
-        momentum: Muon's until a schedule sets it.
-        betas: AdamW's, except for x0_lambdas, whose first is 0.96.
+        embedding_lr: learning rate of token and value embeddings.
+        unembedding_lr: learning rate of the output head.
+        matrix_lr: learning rate of Muon.
+        scalar_lr: learning rate of the residual scalars.
+        weight_decay: weight decay of Muon; AdamW has none.
+        momentum: momentum of Muon until a schedule sets it.
+        betas: betas of AdamW, except that the first one of x0_lambdas is 0.96.
+        muon_beta2: decay of Muon's second moment.
 
-    Each group holds ``name``, ``kind`` ("adamw" or "muon"), ``params``, ``param_names``, ``lr``, ``initial_lr``, and
-    its rule's settings. Raises UserError for a parameter that belongs to no group.
+    Returns:
+        Groups with ``name``, ``kind`` ("adamw" or "muon"), ``params``, ``param_names``, ``lr``, ``initial_lr`` and the
+        settings of their update rule.
+
+    Raises:
+        UserError: a parameter belongs to no group.
     """
     table_scale = (n_embd / REFERENCE_WIDTH) ** -0.5
     adamw_groups = {
@@ -101,7 +110,7 @@ StateDict = dict[str, Any]
 
 
 class MuonAdamW(Optimizer):
-    """Muon and AdamW groups stepped together.
+    """Optimizer with Muon and AdamW parameter groups.
 
     Schedules set ``lr``, ``momentum`` and ``weight_decay`` in ``param_groups`` between steps, as plain numbers.
     Parameters without a gradient and their state are not changed. ``state[param]`` holds, in the parameter's dtype,
@@ -110,10 +119,10 @@ class MuonAdamW(Optimizer):
 
     Args:
         param_groups: groups as returned by `build_param_groups`.
-        polar_dtype: dtype of Muon's orthogonalisation; "auto" is bf16 where the device multiplies it fast. bf16 moves a
-            single update by 3 to 6 % of its norm.
-        compile: compile Muon's update, once per shape of a stack; "auto" is on a GPU only, since on a CPU the matrix
-            products dominate.
+        polar_dtype: dtype of Muon's orthogonalisation; "auto" is bf16 where the device multiplies it fast. bf16 changes
+            a single update by 3 to 6 % of its norm.
+        compile: compile Muon's update, once per stack shape; "auto" is on a GPU only, since on a CPU matrix products
+            dominate.
     """
 
     def __init__(
@@ -135,7 +144,7 @@ class MuonAdamW(Optimizer):
         return torch.compile(muon_update, dynamic=False)  # imports the compiler, which takes more than a second
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, which needs ``name``, ``kind`` and its rule's settings."""
+        """Adds a group, which needs ``name``, ``kind`` and the settings of its update rule."""
         name, kind = param_group.get("name"), param_group.get("kind")
         if kind not in ("adamw", "muon"):
             raise UserError(f'param group {name} has kind {kind}; give "adamw" or "muon"')
@@ -150,7 +159,7 @@ class MuonAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Steps every group once, after running ``closure`` (forward and backward), whose result it returns."""
+        """Runs ``closure`` (forward and backward), steps every group, and returns the closure's result."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -166,7 +175,7 @@ class MuonAdamW(Optimizer):
 
     @torch.no_grad()
     def non_finite_gradients(self) -> list[str]:
-        """Names of the parameters with an infinite or NaN gradient; synchronises with the device."""
+        """Names of the parameters with an infinite or NaN gradient; needs a device sync."""
         params = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
         finite = are_finite([param.grad.sum() for param in params])
         return [self._names[param] for param, good in zip(params, finite, strict=True) if not good]
@@ -193,9 +202,14 @@ class MuonAdamW(Optimizer):
     def step_matrices(
         self, group: dict[str, Any], key: str, params: Sequence[Tensor], grads: Tensor, live: Sequence[bool]
     ) -> None:
-        """Muon on those of the group's matrices ``params`` that are ``live``; grads: (n, rows, cols).
+        """Steps the matrices ``params`` of a Muon group that are ``live``.
 
-        ``key`` names their stack of state.
+        Args:
+            group: the parameter group.
+            key: name of their stack of state.
+            params: matrices of the group.
+            grads: (n, rows, cols) gradients.
+            live: whether each matrix has a gradient.
         """
         momentum_buffers, second_moments = self.muon_state(key, params)
         parts = [slice(0, len(params))] if all(live) else [slice(i, i + 1) for i, alive in enumerate(live) if alive]
@@ -207,7 +221,7 @@ class MuonAdamW(Optimizer):
     def update_adamw(
         self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]]
     ) -> None:
-        """AdamW on any parts of the group's tensors; ``states`` match the parts."""
+        """Steps any parts of an AdamW group's tensors; ``states`` correspond to the parts."""
         adamw_update(
             params,
             grads,
@@ -223,7 +237,7 @@ class MuonAdamW(Optimizer):
     def update_muon(
         self, group: dict[str, Any], params: Tensor, grads: Tensor, momentum_buffers: Tensor, second_moments: Tensor
     ) -> None:
-        """Muon on a stack of any of the group's matrices."""
+        """Steps a stack of any matrices of a Muon group."""
         settings = {key: group[key] for key in ("lr", "momentum", "weight_decay", "beta2")}
         state, polar_dtype = (momentum_buffers, second_moments), self.polar_dtype_for(params)
         if not (params.is_cuda if self.compile == "auto" else self.compile):
@@ -235,13 +249,13 @@ class MuonAdamW(Optimizer):
             self._compiled_update(params, grads, *state, **settings, polar_dtype=polar_dtype)
 
     def polar_dtype_for(self, params: Tensor) -> torch.dtype:
-        """The dtype in which matrices of the dtype and device of ``params`` are orthogonalised."""
+        """The dtype for orthogonalising matrices of the dtype and device of ``params``."""
         if self.polar_dtype != "auto":
             return self.polar_dtype
         return default_compute_dtype(params.device) if params.dtype == torch.float32 else params.dtype
 
     def adamw_state(self, param: Tensor, part: Tensor) -> dict[str, Tensor]:
-        """State of the ``part`` of ``param`` that is stepped here, zeros at first."""
+        """State of ``part`` of ``param``, which this rank steps; initially zeros."""
         state = self.state[param]
         if not state:
             state["exp_avg"] = torch.zeros_like(part)
@@ -250,7 +264,7 @@ class MuonAdamW(Optimizer):
         return state
 
     def muon_state(self, key: str, params: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Stacked momentum buffers and second moments of ``params``, zeros at first."""
+        """Stacked momentum buffers and second moments of ``params``; initially zeros."""
         if key not in self._stacks:
             shape = params[0].shape
             momentum_buffers = params[0].new_zeros(len(params), *shape)
@@ -263,8 +277,9 @@ class MuonAdamW(Optimizer):
     def state_dict(self) -> StateDict:
         """State and settings keyed by names, ready for `torch.save` and for ``torch.load(weights_only=True)``.
 
-        ``state``: parameter name to its tensors; where they are some rows of the whole, ``row_start`` is the first.
-        ``param_groups``: the groups, with ``param_names`` and ``param_shapes`` for parameters.
+        Returns:
+            ``state``: tensors by parameter name; if they are a part of the rows, ``row_start`` is the first row.
+            ``param_groups``: the groups, with ``param_names`` and ``param_shapes`` instead of parameters.
         """
         self._allocate_state()
         return {
@@ -279,7 +294,7 @@ class MuonAdamW(Optimizer):
     def load_state_dict(self, state_dict: StateDict | Sequence[StateDict]) -> None:
         """Restores state and settings exactly, from one `state_dict` or from those of all ranks of a sharded run.
 
-        Exact parameters in the state, saved where other ranks had rounded ones, are restored too.
+        If the state has exact parameters, because other ranks had rounded ones, they are restored too.
 
         Raises:
             UserError: the saved parameters have other names or shapes, state is missing, or the state is damaged.
@@ -326,14 +341,14 @@ class MuonAdamW(Optimizer):
 
 
 def are_finite(sums: Sequence[Tensor]) -> list[bool]:
-    """Whether each of the tensors with these sums is finite: a sum with an infinity or NaN in it never is."""
+    """Whether the tensors with these sums are finite; a sum over an infinity or NaN never is."""
     return torch.stack(list(sums)).isfinite().tolist() if sums else []
 
 
 def _restore(tensor: Tensor, pieces: Sequence[dict[str, Any]], key: str, start: int, name: str) -> None:
-    """Fills ``tensor``, rows of the state ``key`` of parameter ``name`` from ``start`` on, from its saved pieces.
+    """Fills ``tensor``, rows of state ``key`` of parameter ``name`` from ``start`` on, from saved pieces.
 
-    Pieces may overlap. Only the rows needed are read, so of memory-mapped files only a part.
+    Pieces may overlap. Only the needed rows are read from memory-mapped files.
     """
     if tensor.ndim == 0 and pieces:
         tensor.copy_(pieces[0][key])

@@ -1,8 +1,8 @@
-"""MuonAdamW over several ranks, each keeping a part of the optimizer state: ZeRO-2 (arXiv:1910.02054) with Muon.
+"""MuonAdamW with optimizer state sharded over ranks: ZeRO-2 (arXiv:1910.02054) with Muon.
 
-A step of N ranks equals that of one rank on the mean of their gradients. Muon needs whole matrices, so each matrix has
-an owner; AdamW works elementwise, so large tensors are split by rows, and small ones are stepped by every rank.
-Gradients are reduce-scattered to the ranks that need them, the pure updates run there, and the new parameters are
+A step of N ranks equals a step of one rank with the mean of their gradients. Muon needs whole matrices, so each matrix
+has an owner; AdamW is elementwise, so large tensors are split by rows, and small ones are stepped by every rank.
+Gradients are reduce-scattered to the ranks that need them, which compute the updates, and new parameters are
 all-gathered. Both use buckets: reductions overlap with the backward pass, gathers with updates.
 """
 
@@ -35,9 +35,9 @@ class ShardedMuonAdamW(MuonAdamW):
         agree: returns the maximum over the ranks of a uint8 tensor on the CPU. It needs its own process group, since
             ranks may call it with different collectives in flight; one on the CPU does not wait for the device.
         process_group: group of the gradients and parameters; None is the default group.
-        gather_dtype: dtype in which new values are gathered, by default the parameters' own. A narrower dtype halves
-            the bytes; the owner keeps exact values and the other ranks rounded ones, until `gather_exact`.
-        bucket_bytes: size of a message of gradients, unless one matrix per rank is larger.
+        gather_dtype: dtype in which new values are gathered; default is the parameters' own. bf16 halves the bytes; the
+            owner keeps exact values and the other ranks rounded ones, until `gather_exact`.
+        bucket_bytes: size of a gradient message, unless one matrix per rank is larger.
         kwargs: as in `MuonAdamW`.
     """
 
@@ -97,7 +97,7 @@ class ShardedMuonAdamW(MuonAdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Steps with the mean of all ranks' gradients, after running ``closure``, whose result it returns."""
+        """Runs ``closure``, steps with the mean of all ranks' gradients, and returns the closure's result."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -120,9 +120,9 @@ class ShardedMuonAdamW(MuonAdamW):
 
     @torch.no_grad()
     def non_finite_gradients(self) -> list[str]:
-        """Names of the parameters with an infinite or NaN gradient on any rank; synchronises with the device.
+        """Names of the parameters with an infinite or NaN gradient on any rank; needs a device sync.
 
-        Call it on all ranks or on none, between the backward pass and the update: within `step`'s closure.
+        Must be called on all ranks or none, between the backward pass and the update, i.e. within `step`'s closure.
         """
         worst = zip(self._bucket_of, self._agree_on_gradients(), strict=True)
         return [self._names[param] for param, state in worst if state == NON_FINITE]
@@ -130,7 +130,7 @@ class ShardedMuonAdamW(MuonAdamW):
     def _agree_on_gradients(self) -> list[int]:
         """The status of each parameter's gradient, reduced over the ranks with max, once per step.
 
-        Returns only after all ranks have finished their backward pass, so no rank changes a parameter before.
+        Returns after all ranks have finished their backward pass, so no rank changes a parameter before that.
         """
         if self._agreed is None:
             sums = [
@@ -150,7 +150,7 @@ class ShardedMuonAdamW(MuonAdamW):
             bucket.finish()
 
     def _learn_order(self) -> None:
-        """Adopts, once, the order in which a backward pass on rank 0 completed the buckets."""
+        """Takes over, once, the order in which a backward pass on rank 0 completed the buckets."""
         if self._order is self._buckets and self._overlapping:
             complete = len(self._completed) == len(self._buckets)
             indices = self._collectives.broadcast_from_rank0(self._completed if complete else [-1] * len(self._buckets))
@@ -159,7 +159,7 @@ class ShardedMuonAdamW(MuonAdamW):
 
     @torch.no_grad()
     def gather_exact(self) -> None:
-        """Gathers the exact parameters, which `step` gathers in a narrower dtype."""
+        """Gathers the exact parameters, if `step` gathers rounded ones."""
         for bucket in self._buckets:
             bucket.gather(None)
         for bucket in self._buckets:

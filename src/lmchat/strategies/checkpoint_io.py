@@ -15,9 +15,9 @@ from lmchat.types import UserError
 
 _NETWORK = "net."
 _FORMER_CALLBACKS = {"NonFiniteLoss": "NonFiniteGuard"}
-"""Keys of callback states in older checkpoints, and their present names."""
+"""Former and current keys of callback states in checkpoints."""
 _IN_META = ("epoch", "global_step", "pytorch-lightning_version", "loops")
-# The options of a run are in the module's own meta; Lightning's copy may hold objects that a safe loader refuses.
+# The options of a run are in the module's meta; Lightning's copy may contain objects that a safe loader refuses.
 _DROPPED = ("hparams_name", "hyper_parameters", "datamodule_hparams_name", "datamodule_hyper_parameters")
 
 
@@ -27,20 +27,20 @@ class LMChatCheckpointIO(CheckpointIO):
     `save_checkpoint` copies the state to CPU memory and returns; files are written by a thread, one checkpoint at a
     time. An error of that thread is raised by the next `save_checkpoint`, `check`, `wait` or `teardown`.
 
-    Lightning's strategies save on rank 0. A strategy that shards the optimizer makes its own instance with its
-    ``rank`` and ``world_size`` (before the callbacks' ``setup``) and calls `save_checkpoint` on every rank, with the
-    rank's own ``optimizer_states``.
+    Lightning's strategies save on rank 0. A strategy that shards the optimizer creates its own instance with ``rank``
+    and ``world_size`` (before the callbacks' ``setup``) and calls `save_checkpoint` on every rank, with the rank's
+    ``optimizer_states``.
 
     Args:
         rank: rank of this process.
         world_size: number of processes that save; each writes one optimizer file.
-        elastic: the strategy can load optimizer shards of another world size. They are then under
-            ``optimizer_shards`` in the loaded dictionary, in place of ``optimizer_states``.
+        elastic: whether the strategy can load optimizer shards of another world size. They are then in
+            ``optimizer_shards`` of the loaded dictionary instead of ``optimizer_states``.
 
     Attributes:
-        attempt: the attempt of the run that saves; None where nothing else can write to the folder.
-        keep_last: complete checkpoints to keep in the folder; None keeps all.
-        peer_timeout_seconds: how long rank 0 waits for the other ranks' files; a change applies to a write in progress.
+        attempt: attempt of the run that saves; None if no other process can write to the folder.
+        keep_last: number of complete checkpoints to keep in the folder; None keeps all.
+        peer_timeout_seconds: how long rank 0 waits for the other ranks' files; changes apply to a write in progress.
     """
 
     def __init__(self, rank: int = 0, world_size: int = 1, *, elastic: bool = False) -> None:
@@ -53,7 +53,7 @@ class LMChatCheckpointIO(CheckpointIO):
         self._writer = BackgroundWriter()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """``checkpoint`` is Lightning's, with `StepCheckpoint`'s additions: ``meta`` and ``rng``."""
+        """Saves Lightning's checkpoint with `StepCheckpoint`'s additions, ``meta`` and ``rng``."""
         self._writer.wait()
         rest = {key: value for key, value in checkpoint.items() if key not in _DROPPED}
         network = rest.pop("state_dict")
@@ -77,7 +77,7 @@ class LMChatCheckpointIO(CheckpointIO):
         self._writer.start(job)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Verifies and recombines the files of the ``model_*.pt`` or ``meta_*.json`` at ``path``.
+        """Verifies and loads the files of the checkpoint whose ``model_*.pt`` or ``meta_*.json`` is at ``path``.
 
         Raises:
             DamagedCheckpoint: a file is missing, truncated or altered.
@@ -97,7 +97,7 @@ class LMChatCheckpointIO(CheckpointIO):
         shards = [load_rank_state(checkpoint, rank) for rank in ranks]
         state = shards[0]
         if not same_world:
-            # Each rank has its own random number state; none can be continued with another number of ranks.
+            # RNG states are per rank and cannot be continued with another number of ranks.
             state = {key: value for key, value in state.items() if key not in ("optimizer_states", "rng")}
             state["optimizer_shards"] = [shard["optimizer_states"] for shard in shards]
         for former, name in _FORMER_CALLBACKS.items():

@@ -1,7 +1,4 @@
-"""Every use of Lightning's private attributes, each behind a named function with a contract test.
-
-A new version of Lightning that renames one of them fails the test of that function.
-"""
+"""All uses of Lightning's private attributes, each in a function with a contract test, which a renamed one fails."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ def stop_after_batch(trainer: L.Trainer) -> None:
 
 
 def take_over_sigterm(trainer: L.Trainer, handler: Callable[..., None]) -> None:
-    """Calls ``handler`` on SIGTERM and ends Lightning's own agreement on it, which runs at every micro-batch."""
+    """Calls ``handler`` on SIGTERM and disables Lightning's broadcast of it at every micro-batch."""
     trainer._signal_connector._sigterm_notifier_fn = handler  # type: ignore[method-assign]
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
@@ -40,12 +37,12 @@ def keep_other_ranks_alive(launcher: Any) -> None:
 
 
 def broadcast_module_states(module: L.LightningModule) -> None:
-    """Gives every rank the parameters and buffers of rank 0."""
+    """Broadcasts the parameters and buffers of rank 0."""
     _sync_module_states(module)
 
 
 def checkpoint_dict(trainer: L.Trainer) -> dict[str, Any]:
-    """The trainer's checkpoint, without the barrier of `Trainer.save_checkpoint`, which would wait for failed ranks."""
+    """The trainer's checkpoint, without `Trainer.save_checkpoint`'s barrier, which would wait for failed ranks."""
     return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
 
 
@@ -55,23 +52,23 @@ def set_max_steps(trainer: L.Trainer, steps: int) -> None:
 
 
 def run_validation(trainer: L.Trainer) -> None:
-    """Runs the validation loop within training, as the training loop does when validation is due."""
+    """Runs the validation loop during training, as the training loop does when validation is due."""
     trainer.validating = True
     trainer.fit_loop.epoch_loop.val_loop.run()
     trainer.training = True
 
 
 def is_between_batches(trainer: L.Trainer) -> bool:
-    """Whether every micro-batch that was started has been processed."""
+    """Whether all started micro-batches have been processed."""
     progress = trainer.fit_loop.epoch_loop.batch_progress.total
     return progress.processed == progress.ready  # type: ignore[attr-defined]
 
 
 def set_batch_progress(fit_loop: dict[str, Any], micro_batches: int) -> None:
-    """Sets the counters in the saved state of a fit loop to ``micro_batches`` processed ones.
+    """Sets the counters in the saved state of a fit loop to ``micro_batches`` processed micro-batches.
 
-    Lightning decides by them when the optimizer steps, when validation is due, and how far a loader with an end has
-    come. The state is saved before the end of its micro-batch, hence ``completed`` is one less.
+    Lightning uses them for optimizer steps, for validation, and for the position of loaders with a length. The state is
+    saved before the end of its micro-batch, hence ``completed`` is one less.
     """
     progress = fit_loop["epoch_loop.batch_progress"]
     for counters in (progress["total"], progress["current"]):

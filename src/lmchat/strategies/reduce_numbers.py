@@ -1,4 +1,4 @@
-"""Reductions of a few numbers over the ranks."""
+"""Reduces a few numbers over the ranks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def reduce_numbers(trainer: L.Trainer, numbers: Tensor, op: Any = dist.ReduceOp.
 
     Args:
         trainer: the trainer.
-        numbers: tensor on any device, of the same shape and dtype on all ranks; synchronises with the device.
+        numbers: tensor on any device, with the same shape and dtype on all ranks; needs a device sync.
         op: a `torch.distributed.ReduceOp`.
     """
     if trainer.world_size == 1:

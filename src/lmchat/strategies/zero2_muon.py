@@ -36,15 +36,15 @@ class LeftBeforeStep(RankFailure):
 
 
 class Zero2MuonStrategy(DDPStrategy):
-    """Replicated parameters, sharded gradients and optimizer state, by `ShardedMuonAdamW` in place of MuonAdamW.
+    """Data parallelism with gradients and optimizer state sharded by `ShardedMuonAdamW`.
 
     The module is not wrapped, so gradient accumulation needs no communication; reductions start in the backward pass of
-    the micro-batch that ends a step. Every rank saves its own optimizer file, and any number of ranks can resume.
+    the last micro-batch of a step. Every rank saves its own optimizer file, and any number of ranks can resume.
 
     SIGTERM or Ctrl-C on any rank ends training on all ranks after the current step or evaluation batch; a second Ctrl-C
     ends it at once. (Lightning would synchronize at every micro-batch, and broadcast within the signal handler, between
-    the collectives of the step.) When a rank fails, the other ranks are told over a gloo group, so that no NCCL kernel
-    that waits for the failed rank can block them.
+    the collectives of the step.) When a rank fails, the others notice it through a gloo group, so that NCCL kernels
+    that wait for the failed rank cannot block them.
 
     Args:
         gather_dtype: dtype in which new parameters are gathered; "auto" is bf16 where the network computes in bf16.
@@ -138,12 +138,12 @@ class Zero2MuonStrategy(DDPStrategy):
         return super().validation_step(*args, **kwargs)
 
     def await_evaluation(self) -> None:
-        """Returns when all ranks have evaluated their batches, of which some may have more than others."""
+        """Waits until all ranks have evaluated their batches, whose numbers may differ."""
         while self._agree_while_evaluating(busy=False):
             pass
 
     def _agree_while_evaluating(self, busy: bool) -> bool:
-        """Whether any rank still evaluates. Raises SIGTERMException on all ranks after a signal on one of them."""
+        """Whether any rank is still evaluating. Raises SIGTERMException on all ranks after a signal on any rank."""
         if self._control_group is None:  # not training
             return False
         any_busy = bool(self._agree(torch.tensor([busy], dtype=torch.uint8)))
@@ -168,9 +168,9 @@ class Zero2MuonStrategy(DDPStrategy):
         return numbers
 
     def _take_over_signals(self, trainer: L.Trainer) -> None:
-        # A group of its own on the CPU neither waits for the device nor interferes with its collectives.
+        # A separate group on the CPU neither waits for the device nor interferes with its collectives.
         self._control_group = dist.new_group(backend="gloo")
-        # First, since the callbacks after it reduce metrics over the ranks.
+        # First in the list, since later callbacks reduce metrics over the ranks.
         trainer.callbacks.insert(0, _AwaitEvaluation())  # type: ignore[attr-defined]
         take_over_sigterm(trainer, self._on_signal)
         if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
@@ -187,7 +187,7 @@ class Zero2MuonStrategy(DDPStrategy):
         keep_other_ranks_alive(self.launcher)
 
     def on_exception(self, exception: BaseException) -> None:
-        """Closes the connections to the other ranks, which may be waiting for this one; saving does not need them."""
+        """Closes the connections to the other ranks, which may be waiting for this one. Saving does not need them."""
         super().on_exception(exception)
         self._let_ranks_exit()
         if self._control_group is None or isinstance(exception, SIGTERMException):  # all ranks know
@@ -201,8 +201,8 @@ class Zero2MuonStrategy(DDPStrategy):
 
     def teardown(self) -> None:
         if self._abandoned:
-            # Kernels that wait for a failed rank would block freeing memory and the exit. Everything is saved by now;
-            # earlier, an abort would free memory that another rank still reads. (Never run on a GPU.)
+            # Kernels that wait for a failed rank would block freeing memory and the exit. Not earlier: until everything
+            # is saved, an abort could free memory that another rank still reads. (Never run on a GPU.)
             _abort_process_group()
         if self._sigint_handler is not None:
             signal.signal(signal.SIGINT, self._sigint_handler)
@@ -216,7 +216,7 @@ class Zero2MuonStrategy(DDPStrategy):
         return super().lightning_module_state_dict()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """On every rank: each writes its own optimizer file."""
+        """Saves on every rank; each writes its own optimizer file."""
         self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:

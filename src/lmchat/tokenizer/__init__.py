@@ -1,1 +1,1 @@
-"""Text to token ids and back (`bpe`), its files (`files`), and conversations as rows of ids (`render`)."""
+"""Encoding and decoding (`bpe`), vocabulary files (`files`), and rendering of conversations (`render`)."""

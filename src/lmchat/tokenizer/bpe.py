@@ -1,4 +1,4 @@
-"""Byte-level BPE: trained by Hugging Face ``tokenizers``, encoded by tiktoken, stored without pickle."""
+"""Byte-level BPE: trained by Hugging Face ``tokenizers``, encoded by tiktoken, saved without pickle."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SPLIT_PATTERN = (
     r"|\s+(?!\S)"
     r"|\s+"
 )
-"""Pre-tokenization pattern; merges do not cross its matches: GPT-4's pattern with runs of at most two digits."""
+"""Pre-tokenization pattern: GPT-4's, but with runs of at most two digits. Merges do not cross its matches."""
 
 SPECIAL_TOKENS = (
     "<|bos|>",
@@ -44,13 +44,13 @@ SPECIAL_TOKENS = (
     "<|output_start|>",
     "<|output_end|>",
 )
-"""The last ids of every vocabulary, in this order."""
+"""They have the last ids of every vocabulary, in this order."""
 
 _FILE = "tokenizer.json"
 _SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 _LARGEST_VOCABULARY = 2**24
 
-# tiktoken's regex engine keeps one stack entry per character of a whitespace run and panics beyond a million.
+# tiktoken's regex engine uses one stack entry per character of a whitespace run and panics beyond a million.
 _WHITESPACE_LIMIT = 500_000
 _LONG_WHITESPACE = re.compile(rf"(?<!\s)\s{{{_WHITESPACE_LIMIT}}}")
 
@@ -64,14 +64,14 @@ class TooFewMerges(UserError):
 
 
 class Tokenizer:
-    """A byte-level BPE vocabulary with the nine special tokens of a conversation after its last rank.
+    """A byte-level BPE tokenizer; the ids of the nine special tokens follow the last rank.
 
     Args:
-        ranks: token bytes to rank; the rank is the id and the merge priority. All 256 bytes, ranks 0..n-1.
-        pattern: the regular expression that cuts text into pieces before merging.
+        ranks: rank (id and merge priority) of each token's bytes. All 256 bytes, ranks 0..n-1.
+        pattern: regular expression that splits text before merging.
 
     Raises:
-        UserError: the ranks have gaps or lack a byte, or the pattern is no regular expression.
+        UserError: the ranks have gaps or lack a byte, or the pattern is not a regular expression.
     """
 
     def __init__(self, ranks: Mapping[bytes, int], pattern: str = SPLIT_PATTERN) -> None:
@@ -94,10 +94,10 @@ class Tokenizer:
     def train(cls, texts: Iterable[str], vocab_size: int, *, pattern: str = SPLIT_PATTERN) -> Tokenizer:
         """Trains a vocabulary of exactly ``vocab_size`` entries, special tokens included. Deterministic.
 
-        Of pairs that occur equally often, the one with the lower ids is merged first.
+        Of equally frequent pairs, the one with the lower ids is merged first.
 
         Raises:
-            UserError: ``vocab_size`` is below the bytes and special tokens, or above 2²⁴.
+            UserError: ``vocab_size`` is below 256 plus the number of special tokens, or above 2²⁴.
             TooFewMerges: the text has too few pairs to merge.
         """
         from tokenizers import Tokenizer as HuggingFaceTokenizer
@@ -116,8 +116,8 @@ class Tokenizer:
             vocab_size=vocab_size - len(SPECIAL_TOKENS),
             min_frequency=0,
             show_progress=False,
-            # Given first, the bytes take ids 0..255 in byte order. As the trainer's alphabet they would be ordered by
-            # stand-in character, and ties between pairs would be broken differently from nanochat.
+            # Given as first special tokens, the bytes get ids 0..255 in byte order. As the trainer's alphabet they
+            # would be ordered by their printable character, and ties between pairs broken differently from nanochat.
             special_tokens=list(files.BYTE_CHARACTERS),
         )
         trained.train_from_iterator(texts, trainer)
@@ -191,7 +191,7 @@ class Tokenizer:
         try:
             arrays = [self._encoding.encode_to_numpy(segment, disallowed_special=()) for segment in _segments(text)]
         except UnicodeEncodeError:
-            # What tiktoken's encode_ordinary does: surrogate pairs are joined, lone ones replaced.
+            # As in tiktoken's encode_ordinary: surrogate pairs are joined, lone ones replaced.
             return self.encode_to_numpy(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
@@ -205,16 +205,16 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """Bytes of ``ids``: a single id may end in the middle of a character."""
+        """Bytes of ``ids``; they may end in the middle of a character."""
         return self._encoding.decode_bytes(ids)
 
     def special(self, name: str) -> int:
-        """The id of a special token by its name without the brackets: ``special("assistant_end")``."""
+        """Id of a special token, given its name without brackets: ``special("assistant_end")``."""
         return self._special_ids[f"<|{name}|>"]
 
     @property
     def bos_id(self) -> int:
-        """The id of ``<|bos|>``, which begins every document and conversation."""
+        """Id of ``<|bos|>``, the first token of every document and conversation."""
         return self.special("bos")
 
     @property
@@ -224,12 +224,12 @@ class Tokenizer:
 
     @cached_property
     def token_bytes(self) -> npt.NDArray[np.int32]:
-        """(vocab_size,) int32: the bytes of text each id stands for, 0 for special tokens."""
+        """(vocab_size,) int32: number of bytes of each token's text, 0 for special tokens."""
         return np.array([*map(len, self.ranks), *[0] * len(SPECIAL_TOKENS)], dtype=np.int32)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex digest of ranks, pattern and special tokens: equal exactly when all ids are equal."""
+        """Hex digest of ranks, pattern and special tokens."""
         digest = hashlib.sha256()
         for part in (self.pattern.encode(), *map(str.encode, SPECIAL_TOKENS), *self.ranks):
             digest.update(len(part).to_bytes(8, "little") + part)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 BASELINES = {"GPT-2": "gpt2", "GPT-4": "cl100k_base"}
-"""Column title to the name that tiktoken knows the encoding by."""
+"""Column title and name of the encoding in tiktoken."""
 
 DOWNLOAD_TIMEOUT_SECONDS = 20
 
@@ -26,7 +26,7 @@ def load_baselines() -> dict[str, tiktoken.Encoding]:
 
 
 def load_baseline(name: str) -> tiktoken.Encoding | None:
-    """An encoding from tiktoken's cache or from the network; None if neither is available within the timeout."""
+    """Loads an encoding from tiktoken's cache or the network; None if it is not available within the timeout."""
     import tiktoken
 
     loaded: list[tiktoken.Encoding] = []
@@ -45,10 +45,10 @@ def load_baseline(name: str) -> tiktoken.Encoding | None:
 def compression_table(
     tokenizer: Tokenizer, texts: Mapping[str, str], baselines: Mapping[str, tiktoken.Encoding]
 ) -> Table:
-    """Bytes per token of each text, and how many fewer tokens each baseline would need.
+    """Table of bytes per token of each text, compared with the baselines.
 
     Args:
-        tokenizer: the tokenizer to judge.
+        tokenizer: the tokenizer to evaluate.
         texts: texts by kind; empty ones are left out.
         baselines: encodings to compare with, by title.
     """

@@ -15,7 +15,7 @@ _WHITESPACE = {" ": "·_", "\n": ("⏎", r"\n"), "\t": ("⇥", r"\t"), "\r": ("�
 
 
 def colored_tokens(tokenizer: Tokenizer, ids: list[int], encoding: str = "utf-8") -> Text:
-    """Each token's text in a color of its own, followed by its id; escapes for what ``encoding`` lacks."""
+    """The tokens in alternating colors, each followed by its id; characters that ``encoding`` lacks are escaped."""
     from rich.text import Text
 
     line = Text()
@@ -26,7 +26,7 @@ def colored_tokens(tokenizer: Tokenizer, ids: list[int], encoding: str = "utf-8"
 
 
 def visible(token: bytes, encoding: str = "utf-8") -> str:
-    """A token's bytes with whitespace and incomplete characters made visible."""
+    """Text of a token with visible whitespace and escapes for incomplete characters."""
     text = token.decode("utf-8", errors="backslashreplace")
     for character, marks in _WHITESPACE.items():
         text = text.replace(character, next(mark for mark in marks if _can_encode(mark, encoding)))

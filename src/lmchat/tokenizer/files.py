@@ -1,8 +1,8 @@
-"""The files a byte-level BPE vocabulary is kept in: Hugging Face ``tokenizer.json``, tiktoken ranks, JSON ranks.
+"""Reads and writes byte-level BPE vocabularies: Hugging Face ``tokenizer.json``, tiktoken ranks, JSON ranks.
 
-A vocabulary here is a mapping of token bytes to rank. The rank is both the token's id and its merge priority, as in
-tiktoken. Special tokens are not part of it: they follow directly after the last rank.
-Readers raise `ValueError` (or its kin: `KeyError`, `TypeError`, `OSError`) on a broken file; callers add the remedy.
+A vocabulary is a mapping of token bytes to rank, which is both id and merge priority, as in tiktoken. Special tokens
+are not part of it: their ids follow the last rank. Readers raise ValueError, KeyError, TypeError or OSError on a
+damaged file; callers turn these into a UserError.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 
 def _byte_characters() -> list[str]:
-    """The printable character that stands for each byte in ``tokenizer.json``, as GPT-2 introduced it.
+    """The printable character of each byte in ``tokenizer.json``, as introduced by GPT-2.
 
-    Printable Latin-1 bytes stand for themselves; the others take the characters from U+0100 on, in order.
+    Printable Latin-1 bytes are unchanged; the others are mapped to the characters from U+0100 on, in order.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     substitutes = iter(range(0x100, 0x200))
@@ -36,22 +36,22 @@ _BYTE_OF_CHARACTER = {character: byte for byte, character in enumerate(BYTE_CHAR
 
 
 def to_characters(token: bytes) -> str:
-    """Token bytes as the printable string ``tokenizer.json`` holds."""
+    """Converts token bytes to the printable string in ``tokenizer.json``."""
     return "".join(BYTE_CHARACTERS[byte] for byte in token)
 
 
 def from_characters(token: str) -> bytes:
-    """The inverse of `to_characters`. Raises KeyError on a character that stands for no byte."""
+    """The inverse of `to_characters`. Raises KeyError for a character without a byte."""
     return bytes(_BYTE_OF_CHARACTER[character] for character in token)
 
 
 def merge_pairs(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
     """The pair that each token of two or more bytes is merged from, in rank order.
 
-    A token's own bytes, merged with the lower ranks only, end in exactly two pieces: the pair it was made of.
+    Merging a token's bytes with lower ranks only leaves exactly two parts: the pair.
 
     Raises:
-        UserError: they do not, so the ranks are not those of a byte-pair encoding.
+        UserError: it does not, so the ranks are not those of a byte-pair encoding.
     """
     pairs = []
     for token in sorted(ranks, key=ranks.__getitem__):
@@ -78,7 +78,7 @@ def _merge(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
 
 
 def pre_tokenizer(pattern: str) -> PreTokenizer:
-    """The ``tokenizers`` library's form of: cut by ``pattern``, then write bytes as characters."""
+    """Pre-tokenizer of the ``tokenizers`` library: splits by ``pattern``, then maps bytes to characters."""
     from tokenizers import Regex, pre_tokenizers
 
     return pre_tokenizers.Sequence(
@@ -92,8 +92,8 @@ def pre_tokenizer(pattern: str) -> PreTokenizer:
 def hugging_face(ranks: Mapping[bytes, int], pattern: str, special_tokens: Sequence[str]) -> HuggingFaceTokenizer:
     """The same tokenizer as an object of the ``tokenizers`` library; its ``save`` writes ``tokenizer.json``.
 
-    Special tokens are entries of the vocabulary but not "added tokens": the library finds added tokens in any text,
-    so a user could type ``<|assistant_end|>``. This way it never does, and its ids equal ours for every text.
+    Special tokens are vocabulary entries, not "added tokens", which the library would recognize in any text, so that a
+    user could type ``<|assistant_end|>``.
     """
     from tokenizers import Tokenizer, decoders, models
 
@@ -130,7 +130,7 @@ def from_hugging_face(content: dict[str, Any], special_tokens: Sequence[str]) ->
     if [vocab.pop(name, None) for name in special_tokens] != list(range(n_ranks, n_ranks + len(special_tokens))):
         raise ValueError(f"its last {len(special_tokens)} entries are not {' '.join(special_tokens)}")
     ranks = {from_characters(token): rank for token, rank in sorted(vocab.items(), key=lambda entry: entry[1])}
-    # Some converters list every pair that a token could be merged from, one after the other.
+    # Some converters list all pairs that a token can be merged from, one after another.
     results = list(dict.fromkeys(left + right for left, right in map(_pair, content["model"]["merges"])))
     if [vocab.get(token) for token in results] != list(range(256, n_ranks)):
         raise ValueError("its ids are not in the order of its merges")
@@ -167,11 +167,11 @@ def read_tiktoken_ranks(path: Path) -> dict[bytes, int]:
 
 
 def read_vocabulary(path: Path, special_tokens: Sequence[str], default_pattern: str) -> tuple[dict[bytes, int], str]:
-    """Ranks and split pattern from any of the three forms.
+    """Reads ranks and split pattern from a file in any of three formats.
 
     - ``tokenizer.json`` of the Hugging Face library;
     - a JSON object with ``mergeable_ranks`` [[base64, rank], ...] and ``pattern`` or ``split_pattern``;
-    - tiktoken's rank file, which has no pattern: it gets ``default_pattern``.
+    - tiktoken's rank file, which has no pattern; ``default_pattern`` is used.
     """
     if path.suffix != ".json":
         return read_tiktoken_ranks(path), default_pattern

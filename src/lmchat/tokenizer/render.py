@@ -1,11 +1,10 @@
-"""Conversations as rows of token ids with a loss mask.
+"""Renders conversations to token ids with a loss mask.
 
     <|bos|> (<|user_start|> user <|user_end|> <|assistant_start|> assistant <|assistant_end|>)*
 
-Inside an assistant turn: prose, ``<|python_start|> expression <|python_end|>`` for a calculator call and
-``<|output_start|> result <|output_end|>`` for its answer. The mask is 1 where the assistant speaks: prose, calls with
-both their markers, and the end of its turn. Calculator answers are forced, not spoken, so they have mask 0; so have
-messages of weight 0.
+An assistant turn consists of text, calculator calls (``<|python_start|> expression <|python_end|>``) and their results
+(``<|output_start|> result <|output_end|>``). The mask is 1 for what the model has to generate: text, calls with both
+markers, and ``<|assistant_end|>``. It is 0 for results, which are forced, and for messages of weight 0.
 """
 
 from __future__ import annotations
@@ -23,18 +22,17 @@ _MARKED_PARTS = {"python": ("python_start", "python_end", 1), "python_output": (
 def render_conversation(
     tokenizer: Tokenizer, conversation: Conversation, max_tokens: int = 2048
 ) -> tuple[list[int], list[int]]:
-    """Ids of a conversation and its loss mask (0 or 1 per id), both cut to ``max_tokens``.
+    """Token ids of a conversation and its loss mask (0 or 1 per id), both cut to ``max_tokens``.
 
     Raises:
-        UserError: the conversation breaks a rule of `lmchat.messages.check_messages`.
+        UserError: the conversation violates `lmchat.messages.check_messages`.
     """
     ids, mask = _render(tokenizer, _turns(conversation))
     return ids[:max_tokens], mask[:max_tokens]
 
 
 def render_for_completion(tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
-    """Ids of a prompt that the assistant is to answer: the conversation without a final assistant message, then
-    ``<|assistant_start|>``. Never cut, for a cut prompt would lose the question.
+    """Token ids of a prompt: the conversation without a final assistant message, then ``<|assistant_start|>``; not cut.
 
     Raises:
         UserError: as `render_conversation`.
@@ -56,7 +54,7 @@ def _render(tokenizer: Tokenizer, turns: list[dict[str, Any]]) -> tuple[list[int
 
 
 def _turn_spans(tokenizer: Tokenizer, role: str, content: Any) -> Iterator[tuple[list[int], int]]:
-    """The runs of ids of one turn, each with its mask."""
+    """Yields spans of ids of a turn, each with its mask."""
     if role == "user":
         yield [tokenizer.special("user_start"), *tokenizer.encode(content), tokenizer.special("user_end")], 0
         return
@@ -72,7 +70,7 @@ def _turn_spans(tokenizer: Tokenizer, role: str, content: Any) -> Iterator[tuple
 
 
 def _turns(conversation: Conversation) -> list[dict[str, Any]]:
-    """The checked messages, a leading system message merged into the first user message."""
+    """Checks the messages and merges a system message into the first user message."""
     if not isinstance(conversation.get("messages"), list):
         raise UserError(f"a conversation is {{'messages': [...]}}, not {str(conversation)[:80]}")
     messages: list[Any] = list(conversation["messages"])

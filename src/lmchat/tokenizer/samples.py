@@ -1,4 +1,4 @@
-"""Short texts of several kinds, on which ``lmchat tokenizer eval`` counts bytes per token."""
+"""Short texts of several kinds, for ``lmchat tokenizer eval``."""
 
 from __future__ import annotations
 
