@@ -8,7 +8,7 @@ TEXT ?=
 OUTPUT ?= runs/demo$(if $(TEXT),-$(shell basename -- "$(TEXT)"))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo tokenizer pretrain sft rl chat serve speedrun test test-slow test-gpu lint types format bench loss-compare clean
+.PHONY: help setup demo tokenizer pretrain sft rl chat serve speedrun test test-slow test-torch211 test-gpu bench-gpu gpu-wheels lint types format bench loss-compare clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,9 +64,28 @@ test: $(INSTALLED)  ## run the tests in parallel (minutes on two cores; WORKERS=
 test-slow: $(INSTALLED)  ## run the long tests
 	@$(BIN)/python -m pytest -m slow
 
-test-gpu: $(INSTALLED)  ## run the GPU tests and 20 steps of d12 on one card
-	@$(BIN)/python -m pytest -m gpu
-	@$(BIN)/python benchmarks/gpu_run.py
+# The suite on the oldest torch that is supported; PyPI's wheel brings CUDA's libraries, 7 GB in all.
+TORCH211 := .venv-torch211
+test-torch211:  ## run the tests on torch 2.11, in an environment of its own
+	@test -x $(TORCH211)/bin/python || $(PYTHON) -m venv $(TORCH211)
+	@$(TORCH211)/bin/python -m pip install -q 'torch==2.11.*' -e '.[dev,plot]'
+	@$(TORCH211)/bin/python -m pytest -m 'not slow and not gpu' -n $(WORKERS) --maxprocesses 8 --dist worksteal
+
+# On a GPU image without pip or a network: the image's own Python, and three packages that are carried to it, as the
+# ignored folder benchmarks/wheels. `make gpu-wheels` fills it where there is a network.
+WHEELS := benchmarks/wheels
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+ON_GPU := PYTHONPATH=src:tests/helpers:$(WHEELS)$(if $(PYTHONPATH),:$(PYTHONPATH)) $(GPU_PYTHON)
+
+gpu-wheels:  ## download what a stock torch image lacks, to carry it along
+	@$(PYTHON) -m pip download -q --no-deps -d $(WHEELS) jsonargparse docstring_parser typeshed_client
+	@for wheel in $(WHEELS)/*.whl; do $(PYTHON) -m zipfile -e $$wheel $(WHEELS); done
+
+test-gpu:  ## run the GPU tests on one card
+	@$(ON_GPU) -m pytest -o addopts=--import-mode=importlib -q -m gpu tests/test_gpu.py
+
+bench-gpu:  ## measure on one card, 8 minutes: table and JSON in runs/gpu (TOY=--toy rehearses on a CPU)
+	@$(ON_GPU) benchmarks/gpu_run.py $(TOY)
 
 lint: $(INSTALLED)  ## check style
 	@$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check .

@@ -1,64 +1,395 @@
-"""Twenty steps of d12 on one card, without a network: tokens/s, utilisation, memory.
+"""Eight minutes on one card, without a network: `make bench-gpu`. Never run on a GPU so far; rehearsed with --toy.
 
-    python benchmarks/gpu_run.py [DEPTH]
+    python benchmarks/gpu_run.py [--toy] [--output runs/gpu] [--parts attention d12 ...]
 
-Trains a tokenizer and the model on random words, packed as documents of web-like lengths. The last lines are the card
-and the median of the second half of the steps, after compilation. Never run on a GPU so far.
+Each part is a process under a time limit of its own and appends its figures to OUTPUT/results.jsonl as they come; the
+table OUTPUT/results.md is written after each part. A part that fails or runs out of time loses only what it had not yet
+measured, and the next one starts. --toy runs the same code on a CPU with small shapes: its figures mean nothing.
+
+Needs a torch image with lightning, numpy, pyarrow, tiktoken and tokenizers, and the wheels that `make gpu-wheels`
+unpacks; one cache folder of the compiler serves all parts.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
+import json
 import os
+import random
+import re
 import statistics
+import string
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-import torch
+REPOSITORY = Path(__file__).resolve().parent.parent
+LIMITS = {
+    "environment": 30,
+    "cudnn": 30,
+    "attention": 50,
+    "tests": 75,
+    "d12": 110,
+    "memory": 75,
+    "decode": 40,
+    "fit": 130,
+}
+"""Seconds per part, its start included. In this order: what decides most comes before what takes longest."""
 
-STEPS = 20
+Report = Callable[..., None]
 
 
-def write_random_text(folder: Path) -> None:
-    """Three shards of words drawn at random, some 12 M characters."""
+class Shapes:
+    """What is measured: shapes of d12, d20 and d26 on a GPU, tiny ones in a rehearsal."""
+
+    def __init__(self, toy: bool) -> None:
+        self.toy = toy
+        self.device = "cpu" if toy else "cuda"
+        self.attention = {"d4": (2, 128, 2, 32)} if toy else {"d12": (32, 2048, 6, 128), "d26": (8, 2048, 13, 128)}
+        self.backends = ("banded",) if toy else ("flash", "flex", "banded")
+        self.d12 = (2, 64, 2) if toy else (12, 2048, 32)  # depth, tokens per row, rows
+        self.memory = [(26, 2048, 8, False), (26, 2048, 16, True), (20, 2048, 16, False)]
+        if toy:
+            self.memory = [(2, 64, 2, False)]  # depth, tokens per row, rows, recompute
+        self.decode = (2, 64, 4, 8) if toy else (20, 2048, 256, 64)  # depth, tokens per row, rows, new tokens
+        self.vocab_size = 320 if toy else 32768
+
+    def config(self, depth: int, length: int) -> Any:
+        from lmchat.scaling import config_for_depth
+
+        return config_for_depth(depth, self.vocab_size, length, head_dim=32 if self.toy else 128)
+
+    def network(self, depth: int, length: int) -> Any:
+        import torch
+
+        from lmchat.model.gpt import GPT
+
+        with torch.device("meta"):
+            net = GPT(self.config(depth, length), compute_dtype=torch.float32 if self.toy else torch.bfloat16)
+        net.to_empty(device=self.device)
+        net.init_weights()
+        return net
+
+
+def synchronize() -> None:
+    """Waits for the device, if there is one."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def milliseconds(run: Callable[[], Any], repeats: int) -> float:
+    """The median duration of ``run``, after one call that does not count."""
+    run()
+    times = []
+    for _ in range(repeats):
+        synchronize()
+        start = time.perf_counter()
+        run()
+        synchronize()
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def environment(shapes: Shapes, report: Report) -> None:
+    """Versions, the card, what can be imported, and whether FP8 products work."""
+    import importlib.util
+
+    import torch
+
+    names = ["lightning", "jsonargparse", "torchao", "datasets", "transformers", "triton", "pytest", "fastapi"]
+    found = [name for name in names if importlib.util.find_spec(name)]
+    report(torch=torch.__version__, cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(), packages=found)
+    if torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(0)
+        report(card=card.name, memory_gb=round(card.total_memory / 1e9, 1), sms=card.multi_processor_count)
+    a = torch.randn(1024 if shapes.toy else 8192, 256 if shapes.toy else 8192, device=shapes.device)
+    a = a.to(torch.bfloat16)
+    product_ms = milliseconds(lambda: a @ a.T, 3)
+    report(bf16_product_tflops=round(2 * a.size(0) ** 2 * a.size(1) / product_ms / 1e9, 1))
+    from lmchat.model.fp8 import missing_hardware
+
+    report(fp8=missing_hardware(torch.device(shapes.device), "tensorwise") or "works")
+
+
+def cudnn(shapes: Shapes, report: Report) -> None:
+    """First call of attention at new key lengths, as in decoding, with cuDNN's kernels and without."""
+    import torch
+
+    from lmchat.model.attention import attention, exclude_cudnn
+
+    rows, heads, width = (2, 2, 32) if shapes.toy else (256, 10, 128)
+    dtype = torch.float32 if shapes.toy else torch.bfloat16
+    for excluded in (False, True):
+        times = []
+        for length in range(200, 209):
+            k = torch.randn(rows, length, heads, width, device=shapes.device, dtype=dtype)
+            mask = torch.ones(rows, 1, 1, length, dtype=torch.bool, device=shapes.device)
+            synchronize()
+            start = time.perf_counter()
+            if excluded:
+                with exclude_cudnn():
+                    attention(k[:, :1], k, k, mask)
+            else:
+                attention(k[:, :1], k, k, mask)
+            synchronize()
+            times.append(1e3 * (time.perf_counter() - start))
+        report(cudnn="excluded" if excluded else "allowed", new_shape_ms=round(statistics.median(times[1:]), 2))
+
+
+def attention(shapes: Shapes, report: Report) -> None:
+    """Backends at training's shapes, forward and backward, on S and L windows, against the reference in fp32."""
+    import torch
+
+    from lmchat.model.attention import BACKENDS, attend_masked
+
+    def gradients(attend: Any, inputs: list[Any], window: int) -> list[Any]:
+        out = attend(*inputs, window)
+        return [out.detach(), *torch.autograd.grad(out.float().sum(), inputs)]
+
+    for model, shape in shapes.attention.items():
+        for window in (shape[1] // 2, shape[1]):
+            dtype = torch.float32 if shapes.toy else torch.bfloat16
+            inputs = [torch.randn(shape, device=shapes.device, dtype=dtype, requires_grad=True) for _ in range(3)]
+            one_row = [x[:1].detach().requires_grad_() for x in inputs]
+            expected = gradients(attend_masked, [x.detach().float().requires_grad_() for x in one_row], window)
+            for name in shapes.backends:
+                place = {"model": model, "window": "L" if window == shape[1] else "S", "backend": name}
+                try:
+                    actual = gradients(BACKENDS[name], one_row, window)
+                    off = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(actual, expected, strict=True))
+                    ms = milliseconds(lambda name=name, w=window, x=inputs: gradients(BACKENDS[name], x, w), 5)
+                    report(**place, ms=round(ms, 3), off=round(off, 4))
+                except Exception as error:
+                    report(**place, error=f"{type(error).__name__}: {error}"[:200])
+
+
+def tests(shapes: Shapes, report: Report) -> None:
+    """The GPU tests; in a rehearsal they skip themselves."""
+    command = [sys.executable, "-m", "pytest", "-q", "-rf", "-o", "addopts=--import-mode=importlib", "-m", "gpu"]
+    done = subprocess.run([*command, "tests/test_gpu.py"], cwd=REPOSITORY, capture_output=True, text=True)
+    print(done.stdout[-4000:], done.stderr[-2000:])
+    lines = done.stdout.splitlines()
+    report(result=lines[-1] if lines else "no output", failed=[line for line in lines if line.startswith("FAILED")])
+
+
+def _micro_batches(net: Any, rows: int, count: int) -> list[float]:
+    """Milliseconds of each of ``count`` forward and backward passes."""
+    import torch
+
+    times = []
+    for _ in range(count):
+        ids = torch.randint(net.config.vocab_size, (rows, net.config.sequence_len), device=net.device)
+        synchronize()
+        start = time.perf_counter()
+        net.loss(ids, ids).backward()
+        synchronize()
+        times.append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def d12(shapes: Shapes, report: Report) -> None:
+    """Compilation, micro-batches, optimizer steps, the costliest kernels; attention excluded from cuDNN or not."""
+    import torch
+
+    from lmchat.hardware import peak_flops, peak_memory_bytes
+    from lmchat.model.compile import compile_blocks
+    from lmchat.optim.muon_adamw import MuonAdamW, build_param_groups
+    from lmchat.scaling import flops_per_token
+
+    depth, length, rows = shapes.d12
+    net, device = shapes.network(depth, length), torch.device(shapes.device)
+    report(attention=net.attention_backend)
+    compile_blocks(net)
+    (compiling,) = _micro_batches(net, rows, 1)
+    report(first_micro_batch_s=round(compiling / 1e3, 1))
+    ms = statistics.median(_micro_batches(net, rows, 6))
+    rate, peak = 1e3 * rows * length / ms, peak_flops(device)
+    report(micro_batch_ms=round(ms, 1), tokens_per_second=round(rate))
+    if peak:
+        report(mfu_without_optimizer=round(rate * flops_per_token(net.config) / peak, 3))
+    optimizer = MuonAdamW(build_param_groups(net.named_parameters(), n_embd=net.config.n_embd), compile=not shapes.toy)
+    report(optimizer_ms=round(milliseconds(optimizer.step, 2), 1))
+    report(memory_gb=round(peak_memory_bytes(device) / 1e9, 2))
+    kinds = [torch.profiler.ProfilerActivity.CPU if shapes.toy else torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds) as profile:
+        _micro_batches(net, rows, 1)
+    key = "self_cpu_time_total" if shapes.toy else "self_device_time_total"
+    for event in sorted(profile.key_averages(), key=lambda event: -getattr(event, key))[:12]:
+        report(kernel=event.key[:80], calls=event.count, ms=round(getattr(event, key) / 1e3, 2))
+    net.fixed_shapes = False
+    report(without_cudnn_ms=round(statistics.median(_micro_batches(net, rows, 4)), 1))
+
+
+def memory(shapes: Shapes, report: Report) -> None:
+    """Peak memory and time of micro-batches, without the optimizer, against the memory model."""
+    import torch
+
+    from lmchat.hardware import is_out_of_memory, peak_memory_bytes
+    from lmchat.model.compile import compile_blocks
+    from lmchat.training_memory import training_memory
+
+    for depth, length, rows, recompute in shapes.memory:
+        place = {"depth": depth, "rows": rows, "recompute": recompute}
+        mode: Any = "recomputing" if recompute else "compiled"
+        expected = training_memory(shapes.config(depth, length), rows, mode=mode)
+        torch._dynamo.reset()
+        try:
+            net = shapes.network(depth, length)
+            compile_blocks(net, recompute=recompute)
+            ms = min(_micro_batches(net, rows, 3))
+            gb = peak_memory_bytes(torch.device(shapes.device)) / 1e9
+            weights = 8 * sum(weight.numel() for weight in net.parameters())  # and gradients
+            model_gb = (weights + expected.activations + expected.workspace) / 1e9
+            report(**place, micro_batch_ms=round(ms, 1), gb=round(gb, 2), model_gb=round(model_gb, 2))
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            report(**place, error="out of memory", model_gb=round(expected.total / 1e9, 2))
+        net = None
+        if not shapes.toy:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+def decode(shapes: Shapes, report: Report) -> None:
+    """Tokens per second of the engine, short prompts, all rows to the same length."""
+    from lmchat.generation.engine import Engine
+    from lmchat.generation.sampling import SamplingParams
+    from lmchat.tokenizer.bpe import Tokenizer
+
+    depth, length, rows, new = shapes.decode
+    tokenizer = Tokenizer.train([" ".join(random_words())], 320)
+    engine = Engine(shapes.network(depth, length).eval(), tokenizer, max_rows=rows)
+    for run in ("first", "second"):
+        synchronize()
+        start = time.perf_counter()
+        params = SamplingParams(num_samples=rows, max_new_tokens=new, temperature=1.0, stop_tokens=())
+        (completions,) = engine.generate([list(range(1, 17))], params)
+        tokens = sum(len(completion.ids) for completion in completions)
+        report(run=run, rows=rows, tokens_per_second=round(tokens / (time.perf_counter() - start)))
+
+
+def random_words() -> list[str]:
+    """20,000 words of 2 to 8 letters."""
+    letters = random.Random(0)
+    return ["".join(letters.choices(string.ascii_lowercase, k=letters.randint(2, 8))) for _ in range(20_000)]
+
+
+def write_random_text(folder: Path, shards: int, documents: int) -> None:
+    """Words drawn at random, in documents of web-like lengths."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     folder.mkdir(parents=True)
-    random = np.random.default_rng(0)
-    words = np.array(["".join(map(chr, random.integers(97, 123, random.integers(2, 9)))) for _ in range(20_000)])
-    for shard in range(3):
-        lengths = random.lognormal(6, 1, 1500).astype(int) + 10
-        texts = [" ".join(random.choice(words, length)) for length in lengths]
+    generator, words = np.random.default_rng(0), np.array(random_words())
+    for shard in range(shards):
+        lengths = generator.lognormal(6, 1, documents).astype(int) + 10
+        texts = [" ".join(generator.choice(words, length)) for length in lengths]
         pq.write_table(pa.table({"text": texts}), folder / f"shard_{shard:05d}.parquet")
 
 
-def main() -> None:
-    if not torch.cuda.is_available():
-        sys.exit("no CUDA device; this benchmark needs one")
-    depth = sys.argv[1] if len(sys.argv) > 1 else "12"
+def fit(shapes: Shapes, report: Report) -> None:
+    """Twenty steps of d12 by the real command: tokens/s, utilisation, memory, losses."""
+    steps = "4" if shapes.toy else "20"
+    small = "--model.depth 2 --model.sequence_len 64 --model.head_dim 32 --model.global_batch_tokens 512 "
+    small += "--data.micro_batch_size 2 --data.eval_tokens 512 --model.compile false --trainer.accelerator cpu "
+    options = f"fit --config {REPOSITORY}/configs/d12_pretrain.yaml --trainer.max_steps {steps} --trainer.devices 1 "
+    options += "--monitor.every_n_steps 1 --samples.max_new_tokens 0 --eval.every_n_steps 0 "
+    options += small if shapes.toy else "--data.eval_tokens 524288"
     with tempfile.TemporaryDirectory() as temporary:
         base = Path(temporary)
-        write_random_text(base / "base_data")
-        environment = {**os.environ, "LMCHAT_BASE_DIR": str(base), "HF_HUB_OFFLINE": "1"}
-        config = Path(__file__).resolve().parent.parent / "configs" / "d12_pretrain.yaml"
-        fit = f"fit --config {config} --model.depth {depth} --trainer.max_steps {STEPS} --trainer.devices 1"
-        quick = "--monitor.every_n_steps 1 --samples.max_new_tokens 0 --data.eval_tokens 524288"
-        for command in ("tokenizer train --vocab_size 32768", f"{fit} {quick}"):
-            subprocess.run([sys.executable, "-m", "lmchat", *command.split()], env=environment, check=True)
+        write_random_text(base / "base_data", 3, 100 if shapes.toy else 1500)
+        variables = {**os.environ, "LMCHAT_BASE_DIR": str(base), "HF_HUB_OFFLINE": "1"}
+        for command in (f"tokenizer train --vocab_size {512 if shapes.toy else 32768}", options):
+            run = [sys.executable, "-m", "lmchat", *command.split()]
+            subprocess.run(run, env=variables, check=True)
         (metrics,) = base.rglob("metrics.csv")
         with metrics.open() as file:
             rows = [row for row in csv.DictReader(file) if row.get("train/loss")]
-    steady = rows[STEPS // 2 :]
-    speed, mfu = (
-        statistics.median(float(row[f"train/{name}"]) for row in steady) for name in ("tokens_per_second", "mfu")
-    )
-    memory = max(float(row["train/memory_gb"]) for row in rows)
-    print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, depth {depth}")
-    print(f"{speed:,.0f} tokens/s, {100 * mfu:.1f} % MFU, {memory:.1f} GB, loss {rows[-1]['train/loss']}")
+    steady = rows[len(rows) // 2 :]
+    for name in ("tokens_per_second", "mfu"):
+        values = [float(row[f"train/{name}"]) for row in steady if row.get(f"train/{name}")]
+        if values:
+            report(**{name: round(statistics.median(values), 4)})
+    report(memory_gb=max(float(row["train/memory_gb"]) for row in rows))
+    report(losses=[round(float(row["train/loss"]), 4) for row in rows])
+
+
+PARTS: dict[str, Callable[[Shapes, Report], None]] = {
+    each.__name__: each for each in (environment, cudnn, attention, tests, d12, memory, decode, fit)
+}
+
+
+def run_part(name: str, output: Path, toy: bool) -> None:
+    """Runs one part in this process; every figure is appended and flushed at once."""
+
+    def report(**values: Any) -> None:
+        with (output / "results.jsonl").open("a") as file:
+            file.write(json.dumps({"part": name, **values}) + "\n")
+        print(name, values, flush=True)
+
+    PARTS[name](Shapes(toy), report)
+
+
+def start_part(name: str, output: Path, toy: bool) -> dict[str, Any]:
+    """Runs one part in a process of its own under its time limit; how it ended."""
+    variables = dict(os.environ)
+    variables.setdefault("TORCHINDUCTOR_CACHE_DIR", str(output / "kernels"))
+    command = [sys.executable, __file__, "--part", name, "--output", str(output), *(["--toy"] if toy else [])]
+    start, log = time.monotonic(), output / f"{name}.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, env=variables, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            status = f"exit status {code}" if (code := process.wait(LIMITS[name])) else "ok"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            process.wait()
+            status = f"stopped after {LIMITS[name]} s"
+    ended = {"part": name, "status": status, "seconds": round(time.monotonic() - start, 1)}
+    if status != "ok":
+        ended["end_of_log"] = re.sub(r"\s+", " ", log.read_text(errors="replace")[-300:])
+    return ended
+
+
+def table(results: Path) -> Iterator[str]:
+    """The results as a table in Markdown."""
+    yield "| part | figures |\n|---|---|"
+    for line in results.read_text().splitlines():
+        values = json.loads(line)
+        figures = ", ".join(f"{name} {value}" for name, value in values.items() if name != "part")
+        yield f"| {values['part']} | {figures.replace('|', '/')} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--toy", action="store_true", help="a rehearsal on the CPU")
+    parser.add_argument("--output", type=Path, default=REPOSITORY / "runs" / "gpu")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.part:
+        run_part(args.part, args.output, args.toy)
+        return
+    args.output.mkdir(parents=True, exist_ok=True)
+    results = args.output / "results.jsonl"
+    results.write_text("")
+    for name in args.parts:
+        ended = start_part(name, args.output.resolve(), args.toy)
+        with results.open("a") as file:
+            file.write(json.dumps(ended) + "\n")
+        (args.output / "results.md").write_text("\n".join(table(results)) + "\n")
+        print(ended, flush=True)
+    print("\n".join(table(results)))
 
 
 if __name__ == "__main__":
