@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fake_cuda import fake_cuda
 from lmchat import losses
 from lmchat.model import gpt
+from lmchat.model.attention import attend_banded
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT
 from lmchat.optim.muon_adamw import MuonAdamW, build_param_groups
@@ -39,6 +43,30 @@ def test_the_device_is_seen_and_a_value_cannot_be_read() -> None:
         assert waits.count == 0
         x.cpu()
         assert waits.count == 1
+
+
+class NoFloat64(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            assert not isinstance(x, torch.Tensor) or x.dtype != torch.float64, func
+        return out
+
+
+def test_a_training_step_needs_no_float64() -> None:
+    """Which Apple's GPUs do not have."""
+    net = GPT(CONFIG)
+    for block in net.blocks:
+        block.attn.attend = attend_banded
+    net.init_weights()
+    optimizer = MuonAdamW(build_param_groups(net.named_parameters(), n_embd=64), compile=False)
+    ids = torch.zeros(2, 64, dtype=torch.int64)
+    with NoFloat64():
+        for _ in range(2):
+            net.loss(ids, ids).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        net.loss(ids, ids, reduction="none")
 
 
 @pytest.mark.parametrize("fused", [False, True])

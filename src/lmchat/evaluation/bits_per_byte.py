@@ -82,7 +82,10 @@ class BitsPerByteEvaluator(Evaluator):
 
     def update(self, policy: Policy, batch: Batch) -> None:
         nll = policy.net.loss(batch["inputs"], batch["targets"], reduction="none")
-        self._metric.to(nll.device).update(nll, batch["targets"])
+        targets = batch["targets"]
+        if nll.device.type == "mps":  # it has no float64
+            nll, targets = nll.cpu(), targets.cpu()
+        self._metric.to(nll.device).update(nll, targets)
 
     def compute(self) -> Metrics:
         return compute_and_reset({self.name: self._metric})

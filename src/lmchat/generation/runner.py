@@ -20,6 +20,7 @@ from lmchat.generation.sequence import Sequence, SharedPrompt
 from lmchat.generation.weights import InferenceWeights
 from lmchat.model.gpt import GPT
 from lmchat.tokenizer.bpe import Tokenizer
+from lmchat.types import UserError
 
 HEAD_ROWS = 16
 """Rows whose tokens a CPU chooses at one time, so that their logits stay in its cache."""
@@ -61,6 +62,11 @@ class Runner:
         self.weights = InferenceWeights(source)
         self.net = self.weights.net
         device = source.device
+        if device.type == "mps":
+            raise UserError(
+                "sampling needs float64, which Apple's GPUs lack; use --trainer.accelerator cpu, or train with "
+                "--samples.max_new_tokens 0 and without questions in evaluation"
+            )
         dtype = source.compute_dtype
         if device.type == "cpu":  # whose products of few rows are slow in bf16
             dtype = torch.promote_types(dtype, torch.float32)

@@ -250,8 +250,8 @@ class StageModule(L.LightningModule):
         return self.compile_mode
 
     def _compiling_pays(self) -> bool:
-        if not self.packed_rows or self.device.type == "cuda":
-            return self.packed_rows
+        if not self.packed_rows or self.device.type != "cpu":
+            return self.packed_rows and self.device.type == "cuda"
         assert self.plan.global_batch_tokens is not None
         tokens = self.total_steps * self.plan.global_batch_tokens
         return tokens * flops_per_token(self.config) >= COMPILE_FLOPS_ON_CPU
