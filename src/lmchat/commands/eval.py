@@ -29,13 +29,17 @@ def evaluate(
     limit: int | None = None,
     core: str | None = None,
     max_tokens: int | None = None,
+    harness: str | None = None,
+    include_path: Path | None = None,
+    num_fewshot: int | None = None,
+    chat_template: bool = False,
     batch_size: int = 32,
     max_new_tokens: int = 512,
     tokenizer: Path | None = None,
     output: Path | None = None,
     sandbox: SandboxOptions = STRICT,
 ) -> None:
-    """Evaluate a checkpoint on chat benchmarks (ARC, MMLU, GSM8K, HumanEval, spelling) or on CORE.
+    """Evaluate a checkpoint on chat benchmarks (ARC, MMLU, GSM8K, HumanEval, spelling) on CORE, or with the harness.
 
     Multiple choice is scored by the most likely letter, the other tasks by greedy answers. Results are written task by
     task; the same command continues an interrupted evaluation.
@@ -50,6 +54,10 @@ def evaluate(
         core: folder or zip file of the evaluation bundle, or default for $LMCHAT_BASE_DIR/eval_bundle; evaluates its 22
             tasks in place of the chat benchmarks, or those of them that --tasks names.
         max_tokens: longest prompt of CORE, of which the end is kept; default is the model's limit.
+        harness: tasks of lm-evaluation-harness, as in arc_easy,hellaswag, in place of the chat benchmarks.
+        include_path: folder with further tasks of the harness.
+        num_fewshot: solved examples before each question of a harness task; default is the task's.
+        chat_template: put questions of harness tasks into the chat template.
         batch_size: questions of multiple choice read together.
         max_new_tokens: maximum number of tokens of an answer.
         tokenizer: folder of its tokenizer; default is the one beside the folders of checkpoints, or else
@@ -63,22 +71,26 @@ def evaluate(
     from lmchat.types import UserError
 
     check_count("", 1, batch_size=batch_size, max_new_tokens=max_new_tokens, limit=limit, max_tokens=max_tokens)
+    if harness:
+        evaluations.require_harness()
+        subject = evaluations.load_subject(checkpoint, tokenizer, output)
+        options = {"limit": limit, "num_fewshot": num_fewshot, "chat_template": chat_template}
+        evaluations.run_harness(subject, harness.split(","), include_path, options)
+        return
     if core:
         chosen = evaluations.core_tasks(core, tasks)
-        subject = (
-            evaluations.load_hf_subject(model, output)
-            if model
-            else evaluations.load_subject(checkpoint, tokenizer, output)
-        )
-        evaluations.run_core(subject, chosen, max_per_task=limit, max_tokens=max_tokens)
+        limits = {"max_per_task": limit, "max_tokens": max_tokens}
+        if model:
+            evaluations.run_core(evaluations.load_hf_subject(model, output), chosen, **limits)
+        else:
+            evaluations.run_core(evaluations.load_subject(checkpoint, tokenizer, output), chosen, **limits)
         return
     if model:
         raise UserError("models of transformers are evaluated on CORE; add --core eval_bundle.zip")
     isolation = Sandbox(sandbox.allow_weak, Limits(seconds=sandbox.seconds))
     questions = evaluations.chat_tasks(tasks, limit, isolation)
     subject = evaluations.load_subject(checkpoint, tokenizer, output)
-    options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
-    evaluations.run_chat(subject, questions, sandbox=isolation, **options)
+    evaluations.run_chat(subject, questions, batch_size=batch_size, max_new_tokens=max_new_tokens, sandbox=isolation)
 
 
 COMMANDS = evaluate

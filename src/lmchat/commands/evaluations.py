@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -120,6 +122,27 @@ def run_chat(
         identity=subject.identity,
     )
     report(running, subject, "ChatCORE" if set(tasks) == set(CHAT_CORE) else None)
+
+
+def require_harness() -> None:
+    """Raises UserError where lm-evaluation-harness is not installed."""
+    if find_spec("lm_eval") is None:
+        raise UserError("--harness needs lm-evaluation-harness; pip install 'lmchat[harness]'")
+
+
+def run_harness(subject: Subject, tasks: Sequence[str], include_path: Path | None, options: Mapping[str, Any]) -> None:
+    """Evaluates tasks of the harness; prints its table and saves the results of each task."""
+    from lm_eval.utils import make_table
+
+    from lmchat.evaluation.harness import evaluate_harness
+
+    found = evaluate_harness(subject.policy, tasks, include_path=include_path, **options)
+    results = {
+        f"harness/{name}": {**options, **subject.identity, **metrics} for name, metrics in found["results"].items()
+    }
+    write_results(subject.path, read_results(subject.path) | results)
+    print(make_table(found))
+    print(f"Results are in {subject.path}")
 
 
 def report(running: Iterator[tuple[str, Result]], subject: Subject | HFSubject, mean_name: str | None) -> None:
