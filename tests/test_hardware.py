@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from lmchat import hardware
 from lmchat.hardware import DENSE_BF16_PEAK, is_out_of_memory, peak_flops
 
 
@@ -52,3 +55,13 @@ def test_a_cpu_has_no_peak() -> None:
 )
 def test_want_of_memory_is_recognized(error: Exception, expected: bool) -> None:
     assert is_out_of_memory(error) == expected
+
+
+@pytest.mark.parametrize(("text", "expected"), [("123456789\n", 123456789), ("max\n", None)])
+def test_the_limit_of_a_container_counts(
+    text: str, expected: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlimited = hardware.memory_limit_bytes(torch.device("cpu"))
+    (tmp_path / "memory.max").write_text(text)
+    monkeypatch.setattr(hardware, "CGROUP_LIMIT", tmp_path / "memory.max")
+    assert hardware.memory_limit_bytes(torch.device("cpu")) == (expected or unlimited)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import json
 import keyword
@@ -109,6 +110,7 @@ def _run(args: list[str]) -> int:
         return _fail(f"unknown command {name!r}; the commands are {', '.join([*TRAINER_COMMANDS, *COMMANDS])}")
     from jsonargparse import ArgumentError
 
+    import lmchat.hardware  # noqa: F401
     from lmchat.cli.argument_errors import explain
     from lmchat.types import RankFailure, UserError
 
@@ -129,15 +131,22 @@ def _run(args: list[str]) -> int:
             raise
         return _fail(message)
     except (MemoryError, RuntimeError, ImportError) as error:
-        from lmchat.hardware import is_out_of_memory
-
-        if not is_out_of_memory(error):
-            raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return _fail(f"out of memory ({reason:.200}); close other programs, raise `ulimit -v`, or use a smaller model")
+        return _out_of_memory(error)
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _out_of_memory(error: Exception) -> int:
+    """Reports an error for want of memory; raises any other."""
+    from lmchat.hardware import is_out_of_memory  # imported before: now there may be no memory for it
+
+    if not is_out_of_memory(error):
+        raise error
+    if (dynamo := sys.modules.get("torch._dynamo.utils")) is not None:
+        atexit.unregister(dynamo.dump_compile_times)  # needs memory, and would end in a traceback
+    reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+    return _fail(f"out of memory ({reason:.200}); close other programs, raise `ulimit -v`, or use a smaller model")
 
 
 def _explain(error: OSError) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -31,6 +32,10 @@ DENSE_BF16_PEAK = {
     "MI325X": 1307e12,
 }
 """Dense bf16 peak in FLOP/s by parts of the device's name, from the vendors' data sheets; more specific names first."""
+
+
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+"""The memory limit of a container on Linux: bytes, or "max"."""
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -73,14 +78,19 @@ def memory_limit_bytes(device: torch.device) -> int | None:
         return int(torch.mps.recommended_max_memory())  # never run
     if device.type != "cpu" or not hasattr(os, "sysconf"):
         return None
-    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
-    return physical if address_space == resource.RLIM_INFINITY else min(physical, address_space)
+    if address_space != resource.RLIM_INFINITY:
+        limits.append(address_space)
+    if CGROUP_LIMIT.exists() and (text := CGROUP_LIMIT.read_text().strip()).isdigit():
+        limits.append(int(text))
+    return min(limits)
 
 
 _OUT_OF_MEMORY = re.compile(
     r"out ?of ?memory|can't allocate memory|cannot allocate memory|unable to allocate|not enough memory|bad_alloc"
-    r"|unable to mmap|can't start new thread|failed to map segment|\[enforce fail at alloc_cpu",
+    r"|unable to mmap|can't start new thread|failed to map segment|could not create a primitive$"
+    r"|\[enforce fail at alloc_cpu",
     re.IGNORECASE,
 )
 """What torch, Python and the system's loader say where memory, or the address space, is used up."""

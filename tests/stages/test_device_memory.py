@@ -112,6 +112,9 @@ class StandIn:
     def configure_model(self) -> None:
         pass
 
+    def compiles_blocks(self) -> bool:
+        return False
+
     def broadcast(self, value: object) -> object:
         return value
 
@@ -183,3 +186,15 @@ def test_a_shipped_config_fits_the_cards_it_names(name: str, depth: int) -> None
     for shards in (1, 8):
         memory = training_memory(config, options["data"]["init_args"]["micro_batch_size"], optimizer_shards=shards)
         assert memory.total < 80e9
+
+
+@pytest.mark.parametrize("error", [MemoryError(), ImportError("libx.so: failed to map segment from shared object")])
+def test_want_of_memory_outside_training_is_one_message(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("lmchat.__main__._run_command", fail)
+    assert main(["chat"]) == 2
+    assert capfd.readouterr().err.startswith("lmchat: out of memory (")

@@ -235,13 +235,17 @@ class StageModule(L.LightningModule):
         return default_compute_dtype(device) if self.compute_dtype == "auto" else COMPUTE_DTYPES[self.compute_dtype]
 
     def on_fit_start(self) -> None:
-        if self._compiles(pays=self._compiling_pays()):
+        if self.compiles_blocks():
             compile_blocks(self.net, recompute=needs_recomputing(self, self.plan.micro_batch_size))
 
     def on_train_start(self) -> None:
         # Restoring the optimizer has restored its learning rates; options changed on resume must take effect.
         for group, initial_lr in zip(self.trainer.optimizers[0].param_groups, self._initial_lrs, strict=False):
             group["initial_lr"] = initial_lr
+
+    def compiles_blocks(self) -> bool:
+        """Whether the blocks are compiled in training."""
+        return self._compiles(pays=self._compiling_pays())
 
     def _compiles(self, pays: bool) -> bool:
         """Whether to compile; ``pays`` is the answer for "auto" if the compiler works."""

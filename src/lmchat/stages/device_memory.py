@@ -143,7 +143,7 @@ def _runs(module: StageModule, rows: int) -> bool:
     net, config = module.net, module.config
     states = estimate(module, rows).states - 8 * parameter_counts(config).total
     try:
-        if module.packed_rows and module.compile_mode is not False:
+        if module.compiles_blocks():
             compile_blocks(net, recompute=needs_recomputing(module, rows))
         optimizer_state = torch.empty(int(states), dtype=torch.uint8, device=net.device)
         run_micro_batches(net, rows)
