@@ -1,4 +1,4 @@
-"""Attention over the slots of a KV pool: of one new token per sequence, and of chunks of prompts."""
+"""Attention over the slots of a KV pool, for chunks of prompts and for one new token per sequence."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from lmchat.generation.kv_pool import KVPool, round_up
 from lmchat.model.attention import attend_banded, attention, window_mask
 
 READ_COLUMNS = 16
-"""Attention reads slots in multiples of this many tokens, so that sums run over the same lanes in every batch."""
+"""Attention reads slots in multiples of this many tokens, so that the order of summation is the same in all batches."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A part of a prompt that is read at once: ``length`` tokens from position ``start`` on, into a slot.
+    """A part of a prompt that is prefilled at once: ``length`` tokens from position ``start`` on, into a slot.
 
-    Without a pool nothing is kept, and ``start`` is 0.
+    Without a pool, keys and values are not stored, and ``start`` is 0.
     """
 
     pool: KVPool | None
@@ -29,7 +29,7 @@ class Chunk:
 
 
 class PrefillCache:
-    """Chunks of several prompts end to end in one row, each attending to its own slot; see `AttentionCache`."""
+    """Chunks of several prompts concatenated in one row, each attending to its own slot; see `AttentionCache`."""
 
     def __init__(self, chunks: Seq[Chunk], device: torch.device) -> None:
         self.chunks = chunks
@@ -52,11 +52,11 @@ class PrefillCache:
         return torch.cat(out, dim=1) if len(out) > 1 else out[0]
 
     def advance(self, length: int) -> None:
-        """Nothing to do: each chunk says where it is."""
+        """Does nothing: chunks have their positions."""
 
 
 def _attend_chunk(chunk: Chunk, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Attention of (1, length, heads, head_dim) and its window before it; then keys and values enter the slot."""
+    """Attention of a chunk, (1, length, heads, head_dim), to itself and its slot; then stores its keys and values."""
     if chunk.pool is None:
         return attend_banded(q, k, v, window)
     keys, values = chunk.pool.keys[layer][chunk.slot], chunk.pool.values[layer][chunk.slot]
@@ -83,11 +83,11 @@ class Groups:
     """Which running sequences share a prompt.
 
     Attributes:
-        members: (groups, size) int64 rows of each group; surplus entries repeat a row. Rows that share no prompt are in
-            any group: they see nothing of its prompt.
-        places: (rows,) int64, where each row is in the flattened ``members``.
-        prompt_tokens: (rows,) int64 tokens of the shared prompt; 0 for a row that shares none.
-        max_prompt: the largest of them, known on the host.
+        members: (groups, size) int64 rows of each group, padded by repeating a row. Rows without a shared prompt are in
+            an arbitrary group, whose prompt is masked for them.
+        places: (rows,) int64, index of each row in the flattened ``members``.
+        prompt_tokens: (rows,) int64 tokens of the shared prompt; 0 for rows without one.
+        max_prompt: maximum of ``prompt_tokens``, known on the host.
     """
 
     members: Tensor
@@ -97,10 +97,10 @@ class Groups:
 
 
 class DecodeCache:
-    """One new token of each of the first rows of a pool; see `AttentionCache`.
+    """One new token for each of the first rows of a pool; see `AttentionCache`.
 
-    The row of a sequence is its slot. A row's context is its own slot and, before it, the prompt of its group, which is
-    read once for the whole group. Products run in the dtype of the pool, the softmax in fp32 or better.
+    Row r uses slot r. The context of a row is the prompt of its group, which is read once for the whole group, followed
+    by its own slot. Products run in the dtype of the pool, the softmax in fp32 or higher.
 
     Args:
         pool: slots of the sequences.
@@ -125,7 +125,7 @@ class DecodeCache:
         self._written: dict[int, Tensor] = {}
 
     def context_end(self, length: int) -> int:
-        """The engine checks the length of every request; positions are not known on the host."""
+        """Returns 0: the engine checks lengths, and positions are not known on the host."""
         return 0
 
     def positions(self, length: int) -> Tensor:
@@ -153,7 +153,7 @@ class DecodeCache:
         return out.to(k.dtype).view(rows, 1, -1, k.size(-1))
 
     def advance(self, length: int) -> None:
-        """Nothing to do: the decode state counts."""
+        """Does nothing: `DecodeState` counts positions."""
 
     def _attend_with_prompts(
         self, layer: int, q: Tensor, own_scores: Tensor, values: Tensor, columns: int, window: int
@@ -207,7 +207,7 @@ class DecodeCache:
 
 
 def _ring_distance(last: Tensor, columns: int, used: int) -> Tensor:
-    """(rows, used): how far the token in a column lies before token ``last``, if column ``last % columns`` holds it."""
+    """(rows, used): distance of the token in each column from token ``last``, which is in column ``last % columns``."""
     distance = (last % columns)[:, None] - torch.arange(used, device=last.device)
     return torch.where(distance < 0, distance + columns, distance)
 

@@ -1,6 +1,6 @@
-"""The calculator that answers tool calls: arithmetic, and counting letters in a string literal.
+"""The calculator for tool calls: arithmetic, and counting letters in a string literal.
 
-A recursive-descent parser evaluates as it reads; nothing here can name, import or call anything. The grammar:
+A recursive-descent parser evaluates the expression; it cannot execute code. The grammar:
 
     expression := sum | count
     sum        := product (("+" | "-") product)*
@@ -9,14 +9,14 @@ A recursive-descent parser evaluates as it reads; nothing here can name, import 
     primary    := number | "(" sum ")"
     count      := string ".count(" string ")"
 
-Numbers may group their thousands with commas ("1,234.5"); strings are printable ASCII in single or double quotes,
-without escapes. There is no power, so a result has at most as many digits as its expression has characters, and the
+Numbers may have commas between thousands ("1,234.5"); strings are printable ASCII in single or double quotes, without
+escapes. There is no power operator, so a result has at most as many digits as its expression has characters, and the
 limits below bound time and memory.
 
-Results read as Python prints them: "16.0" for 48/3. They equal those of the reference calculator (which strips commas
-and hands the rest to Python) except that a comma groups thousands or is a character of a string and nothing else, that
-every word can be counted in (the reference refuses strings such as 'profile' for containing "file"), that a string may
-hold any printable character, and that an empty pair of parentheses or an infinite result gives nothing.
+Results are formatted as in Python: "16.0" for 48/3. Differences from nanochat's calculator, which strips commas and
+calls Python's eval: a comma is only allowed between thousands and in strings; strings may have any printable character
+and any word (nanochat refuses 'profile', since it contains "file"); empty parentheses and infinite results have no
+value.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from collections.abc import Callable
 
 MAX_CHARACTERS = 1000
 MAX_DEPTH = 50
-"""Nested parentheses and stacked signs."""
+"""Limit for nested parentheses and consecutive signs."""
 MAX_DIGITS = 100
-"""Digits of a literal, and of any intermediate result."""
+"""Limit for the digits of literals and intermediate results."""
 
 _TOO_LARGE = 10**MAX_DIGITS
 
@@ -54,7 +54,7 @@ class _Rejected(Exception):
 
 
 def calculate(expression: str) -> str | None:
-    """The value of `expression` as Python would print it; None where it has none. Never raises."""
+    """The value of `expression` as Python would print it; None if it has no value. Never raises."""
     if len(expression) > MAX_CHARACTERS:
         return None
     if call := _COUNT.fullmatch(expression):
@@ -67,7 +67,7 @@ def calculate(expression: str) -> str | None:
 
 
 def _tokenize(expression: str) -> list[Number | str]:
-    """Numbers as values, operators and parentheses as strings."""
+    """Splits an expression into numbers, and operators and parentheses as strings."""
     expression = expression.rstrip(" ")
     tokens: list[Number | str] = []
     position = 0
@@ -100,7 +100,7 @@ def _bounded(value: Number) -> Number:
 
 
 class _Parser:
-    """Evaluates a list of tokens; one method for each level of precedence."""
+    """Evaluates a list of tokens; has one method per level of precedence."""
 
     def __init__(self, tokens: list[Number | str]) -> None:
         self.tokens = tokens

@@ -14,10 +14,10 @@ from lmchat.generation.decode_state import StepOutput
 
 
 class GraphedSteps:
-    """Captures a decode step when its shape is first seen, and replays it from then on.
+    """Captures a decode step when its shape first occurs, and replays it afterwards.
 
-    Weights, KV pool and decode state keep their addresses, so a graph stays valid when their contents change. What
-    differs between calls, the groups of rows, is copied into the tensors that were captured.
+    Weights, KV pool and decode state keep their addresses, so graphs stay valid when their contents change. The groups
+    of rows, which differ between calls, are copied into the captured tensors.
 
     Args:
         frozen: (slots,) bool, true for rows in which a step changes nothing.
@@ -29,12 +29,12 @@ class GraphedSteps:
         self._memory_pool: Any = None
 
     def clear(self) -> None:
-        """Drops all graphs: memory that they read has moved."""
+        """Drops all graphs; call it when memory that they read has moved."""
         self._graphs.clear()
         self._memory_pool = None
 
     def run(self, key: Hashable, step: Callable[[], StepOutput], groups: Groups | None) -> StepOutput:
-        """Runs ``step``, whose shapes ``key`` determines, and returns copies of its outputs."""
+        """Runs ``step``, whose shapes are determined by ``key``, and returns copies of its outputs."""
         if key not in self._graphs:
             self._capture(key, step, groups)
         graph, output, captured = self._graphs[key]
@@ -47,7 +47,7 @@ class GraphedSteps:
         return StepOutput(*(field.clone() for field in output))
 
     def _capture(self, key: Hashable, step: Callable[[], StepOutput], groups: Groups | None) -> None:
-        # Kernels that initialise themselves at their first use cannot be captured then.
+        # Kernels that initialise themselves on first use cannot be captured at that time.
         frozen = self._frozen.clone()
         self._frozen.fill_(True)
         step()

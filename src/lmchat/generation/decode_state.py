@@ -1,8 +1,8 @@
-"""What a decode step reads and writes of each running sequence, as tensors on the device.
+"""State of the running sequences that a decode step reads and writes, as tensors on the device.
 
-A step chooses a token per row, replaces it where tokens are forced, and follows stop tokens, token limits and
-calculator calls, all without the host. The host reads the tokens every few steps. A row that needs the host (it ended,
-or its calculator call must be answered) is frozen until then: it repeats its last step, which changes nothing.
+A step samples a token per row, replaces it if a token is forced, and tracks stop tokens, token limits and calculator
+calls, all without the host. The host reads the tokens every few steps. Rows that need the host (they ended, or their
+calculator call must be answered) are frozen until then: they repeat their last step, which changes nothing.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from lmchat.generation.sequence import Sequence
 from lmchat.tokenizer.bpe import Tokenizer
 
 MAX_STOPS = 8
-"""Stop tokens that the device knows; the host tests all of them when it reads."""
+"""Maximum number of stop tokens known on the device; the host checks all of them when it reads tokens."""
 
 MAX_FORCED = 128
-"""Tokens a calculator's output may have; see the limits of `lmchat.generation.calculator`."""
+"""Maximum number of tokens of a calculator's output; see the limits in `lmchat.generation.calculator`."""
 
 FROZEN = -2
-"""In place of the token of a frozen row."""
+"""Token id of frozen rows in the output."""
 
 
 class StepOutput(NamedTuple):
-    """What a step did, (rows,) each: token (FROZEN for a frozen row, -1 for logits that are not finite), whether it was
-    forced, its log-probability."""
+    """Output of a step, (rows,) each: token (FROZEN for frozen rows, -1 if the logits are not finite), whether it was
+    forced, and its log-probability."""
 
     tokens: Tensor
     forced: Tensor
@@ -42,10 +42,10 @@ class DecodeState:
     Attributes:
         token: (slots,) int64 token that the next step reads.
         position: (slots,) int64 position of that token in its context.
-        base: (slots,) int64 position of the first token in the slot; before it lies a shared prompt.
-        prompt_tokens: (slots,) int64 tokens of the shared prompt, 0 without.
+        base: (slots,) int64 position of the first token in the slot; earlier positions are in a shared prompt.
+        prompt_tokens: (slots,) int64 tokens of the shared prompt, 0 without one.
         frozen: (slots,) bool.
-        count, limit: (slots,) int64 tokens generated, and how many may be.
+        count, limit: (slots,) int64 number of generated tokens, and its maximum.
         uniform: (slots,) float64 random number of the next token.
     """
 
@@ -78,7 +78,7 @@ class DecodeState:
 
     @torch.inference_mode()
     def set(self, slot: int, sequence: Sequence, position: int, base: int, frozen: bool) -> None:
-        """Puts a sequence into a slot; ``position`` is that of the next token to read, ``base`` of the slot's first."""
+        """Assigns a sequence to a slot. ``position`` is that of the next token to read, ``base`` the slot's first."""
         params = sequence.params
         values = {
             "token": sequence.prompt[position],
@@ -104,7 +104,7 @@ class DecodeState:
 
     @torch.inference_mode()
     def resume(self, slot: int, forced: Seq[int]) -> None:
-        """Lets a frozen row go on, with tokens to force."""
+        """Unfreezes a row, with tokens to force."""
         self._fill(self.forced[slot, : len(forced)], forced)
         self.forced_at[slot].fill_(0)
         self.forced_end[slot].fill_(len(forced))
@@ -127,7 +127,7 @@ class DecodeState:
         return RowParams(*(field[:rows] for field in fields))
 
     def advance(self, chosen: Tensor, logprobs: Tensor) -> StepOutput:
-        """Takes the chosen tokens (rows,) of the first rows, or what is forced in their place, and follows them."""
+        """Appends the chosen tokens (rows,) of the first rows, or forced ones instead, and updates the state."""
         rows = len(chosen)
         frozen, forced_at = self.frozen[:rows], self.forced_at[:rows]
         live = ~frozen

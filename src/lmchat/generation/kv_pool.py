@@ -1,4 +1,4 @@
-"""Keys and values of many sequences, in slots of fixed size that honour attention windows."""
+"""Keys and values of many sequences, in slots of fixed size; layers with short windows store fewer tokens."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from lmchat.model.config import GPTConfig
 from lmchat.types import UserError
 
 COLUMNS = 64
-"""Slots grow, and attention reads them, in multiples of this many tokens."""
+"""Slots grow, and are read by attention, in multiples of this many tokens."""
 
 MEMORY_SHARE = 0.5
 """Share of the free memory that keys and values may take."""
 
 
 def round_up(number: int, multiple: int = COLUMNS) -> int:
-    """The least multiple of ``multiple`` that is at least ``number``."""
+    """Rounds ``number`` up to a multiple of ``multiple``."""
     return -(-number // multiple) * multiple
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on ``device``; on a GPU what torch has cached counts as free."""
+    """Bytes that can still be allocated on ``device``, including torch's cache on a GPU."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):  # not on every system
+    except (ValueError, OSError):  # not available on every system
         return 4 << 30
 
 
@@ -38,7 +38,7 @@ def free_memory(device: torch.device) -> int:
 class SlotLayout:
     """The size of a slot.
 
-    A layer whose window is shorter than a sequence keeps its last tokens only: token i of a slot is in column
+    Layers whose window is shorter than the sequence store only the last tokens: token i of a slot is in column
     i mod `columns` of the layer.
 
     Attributes:
@@ -50,22 +50,22 @@ class SlotLayout:
     dtype: torch.dtype
 
     def columns(self, layer: int, capacity: int) -> int:
-        """Columns of a layer in a slot for sequences of ``capacity`` tokens."""
+        """Columns of a layer in a slot for ``capacity`` tokens."""
         return min(round_up(capacity), self.ring(layer))
 
     def ring(self, layer: int) -> int:
-        """Columns that hold everything a token can see in a layer, itself included."""
+        """Columns needed for everything a token can see in a layer, including itself."""
         return round_up(self.config.window_sizes[layer] + 1)
 
     def slot_bytes(self, capacity: int) -> int:
-        """Bytes of a slot for sequences of ``capacity`` tokens."""
+        """Bytes of a slot for ``capacity`` tokens."""
         columns = sum(self.columns(layer, capacity) for layer in range(self.config.n_layer))
         return 2 * columns * self.config.n_kv_head * self.config.head_dim * self.dtype.itemsize
 
     def usable_prefix(self, held: int, wanted: int, capacity: int) -> int:
-        """Of a slot that holds ``held`` tokens, how many of its first ``wanted`` tokens can be continued after.
+        """Number of the first ``wanted`` tokens that can be reused of a slot with ``held`` tokens.
 
-        All of them, unless a layer has overwritten tokens that the next one would see; then none.
+        All of them, or none if a layer has overwritten tokens that the next token would see.
         """
         for layer, window in enumerate(self.config.window_sizes):
             columns = self.columns(layer, capacity)
@@ -79,7 +79,7 @@ class KVPool:
 
     Attributes:
         layout: size of the slots.
-        capacity: tokens a slot is made for, in layers whose window does not bound them.
+        capacity: tokens that fit into a slot, in layers whose window does not limit them.
         num_slots: number of slots.
         keys, values: per layer (num_slots, kv heads, columns, head_dim).
     """
@@ -99,9 +99,9 @@ class KVPool:
 
     @torch.inference_mode()
     def resize(self, num_slots: int, capacity: int) -> None:
-        """Makes slots larger or changes their number; the first slots keep their contents.
+        """Enlarges slots or changes their number; the first slots keep their contents.
 
-        New columns are zero: attention reads columns before they are written, and masks them.
+        New columns are zero, since attention reads, and masks, columns before they are written.
         """
         old_keys, old_values, kept = self.keys, self.values, min(num_slots, self.num_slots)
         self.capacity, self.num_slots = max(self.capacity, round_up(capacity)), num_slots
@@ -137,12 +137,12 @@ class KVPool:
 
 
 class MemoryBudget:
-    """How many slots fit into memory.
+    """Number of slots that fit into memory.
 
     Args:
         layout: size of the slots.
-        device: where they are.
-        max_bytes: memory for keys and values; None is `MEMORY_SHARE` of what is free when first asked.
+        device: device of the slots.
+        max_bytes: memory for keys and values; None is `MEMORY_SHARE` of the free memory at the first use.
     """
 
     def __init__(self, layout: SlotLayout, device: torch.device, max_bytes: int | None = None) -> None:
@@ -152,13 +152,13 @@ class MemoryBudget:
 
     @property
     def max_bytes(self) -> int:
-        """Bytes that keys and values may take."""
+        """Maximum number of bytes for keys and values."""
         if self._max_bytes is None:
             self._max_bytes = int(MEMORY_SHARE * free_memory(self.device))
         return self._max_bytes
 
     def slots(self, capacity: int) -> int:
-        """How many slots of ``capacity`` tokens fit, beside as many for shared prompts as a group of two needs."""
+        """Number of slots of ``capacity`` tokens that fit, leaving room for one shared prompt per two slots."""
         return int(self.max_bytes // (1.5 * self.layout.slot_bytes(round_up(capacity))))
 
     def check(self, tokens: int) -> None:

@@ -14,10 +14,10 @@ from lmchat.tokenizer.bpe import Tokenizer
 
 @dataclass(frozen=True)
 class Policy:
-    """What evaluation and reinforcement learning need of a model.
+    """A model for evaluation and reinforcement learning.
 
     Attributes:
-        net: the network, with its current weights.
+        net: the network.
         tokenizer: the tokenizer it was trained with.
     """
 
@@ -36,12 +36,12 @@ class Policy:
 
     @property
     def engine(self) -> Engine:
-        """The policy's engine, with the network's weights at the time of this call."""
+        """An engine with the network's weights at the time of this call."""
         self._engine.refresh()
         return self._engine
 
     def release_memory(self) -> None:
-        """Frees the engine, which is built again when needed, and torch's cache of free blocks."""
+        """Frees the engine, which is created again when needed, and torch's cache of free blocks."""
         self.__dict__.pop("_engine", None)
         if self.net.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Slots of sequences that have ended, kept for prompts that begin alike, such as the next turn of a conversation."""
+"""Keeps slots of finished sequences for prompts with the same prefix, such as the next turn of a conversation."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from lmchat.generation.kv_pool import KVPool
 from lmchat.generation.sequence import Sequence
 
 MIN_TOKENS = 16
-"""Shorter prefixes are read again."""
+"""Minimum length of a reused prefix."""
 
 
 class Held(NamedTuple):
-    """What a slot holds.
+    """Contents of a cached slot.
 
     Attributes:
-        tokens: the tokens.
-        written: number of tokens that the slot has held, if it once held more: of a layer with a short window it has
-            lost those that ``written`` tokens overwrite.
+        tokens: tokens whose keys and values it has.
+        written: number of tokens ever written to it; layers with a short window lack those that were overwritten.
     """
 
     tokens: tuple[int, ...]
@@ -26,10 +25,10 @@ class Held(NamedTuple):
 
 
 class PrefixCache:
-    """Which slots of the pool hold which tokens, besides those of running sequences; the least recently used go first.
+    """Cached slots and their tokens, evicted in LRU order.
 
     Args:
-        pool: the slots.
+        pool: pool of the slots.
     """
 
     def __init__(self, pool: KVPool) -> None:
@@ -40,11 +39,11 @@ class PrefixCache:
         return len(self._held)
 
     def clear(self) -> None:
-        """Forgets everything: the weights have changed."""
+        """Removes everything; call it when the weights have changed."""
         self._held.clear()
 
     def drop_from(self, num_slots: int) -> None:
-        """Forgets the slots from ``num_slots`` on, which cease to exist."""
+        """Removes the slots from ``num_slots`` on."""
         self._held = {slot: held for slot, held in self._held.items() if slot < num_slots}
 
     def add(self, slot: int, tokens: tuple[int, ...], written: int) -> None:
@@ -53,7 +52,7 @@ class PrefixCache:
             self._held[slot] = Held(tokens, written)
 
     def make_free(self, slot: int, rows: int) -> None:
-        """Makes ``slot`` usable. Its contents move to a free slot from ``rows`` + 1 on, or replace the oldest."""
+        """Frees ``slot``. Its contents move to a free slot from ``rows`` + 1 on, or replace the oldest."""
         held = self._held.pop(slot, None)
         if held is None:
             return

@@ -1,4 +1,4 @@
-"""Runs the network for the engine: reads prompts into the KV pool and decodes rows, on inference weights of its own."""
+"""Runs the network for the engine: prefills prompts into the KV pool and decodes rows, with its own weights."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.types import UserError
 
 HEAD_ROWS = 16
-"""Rows whose tokens a CPU chooses at one time, so that their logits stay in its cache."""
+"""Rows that a CPU samples at a time, so that their logits stay in its cache."""
 
 SCORE_TOKENS = 256
-"""Tokens whose logits are in memory at one time when a text is scored."""
+"""Tokens scored at a time, which bounds the memory of logits."""
 
 GPU_STEPS_PER_READ = 4
-"""Decode steps after which a GPU's tokens are read."""
+"""Decode steps on a GPU between reads by the host."""
 
 GPU_COLUMNS = 256
-"""On a GPU, attention reads slots in multiples of this, so that few shapes are captured."""
+"""On a GPU, attention reads slots in multiples of this many tokens, so that few shapes are captured."""
 
 
 class Decoded(NamedTuple):
@@ -47,12 +47,12 @@ class Runner:
     """The network in evaluation mode with its KV pool and decode state.
 
     Args:
-        source: the network to follow; it is only read.
+        source: network to copy weights from; it is not modified.
         tokenizer: the tokenizer it was trained with.
-        max_rows: sequences decoded together.
+        max_rows: maximum number of sequences decoded together.
 
     Attributes:
-        net: the network that runs, see `InferenceWeights`.
+        net: network with inference weights, see `InferenceWeights`.
         pool: slots of the running sequences, and of cached prefixes.
         prompts: slots of shared prompts.
         state: decode state of every slot.
@@ -68,7 +68,7 @@ class Runner:
                 "--samples.max_new_tokens 0 and without questions in evaluation"
             )
         dtype = source.compute_dtype
-        if device.type == "cpu":  # whose products of few rows are slow in bf16
+        if device.type == "cpu":  # products of few rows are slow in bf16 there
             dtype = torch.promote_types(dtype, torch.float32)
         self.layout = SlotLayout(source.config, dtype)
         self.device = device
@@ -78,18 +78,18 @@ class Runner:
         self.graphs = GraphedSteps(self.state.frozen) if device.type == "cuda" else None
 
     def refresh(self) -> None:
-        """Takes over the source's current weights, in place."""
+        """Copies the source's current weights, in place."""
         self.weights.refill()
 
     def resize(self, pool: KVPool, num_slots: int, capacity: int) -> None:
-        """Makes the slots of a pool larger; captured graphs, which hold the old addresses, are dropped."""
+        """Enlarges the slots of a pool; drops captured graphs, which have the old addresses."""
         pool.resize(num_slots, capacity)
         if self.graphs is not None:
             self.graphs.clear()
 
     @torch.inference_mode()
     def prefill(self, chunks: Seq[Chunk], ids: Seq[int]) -> None:
-        """Reads chunks of prompts, ``ids`` end to end, into their slots."""
+        """Prefills chunks of prompts, whose ``ids`` are concatenated, into their slots."""
         self._hidden(ids, PrefillCache(chunks, self.device))
 
     @torch.inference_mode()
@@ -102,8 +102,8 @@ class Runner:
 
     @torch.inference_mode()
     def score(self, ids: Seq[int], top: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities of all tokens but the first, (n - 1,) fp32, and of the ``top`` most likely tokens at their
-        places, (n - 1, top), with the ids of these."""
+        """Log-probabilities of all tokens but the first, (n - 1,) fp32, and those of the ``top`` most likely tokens at
+        the same positions, (n - 1, top), with their ids."""
         hidden = self._hidden(ids, PrefillCache([Chunk(None, 0, 0, len(ids))], self.device))[0, :-1]
         targets = torch.tensor(ids[1:], dtype=torch.int64, device=self.device)[:, None]
         parts = []
@@ -120,12 +120,12 @@ class Runner:
     def decode(
         self, sequences: Seq[Sequence], shared: Seq[SharedPrompt], members: dict[SharedPrompt, list[int]]
     ) -> Decoded:
-        """Decodes the sequences, row by row the first slots of the pool, for a few steps.
+        """Decodes the sequences, which are in the first slots of the pool, for a few steps.
 
         Args:
-            sequences: what is in the rows.
-            shared: prompts that several rows share, in the order of their slots.
-            members: rows of each of them.
+            sequences: sequences by row.
+            shared: prompts shared by several rows, in the order of their slots.
+            members: rows of each shared prompt.
         """
         rows = self._bucket(len(sequences))
         steps = GPU_STEPS_PER_READ if self.graphs is not None else 1
@@ -146,7 +146,7 @@ class Runner:
         return _read(outputs, len(sequences))
 
     def _step(self, rows: int, max_own: int, groups: Groups | None, mode: SamplingMode) -> Callable[[], StepOutput]:
-        """One step of the first rows: no synchronisation with the host, and shapes that the arguments determine."""
+        """One decode step of the first rows, without host sync and with shapes determined by the arguments."""
         state = self.state
 
         def run() -> StepOutput:
@@ -159,7 +159,7 @@ class Runner:
         return run
 
     def _sample(self, hidden: Tensor, mode: SamplingMode, params: RowParams) -> tuple[Tensor, Tensor]:
-        """A token and its log-probability for each row of hidden states (rows, n_embd)."""
+        """Samples a token per row of hidden states (rows, n_embd); returns tokens and log-probabilities."""
         vocab_size = self.state.vocab_size
         if hidden.is_cuda or len(hidden) <= HEAD_ROWS:
             return sample(self.net.lm_head(hidden), vocab_size, mode, params)
@@ -171,7 +171,7 @@ class Runner:
         return torch.cat(chosen), torch.cat(logprobs)
 
     def _bucket(self, rows: int) -> int:
-        """Rows that are computed for ``rows`` sequences: on a GPU few sizes, each of which is captured once."""
+        """Number of rows to compute for ``rows`` sequences; on a GPU one of few sizes, each captured once."""
         if self.graphs is None:
             return rows
         bucket = 1 << (rows - 1).bit_length() if rows <= 16 else round_up(rows, 32)
@@ -209,14 +209,14 @@ class Runner:
         return self._to_device(torch.from_numpy(numbers))
 
     def _to_device(self, values: Tensor) -> Tensor:
-        """A copy that the host does not wait for."""
+        """Copies asynchronously."""
         if self.device.type != "cuda":
             return values
         return values.pin_memory().to(self.device, non_blocking=True)
 
 
 def _read(outputs: Seq[StepOutput], rows: int) -> Decoded:
-    """The outputs on the host: the only place where it waits for the device."""
+    """Copies the outputs to the host, the only place where the host waits for the device."""
     if not outputs[0].tokens.is_cuda:
         tokens, forced, logprobs = (torch.stack(field)[:, :rows].numpy() for field in zip(*outputs, strict=True))
         return Decoded(tokens, forced, logprobs)

@@ -1,4 +1,4 @@
-"""Sampling parameters, and choosing tokens from logits with random numbers that belong to the sample, not the batch."""
+"""Sampling parameters, and sampling of tokens with random numbers per sample, so that batching does not matter."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from lmchat.option_checks import check_count
 from lmchat.types import UserError
 
 BLOCK = VOCAB_MULTIPLE
-"""Logits are searched in blocks of this many."""
+"""Number of logits per block in searches."""
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the completions of a prompt are sampled.
+    """Sampling parameters of a prompt.
 
     Attributes:
-        num_samples: completions of the prompt.
+        num_samples: number of completions.
         max_new_tokens: maximum number of tokens of a completion, forced tokens included.
         temperature: divides the logits; 0 is greedy decoding.
         top_k: sample from the k most likely tokens; None is the whole vocabulary.
-        seed: seed of the prompt's random numbers; its samples draw from streams of their own.
+        seed: seed of the random numbers; each sample has its own stream.
         stop_tokens: ids that end a completion; None is ``<|assistant_end|>`` and ``<|bos|>``.
         calculator: answer calculator calls.
         logprobs: return the log-probability of every sampled token.
-        top_p: of the tokens that ``top_k`` leaves, sample from the fewest whose probabilities add up to it; None or 1
-            is all of them.
+        top_p: sample from the smallest set of tokens (after ``top_k``) whose probabilities add up to it; None or 1 is
+            all of them.
 
     Raises:
         UserError: a value is out of range.
@@ -71,8 +71,7 @@ class SamplingParams:
 def sample_uniforms(seed: int, sample: int, count: int) -> npt.NDArray[np.float64]:
     """Random numbers of sample number ``sample`` of a prompt, one per token.
 
-    They depend on nothing else, and a larger ``count`` only appends to them, so a sample draws the same numbers
-    whatever else is in its batch. Each (seed, sample) has its own PCG64 stream.
+    Each (seed, sample) has its own PCG64 stream, so they do not depend on the batch; a larger ``count`` only appends.
 
     Returns:
         (count,) float64 in [0, 1).
@@ -81,14 +80,14 @@ def sample_uniforms(seed: int, sample: int, count: int) -> npt.NDArray[np.float6
 
 
 class SamplingMode(NamedTuple):
-    """What a batch needs of the sampler, known on the host.
+    """Features of the sampler that a batch needs, known on the host.
 
     Attributes:
-        greedy: some row takes the most likely token.
-        top_k: the largest number of candidates that a row samples from, 0 if none has a limit.
-        full: some row samples from the whole vocabulary.
-        logprobs: log-probabilities are wanted.
-        mixed: rows differ in their number of candidates, or some row has a top_p.
+        greedy: whether any row takes the most likely token.
+        top_k: maximum number of candidates of a row, 0 if no row has a limit.
+        full: whether any row samples from the whole vocabulary.
+        logprobs: whether log-probabilities are needed.
+        mixed: whether rows differ in their number of candidates, or any row has a top_p.
     """
 
     greedy: bool
@@ -140,14 +139,14 @@ class RowParams(NamedTuple):
 
 
 def sample(raw: Tensor, vocab_size: int, mode: SamplingMode, params: RowParams) -> tuple[Tensor, Tensor]:
-    """Chooses a token per row by inversion of the cumulative distribution.
+    """Samples a token per row by inverting the cumulative distribution.
 
     Args:
         raw: (rows, vocab) float logits before the soft cap, with columns from ``vocab_size`` on up to a multiple of
             `BLOCK`. Overwritten if fp32 or larger.
         vocab_size: number of tokens.
-        mode: what the rows need.
-        params: parameters of the rows.
+        mode: features needed by the rows.
+        params: sampling parameters of the rows.
 
     Returns:
         (rows,) int64 token ids, -1 where the logits are not finite; and (rows,) fp32 log-probabilities under the full
@@ -167,7 +166,7 @@ def sample(raw: Tensor, vocab_size: int, mode: SamplingMode, params: RowParams) 
     logprobs = raw.new_zeros(len(raw))
     if mode.full or mode.logprobs:
         scale = 2 * LOGIT_SOFTCAP
-        # softcap(x) = scale · sigmoid(2 x / cap) - cap, as in the training loss; the constant drops out.
+        # softcap(x) = scale · sigmoid(2 x / cap) - cap, as in the training loss; the constant cancels.
         capped = raw.mul_(2 / LOGIT_SOFTCAP).sigmoid_().mul_(scale)
         if mode.full:
             from_all = _choose_from_all(capped, vocab_size, params)
@@ -180,9 +179,9 @@ def sample(raw: Tensor, vocab_size: int, mode: SamplingMode, params: RowParams) 
 
 
 def top_values(raw: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The largest ``count`` values of each row, in descending order, and their columns; the row must be whole blocks.
+    """The largest ``count`` values of each row in descending order, and their columns; rows must be whole blocks.
 
-    They lie in the ``count`` blocks of the largest maxima, so only these are searched.
+    They are in the ``count`` blocks with the largest maxima, so only these are searched.
     """
     rows, columns = raw.shape
     blocks = columns // BLOCK
@@ -190,7 +189,7 @@ def top_values(raw: Tensor, count: int) -> tuple[Tensor, Tensor]:
         return raw.topk(count, dim=1)
     grouped = raw.view(rows, blocks, BLOCK)
     best_blocks = grouped.amax(dim=2).topk(count, dim=1, sorted=False).indices
-    # In the order of their columns, so that equal values are found as in the whole row.
+    # Sorted by column, so that ties are resolved as in the whole row.
     best_blocks = best_blocks.sort(dim=1).values
     searched = grouped.gather(1, best_blocks[:, :, None].expand(-1, -1, BLOCK)).view(rows, count * BLOCK)
     values, places = searched.topk(count, dim=1)
@@ -207,21 +206,21 @@ def _choose_candidate(values: Tensor, params: RowParams, mixed: bool) -> Tensor:
         allowed = torch.arange(values.size(1), device=values.device) < params.top_k[:, None]
         weights = torch.where(allowed, weights, 0)
         cumulative = weights.cumsum(dim=1)
-        # The fewest candidates whose weights reach top_p; the first always stays.
+        # The smallest set of candidates whose weights reach top_p, at least the first.
         kept = allowed & ((cumulative - weights) < params.top_p[:, None] * cumulative[:, -1:])
         weights = torch.where(kept, weights, 0)
         last = (kept.sum(dim=1, keepdim=True) - 1).clamp(min=0)
     cumulative = weights.cumsum(dim=1)
     threshold = params.uniforms[:, None] * cumulative[:, -1:]
-    # Rounding may carry a threshold next to the total up to it.
+    # Rounding may raise a threshold close to the total up to the total.
     return (cumulative <= threshold).sum(dim=1, keepdim=True).clamp(max=last)
 
 
 def _choose_from_all(capped: Tensor, vocab_size: int, params: RowParams) -> Tensor:
-    """(rows,) tokens from soft-capped logits (rows, columns), padding included.
+    """Samples tokens (rows,) from soft-capped logits (rows, columns), padding included.
 
-    Finds the block, then the token in it. Sums over blocks are float64, so that the tail of a large vocabulary keeps
-    its probability.
+    Finds the block, then the token in it. Sums over blocks are float64 to preserve the probability of the tail of a
+    large vocabulary.
     """
     best = capped[:, :vocab_size].amax(dim=1, keepdim=True)
     temperature = params.temperature[:, None].to(capped.dtype).clamp(min=1e-30)

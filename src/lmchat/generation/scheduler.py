@@ -1,4 +1,4 @@
-"""Which sequences run, in which rows, and what is read of their prompts: continuous batching."""
+"""Continuous batching: assigns sequences to rows and schedules prefills."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from lmchat.generation.runner import Decoded, Runner
 from lmchat.generation.sequence import Sequence, SharedPrompt
 
 CHUNK_TOKENS = 256
-"""Prompts are read in chunks that end at multiples of this, whatever else is running."""
+"""Prompts are prefilled in chunks that end at multiples of this, independent of other sequences."""
 
 PREFILL_TOKENS = 4096
-"""Tokens of prompts that are read at one time while nothing decodes."""
+"""Tokens of prompts that are prefilled at a time while nothing decodes."""
 
 
 class Scheduler:
     """Admits waiting sequences to rows as soon as rows are free, first come, first served.
 
-    The running sequences are in rows 0, 1, …, which are also their slots in the KV pool. A sequence whose prompt is
-    still being read has a row that is frozen. When a sequence ends, the last one moves into its row.
+    Running sequences are in rows 0, 1, …, which are also their slots in the KV pool. The row of a sequence is frozen
+    during its prefill. When a sequence ends, the last one moves into its row.
 
     Args:
-        runner: has the rows.
+        runner: runs the rows.
         max_rows: maximum number of running sequences.
         budget: memory for keys and values.
-        prefixes: slots of ended sequences, for prompts that begin alike.
+        prefixes: cache of finished sequences' slots.
     """
 
     def __init__(self, runner: Runner, max_rows: int, budget: MemoryBudget, prefixes: PrefixCache) -> None:
@@ -43,7 +43,7 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that do not run yet."""
+        """Number of sequences that are not running yet."""
         units = (*self.waiting, *self.shared)
         return sum(len(unit.waiting) if isinstance(unit, SharedPrompt) else 1 for unit in units)
 
@@ -58,7 +58,7 @@ class Scheduler:
             self.waiting.extend(sequences)
 
     def remove(self, sequences: Iterable[Sequence]) -> None:
-        """Takes sequences out, wherever they are."""
+        """Removes sequences, whether waiting or running."""
         removed = set(sequences)
         self.waiting = deque(unit for unit in self.waiting if unit not in removed)
         for unit in (*self.waiting, *self.shared):
@@ -73,7 +73,7 @@ class Scheduler:
         self._drop_unused_prompts()
 
     def prepare(self) -> None:
-        """Admits what has room and reads prompts, so that at least one sequence can decode."""
+        """Admits sequences that fit and prefills prompts, so that at least one sequence can decode."""
         self._admit()
         while self.running or self.shared:
             decodes = any(sequence.is_prefilled for sequence in self.running)
@@ -83,23 +83,23 @@ class Scheduler:
                 return
 
     def decode(self) -> tuple[list[Sequence], Decoded]:
-        """Decodes all rows for a few steps. Returns what ran in them, and its tokens."""
+        """Decodes all rows for a few steps. Returns their sequences and tokens."""
         members: dict[SharedPrompt, list[int]] = {shared: [] for shared in self.shared if shared.running}
         for row, sequence in enumerate(self.running):
             if shared := self._prompt_of.get(sequence):
                 members[shared].append(row)
-        # Only the prompts in the first slots are read: those of which something runs come first.
+        # Only shared prompts in the first slots are read: those with running sequences come first.
         used = self.shared[: max((index + 1 for index, each in enumerate(self.shared) if each.running), default=0)]
         for shared in used:
             members.setdefault(shared, [])
         return list(self.running), self.runner.decode(self.running, used, members)
 
     def resume(self, sequence: Sequence, forced: list[int]) -> None:
-        """Lets a sequence go on after a calculator call."""
+        """Resumes a sequence after a calculator call."""
         self.runner.state.resume(self.running.index(sequence), forced)
 
     def free_done(self) -> None:
-        """Frees the rows of sequences that are done."""
+        """Frees the rows of finished sequences."""
         for row in reversed(range(len(self.running))):
             if self.running[row].done:
                 self._free(row)
@@ -112,7 +112,7 @@ class Scheduler:
             self._start(sequence)
 
     def _next(self) -> Sequence | None:
-        """The next sequence that can start, removed from where it waited."""
+        """Removes the next sequence that can start from its queue and returns it."""
         for shared in self.shared:
             if shared.waiting and shared.is_prefilled:
                 if not self._has_room(len(self.running) + 1, shared.waiting[0].slot_tokens):
@@ -135,7 +135,7 @@ class Scheduler:
         return None
 
     def _has_room(self, rows: int, wanted: int) -> bool:
-        """Makes the pool large enough for ``rows`` rows of ``wanted`` tokens; False if memory does not allow it now."""
+        """Enlarges the pool to ``rows`` rows of ``wanted`` tokens; False if there is not enough memory now."""
         pool = self.runner.pool
         capacity = max(wanted, pool.capacity)
         affordable = min(self.max_rows, self.budget.slots(capacity))
@@ -147,7 +147,7 @@ class Scheduler:
             capacity = wanted
             affordable = min(self.max_rows, self.budget.slots(capacity))
         if capacity > pool.capacity or rows > pool.num_slots:
-            # A CPU backs memory only once it is written; a GPU gets as many slots as are used, and some to spare.
+            # On a CPU memory is only used once written; a GPU gets as many slots as are used, and some spare ones.
             on_cpu = self.runner.device.type == "cpu"
             num_slots = affordable if on_cpu else min(affordable, max(8, 2 * pool.num_slots, rows))
             self.prefixes.drop_from(num_slots)
@@ -166,7 +166,7 @@ class Scheduler:
         return True
 
     def _start(self, sequence: Sequence) -> None:
-        """Gives the sequence the next row, with what is cached of its prompt."""
+        """Assigns the next row to the sequence, and loads the cached prefix of its prompt."""
         row = len(self.running)
         if sequence.base:
             self.prefixes.make_free(row, row)
@@ -182,7 +182,7 @@ class Scheduler:
         self.runner.state.set(row, sequence, sequence.position, sequence.base, frozen)
 
     def _prefill(self, max_tokens: int) -> None:
-        """Reads the next chunk of each prompt that is not complete, about ``max_tokens`` tokens."""
+        """Prefills the next chunk of each incomplete prompt, about ``max_tokens`` tokens in total."""
         chunks: list[Chunk] = []
         ids: list[int] = []
         for slot, shared in enumerate(self.shared):
@@ -216,7 +216,7 @@ class Scheduler:
         return True
 
     def _free(self, row: int) -> None:
-        """Takes the sequence out of its row; the last row moves there."""
+        """Removes the sequence from its row; the last row moves there."""
         runner, last = self.runner, len(self.running) - 1
         sequence, moved = self.running[row], self.running[last]
         if shared := self._prompt_of.get(sequence):
@@ -235,7 +235,7 @@ class Scheduler:
         self._prompt_of.pop(sequence, None)
 
     def _drop_unused_prompts(self) -> None:
-        """Frees the slots of prompts that no sequence needs; the last prompts move there."""
+        """Frees the slots of shared prompts without sequences; the last prompts move there."""
         for slot in reversed(range(len(self.shared))):
             shared = self.shared[slot]
             if not shared.running and not shared.waiting:

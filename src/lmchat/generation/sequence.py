@@ -1,4 +1,4 @@
-"""A sequence being generated, the completion it becomes, and the calculator calls within it."""
+"""Sequences being generated, their completions and calculator calls."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Role = Literal["text", "python", "python_output"]
 
 @dataclass
 class Completion:
-    """What was generated after a prompt.
+    """Completion of a prompt.
 
     Attributes:
-        ids: token ids, the stop token included where one was sampled.
-        mask: per token 1 if the model sampled it, 0 if it was forced (the calculator's output).
-        finished: a stop token ended it and is its last id; otherwise it was cut at ``max_new_tokens``.
-        logprobs: log-probability of each token under the model's full distribution, before temperature and top-k, as
-            a training pass computes it; 0 where forced. Empty unless asked for.
+        ids: token ids, including the stop token if one was sampled.
+        mask: for each token 1 if it was sampled, 0 if it was forced (calculator output).
+        finished: whether it ended with a stop token; otherwise it was cut at ``max_new_tokens``.
+        logprobs: log-probability of each token before temperature and top-k; 0 for forced tokens. Empty if not
+            requested.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -43,8 +43,8 @@ class StreamedToken:
 
     Attributes:
         id: token id.
-        text: what the token adds to the text; empty for special tokens and within a character of several tokens.
-        role: text, calculator call or calculator output; the special tokens around the latter two belong to them.
+        text: text added by the token; empty for special tokens and incomplete characters.
+        role: text, calculator call or calculator output, the latter two including their special tokens.
     """
 
     id: int
@@ -53,10 +53,10 @@ class StreamedToken:
 
 
 class ToolUse:
-    """Follows the calculator calls of one sequence.
+    """Handles the calculator calls of one sequence.
 
-    After ``<|python_start|>`` it collects an expression. At ``<|python_end|>`` the calculator evaluates it, and
-    ``<|output_start|>``, the result and ``<|output_end|>`` replace the next sampled tokens.
+    Collects the expression after ``<|python_start|>``. At ``<|python_end|>`` the calculator evaluates it, and
+    ``<|output_start|>``, the result and ``<|output_end|>`` are forced as the next tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -66,10 +66,10 @@ class ToolUse:
         self.call: list[int] | None = None
 
     def observe(self, token: int) -> list[int] | None:
-        """Takes a sampled token. A start within a call restarts the call.
+        """Processes a sampled token. ``<|python_start|>`` within a call restarts the call.
 
         Returns:
-            If the token ends a call, the tokens to force next; none for a call without a value. Else None.
+            If the token ends a call, the tokens to force next (empty if the call has no value); else None.
         """
         if token == self.start:
             self.call = []
@@ -94,7 +94,7 @@ class Sequence:
     Args:
         prompt: token ids.
         params: sampling parameters of the prompt.
-        sample: its number among the prompt's samples.
+        sample: index among the prompt's samples.
         tokenizer: tokenizer of the model.
 
     Attributes:
@@ -123,7 +123,7 @@ class Sequence:
 
     @property
     def done(self) -> bool:
-        """Whether it has stopped or has all its tokens."""
+        """Whether it has stopped or reached ``max_new_tokens``."""
         return self.completion.finished or len(self.completion.ids) >= self.params.max_new_tokens
 
     @property
@@ -133,12 +133,12 @@ class Sequence:
 
     @property
     def position(self) -> int:
-        """Position of the token that is read next, which is the number of tokens in the KV pool."""
+        """Position of the next token to read, which is the number of tokens in the KV pool."""
         return len(self.prompt) - 1 + len(self.completion.ids) if self.is_prefilled else self.prefilled
 
     @property
     def num_own(self) -> int:
-        """Tokens in its own slot."""
+        """Number of tokens in its own slot."""
         return self.position - self.base
 
     @property
@@ -148,7 +148,7 @@ class Sequence:
 
     @property
     def slot_tokens(self) -> int:
-        """Tokens that its slot must have room for."""
+        """Number of tokens that its slot must have room for."""
         return len(self.prompt) + self.params.max_new_tokens - self.base
 
     def append(self, token: int, forced: bool, logprob: float) -> list[int] | None:
@@ -165,13 +165,13 @@ class Sequence:
 
 
 class SharedPrompt:
-    """A prompt of several sequences, which is read once.
+    """A prompt of several sequences, which is prefilled once.
 
     Attributes:
         prompt: token ids.
-        waiting: sequences that do not run yet.
-        running: number of sequences that run.
-        prefilled: tokens of the prompt in its slot, of all but the last.
+        waiting: sequences that are not running yet.
+        running: number of running sequences.
+        prefilled: number of prompt tokens in its slot; finally all but the last.
     """
 
     def __init__(self, prompt: tuple[int, ...], sequences: list[Sequence]) -> None:
@@ -190,7 +190,7 @@ class SharedPrompt:
 
 
 class TokenStream:
-    """Turns the tokens of one sequence into text and roles, one by one."""
+    """Converts the tokens of a sequence to text and roles, one by one."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -199,7 +199,7 @@ class TokenStream:
         self._in_call = False
 
     def next(self, token: int, forced: bool, last: bool) -> StreamedToken:
-        """Takes the next token; ``last`` ends the sequence, and with it a character that is still incomplete."""
+        """Converts the next token; ``last`` ends the sequence and flushes an incomplete character."""
         self._in_call = token == self._start or (self._in_call and token != self._end)
         role: Role = "python_output" if forced else "python" if self._in_call or token == self._end else "text"
         is_special = bool(self._tokenizer.token_bytes[token] == 0)

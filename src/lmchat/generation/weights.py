@@ -1,4 +1,4 @@
-"""Inference weights: a copy of a network for generation, refilled in place when the network has been trained on."""
+"""Inference weights: a copy of a network for generation, updated in place after further training."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor, nn
 from lmchat.model.gpt import GPT, Linear, SelfAttention
 
 PACKED_ROWS = 128
-"""Rows that packed weights are laid out for: one number for all batches, since it decides the order of summation."""
+"""Rows that packed weights are optimized for; the same for all batches, since it affects the order of summation."""
 
 
 class InferenceWeights:
-    """A network of the source's shape in evaluation mode, with weights of its own.
+    """A copy of a network in eval mode, with its own weights.
 
-    Matrices are cast to the compute dtype once instead of at every use. Weights that already have the dtype they are
-    used in are shared with the source, not copied. On CPUs where it works, matrices are kept in oneDNN's packed layout,
-    those that read the attention's input as one.
+    Matrices are cast to the compute dtype once instead of at every use. Weights that already have this dtype are shared
+    with the source. On CPUs that support it, matrices are in oneDNN's packed layout, and the projections of the
+    attention's input are fused.
 
     Args:
-        source: the network to follow; it is only read.
+        source: network to copy weights from; it is not modified.
 
     Attributes:
         net: the network.
@@ -67,7 +67,7 @@ class InferenceWeights:
 
     @torch.no_grad()
     def refill(self) -> None:
-        """Takes over the source's weights. Copies are refilled in place, so that their addresses stay valid."""
+        """Copies the source's weights in place, so that addresses stay valid."""
         for projection, attention in self._projections:
             projection.pack(attention)
         own_modules = dict(self.net.named_modules())
@@ -87,8 +87,8 @@ class InferenceWeights:
 class PackedLinear(nn.Module):
     """A linear map without bias, its weight in oneDNN's packed layout.
 
-    On an AVX-512 machine it takes a half to a sixth of the time of a plain product of 2 to 64 rows, and a row's result
-    does not depend on the number of rows.
+    With AVX-512 it is 2 to 6 times as fast as a plain product of 2 to 64 rows, and the result of a row does not depend
+    on the number of rows.
 
     Args:
         weight: (out, in).

@@ -1,4 +1,4 @@
-"""Memory that large CPU temporaries come from."""
+"""Allocation of large CPU temporaries."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _LARGEST_BLOCK = 2**30
 
 
 def tune_malloc() -> bool:
-    """Tell glibc's malloc to reuse large blocks instead of returning each to the system; True where it took effect.
+    """Makes glibc's malloc reuse large blocks instead of returning them to the system; returns whether it worked.
 
-    By default blocks from 128 KB to 32 MB on are mapped afresh for every tensor, and a training step on the CPU spends
-    a large share of its time in page faults. The process keeps its peak memory in exchange. Elsewhere than on
-    Linux with glibc nothing happens.
+    By default, blocks above a threshold of 128 KB to 32 MB are mapped anew for every tensor, and a training step on the
+    CPU spends much of its time in page faults. In exchange the process keeps its peak memory. Has no effect except on
+    Linux with glibc.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -29,15 +29,16 @@ class Attend(Protocol):
 
 
 def attend_masked(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """The reference: an explicit (T, T) mask."""
+    """Reference implementation with an explicit (T, T) mask."""
     positions = torch.arange(q.size(1), device=q.device)
     return attention(q, k, v, window_mask(positions, positions, window))
 
 
 def attend_banded(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Blocks of queries, each with the keys it can see: the work grows with T · window. Runs everywhere.
+    """Blocks of queries, each with the keys it can see; work is proportional to T · window. Runs on any device.
 
-    Blocks of half a window did best on a CPU: 0.6 to 0.8 of the time of a mask, forward and backward, at T = 2 windows.
+    On a CPU, blocks of half a window are fastest: forward and backward take 0.6 to 0.8 of the time with a mask at
+    T = 2 windows.
     """
     length = q.size(1)
     if window >= length - 1:
@@ -73,7 +74,7 @@ def window_mask(query_positions: Tensor, key_positions: Tensor, window: int) -> 
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention where `mask` (queries, keys) or (B, 1, queries, keys) is True, without a mask plain causal."""
+    """Attention where `mask`, (queries, keys) or (B, 1, queries, keys), is True; causal without a mask."""
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
@@ -86,11 +87,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 
 
 def exclude_cudnn() -> AbstractContextManager[None]:
-    """Within it, `attention` does not choose cuDNN's kernel. For calls whose shapes change from one to the next.
+    """Context manager in which `attention` does not use cuDNN's kernel, for calls with changing shapes.
 
-    From cuDNN 9.15 on, torch prefers it on Hopper. It plans each pair of batch and key length anew: 23 ms to
-    0.4 s are reported, so that every step of decoding would pay it. A training step of fixed shapes pays it once.
-    Autograd keeps the kernel that the forward pass chose.
+    torch prefers cuDNN on Hopper from cuDNN 9.15 on. It builds a plan for each pair of batch size and key length, which
+    reportedly takes 23 ms to 0.4 s: at every decode step, but only once in training with fixed shapes. The backward
+    pass uses the kernel chosen in the forward pass.
     """
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
@@ -101,20 +102,28 @@ BACKENDS: dict[str, Attend] = {
     "banded": attend_banded,
     "masked": attend_masked,
 }
-"""By name, fastest first."""
+"""Backends by name, fastest first."""
 
 AUTO = {"cuda": ("flash", "flex", "banded"), "cpu": ("banded",)}
-"""What "auto" tries on a device before it takes the reference."""
+"""Backends that "auto" tries on each device type before the reference."""
 
 
 @cache
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, grouped: bool) -> str:
-    """The name of the backend to use: `name`, or for "auto" the first of the device's that works.
+    """Chooses the backend: `name`, or for "auto" the first one of the device that works.
 
-    Each candidate is run, forward and backward, and compared with the reference: that a kernel can be imported does
-    not say that it runs on this card. grouped: several query heads share a key head.
+    Each candidate is run, forward and backward, and compared with the reference, since an importable kernel may not run
+    on this GPU.
 
-    Raises `UserError` for an unknown name, and for a named backend that fails here.
+    Args:
+        name: name of a backend, or "auto".
+        device: device of the tensors.
+        dtype: dtype of the tensors.
+        head_dim: size of a head.
+        grouped: whether several query heads share a key head.
+
+    Raises:
+        UserError: the name is unknown, or the named backend fails.
     """
     if name == "auto":
         for candidate in AUTO.get(device.type, ()):
@@ -132,7 +141,7 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim
 
 
 def probe(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, grouped: bool) -> str | None:
-    """Why a backend cannot be used, or None: output and gradients against the reference in fp32, with two windows."""
+    """Why a backend cannot be used, or None; compares output and gradients with the fp32 reference for two windows."""
     generator = torch.Generator().manual_seed(0)
     heads = (4, 2 if grouped else 4)
     shapes = [(2, 160, heads[0], head_dim), *[(2, 160, heads[1], head_dim)] * 2, (2, 160, heads[0], head_dim)]

@@ -1,4 +1,4 @@
-"""The attention backends for CUDA, in a module of their own: importing it loads torch.compile. See `attention`."""
+"""Attention backends for CUDA, in a separate module since importing it loads torch.compile. See `attention`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lmchat.model.attention import attention
 def flash(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """The windowed flash kernel inside torch (half precision).
 
-    torch 2.11 has no grouped queries here: shared key heads are then repeated, one copy per query head.
+    With torch 2.11, which does not support grouped queries here, shared key heads are repeated.
     """
     batch, length = q.shape[:2]
     if window >= length - 1:
@@ -65,7 +65,7 @@ def _compiled_flex() -> Any:
     return torch.compile(flex_attention, dynamic=False)
 
 
-@torch.compiler.disable  # Compiled code ignores the cache.
+@torch.compiler.disable  # compiled code would ignore the cache
 @cache
 def _block_mask(length: int, window: int, device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask

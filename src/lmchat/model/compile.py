@@ -1,4 +1,4 @@
-"""torch.compile: what of a model is compiled, and with which settings."""
+"""Compiles a model's blocks with torch.compile."""
 
 from __future__ import annotations
 

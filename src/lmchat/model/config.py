@@ -1,4 +1,4 @@
-"""Hyperparameters of a GPT, without torch: shared by the scaling laws, the model and its checkpoints."""
+"""Hyperparameters of a GPT, without importing torch."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ GATE_CHANNELS = 32
 """Channels of the block's input that the value-embedding gate reads."""
 
 VOCAB_MULTIPLE = 64
-"""Rows of the token tables are padded to a multiple of this, for the sake of matrix units."""
+"""Rows of token tables are padded to a multiple of this, which matrix units need."""
 
 
 @dataclass(frozen=True)
 class GPTConfig:
     """Hyperparameters of a GPT.
 
-    Without value embeddings and residual mix, and with windows of L only, the architecture is transformers'
-    `NanoChatForCausalLM` (see `is_native`).
+    Without value embeddings, residual mix and short windows, the architecture is transformers' `NanoChatForCausalLM`
+    (see `is_native`).
 
     Args:
         sequence_len: tokens per training row; the attention windows follow from it.
@@ -82,14 +82,14 @@ class GPTConfig:
 
     @property
     def window_sizes(self) -> tuple[int, ...]:
-        """Tokens each layer sees back, itself not counted: a window of W holds the keys max(0, t - W)...t."""
+        """Number of previous tokens that each layer attends to: with W, keys max(0, t - W)...t."""
         windows = {"S": self.sequence_len // 2, "L": self.sequence_len}
         tiled = (self.window_pattern[layer % len(self.window_pattern)] for layer in range(self.n_layer - 1))
         return (*(windows[letter] for letter in tiled), windows["L"])
 
     @property
     def value_embedding_layers(self) -> tuple[int, ...]:
-        """Indices of the layers with value embeddings: every other one, the last included, or none."""
+        """Indices of the layers with value embeddings: every other layer, including the last, or none."""
         return tuple(range((self.n_layer - 1) % 2, self.n_layer, 2)) if self.value_embeddings else ()
 
     @property
@@ -99,7 +99,7 @@ class GPTConfig:
 
     @property
     def native_obstacles(self) -> tuple[str, ...]:
-        """What `NanoChatForCausalLM` lacks of this model, each with the option that trains without it."""
+        """Features of this model that `NanoChatForCausalLM` lacks, each with the option that disables it."""
         obstacles = {
             "value embeddings (--model.value_embeddings false)": self.value_embeddings,
             "the residual mix (--model.residual_mix false)": self.residual_mix,
@@ -109,9 +109,9 @@ class GPTConfig:
 
     @property
     def rounds_rotary_tables(self) -> bool:
-        """Whether the rotary tables are rounded to bf16 whatever the compute dtype.
+        """Whether the rotary tables are rounded to bf16, whatever the compute dtype.
 
-        nanochat's are, and logits in fp32 depend on it (by some 3e-3). Without value embeddings and residual mix they
+        True as in nanochat, which changes fp32 logits by about 3e-3. Without value embeddings and residual mix they
         have the compute dtype, as in transformers.
         """
         return self.value_embeddings or self.residual_mix

@@ -1,8 +1,8 @@
-"""FP8 matrix products in training, by torchao: which layers take part, and whether the device has such products.
+"""FP8 matrix products in training, by torchao: converts layers, and checks whether the device supports FP8.
 
-Every operand is scaled to the range of its FP8 type at each use (dynamic scaling): e4m3 for inputs and weights, e5m2
-for gradients ("tensorwise", one scale per tensor), or e4m3 for all, one scale per row ("rowwise", more exact and
-slower). The sums are in higher precision; the weights stay fp32 masters. Never run on a GPU so far.
+Operands are scaled dynamically to the range of their FP8 type: e4m3 for inputs and weights and e5m2 for gradients
+("tensorwise", one scale per tensor), or e4m3 for all ("rowwise", one scale per row, more accurate and slower). Products
+accumulate in higher precision; master weights stay fp32. Never run on a GPU so far.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Recipe = Literal["tensorwise", "rowwise"]
 MULTIPLE = 16
 """Dimensions of an FP8 product must be multiples of this."""
 MIN_WIDTH = 128
-"""Narrower matrices gain nothing: casting them costs more than the product saves."""
+"""Narrower matrices are not converted: casting costs more than the product saves."""
 MIN_CAPABILITY = {"tensorwise": (8, 9), "rowwise": (9, 0)}
 """CUDA compute capability with the kernels of a recipe: Ada and Hopper."""
 TOLERANCE = 0.1
@@ -31,13 +31,18 @@ TOLERANCE = 0.1
 
 @dataclass
 class Conversion:
-    """What `convert_linears` did. converted: names of layers. left: name to reason, of the layers left as they were."""
+    """Result of `convert_linears`.
+
+    Attributes:
+        converted: names of converted layers.
+        left: reason for each layer that was not converted, by name.
+    """
 
     converted: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
 
     def describe(self) -> str:
-        """One line for a person; layers of equal name and reason are counted."""
+        """One-line description; layers with equal name and reason are counted."""
         groups: dict[str, int] = {}
         for name, reason in self.left.items():
             key = f"{name.rpartition('.')[2]} ({reason})"
@@ -49,13 +54,15 @@ class Conversion:
 def convert_linears(
     net: GPT, recipe: Recipe = "tensorwise", *, lm_head: bool = False, pad: bool = False, emulate: bool = False
 ) -> Conversion:
-    """Lets the model's linear layers compute in FP8 while they are in training mode.
+    """Makes the model's linear layers compute in FP8 in training mode, and as before in eval mode.
 
-    In evaluation mode a layer computes as before, so that evaluation, sampling and rollouts need no switch. Parameters
-    keep their identity and names. Call it before the blocks are compiled; a second call replaces the first.
+    Parameters keep their identity and names. Must be called before the blocks are compiled; a second call replaces the
+    first.
 
     Args:
-        lm_head: convert the output head's products too.
+        net: the network.
+        recipe: scaling of the operands, see the module.
+        lm_head: convert the output head too.
         pad: pad token counts to a multiple of 16, which the product for weight gradients needs; for batches whose
             shape varies.
         emulate: round operands to FP8 and multiply in fp32. Slow, for tests on any device.
@@ -100,7 +107,7 @@ def _fp8_twins(layers: dict[str, Linear], recipe: Recipe, pad: bool, emulate: bo
 
 @cache
 def _import_torchao_float8() -> Any:
-    """torchao.float8, whose import takes seconds and warns of every library it has for other devices."""
+    """Imports torchao.float8, which takes seconds, without its warnings about libraries for other devices."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -112,7 +119,7 @@ def _import_torchao_float8() -> Any:
 
 @cache
 def missing_hardware(device: torch.device, recipe: Recipe) -> str | None:
-    """Why the device cannot compute in FP8, or None. A product, forward and backward, is compared with fp32's."""
+    """Why the device cannot compute in FP8, or None; compares forward and backward of a product with fp32."""
     if device.type != "cuda":
         return f"{device.type} has no FP8 products"
     capability = torch.cuda.get_device_capability(device)

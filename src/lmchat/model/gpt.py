@@ -1,8 +1,8 @@
-"""The GPT: nanochat's architecture and weight names, with fp32 weights and a compute dtype of its own.
+"""The GPT: nanochat's architecture and weight names, with fp32 weights and a separate compute dtype.
 
-Rotary positions, normed queries and keys, squared-ReLU MLP, norms without weights, no biases, untied head, soft-capped
-logits, per-layer attention windows and, unless the config leaves them out, value embeddings on every other layer and a
-learned mix of the residual stream with the normed embedding before each block.
+Rotary positions, QK norm, squared-ReLU MLP, RMSNorm without weights, no biases, untied head, soft-capped logits,
+per-layer attention windows and, optionally, value embeddings on every other layer and a learned mix of the residual
+stream with the normed embedding before each block.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from lmchat.types import UserError
 
 ROTARY_BASE = 10_000
 ROTARY_ROWS = 10
-"""Length of the rotary tables, in training rows: the longest context that the model accepts."""
+"""Length of the rotary tables, and so the maximum context, as a multiple of ``sequence_len``."""
 
 EPS = torch.finfo(torch.float32).eps
-"""Of every norm, whatever the dtype."""
+"""Epsilon of all norms, for all dtypes."""
 
 
 def norm(x: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def norm(x: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding (arXiv:2104.09864) that rotates channels j and j + half together, by minus the angle.
+    """Rotary position embedding (arXiv:2104.09864); rotates the channel pairs (j, j + half) by minus the angle.
 
     Args:
         x: (B, T, heads, head_dim).
@@ -132,7 +132,7 @@ class SelfAttention(nn.Module):
         return self.c_proj(out.reshape(batch, length, -1))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Queries, keys and values (B, T, heads · head_dim), and the gate (B, T, n_kv_head) before its sigmoid."""
+        """Queries, keys and values (B, T, heads · head_dim), and the gate logits (B, T, n_kv_head)."""
         q, k, v = self.c_q(x), self.c_k(x), self.c_v(x)
         return q, k, v, self.ve_gate(x[..., :GATE_CHANNELS]) if hasattr(self, "ve_gate") else None
 
@@ -151,11 +151,11 @@ class MLP(nn.Module):
 
 
 ResidualMix = tuple[Tensor, Tensor, Tensor]
-"""The normed embedding x0 (B, T, n_embd), the factor of the residual stream, the factor of x0."""
+"""Normed embedding x0 (B, T, n_embd), factor of the residual stream, factor of x0."""
 
 
 def mix_residual(x: Tensor, mix: ResidualMix | None) -> Tensor:
-    """The block's input: residual stream and normed embedding, each times its learned factor; without a mix, x."""
+    """The block's input: the sum of residual stream and normed embedding, times their factors; ``x`` without a mix."""
     if mix is None:
         return x
     x0, resid_lambda, x0_lambda = mix
@@ -184,7 +184,7 @@ class Block(nn.Module):
         Args:
             x: (B, T, n_embd), the residual stream before it.
             value_embedding: see `SelfAttention.forward`; likewise ``cos``, ``sin`` and ``kv_cache``.
-            mix: what to mix ``x`` with first; None where the caller has done so, or the model has no mix.
+            mix: residual mix to apply to ``x`` first; None if already applied, or if the model has none.
         """
         x = mix_residual(x, mix)
         x = x + self.attn(norm(x), value_embedding, cos, sin, kv_cache)
@@ -192,7 +192,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The token table and the blocks."""
+    """Token embedding and blocks."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -203,14 +203,14 @@ class Transformer(nn.Module):
 class GPT(nn.Module):
     """The language model.
 
-    Weights are fp32; each use casts them to ``compute_dtype``, and gradients arrive in fp32. The token tables are fp32
-    too, where nanochat stores them in bf16 on CUDA: looked-up rows are rounded alike, and small updates are kept.
+    Weights and gradients are fp32; weights are cast to ``compute_dtype`` at each use. This includes token tables, which
+    nanochat stores in bf16 on CUDA: looked-up rows are equal, but small updates are not lost.
 
     Args:
         config: hyperparameters.
-        compute_dtype: of the residual stream and the matrix products; see `default_compute_dtype`.
+        compute_dtype: dtype of the residual stream and of matrix products; see `default_compute_dtype`.
         attention: a name of `BACKENDS`, or "auto".
-        rotary_dtype: the rotary tables are rounded to it; None decides by `GPTConfig.rounds_rotary_tables`.
+        rotary_dtype: dtype that the rotary tables are rounded to; None uses `GPTConfig.rounds_rotary_tables`.
 
     Attributes:
         attention_backend: name of the backend in use, chosen again when the model moves to another device.
@@ -262,11 +262,11 @@ class GPT(nn.Module):
 
     @property
     def blocks(self) -> list[Block]:
-        """The blocks in their order."""
+        """The blocks in order."""
         return cast(list[Block], list(self.transformer.h))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move or cast the weights, as `to` and `to_empty` do."""
+        """Moves or casts the weights, as `to` and `to_empty` do."""
         super()._apply(fn, recurse)
         self._follow_device()
         return self
@@ -274,7 +274,8 @@ class GPT(nn.Module):
     def _follow_device(self) -> None:
         """Builds the rotary tables, which `to_empty` leaves unset, and chooses the attention backend.
 
-        A backend given by name is for the first device only: after training, Lightning moves the model to the CPU.
+        A backend given by name applies to the first device only, since Lightning moves the model to the CPU after
+        training.
         """
         self._build_rotary_tables()
         if self.device.type == "meta":
@@ -293,7 +294,7 @@ class GPT(nn.Module):
             block.attn.attend = BACKENDS[self.attention_backend]
 
     def _build_rotary_tables(self) -> None:
-        """Registers ``cos`` and ``sin``, (positions, 1, head_dim / 2), computed on the CPU so that devices agree."""
+        """Registers ``cos`` and ``sin``, (positions, 1, head_dim / 2), computed on the CPU, equal on all devices."""
         config = self.config
         channels = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
         frequencies = 1.0 / (ROTARY_BASE ** (channels / config.head_dim))
@@ -311,8 +312,8 @@ class GPT(nn.Module):
         c_proj and the gates 0; resid_lambdas 1; x0_lambdas 0.1.
 
         Args:
-            generator: source of the random numbers, drawn on its device: a CPU generator gives the same weights on
-                every device. None is torch's default one of the weights' device.
+            generator: random number generator; numbers are drawn on its device, so that a CPU generator gives the same
+                weights on all devices. None is torch's default generator of the weights' device.
         """
 
         def draw(weight: Tensor, fill: Callable[..., Tensor], *bounds: float) -> None:
@@ -384,7 +385,7 @@ class GPT(nn.Module):
         x0 = x
         for layer, block in enumerate(self.blocks):
             mix = (x0, self.resid_lambdas[layer], self.x0_lambdas[layer]) if self.config.residual_mix else None
-            # Compiled blocks are for the fixed shapes of training: a growing cache would compile them at every step.
+            # Compiled blocks are for the fixed shapes of training; a growing cache would recompile them at every step.
             run: Callable[..., Tensor] = block if kv_cache is None else block.forward
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 run = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
@@ -414,5 +415,5 @@ class GPT(nn.Module):
         return self.cos[positions], self.sin[positions]
 
     def extra_repr(self) -> str:
-        """Shown by ``print``: the compute dtype."""
+        """Shows the compute dtype in ``print``."""
         return f"compute_dtype={self.compute_dtype}"

@@ -1,4 +1,4 @@
-"""Keys and values of tokens already read, so that each new token costs one step."""
+"""Cache of keys and values for decoding."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from lmchat.types import UserError
 
 
 class AttentionCache(Protocol):
-    """What the model needs of a cache of keys and values."""
+    """Interface between the model and a cache of keys and values."""
 
     def context_end(self, length: int) -> int:
-        """The length of the longest context once ``length`` more tokens per row are in."""
+        """Length of the longest context after adding ``length`` tokens per row."""
 
     def positions(self, length: int) -> Tensor:
         """(B, T) int64 positions of the next ``length`` tokens of each row, on the device of the model."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-        """Adds the new tokens' k and v (B, T, kv heads, head_dim); returns q's attention over all that it can see."""
+        """Adds k and v (B, T, kv heads, head_dim) of new tokens; returns the attention of q to all visible tokens."""
 
     def advance(self, length: int) -> None:
         """Called once all layers have added ``length`` tokens per row."""
 
 
 class KVCache:
-    """Keys and values of every layer for a batch of rows, each row at its own position: the simplest cache.
+    """Simple cache of keys and values for a batch of rows, each at its own position.
 
-    The engine has its own, see `lmchat.generation.kv_pool`. Prefill by calling the model on (B, T) ids, then decode by
-    calling it on (B, 1). Prompts of different lengths are padded on the right and prefilled together; setting `lengths`
-    to the true ones afterwards makes the next tokens overwrite the padding.
+    The engine uses `lmchat.generation.kv_pool` instead. Prefill by calling the model with (B, T) ids, then decode with
+    (B, 1). To prefill prompts of different lengths, pad them on the right and set `lengths` to the true lengths
+    afterwards; the next tokens overwrite the padding.
 
     Args:
         config: shape of the network.
         batch_size: number of rows.
-        max_len: tokens a row can hold.
+        max_len: maximum number of tokens per row.
         dtype: dtype of keys and values.
-        device: where they are.
+        device: device of keys and values.
 
     Attributes:
-        lengths: (B,) int64 on the host, tokens held per row; on the host so that no step waits for the device.
+        lengths: (B,) int64 tokens per row, on the host, so that no step waits for the device.
     """
 
     def __init__(
@@ -67,16 +67,16 @@ class KVCache:
 
     @property
     def max_len(self) -> int:
-        """Tokens a row can hold."""
+        """Maximum number of tokens per row."""
         return self.keys.size(3)
 
     @property
     def longest(self) -> int:
-        """Tokens in the fullest row."""
+        """Number of tokens in the longest row."""
         return int(self.lengths.max())
 
     def context_end(self, length: int) -> int:
-        """Length of the fullest row once ``length`` more tokens are in."""
+        """Length of the longest row after adding ``length`` tokens."""
         return self.longest + length
 
     def positions(self, length: int) -> Tensor:
@@ -84,7 +84,7 @@ class KVCache:
         return self._expect(length).positions
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-        """Add the new tokens' k and v (B, T, kv heads, head_dim), return q's attention over all that is held."""
+        """Adds k and v (B, T, kv heads, head_dim) of new tokens; returns the attention of q to all visible tokens."""
         incoming = self._expect(q.size(1))
         self.keys[layer][incoming.rows, :, incoming.positions] = k
         self.values[layer][incoming.rows, :, incoming.positions] = v
@@ -96,12 +96,12 @@ class KVCache:
         return attention(q, keys, values, mask)
 
     def advance(self, length: int) -> None:
-        """Count `length` more tokens in every row; the model calls it once all layers have added theirs."""
+        """Adds `length` to the length of every row; called after all layers have added their keys and values."""
         self.lengths = self.lengths + length
         self._incoming = None
 
     def _expect(self, length: int) -> _Incoming:
-        """Worked out by the first to ask in a model call, until `advance` ends it."""
+        """The `_Incoming` of the current model call, shared by all layers until `advance`."""
         if self._incoming is None or self._incoming.length != length:
             if (end := self.longest + length) > self.max_len:
                 raise UserError(f"{end} tokens do not fit a KV cache of {self.max_len}; make max_len larger")
@@ -110,9 +110,12 @@ class KVCache:
 
 
 class _Incoming:
-    """Where the tokens of one model call go and what they see, which all layers share.
+    """Positions and masks of the tokens of one model call, shared by all layers.
 
-    positions: (B, T). rows: (B, 1), to index with positions. end: positions held once they are in.
+    Attributes:
+        positions: (B, T) int64.
+        rows: (B, 1) int64, to index together with positions.
+        end: number of positions after adding the tokens.
     """
 
     def __init__(self, lengths: Tensor, length: int, device: torch.device) -> None:
@@ -124,7 +127,7 @@ class _Incoming:
         self._visible: dict[int, tuple[int, Tensor]] = {}
 
     def visible(self, window: int) -> tuple[int, Tensor]:
-        """The first position any row sees, and which from there to `end` each token sees: (B, 1, T, positions)."""
+        """The first position that any row sees, and the mask (B, 1, T, positions) of the positions from there on."""
         if window not in self._visible:
             start = max(0, self.first - window)
             held = torch.arange(start, self.end, device=self.positions.device)

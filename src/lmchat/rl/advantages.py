@@ -1,4 +1,4 @@
-"""Advantages: how much better a sample is than the others of its group."""
+"""Advantages of samples relative to their group."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from torch import Tensor
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
-    """Rewards minus the mean of their group; not divided by the standard deviation (Dr. GRPO, arXiv:2503.20783).
+    """Rewards minus the mean of the group, not divided by the standard deviation (Dr. GRPO, arXiv:2503.20783).
 
     Args:
-        rewards: (samples,) float, of one group.
+        rewards: (samples,) float, rewards of one group.
 
     Returns:
-        (samples,) advantages, exactly 0 where all rewards are equal: their mean may be rounded, and the optimizers
-        take a step for any gradient that is not 0. A group of one has zero advantage.
+        (samples,) advantages; exactly 0 if all rewards are equal, also if their mean is rounded.
     """
     return torch.zeros_like(rewards) if rewards.min() == rewards.max() else rewards - rewards.mean()
