@@ -10,9 +10,7 @@ from typing import Any
 import pytest
 
 from headless import browser  # noqa: F401  (a fixture)
-from live_server import LiveServer, wait_for
-
-pytestmark = pytest.mark.xdist_group("browser")
+from live_server import LiveServer, live_server, tiny_engine, wait_for
 
 Open = Callable[..., Any]
 
@@ -300,3 +298,15 @@ def test_keyboard_and_screen_reader(open_page: Open) -> None:
     page.keyboard.press("Escape")
     assert page.get_attribute("#menu", "aria-expanded") == "false"
     assert page.evaluate("document.activeElement.id") == "menu"
+
+
+def test_a_server_with_a_key_asks_for_it(browser: Any) -> None:  # noqa: F811
+    with live_server(tiny_engine(), api_key="s3cret") as locked:
+        page = browser.new_context().new_page()
+        page.goto(locked.url)
+        page.fill("#token-dialog input", "s3cret")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#model-details:not(:empty)")
+        ask(page, "Hi")
+        assert texts(page, "assistant")[0] and page.locator(".error").count() == 0
+        page.context.close()

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -127,9 +128,10 @@ class GeneratedResponse(Response):
         if not self._begun:
             await error_response(error)(scope, receive, send)
         else:
-            async with asyncio.timeout(BODY_SECONDS):
-                await self._event(send, error.body)
-                await self._end(send)
+            with suppress(TimeoutError):  # of a client that does not read
+                async with asyncio.timeout(BODY_SECONDS):
+                    await self._event(send, error.body)
+                    await self._end(send)
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         run = Run(self._worker, self._plan, self._metrics)
