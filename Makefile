@@ -8,7 +8,7 @@ TEXT ?=
 OUTPUT ?= runs/demo$(if $(TEXT),-$(shell basename -- "$(TEXT)"))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo tokenizer pretrain sft rl chat serve speedrun test test-slow test-torch211 test-gpu bench-gpu gpu-wheels lint types format bench loss-compare clean
+.PHONY: help setup demo tokenizer pretrain sft rl chat serve speedrun test test-slow test-torch211 test-gpu bench-gpu gpu-wheels lint types format bench bench-rollouts loss-compare clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -97,7 +97,10 @@ format: $(INSTALLED)  ## format the code
 	@$(BIN)/python -m ruff format . && $(BIN)/python -m ruff check --fix .
 
 bench: $(INSTALLED)  ## measure the CPU benchmarks, as ratios within one run
-	@for file in benchmarks/*.py; do case $$file in *gpu*|*loss_compare*) ;; *) echo "== $$file"; $(BIN)/python $$file || exit 1;; esac; done
+	@for file in benchmarks/*.py; do case $$file in *gpu*|*rollouts*|*loss_compare*) ;; *) echo "== $$file"; $(BIN)/python $$file || exit 1;; esac; done
+
+bench-rollouts:  ## measure sampling on one card, under 5 minutes (TOY=--toy rehearses on a CPU)
+	@$(ON_GPU) benchmarks/rollouts.py $(TOY)
 
 loss-compare: $(INSTALLED)  ## check that a refactor leaves the losses of revisions A and B identical (A=rev B=rev)
 	@$(BIN)/python benchmarks/loss_compare.py $(A) $(B)
