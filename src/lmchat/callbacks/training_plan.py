@@ -13,6 +13,7 @@ from lmchat.run_plan import RunPlan, horizon, validation_interval
 from lmchat.scaling import Plan, make_plan
 from lmchat.stages.device_memory import choose_micro_batch
 from lmchat.strategies.lightning_internals import set_max_steps
+from lmchat.types import UserError
 
 
 class TrainingPlan(Callback):
@@ -82,6 +83,12 @@ class TrainingPlan(Callback):
         if stage != "fit":
             return
         plan = self.plan(trainer, pl_module)
+        limit = trainer.limit_train_batches
+        if isinstance(limit, int) and limit % plan.accumulate_grad_batches:
+            raise UserError(
+                f"--trainer.limit_train_batches is {limit} micro-batches, and an optimizer step has "
+                f"{plan.accumulate_grad_batches}; give a multiple of that, or use --trainer.max_steps"
+            )
         set_max_steps(trainer, plan.steps)
         trainer.accumulate_grad_batches = plan.accumulate_grad_batches
         # With check_val_every_n_epoch None, Lightning counts micro-batches over the whole run.

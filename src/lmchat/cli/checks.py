@@ -24,8 +24,13 @@ DECIDED_BY = {
     "check_val_every_n_epoch": "--eval.every_n_steps",
     "max_epochs": "--trainer.max_steps",
     "log_every_n_steps": "--monitor.every_n_steps",
+    "num_sanity_val_steps": "--eval.at_start",
+    "fast_dev_run": "--trainer.max_steps 1 and --trainer.limit_val_batches 1",
+    "overfit_batches": "a small data set and more --trainer.max_steps",
+    "enable_checkpointing": "--checkpoint.every_n_steps and --checkpoint.keep_last",
+    "barebones": "--trainer.logger false and a large --monitor.every_n_steps",
 }
-"""Trainer options that have no effect, and the options that decide instead."""
+"""Trainer options that the stages replace, and what to use instead."""
 
 _DEVICES = re.compile(r"auto|-?\d+(,\s*\d+)*")
 
@@ -72,7 +77,7 @@ def check_trainer_options(trainer: Mapping[str, Any] | Namespace, parser: Argume
     """Raises UserError for a trainer option that would have no effect or would change the dtype of the weights."""
     for name, decisive in DECIDED_BY.items():
         if trainer[name] != parser.get_default(f"trainer.{name}"):
-            raise UserError(f"--trainer.{name} {trainer[name]} has no effect: leave it out and use {decisive}")
+            raise UserError(f"--trainer.{name} {trainer[name]} is not supported: leave it out and use {decisive}")
     # Before the trainer is built: on a CPU it would turn 16-mixed into bf16-mixed.
     check_precision(trainer["precision"])
     if isinstance(trainer["devices"], str) and not _DEVICES.fullmatch(trainer["devices"]):
@@ -86,6 +91,12 @@ def check_trainer_options(trainer: Mapping[str, Any] | Namespace, parser: Argume
             f"--trainer.max_steps is {trainer['max_steps']}; give 1 step or more, or leave it out: the length of "
             "the run then follows from --scaling_laws.tokens_per_parameter or from the stage's data"
         )
+    for name in ("limit_train_batches", "limit_val_batches"):
+        if isinstance(trainer[name], float) and trainer[name] != 1.0:
+            raise UserError(
+                f"--trainer.{name} is {trainer[name]:g}, a share of a stream without end; give a number of batches, or "
+                f"use --{'trainer.max_steps' if name == 'limit_train_batches' else 'data.eval_tokens'}"
+            )
     for name in ("max_steps", "limit_train_batches", "limit_val_batches"):
         if isinstance(trainer[name], int):
             check_count("trainer", -1, **{name: trainer[name]})

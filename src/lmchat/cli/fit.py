@@ -249,6 +249,10 @@ def main(args: list[str], cli: type[LMChatCLI] = LMChatCLI) -> LMChatCLI:
         )
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
+    except RuntimeError as error:
+        if not str(error).startswith("Early stopping conditioned on metric"):
+            raise
+        raise UserError(str(error)) from None
     except ValueError as error:
         if lacking := _NOT_INSTALLED.search(str(error)):
             raise UserError(f"{lacking[1]} needs {lacking[2]}; install it: pip install '{lacking[2]}'") from None

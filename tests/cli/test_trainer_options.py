@@ -1,0 +1,110 @@
+"""Every option of Lightning's Trainer either works or is refused with what to use instead."""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+from pathlib import Path
+
+import lightning as L
+import pytest
+
+from lmchat.__main__ import main
+from lmchat.checkpoint.layout import committed_steps
+from tiny_fit import config_options
+
+OWN = "{trainer: {max_steps: 4}, model: {init_args: {tag: tiny}}, eval: {every_n_steps: 2}}"
+
+WORKS = {
+    "accelerator": "cpu",
+    "strategy": "zero2_muon",
+    "devices": "1",
+    "num_nodes": "1",
+    "logger": "false",
+    "callbacks": "[{class_path: lightning.pytorch.callbacks.LearningRateMonitor}]",
+    "max_steps": "3",
+    "max_time": "00:01:00:00",
+    "limit_train_batches": "4",
+    "limit_val_batches": "1",
+    "limit_test_batches": "1",
+    "limit_predict_batches": "1",
+    "enable_progress_bar": "true",
+    "enable_model_summary": "true",
+    "gradient_clip_val": "0.5",
+    "gradient_clip_algorithm": "value",
+    "deterministic": "true",
+    "benchmark": "true",
+    "inference_mode": "false",
+    "profiler": "simple",
+    "detect_anomaly": "true",
+    "plugins": "[]",
+    "enable_autolog_hparams": "false",
+    "default_root_dir": "somewhere",
+    "min_steps": "2",
+    "min_epochs": "1",
+    "use_distributed_sampler": "true",
+    "sync_batchnorm": "true",
+    "reload_dataloaders_every_n_epochs": "1",
+    "model_registry": "name",
+}
+REFUSED = {
+    "precision": ("64-true", "--model.compute_dtype"),
+    "max_epochs": ("2", "--trainer.max_steps"),
+    "val_check_interval": ("10", "--eval.every_n_steps"),
+    "check_val_every_n_epoch": ("2", "--eval.every_n_steps"),
+    "log_every_n_steps": ("10", "--monitor.every_n_steps"),
+    "num_sanity_val_steps": ("1", "--eval.at_start"),
+    "fast_dev_run": ("true", "--trainer.max_steps 1"),
+    "overfit_batches": ("2", "a small data set"),
+    "enable_checkpointing": ("false", "--checkpoint.every_n_steps"),
+    "barebones": ("true", "--trainer.logger false"),
+    "accumulate_grad_batches": ("2", "--model.global_batch_tokens"),
+}
+
+
+def fit(base: Path, tiny_base: Path, option: str, value: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    shutil.copytree(tiny_base, base)
+    monkeypatch.setenv("LMCHAT_BASE_DIR", str(base))
+    monkeypatch.chdir(base)
+    return main(["fit", *config_options(base, OWN), f"--trainer.{option}", value])
+
+
+def test_every_option_is_in_one_table() -> None:
+    options = inspect.signature(L.Trainer.__init__).parameters.keys() - {"self"}
+    assert options == WORKS.keys() | REFUSED.keys()
+    assert not WORKS.keys() & REFUSED.keys()
+
+
+@pytest.mark.parametrize("option", WORKS)
+def test_works(option: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tmp_path / "base"
+    assert fit(base, tiny_base, option, WORKS[option], monkeypatch) == 0
+    assert committed_steps(base / "base_checkpoints" / "tiny") == [3 if option == "max_steps" else 4]
+
+
+@pytest.mark.parametrize("option", REFUSED)
+def test_is_refused_with_what_to_use_instead(
+    option: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    value, remedy = REFUSED[option]
+    assert fit(tmp_path / "base", tiny_base, option, value, monkeypatch) == 2
+    message = capsys.readouterr().err
+    assert f"--trainer.{option}" in message and remedy in message
+
+
+@pytest.mark.parametrize("limit", ["3", "0.5"])
+def test_a_limit_that_cuts_an_optimizer_step_is_refused(
+    limit: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit(tmp_path / "base", tiny_base, "limit_train_batches", limit, monkeypatch) == 2
+    assert "--trainer.max_steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("callback", ["EarlyStopping", "ModelCheckpoint"])
+def test_a_metric_that_is_not_there(
+    callback: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    value = f"[{{class_path: lightning.pytorch.callbacks.{callback}, init_args: {{monitor: val_loss}}}}]"
+    assert fit(tmp_path / "base", tiny_base, "callbacks", value, monkeypatch) == 2
+    message = capsys.readouterr().err
+    assert "val_loss" in message and "val/bpb" in message and message.strip().count("\n") == 0
