@@ -37,7 +37,7 @@ class RunPlan:
 
 
 def horizon(max_steps: int | None, data_steps: int | None, laws: Plan | None) -> int:
-    """Optimizer steps of a run: those of the scaling laws if they apply, else ``max_steps``; at most ``data_steps``.
+    """Optimizer steps of a run: those of the scaling laws if they apply, else ``max_steps``, else ``data_steps``.
 
     Args:
         max_steps: ``--trainer.max_steps``, which ``laws`` already takes into account.
@@ -45,13 +45,17 @@ def horizon(max_steps: int | None, data_steps: int | None, laws: Plan | None) ->
         laws: plan of the scaling laws; None for stages that do not scale with depth.
 
     Raises:
-        UserError: all three are None.
+        UserError: all three are None, or the data does not last for ``max_steps``.
     """
-    limits = [laws.steps if laws else max_steps, data_steps]
-    given = [steps for steps in limits if steps is not None]
-    if not given:
+    steps = laws.steps if laws else max_steps
+    if steps is None and data_steps is None:
         raise UserError("the length of the run is not set; give --trainer.max_steps")
-    return min(given)
+    if steps is not None and data_steps is not None and steps > data_steps:
+        raise UserError(
+            f"--trainer.max_steps is {steps:,}, and the training data lasts {data_steps:,} optimizer step(s); leave it "
+            "out, or raise the epochs of the data (--data.epochs, or epochs of the tasks in --data.train)"
+        )
+    return steps if steps is not None else data_steps
 
 
 def validation_interval(every_n_steps: Sequence[int], accumulate_grad_batches: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from lmchat.tasks import HumanEval, Identity, JSONLConversations, Task
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.tokenizer.render import render_conversation
 from lmchat.types import IGNORE_INDEX, Batch, UserError
+from tiny_fit import config_options
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PRETRAIN = """
@@ -456,3 +458,28 @@ def test_evaluation_tasks_of_the_same_name_are_refused() -> None:
     tasks: list[Task] = [Arithmetic("test", steps=(1, 1)), Identity("test"), Arithmetic("test", steps=(2, 2))]
     with pytest.raises(UserError, match=r"Arithmetic/test, Identity/test, Arithmetic/test.*leave one of them out"):
         SFTDataModule([MixturePart(Identity())], [MixturePart(Identity("test"))], tasks)
+
+
+def test_fine_tuning_without_validation(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    monkeypatch.setenv("LMCHAT_BASE_DIR", str(base))
+    assert main(["fit", *config_options(base, "{trainer: {max_steps: 1}, model: {init_args: {tag: tiny}}}")]) == 0
+    (base / "sft.yaml").write_text(
+        """
+trainer: {accelerator: cpu, devices: 1}
+model: {class_path: SFTModule}
+data:
+  class_path: SFTDataModule
+  init_args: {train: [{task: {class_path: Identity, init_args: {split: train, size: 20}}}], val: []}
+samples: {max_new_tokens: 0}
+"""
+    )
+    options = ["--config", str(base / "sft.yaml"), "--ckpt_path"]
+    assert main(["fit", *options, str(base / "base_checkpoints" / "tiny")]) == 0
+    assert (base / "chatsft_checkpoints" / "tiny").is_dir()
+    capsys.readouterr()
+    assert main(["validate", *options, str(base / "chatsft_checkpoints" / "tiny")]) == 2
+    assert "--data.val is empty" in capsys.readouterr().err

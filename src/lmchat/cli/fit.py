@@ -65,11 +65,12 @@ SUPPRESSED_WARNINGS = [
     r".*add the following callbacks: \['TimeBudget'\].*",
     ".*your dataloader is not resumable.*",
     ".*smaller than the logging interval.*",
+    ".*Total length of `list` across ranks is zero.*",
     r".*It is recommended to use `self.log\('step'.*",
 ]
 """Lightning's warnings that do not apply: packed batches load fast and know their length; a run with a time budget may
-continue without one; the DataModule saves the data position; the monitor logs at its own interval; all ranks log the
-same step."""
+continue without one; the DataModule saves the data position; the monitor logs at its own interval; a run may have no
+evaluation; all ranks log the same step."""
 
 _NOT_INSTALLED = re.compile(r"class_path '(?:[\w.]+\.)?(\w+)':\s+Requirement '([^']+)' not met")
 

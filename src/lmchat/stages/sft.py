@@ -66,7 +66,7 @@ class SFTDataModule(ChatDataModule):
 
     Args:
         train: the mixture, each task with its number of epochs.
-        val: held-out conversations for bits per byte.
+        val: held-out conversations for bits per byte; may be empty.
         eval_tasks: tasks to evaluate on; limit them with their ``stop``.
         micro_batch_size: rows per micro-batch and rank; null takes that of the checkpoint the stage starts from, "auto"
             the largest that fits the device's memory.
@@ -90,7 +90,9 @@ class SFTDataModule(ChatDataModule):
     ) -> None:
         super().__init__(micro_batch_size, eval_tasks, eval_batch_size, eval_max_new_tokens)
         check_count("data", 1, eval_tokens=eval_tokens)
-        self.mixtures = {"train": Mixture(train, shuffle_seed), "val": Mixture(val, shuffle_seed)}
+        self.mixtures = {"train": Mixture(train, shuffle_seed)}
+        if val:
+            self.mixtures["val"] = Mixture(val, shuffle_seed)
         self.eval_tokens = eval_tokens
 
     def _folder(self, split: str) -> Path:
@@ -98,7 +100,9 @@ class SFTDataModule(ChatDataModule):
 
     def prepare_data(self) -> None:
         assert self.trainer is not None
-        splits = self.mixtures if self.trainer.state.fn == "fit" else ("val",)
+        splits = tuple(self.mixtures) if self.trainer.state.fn == "fit" else ("val",)
+        if "val" not in self.mixtures and self.trainer.state.fn != "fit":
+            raise UserError("--data.val is empty, so there is nothing to evaluate; name a task, or use lmchat eval")
         for split in splits:
             mixture, spec = self.mixtures[split], self.spec
             folder = self._folder(split)
@@ -110,10 +114,11 @@ class SFTDataModule(ChatDataModule):
             check_loss(split, report, spec.sequence_len)
 
     def setup(self, stage: str) -> None:
-        val_plan = self._plan("val")
-        token_bytes = torch.from_numpy(self.spec.tokenizer.token_bytes)
-        bits_per_byte = BitsPerByteEvaluator(token_bytes, partial(self._validation_batches, val_plan))
-        self.evaluators = [bits_per_byte, *self.task_evaluators()]
+        self.evaluators = self.task_evaluators()
+        if "val" in self.mixtures:
+            token_bytes = torch.from_numpy(self.spec.tokenizer.token_bytes)
+            batches = partial(self._validation_batches, self._plan("val"))
+            self.evaluators.insert(0, BitsPerByteEvaluator(token_bytes, batches))
         if stage == "fit":
             self.train_plan = self._plan("train")
             self.max_steps = self.train_plan.steps
