@@ -48,14 +48,16 @@ def horizon(max_steps: int | None, data_steps: int | None, laws: Plan | None) ->
         UserError: all three are None, or the data does not last for ``max_steps``.
     """
     steps = laws.steps if laws else max_steps
-    if steps is None and data_steps is None:
+    if steps is None:
+        steps = data_steps
+    if steps is None:
         raise UserError("the length of the run is not set; give --trainer.max_steps")
-    if steps is not None and data_steps is not None and steps > data_steps:
+    if data_steps is not None and steps > data_steps:
         raise UserError(
             f"--trainer.max_steps is {steps:,}, and the training data lasts {data_steps:,} optimizer step(s); leave it "
             "out, or raise the epochs of the data (--data.epochs, or epochs of the tasks in --data.train)"
         )
-    return steps if steps is not None else data_steps
+    return steps
 
 
 def validation_interval(every_n_steps: Sequence[int], accumulate_grad_batches: int) -> int:
