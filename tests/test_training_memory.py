@@ -85,11 +85,12 @@ def test_a_block_keeps_what_the_model_says(mode: Mode, n_kv_head: int) -> None:
     assert counted == pytest.approx(expected - cast_weights, rel=0.02)
 
 
-def test_checkpointing_gives_the_same_gradients() -> None:
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+def test_checkpointing_gives_the_same_gradients(mode: Mode) -> None:
     ids = torch.randint(320, (2, 64), generator=torch.Generator().manual_seed(1))
     results = []
     for checkpointed in (False, True):
-        net = model(CONFIG)
+        net = model(CONFIG, mode)
         net.checkpoint_blocks = checkpointed
         loss = net.loss(ids, ids)
         loss.backward()

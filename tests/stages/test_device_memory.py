@@ -198,3 +198,12 @@ def test_want_of_memory_outside_training_is_one_message(
     monkeypatch.setattr("lmchat.__main__._run_command", fail)
     assert main(["chat"]) == 2
     assert capfd.readouterr().err.startswith("lmchat: out of memory (")
+
+
+def test_a_run_that_fits_only_so_recomputes(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    monkeypatch.setattr("lmchat.stages.base.needs_recomputing", lambda module, rows: rows == 2)
+    monkeypatch.setattr("lmchat.stages.base.compile_blocks", lambda net, recompute: compiled.append(recompute))
+    for rows in ("2", "4"):
+        assert fit(base, "--model.compile", "true", "--data.micro_batch_size", rows, "--model.tag", rows) == 0
+    assert compiled == [True, False]
