@@ -15,7 +15,7 @@ from lmchat.serve.app import Server
 from lmchat.types import UserError
 
 HEADER_SECONDS = 20
-"""Time a client has to send the first request of a connection."""
+"""Time a client has to send the head of a request."""
 
 
 def open_socket(host: str, port: int) -> socket.socket:
@@ -41,15 +41,31 @@ def open_socket(host: str, port: int) -> socket.socket:
 
 
 class _Protocol(H11Protocol):
-    """HTTP/1.1 that closes connections whose first request does not arrive."""
+    """HTTP/1.1 that closes connections on which a request does not arrive in time."""
+
+    _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.loop.call_later(HEADER_SECONDS, self._close_without_request)
+        self._watch()
 
-    def _close_without_request(self) -> None:
-        if self.cycle is None and not self.transport.is_closing():
-            self.transport.close()
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def _watch(self) -> None:
+        """Starts the timer with the first byte of a request, and stops it with the last of its head."""
+        is_idle = self.cycle is None or self.cycle.response_complete
+        if is_idle and self._timer is None:
+            self._timer = self.loop.call_later(HEADER_SECONDS, self.transport.close)
+        elif not is_idle and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        super().connection_lost(exc)
 
 
 class _Uvicorn(uvicorn.Server):
