@@ -50,7 +50,8 @@ function drawMessage(message, index) {
     made.setAttribute("aria-busy", "true");
     return made;
   }
-  const tools = element("div", { className: "tools" }, button("copy", "Copy", () => copy(textOf(message))));
+  const tools = element("div", { className: "tools" });
+  if (message.parts.length) tools.append(button("copy", "Copy", () => copy(textOf(message))));
   if (mine) tools.append(button("edit", "Edit", () => edit(made, index)));
   else tools.append(button("again", "Regenerate", () => regenerate(index)), element("span", { className: "note" }, note(message)));
   if (message.error) made.append(errorBox(message.error, () => regenerate(index)));
