@@ -68,7 +68,7 @@ test-slow: $(INSTALLED)  ## run the long tests
 TORCH211 := .venv-torch211
 test-torch211:  ## run the tests on torch 2.11, in an environment of its own
 	@test -x $(TORCH211)/bin/python || $(PYTHON) -m venv $(TORCH211)
-	@$(TORCH211)/bin/python -m pip install -q 'torch==2.11.*' -e '.[dev,plot]'
+	@$(TORCH211)/bin/python -m pip install -q 'torch==2.11.*' -e '.[dev,plot,serve]'
 	@$(TORCH211)/bin/python -m pytest -m 'not slow and not gpu' -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
 # On a GPU image without pip or a network: the image's own Python, and three packages that are carried to it, as the
