@@ -155,7 +155,8 @@ def test_a_user_trains_on_a_folder_of_text(text: Path, tmp_path: Path, capfd: py
     assert stages["conversation"]["questions"] == 6
     assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "bits per byte" in first_out
-    next_command = first_out.strip().splitlines()[-1]
+    next_command, serving = first_out.strip().splitlines()[-2:]
+    assert serving.endswith(" serve")
     answer = f"{next_command} -p 'Who are you?' --max_new_tokens 3"
     talked = subprocess.run(answer, shell=True, check=True, timeout=120, capture_output=True, text=True)
     assert "rl demo, step 2" in talked.stderr
