@@ -20,14 +20,15 @@ from lmchat.model.gpt import GPT
 LogitsOf = Callable[[Tensor], Tensor]
 """Returns logits (B, T, vocab_size) for right-padded ids (B, T) int64."""
 
-MAX_BATCH_TOKENS = 1 << 14
-MAX_BATCH_TOKENS_ON_CPU = 1 << 11
+MAX_BATCH_TOKENS = {"cpu": 1 << 11, "cuda": 1 << 14}
 """Tokens per batch; larger batches do not fit into a CPU's caches."""
+LOGITS_CHUNK = {"cpu": 1 << 6, "cuda": 1 << 13}
+"""Tokens whose logits are computed together, likewise."""
 
 
 def max_batch_tokens(device: torch.device) -> int:
     """Tokens per batch on a device."""
-    return MAX_BATCH_TOKENS_ON_CPU if device.type == "cpu" else MAX_BATCH_TOKENS
+    return MAX_BATCH_TOKENS["cpu" if device.type == "cpu" else "cuda"]
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,9 @@ def score(net: GPT, questions: Sequence[Example]) -> list[list[OptionScore]]:
         questions: the examples, which form one batch.
     """
     trees = [PromptTree.of(example) for example in questions]
-    packed = PackedTrees(trees, net.device)
-    hidden = net.hidden(packed.ids, packed)[0]
-    places = torch.tensor([place for branch in packed.predicting for place in branch], device=net.device)
-    scores = iter(scores_of(net.logits(hidden[places]), [target for tree in trees for target in tree.targets]))
+    packed = PackedTrees(trees, net.device, net.config.n_layer)
+    hidden = net.hidden(packed.ids, packed, only=packed.predicting)[0, packed.order]
+    scores = iter(_scores_in_chunks(net, hidden, [target for tree in trees for target in tree.targets]))
     results = []
     for tree in trees:
         by_branch = [next(scores) for _ in tree.branches]
@@ -101,10 +101,27 @@ def batches_by_length(questions: Sequence[Example], max_tokens: int) -> Iterator
         yield batch
 
 
+def _scores_in_chunks(net: GPT, hidden: Tensor, targets: Sequence[Sequence[int]]) -> list[OptionScore]:
+    """`scores_of` of hidden states (tokens, n_embd), a few at a time: the logits of all would leave a CPU's caches."""
+    flat = torch.tensor([token for tokens in targets for token in tokens], device=hidden.device)
+    losses, hits = [], []
+    chunk = LOGITS_CHUNK["cpu" if hidden.device.type == "cpu" else "cuda"]
+    for rows, tokens in zip(hidden.split(chunk), flat.split(chunk), strict=True):
+        logits = net.logits(rows)
+        losses.append(F.cross_entropy(logits, tokens, reduction="none"))
+        hits.append(logits.argmax(dim=-1) == tokens)
+    return _by_option(torch.cat(losses), torch.cat(hits), targets)
+
+
 def scores_of(logits: Tensor, targets: Sequence[Sequence[int]]) -> list[OptionScore]:
     """Scores of options from logits (tokens, vocab_size), the rows of all options one after another."""
-    lengths = [len(tokens) for tokens in targets]
     flat = torch.tensor([token for tokens in targets for token in tokens], device=logits.device)
-    losses = F.cross_entropy(logits.float(), flat, reduction="none").cpu().split(lengths)
-    greedy = (logits.argmax(dim=-1) == flat).cpu().split(lengths)
-    return [OptionScore(float(loss.mean()), bool(hits.all())) for loss, hits in zip(losses, greedy, strict=True)]
+    losses = F.cross_entropy(logits.float(), flat, reduction="none")
+    return _by_option(losses, logits.argmax(dim=-1) == flat, targets)
+
+
+def _by_option(losses: Tensor, hits: Tensor, targets: Sequence[Sequence[int]]) -> list[OptionScore]:
+    """Scores from losses (tokens,) and whether each token is the most likely one."""
+    lengths = [len(tokens) for tokens in targets]
+    pairs = zip(losses.cpu().split(lengths), hits.cpu().split(lengths), strict=True)
+    return [OptionScore(float(loss.mean()), bool(hit.all())) for loss, hit in pairs]

@@ -60,13 +60,16 @@ class PackedTrees:
     Args:
         trees: the trees; attention is cheapest if their prefixes have similar lengths.
         device: device of the network.
+        num_layers: number of its layers.
 
     Attributes:
         ids: (1, N) int64, the tokens of all trees.
-        predicting: for each branch of each tree, in order, the positions in ``ids`` that predict its scored tokens.
+        predicting: (M,) int64, the positions in ``ids`` that predict scored tokens. The last layer takes only their
+            queries.
+        order: (scored tokens,) int64, for each scored token of each branch of each tree the index in ``predicting``.
     """
 
-    def __init__(self, trees: Sequence[PromptTree], device: torch.device) -> None:
+    def __init__(self, trees: Sequence[PromptTree], device: torch.device, num_layers: int) -> None:
         ids: list[int] = []
         positions: list[int] = []
         prefixes: list[range] = []
@@ -80,19 +83,32 @@ class PackedTrees:
                 branches[-1].append(range(len(ids), len(ids) + len(branch)))
                 ids += branch
                 positions += range(len(tree.prefix), len(tree.prefix) + len(branch))
-        self.predicting = [
-            [*prefix, *branch][start - 1 : end - 1]
+        predicting = [
+            [
+                place
+                for branch, (start, end) in zip(own, tree.spans, strict=True)
+                for place in [*prefix, *branch][start - 1 : end - 1]
+            ]
             for tree, prefix, own in zip(trees, prefixes, branches, strict=True)
-            for branch, (start, end) in zip(own, tree.spans, strict=True)
         ]
+        distinct = [sorted(set(places)) for places in predicting]
+        flat = [place for places in distinct for place in places]
+        index = {place: number for number, place in enumerate(flat)}
+        self.predicting = torch.tensor(flat).to(device)
+        self.order = torch.tensor([index[place] for places in predicting for place in places]).to(device)
         self.ids = torch.tensor([ids]).to(device)
         self._positions = torch.tensor([positions]).to(device)
         self._end = max(positions) + 1
         self._prefix = _PaddedIndex(prefixes, device)
         self._branch = _PaddedIndex([[place for branch in own for place in branch] for own in branches], device)
-        numbers = [[number for number, branch in enumerate(own) for _ in branch] for own in branches]
-        self._branch_number = _padded(numbers, -1).to(device)
-        self._masks: dict[int, Tensor] = {}
+        number = torch.full((len(ids),), -1)
+        for own in branches:
+            for each, branch_range in enumerate(own):
+                number[list(branch_range)] = each
+        self._number = number[None].to(device)
+        self._picked = _PaddedIndex([[index[place] for place in places] for places in distinct], device)
+        self._last_layer = num_layers - 1
+        self._masks: dict[tuple[int, bool], Tensor] = {}
 
     def context_end(self, length: int) -> int:
         """The length of the longest option."""
@@ -103,30 +119,38 @@ class PackedTrees:
         return self._positions
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-        """Attention of q (1, N, heads, head_dim) to k and v (1, N, kv heads, head_dim) within each option."""
+        """Attention of q (1, N, heads, head_dim) to k and v (1, N, kv heads, head_dim) within each option.
+
+        In the last layer q is (1, M, heads, head_dim), the queries of ``predicting``.
+        """
         out = torch.empty_like(q)
         prefix, branch = self._prefix, self._branch
         keys, values = prefix.gather(k), prefix.gather(v)
-        if prefix.width:
+        picked = layer == self._last_layer
+        if prefix.width and not picked:
             prefix.scatter(attend_banded(prefix.gather(q), keys, values, window), out)
-        if branch.width:
+        queries = self._picked if picked else branch
+        if queries.width:
             keys, values = torch.cat([keys, branch.gather(k)], 1), torch.cat([values, branch.gather(v)], 1)
-            branch.scatter(attention(branch.gather(q), keys, values, self._mask(window)), out)
+            queries.scatter(attention(queries.gather(q), keys, values, self._mask(window, picked)), out)
         return out
 
     def advance(self, length: int) -> None:
         """Does nothing: the cache is for one call."""
 
-    def _mask(self, window: int) -> Tensor:
-        """Attention mask of the branches' tokens: (trees, 1, branch tokens, prefix and branch tokens) bool."""
-        if window not in self._masks:
-            own, before = self._branch.take(self._positions), self._prefix.take(self._positions)
-            distance = own[:, :, None] - torch.cat([before, own], 1)[:, None, :]
-            same = self._branch_number[:, :, None] == self._branch_number[:, None, :]
-            of_prefix = self._prefix.valid[:, None, :].expand(-1, own.size(1), -1)
-            visible = torch.cat([of_prefix, same], 2) & (distance >= 0) & (distance <= window)
-            self._masks[window] = visible[:, None]
-        return self._masks[window]
+    def _mask(self, window: int, picked: bool) -> Tensor:
+        """(trees, 1, queries, prefix and branch tokens) bool: what branch tokens, or those of ``predicting``, see."""
+        if (window, picked) not in self._masks:
+            prefix, branch = self._prefix, self._branch
+            rows = (self._positions, self._number)
+            of_queries = [self._picked.take(row[:, self.predicting]) if picked else branch.take(row) for row in rows]
+            of_keys = [torch.cat([prefix.take(row), branch.take(row)], 1) for row in rows]
+            distance = of_queries[0][:, :, None] - of_keys[0][:, None]
+            # A token of the prefix, number −1, is seen by all; one of a branch by those of the same branch.
+            same = (of_keys[1][:, None] == -1) | (of_queries[1][:, :, None] == of_keys[1][:, None])
+            valid = torch.cat([prefix.valid, branch.valid], 1)[:, None]
+            self._masks[window, picked] = (valid & same & (distance >= 0) & (distance <= window))[:, None]
+        return self._masks[window, picked]
 
 
 class _PaddedIndex:

@@ -104,7 +104,13 @@ class SelfAttention(nn.Module):
             self.ve_gate = Linear(GATE_CHANNELS, config.n_kv_head)
 
     def forward(
-        self, x: Tensor, value_embedding: Tensor | None, cos: Tensor, sin: Tensor, kv_cache: AttentionCache | None
+        self,
+        x: Tensor,
+        value_embedding: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        kv_cache: AttentionCache | None,
+        only: Tensor | None = None,
     ) -> Tensor:
         """Output (B, T, n_embd) for the normed residual stream.
 
@@ -114,6 +120,7 @@ class SelfAttention(nn.Module):
             cos: rotary table of the positions, see `rotate`.
             sin: likewise.
             kv_cache: keys and values of earlier tokens, to which those of ``x`` are added.
+            only: (M,) int64 positions whose output is needed; None is all.
         """
         batch, length, _ = x.shape
         q, k, v, gate = self.project(x)
@@ -125,11 +132,13 @@ class SelfAttention(nn.Module):
             v = v + (2 * torch.sigmoid(gate)).unsqueeze(-1) * value_embedding.view_as(v)
         q = norm(rotate(q, cos, sin))
         k = norm(rotate(k, cos, sin))
+        if only is not None:
+            q = q[:, only]
         if kv_cache is None:
             out = self.attend(q, k, v, self.window)
         else:
             out = kv_cache.attend(self.layer, q, k, v, self.window)
-        return self.c_proj(out.reshape(batch, length, -1))
+        return self.c_proj(out.reshape(batch, q.size(1), -1))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Queries, keys and values (B, T, heads · head_dim), and the gate logits (B, T, n_kv_head)."""
@@ -178,6 +187,7 @@ class Block(nn.Module):
         sin: Tensor,
         kv_cache: AttentionCache | None,
         mix: ResidualMix | None = None,
+        only: Tensor | None = None,
     ) -> Tensor:
         """The residual stream (B, T, n_embd) after the block.
 
@@ -185,9 +195,11 @@ class Block(nn.Module):
             x: (B, T, n_embd), the residual stream before it.
             value_embedding: see `SelfAttention.forward`; likewise ``cos``, ``sin`` and ``kv_cache``.
             mix: residual mix to apply to ``x`` first; None if already applied, or if the model has none.
+            only: see `SelfAttention.forward`; the result is (B, M, n_embd).
         """
         x = mix_residual(x, mix)
-        x = x + self.attn(norm(x), value_embedding, cos, sin, kv_cache)
+        attended = self.attn(norm(x), value_embedding, cos, sin, kv_cache, only)
+        x = (x if only is None else x[:, only]) + attended
         return x + self.mlp(norm(x))
 
 
@@ -366,20 +378,22 @@ class GPT(nn.Module):
             project=self.lm_head.fp8[0] if self.training and self.lm_head.fp8 else None,
         )
 
-    def hidden(self, ids: Tensor, kv_cache: AttentionCache | None = None) -> Tensor:
+    def hidden(self, ids: Tensor, kv_cache: AttentionCache | None = None, only: Tensor | None = None) -> Tensor:
         """Normed hidden states (B, T, n_embd) before the head, in the compute dtype.
 
         Args:
             ids: (B, T), which follow the tokens in ``kv_cache``.
             kv_cache: keys and values of earlier tokens, to which those of ``ids`` are added.
+            only: (M,) int64 positions whose states are needed, for a cache whose `attend` in the last layer takes the
+                queries of these; the last block computes no others. The result is (B, M, n_embd).
 
         Raises:
             UserError: the context is longer than the rotary tables.
         """
         with nullcontext() if self.fixed_shapes and kv_cache is None else exclude_cudnn():
-            return self._hidden(ids, kv_cache)
+            return self._hidden(ids, kv_cache, only)
 
-    def _hidden(self, ids: Tensor, kv_cache: AttentionCache | None) -> Tensor:
+    def _hidden(self, ids: Tensor, kv_cache: AttentionCache | None, only: Tensor | None) -> Tensor:
         cos, sin = self._rotary_tables(ids.size(1), kv_cache)
         x = norm(self.transformer.wte(ids).to(self.compute_dtype))
         x0 = x
@@ -389,6 +403,8 @@ class GPT(nn.Module):
             run: Callable[..., Tensor] = block if kv_cache is None else block.forward
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 run = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
+            if only is not None and layer == len(self.blocks) - 1:
+                run = partial(run, only=only)
             value_embedding = self._value_embedding(layer, ids)
             if self.mix_in_blocks:
                 x = run(x, value_embedding, cos, sin, kv_cache, mix)
