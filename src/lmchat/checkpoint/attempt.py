@@ -1,9 +1,9 @@
-"""Which start of a run may write into its folder.
+"""Fencing: only the latest start of a run may write to its folder.
 
-Each start of a run on a folder is an attempt with a name of its own, which is in the file ``.attempt`` and which every
-rank knows. A rank that outlives its run, because its node hung or lost the network, may wake up while a later attempt
-writes to the same folder. So names of temporary files and receipts contain the attempt, and a rank renames or deletes
-files only while it holds a lock on ``.attempt`` and has read its own attempt there.
+Each start of a run is an attempt with a unique name, which all ranks know and which is stored in the file ``.attempt``.
+A rank that outlives its run, for example on a node that hung or lost the network, may wake up while a later attempt
+writes to the same folder. Names of temporary files and receipts therefore contain the attempt, and a rank renames or
+deletes files only while it holds a lock on ``.attempt`` and has read its own attempt there.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from lmchat.types import RankFailure, UserError
 
 ATTEMPT_NAME = ".attempt"
 TAKEOVER_TIMEOUT_SECONDS = 10.0
-"""How long a new attempt waits for ranks of the one before that rename a file, which takes milliseconds."""
+"""How long a new attempt waits for ranks of the previous one to rename a file, which takes milliseconds."""
 
 
 class Superseded(RankFailure):
-    """Another attempt writes to the folder now; this process must not."""
+    """A later attempt has begun; this process must not write to the folder any more."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Attempt:
 
     Attributes:
         directory: folder of the run's checkpoints.
-        name: identity, in letters and digits.
+        name: unique name, of letters and digits.
     """
 
     directory: Path
@@ -42,10 +42,10 @@ class Attempt:
 
     @classmethod
     def begin(cls, directory: Path) -> Attempt:
-        """A new attempt, which ends the right of all earlier ones to write to ``directory``.
+        """Begins a new attempt; earlier ones can no longer write to ``directory``.
 
         Raises:
-            UserError: a process of an earlier attempt is stopped in the middle of a rename.
+            UserError: a process of an earlier attempt is suspended during a rename.
             OSError: the folder cannot be written.
         """
         attempt = cls(directory, uuid.uuid4().hex[:12])
@@ -59,7 +59,7 @@ class Attempt:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Keeps other attempts from beginning while the block renames or deletes files; keep it short.
+        """Blocks other attempts from beginning while the block renames or deletes files; keep it short.
 
         Raises:
             Superseded: another attempt has begun.
@@ -72,7 +72,7 @@ class Attempt:
                 "process ends and writes nothing more"
             ) from error
         with file:
-            with contextlib.suppress(OSError):  # a file system without locks; the run has warned when it began
+            with contextlib.suppress(OSError):  # a file system without locks; the run has warned at its start
                 fcntl.lockf(file, fcntl.LOCK_SH)
             if file.read() != self.name.encode():
                 raise Superseded(
@@ -82,7 +82,7 @@ class Attempt:
             yield
 
     def check(self) -> None:
-        """Raises Superseded where another attempt has begun."""
+        """Raises Superseded if another attempt has begun."""
         with self.writing():
             pass
 

@@ -1,4 +1,4 @@
-"""Models from elsewhere, written as checkpoints that chat, training and export take like any other."""
+"""Writes imported models as regular checkpoints."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.types import UserError
 
 DEFAULT_LEARNING_RATES = {"embedding_lr": 0.3, "unembedding_lr": 0.004, "matrix_lr": 0.02, "scalar_lr": 0.5}
-"""Of pretraining at width 768 and batch 2¹⁹; later stages take those of the checkpoint they start from."""
+"""Learning rates of pretraining at width 768 and batch 2¹⁹, which later stages take from the checkpoint."""
 
 
 @dataclass(frozen=True)
 class ImportedModel:
-    """A model as it was read.
+    """An imported model.
 
     Attributes:
-        source: the folder it was read from.
-        kind: what wrote it: "hf" or "nanochat".
+        source: folder it was read from.
+        kind: format it was read from: "hf" or "nanochat".
         config: hyperparameters.
-        state: the GPT's tensors, in any floating-point dtype.
-        tokenizer: the model's own.
-        stage: name of the training stage it is of, where the source says so.
-        tag: name of the run, likewise.
-        step: optimizer steps taken, likewise.
-        settings: settings of the training run that later stages inherit.
-        notes: what the user should know.
+        state: state dict of the GPT, in any floating-point dtype.
+        tokenizer: tokenizer of the model.
+        stage: name of the training stage; None if unknown.
+        tag: name of the run; None if unknown.
+        step: optimizer steps taken; None if unknown.
+        settings: settings of the training run that later stages use.
+        notes: remarks for the user.
     """
 
     source: Path
@@ -52,11 +52,11 @@ class ImportedModel:
 
 
 def save_imported(model: ImportedModel, *, stage: str, tag: str) -> CheckpointPaths:
-    """Writes the model as a checkpoint of step 0 without optimizer state, and its tokenizer where there is none yet.
+    """Writes the model as a checkpoint of step 0 without optimizer state, and its tokenizer if there is none yet.
 
     Raises:
-        UserError: tensors and config, or model and tokenizer, do not fit together; the run's folder is taken; or the
-            base folder has another tokenizer.
+        UserError: tensors and config, or model and tokenizer, do not match; the run's folder exists; or the base folder
+            has another tokenizer.
     """
     try:
         check_settings({**model.settings, "stage": stage, "tag": tag})

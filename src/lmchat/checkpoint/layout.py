@@ -4,7 +4,7 @@
                                   optim_005000_rank0.pt   that rank's optimizer, random numbers, data position
                                   meta_005000.json        written last: what the checkpoint is and consists of
 
-A checkpoint exists from the moment its ``meta`` file does. ``meta`` lists every other file with size and SHA-256.
+A checkpoint exists once its ``meta`` file exists. ``meta`` lists all other files with size and SHA-256.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lmchat.types import UserError
 
 LOCK_NAME = ".lock"
 
-# A receipt holds the sizes and checksums of a rank's files, for rank 0 to put into meta; rank 0 deletes it.
+# A receipt has the sizes and checksums of a rank's files; rank 0 copies them into meta and deletes the receipt.
 _FILE_NAME = re.compile(
     r"(?:model|meta|optim|receipt)_([0-9]{6,})(?:_rank[0-9]+)?(?:_[0-9a-f]+)?\.(?:pt|json)"
     rf"(?:(?:\.[0-9a-f]+)?{re.escape(TEMPORARY_SUFFIX)})?"
@@ -32,11 +32,11 @@ def checkpoint_dir(stage: str, tag: str) -> Path:
     """The folder of a run's checkpoints.
 
     Args:
-        stage: name of a stage of `lmchat.stage_table`, present or former.
-        tag: the run's name, e.g. d26.
+        stage: current or former name of a stage of `lmchat.stage_table`.
+        tag: name of the run, e.g. d26.
 
     Raises:
-        UserError: the tag is not the name of one folder.
+        UserError: the tag is not a valid folder name.
     """
     if not is_folder_name(tag):
         raise UserError(
@@ -54,10 +54,10 @@ class CheckpointPaths:
 
     @classmethod
     def of(cls, path: str | Path) -> CheckpointPaths:
-        """From the path of a ``model_*.pt`` or ``meta_*.json``, which need not exist.
+        """Parses the path of a ``model_*.pt`` or ``meta_*.json`` file, which need not exist.
 
         Raises:
-            UserError: the name is neither.
+            UserError: the file name is neither.
         """
         path = Path(path)
         match = _CHECKPOINT_NAME.fullmatch(path.name)
@@ -85,7 +85,7 @@ class CheckpointPaths:
 
 
 def files_by_step(directory: Path) -> dict[int, list[Path]]:
-    """Every file of a checkpoint in ``directory``, also of unfinished ones, by optimizer step."""
+    """All files of checkpoints in ``directory``, including unfinished ones, by optimizer step."""
     files: dict[int, list[Path]] = {}
     for path in directory.iterdir() if directory.is_dir() else ():
         if match := _FILE_NAME.fullmatch(path.name):

@@ -1,4 +1,4 @@
-"""Finding, verifying and reading checkpoints, without Lightning and without unpickling arbitrary objects."""
+"""Finds, verifies and reads checkpoints, without Lightning and without unpickling arbitrary objects."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint: its files, and its ``meta`` (stage, model, tokenizer, step, files, ...)."""
+    """A complete checkpoint: its paths, and its ``meta`` (stage, model, tokenizer, step, files, ...)."""
 
     paths: CheckpointPaths
     meta: dict[str, Any]
@@ -41,12 +41,12 @@ class Checkpoint:
 
     @property
     def stage(self) -> str:
-        """Name of the stage, in `lmchat.stage_table`."""
+        """Name of the stage in `lmchat.stage_table`."""
         return current_stage_name(self.meta["stage"])
 
     @property
     def weights_only(self) -> bool:
-        """Whether it has no optimizer state, being imported: runs start from it at step 0, also of the same stage."""
+        """Whether it has no optimizer state, because it was imported; runs of any stage start from it at step 0."""
         return self.meta.get("weights_only", False)
 
     @property
@@ -65,18 +65,18 @@ def find_checkpoint(
     """Finds the checkpoint at ``path`` and verifies all its files.
 
     Args:
-        path: a ``model_*.pt`` or ``meta_*.json`` (that checkpoint and no other), a folder (its newest complete one),
-            or ``last`` (the newest complete one in ``directory``).
-        directory: the run's folder, for ``last``.
-        warn: called with a message for each newer checkpoint that is passed over, being damaged or unfinished.
+        path: a ``model_*.pt`` or ``meta_*.json`` file, a folder (its newest complete checkpoint), or ``last`` (the
+            newest complete checkpoint in ``directory``).
+        directory: folder of the run, for ``last``.
+        warn: called with a message for each newer checkpoint that is skipped because it is damaged or unfinished.
 
     Raises:
-        DamagedCheckpoint: a file of the named checkpoint, or of each in the folder, is missing, truncated or altered.
+        DamagedCheckpoint: the given checkpoint, or every one in the folder, has a missing, truncated or altered file.
         UserError: there is no such checkpoint.
     """
     if str(path) == "last":
         if directory is None:
-            raise UserError("there is no run whose last checkpoint could be meant; give a folder or a file")
+            raise UserError("`last` needs a run; give a folder or a file of a checkpoint")
         path = directory
     path = expand_user(path)
     if path.suffix and (not path.is_dir() or path.suffix in (".json", ".pt")):
@@ -110,7 +110,7 @@ def _newest(directory: Path, warn: Callable[[str], None]) -> Checkpoint:
 
 
 def find_model(path: Path | None = None) -> Checkpoint:
-    """The checkpoint at ``path``, by default the newest of the last stage that has one.
+    """The checkpoint at ``path``; default is the newest one of the last stage that has any.
 
     Raises:
         UserError: there is no checkpoint, or it is damaged.
@@ -125,7 +125,7 @@ def find_model(path: Path | None = None) -> Checkpoint:
 
 
 def open_checkpoint(paths: CheckpointPaths, files: Iterable[Path] | None = None) -> Checkpoint:
-    """Reads ``meta`` and verifies size and SHA-256 of ``files``, by default of all files it lists.
+    """Reads ``meta`` and verifies size and SHA-256 of ``files``; default is all files that it lists.
 
     Raises:
         DamagedCheckpoint: a file is missing, truncated or altered.
@@ -213,10 +213,10 @@ def load_model_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
 
 
 def load_network_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """`load_model_state`, with the names and shapes that the checkpoint's ``model`` asks for.
+    """`load_model_state`, checked against the names and shapes required by ``model`` in ``meta``.
 
     Raises:
-        DamagedCheckpoint: the tensors are others.
+        DamagedCheckpoint: names or shapes differ.
     """
     state = load_model_state(checkpoint)
     try:
@@ -227,10 +227,10 @@ def load_network_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
 
 
 def _read_tensors(path: Path, *, mmap: bool = False) -> dict[Any, Any]:
-    """The dictionary in a file of `torch.save`; nothing in the file is executed.
+    """Reads the dictionary in a file of `torch.save`, without executing anything in it.
 
     Raises:
-        DamagedCheckpoint: it is another file, or holds more than tensors and plain values.
+        DamagedCheckpoint: it is another kind of file, or contains more than tensors and plain values.
     """
     with path.open("rb") as file:
         start = file.read(8)
@@ -243,7 +243,7 @@ def _read_tensors(path: Path, *, mmap: bool = False) -> dict[Any, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except MemoryError:
         raise
-    except Exception as error:  # torch raises errors of many types for files that are not its own
+    except Exception as error:  # torch raises errors of many types for other files
         reason = shown(str(error).splitlines()[0] if str(error) else type(error).__name__)
         raise DamagedCheckpoint(
             f"{path} holds more than tensors and plain values, or is damaged ({reason}); nothing in it was executed; "
@@ -261,11 +261,12 @@ def load_tokenizer(checkpoint: Checkpoint, folder: Path | None = None) -> Tokeni
     """The tokenizer that the checkpoint's model was trained with.
 
     Args:
-        folder: where it is; default is the ``tokenizer`` folder beside the checkpoint folders, or else
+        checkpoint: the checkpoint.
+        folder: folder of the tokenizer; default is the ``tokenizer`` folder beside the checkpoint folders, or else
             ``$LMCHAT_BASE_DIR/tokenizer``.
 
     Raises:
-        UserError: the tokenizer is missing, or is another one.
+        UserError: the tokenizer is missing, or a different one.
     """
     beside = checkpoint.paths.directory.parent.parent / "tokenizer"
     folder = folder or (beside if beside.is_dir() else tokenizer_dir())
@@ -279,10 +280,10 @@ def load_tokenizer(checkpoint: Checkpoint, folder: Path | None = None) -> Tokeni
 
 
 def load_rank_state(checkpoint: Checkpoint, rank: int) -> dict[str, Any]:
-    """What ``rank`` alone saved: ``optimizer_states``, ``rng``, callbacks and data position, on the CPU.
+    """The state saved by ``rank``: ``optimizer_states``, ``rng``, callbacks and data position, on the CPU.
 
     Raises:
-        DamagedCheckpoint: the file holds something else.
+        DamagedCheckpoint: the file has other contents.
     """
     path = checkpoint.paths.optimizer(rank)
     state = _read_tensors(path)
@@ -296,7 +297,7 @@ _RANK_STATE: dict[str, type] = {"optimizer_states": list, "rng": dict, "callback
 
 
 def check_can_resume(checkpoint: Checkpoint) -> None:
-    """Raises DamagedCheckpoint where ``meta`` lacks what the trainer restores."""
+    """Raises DamagedCheckpoint if ``meta`` lacks values that the trainer restores."""
     try:
         check_resumable(checkpoint.meta)
     except UserError as error:
@@ -304,7 +305,7 @@ def check_can_resume(checkpoint: Checkpoint) -> None:
 
 
 def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> GPT:
-    """The checkpoint's network in evaluation mode, in the compute dtype that suits ``device``."""
+    """The checkpoint's network in eval mode, with the default compute dtype of ``device``."""
     with torch.device("meta"):
         net = GPT(GPTConfig(**checkpoint.meta["model"]), compute_dtype=default_compute_dtype(device))
     net.to_empty(device=device)

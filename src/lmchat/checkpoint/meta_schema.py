@@ -1,8 +1,8 @@
-"""The schema of a checkpoint's ``meta``, which is untrusted input: checked here before anything is built from it.
+"""Validates the ``meta`` of checkpoints, which is untrusted input, before it is used.
 
-Everything a checkpoint says is used to make paths, allocate memory and print messages, and a matching checksum only
-shows that nobody altered the file afterwards. So names are names of files in the folder, sizes are bounded by the
-bytes that the weights file has, and no text holds control characters.
+Its values are used in paths, memory allocations and messages, and a matching checksum does not show who wrote the file.
+Therefore file names must be in the folder, sizes must fit the size of the weights file, and text must not have control
+characters.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lmchat.stage_table import STAGES, current_stage_name
 from lmchat.types import UserError
 
 MAX_META_BYTES = 2**26
-"""Far more than the meta of a run on 100,000 ranks."""
+"""Limit of the file size, far above the meta of a run on 100,000 ranks."""
 MAX_NESTING = 32
 MAX_LAYERS = 10_000
 MAX_RANKS = 2**20
@@ -31,11 +31,11 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u206
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 Check = Callable[[Any], str | None]
-"""Says what a value must be where it is not that; None where it is."""
+"""Returns None for a valid value, otherwise a description of valid values."""
 
 
 def integer(low: int, high: int) -> Check:
-    """A whole number from ``low`` to ``high``."""
+    """A check for integers from ``low`` to ``high``."""
 
     def check(value: Any) -> str | None:
         if type(value) is int and low <= value <= high:
@@ -66,17 +66,17 @@ def mapping(value: Any) -> str | None:
 
 
 def one_of(*names: str) -> Check:
-    """One of some strings."""
+    """A check for one of the given strings."""
     return lambda value: None if type(value) is str and value in names else f"one of {', '.join(names)}"
 
 
 def optional(check: Check) -> Check:
-    """Null, or what ``check`` accepts."""
+    """A check for null or values that ``check`` accepts."""
     return lambda value: None if value is None else check(value)
 
 
 def folder_name(value: Any) -> str | None:
-    """The name of one folder, as a tag is."""
+    """A folder name, e.g. a tag."""
     return None if type(value) is str and is_folder_name(value) else "the name of a folder, without slashes"
 
 
@@ -133,10 +133,10 @@ def check_meta(meta: Any, paths: CheckpointPaths) -> None:
 
     Args:
         meta: JSON value as parsed, without ``meta_sha256``.
-        paths: where it was read.
+        paths: paths of the checkpoint.
 
     Raises:
-        UserError: a value is missing or wrong; the message names it, without the file.
+        UserError: a value is missing or wrong; the message names it, but not the file.
     """
     _check_plain(meta)
     _check_fields(meta, REQUIRED, OPTIONAL, "")
@@ -150,7 +150,7 @@ def check_meta(meta: Any, paths: CheckpointPaths) -> None:
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
-    """Checks values for a new ``meta`` that were read from somebody else's files.
+    """Checks values for a new ``meta`` that were read from imported files.
 
     Raises:
         UserError: a value is wrong; the message names it.
@@ -162,7 +162,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 
 
 def check_resumable(meta: Mapping[str, Any]) -> None:
-    """Raises UserError unless ``meta`` has what the trainer restores; it has passed `check_meta`."""
+    """Raises UserError unless ``meta``, checked by `check_meta`, has all values that the trainer restores."""
     for name in ("lightning", "compute_dtype", "total_steps"):
         if name not in meta:
             raise UserError(f"{name} is missing, so that no run can be resumed from it")
@@ -210,7 +210,7 @@ def _check_fields(
 
 
 def _check_files(files: Mapping[str, Any], paths: CheckpointPaths, world_size: int) -> None:
-    """Exactly the weights and every rank's state, each with its size and checksum."""
+    """Checks that the files are the weights and every rank's state, with sizes and checksums."""
     if len(files) != world_size + 1:
         raise UserError(
             f"files names {len(files)} files, and the weights and {world_size} rank(s) are {world_size + 1}"
@@ -253,15 +253,15 @@ def _check_lightning(lightning: Mapping[str, Any], step: int) -> None:
 
 
 def stage_of(meta: Mapping[str, Any]) -> str:
-    """Present name of the stage of a ``meta`` that has passed `check_meta`."""
+    """Current name of the stage of a ``meta`` checked by `check_meta`."""
     return current_stage_name(meta["stage"])
 
 
 def read_limited(path: Path) -> bytes:
-    """The content of a ``meta`` file.
+    """Reads a ``meta`` file.
 
     Raises:
-        UserError: it is no regular file, or larger than `MAX_META_BYTES`; the message does not name the file.
+        UserError: it is not a regular file, or larger than `MAX_META_BYTES`; the message does not name the file.
         OSError: it cannot be read.
     """
     if not path.is_file():

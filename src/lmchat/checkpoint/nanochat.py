@@ -1,7 +1,7 @@
-"""Checkpoints of nanochat: ``model_005000.pt``, ``meta_005000.json`` and the pickled tokenizer.
+"""Reads checkpoints of nanochat: ``model_005000.pt``, ``meta_005000.json`` and the pickled tokenizer.
 
-Weight names are the same. Without value embeddings or residual mix, as in older versions, the model is the variant
-that leaves them out. Versions with further tensors are refused.
+Weight names are equal to lmchat's. Models without value embeddings or residual mix, as in older versions, are
+supported; versions with additional tensors are not.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def read_nanochat(path: Path, tokenizer: Path | None = None) -> ImportedModel:
     """Reads a checkpoint of nanochat.
 
     Args:
-        path: folder of the checkpoints, of which the last is taken, or a ``model_*.pt``.
-        tokenizer: ``tokenizer.pkl`` or its folder; default is the checkpoint's folder, or nanochat's place for it.
+        path: folder of the checkpoints, of which the last one is read, or a ``model_*.pt`` file.
+        tokenizer: ``tokenizer.pkl`` or its folder; default is the checkpoint's folder, or nanochat's tokenizer folder.
 
     Raises:
         UserError: a file is missing, damaged or of another version.
@@ -86,11 +86,11 @@ def _read_meta(path: Path) -> dict[str, Any]:
 def _read_state(path: Path) -> dict[str, torch.Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # Of many types, for as many ways to be damaged.
+    except Exception as error:  # damaged files raise errors of many types
         raise UserError(f"{path} is damaged or no state dict ({str(error).splitlines()[0]}); copy it again") from error
     if not isinstance(state, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise UserError(f"{path} is no state dict of tensors; give a model file of nanochat")
-    # A compiled model's names begin so.
+    # Prefix of the names of a compiled model.
     return {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
 
 
@@ -100,7 +100,7 @@ def _config(shape: dict[str, Any], state: Mapping[str, torch.Tensor], path: Path
         what = f"lacks {', '.join(missing)}" if missing else f"has {', '.join(unknown)}, which lmchat does not know"
         raise UserError(f"the model_config of {path} {what}; it is of another version of nanochat")
     return GPTConfig(
-        # Before there were windows, every layer attended to all.
+        # Before windows were introduced, every layer attended to the whole context.
         **{"window_pattern": "L", **shape},
         value_embeddings=any(name.startswith("value_embeds.") for name in state),
         residual_mix="resid_lambdas" in state,
@@ -108,7 +108,7 @@ def _config(shape: dict[str, Any], state: Mapping[str, torch.Tensor], path: Path
 
 
 def _settings(meta: dict[str, Any]) -> dict[str, Any]:
-    """What later stages inherit, as far as nanochat's meta says it."""
+    """Settings in nanochat's meta that later stages use."""
     options = meta.get("user_config")
     options = options if isinstance(options, dict) else {}
     given = {name: options[name] for name in DEFAULT_LEARNING_RATES if _is_positive(options.get(name))}
@@ -138,7 +138,7 @@ def _find_tokenizer(folder: Path, given: Path | None) -> Path:
 
 
 class _PickledEncoding:
-    """Stands in for tiktoken's Encoding: keeps what was pickled, and runs nothing."""
+    """Replaces tiktoken's Encoding when unpickling: stores the pickled state and runs nothing."""
 
     state: Any = None
 
@@ -147,7 +147,7 @@ class _PickledEncoding:
 
 
 class _EncodingUnpickler(pickle.Unpickler):
-    """Admits tiktoken's Encoding and nothing else: a pickle may otherwise run any code."""
+    """Allows tiktoken's Encoding only, since pickles can run arbitrary code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("tiktoken.core", "Encoding"):
@@ -156,10 +156,10 @@ class _EncodingUnpickler(pickle.Unpickler):
 
 
 def read_pickled_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in nanochat's ``tokenizer.pkl``: a pickled tiktoken Encoding, read without running its code.
+    """Reads nanochat's ``tokenizer.pkl``, a pickled tiktoken Encoding, without running code from it.
 
     Raises:
-        UserError: the file is damaged, holds anything else, or an encoding with other special tokens.
+        UserError: the file is damaged or has other contents, or the encoding has other special tokens.
     """
     try:
         with path.open("rb") as file:
@@ -169,7 +169,7 @@ def read_pickled_tokenizer(path: Path) -> Tokenizer:
         if not isinstance(pattern, str) or not all(isinstance(token, bytes) for token in ranks):
             raise TypeError("its ranks and pattern are of the wrong type")
         expected = {name: len(ranks) + index for index, name in enumerate(SPECIAL_TOKENS)}
-    except Exception as error:  # Whatever damaged or hostile bytes lead to.
+    except Exception as error:  # damaged or malicious files raise errors of many types
         raise UserError(
             f"{path} is no tokenizer of nanochat ({error}); only a pickled tiktoken Encoding is read, since other "
             "pickles may run code"

@@ -1,4 +1,4 @@
-"""The state of the random number generators that training draws from: torch (CPU, CUDA), numpy, Python."""
+"""Saves and restores the states of the random number generators: torch (CPU, CUDA), NumPy, Python."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lmchat.types import UserError
 
 
 def capture_rng() -> dict[str, Any]:
-    """Copy of this process's generators as tensors and plain values; of CUDA, the current device's generator."""
+    """Copies the states of this process's generators to tensors and plain values; CUDA: of the current device."""
     version, python_words, python_gauss = random.getstate()
     name, numpy_words, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
     assert name == "MT19937"
@@ -25,10 +25,10 @@ def capture_rng() -> dict[str, Any]:
 
 
 def restore_rng(state: dict[str, Any]) -> None:
-    """Inverse of `capture_rng`. A CUDA state is ignored where no CUDA device is in use, and the other way round.
+    """Restores a state of `capture_rng`. The CUDA state is ignored if it, or a CUDA device, is missing.
 
     Raises:
-        UserError: ``state`` is not what `capture_rng` returns, in a damaged checkpoint.
+        UserError: ``state`` is malformed, e.g. from a damaged checkpoint.
     """
     try:
         _restore(state)

@@ -1,4 +1,4 @@
-"""Names and shapes of a model's tensors, compared with those its config asks for."""
+"""Checks names and shapes of a model's tensors against its config."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from lmchat.types import UserError
 
 
 def shapes(config: GPTConfig) -> dict[str, torch.Size]:
-    """Name and shape of every tensor of a GPT."""
+    """Names and shapes of all tensors of a GPT with this config."""
     with torch.device("meta"):
         return {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
 
 
 def shapes_of(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    """Name and shape of every tensor of a state dict."""
+    """Names and shapes of all tensors of a state dict."""
     return {name: tensor.shape for name, tensor in state.items()}
 
 

@@ -1,8 +1,8 @@
-"""Writes checkpoints. A crash at any moment leaves the previous one intact, and the new one complete or absent.
+"""Writes checkpoints atomically: after a crash the previous one is intact, and the new one complete or absent.
 
-Every file is written under a temporary name, synced, renamed, and the folder synced; ``meta`` comes last and makes
-the checkpoint exist. With several ranks each writes its optimizer file and then a small receipt; rank 0 waits for the
-receipts in the (shared) file system. There is no collective communication, so a rank that died cannot hang a save.
+Every file is written under a temporary name, synced and renamed, and the folder is synced; ``meta`` is written last.
+Each rank writes its optimizer file and then a small receipt; rank 0 waits for the receipts in the (shared) file system.
+There are no collectives, so a failed rank cannot hang a save.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 PEER_TIMEOUT_SECONDS = 1800.0
 INTERRUPTED_PEER_TIMEOUT_SECONDS = 20.0
-"""The timeout once a run is being interrupted: ranks that are alive write at the same time, others never will.
+"""Timeout after an interruption, when all living ranks write at the same time.
 
 Less than the 30 seconds after which torchrun kills the remaining ranks, so that rank 0 can report how the run ended.
 """
@@ -52,7 +52,7 @@ def snapshot(tree: Any, name: str = "checkpoint") -> Any:
     """Copies a tree of tensors and plain values to CPU memory, independent of further training.
 
     Raises:
-        TypeError: a leaf that a safe loader (``weights_only=True``) would refuse. The message says where it is.
+        TypeError: a leaf would be refused by a safe loader (``weights_only=True``). The message has its path.
     """
     if isinstance(tree, torch.Tensor):
         return tree.detach().to("cpu", copy=True)
@@ -66,7 +66,7 @@ def snapshot(tree: Any, name: str = "checkpoint") -> Any:
 
 
 class HashingFile:
-    """A file that hashes what is written to it. It keeps its own error, which torch.save would replace."""
+    """A file that hashes what is written to it, and keeps write errors, which torch.save would replace."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -86,23 +86,23 @@ class HashingFile:
         return len(view)
 
     def flush(self) -> None:
-        """Left to the file's end."""
+        """Does nothing; the file is flushed when it is complete."""
 
     def record(self) -> FileRecord:
         return {"bytes": self._bytes, "sha256": self._hash.hexdigest()}
 
 
 def write_file(path: Path, write: Callable[[HashingFile], Any], attempt: Attempt | None = None) -> FileRecord:
-    """Atomically makes ``path`` what ``write`` puts into the file object it is given.
+    """Writes ``path`` atomically.
 
     Args:
         path: file to write.
-        write: writes the content.
-        attempt: the attempt that writes; None is not fenced.
+        write: function that writes the content to the given file object.
+        attempt: attempt that writes; None disables fencing.
 
     Raises:
-        UserError: the file cannot be written, e.g. because the disk is full; nothing is left behind.
-        Superseded: another attempt has begun; nothing is left behind.
+        UserError: the file cannot be written, e.g. because the disk is full; no partial file remains.
+        Superseded: another attempt has begun; no partial file remains.
     """
     file: HashingFile | None = None
     try:
@@ -140,21 +140,22 @@ def write_checkpoint(
     keep_last: int | None = None,
     peer_timeout_seconds: Callable[[], float] = lambda: PEER_TIMEOUT_SECONDS,
 ) -> None:
-    """One rank's part of writing a checkpoint; on rank 0 it returns when the whole checkpoint is complete.
+    """Writes one rank's part of a checkpoint; on rank 0 it returns when the whole checkpoint is complete.
 
     Args:
         paths: folder and optimizer step.
-        model: the GPT's state dict; written by rank 0.
-        rank_state: this rank's optimizer state, random numbers and data position: tensors and plain values.
-        meta: JSON that describes the checkpoint, ``stage`` at least; used by rank 0.
-        rank: this process.
-        world_size: how many ranks write.
-        attempt: the attempt of the run that these ranks belong to; None where nothing else can write to the folder.
-        keep_last: how many complete checkpoints to keep; older ones go once this one is complete. None keeps all.
-        peer_timeout_seconds: how long rank 0 waits for the other ranks' files; asked while it waits.
+        model: state dict of the GPT; written by rank 0.
+        rank_state: optimizer state, RNG state and data position of this rank: tensors and plain values.
+        meta: JSON values that describe the checkpoint, at least ``stage``; written by rank 0.
+        rank: rank of this process.
+        world_size: number of ranks that write.
+        attempt: attempt of the run; None if no other process can write to the folder.
+        keep_last: number of complete checkpoints to keep; older ones are deleted once this one is complete. None keeps
+            all.
+        peer_timeout_seconds: returns how long rank 0 waits for the other ranks' files; called while it waits.
 
     Raises:
-        UserError: a file cannot be written, or another rank has not written its own in time.
+        UserError: a file cannot be written, or another rank has not written its file in time.
         Superseded: another attempt has begun.
     """
     writing = attempt.writing if attempt else nullcontext
@@ -197,7 +198,7 @@ def _save_json(path: Path, value: Mapping[str, Any], attempt: Attempt | None) ->
 
 
 def json_digest(value: Mapping[str, Any]) -> str:
-    """SHA-256 of a JSON value, independent of its formatting; ``meta_sha256`` in ``meta``."""
+    """SHA-256 of a JSON value, independent of formatting; stored as ``meta_sha256`` in ``meta``."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -214,21 +215,21 @@ def _await_receipt(receipt: Path, timeout_seconds: Callable[[], float]) -> dict[
 
 
 def await_commit(paths: CheckpointPaths, timeout_seconds: float) -> None:
-    """Waits until rank 0 has completed the checkpoint, or until the timeout."""
+    """Waits until rank 0 has completed the checkpoint, or for the timeout."""
     begin = time.monotonic()
     while not paths.meta.exists() and time.monotonic() - begin < timeout_seconds:
         time.sleep(0.02)
 
 
 def _uncommit(paths: CheckpointPaths) -> None:
-    """Deletes ``meta``: the checkpoint no longer exists, even if other files of it do."""
+    """Deletes ``meta``, so that the checkpoint no longer exists even if other files remain."""
     if paths.meta.exists():
         paths.meta.unlink()
         sync_folder(paths.directory)
 
 
 def prune(newest: CheckpointPaths, keep_last: int) -> None:
-    """Deletes complete checkpoints older than the last ``keep_last`` that end with ``newest``, ``meta`` first."""
+    """Keeps the last ``keep_last`` complete checkpoints up to ``newest`` and deletes older ones, ``meta`` first."""
     assert keep_last >= 1
     files = files_by_step(newest.directory)
     older = [step for step in committed_steps(newest.directory) if step <= newest.step]
@@ -239,7 +240,7 @@ def prune(newest: CheckpointPaths, keep_last: int) -> None:
 
 
 def check_writable(directory: Path, rank: int = 0) -> None:
-    """Raises UserError where ``rank`` cannot write files into the folder."""
+    """Raises UserError if ``rank`` cannot write files to the folder."""
     probe = directory / f".probe_rank{rank}"
     write_file(probe, lambda file: file.write(b"writable"))
     probe.unlink()
@@ -248,16 +249,16 @@ def check_writable(directory: Path, rank: int = 0) -> None:
 class RunLock:
     """Lock on a folder of checkpoints; released when the process ends.
 
-    A new attempt begins with it, so that ranks of an earlier run that are still alive can no longer write.
+    Begins a new attempt, so that surviving ranks of an earlier run can no longer write.
 
     Args:
-        directory: created if missing. Remains of writes that were cut short are removed.
+        directory: folder; created if missing. Partial files of interrupted writes are removed.
 
     Attributes:
-        attempt: the attempt; every rank of the run writes as part of it.
+        attempt: the attempt of all ranks of the run.
 
     Raises:
-        UserError: the folder cannot be created or written, or another run holds it.
+        UserError: the folder cannot be created or written, or another run has locked it.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -268,7 +269,7 @@ class RunLock:
         except OSError as error:
             raise UserError(_cannot_write(path, error)) from error
         try:
-            # A POSIX record lock: unlike flock it is not kept alive by worker processes that outlive a killed run.
+            # A POSIX record lock: unlike flock, it is not kept by worker processes that outlive a killed run.
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             self._file.seek(0)
@@ -305,14 +306,14 @@ def _remove_remains(directory: Path) -> None:
 
 
 class BackgroundWriter:
-    """Runs one write at a time on a thread of its own. The interpreter does not exit before it is done."""
+    """Runs one write at a time in a thread. The interpreter does not exit before it is done."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def start(self, job: Callable[[], None]) -> None:
-        """Waits for the previous job, raises its error if any, and starts ``job``."""
+        """Waits for the previous job, raises its error, if any, and starts ``job``."""
         self.wait()
         self._thread = threading.Thread(target=self._run, args=(job,), name="checkpoint writer")
         self._thread.start()
@@ -324,7 +325,7 @@ class BackgroundWriter:
             self._error = error
 
     def check(self) -> None:
-        """Raises the error of a job that has ended; does not wait."""
+        """Raises the error of a finished job; does not wait."""
         if self._error is not None:
             error, self._error = self._error, None
             raise error

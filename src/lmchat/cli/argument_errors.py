@@ -23,11 +23,11 @@ _NO_MAPPING = re.compile(r"Unable to load config '([^']*)'")
 
 
 def explain(message: str, args: Sequence[str]) -> str:
-    """What is wrong, with which value, and what to do; line breaks are for the caller to drop.
+    """Explains an error in one sentence with option, value and remedy; it may have line breaks.
 
     Args:
-        message: of a `jsonargparse.ArgumentError`.
-        args: the command line, from the command's name on.
+        message: message of a `jsonargparse.ArgumentError`.
+        args: command line, starting with the name of the command.
     """
     command = f"lmchat {args[0]}"
     option = ".".join(_KEY.findall(message))
@@ -41,9 +41,9 @@ def explain(message: str, args: Sequence[str]) -> str:
     if stranger := _STRANGER.search(message):
         return f"there is no option --{stranger[1]}; `{listing(args[0])}` lists them"
     if "Unexpected config" in message:
-        return f"{_configs(args)} has no options where they are due; write them as in trainer: {{max_steps: 100}}"
+        return f"{_configs(args)} is not a mapping of options; write them as in trainer: {{max_steps: 100}}"
     if stranger := _NO_MAPPING.search(message):
-        group = _KEY.findall(message)[-1]  # it stands there twice
+        group = _KEY.findall(message)[-1]  # it occurs twice
         return f"--{group} is {stranger[1]}; it must be a mapping, as in {group}: {{option: value}}"
     if stranger := _MISSING_CLASS.search(message):
         return f"--{option} is {stranger[1]}, which is no known class; see `{listing(args[0])}` for those there are"
@@ -74,7 +74,7 @@ def _remedy(types: str, value: str) -> str:
 
 
 def _missing(names: Sequence[str], args: Sequence[str]) -> str:
-    """Required arguments come with the name of the command or subcommand in front, unless there are no subcommands."""
+    """Message for missing required arguments, which begin with the name of the (sub)command if there are subcommands."""
     owner = names[0].partition(".")[0] if "." in names[0] else ""
     listed = ", ".join(name.removeprefix(f"{owner}.") for name in names)
     if owner == args[0]:
@@ -84,7 +84,7 @@ def _missing(names: Sequence[str], args: Sequence[str]) -> str:
 
 
 def _readable(types: str) -> str:
-    """Type hints, as Python prints them, as the values that may be written: ``auto, bf16 or fp32``."""
+    """Converts type hints as printed by Python to a list of allowed values: ``auto, bf16 or fp32``."""
     names = []
     for class_name, literals, other in _TYPE.findall(types):
         names += [text.strip("' ") for text in literals.split(",")] if literals else [class_name or other]
@@ -97,6 +97,6 @@ def _configs(args: Sequence[str]) -> str:
 
 
 def config_paths(args: Sequence[str]) -> list[str]:
-    """The files that a command line names with ``--config``."""
+    """The files given with ``--config``."""
     joined = [arg.removeprefix("--config=") for arg in args if arg.startswith("--config=")]
     return [after for flag, after in pairwise(args) if flag in ("--config", "-c")] + joined

@@ -1,4 +1,4 @@
-"""How a training process ends: its status after a signal, its message after another rank failed or memory ran out."""
+"""End of a training process: exit status after a signal, messages after a failed rank or out of memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lmchat.stages.device_memory import out_of_memory
 from lmchat.types import RankFailure
 
 _CONNECTION_LOST = re.compile(r"gloo/transport/\S+ ([\w ]+\w)|(ncclRemoteError)")
-"""Messages of gloo and NCCL when another process is gone; a group holds the reason."""
+"""Messages of gloo and NCCL after another process has exited; a group matches the reason."""
 
 
 @contextmanager
@@ -31,10 +31,10 @@ def exit_with_signal_status(trainer: L.Trainer) -> Iterator[None]:
     try:
         yield
     except SIGTERMException:
-        # Lightning's exception is a SystemExit without a status: a scheduler would count the run as finished.
+        # Lightning's exception is a SystemExit with status 0, so a scheduler would count the run as finished.
         sys.exit(128 + (getattr(trainer.strategy, "agreed_signal", 0) or signal.SIGTERM))
     except SystemExit as status:
-        # Lightning exits with status 1 after Ctrl-C, the status of an error.
+        # Lightning exits with status 1 after Ctrl-C, like after an error.
         sys.exit(128 + signal.SIGINT if isinstance(status.__context__, KeyboardInterrupt) else status.code)
     finally:
         signal.signal(signal.SIGUSR1, before)
@@ -42,7 +42,7 @@ def exit_with_signal_status(trainer: L.Trainer) -> Iterator[None]:
 
 @contextmanager
 def translate_peer_failure(trainer: L.Trainer) -> Iterator[None]:
-    """Turns the error of a collective whose peer is gone into a `RankFailure`, which is reported in one line."""
+    """Turns the error of a collective whose peer has exited into a `RankFailure`, which is reported in one line."""
     try:
         yield
     except RuntimeError as error:

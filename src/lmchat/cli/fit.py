@@ -76,10 +76,10 @@ _NOT_INSTALLED = re.compile(r"class_path '(?:[\w.]+\.)?(\w+)':\s+Requirement '([
 
 
 class LMChatCLI(LightningCLI):
-    """Adds the callbacks every stage has, TensorBoard and CSV logs by default, ``--ckpt_path last`` and ``auto``.
+    """Adds lmchat's callbacks, TensorBoard and CSV logs by default, ``--ckpt_path last`` and ``--ckpt_path auto``.
 
-    ``last`` is the run's newest checkpoint. ``auto`` is that too, or else the newest of the nearest earlier stage with
-    the same tag, or else a start from nothing; a run that is finished is left alone.
+    ``last`` is the run's newest checkpoint. ``auto`` is the same, or else the newest checkpoint of the nearest earlier
+    stage with the same tag, or else none; finished runs are skipped.
     """
 
     @staticmethod
@@ -88,7 +88,7 @@ class LMChatCLI(LightningCLI):
         return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in ("fit", "validate")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        # Callbacks are set up in this order: what adds evaluators, the plan, then what depends on it.
+        # The order of setup: callbacks that add evaluators, the plan, then callbacks that use it.
         parser.add_lightning_class_args(Core, "core")
         parser.add_lightning_class_args(TrainingPlan, "scaling_laws")
         parser.add_lightning_class_args(FP8, "fp8")
@@ -100,7 +100,7 @@ class LMChatCLI(LightningCLI):
         parser.add_lightning_class_args(StepCheckpoint, "checkpoint")
 
     def _parse_ckpt_path(self) -> None:
-        """Disabled: Lightning would prefer the checkpoint's hyperparameters to the user's options."""
+        """Disabled: the checkpoint's hyperparameters would override the user's options."""
 
     @property
     def _options(self) -> ArgumentParser:
@@ -142,7 +142,7 @@ class LMChatCLI(LightningCLI):
             tensorboard = TensorBoardLogger(folder.parent, name=folder.name)
             kwargs["logger"] = [tensorboard, CSVLogger(tensorboard.log_dir, "csv", "", flush_logs_every_n_steps=10)]
         if SLURMEnvironment.detect():
-            # Requeueing, Lightning would save from within a signal handler, and elsewhere.
+            # For requeueing, Lightning would save within a signal handler, and to another folder.
             plugins = subcommand_option(self, self.config_init, "trainer")["plugins"] or []
             kwargs["plugins"] = [
                 *(plugins if isinstance(plugins, list) else [plugins]),
@@ -154,7 +154,7 @@ class LMChatCLI(LightningCLI):
             raise UserError(f"--trainer: {error}") from error
 
     def _is_finished(self) -> bool:
-        """Whether ``--ckpt_path auto`` found the run's last step and no further steps are requested."""
+        """Whether ``--ckpt_path auto`` has found the run's last step and no further steps are requested."""
         if resume_path(self.checkpoint, self.model.stage) is None or self._option("ckpt_path") != "auto":
             return False
         assert self.checkpoint is not None
@@ -179,7 +179,7 @@ class LMChatCLI(LightningCLI):
         if path is not None and self.checkpoint is not None and self.checkpoint.step >= self.trainer.max_steps:
             rank_zero_info(
                 f"nothing to train: {path} is of step {self.checkpoint.step}, the run's last; raise "
-                "--trainer.max_steps to train on, or start anew with another --model.tag"
+                "--trainer.max_steps to train on, or start a new run with another --model.tag"
             )
 
     def validate(self, model: StageModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
@@ -205,13 +205,13 @@ class DataModuleCLI(LMChatCLI):
 
 
 def read_data_module(configs: list[Path]) -> L.LightningDataModule:
-    """The DataModule that ``lmchat fit`` creates from these configs; later configs override earlier ones.
+    """The DataModule that ``lmchat fit`` would create from the configs; later configs override earlier ones.
 
     Raises:
         UserError, jsonargparse.ArgumentError: a config is wrong.
     """
     layers = [argument for config in configs for argument in ("--config", str(config))]
-    # The configs may describe the data only.
+    # The configs may have settings of the data only.
     return main(["fit", "--model", "SFTModule", *layers], DataModuleCLI).datamodule
 
 
@@ -263,7 +263,7 @@ def main(args: list[str], cli: type[LMChatCLI] = LMChatCLI) -> LMChatCLI:
 
 
 def _with_strategy_class(args: list[str]) -> list[str]:
-    """Replaces ``zero2_muon`` by its class name where options of the strategy follow, which the parser requires."""
+    """Replaces ``zero2_muon`` by its class name if options of the strategy follow; the parser requires it."""
     option, name = "--trainer.strategy", zero2_muon.Zero2MuonStrategy.__name__
     if not any(arg.startswith(f"{option}.") for arg in args):
         return args
@@ -272,7 +272,7 @@ def _with_strategy_class(args: list[str]) -> list[str]:
 
 
 def _user_error_in(error: BaseException | None) -> UserError | None:
-    """The UserError in the chain of ``error``, if any: jsonargparse wraps errors of the classes it instantiates."""
+    """The UserError in the chain of ``error``, if any; jsonargparse wraps errors of the classes it instantiates."""
     while error is not None and not isinstance(error, UserError):
         error = error.__cause__ or error.__context__
     return error

@@ -1,7 +1,7 @@
-"""Imports Lightning in two thirds of the time: torchmetrics leaves out the optional packages that it would import.
+"""Imports Lightning without optional packages of torchmetrics, in two thirds of the time.
 
-Where SciPy, transformers and Matplotlib are installed, ``import torchmetrics`` loads them for its audio and text
-metrics and its plots, which costs 1.3 CPU seconds in every process of a run. Lightning needs none of these.
+``import torchmetrics`` imports SciPy, transformers and Matplotlib, if installed, for audio and text metrics and plots,
+which takes 1.3 CPU seconds in every process. Lightning needs none of these.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _LEFT_OUT = ("SCIPY", "SCIPI", "TRANSFORMERS", "MATPLOTLIB", "SCIENCEPLOT")
 
 @contextmanager
 def paused_gc() -> Iterator[None]:
-    """Within it, the garbage collector pauses, and never looks at what was made again: imports free little."""
+    """Context manager that pauses the garbage collector and freezes the objects created; imports free little memory."""
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -33,10 +33,10 @@ def paused_gc() -> Iterator[None]:
 
 @contextmanager
 def lean_imports() -> Iterator[None]:
-    """Within it, Lightning and torchmetrics are imported without these packages, which stay importable on their own.
+    """Context manager in which Lightning and torchmetrics are imported without these packages.
 
-    In a process that has imported Lightning so, torchmetrics reports them as not installed: a metric that needs one
-    has to be imported before. The garbage collector pauses.
+    The packages stay importable, but in this process torchmetrics treats them as not installed: import a metric that
+    needs one before. Also pauses the garbage collector.
     """
     with paused_gc():
         if "torchmetrics" in sys.modules:
@@ -48,11 +48,11 @@ def lean_imports() -> Iterator[None]:
 
 
 def _preload_flags() -> None:
-    """Loads torchmetrics' table of installed packages before torchmetrics, with those above marked as missing."""
+    """Loads torchmetrics' table of installed packages before torchmetrics and marks the packages as missing."""
     package = find_spec("torchmetrics")
     path = Path(package.origin).parent / "utilities" / "imports.py" if package and package.origin else None
     spec = spec_from_file_location(_FLAGS, path) if path and path.is_file() else None
-    if spec is None or spec.loader is None:  # another layout: the import is slow, and complete
+    if spec is None or spec.loader is None:  # another layout: do a slow, complete import
         return
     flags = module_from_spec(spec)
     spec.loader.exec_module(flags)
@@ -64,7 +64,7 @@ def _preload_flags() -> None:
 
 @contextmanager
 def _without_scipy_signal() -> Iterator[None]:
-    """torchmetrics imports scipy.signal only to add a function to it that SciPy has removed."""
+    """Replaces scipy.signal, which torchmetrics imports only to add a function that SciPy has removed."""
     name = "scipy.signal"
     if name in sys.modules:
         yield

@@ -1,6 +1,6 @@
-"""The short help of ``lmchat fit`` and ``lmchat validate``, printed without the 3 seconds that their parser takes.
+"""The short help of ``lmchat fit`` and ``lmchat validate``, without building their parser, which takes 3 seconds.
 
-Every option is in ``--help_all``, which the parser prints. A test compares what is named here with the parser.
+``--help_all`` prints all options from the parser. A test compares the names here with the parser.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ OPTIONS = {
     "--weights_only true": "not needed: lmchat never unpickles arbitrary objects.",
     "--print_config": "print the options in effect, and end.",
 }
-"""Options outside of groups, with the value they take."""
+"""Options outside of groups, with a placeholder for their value."""
 
 GROUPS = {
     "model": "the stage and its model, e.g. --model.depth 12, --model.tag NAME.",
@@ -55,7 +55,7 @@ CLASSES = {
     "model": ("PretrainModule", "SFTModule", "GRPOModule"),
     "data": ("FineWebDataModule", "SFTDataModule", "OwnConversationsDataModule", "RolloutDataModule"),
 }
-"""The classes a group's options depend on."""
+"""Classes that the options of a group depend on."""
 
 _WIDTH = 118
 _INDENT = 32

@@ -19,14 +19,14 @@ CLASSES = {
     "lmchat.stages.grpo.GRPOModule": "GRPOModule",
     "lmchat.stages.grpo.RolloutDataModule": "RolloutDataModule",
 }
-"""Class paths by their former form."""
+"""Class paths by their former names."""
 
 GROUPS = {"non_finite_loss": "non_finite_guard"}
 """Option groups by their former names."""
 
 
 def accept_former_names() -> None:
-    """Makes jsonargparse replace former names in configs, each with a line that names the new one."""
+    """Makes jsonargparse replace former names in configs, with a warning for each."""
     load_yaml = get_loader("yaml")
 
     def load(text: str) -> Any:
@@ -39,7 +39,7 @@ def accept_former_names() -> None:
 
 
 def rename_arguments(args: list[str]) -> list[str]:
-    """The command line with former names replaced, each with a line that names the new one."""
+    """Replaces former names in a command line, with a warning for each."""
     return [_rename_argument(argument) for argument in args]
 
 

@@ -1,4 +1,4 @@
-"""What ``--ckpt_path`` means: a file, a folder, ``last`` or ``auto``."""
+"""Resolves ``--ckpt_path``: a file, a folder, ``last`` or ``auto``."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def find_start(path: str | None, stage: str, tag: str, dirpath: str | None) -> C
     """The checkpoint that a run starts from; None starts from initial weights.
 
     Args:
-        path: ``--ckpt_path``. ``last`` is the run's newest checkpoint. ``auto`` is that too, else the newest one with
-            the same tag of the nearest earlier stage, else None.
+        path: ``--ckpt_path``. ``last`` is the run's newest checkpoint. ``auto`` is the same, else the newest one of the
+            nearest earlier stage with the same tag, else None.
         stage: name of the run's stage.
         tag: name of the run.
-        dirpath: folder of the run's checkpoints where it is not the default one.
+        dirpath: folder of the run's checkpoints; None is the default one.
 
     Raises:
         UserError: the checkpoint does not exist or is damaged.
@@ -34,9 +34,6 @@ def find_start(path: str | None, stage: str, tag: str, dirpath: str | None) -> C
 
 
 def resume_path(start: Checkpoint | None, stage: str) -> Path | None:
-    """The file that the trainer restores: a checkpoint of the same stage, unless it was imported.
-
-    From a checkpoint of another stage, and from an imported one, only weights are loaded.
-    """
+    """The file for the trainer to restore; None if only weights are loaded, from another stage or an imported model."""
     resumable = start is not None and start.stage == stage and not start.weights_only
     return start.paths.meta if start is not None and resumable else None

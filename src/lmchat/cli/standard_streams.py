@@ -1,4 +1,4 @@
-"""Standard input, output and error of every command: closed ones, broken pipes and terminals without Unicode."""
+"""Handles closed standard streams, broken pipes and terminals without Unicode."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import signal
 import sys
 
 BROKEN_PIPE_STATUS = 128 + signal.SIGPIPE
-"""The exit status that shells report of a program which a broken pipe ended."""
+"""Exit status of a program ended by SIGPIPE, as reported by shells."""
 
 
 def prepare_standard_streams() -> None:
-    """Replaces closed streams by the null device, and lets no character fail to be printed or read.
+    """Replaces closed streams by the null device, and makes printing and reading never fail because of encodings.
 
-    What the terminal's encoding lacks is printed as an escape like ``\\xe9``; invalid input is read as U+FFFD.
+    Characters that the terminal's encoding lacks are printed as escapes like ``\\xe9``; invalid input becomes U+FFFD.
     """
-    # Otherwise the next file opened would take the number of a closed standard stream, and its output with it.
+    # Otherwise the next opened file would get the descriptor of a closed stream, and its output.
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
@@ -31,9 +31,9 @@ def prepare_standard_streams() -> None:
 
 
 def is_broken_output(error: BaseException) -> bool:
-    """Whether ``error`` says that nobody reads standard output or error any longer, as after ``| head -1``."""
+    """Whether ``error`` means that standard output or error has no reader any more, as after ``| head -1``."""
     if isinstance(error, SystemExit):
-        return isinstance(error.__context__, BrokenPipeError)  # by rich, which has replaced the stream already
+        return isinstance(error.__context__, BrokenPipeError)  # raised by rich, which has replaced the stream
     return isinstance(error, BrokenPipeError) and any(_has_no_reader(number) for number in (1, 2))
 
 
@@ -44,7 +44,7 @@ def _has_no_reader(descriptor: int) -> bool:
 
 
 def discard_output() -> None:
-    """Sends standard output to the null device, so that Python's flush at exit does not fail."""
+    """Redirects standard output to the null device, so that Python's flush at exit does not fail."""
     null = os.open(os.devnull, os.O_WRONLY)
     for number in (1, 2):
         if _has_no_reader(number):

@@ -19,18 +19,18 @@ def chat(
     max_new_tokens: int = 256,
     seed: int = 42,
 ) -> None:
-    """Talk to a model; answers appear as they are generated, calculator calls and their results in brackets.
+    """Chat with a model. Answers are streamed, with calculator calls and results in brackets.
 
     Args:
         checkpoint: folder or file of a checkpoint; default is the newest of the last stage that has one.
         tokenizer: folder of its tokenizer; default is the one beside the folders of checkpoints, or else
             $LMCHAT_BASE_DIR/tokenizer.
-        prompt: answer this one message and leave.
+        prompt: answer this message and exit.
         system: system prompt.
         temperature: 0 for greedy decoding.
-        top_k: sample from the k likeliest tokens; null is all.
-        max_new_tokens: longest answer.
-        seed: seed of the sampling; each answer of a conversation draws new numbers.
+        top_k: sample from the k most likely tokens; null is all.
+        max_new_tokens: maximum number of tokens of an answer.
+        seed: seed of the sampling; each answer of a conversation uses other random numbers.
     """
     with paused_gc():
         from lmchat.checkpoint.load import find_model

@@ -1,4 +1,4 @@
-"""``lmchat data show``: conversations as fine-tuning sees them."""
+"""``lmchat data show``: prints conversations as rendered for fine-tuning."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ def show(
     only: Literal["truncated", "no_loss_tokens", "unsupervised"] | None = None,
     limit: int | None = None,
 ) -> None:
-    """Show conversations as fine-tuning sees them, and count them.
+    """Show conversations as rendered for fine-tuning, and count them.
 
-    Lines that begin with + receive loss (green in a terminal), the others do not. Special tokens are magenta.
+    Lines with + receive loss (green in a terminal), others do not. Special tokens are magenta.
 
     Args:
-        source: a fine-tuning config, whose mixture is shown, e.g. configs/sft.yaml; or a file or folder of
-            conversations, as --data.train of configs/sft_own.yaml takes them.
-        overlay: config to lay over that one, as with a further --config of lmchat fit; may be given several times.
-        split: which mixture of the config.
+        source: a fine-tuning config, e.g. configs/sft.yaml; or a file or folder of conversations, as for --data.train
+            of configs/sft_own.yaml.
+        overlay: config that overrides it, like a further --config of lmchat fit; may be given several times.
+        split: mixture of the config.
         tokenizer: folder of the tokenizer; default is $LMCHAT_BASE_DIR/tokenizer.
-        max_tokens: longest conversation, the sequence length of the model; the rest of a longer one is cut off.
+        max_tokens: length that longer conversations are cut to, e.g. the sequence length of the model.
         start: index of the first conversation to show, counted from 0 in the order of the mixture.
-        rows: how many to show.
-        only: show only those that are cut off (truncated), or without a token that receives loss (no_loss_tokens;
-            formerly unsupervised).
-        limit: render and count this many conversations at most; by default all, as fine-tuning does.
+        rows: number of conversations to show.
+        only: show only truncated conversations, or only those without loss tokens (no_loss_tokens; formerly
+            unsupervised).
+        limit: maximum number of conversations to render and count; default is all.
     """
     from lmchat.data.conversation_view import show_conversations
     from lmchat.option_checks import check_count
@@ -49,7 +49,7 @@ def show(
 
 
 def _mixture(source: Path, overlay: list[Path], split: str) -> Any:
-    """The `Mixture` of a config, or the conversations of a file in their order."""
+    """The `Mixture` of a config, or the conversations of a file in order."""
     from lmchat.data.mixture import Mixture, MixturePart
     from lmchat.tasks import JSONLConversations
 

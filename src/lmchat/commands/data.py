@@ -1,4 +1,4 @@
-"""``lmchat data``: shards of text from the hub or any folder, their tokens; conversations."""
+"""``lmchat data``: downloads or imports text, tokenizes it, makes word lists."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ def download(
     eval_bundle: bool = False,
     eval_bundle_url: str = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip",
 ) -> None:
-    """Fetch pretraining shards from the Hugging Face hub, or the evaluation bundle of CORE.
+    """Download pretraining shards from the Hugging Face Hub, or the evaluation bundle of CORE.
 
-    Run it again to continue or to fetch more shards.
+    Run it again to continue or to download more shards.
 
     Args:
-        num_shards: training shards to fetch, of about 250 million characters each; -1 is all. The last shard of the
-            repository always comes too, for validation.
-        repo_id: data set on the hub, for example karpathy/climbmix-400b-shuffle. HF_ENDPOINT names another hub.
+        num_shards: number of training shards, of about 250 million characters each; -1 is all. The last shard of the
+            repository is always included, for validation.
+        repo_id: dataset on the Hub, for example karpathy/climbmix-400b-shuffle. HF_ENDPOINT sets another server.
         output: folder of the shards; default is $LMCHAT_BASE_DIR/base_data.
         revision: branch, tag or commit of the repository.
-        pattern: which files of the repository are shards, for example "sample/10BT/*.parquet".
-        num_workers: simultaneous transfers.
-        eval_bundle: fetch the evaluation bundle of CORE in place of shards, into $LMCHAT_BASE_DIR/eval_bundle.
-        eval_bundle_url: where the bundle is.
+        pattern: glob pattern of the files that are shards, for example "sample/10BT/*.parquet".
+        num_workers: number of parallel transfers.
+        eval_bundle: download the evaluation bundle of CORE instead of shards, to $LMCHAT_BASE_DIR/eval_bundle.
+        eval_bundle_url: URL of the bundle.
     """
     if eval_bundle:
         from lmchat.evaluation.bundle_download import download_bundle
@@ -68,19 +68,19 @@ def import_(
 ) -> None:
     r"""Make shards from the text files under a folder.
 
-    It reads .txt .md .rst .jsonl .ndjson .json .csv .tsv files, also as .gz .zst .bz2 .xz, and .parquet, in UTF-8,
-    UTF-16 or UTF-32. Documents are shuffled, and exact duplicates dropped. Files and folders that begin with a dot are
-    left out, and links are followed.
+    Reads .txt .md .rst .jsonl .ndjson .json .csv .tsv files, also compressed (.gz .zst .bz2 .xz), and .parquet, in
+    UTF-8, UTF-16 or UTF-32. Documents are shuffled and exact duplicates dropped. Files and folders that begin with a
+    dot are left out; links are followed.
 
     Args:
-        source: folder, or one file.
-        output: folder to make; default is $LMCHAT_BASE_DIR/base_data.
-        text_field: field of JSON records and column of tables that holds the text.
-        separator: string that divides plain text files into documents, where \n is a line break, also a Windows one;
-            by default a file is a document.
-        max_document_characters: longer documents are divided at the end of a paragraph, line or word.
-        validation_fraction: share of the documents that go to the last shard, for validation.
-        shard_characters: characters that make a shard full.
+        source: folder or file.
+        output: folder to create; default is $LMCHAT_BASE_DIR/base_data.
+        text_field: field of JSON records, or column of tables, with the text.
+        separator: string that splits plain text files into documents, where \n is a line break, also a Windows one;
+            default is one document per file.
+        max_document_characters: longer documents are split at the end of a paragraph, line or word.
+        validation_fraction: share of the documents in the last shard, for validation.
+        shard_characters: size of a shard in characters.
         seed: seed of the shuffle.
     """
     from lmchat.data.import_text import import_folder
@@ -100,12 +100,12 @@ def import_(
 
 
 def tokenize(data_dir: Path | None = None, tokenizer: Path | None = None, num_threads: int | None = None) -> None:
-    """Tokenize shards ahead of training, which otherwise does it when it starts.
+    """Tokenize shards ahead of training, which otherwise does it at its start.
 
     Args:
         data_dir: folder of the shards; default is $LMCHAT_BASE_DIR/base_data.
         tokenizer: folder of the tokenizer; default is $LMCHAT_BASE_DIR/tokenizer.
-        num_threads: default is one per core.
+        num_threads: number of threads; default is one per core.
     """
     from lmchat.data.tokenize import prepare_token_shards
     from lmchat.option_checks import check_count
@@ -126,7 +126,7 @@ def words(data_dir: Path | None = None, max_shards: int | None = None, output: P
 
     Args:
         data_dir: folder of parquet shards; default is $LMCHAT_BASE_DIR/base_data.
-        max_shards: read this many at most, the first by name: the same ones while others are downloaded.
+        max_shards: maximum number of shards to read, in order of their names.
         output: file to write; default is $LMCHAT_BASE_DIR/words.txt.
     """
     from lmchat.data.parquet_text import list_shards, read_documents

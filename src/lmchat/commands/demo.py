@@ -1,7 +1,7 @@
 """``lmchat demo``: the whole pipeline at small scale, offline, on text found on this machine.
 
-Stages run in order, each a function from `Demo` to its metrics. The metrics of a finished stage are in
-``summary.json`` from then on, so a second run resumes at the first unfinished stage.
+Stages run in order; each is a function that takes a `Demo` and returns metrics. Metrics of finished stages are saved in
+``summary.json``, so a second run resumes at the first unfinished stage.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ COMMANDS = demo
 
 
 def _open_summary(run: Demo) -> dict[str, Any]:
-    """The summary of an earlier run of the same recipe, or an empty one."""
+    """The summary of an earlier run with the same recipe, or an empty one."""
     recipe = run.recipe()
     if not run.summary.exists():
         if run.output.exists() and (not run.output.is_dir() or any(run.output.iterdir())):
@@ -123,5 +123,5 @@ def _next_command(run: Demo, command: str) -> str:
 
 
 def _short(path: Path) -> str:
-    """The path from here if it is below."""
+    """The path relative to the current folder, if it is in it."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

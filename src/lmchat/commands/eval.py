@@ -41,7 +41,7 @@ def evaluate(
 ) -> None:
     """Evaluate a checkpoint on chat benchmarks (ARC, MMLU, GSM8K, HumanEval, spelling) on CORE, or with the harness.
 
-    Multiple choice is scored by the most likely letter, the other tasks by greedy answers. Results are written task by
+    Multiple choice is scored by the most likely letter, other tasks by greedy answers. Results are saved after each
     task; the same command continues an interrupted evaluation.
 
     Args:

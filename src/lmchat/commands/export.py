@@ -1,4 +1,4 @@
-"""``lmchat export``: a checkpoint in the form of other libraries."""
+"""``lmchat export``: writes checkpoints in the format of other libraries."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ def hf(
 
     Args:
         checkpoint: folder or file of a checkpoint, or last: the newest one of the last stage that has any.
-        output: folder to write, which must not exist or be empty; default is TAG-hf in the current folder.
-        native: export as transformers' own NanoChatForCausalLM, which loads without remote code; default is to do so
-            where it can express the architecture. Otherwise a modelling file comes with the export, which loads with
-            trust_remote_code=True.
-        dtype: of the stored weights.
+        output: folder to write, which must be missing or empty; default is TAG-hf in the current folder.
+        native: export as transformers' own NanoChatForCausalLM, which loads without remote code; default is true if it
+            supports the architecture. Otherwise the export has a modelling file and needs trust_remote_code=True.
+        dtype: dtype of the stored weights.
         tokenizer: folder of its tokenizer; default is the one beside the folders of checkpoints, or else
             $LMCHAT_BASE_DIR/tokenizer.
         check: load the export with transformers and compare it with lmchat: logits, greedy decoding, chat template.

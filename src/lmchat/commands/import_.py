@@ -1,4 +1,4 @@
-"""``lmchat import``: other programs' models as checkpoints of lmchat."""
+"""``lmchat import``: converts models of other programs to checkpoints of lmchat."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Literal
 
 
 def hf(folder: Path, tag: str | None = None, stage: Literal["pretrain", "sft", "rl"] | None = None) -> None:
-    """Import a model in the form of the transformers library: an export of lmchat, or NanoChatForCausalLM.
+    """Import a model in the format of the transformers library: an export of lmchat, or NanoChatForCausalLM.
 
     Args:
-        folder: its folder, with config.json, tokenizer.json and safetensors files.
+        folder: folder with config.json, tokenizer.json and safetensors files.
         tag: name of the checkpoint's folder; default is the exported run's, or the folder's name.
-        stage: stage of training that the model has gone through; default is the exported run's, or pretrain.
+        stage: training stage of the model; default is the exported run's, or pretrain.
     """
     from lmchat.checkpoint.hf.import_ import read_hf
 
@@ -28,11 +28,11 @@ def nanochat(
     """Import a checkpoint of nanochat, with its tokenizer.
 
     Args:
-        folder: folder of its checkpoints, of which the last is taken, or one model_005000.pt.
-        tokenizer: its tokenizer.pkl, or the folder of that; default is the checkpoint's folder, or nanochat's
-            tokenizer folder beside those of the checkpoints.
-        tag: name of the checkpoint's folder; default is that of nanochat's.
-        stage: stage of training that the model has gone through; default is what nanochat's folder says, or pretrain.
+        folder: folder of the checkpoints, of which the last one is imported, or one model_005000.pt.
+        tokenizer: tokenizer.pkl or its folder; default is the checkpoint's folder, or nanochat's tokenizer folder
+            beside those of the checkpoints.
+        tag: name of the checkpoint's folder; default is the name of nanochat's folder.
+        stage: training stage of the model; default follows from nanochat's folder, or pretrain.
     """
     from lmchat.checkpoint.nanochat import read_nanochat
 

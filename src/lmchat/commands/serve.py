@@ -30,16 +30,16 @@ def serve(
         checkpoint: folder or file of a checkpoint; default is the newest of the last stage that has one.
         tokenizer: folder of its tokenizer; default is the one beside the folders of checkpoints, or else
             $LMCHAT_BASE_DIR/tokenizer.
-        host: address to listen on; 0.0.0.0 is every network this machine is in, which needs an API key.
-        port: port to listen on; 0 is any free one.
-        api_key: bearer token that requests must bring; default is $LMCHAT_API_KEY, which other users of this machine
-            cannot see. Without either, none is needed.
-        max_running: completions generated together.
-        max_queued: completions that may wait; further requests get status 429.
-        max_prompt_tokens: longest prompt; null is the model's limit.
-        max_new_tokens: longest answer, and the length of answers whose request names none.
-        max_body_bytes: largest request.
-        max_seconds: time limit of a request, waiting included.
+        host: address to listen on; 0.0.0.0 is all networks of this machine, which needs an API key.
+        port: port to listen on; 0 is any free port.
+        api_key: bearer token that requests must have; default is $LMCHAT_API_KEY, which other users of this machine
+            cannot see. Without either, no token is needed.
+        max_running: maximum number of completions generated together.
+        max_queued: maximum number of waiting completions; further requests get status 429.
+        max_prompt_tokens: maximum length of a prompt; null is the model's limit.
+        max_new_tokens: maximum length of an answer, and the default of chat requests.
+        max_body_bytes: maximum size of a request.
+        max_seconds: time limit of a request, including waiting.
     """
     missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if find_spec(name) is None]
     if missing:

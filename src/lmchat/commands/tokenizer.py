@@ -24,10 +24,10 @@ def train(
     Args:
         data: a folder of parquet shards (the last of several is held out for validation) or of .txt files, or a list
             of such files; default is $LMCHAT_BASE_DIR/base_data.
-        vocab_size: entries of the vocabulary, the nine special tokens included.
-        max_chars: characters to read in all.
-        doc_cap: characters to read of a document.
-        max_shards: files to read, the first by name: the same ones while others are downloaded.
+        vocab_size: size of the vocabulary, including the nine special tokens.
+        max_chars: maximum number of characters to read.
+        doc_cap: maximum number of characters to read of a document.
+        max_shards: maximum number of files to read, in order of their names.
         output: folder to write; default is $LMCHAT_BASE_DIR/tokenizer.
     """
     from lmchat.data.tokenizer_text import train_tokenizer
@@ -45,12 +45,11 @@ def train(
 
 
 def evaluate(tokenizer: Path | None = None, data: Path | None = None) -> None:
-    """Bytes per token on several kinds of text, beside GPT-2's and GPT-4's encodings where tiktoken can load them.
+    """Show bytes per token on several kinds of text, compared with GPT-2's and GPT-4's encodings if available.
 
     Args:
         tokenizer: folder of the tokenizer; default is $LMCHAT_BASE_DIR/tokenizer.
-        data: folder of shards, the last of which is evaluated too; default is $LMCHAT_BASE_DIR/base_data if it is
-            there.
+        data: folder of shards; the last one is evaluated too. Default is $LMCHAT_BASE_DIR/base_data, if it exists.
     """
     from rich.console import Console
 

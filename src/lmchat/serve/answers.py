@@ -1,4 +1,4 @@
-"""Turns the engine's tokens into the text of answers: characters of several tokens, stop strings, log-probabilities."""
+"""Converts the engine's tokens to text: incomplete characters, stop strings, log-probabilities."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Token:
 
     Attributes:
         id: token id.
-        logprob: log-probability; None where it is not asked for or where the calculator gave the token.
+        logprob: log-probability; None if not requested, or for calculator output.
     """
 
     id: int
@@ -26,12 +26,12 @@ class Token:
 
 @dataclass
 class Delta:
-    """What a stretch of tokens adds to an answer.
+    """The addition of some tokens to an answer.
 
     Attributes:
-        parts: text, calculator calls and their results, none of them empty.
+        parts: text, calculator calls and results, none of them empty.
         tokens: the tokens.
-        finish_reason: why the answer ends here, None if it goes on.
+        finish_reason: why the answer ends here; None if it continues.
     """
 
     parts: list[Part] = field(default_factory=list)
@@ -40,11 +40,11 @@ class Delta:
 
     @property
     def text(self) -> str:
-        """The text without calculator calls and their results."""
+        """The text without calculator calls and results."""
         return "".join(part["text"] for part in self.parts if part["type"] == "text")
 
     def add(self, other: Delta) -> None:
-        """Appends what follows."""
+        """Appends another delta."""
         for part in other.parts:
             append_part(self.parts, part)
         self.tokens += other.tokens
@@ -52,7 +52,7 @@ class Delta:
 
 
 def append_part(parts: list[Part], part: Part) -> None:
-    """Appends a part, or its text if the last one is of the same type."""
+    """Appends a part; joins it to the last one if that has the same type."""
     if parts and parts[-1]["type"] == part["type"]:
         parts[-1] = {"type": part["type"], "text": parts[-1]["text"] + part["text"]}
     else:
@@ -60,13 +60,13 @@ def append_part(parts: list[Part], part: Part) -> None:
 
 
 class StopStrings:
-    """Finds the first stop string in a text that arrives in pieces.
+    """Finds the first stop string in a streamed text.
 
     Args:
-        stops: the strings, none of them empty.
+        stops: stop strings, none of them empty.
 
     Attributes:
-        found: whether the text has ended at a stop string.
+        found: whether a stop string was found.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -75,10 +75,10 @@ class StopStrings:
         self._held = ""
 
     def push(self, text: str, last: bool = False) -> str:
-        """Takes the next piece; ``last`` ends the text.
+        """Processes the next piece of text; ``last`` ends the text.
 
         Returns:
-            What is certain to stand before any stop string. The longest end that may begin one is held back.
+            Text that is certainly not part of a stop string. An end that may begin one is held back.
         """
         text = self._held + text
         starts = [start for stop in self.stops if (start := text.find(stop)) >= 0]
@@ -88,7 +88,7 @@ class StopStrings:
         return text[:end]
 
     def _pending(self, text: str) -> int:
-        """Length of the longest end of ``text`` that begins a stop string."""
+        """Length of the longest suffix of ``text`` that is a prefix of a stop string."""
         longest = max(map(len, self.stops), default=1) - 1
         ends = range(min(longest, len(text)), 0, -1)
         return next((n for n in ends if any(stop.startswith(text[-n:]) for stop in self.stops)), 0)
@@ -98,13 +98,13 @@ class Answer:
     """One completion while it is generated.
 
     Args:
-        tokenizer: of the model.
-        stops: stop strings; they are looked for in text, not in calculator calls and results.
-        chat: calculator calls and results are told from text, and the stop token is none of the tokens.
+        tokenizer: tokenizer of the model.
+        stops: stop strings; searched in text, not in calculator calls and results.
+        chat: separate calculator calls and results from text, and leave out the stop token.
 
     Attributes:
-        whole: everything so far.
-        num_tokens: tokens generated, stop token and calculator results included.
+        whole: the answer so far.
+        num_tokens: number of generated tokens, including stop token and calculator results.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], *, chat: bool) -> None:
@@ -120,7 +120,7 @@ class Answer:
         return self.whole.finish_reason is not None
 
     def take(self, event: TokenEvent) -> Delta:
-        """What a token of the engine adds. A stop string ends the answer; later tokens must not come."""
+        """Adds a token of the engine and returns the new text. After a stop string no more tokens must be added."""
         self.num_tokens += 1
         last = event.finish_reason is not None
         piece = self._stream.next(event.token, event.forced, last)
@@ -131,7 +131,7 @@ class Answer:
             if self._stops.found:
                 delta.finish_reason = "stop"
         else:
-            # A call interrupts the text: what was held back cannot become a stop string any more.
+            # A call interrupts the text, so held-back text cannot become a stop string any more.
             if before := self._stops.push("", last=True):
                 append_part(delta.parts, {"type": "text", "text": before})
             text = piece.text

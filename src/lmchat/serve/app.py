@@ -38,7 +38,7 @@ from lmchat.tokenizer.render import render_for_completion
 from lmchat.types import Conversation
 
 ANY_MODEL = "lmchat"
-"""Name that requests may give instead of the model's."""
+"""Name that requests may use instead of the model's."""
 
 PAGE = {
     "index.html": "text/html; charset=utf-8",
@@ -53,11 +53,11 @@ class Server:
     """The server as an ASGI application.
 
     Args:
-        engine: generates; nobody else may use it while the application runs.
-        card: the model.
-        limits: what is accepted.
-        api_key: bearer token that requests must bring; None for none.
-        loopback: requests must name this machine.
+        engine: the engine; must not be used otherwise while the application runs.
+        card: description of the model.
+        limits: limits of requests.
+        api_key: bearer token that requests must have; None for none.
+        loopback: whether the Host header must be this machine.
 
     Attributes:
         app: the application.
@@ -194,7 +194,7 @@ class Server:
         return JSONResponse(self._model())
 
     async def health(self) -> Response:
-        """``GET /health``: 200 while requests are answered."""
+        """``GET /health``: 200 while the server answers requests."""
         state = "failed" if self.worker.failed else "shutting down" if self.admission.draining else "ok"
         content = {
             "status": state,
@@ -230,7 +230,7 @@ class Server:
             raise APIError(message, status=404, code="model_not_found", param="model")
 
     def _check_size(self, *texts: str, param: str) -> None:
-        """Refuses texts that must have too many tokens, before they are encoded."""
+        """Refuses texts that certainly have too many tokens, before they are encoded."""
         size = sum(len(text.encode(errors="replace")) for text in texts)
         if size > self.max_prompt_tokens * self._longest_token:
             raise APIError(
@@ -240,7 +240,7 @@ class Server:
             )
 
     async def _encoded(self, prompts: list[str] | list[list[int]]) -> tuple[list[list[int]], list[int]]:
-        """Token ids of prompts with ``<|bos|>`` in front, as in training, and how many tokens of each are added."""
+        """Token ids of prompts, starting with ``<|bos|>`` as in training, and the number of tokens added to each."""
         encoded = [await self._tokens(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         size, bos = self.engine.config.vocab_size, self.engine.tokenizer.bos_id
         if any(not 0 <= token < size for ids in encoded for token in ids):
@@ -253,7 +253,7 @@ class Server:
         return await asyncio.to_thread(self.engine.tokenizer.encode, text)
 
     def _max_tokens(self, prompts: Sequence[Sequence[int]], wanted: int | None) -> int:
-        """How many tokens to generate at most.
+        """Maximum number of tokens to generate.
 
         Raises:
             APIError: prompt or completion is too long.

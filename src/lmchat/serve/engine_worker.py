@@ -16,20 +16,20 @@ from lmchat.types import UserError
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Numbered = tuple[int, TokenEvent]
-"""A token of a completion, and the completion's number."""
+"""The number of a completion, and a token of it."""
 
 
 class EngineFailure(RuntimeError):
-    """The engine has failed while it generated; the server's log says why."""
+    """The engine has failed; the server's log has the reason."""
 
 
 class Generation:
-    """Completions that the engine generates; iterate over it for tokens until all have ended.
+    """Completions being generated; iterating yields tokens until all have ended.
 
     Completion i is sample ``i % num_samples`` of prompt ``i // num_samples``.
 
     Attributes:
-        remaining: completions that have not ended.
+        remaining: numbers of the completions that have not ended.
     """
 
     def __init__(self, worker: EngineWorker, requests: Sequence[int], num_samples: int) -> None:
@@ -40,14 +40,14 @@ class Generation:
         self._events: asyncio.Queue[list[Numbered] | Exception] = asyncio.Queue()
 
     def deliver(self, events: list[Numbered] | Exception) -> None:
-        """Called in the event loop with what a step has generated, or why there will be no more."""
+        """Called in the event loop with the tokens of a step, or the error that ends the generation."""
         self._events.put_nowait(events)
 
     async def __aiter__(self) -> AsyncIterator[list[Numbered]]:
         while self.remaining:
             batch: list[Numbered] = []
             waiting = [await self._events.get()]
-            while not self._events.empty():  # what a slow reader has missed comes at once
+            while not self._events.empty():  # a slow reader gets all missed tokens at once
                 waiting.append(self._events.get_nowait())
             for events in waiting:
                 if isinstance(events, Exception):
@@ -57,14 +57,14 @@ class Generation:
             yield batch
 
     def cancel(self, number: int) -> None:
-        """Ends a completion; its place is free before the next step."""
+        """Cancels a completion before the next step."""
         if number in self.remaining:
             self.remaining.remove(number)
             prompt, sample = divmod(number, self._num_samples)
             self._worker.cancel(self._requests[prompt], sample)
 
     def close(self) -> None:
-        """Ends all completions."""
+        """Cancels all completions."""
         if self.remaining:
             self.remaining = set()
             for request in self._requests:
@@ -75,10 +75,10 @@ class EngineWorker:
     """Steps the engine in a thread of its own as long as there are requests.
 
     Args:
-        engine: nobody else may use it until `close`.
+        engine: the engine; must not be used otherwise until `close`.
 
     Attributes:
-        failed: the engine has failed for a reason that is not the requests'; nothing runs any more.
+        failed: whether the engine has failed, other than because of a request; nothing runs any more.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -95,7 +95,7 @@ class EngineWorker:
         self._thread.start()
 
     def close(self) -> None:
-        """Ends the thread after the present step; open generations receive an error."""
+        """Stops the thread after the current step; open generations receive an error."""
         self._commands.put(self._close)
         self._thread.join()
 
@@ -137,7 +137,7 @@ class EngineWorker:
         return await self.call(lambda: self.engine.score(ids, top))
 
     async def call(self, function: Callable[[], T]) -> T:
-        """What ``function`` returns in the engine's thread, between two steps.
+        """Calls ``function`` in the engine's thread between two steps and returns its result.
 
         Raises:
             EngineFailure: the engine has failed before.
@@ -164,7 +164,7 @@ class EngineWorker:
         return await future
 
     def cancel(self, request: int, sample: int | None = None) -> None:
-        """Ends a sample of a request, or all of them, before the next step."""
+        """Cancels a sample of a request, or all of them, before the next step."""
 
         def run() -> None:
             self.engine.cancel(request, sample)
@@ -182,7 +182,7 @@ class EngineWorker:
                 continue
             try:
                 events = self.engine.step()
-            except UserError as error:  # logits that are not finite: the engine has cancelled everything and can go on
+            except UserError as error:  # non-finite logits: the engine has cancelled everything and can continue
                 logger.error("%s", error)
                 self._fail_all(EngineFailure(str(error)))
             except Exception:
@@ -193,7 +193,7 @@ class EngineWorker:
                 self._deliver(events)
 
     def _take_commands(self) -> None:
-        """Runs all commands there are; without a request it waits for one."""
+        """Runs all queued commands; waits for one if there are no requests."""
         if not self._owners:
             self._commands.get()()
         while not self._closed:

@@ -9,12 +9,12 @@ class APIError(Exception):
     """A request that is answered with an error.
 
     Args:
-        message: what is wrong and what to do, for a person.
+        message: problem and remedy.
         status: HTTP status.
-        kind: ``type`` of the error object; default follows from the status.
+        kind: ``type`` of the error object; the default depends on the status.
         code: machine-readable ``code``.
-        param: the field that is at fault.
-        retry_after: seconds after which the client may try again.
+        param: name of the invalid field.
+        retry_after: seconds after which the client may retry.
     """
 
     def __init__(
@@ -42,6 +42,6 @@ class APIError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """Further headers of the response. Official clients retry timeouts and 500 by themselves unless told not to."""
+        """Additional headers of the response. By default, OpenAI's clients retry after timeouts and status 500."""
         headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
         return headers | ({"x-should-retry": "false"} if self.status in (408, 500, 504) else {})

@@ -1,4 +1,4 @@
-"""Reading bodies and sending answers, with limits on both and an eye on clients that leave."""
+"""Reads request bodies and sends answers, with limits, and detects disconnected clients."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ logger = logging.getLogger(__name__)
 
 
 def error_response(error: APIError) -> Response:
-    """An error as a response."""
+    """Converts an error to a response."""
     return JSONResponse(error.body, status_code=error.status, headers=error.headers)
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The body of a request.
+    """Reads the body of a request.
 
     Raises:
-        APIError: it is no JSON by its content type, too large, or not complete in `BODY_SECONDS`.
+        APIError: the content type is not JSON, the body is too large, or not complete within `BODY_SECONDS`.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":  # which another origin's page cannot send unasked
+    if kind != "application/json":  # pages of other origins cannot send this without a preflight request
         raise APIError("the body must be JSON: set Content-Type to application/json", status=415)
     too_large = APIError(f"the body exceeds {max_bytes} bytes; shorten it", status=413, code="body_too_large")
     length = request.headers.get("content-length", "0")
@@ -62,15 +62,15 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
 class GeneratedResponse(Response):
     """Runs a plan and sends its answers, as one JSON object or as a stream of events.
 
-    A client that leaves ends the run; so does the time limit.
+    The run is cancelled if the client disconnects or the time limit is exceeded.
 
     Args:
-        worker: has the engine.
-        admission: limits what runs.
-        metrics: record what happens.
+        worker: worker of the engine.
+        admission: limits of running completions.
+        metrics: metrics to update.
         plan: what to generate.
         responses: format of the answers.
-        stream: send pieces as they are generated.
+        stream: stream the answers.
         usage: end a stream with its usage.
     """
 
@@ -173,7 +173,7 @@ class GeneratedResponse(Response):
 
 
 def _encode(data: JSON) -> bytes:
-    """An event of a stream."""
+    """Encodes an event of a stream."""
     return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 

@@ -1,4 +1,4 @@
-"""Runs the application with uvicorn until SIGINT or SIGTERM, then finishes what runs."""
+"""Runs the application with uvicorn until SIGINT or SIGTERM, then finishes open requests."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ HEADER_SECONDS = 20
 
 
 def open_socket(host: str, port: int) -> socket.socket:
-    """A listening socket.
+    """Opens a listening socket.
 
     Raises:
-        UserError: the address is not this machine's or is in use, or there is no such port.
+        UserError: the address is in use or not an address of this machine, or the port is invalid.
     """
     if not 0 <= port < 2**16:
         raise UserError(f"--port is {port}; give a number from 0 to 65535")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        # asyncio sends small packets at once (TCP_NODELAY) only where the socket's protocol is given.
+        # asyncio sends small packets immediately (TCP_NODELAY) only if the socket's protocol is given.
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
@@ -69,7 +69,7 @@ class _Protocol(H11Protocol):
 
 
 class _Uvicorn(uvicorn.Server):
-    """Signals end it in order: nothing new is accepted, what runs is finished. A second one ends it at once."""
+    """Shuts down gracefully after a signal: refuses new requests and finishes open ones. A second one exits at once."""
 
     def __init__(self, config: uvicorn.Config, server: Server) -> None:
         super().__init__(config)

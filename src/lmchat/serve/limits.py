@@ -1,4 +1,4 @@
-"""What a server accepts: sizes, lengths, requests at a time."""
+"""Limits of a server: sizes, lengths, concurrent requests."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class Limits:
     """Limits of a server.
 
     Attributes:
-        max_running: completions generated together.
-        max_queued: completions that may wait for a place among them.
-        max_prompt_tokens: longest prompt; None is what the model's context allows.
-        max_new_tokens: longest completion, and the length of chat answers whose request names none.
-        max_body_bytes: largest request body.
-        max_seconds: time for a request, waiting included.
+        max_running: maximum number of completions generated together.
+        max_queued: maximum number of waiting completions.
+        max_prompt_tokens: maximum length of a prompt; None is the model's limit.
+        max_new_tokens: maximum length of a completion, and the default of chat requests.
+        max_body_bytes: maximum size of a request body.
+        max_seconds: time limit of a request, including waiting.
 
     Raises:
         UserError: a value is out of range.
@@ -55,8 +55,8 @@ class Admission:
         limits: the limits.
 
     Attributes:
-        open: completions of requests that are admitted and not finished.
-        draining: whether the server shuts down, so that nothing new is admitted.
+        open: number of completions of admitted, unfinished requests.
+        draining: whether the server is shutting down and admits nothing.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -66,10 +66,10 @@ class Admission:
 
     @contextmanager
     def admit(self, completions: int) -> Iterator[None]:
-        """Holds places for ``completions`` while the context is open.
+        """Context manager that reserves places for ``completions``.
 
         Raises:
-            APIError: the server is full, shuts down, or could never run that many at a time.
+            APIError: the server is full or shutting down, or its capacity is smaller than ``completions``.
         """
         limits = self.limits
         capacity = limits.max_running + limits.max_queued

@@ -12,7 +12,7 @@ from lmchat.serve.model_card import ModelCard
 
 
 def load_engine(checkpoint: Checkpoint, tokenizer_folder: Path | None = None, *, max_rows: int = 128) -> Engine:
-    """The checkpoint's model with its tokenizer, on the GPU if there is one.
+    """Creates an engine for a checkpoint's model, on the GPU if there is one.
 
     Args:
         checkpoint: the model to load.
@@ -21,7 +21,7 @@ def load_engine(checkpoint: Checkpoint, tokenizer_folder: Path | None = None, *,
         max_rows: maximum number of sequences decoded together.
 
     Raises:
-        UserError: the tokenizer is missing, or is not the one that the model was trained with.
+        UserError: the tokenizer is missing, or is not the model's.
     """
     tokenizer = load_tokenizer(checkpoint, tokenizer_folder)
     net = load_model(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
@@ -29,7 +29,7 @@ def load_engine(checkpoint: Checkpoint, tokenizer_folder: Path | None = None, *,
 
 
 def model_card(checkpoint: Checkpoint, engine: Engine) -> ModelCard:
-    """What a server tells about the model it serves."""
+    """Describes the model for a server."""
     tag, stage, step = checkpoint.meta["tag"], checkpoint.stage, checkpoint.step
     details = {
         "stage": stage,

@@ -1,4 +1,4 @@
-"""Which model a server has."""
+"""Description of a server's model."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ModelCard:
-    """Which model answers.
+    """Description of the model.
 
     Attributes:
-        name: its id in the API.
-        created: when its checkpoint was written, in seconds since 1970.
-        details: what the page shows about it: stage, tag, step, parameters.
+        name: id in the API.
+        created: time of the checkpoint, in seconds since 1970.
+        details: details shown on the page: stage, tag, step, parameters.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Responses of OpenAI's API, from answers."""
+"""Formats answers as responses of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Responses:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
 
     def _scored(self, run: Run, number: int, tokens: Sequence[Token]) -> list[tuple[Token, Top]]:
-        """Tokens of a whole answer with their log-probabilities and the most likely tokens."""
+        """Tokens of an answer with log-probabilities, and the most likely tokens at their positions."""
         if not run.scores:
             return [(token, ()) for token in tokens]
         start, scores = len(run.prompt_of(number)) - 1, run.scores[number]
@@ -70,7 +70,7 @@ class Responses:
 
 
 class ChatResponses(Responses):
-    """``/v1/chat/completions``. Beside ``content``, ``parts`` has calculator calls and results."""
+    """Responses of ``/v1/chat/completions``. In addition to ``content``, ``parts`` has calculator calls and results."""
 
     prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
@@ -118,10 +118,10 @@ class ChatResponses(Responses):
 
 
 class CompletionResponses(Responses):
-    """``/v1/completions``. Log-probabilities include the stop token, which the text does not: lm-eval counts on it.
+    """Responses of ``/v1/completions``. Log-probabilities include the stop token, unlike the text; lm-eval needs it.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: tokenizer of the model.
         model: name of the model that answers.
         added: number of tokens at the beginning of each prompt that the client did not send and does not get back.
     """
@@ -193,7 +193,7 @@ class CompletionResponses(Responses):
         return {self._text(other): logprob for other, logprob in [(token.id, token.logprob), *top]}
 
     def _text(self, token: int) -> str:
-        """The text of a token; bytes that are no text by themselves as OpenAI's API writes them."""
+        """Text of a token; incomplete characters are written as in OpenAI's API."""
         data = self.tokenizer.decode_bytes([token])
         try:
             return data.decode()
@@ -202,6 +202,6 @@ class CompletionResponses(Responses):
 
 
 def usage(run: Run) -> JSON:
-    """Numbers of tokens; tokens of a prompt count once for all its samples."""
+    """Token counts; a prompt's tokens count once for all its samples."""
     prompt, generated = run.num_prompt_tokens, run.num_generated_tokens
     return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}

@@ -1,4 +1,4 @@
-"""Requests of OpenAI's API: what they may hold, and what lmchat makes of it."""
+"""Schema of requests of OpenAI's API, and their conversion."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 200
 MAX_TOP_LOGPROBS = 20
 DEFAULT_COMPLETION_TOKENS = 16
-"""Length of a text completion whose request names none, as in OpenAI's API."""
+"""Default ``max_tokens`` of text completions, as in OpenAI's API."""
 
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
@@ -31,13 +31,13 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "best_of": (1,),
 }
-"""Options of OpenAI's that change answers and that lmchat does not have, with values that ask for nothing."""
+"""Options of OpenAI's API that lmchat does not support, with the values that have no effect and are accepted."""
 
 _WITHOUT_EFFECT = {
     "user", "store", "metadata", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key",
     "prompt_cache_retention",
 }  # fmt: skip
-"""Options of OpenAI's that change no answer."""
+"""Options of OpenAI's API that do not affect answers, and are ignored."""
 
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
@@ -50,7 +50,7 @@ class StreamOptions(BaseModel):
 
 
 class GenerationRequest(BaseModel):
-    """What both kinds of completion have in common. ``top_k`` and ``calculator`` are lmchat's own."""
+    """Options of both kinds of completions. ``top_k`` and ``calculator`` are lmchat's."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
     model: str | None = None
@@ -71,11 +71,11 @@ class GenerationRequest(BaseModel):
 
     @property
     def samples(self) -> int:
-        """Completions of each prompt."""
+        """Number of completions per prompt."""
         return self.n or 1
 
     def sampling(self, max_new_tokens: int, *, calculator: bool, logprobs: bool) -> SamplingParams:
-        """Sampling parameters; absent options have OpenAI's defaults, an absent seed is random."""
+        """Sampling parameters; missing options have OpenAI's defaults, a missing seed is random."""
         return SamplingParams(
             num_samples=self.samples,
             max_new_tokens=max_new_tokens,
@@ -139,7 +139,7 @@ Request = TypeVar("Request", bound=BaseModel)
 
 
 def parse(kind: type[Request], body: bytes) -> Request:
-    """The request in a body of JSON.
+    """Parses a JSON body.
 
     Raises:
         APIError: it is not JSON, a value is of the wrong type or out of range, or an option is unknown or unsupported.
@@ -178,7 +178,7 @@ def messages_of(request: ChatRequest) -> list[Message]:
 
 
 def _message(index: int, message: Any) -> Message:
-    """lmchat's form of a message: contents that are lists become a string, or the parts of an assistant's turn."""
+    """Converts a message: lists become a string, or for the assistant a list of parts."""
     if not isinstance(message, dict):
         raise UserError(f"message {index} must be an object with role and content")
     role, content = message.get("role"), message.get("content")

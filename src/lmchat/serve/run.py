@@ -1,4 +1,4 @@
-"""Runs a request on the engine: from its plan to answers, whole or in pieces."""
+"""Runs a request on the engine and collects its answers, streamed or not."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from lmchat.serve.metrics import Metrics
 
 @dataclass(frozen=True)
 class Plan:
-    """What a request asks of the engine.
+    """A request to the engine.
 
     Attributes:
         prompts: token ids of each prompt.
         params: sampling parameters; None if nothing is generated, only prompts are scored.
-        num_samples: completions per prompt.
+        num_samples: number of completions per prompt.
         stops: stop strings.
         chat: see `Answer`.
-        echo: scores of the prompts are wanted too.
-        top_logprobs: number of most likely tokens wanted at each place; None if no log-probabilities are wanted.
+        echo: include scores of the prompts.
+        top_logprobs: number of most likely tokens to return at each position; None for no log-probabilities.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -37,17 +37,17 @@ class Plan:
 
     @property
     def needs_scores(self) -> bool:
-        """Whether log-probabilities are wanted that sampling does not give: of prompts, or of other tokens."""
+        """Whether it needs log-probabilities that sampling does not provide: of prompts, or of other tokens."""
         return self.top_logprobs is not None and (self.echo or self.top_logprobs > 0)
 
 
 class Run:
-    """A request that runs.
+    """A running request.
 
     Args:
-        worker: has the engine.
-        plan: what is asked.
-        metrics: record times and numbers of tokens.
+        worker: worker of the engine.
+        plan: the request.
+        metrics: metrics to update.
 
     Attributes:
         answers: the completions, samples of the first prompt first.
@@ -91,7 +91,7 @@ class Run:
             self._generation = await self._worker.generate(self.plan.prompts, self.plan.params)
 
     async def deltas(self) -> AsyncIterator[dict[int, Delta]]:
-        """What the answers gain, by number of the answer, as soon as it is generated."""
+        """Yields additions to the answers, by number of the answer, as they are generated."""
         if self._generation is None:
             for answer in self.answers:
                 answer.whole.finish_reason = "length"
@@ -108,7 +108,7 @@ class Run:
             yield gained
 
     async def finish(self) -> None:
-        """Waits for the whole answers, and scores them if that is wanted."""
+        """Waits for the complete answers, and scores them if needed."""
         async for _ in self.deltas():
             pass
         if not self.plan.needs_scores:
@@ -118,7 +118,7 @@ class Run:
             self.scores.append(await self._worker.score(ids, self.plan.top_logprobs or 0))
 
     def close(self) -> None:
-        """Ends what still runs and records the metrics."""
+        """Cancels unfinished completions and records the metrics."""
         if self._generation is not None:
             self._generation.close()
         metrics, now = self._metrics, time.perf_counter()

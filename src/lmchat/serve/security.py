@@ -1,4 +1,4 @@
-"""What stands before every route: who may ask, from where, and what browsers may do with the answers."""
+"""Middleware of all routes: checks of tokens and origins, and security headers for browsers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
 }
-"""Headers of every response. There are none of CORS: pages of other origins cannot read answers."""
+"""Headers of every response. There are no CORS headers, so pages of other origins cannot read answers."""
 
 
 def is_loopback(host: str) -> bool:
@@ -42,16 +42,16 @@ def is_loopback(host: str) -> bool:
 
 
 class Gate:
-    """ASGI middleware: checks Host, Origin and bearer token, adds headers, counts responses, catches what is left.
+    """ASGI middleware: checks Host, Origin and bearer token, adds headers, counts responses, handles other exceptions.
 
     Args:
-        app: what it protects.
-        metrics: count responses.
+        app: the application.
+        metrics: metrics that count responses.
         public: paths that need no token.
-        counted: paths that are counted under their name.
-        api_key: token that requests must bring; None for none.
-        loopback: the server is bound to this machine only, so that requests must name it. A page elsewhere whose name
-            is made to point here ("DNS rebinding") would name another.
+        counted: paths that are counted by name.
+        api_key: token that requests must have; None for none.
+        loopback: whether the server listens on this machine only, so that the Host header must be this machine. This
+            prevents DNS rebinding.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Gate:
 
 
 def _digest(token: bytes) -> bytes:
-    """Of equal length for all tokens, so that comparing takes equal time."""
+    """Digest of a token, so that comparisons take equal time for all lengths."""
     return hashlib.sha256(token).digest()
 
 

@@ -1,4 +1,4 @@
-"""The chat in the terminal: prints answers as they are generated, keeps the conversation, understands commands."""
+"""Chat in the terminal: streams answers, keeps the conversation, handles commands."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HELP = (
 HISTORY_LINES = 1000
 
 Stream = Callable[[list[int], int], Iterator[StreamedToken]]
-"""From the token ids of a prompt and a seed to the tokens of the answer."""
+"""Function from the token ids of a prompt and a seed to the tokens of the answer."""
 
 
 class TerminalChat:
@@ -29,7 +29,7 @@ class TerminalChat:
     Args:
         engine: the model and its tokenizer.
         stream: generates an answer; see `Stream`.
-        max_new_tokens: longest answer that ``stream`` generates.
+        max_new_tokens: maximum number of tokens that ``stream`` generates.
         system: system prompt.
         seed: seed of the first answer; each further one adds 1.
     """
@@ -76,7 +76,7 @@ class TerminalChat:
         return answer(self.engine, self.messages, question, lambda prompt: self.stream(prompt, seed))
 
     def _take(self, question: str) -> None:
-        """Answers a line of the user's; a problem with it leaves the conversation as it was."""
+        """Answers a line of the user; on errors the conversation does not change."""
         if not self._make_room(question):
             return
         try:
@@ -89,7 +89,7 @@ class TerminalChat:
             print("\n(stopped; this message and its answer are left out)", file=sys.stderr)
 
     def _make_room(self, question: str) -> bool:
-        """Forgets the oldest turns if the conversation exceeds the context; False if the user does not want that."""
+        """Removes the oldest turns if the conversation exceeds the context; False if the user declines."""
         limit = self.engine.context_limit - self.max_new_tokens
         turns = oldest_turns_to_forget(self.engine, self.messages, question, limit)
         if not turns:
@@ -117,7 +117,7 @@ def answer(
         engine: whose tokenizer renders the prompt.
         messages: the conversation so far; question and answer are appended.
         question: the user's message.
-        stream: from the prompt's token ids to the tokens of the answer.
+        stream: function from the token ids of the prompt to the tokens of the answer.
 
     Raises:
         UserError: the prompt does not fit into the model's context; ``messages`` is unchanged.
@@ -134,16 +134,16 @@ def answer(
         parts[-1]["text"] += token.text
         print(token.text, end="", flush=True)
     print(_mark(parts[-1]["type"], "text") if parts else "", flush=True)
-    # An empty answer cannot be rendered in the next prompt; its question is left out with it.
+    # An empty answer cannot be rendered in the next prompt, so question and answer are left out.
     if parts:
         messages += [asked, {"role": "assistant", "content": parts}]
     return "".join(part["text"] for part in parts)
 
 
 def oldest_turns_to_forget(engine: Engine, messages: list[Message], question: str, limit: int) -> int:
-    """How many of the oldest turns (a question and its answer) to leave out, so that the prompt has ``limit`` tokens.
+    """Number of oldest turns (question and answer) to remove so that the prompt has at most ``limit`` tokens.
 
-    A system prompt stays. 0 also where the question does not even fit alone.
+    The system prompt is kept. Returns 0 if the question alone does not fit.
     """
     first = 1 if messages and messages[0]["role"] == "system" else 0
     asked: Message = {"role": "user", "content": question}
@@ -155,7 +155,7 @@ def oldest_turns_to_forget(engine: Engine, messages: list[Message], question: st
 
 
 def _mark(before: str, after: str) -> str:
-    """What is printed between two parts of an answer: a calculator call is shown as ``[call = result]``."""
+    """Text printed between two parts of an answer; a calculator call is shown as ``[call = result]``."""
     closing = "]" if before != "text" and after == "text" else ""
     return closing + {"python": "[", "python_output": " = "}.get(after, "")
 
@@ -169,7 +169,7 @@ def _is_interactive() -> bool:
 
 
 def _lines() -> Iterator[str]:
-    """The user's lines; in a terminal with line editing and the history of earlier chats."""
+    """Yields the user's lines; in a terminal with line editing and a history."""
     if not _is_interactive():
         while (line := _input("")) is not None:
             yield line
@@ -187,7 +187,7 @@ def _lines() -> Iterator[str]:
 
 
 def _input(prompt: str) -> str | None:
-    """A line, None at the end of the input. Where the output is no terminal, the prompt goes to standard error."""
+    """Reads a line; None at the end of input. If the output is not a terminal, the prompt is printed to stderr."""
     try:
         if prompt and not sys.stdout.isatty():
             print(prompt, end="", file=sys.stderr, flush=True)
@@ -199,10 +199,10 @@ def _input(prompt: str) -> str | None:
 
 @contextlib.contextmanager
 def _line_editing() -> Iterator[None]:
-    """`input` edits lines and recalls earlier ones, which are kept in ``$LMCHAT_BASE_DIR/chat_history``."""
+    """Context manager with line editing and a history in ``$LMCHAT_BASE_DIR/chat_history`` for `input`."""
     try:
         import readline
-    except ImportError:  # Python is built without it
+    except ImportError:  # Python was built without readline
         yield
         return
     path: Path = base_dir() / "chat_history"

@@ -23,17 +23,17 @@ from lmchat.types import UserError
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _MODELING = "modeling_lmchat.py"
 _OF_THE_FILES = ("files", "lightning", "format", "world_size")
-"""Of a checkpoint's ``meta``: what describes the checkpoint's own files."""
+"""Fields of ``meta`` that describe the checkpoint's files, and are not exported."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """What was written.
+    """Result of `write_export`.
 
     Attributes:
-        tensors: number of tensors in the weight file.
-        parameters: number of elements in them.
-        padding: elements of padding rows that are kept in a file of their own.
+        tensors: number of tensors in the weights file.
+        parameters: number of their elements.
+        padding: number of elements of padding rows, which are in a separate file.
     """
 
     tensors: int
@@ -55,10 +55,10 @@ def need(package: str, purpose: str) -> Any:
 
 
 def choose_native(config: GPTConfig, native: bool | None) -> bool:
-    """Whether to export as `NanoChatForCausalLM`; None is yes where it can express the model.
+    """Whether to export as `NanoChatForCausalLM`; ``native`` None is true if it supports the architecture.
 
     Raises:
-        UserError: ``native`` asks for what it cannot express.
+        UserError: ``native`` is true and it does not.
     """
     if native and not config.is_native:
         lacking = ", ".join(config.native_obstacles)
@@ -75,11 +75,11 @@ def write_export(
     """Writes weights, configs, tokenizer, chat template and model card into the empty ``folder``.
 
     Args:
-        checkpoint: of any stage.
-        tokenizer: the checkpoint's own.
-        folder: exists and is empty.
-        native: as `NanoChatForCausalLM`, else with the modelling file of lmchat.
-        dtype: of the stored weights. bf16 halves the file; the residual mix's factors stay fp32.
+        checkpoint: checkpoint of any stage.
+        tokenizer: tokenizer of the checkpoint.
+        folder: an existing empty folder.
+        native: export as `NanoChatForCausalLM` instead of with lmchat's modelling file.
+        dtype: dtype of the stored weights. bf16 halves the file; the factors of the residual mix stay fp32.
 
     Raises:
         UserError: a tensor of the checkpoint has no place in the export, or safetensors is missing.
@@ -94,7 +94,7 @@ def write_export(
         tensors, padding = dict(state), {}
     for name, part in ((form.MODEL_FILE, tensors), (form.PADDING_FILE, padding)):
         if part:
-            # Copies: safetensors writes a tensor's whole storage, also where the tensor is a part of it.
+            # Copied, since safetensors writes the whole storage of a tensor, even if the tensor is only a part of it.
             stored = {key: tensor.to(stored_dtype(key, dtype), copy=True).contiguous() for key, tensor in part.items()}
             save_file(stored, folder / name, metadata={"format": "pt"})
     _write_configs(folder, config, tokenizer, native, dtype)

@@ -1,7 +1,7 @@
-"""Configs and tensor names of the two forms that an lmchat GPT has in the transformers library.
+"""Configs and tensor names of the two formats of an lmchat GPT in the transformers library.
 
-native   transformers' own `NanoChatForCausalLM`, for the architectures that it can express
-lmchat   `LMChatForCausalLM` of the modelling file that comes with the export, for all of them
+native   transformers' own `NanoChatForCausalLM`, for architectures that it supports
+lmchat   `LMChatForCausalLM` in the modelling file of the export, for all architectures
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _NATIVE_PARTS = {
     "mlp.c_proj": "mlp.fc2",
 }
 _TABLES = ("transformer.wte.weight", "lm_head.weight")
-"""Tensors with a row per token, of a native model."""
+"""Tensors of a native model with one row per token."""
 
 
 def native_names(config: GPTConfig) -> dict[str, str]:
-    """lmchat's name of every tensor of a native model to transformers' name."""
+    """Maps lmchat's names of a native model's tensors to transformers' names."""
     names = {"transformer.wte.weight": "model.embed_tokens.weight", "lm_head.weight": "lm_head.weight"}
     for layer in range(config.n_layer):
         for part, native in _NATIVE_PARTS.items():
@@ -44,15 +44,15 @@ def native_names(config: GPTConfig) -> dict[str, str]:
 
 
 def native_shape(name: str, shape: torch.Size, config: GPTConfig) -> torch.Size:
-    """The shape of a tensor in a native model, whose token tables have no padding, from lmchat's name and shape."""
+    """Shape of a tensor in a native model, where token tables have no padding, given lmchat's name and shape."""
     return torch.Size((config.vocab_size, *shape[1:])) if name in _TABLES else shape
 
 
 def to_native(state: Mapping[str, Tensor], config: GPTConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A native model's tensors under transformers' names, and the padding rows, which have no token, under lmchat's.
+    """Converts to a native model's tensors by transformers' names, and the padding rows by lmchat's names.
 
     Raises:
-        UserError: a tensor has no place in `NanoChatForCausalLM`.
+        UserError: a tensor has no counterpart in `NanoChatForCausalLM`.
     """
     names = native_names(config)
     expected = shapes(config)
@@ -64,7 +64,7 @@ def to_native(state: Mapping[str, Tensor], config: GPTConfig) -> tuple[dict[str,
 
 
 def from_native(model: Mapping[str, Tensor], padding: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-    """The inverse of `to_native`; without ``padding`` its rows are zeros."""
+    """The inverse of `to_native`; padding rows that are not given are zeros."""
     state = {}
     for name, native in native_names(config).items():
         tensor = model[native]
@@ -76,7 +76,7 @@ def from_native(model: Mapping[str, Tensor], padding: Mapping[str, Tensor], conf
 
 
 def context_limit(config: GPTConfig, native: bool) -> int:
-    """Tokens of context that the export allows: the trained ones, or all that lmchat's windows slide over."""
+    """Maximum context of the export in tokens: the trained context if native, else lmchat's limit."""
     return config.sequence_len if native else ROTARY_ROWS * config.sequence_len
 
 
@@ -133,10 +133,10 @@ def _sizes(config: GPTConfig) -> dict[str, Any]:
 
 
 def from_config(content: Mapping[str, Any]) -> GPTConfig:
-    """The hyperparameters in a ``config.json`` of either form.
+    """Hyperparameters from a ``config.json`` of either format.
 
     Raises:
-        UserError: it is of another architecture, or differs from nanochat's where lmchat has no option.
+        UserError: the architecture is another one, or has settings that lmchat does not support.
     """
     kind = content.get("model_type")
     if kind not in ("lmchat", "nanochat"):

@@ -1,4 +1,4 @@
-"""Reads models in the form of the transformers library: exports of lmchat, and `NanoChatForCausalLM`."""
+"""Reads models in the format of the transformers library: exports of lmchat, and `NanoChatForCausalLM`."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _REMEDY = "copy or download it again"
 
 
 def read_hf(folder: Path) -> ImportedModel:
-    """Reads the folder of a model, which needs safetensors but not transformers.
+    """Reads a model folder; needs safetensors but not transformers.
 
     Raises:
-        UserError: a file is missing or damaged, or the model is of another architecture.
+        UserError: a file is missing or damaged, or the architecture is another one.
     """
     content = _read_json(folder / "config.json", missing=_no_model(folder))
     try:
@@ -80,13 +80,13 @@ def _read_json(path: Path, missing: str) -> dict[str, Any]:
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
-    """What the export of a run of lmchat says of the run; empty for other models."""
+    """Metadata of the run in an export of lmchat; empty for other models."""
     path = folder / form.META_FILE
     return _read_json(path, missing="") if path.exists() else {}
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of ``model.safetensors``, or of the files that its index lists."""
+    """Reads all tensors of ``model.safetensors``, or of the files in its index."""
     index = folder / f"{form.MODEL_FILE}.index.json"
     names = [form.MODEL_FILE]
     if index.exists() and not (folder / form.MODEL_FILE).exists():
@@ -105,7 +105,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is missing; weights are read from safetensors files only; {_REMEDY}")
     try:
         return load_file(path)
-    except Exception as error:  # safetensors' own, and what torch makes of bad sizes.
+    except Exception as error:  # of safetensors, or of torch for wrong sizes
         raise UserError(f"{path} is damaged ({error}); {_REMEDY}") from error
 
 

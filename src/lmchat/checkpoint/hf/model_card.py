@@ -1,4 +1,4 @@
-"""The model card of an export: what the run's meta says of the model."""
+"""The model card of an export, from the run's meta."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _STAGES = {
 
 
 def model_card(meta: dict[str, Any], config: GPTConfig, native: bool, dtype: str) -> str:
-    """Markdown with the front matter that the Hugging Face Hub reads."""
+    """Markdown with the front matter for the Hugging Face Hub."""
     tags = ["lmchat", "nanochat", *([] if native else ["custom_code"])]
     return "\n".join(
         [

@@ -1,12 +1,12 @@
 """The tokenizer of an export: ``tokenizer.json`` that parses special tokens, its config, and the chat template.
 
-A chat template makes one string of a conversation, in which the special tokens must be recognized, and text that looks
-like one must not be. The template therefore escapes text with noncharacters of Unicode, which ``tokenizer.json``
-takes back before it encodes:
+A chat template renders a conversation to one string, in which special tokens must be recognized, but not text that
+looks like one. The template therefore escapes text with Unicode noncharacters, which ``tokenizer.json`` decodes before
+encoding:
 
     U+FDD0 U+FDD1   stands for U+FDD0 itself
-    U+FDD0 U+FDD2   stands for nothing: put between "<" and "|", it keeps text from being read as a special token
-    U+FDD0 U+FDD3   cuts the text: adjacent parts of a message are encoded one by one, as lmchat does
+    U+FDD0 U+FDD2   is removed: between "<" and "|" it prevents text from being parsed as a special token
+    U+FDD0 U+FDD3   splits the text: the parts of a message are encoded separately, as in lmchat
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, model_max_length: int) -
 
 
 def exported_tokenizer(tokenizer: Tokenizer) -> HuggingFaceTokenizer:
-    """The same vocabulary with special tokens that are recognized in text, and ``<|bos|>`` before every text."""
+    """The same vocabulary, with special tokens recognized in text and ``<|bos|>`` prepended to every text."""
     from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
 
     exported = files.hugging_face(tokenizer.ranks, tokenizer.pattern, SPECIAL_TOKENS)
@@ -61,10 +61,10 @@ def exported_tokenizer(tokenizer: Tokenizer) -> HuggingFaceTokenizer:
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of an export, or another program's ``tokenizer.json`` with the same special tokens.
+    """Reads the tokenizer of an export, or another program's ``tokenizer.json`` with the same special tokens.
 
     Raises:
-        UserError: the file is missing, damaged, or not such a tokenizer.
+        UserError: the file is missing, damaged, or another kind of tokenizer.
     """
     path = folder / "tokenizer.json"
     try:
