@@ -1,4 +1,4 @@
-# `make` lists the targets. Every target sets itself up: .venv is made once and again when pyproject.toml changes.
+# `make` lists the targets. Every target creates .venv first, and again when pyproject.toml has changed.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,8 +13,8 @@ OUTPUT ?= runs/demo$(if $(TEXT),-$(shell basename -- "$(TEXT)"))
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# A torch that satisfies the range is used where it is (a GPU image has its own), together with what lies beside it;
-# otherwise pip brings one.
+# An installed torch of a supported version is used, with the packages beside it (GPU images have their own); otherwise
+# pip installs one.
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "lmchat needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) --version); run make PYTHON=python3.12"; exit 1; }
@@ -31,7 +31,7 @@ demo: $(INSTALLED)  ## train and try a small model on this machine's own text, o
 	@$(BIN)/lmchat demo --output "$(OUTPUT)" $(if $(TEXT),--text "$(TEXT)")
 
 # The full pipeline, for 8 GPUs. Smaller: make speedrun DEPTH=12 SHARDS=24. Other variables: BASE (folder), DEVICES,
-# STRATEGY, TEXT (folder of text, in place of the download), VOCAB_SIZE; PRETRAIN, SFT, RL (configs).
+# STRATEGY, TEXT (folder of text, instead of the download), VOCAB_SIZE; PRETRAIN, SFT, RL (configs).
 PIPELINE := LMCHAT=$(BIN)/lmchat scripts/pipeline.sh
 export BASE TEXT DEPTH SHARDS DEVICES STRATEGY VOCAB_SIZE PRETRAIN SFT RL
 
@@ -56,7 +56,7 @@ chat: $(INSTALLED)  ## chat with the model of the latest finished stage
 serve: $(INSTALLED)  ## chat page and API of that model, on this machine only (PORT=8000)
 	@$(if $(BASE),LMCHAT_BASE_DIR="$(BASE)") $(BIN)/lmchat serve $(if $(PORT),--port $(PORT))
 
-# One worker a core, at most 8: each imports torch. One process: make test WORKERS=0.
+# One worker per core, at most 8, since each imports torch. One process: make test WORKERS=0.
 WORKERS ?= logical
 test: $(INSTALLED)  ## run the tests in parallel (minutes on two cores; WORKERS=2)
 	@$(BIN)/python -m pytest -m 'not slow and not gpu' -n $(WORKERS) --maxprocesses 8 --dist worksteal

@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 
 LMCHAT=${LMCHAT:-lmchat}
 BASE=${BASE:-${LMCHAT_BASE_DIR:-$HOME/.cache/lmchat}}  # output folder
-TEXT=${TEXT:-}                                         # a folder of text to train on, in place of a download
+TEXT=${TEXT:-}                                         # a folder of text to train on, instead of a download
 DEPTH=${DEPTH:-26}
 SHARDS=${SHARDS:-160}                                  # to download: 160 × 250 M characters are one epoch of d26
 DEVICES=${DEVICES:-auto}
@@ -48,7 +48,7 @@ finish_download() {
   touch "$BASE/base_data/.complete_$SHARDS"
 }
 
-# Trains a stage from its last checkpoint or from the stage before, and evaluates it once: name, folder, options.
+# Trains a stage from its last checkpoint or the previous stage's, and evaluates it once. Arguments: name, folder, options.
 stage() {
   local checkpoints="$BASE/$2/d$DEPTH" report="$BASE/evaluations/d${DEPTH}_$1.txt"
   local run=(--trainer.devices "$DEVICES" --trainer.strategy "$STRATEGY" --model.tag "d$DEPTH" "${@:3}")

@@ -41,7 +41,7 @@ def explain(message: str, args: Sequence[str]) -> str:
     if stranger := _STRANGER.search(message):
         return f"there is no option --{stranger[1]}; `{listing(args[0])}` lists them"
     if "Unexpected config" in message:
-        return f"{_configs(args)} is not a mapping of options; write them as in trainer: {{max_steps: 100}}"
+        return f"{_configs(args)} has no options; write them as in trainer: {{max_steps: 100}}"
     if stranger := _NO_MAPPING.search(message):
         group = _KEY.findall(message)[-1]  # it occurs twice
         return f"--{group} is {stranger[1]}; it must be a mapping, as in {group}: {{option: value}}"
@@ -74,7 +74,7 @@ def _remedy(types: str, value: str) -> str:
 
 
 def _missing(names: Sequence[str], args: Sequence[str]) -> str:
-    """Message for missing required arguments, which begin with the name of the (sub)command if there are subcommands."""
+    """Message for missing required arguments, which begin with the name of a subcommand, if there is one."""
     owner = names[0].partition(".")[0] if "." in names[0] else ""
     listed = ", ".join(name.removeprefix(f"{owner}.") for name in names)
     if owner == args[0]:
