@@ -47,12 +47,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_wheel_holds_texts_and_configs(wheel: Path) -> None:
+def test_the_wheel_holds_texts_configs_and_the_page(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     source = REPOSITORY / "src"
     expected = {str(path.relative_to(source)) for path in source.rglob("*.yaml")}
     assert len(expected) >= 5
+    expected |= {str(path.relative_to(source)) for path in (source / "lmchat" / "serve" / "page").iterdir()}
     assert expected <= names
     assert {str(path.relative_to(source)) for path in source.rglob("*.py")} <= names
 

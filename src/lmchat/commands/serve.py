@@ -20,7 +20,7 @@ def serve(
     max_running: int = 64,
     max_queued: int = 256,
     max_prompt_tokens: int | None = None,
-    max_new_tokens: int = 1024,
+    max_new_tokens: int | None = None,
     max_body_bytes: int = 1_000_000,
     max_seconds: float = 300,
 ) -> None:
@@ -37,7 +37,7 @@ def serve(
         max_running: maximum number of completions generated together.
         max_queued: maximum number of waiting completions; further requests get status 429.
         max_prompt_tokens: maximum length of a prompt; null is the model's limit.
-        max_new_tokens: maximum length of an answer, and the default of chat requests.
+        max_new_tokens: maximum length of an answer; null is the model's limit.
         max_body_bytes: maximum size of a request.
         max_seconds: time limit of a request, including waiting.
     """

@@ -22,6 +22,7 @@ from lmchat.serve.metrics import Metrics
 from lmchat.serve.model_card import ModelCard
 from lmchat.serve.openai_responses import ChatResponses, CompletionResponses, Responses
 from lmchat.serve.openai_schema import (
+    DEFAULT_CHAT_TOKENS,
     DEFAULT_COMPLETION_TOKENS,
     ChatRequest,
     CompletionRequest,
@@ -80,6 +81,7 @@ class Server:
         self.admission = Admission(limits)
         self.metrics = Metrics(lambda: engine.num_running, lambda: engine.num_waiting)
         self.max_prompt_tokens = min(limits.max_prompt_tokens or engine.context_limit, engine.context_limit - 1)
+        self.max_new_tokens = min(limits.max_new_tokens or engine.context_limit, engine.context_limit - 1)
         self._longest_token = int(engine.tokenizer.token_bytes.max())
         self.app = self._gated(self._routes(), api_key, loopback)
 
@@ -263,9 +265,9 @@ class Server:
             message = f"the prompt has {longest} tokens; this server reads at most {self.max_prompt_tokens}; shorten it"
             raise APIError(message, code="context_length_exceeded", param="messages")
         if wanted is None:
-            return min(self.limits.max_new_tokens, limit - longest)
-        if wanted > self.limits.max_new_tokens:
-            message = f"max_tokens is {wanted}; this server allows {self.limits.max_new_tokens}"
+            return min(DEFAULT_CHAT_TOKENS, self.max_new_tokens, limit - longest)
+        if wanted > self.max_new_tokens:
+            message = f"max_tokens is {wanted}; this server allows {self.max_new_tokens}"
             raise APIError(message, param="max_tokens")
         if longest + wanted > limit:
             message = (
@@ -276,7 +278,7 @@ class Server:
         return wanted
 
     def _model(self) -> dict[str, Any]:
-        details = {**self.card.details, "max_new_tokens": self.limits.max_new_tokens}
+        details = {**self.card.details, "max_new_tokens": self.max_new_tokens}
         return {
             "id": self.card.name,
             "object": "model",

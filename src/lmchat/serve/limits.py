@@ -19,7 +19,7 @@ class Limits:
         max_running: maximum number of completions generated together.
         max_queued: maximum number of waiting completions.
         max_prompt_tokens: maximum length of a prompt; None is the model's limit.
-        max_new_tokens: maximum length of a completion, and the default of chat requests.
+        max_new_tokens: maximum length of a completion; None is the model's limit.
         max_body_bytes: maximum size of a request body.
         max_seconds: time limit of a request, including waiting.
 
@@ -30,7 +30,7 @@ class Limits:
     max_running: int = 64
     max_queued: int = 256
     max_prompt_tokens: int | None = None
-    max_new_tokens: int = 1024
+    max_new_tokens: int | None = None
     max_body_bytes: int = 1_000_000
     max_seconds: float = 300.0
 

@@ -18,6 +18,9 @@ MAX_TOP_LOGPROBS = 20
 DEFAULT_COMPLETION_TOKENS = 16
 """Default ``max_tokens`` of text completions, as in OpenAI's API."""
 
+DEFAULT_CHAT_TOKENS = 1024
+"""Length of a chat answer whose request names none. Memory for an answer is taken at once."""
+
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
