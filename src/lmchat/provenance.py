@@ -1,4 +1,4 @@
-"""What a run was started with: command, code, versions and hardware."""
+"""Provenance of a run: command, code, versions and hardware."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _git_state(folder: Path) -> tuple[str | None, bool | None]:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
-        # A package installed below somebody else's checkout is no part of it.
+        # The package may be installed inside another project's checkout.
         git("ls-files", "--error-unmatch", "__init__.py")
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.SubprocessError):
@@ -55,7 +55,7 @@ def _versions() -> dict[str, str]:
 
 
 def _host() -> str:
-    """Such as ``AMD EPYC 7763, 2 cores, 24 GB``."""
+    """Description of the host, e.g. ``AMD EPYC 7763, 2 cores, 24 GB``."""
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

@@ -1,7 +1,7 @@
-"""Memory of a training step, by counting: what fits a card, and the largest micro-batch that does.
+"""Memory model of a training step, and the largest micro-batch that fits.
 
-Saved activations per token and block were counted from what autograd keeps (tests/test_training_memory.py counts
-again): in the compute dtype, of the model's width D and the width of keys and values K,
+Activations saved by autograd per token and block, in the compute dtype, with model width D and key/value width K
+(counted in tests/test_training_memory.py):
 
 - compiled: 15 D + 3 K: the block's input, its norm, rotated and normed queries, attention's output, the residual
   stream between the parts and its norm (7 D), rotated keys, normed keys, values (3 K), the MLP's hidden states before
@@ -10,7 +10,7 @@ again): in the compute dtype, of the model's width D and the width of keys and v
 - eager: 19 D + 4 K;
 - checkpointed: D, and in the backward pass the above for one block at a time.
 
-A layer with value embeddings keeps K more. Everything else is estimated: no figure was measured on a GPU so far.
+Layers with value embeddings save K more. Everything else is estimated; nothing was measured on a GPU so far.
 """
 
 from __future__ import annotations
@@ -26,12 +26,11 @@ from lmchat.scaling import parameter_counts
 Mode = Literal["eager", "compiled", "recomputing"]
 
 SAVED_WIDTHS: dict[Mode, tuple[int, int]] = {"eager": (19, 4), "compiled": (15, 3), "recomputing": (8, 2)}
-"""Saved per token and block: how many times the model's width, and the width of keys and values."""
+"""Saved activations per token and block, as multiples of D and K."""
 BACKWARD_WIDTHS = 12
-"""Widths per token that the backward pass of one block holds at a time, gradients and recomputed values; estimated."""
+"""Gradients and recomputed values per token in the backward pass of one block, as a multiple of D; estimated."""
 OPTIMIZER_COPIES = 8
-"""fp32 copies of the largest group of equal matrices that Muon's step holds, uncompiled: gradients, weights, update and
-the operands of its products."""
+"""fp32 copies of the largest stack of matrices in Muon's uncompiled step: gradients, weights, update, operands."""
 RESERVE_BYTES = int(1.5e9)
 """CUDA's context, libraries and communication buffers; estimated."""
 FRAGMENTATION = 0.05
@@ -40,14 +39,14 @@ FRAGMENTATION = 0.05
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes per device at the fullest moment of a training step, by what holds them.
+    """Peak memory of a training step per device, in bytes.
 
     Attributes:
         states: fp32 weights, gradients and optimizer state.
-        activations: what autograd keeps for the backward pass.
-        workspace: the larger of the head and a block's backward pass, and of the optimizer's temporaries beyond the
+        activations: tensors saved by autograd for the backward pass.
+        workspace: the maximum of the head and a block's backward pass, and of the optimizer's temporaries beyond the
             activations, which are freed by then.
-        reserve: context, libraries, fragmentation.
+        reserve: CUDA context, libraries, fragmentation.
     """
 
     states: float
@@ -74,11 +73,14 @@ def training_memory(
     """Memory per device of training with micro-batches of `rows` rows.
 
     Args:
+        config: shape of the model.
+        rows: rows per micro-batch.
         mode: how the blocks run; see the module.
-        checkpoint_blocks: keep each block's input only, and run the block again in the backward pass.
-        optimizer_shards: ranks that share the optimizer's state.
-        element_bytes: of the compute dtype.
-        chunk_tokens: tokens whose logits the loss holds at a time.
+        checkpoint_blocks: save only the input of each block and recompute the block in the backward pass.
+        optimizer_shards: number of ranks that the optimizer state is sharded over.
+        element_bytes: bytes per element of the compute dtype.
+        chunk_tokens: tokens per chunk of the loss.
+        on_gpu: add the reserve of a GPU.
     """
     tokens, width = rows * config.sequence_len, config.n_embd
     counts = parameter_counts(config)
@@ -97,10 +99,10 @@ def training_memory(
 
 
 def _saved_bytes(config: GPTConfig, tokens: int, mode: Mode, checkpoint_blocks: bool, element_bytes: int) -> float:
-    """Bytes that autograd keeps: blocks, embeddings, the end of the model, the loss's gradients."""
+    """Bytes saved by autograd: blocks, embeddings, the end of the model, gradients of the loss."""
     width, kv_width = config.n_embd, config.n_kv_head * config.head_dim
     widths, kv_widths = SAVED_WIDTHS[mode]
-    # Logarithms of attention's sums and the norms' factors, fp32; weights cast to the compute dtype.
+    # Log-sum-exp of attention and factors of the norms, fp32; weights cast to the compute dtype.
     per_block = (widths * width + kv_widths * kv_width) * element_bytes + 4 * (3 * config.n_head + 2)
     cast_weights = 0 if element_bytes == 4 else 2 * (10 * width**2 + 2 * width * kv_width)
     block, blocks = tokens * per_block + cast_weights, config.n_layer
@@ -113,10 +115,11 @@ def _saved_bytes(config: GPTConfig, tokens: int, mode: Mode, checkpoint_blocks: 
 def largest_micro_batch(
     config: GPTConfig, memory_bytes: float, rows_per_step: int, *, mode: Mode = "compiled", **options: bool | int
 ) -> int | None:
-    """The largest divisor of the rows of a rank's optimizer step with which training fits, or None if not one row does.
+    """The largest divisor of ``rows_per_step`` that fits as micro-batch, or None if one row does not fit.
 
     Args:
-        memory_bytes: of the device.
+        config: shape of the model.
+        memory_bytes: memory of the device.
         rows_per_step: rows per rank and optimizer step, all micro-batches together.
         mode, options: as in `training_memory`.
     """

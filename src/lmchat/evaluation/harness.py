@@ -1,4 +1,4 @@
-"""lmchat's models in lm-evaluation-harness (lm-eval 0.4.12). Import it only where that is installed."""
+"""lmchat's models in lm-evaluation-harness (lm-eval 0.4.12), which must be installed to import this module."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _SPECIAL = re.compile(f"({'|'.join(map(re.escape, SPECIAL_TOKENS))})")
 class HarnessModel(LM):
     """A policy as a model of the harness.
 
-    Contexts begin with ``<|bos|>``. They can be as long as the model's limit; longer ones keep their end. Rolling
+    Contexts begin with ``<|bos|>``. Contexts longer than the model's limit are cut at the beginning. Rolling
     log-likelihoods use windows of the length of training rows.
 
     Args:
         policy: the model.
-        chat: contexts are conversations in the chat template, in which special tokens are read as such.
+        chat: whether contexts are rendered by the chat template, so that special tokens are parsed.
     """
 
     def __init__(self, policy: Policy, chat: bool = False) -> None:
@@ -47,7 +47,7 @@ class HarnessModel(LM):
         return str(self.policy.tokenizer.fingerprint)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as text with special tokens; without ``add_generation_prompt`` its last message goes on."""
+        """Renders a conversation; without ``add_generation_prompt`` its last message is to be continued."""
         tokenizer = self.policy.tokenizer
         conversation: Conversation = {"messages": chat_history}  # type: ignore[typeddict-item]
         if add_generation_prompt:
@@ -56,7 +56,7 @@ class HarnessModel(LM):
         return tokenizer.decode(ids[:-1])
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text; ``<|bos|>`` comes first."""
+        """Token ids of a text, starting with ``<|bos|>``."""
         tokenizer = self.policy.tokenizer
         ids: list[int] = []
         for part in _SPECIAL.split(text) if self.chat else [text]:
@@ -97,7 +97,7 @@ class HarnessModel(LM):
         return totals
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """A continuation of each context up to the first of its ``until`` strings, all of them in one batch."""
+        """Generates a continuation of each context up to the first of its ``until`` strings, in one batch."""
         engine = self.policy.engine
         texts = [""] * len(requests)
         running: dict[int, tuple[int, list[int], list[str]]] = {}
@@ -125,7 +125,7 @@ class HarnessModel(LM):
         return texts
 
     def _example(self, options: list[list[int]], starts: list[int]) -> Example:
-        """Options scored from ``starts`` on, of which the end is kept where they are too long."""
+        """Options scored from ``starts`` on; those that are too long are cut at the beginning."""
         removed = [max(0, len(option) - self.policy.context_limit) for option in options]
         spans = [
             (max(1, min(start, len(option) - 1) - less), len(option) - less)
@@ -142,7 +142,7 @@ class HarnessModel(LM):
 
 
 def _with_spaces_moved(context: str, continuation: str) -> tuple[str, str]:
-    """Spaces at the end of a context belong to the first token of the continuation."""
+    """Moves spaces at the end of a context to the continuation, whose first token includes them."""
     kept = context.rstrip()
     return (kept, context[len(kept) :] + continuation) if kept else (context, continuation)
 
@@ -161,13 +161,13 @@ def evaluate_harness(
     Args:
         policy: the model.
         tasks: names of tasks or groups.
-        include_path: folder with further tasks.
-        limit: maximum number of documents of a task.
-        num_fewshot: solved documents before each one; default is the task's.
-        chat_template: put contexts into the chat template.
+        include_path: folder with additional tasks.
+        limit: maximum number of documents per task.
+        num_fewshot: number of solved examples in each prompt; default is the task's.
+        chat_template: render contexts by the chat template.
 
     Returns:
-        What `lm_eval.simple_evaluate` returns.
+        The result of `lm_eval.simple_evaluate`.
 
     Raises:
         UserError: there is no such task.
@@ -183,5 +183,5 @@ def evaluate_harness(
         num_fewshot=num_fewshot,
         apply_chat_template=chat_template,
     )
-    assert results is not None  # only ranks other than the first have none
+    assert results is not None  # it is None only on ranks other than 0
     return dict(results)

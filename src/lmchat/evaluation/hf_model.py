@@ -1,4 +1,4 @@
-"""Causal language models of the transformers library, scored on CORE."""
+"""Causal language models of the transformers library, for CORE."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class HFModel:
         device: device to run on.
 
     Raises:
-        UserError: transformers is not installed, or the folder holds no causal language model.
+        UserError: transformers is not installed, or the folder has no causal language model.
     """
 
     def __init__(self, path: Path, device: torch.device | str = "cpu") -> None:
@@ -50,7 +50,7 @@ class HFModel:
 
     @property
     def bos_id(self) -> int:
-        """The token that documents begin with: BOS, or else EOS. For GPT-2 it is ``<|endoftext|>``.
+        """Id of the first token of documents: BOS, or else EOS (GPT-2: ``<|endoftext|>``).
 
         Raises:
             UserError: the tokenizer has neither.
@@ -71,7 +71,7 @@ class HFModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of the files of weights."""
+        """Digest of the weights files."""
         digest = hashlib.sha256()
         for path in sorted(self.path.iterdir()):
             if path.suffix in (".safetensors", ".bin"):
@@ -86,7 +86,7 @@ class HFModel:
 
     @torch.inference_mode()
     def score(self, questions: Sequence[Example]) -> list[list[OptionScore]]:
-        """Scores of each example's options, see `lmchat.evaluation.core_scoring.score`."""
+        """Scores each example's options, see `lmchat.evaluation.core_scoring.score`."""
         rows = list(dict.fromkeys((tuple(o), s) for q in questions for o, s in zip(q.options, q.spans, strict=True)))
         ids = torch.zeros(len(rows), max(len(option) for option, _ in rows), dtype=torch.int64)
         for line, (option, _) in zip(ids, rows, strict=True):
@@ -105,7 +105,7 @@ class HFModel:
         ]
 
     def _logits(self, ids: torch.Tensor, first: int) -> torch.Tensor:
-        """Logits (B, T − first, vocabulary) from position ``first`` on. Padding on the right needs no mask."""
+        """Logits (B, T − first, vocab_size) from position ``first`` on. Right padding needs no mask."""
         keep: dict[str, Any] = {"logits_to_keep": ids.size(1) - first} if self._keeps_logits else {}
         logits = self.net(ids, **keep).logits
         return logits if keep else logits[:, first:]

@@ -1,8 +1,8 @@
-"""Runs programs of a model where they can do no harm, and tests them.
+"""Tests generated programs in a sandbox.
 
-Each program has a process of its own in new user, mount, PID and network namespaces, with limits on time, memory,
-files and processes, see `lmchat.evaluation.sandbox_driver`. What this does not protect against is in
-``docs/evaluation.md``.
+Each program runs in a separate process in new user, mount, PID and network namespaces, with limits on time, memory,
+files and processes, see `lmchat.evaluation.sandbox_driver`. ``docs/evaluation.md`` lists what this does not protect
+against.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class Limits:
         memory_bytes: address space of a process.
         file_bytes: size of a file.
         tmp_bytes: size of the private /tmp.
-        processes: processes and threads.
-        open_files: open files of a process.
-        output_bytes: what it may print.
+        processes: number of processes and threads.
+        open_files: number of open files of a process.
+        output_bytes: size of the printed output.
     """
 
     seconds: float = 5.0
@@ -59,7 +59,7 @@ class Limits:
     output_bytes: int = 1 << 20
 
     def to_dict(self) -> dict[str, int]:
-        """What the driver reads."""
+        """The limits as input of the driver."""
         return {
             "cpu_seconds": math.ceil(self.seconds),
             "memory_bytes": self.memory_bytes,
@@ -72,7 +72,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a program passed its tests, and otherwise why it did not."""
+    """Whether a program passed its tests, and if not, why."""
 
     passed: bool
     reason: str = ""
@@ -80,12 +80,12 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Sandbox:
-    """Tests programs, many at the same time.
+    """Tests programs in parallel.
 
     Args:
-        allow_weak: go on where the kernel refuses some of the namespaces. Programs can then do harm.
+        allow_weak: continue if the kernel refuses some of the namespaces. Programs can then do harm.
         limits: limits of each program.
-        max_parallel: programs that run at the same time.
+        max_parallel: maximum number of programs that run at the same time.
     """
 
     allow_weak: bool = False
@@ -100,7 +100,7 @@ class Sandbox:
         )
 
     def run(self, checks: Sequence[CodeCheck]) -> list[Verdict]:
-        """The verdict on each program.
+        """Tests programs and returns their verdicts.
 
         Raises:
             UserError: the kernel refuses a protection, and ``allow_weak`` is false.
@@ -154,7 +154,7 @@ class Sandbox:
         ]
 
     def _await_verdict(self, process: subprocess.Popen[bytes]) -> tuple[dict[str, Any], str]:
-        """The driver's message, or why there is none."""
+        """The driver's message, or the reason why there is none."""
         assert process.stdout is not None and process.stderr is not None
         deadline = time.monotonic() + self.limits.seconds
         verdict, printed = b"", 0

@@ -66,10 +66,10 @@ class PrefixCache:
         self._held[target] = held
 
     def load(self, wanted: Seq[int], row: int, running: Seq[Sequence]) -> tuple[int, int]:
-        """Puts the longest known prefix of ``wanted`` into slot ``row``, the first that is not running.
+        """Loads the longest cached prefix of ``wanted`` into slot ``row``, the first one that is not running.
 
         Returns:
-            Number of tokens that the slot then holds of ``wanted``, and how many it has held; see `Held`.
+            Length of that prefix, and number of tokens ever written to the slot; see `Held`.
         """
         slot, length, written = self._longest(wanted, running)
         if slot is None:
@@ -88,7 +88,7 @@ class PrefixCache:
         return length, written
 
     def _longest(self, wanted: Seq[int], running: Seq[Sequence]) -> tuple[int | None, int, int]:
-        """The slot that holds the longest usable prefix of ``wanted``, its length, and what the slot has held."""
+        """The slot with the longest usable prefix of ``wanted``, its length, and `Held.written` of the slot."""
         best: tuple[int | None, int, int] = None, MIN_TOKENS - 1, 0
         if len(wanted) < MIN_TOKENS:
             return None, 0, 0

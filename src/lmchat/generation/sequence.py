@@ -143,7 +143,7 @@ class Sequence:
 
     @property
     def written(self) -> int:
-        """Tokens that its slot has held, before it or of its own; see `lmchat.generation.prefix_cache.Held`."""
+        """Number of tokens ever written to its slot, also before; see `lmchat.generation.prefix_cache.Held`."""
         return max(self.inherited, self.num_own)
 
     @property

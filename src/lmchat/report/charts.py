@@ -14,14 +14,14 @@ from lmchat.report.runs import Points
 WIDTH, HEIGHT = 460, 260
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 40
 MAX_POINTS = 300
-"""Points of a line; longer ones are averaged."""
+"""Maximum number of points of a line; longer ones are averaged."""
 
 NUM_COLORS = 6
 """Colours of the style sheet, ``.series0`` …; further series begin again, dashed."""
 
 
 def line_chart(series: Mapping[str, Points], x_label: str, y_label: str) -> str:
-    """An SVG element with a line per series; names are shown as tooltips, and the legend is the page's.
+    """An SVG element with one line per series; names are shown as tooltips, the page has the legend.
 
     Args:
         series: x and y by name; not all may be empty.
@@ -73,7 +73,7 @@ def _line(name: str, index: int, points: list[tuple[float, float]]) -> str:
 
 
 def _thinned(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> Points:
-    """At most `MAX_POINTS` points, means of neighbours; values that are not finite are left out."""
+    """Averages neighbours to at most `MAX_POINTS` points; leaves out non-finite values."""
     finite = np.isfinite(x) & np.isfinite(y)
     x, y = x[finite], y[finite]
     if len(x) <= MAX_POINTS:

@@ -1,4 +1,4 @@
-"""A report as one HTML page without scripts and without requests, and as Markdown."""
+"""Writes a report as an HTML page without scripts and external resources, and as Markdown."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def write_report(runs: Sequence[Run], path: Path) -> None:
 
 
 def html_page(runs: Sequence[Run]) -> str:
-    """The report of some runs, which its charts overlay."""
+    """HTML report of runs; charts overlay their curves."""
     names = [run.name for run in runs]
     parts = [f"<h1>{escape(', '.join(names))}</h1>", "<p>Report of training runs with lmchat</p>"]
     parts += [f"<h2>{FINAL}</h2>", _html_table(final_metrics(runs)), f"<h2>{EFFORT}</h2>", _html_table(effort(runs))]
@@ -58,7 +58,7 @@ def html_page(runs: Sequence[Run]) -> str:
 
 
 def markdown_page(runs: Sequence[Run]) -> str:
-    """The report without its curves."""
+    """Markdown report, without curves."""
     parts = [f"# {', '.join(run.name for run in runs)}", f"## {FINAL}", _markdown_table(final_metrics(runs))]
     parts += [f"## {EFFORT}", _markdown_table(effort(runs)), f"## {ORIGINS}"]
     for heading, stage in columns(runs):

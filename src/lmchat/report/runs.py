@@ -1,4 +1,4 @@
-"""Reads what runs left on disk: logs, settings, samples, checkpoints and results of evaluations."""
+"""Reads the files of runs: logs, settings, samples, checkpoints and evaluation results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lmchat.types import UserError
 Points = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
 
 AXES = {"step": "optimizer steps", "tokens": "tokens", "seconds": "seconds of training", "flops": "training FLOPs"}
-"""What curves can be drawn against."""
+"""Choices for the x axis of curves."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class StageRun:
     """One stage of a run.
 
     Attributes:
-        records: logged metrics by step, in order; later starts replace what they repeat.
+        records: logged metrics by step, in order; steps repeated by a later start are replaced.
         starts: ``run.json`` of each start.
         config: text of the last ``config.yaml``.
         samples: completions by prompt, of the last evaluation.
@@ -72,7 +72,7 @@ class StageRun:
         return parameter_counts(GPTConfig(**self.meta["model"])).total if self.meta else None
 
     def curve(self, metric: str, axis: str) -> Points:
-        """x and y of a metric against one of `AXES`; empty where x is not known."""
+        """x and y of a metric against one of `AXES`; empty if x is unknown."""
         logged = [(step, record[metric]) for step, record in self.records.items() if metric in record]
         steps, values = np.array(logged, dtype=np.float64).reshape(-1, 2).T
         known, x = self._x_of_steps(axis)
@@ -102,14 +102,14 @@ class StageRun:
 
 @dataclass(frozen=True)
 class Run:
-    """All stages of a run, in the order of the pipeline; ``name`` is what its curves are called."""
+    """All stages of a run, in the order of the pipeline; ``name`` labels its curves."""
 
     name: str
     stages: dict[str, StageRun]
 
 
 def read_runs(names: Sequence[str]) -> list[Run]:
-    """Reads runs as `read_run` does; runs that would have the same name keep the one they are given by."""
+    """Reads runs by `read_run`; runs with equal names are labelled by the given argument instead."""
     runs = [read_run(name) for name in names]
     taken = [run.name for run in runs]
     return [
@@ -121,7 +121,7 @@ def read_run(name: str) -> Run:
     """Reads a run.
 
     Args:
-        name: its tag; or a base folder that has one run; or ``FOLDER/TAG``.
+        name: tag of the run, a base folder with one run, or ``FOLDER/TAG``.
 
     Raises:
         UserError: there is no such run, or a file of it cannot be read.
@@ -175,7 +175,7 @@ def _read_stage(base: Path, stage: str, tag: str) -> StageRun:
 
 
 def _merge(records: dict[int, dict[str, float]], new: Sequence[dict[str, float]]) -> None:
-    """Adds the records of a start; what earlier starts logged after its first step was not kept."""
+    """Adds the records of a start, and removes those of earlier starts after its first step."""
     if not new:
         return
     first = min(record["step"] for record in new)

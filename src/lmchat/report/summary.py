@@ -1,4 +1,4 @@
-"""What a report says in tables: origin, effort and final metrics of every stage of some runs."""
+"""Tables of a report: origin, cost and final metrics of every stage of the runs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Table:
-    """A table of texts; all but the first column hold numbers if ``numeric``."""
+    """A table of texts; if ``numeric``, all columns but the first have numbers."""
 
     header: list[str]
     rows: list[list[str]]
@@ -48,12 +48,12 @@ def columns(runs: Sequence[Run]) -> list[tuple[str, StageRun]]:
 
 
 def label(metric: str) -> str:
-    """What a metric is called."""
+    """Label of a metric."""
     return METRICS.get(metric, metric.removeprefix("val/").removeprefix("train/"))
 
 
 def charted_metrics(stages: Sequence[StageRun]) -> list[str]:
-    """Metrics of the stages that have a chart: those that were logged more than once."""
+    """Metrics with a chart: those that were logged more than once."""
     logged = {metric for stage in stages for metric in stage.metrics if stage.has_curve(metric)}
     return [
         *(metric for metric in METRICS if metric in logged),
@@ -91,7 +91,7 @@ def effort(runs: Sequence[Run]) -> Table:
 
 
 def origin(stage: StageRun) -> Table:
-    """Where a stage's result comes from: the facts of its last start."""
+    """Origin of a stage's result: facts about its last start."""
     facts = {"checkpoint": f"step {stage.meta['step']}, saved {stage.meta['saved_at']}" if stage.meta else "none"}
     if stage.starts:
         start = stage.starts[-1]
@@ -111,7 +111,7 @@ def origin(stage: StageRun) -> Table:
 
 
 def commands(run: Run) -> str:
-    """The commands that repeat a run, one per stage; empty where they were not recorded."""
+    """The commands to repeat a run, one per stage; empty if not recorded."""
     return "\n".join(str(stage.starts[0].get("command")) for stage in run.stages.values() if stage.starts)
 
 

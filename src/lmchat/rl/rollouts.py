@@ -39,7 +39,7 @@ class Rollouts(IterableDataset[Rollout]):
         rank: rank of this process.
         world_size: number of ranks.
         all_reduce: sums a float64 tensor over the ranks.
-        fingerprint: of the questions; part of the state.
+        fingerprint: fingerprint of the questions; part of the state.
         state: state of the batch to continue after.
 
     Attributes:
@@ -111,7 +111,7 @@ class Rollouts(IterableDataset[Rollout]):
         ]
 
     def _seed(self, number: int) -> int:
-        """A seed of its own for every question of the run."""
+        """A different seed for every question of the run."""
         return (self.seed << 32) + number
 
 

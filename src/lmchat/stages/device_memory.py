@@ -1,4 +1,4 @@
-"""Whether a stage fits its device: refused before anything is built, the micro-batch that fits, out of memory."""
+"""Checks that a stage fits its device, and chooses the micro-batch size."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from lmchat.stages.base import StageModule
 
 MODEL_ERROR = 1.2
-"""The memory model may be off by this factor: what it finds larger than the device by more is not tried."""
+"""Tolerance of the memory model: sizes that exceed the device by more than this factor are not tried."""
 CPU_SHARE = 0.7
-"""Share of a CPU's memory that an automatic micro-batch may fill; the system and other programs need the rest."""
+"""Share of a CPU's memory for an automatic micro-batch; the system and other programs need the rest."""
 
 
 def estimate(module: StageModule, rows: int, *, recompute: bool = False) -> TrainingMemory:
@@ -46,17 +46,17 @@ def estimate(module: StageModule, rows: int, *, recompute: bool = False) -> Trai
 
 
 def memory_per_process(trainer: L.Trainer) -> float | None:
-    """Bytes that a process of the trainer may use on its device; None where that is not known."""
+    """Bytes that a process of the trainer may use on its device; None if unknown."""
     device = trainer.strategy.root_device
     limit = memory_limit_bytes(device)
     return limit and (CPU_SHARE * limit / trainer.num_devices if device.type == "cpu" else limit)
 
 
 def check_model_fits(module: StageModule, trains: bool) -> None:
-    """Raises UserError for a model that cannot fit the device, whatever the micro-batch; builds nothing.
+    """Raises UserError if a model cannot fit the device with any micro-batch, before it is built.
 
     Args:
-        trains: whether gradients, optimizer state and activations of one row must fit beside the weights.
+        trains: whether gradients, optimizer state and activations of one row must fit too.
     """
     config, device = module.config, module.trainer.strategy.root_device
     limit, weights = memory_limit_bytes(device), 4 * parameter_counts(config).total
@@ -84,7 +84,7 @@ def no_room(config: GPTConfig, device: torch.device, reason: str) -> UserError:
 def needs_recomputing(module: StageModule, rows: int) -> bool:
     """Whether compiled blocks fit the device only if the backward pass recomputes what it can (see `compile_blocks`).
 
-    On GPUs only: elsewhere the micro-batch costs nothing to make smaller.
+    False on CPUs, where a smaller micro-batch has no cost.
     """
     limit = memory_limit_bytes(module.trainer.strategy.root_device)
     on_gpu = module.trainer.strategy.root_device.type == "cuda"
@@ -92,13 +92,13 @@ def needs_recomputing(module: StageModule, rows: int) -> bool:
 
 
 def choose_micro_batch(module: StageModule, global_batch_tokens: int) -> int:
-    """Rows of the largest micro-batch that fits and fills the global batch; rank 0 decides for all ranks.
+    """Rows of the largest micro-batch that fits and divides the global batch; chosen by rank 0 for all ranks.
 
-    A resumed run keeps its checkpoint's, if that still fills the global batch, so that it continues bit for bit. On a
-    GPU the candidates are tried, elsewhere the memory model decides.
+    A resumed run keeps the size of its checkpoint if it still divides the global batch, so that it continues bit for
+    bit. On a GPU candidates are tried, on a CPU the memory model is used.
 
     Raises:
-        UserError: not one row fits.
+        UserError: a single row does not fit.
     """
     trainer, length = module.trainer, module.sequence_len
     rows_per_step = accumulation_steps(global_batch_tokens, 1, length, trainer.world_size)
@@ -123,7 +123,7 @@ def choose_micro_batch(module: StageModule, global_batch_tokens: int) -> int:
 
 
 def _candidates(module: StageModule, rows: list[int], limit: float | None) -> Any:
-    """Those of ``rows`` that may fit: first those that need no recomputing, the largest first."""
+    """The sizes in ``rows`` that may fit: those without recomputation first, each in descending order."""
     on_gpu = module.trainer.strategy.root_device.type == "cuda"
     slack = MODEL_ERROR if on_gpu else 1.0
     for recompute in (False, True) if on_gpu else (False,):
