@@ -46,6 +46,8 @@ WORKS = {
     "sync_batchnorm": "true",
     "reload_dataloaders_every_n_epochs": "1",
     "model_registry": "name",
+    "fast_dev_run": "true",
+    "overfit_batches": "2",
 }
 REFUSED = {
     "precision": ("64-true", "--model.compute_dtype"),
@@ -54,8 +56,6 @@ REFUSED = {
     "check_val_every_n_epoch": ("2", "--eval.every_n_steps"),
     "log_every_n_steps": ("10", "--monitor.every_n_steps"),
     "num_sanity_val_steps": ("1", "--eval.at_start"),
-    "fast_dev_run": ("true", "--trainer.max_steps 1"),
-    "overfit_batches": ("2", "a small data set"),
     "enable_checkpointing": ("false", "--checkpoint.every_n_steps"),
     "barebones": ("true", "--trainer.logger false"),
     "accumulate_grad_batches": ("2", "--model.global_batch_tokens"),
@@ -79,7 +79,8 @@ def test_every_option_is_in_one_table() -> None:
 def test_works(option: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = tmp_path / "base"
     assert fit(base, tiny_base, option, WORKS[option], monkeypatch) == 0
-    assert committed_steps(base / "base_checkpoints" / "tiny") == [3 if option == "max_steps" else 4]
+    steps = {"max_steps": 3, "fast_dev_run": 1}.get(option, 4)
+    assert committed_steps(base / "base_checkpoints" / "tiny") == [steps]
 
 
 @pytest.mark.parametrize("option", REFUSED)
@@ -90,6 +91,27 @@ def test_is_refused_with_what_to_use_instead(
     assert fit(tmp_path / "base", tiny_base, option, value, monkeypatch) == 2
     message = capsys.readouterr().err
     assert f"--trainer.{option}" in message and remedy in message
+
+
+def test_overfitting_repeats_the_first_batches(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    class Recorder(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, module: object, batch: dict, *_: object) -> None:
+            seen.append(batch["inputs"].clone())
+
+    monkeypatch.setattr("faults.Recorder", Recorder, raising=False)
+    value = ["2", "--trainer.callbacks+=faults.Recorder"]
+    shutil.copytree(tiny_base, tmp_path / "base")
+    monkeypatch.setenv("LMCHAT_BASE_DIR", str(tmp_path / "base"))
+    assert main(["fit", *config_options(tmp_path / "base", OWN), "--trainer.overfit_batches", *value]) == 0
+    per_step = 4
+    assert len(seen) == 4 * per_step
+    for first, again in zip(seen[: 2 * per_step], seen[2 * per_step :], strict=True):
+        assert first.equal(again)
+    assert not seen[0].equal(seen[1])
 
 
 @pytest.mark.parametrize("limit", ["3", "0.5"])

@@ -83,18 +83,31 @@ class TrainingPlan(Callback):
         if stage != "fit":
             return
         plan = self.plan(trainer, pl_module)
-        limit = trainer.limit_train_batches
-        if isinstance(limit, int) and limit % plan.accumulate_grad_batches:
-            raise UserError(
-                f"--trainer.limit_train_batches is {limit} micro-batches, and an optimizer step has "
-                f"{plan.accumulate_grad_batches}; give a multiple of that, or use --trainer.max_steps"
-            )
+        limit_train_batches(trainer, plan.accumulate_grad_batches)
         set_max_steps(trainer, plan.steps)
         trainer.accumulate_grad_batches = plan.accumulate_grad_batches
         # With check_val_every_n_epoch None, Lightning counts micro-batches over the whole run.
         trainer.check_val_every_n_epoch = None
         trainer.val_check_interval = plan.validate_every_n_batches
         pl_module.plan = plan
+
+
+def limit_train_batches(trainer: L.Trainer, accumulate: int) -> None:
+    """Makes the trainer's limit of micro-batches one of whole optimizer steps.
+
+    ``fast_dev_run`` and ``overfit_batches`` count optimizer steps: they stand for a number of updates.
+
+    Raises:
+        UserError: ``limit_train_batches`` cuts an optimizer step.
+    """
+    limit = trainer.limit_train_batches
+    if trainer.fast_dev_run or trainer.overfit_batches:
+        trainer.limit_train_batches = int(limit) * accumulate
+    elif isinstance(limit, int) and limit % accumulate:
+        raise UserError(
+            f"--trainer.limit_train_batches is {limit} micro-batches, and an optimizer step has {accumulate}; give a "
+            "multiple of that, or use --trainer.max_steps"
+        )
 
 
 def _cadences(trainer: L.Trainer) -> list[int]:

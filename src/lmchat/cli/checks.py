@@ -25,8 +25,6 @@ DECIDED_BY = {
     "max_epochs": "--trainer.max_steps",
     "log_every_n_steps": "--monitor.every_n_steps",
     "num_sanity_val_steps": "--eval.at_start",
-    "fast_dev_run": "--trainer.max_steps 1 and --trainer.limit_val_batches 1",
-    "overfit_batches": "a small data set and more --trainer.max_steps",
     "enable_checkpointing": "--checkpoint.every_n_steps and --checkpoint.keep_last",
     "barebones": "--trainer.logger false and a large --monitor.every_n_steps",
 }
@@ -91,8 +89,8 @@ def check_trainer_options(trainer: Mapping[str, Any] | Namespace, parser: Argume
             f"--trainer.max_steps is {trainer['max_steps']}; give 1 step or more, or leave it out: the length of "
             "the run then follows from --scaling_laws.tokens_per_parameter or from the stage's data"
         )
-    for name in ("limit_train_batches", "limit_val_batches"):
-        if isinstance(trainer[name], float) and trainer[name] != 1.0:
+    for name in ("limit_train_batches", "limit_val_batches", "overfit_batches"):
+        if isinstance(trainer[name], float) and trainer[name] not in (0.0, 1.0):
             raise UserError(
                 f"--trainer.{name} is {trainer[name]:g}, a share of a stream without end; give a number of batches, or "
                 f"use --{'trainer.max_steps' if name == 'limit_train_batches' else 'data.eval_tokens'}"
