@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 from collections.abc import Callable
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -139,3 +139,36 @@ def test_a_position_holds_for_the_same_documents_only(
     for different in (train, reordered, shards[1]):
         with pytest.raises(UserError, match=f"{state['data']}, those of .* {different.fingerprint}; .*--data.data_dir"):
             _batches(different, state=state)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_split_documents_are_read_to_their_end(
+    shards: tuple[TokenShards, TokenShards], texts: list[list[str]], world_size: int
+) -> None:
+    """All ranks' rows, end to end, are the documents; a run that stopped goes on with the rest of its document."""
+    documents = {tuple(ByteTokenizer().document(text)) for shard in texts[:-1] for text in shard if text}
+    assert max(map(len, documents)) > 2 * T
+    ranks = [
+        list(islice(_batches(shards[0], long_documents="split", rank=rank, world_size=world_size), 24 // world_size))
+        for rank in range(world_size)
+    ]
+    rows = [row for batches in zip(*ranks, strict=True) for batch in batches for row in _rows(batch)]
+    bos = ByteTokenizer().bos_id
+    tokens: list[int] = []
+    for row in rows:  # one that continues a document begins with the last token again
+        tokens += row if row[0] == bos and tokens[-1:] != [bos] else row[1:]
+    starts = [at for at, token in enumerate(tokens) if token == bos]
+    assert {tuple(tokens[start:end]) for start, end in pairwise(starts)} <= documents
+
+    state = ranks[0][3]["state"]
+    rest = _batches(shards[0], long_documents="split", world_size=world_size, state=state)
+    for expected, batch in zip(ranks[0][4:], rest, strict=False):
+        assert _rows(batch) == _rows(expected)
+    with pytest.raises(UserError, match="long_documents"):
+        _batches(shards[0], state=state)
+
+
+def test_the_share_that_cropping_never_reads(shards: tuple[TokenShards, TokenShards], texts: list[list[str]]) -> None:
+    lengths = [len(ByteTokenizer().document(text)) for shard in texts[:-1] for text in shard if text]
+    assert shards[0].share_beyond(T + 1) == sum(max(0, length - T - 1) for length in lengths) / sum(lengths)
+    assert shards[0].share_beyond(max(lengths)) == 0

@@ -48,14 +48,21 @@ def _brute_force(lengths, row_tokens, buffer_size, refill, policy, epochs):  # t
     stream = [document for _ in range(epochs) for document in range(len(lengths))]
     buffer: list[int] = []
     rows = []
+    cut = None
     while True:
         row: list[tuple[int, int]] = []
         room = row_tokens
+        if cut:
+            document, position = cut
+            row.append((document, min(room, lengths[document] - position + 1)))
+            room -= row[-1][1]
+            position += row[-1][1] - 1
+            cut = (document, position) if position < lengths[document] else None
         while room > 0:
             while len(buffer) < buffer_size and stream:
                 buffer += stream[:refill]
                 del stream[:refill]
-            if len(buffer) < buffer_size and (policy == "crop" or not buffer):
+            if len(buffer) < buffer_size and (policy != "pad" or not buffer):
                 break
             fitting = [i for i, document in enumerate(buffer) if lengths[document] <= room]
             if fitting:
@@ -65,10 +72,14 @@ def _brute_force(lengths, row_tokens, buffer_size, refill, policy, epochs):  # t
             elif policy == "crop":
                 shortest = min(range(len(buffer)), key=lambda i: (lengths[buffer[i]], i))
                 row.append((buffer.pop(shortest), room))
+            elif policy == "split":
+                longest = max(range(len(buffer)), key=lambda i: (lengths[buffer[i]], -i))
+                cut = (buffer.pop(longest), room)
+                row.append(cut)
             else:
                 break
             room -= row[-1][1]
-        if not row or (policy == "crop" and room):
+        if not row or (policy != "pad" and room):
             return rows
         rows.append(row)
 
@@ -79,7 +90,7 @@ packings = st.fixed_dictionaries(
         "row_tokens": st.integers(12, 20),
         "buffer_size": st.integers(1, 12),
         "refill": st.integers(1, 5),
-        "policy": st.sampled_from(["crop", "pad"]),
+        "policy": st.sampled_from(["crop", "split", "pad"]),
         "epochs": st.integers(1, 3),
     }
 )
@@ -87,10 +98,34 @@ packings = st.fixed_dictionaries(
 
 @given(packings)
 def test_equals_brute_force(case: dict) -> None:
-    if case["policy"] == "crop":
+    if case["policy"] != "pad":
         case["row_tokens"] -= 6  # some documents are longer than a row
     lengths = np.array(case.pop("lengths"))
     assert list(BestFitPacker(lengths, **case)) == _brute_force(lengths.tolist(), **case)
+
+
+@given(packings)
+def test_splitting_makes_a_target_of_each_token_once(case: dict) -> None:
+    """Tokens are pairs of document and position; a document may only be cut at the end, with the run."""
+    lengths = [max(2, length) for length in case.pop("lengths")]
+    packer = BestFitPacker(np.array(lengths), **{**case, "policy": "split", "row_tokens": case["row_tokens"] - 9})
+    read: list[tuple[int, int]] = []
+    for row in packer:
+        tokens = [
+            (document, position)
+            for index, (document, count) in enumerate(row)
+            for position in range(packer.start if index == 0 else 0, (packer.start if index == 0 else 0) + count)
+        ]
+        assert len(tokens) == case["row_tokens"] - 9
+        if read and tokens[0] == read[-1]:  # a continued row begins with the last token
+            tokens = tokens[1:]
+        assert read == [] or tokens[0][1] == 0 or tokens[0][1] == read[-1][1] + 1
+        read += tokens
+    ends = [at for at in range(len(read)) if at + 1 == len(read) or read[at + 1][1] == 0]
+    for at in ends:
+        document, position = read[at]
+        assert read[at - position : at + 1] == [(document, each) for each in range(position + 1)]
+        assert position == lengths[document] - 1 or at + 1 == len(read)
 
 
 @given(packings)
@@ -111,7 +146,7 @@ def test_a_restored_packer_continues_exactly(case: dict, rows_before: int) -> No
     state = json.loads(json.dumps({**state, "buffer": state["buffer"].tolist()}))
     restored = BestFitPacker(lengths, **case)
     restored.restore(state)
-    assert list(restored) == list(packer)
+    assert [(row, restored.start) for row in restored] == [(row, packer.start) for row in packer]
 
 
 def test_without_epochs_the_rows_go_on() -> None:

@@ -101,7 +101,7 @@ def limit_train_batches(trainer: L.Trainer, accumulate: int) -> None:
         UserError: ``limit_train_batches`` cuts an optimizer step.
     """
     limit = trainer.limit_train_batches
-    if trainer.fast_dev_run or trainer.overfit_batches:
+    if trainer.fast_dev_run or trainer.overfit_batches:  # type: ignore[attr-defined]
         trainer.limit_train_batches = int(limit) * accumulate
     elif isinstance(limit, int) and limit % accumulate:
         raise UserError(

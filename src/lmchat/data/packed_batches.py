@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import count, islice
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ class PackedBatches(IterableDataset[Batch]):
         sequence_len: T; a packed row has T + 1 tokens, since targets are the inputs shifted by one.
         micro_batch_size: b, rows per micro-batch.
         buffer_size: documents that best-fit packing chooses from.
+        long_documents: "crop" or "split", the policy of `BestFitPacker`.
         rank: r, this rank.
         world_size: W, number of ranks.
         state: state of the batch to continue after; None is the beginning.
@@ -44,23 +45,26 @@ class PackedBatches(IterableDataset[Batch]):
         sequence_len: int,
         micro_batch_size: int,
         buffer_size: int = 1000,
+        long_documents: Literal["crop", "split"] = "crop",
         rank: int = 0,
         world_size: int = 1,
         state: dict[str, Any] | None = None,
         num_batches: int | None = None,
     ) -> None:
         check_count(None, 1, sequence_len=sequence_len, micro_batch_size=micro_batch_size)
-        if state is not None and state["data"] != shards.fingerprint:
+        self.fingerprint = shards.fingerprint + {"crop": "", "split": " split"}[long_documents]
+        if state is not None and state["data"] != self.fingerprint:
             raise UserError(
                 f"the run to resume was trained on documents with the fingerprint {state['data']}, those of "
-                f"{shards.paths[0].parent} have {shards.fingerprint}; give the data it began with by --data.data_dir, "
-                "or start a new run with another --model.tag"
+                f"{shards.paths[0].parent} have {self.fingerprint}; give the data it began with by --data.data_dir and "
+                "--data.long_documents, or start a new run with another --model.tag"
             )
         assert 0 <= rank < world_size
         self.shards = shards
         self.sequence_len = sequence_len
         self.micro_batch_size = micro_batch_size
         self.buffer_size = buffer_size
+        self.long_documents = long_documents
         self.rank = rank
         self.world_size = world_size
         self.state = state
@@ -75,23 +79,30 @@ class PackedBatches(IterableDataset[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         if (worker := get_worker_info()) is not None and worker.num_workers > 1:
             raise UserError(f"num_workers is {worker.num_workers}; packed batches have one order: use 0 or 1")
-        packer = BestFitPacker(self.shards.lengths, row_tokens=self.sequence_len + 1, buffer_size=self.buffer_size)
+        packer = BestFitPacker(
+            self.shards.lengths,
+            row_tokens=self.sequence_len + 1,
+            buffer_size=self.buffer_size,
+            policy=self.long_documents,
+        )
         if self.state is not None:
             packer.restore(self.state)
         buffer = np.empty((self.micro_batch_size, self.sequence_len + 1), dtype=self.shards.dtype)
         for _ in count() if self.num_batches is None else range(self.num_batches):
-            micro_batches = [list(islice(packer, self.micro_batch_size)) for _ in range(self.world_size)]
+            micro_batches = [
+                [(row, packer.start) for row in islice(packer, self.micro_batch_size)] for _ in range(self.world_size)
+            ]
             batch = self._gather(micro_batches[self.rank], buffer)
             if self.num_batches is None:
                 batch["state"] = self._state(packer)
             yield batch
 
-    def _gather(self, rows: list[PackedRow], buffer: np.ndarray) -> Batch:
-        """The batch of the given rows; ``buffer`` is (rows, sequence_len + 1)."""
-        for row, line in zip(rows, buffer, strict=True):
+    def _gather(self, rows: list[tuple[PackedRow, int]], buffer: np.ndarray) -> Batch:
+        """The batch of the given rows, each with its packer's ``start``; ``buffer`` is (rows, sequence_len + 1)."""
+        for (row, start), line in zip(rows, buffer, strict=True):
             at = 0
             for document, tokens in row:
-                self.shards.copy(document, line[at : at + tokens])
+                self.shards.copy(document, line[at : at + tokens], start if at == 0 else 0)
                 at += tokens
         inputs, targets = torch.empty((2, len(rows), self.sequence_len), dtype=torch.int64)
         np.copyto(inputs.numpy(), buffer[:, :-1])
@@ -104,4 +115,4 @@ class PackedBatches(IterableDataset[Batch]):
         state["buffer"] = torch.from_numpy(state["buffer"])
         epoch, document = divmod(packer.placed, len(self.shards))
         shard = self.shards.shard_of(document)
-        return {**state, "data": self.shards.fingerprint, "epoch": epoch, "shard": shard}
+        return {**state, "data": self.fingerprint, "epoch": epoch, "shard": shard}

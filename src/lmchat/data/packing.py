@@ -17,7 +17,8 @@ from lmchat.option_checks import check_count
 from lmchat.types import UserError
 
 PackedRow = list[tuple[int, int]]
-"""Segments of a row in order: (document, number of tokens from its beginning)."""
+"""Segments of a row in order: (document, number of tokens). They are the first of the document, but where a row
+continues a document, see `BestFitPacker.start`."""
 
 # A buffered document is one integer: its length in the high bits, its complemented arrival number in the low bits. In
 # sorted order, the last integer under a bound is the longest document that fits, the earliest among equals.
@@ -41,10 +42,13 @@ class BestFitPacker(Iterator[PackedRow]):
 
     Before each placement the buffer is refilled, ``refill`` documents at a time, to at least ``buffer_size``. The
     longest document that fits entirely is placed, the earliest among equals. If none fits, ``crop`` fills the row with
-    the beginning of the shortest document and discards the rest; ``pad`` ends the row. ``crop`` crops documents longer
-    than a row, ``pad`` raises `UserError` for them. Empty documents always raise.
+    the beginning of the shortest document and discards the rest; ``split`` fills it with the beginning of the longest
+    document, which the next rows begin with; ``pad`` ends the row. ``crop`` crops documents longer than a row, ``pad``
+    raises `UserError` for them. Empty documents always raise.
 
-    With ``epochs``, ``pad`` places every document exactly once per epoch, and ``crop`` stops when the buffer cannot be
+    A row that continues a document begins with the last token of the row before, so that each token is a target once.
+
+    With ``epochs``, ``pad`` places every document exactly once per epoch, the others stop when the buffer cannot be
     refilled. Buffered documents are part of ``state`` (nanochat loses them when training stops).
 
     Args:
@@ -54,6 +58,9 @@ class BestFitPacker(Iterator[PackedRow]):
         refill: documents added to the buffer at a time.
         policy: what happens when no document fits.
         epochs: passes over the documents; None is unlimited.
+
+    Attributes:
+        start: first token of the last row's first segment within its document; 0 unless the row continues a document.
 
     Raises:
         UserError: an argument is out of range, or there are no documents.
@@ -66,10 +73,11 @@ class BestFitPacker(Iterator[PackedRow]):
         row_tokens: int,
         buffer_size: int = 1000,
         refill: int = 128,
-        policy: Literal["crop", "pad"] = "crop",
+        policy: Literal["crop", "split", "pad"] = "crop",
         epochs: int | None = None,
     ) -> None:
-        check_count(None, 1, row_tokens=row_tokens, buffer_size=buffer_size, refill=refill, epochs=epochs)
+        check_count(None, 2 if policy == "split" else 1, row_tokens=row_tokens)
+        check_count(None, 1, buffer_size=buffer_size, refill=refill, epochs=epochs)
         if len(lengths) == 0:
             raise UserError("there are no documents to pack")
         self.lengths = lengths
@@ -81,6 +89,9 @@ class BestFitPacker(Iterator[PackedRow]):
         # Arrivals are counted over all epochs: document = arrival mod number of documents.
         self._next = 0
         self._keys: list[int] = []
+        self.start = 0
+        # Arrival and next token of the document that the next row continues.
+        self._cut: tuple[int, int] | None = None
 
     @property
     def placed(self) -> int:
@@ -89,8 +100,7 @@ class BestFitPacker(Iterator[PackedRow]):
 
     def __next__(self) -> PackedRow:
         keys, documents, pad = self._keys, len(self.lengths), self.policy == "pad"
-        row: PackedRow = []
-        room = self.row_tokens
+        row, room = self._continued()
         while room:
             if len(keys) < self.buffer_size and not self._top_up() and not (pad and keys):
                 break
@@ -100,6 +110,10 @@ class BestFitPacker(Iterator[PackedRow]):
                 taken = key >> _ARRIVAL_BITS
             elif pad:
                 break
+            elif self.policy == "split":
+                key = keys.pop()
+                taken = room
+                self._cut = (_LAST_ARRIVAL - (key & _LAST_ARRIVAL), taken)
             else:
                 key = keys.pop(self._shortest())
                 taken = room
@@ -108,6 +122,19 @@ class BestFitPacker(Iterator[PackedRow]):
         if not row or (room and not pad):
             raise StopIteration
         return row
+
+    def _continued(self) -> tuple[PackedRow, int]:
+        """The beginning of a row, which is that of a document that was cut, and the room after it."""
+        if self._cut is None:
+            self.start = 0
+            return [], self.row_tokens
+        arrival, position = self._cut
+        document = arrival % len(self.lengths)
+        length = int(self.lengths[document])
+        self.start = position - 1
+        taken = min(self.row_tokens, length - self.start)
+        self._cut = (arrival, self.start + taken) if self.start + taken < length else None
+        return [(document, taken)], self.row_tokens - taken
 
     def _shortest(self) -> int:
         length = self._keys[0] >> _ARRIVAL_BITS
@@ -148,14 +175,17 @@ class BestFitPacker(Iterator[PackedRow]):
 
         Returns:
             ``next``: number of documents that have entered the buffer, over all epochs. ``buffer``: (n,) int64, those
-            still in it, in order of arrival.
+            still in it, in order of arrival. ``cut``, with ``split``: (2,) int64, arrival and next token of the
+            document that the next row continues, if any.
         """
         arrivals = _LAST_ARRIVAL - (np.array(self._keys, dtype=np.int64) & _LAST_ARRIVAL)
-        return {"next": self._next, "buffer": np.sort(arrivals)}
+        cut = {} if self._cut is None else {"cut": list(self._cut)}
+        return {"next": self._next, "buffer": np.sort(arrivals), **cut}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continues from a `state` on the same lengths; its buffer may be any sequence of ints."""
         self._next = int(state["next"])
+        self._cut = (int(state["cut"][0]), int(state["cut"][1])) if "cut" in state else None
         arrivals = np.asarray(state["buffer"], dtype=np.int64)
         lengths = np.array([self.lengths[int(d)] for d in arrivals % len(self.lengths)], dtype=np.int64)
         self._keys = sorted(self._to_keys(lengths, arrivals)) if len(arrivals) else []

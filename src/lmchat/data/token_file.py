@@ -124,6 +124,23 @@ def read_header(path: Path, tokenizer: TextTokenizer) -> Header:
     return header
 
 
+def read_offsets(path: Path, header: Header) -> npt.NDArray[np.int64]:
+    """The (documents + 1,) offsets of a token file, without the check of the whole file that `TokenShard` makes.
+
+    Raises:
+        UserError: they are damaged.
+    """
+    offsets = np.fromfile(path, dtype=np.int64, count=header.documents + 1, offset=header.offsets_at)
+    _check_offsets(path, header, offsets)
+    return offsets
+
+
+def _check_offsets(path: Path, header: Header, offsets: npt.NDArray[np.int64]) -> None:
+    whole = len(offsets) == header.documents + 1 and offsets[0] == 0 and offsets[-1] == header.tokens
+    if not whole or (np.diff(offsets) < 1).any():
+        raise UserError(f"the token file {path} is damaged (wrong offsets); delete it, and it is made again")
+
+
 class TokenShard:
     """A memory-mapped token file.
 
@@ -143,5 +160,4 @@ class TokenShard:
             raise UserError(f"the token file {path} is damaged (wrong checksum); delete it, and it is made again")
         self.tokens = np.frombuffer(data, dtype=header.dtype, count=header.tokens, offset=HEADER_BYTES)
         self.offsets = np.frombuffer(data, dtype=np.int64, offset=header.offsets_at)
-        if self.offsets[0] != 0 or self.offsets[-1] != header.tokens or (np.diff(self.offsets) < 1).any():
-            raise UserError(f"the token file {path} is damaged (wrong offsets); delete it, and it is made again")
+        _check_offsets(path, header, self.offsets)

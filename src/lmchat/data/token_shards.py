@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lmchat.data.parquet_text import list_shards
-from lmchat.data.token_file import TextTokenizer, TokenShard, read_header, token_dir, token_path
+from lmchat.data.token_file import TextTokenizer, TokenShard, read_header, read_offsets, token_dir, token_path
 from lmchat.types import UserError
 
 
@@ -64,6 +64,11 @@ class TokenShards:
         """Number of tokens."""
         return sum(header.tokens for header in self._headers)
 
+    def share_beyond(self, max_tokens: int) -> float:
+        """Share of the tokens that come after the first ``max_tokens`` of their document."""
+        offsets = (read_offsets(path, header) for path, header in zip(self.paths, self._headers, strict=True))
+        return sum(int((np.diff(each) - max_tokens).clip(min=0).sum()) for each in offsets) / self.tokens
+
     def shard_of(self, document: int) -> int:
         """Index of the shard that contains a document."""
         return bisect_right(self._firsts, document) - 1
@@ -91,8 +96,8 @@ class TokenShards:
                     self._damage.append(UserError(f"cannot read the token file {path} ({error.strerror})"))
                     return
 
-    def copy(self, document: int, into: npt.NDArray[np.unsignedinteger]) -> None:
-        """Fills an array of the shards' dtype with the first tokens of a document.
+    def copy(self, document: int, into: npt.NDArray[np.unsignedinteger], start: int = 0) -> None:
+        """Fills an array of the shards' dtype with the tokens of a document from token ``start`` on.
 
         Raises:
             UserError: the document's file is damaged, or `check_in_background` has found a damaged one.
@@ -100,7 +105,7 @@ class TokenShards:
         if self._damage:
             raise self._damage[0]
         shard, first = self.open(self.shard_of(document))
-        start = int(shard.offsets[document - first])
+        start += int(shard.offsets[document - first])
         into[:] = shard.tokens[start : start + len(into)]
 
 

@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from lmchat.checkpoint.load import Checkpoint
@@ -137,16 +138,21 @@ class PretrainModule(StageModule):
         return loss
 
 
+MAX_SHARE_UNREAD = 0.05
+"""Share of the tokens that cropping may leave unread without a warning."""
+
+
 class FineWebDataModule(StageDataModule):
     """Any text in parquet shards → token files → best-fit packed rows. The last shard is the validation set.
 
-    The order of rows does not depend on the number of ranks, and the position is part of a checkpoint. Of documents
-    longer than a row only the beginning is read: split them when importing (``--separator``).
+    The order of rows does not depend on the number of ranks, and the position is part of a checkpoint.
 
     Args:
         data_dir: folder of the parquet shards; null is ``$LMCHAT_BASE_DIR/base_data``.
         micro_batch_size: rows per micro-batch and rank; "auto" takes the largest that fits the device's memory.
         buffer_size: documents that best-fit packing chooses from.
+        long_documents: where a document does not fit into a row, "crop" discards its rest, as nanochat does; "split"
+            goes on with it in the next row. The validation set is always cropped, so that it is the same for both.
         eval_tokens: tokens per evaluation over all ranks, rounded down to a whole number of micro-batches per rank.
     """
 
@@ -156,12 +162,14 @@ class FineWebDataModule(StageDataModule):
         micro_batch_size: int | Literal["auto"] = 32,
         buffer_size: int = 1000,
         eval_tokens: int = 40 * 524288,
+        long_documents: Literal["crop", "split"] = "crop",
     ) -> None:
         super().__init__(micro_batch_size)
         check_count("data", 1, buffer_size=buffer_size, eval_tokens=eval_tokens)
         self.data_dir = expand_user(data_dir) if data_dir else base_data_dir()
         self.buffer_size = buffer_size
         self.eval_tokens = eval_tokens
+        self.long_documents = long_documents
 
     def prepare_data(self) -> None:
         prepare_token_shards(self.data_dir, self.spec.tokenizer)
@@ -170,6 +178,8 @@ class FineWebDataModule(StageDataModule):
         self.train_shards, val_shards = TokenShards.open_split(self.data_dir, self.spec.tokenizer)
         if stage == "fit" and self.trainer is not None and self.trainer.local_rank == 0:
             self.train_shards.check_in_background()
+        if stage == "fit" and self.long_documents == "crop":
+            warn_of_unread_text(self.train_shards, self.spec.sequence_len + 1)
 
         def validation_batches(rank: int, world_size: int) -> PackedBatches:
             return self._batches(val_shards, rank, world_size, num_batches=self._eval_batches(world_size))
@@ -191,7 +201,9 @@ class FineWebDataModule(StageDataModule):
     def train_dataloader(self) -> DataLoader:
         assert self.trainer is not None
         rank, world_size = self.trainer.global_rank, self.trainer.world_size
-        return self.loader(self._batches(self.train_shards, rank, world_size, state=self.position))
+        return self.loader(
+            self._batches(self.train_shards, rank, world_size, state=self.position, long_documents=self.long_documents)
+        )
 
     def val_dataloader(self) -> list[DataLoader]:
         assert self.trainer is not None
@@ -208,3 +220,13 @@ class FineWebDataModule(StageDataModule):
                 f"use --data.eval_tokens {tokens} or more"
             )
         return num_batches
+
+
+def warn_of_unread_text(shards: TokenShards, row_tokens: int) -> None:
+    """Warns if cropping leaves more than `MAX_SHARE_UNREAD` of the tokens unread."""
+    share = shards.share_beyond(row_tokens)
+    if share > MAX_SHARE_UNREAD:
+        rank_zero_warn(
+            f"{share:.1%} of the training tokens come after the first {row_tokens:,} tokens of their document and are "
+            "never read; read them with --data.long_documents split, or import with --separator"
+        )
