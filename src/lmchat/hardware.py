@@ -93,9 +93,9 @@ _OUT_OF_MEMORY = re.compile(
     r"|\[enforce fail at alloc_cpu",
     re.IGNORECASE,
 )
-"""What torch, Python and the system's loader say where memory, or the address space, is used up."""
+"""Out-of-memory messages of torch, Python and the system's loader."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that memory is used up, on the device or on the machine."""
+    """Whether ``error`` means out of memory, on the device or the host."""
     return isinstance(error, MemoryError) or bool(_OUT_OF_MEMORY.search(f"{type(error).__name__} {error}"))

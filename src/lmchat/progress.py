@@ -89,7 +89,7 @@ class ProgressBar(contextlib.AbstractContextManager["ProgressBar"]):
             print(self.line(bar_width=0), file=self._stream, flush=True)
 
     def track(self, items: Iterable[T]) -> Iterator[T]:
-        """Yields the items and counts each one when the next is asked for."""
+        """Yields the items; each counts as done when the next one is requested."""
         for item in items:
             yield item
             self.advance()

@@ -192,7 +192,7 @@ def test_a_name_is_taken_once_and_a_base_folder_has_one_tokenizer(
     assert "holds another tokenizer than the model's; set LMCHAT_BASE_DIR" in refused(["hf", str(export)], capsys)
 
 
-def test_another_eps_is_told(export: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_eps_is_reported(export: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change_json(export / "config.json", rms_norm_eps=1e-6)
     assert main(["import", "hf", str(export)]) == 0
     assert "note: its norms have eps 1e-06, lmchat's 1.19e-07: outputs differ a little" in capsys.readouterr().out

@@ -61,7 +61,7 @@ def test_closed_output_is_discarded(base: Path) -> None:
     assert Tokenizer.load(base / "new").vocab_size == 266
 
 
-def test_a_full_disk_is_told(base: Path) -> None:
+def test_a_full_disk_is_reported(base: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
     done = shell(base, "lmchat tokenizer show hi > /dev/full")

@@ -157,7 +157,7 @@ def test_the_command_evaluates_a_checkpoint_on_a_bundle(
     assert "CORE" not in capsys.readouterr().out.splitlines()[-1]  # one task failed: there is no mean
 
 
-def test_what_is_no_bundle_is_told(tmp_path: Path) -> None:
+def test_what_is_no_bundle_is_reported(tmp_path: Path) -> None:
     (tmp_path / "x.zip").write_text("no zip")
     for path in (tmp_path, tmp_path / "x.zip"):
         with pytest.raises(UserError, match="is not an evaluation bundle"):

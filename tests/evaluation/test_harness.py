@@ -155,6 +155,6 @@ def test_the_chat_template_is_read_as_it_is_rendered(policy: Policy) -> None:
     assert unfinished[-1] == policy.tokenizer.encode("Yes")[-1]
 
 
-def test_unknown_tasks_are_told(base: Path, policy: Policy, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_tasks_are_reported(base: Path, policy: Policy, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "--harness", "tiny_choices,nonsense_task"]) == 2
     assert "the harness has no task" in capsys.readouterr().err

@@ -109,7 +109,7 @@ def test_as_few_turns_as_needed_are_forgotten(system: bool, forgotten: int) -> N
     assert oldest_turns_to_forget(engine(), messages, "Hi" * 1000, limit) == 0
 
 
-def test_the_oldest_turns_are_forgotten_and_the_user_is_told(
+def test_the_oldest_turns_are_forgotten_and_the_user_is_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     terminal = Terminal(context_limit=100)

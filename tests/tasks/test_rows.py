@@ -211,7 +211,7 @@ def test_a_json_file_may_hold_lines_or_one_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
-def test_other_encodings_are_read_and_told(tmp_path: Path, encoding: str) -> None:
+def test_other_encodings_are_read_and_reported(tmp_path: Path, encoding: str) -> None:
     rows = read_rows(packed(tmp_path / "rows.jsonl", '{"text": "日本é"}\n\n{"text": "b"}\n'.encode(encoding)))
     assert [row["text"] for row in map(rows.__getitem__, range(2))] == ["日本é", "b"]
     assert rows.location(1).endswith("line 3")

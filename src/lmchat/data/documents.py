@@ -251,12 +251,12 @@ class DocumentReader:
         yield text
 
 
-def _boundary(text: str, most: int) -> int:
-    """Where to cut: after the last paragraph, line or word that ends in the second half of ``most`` characters."""
+def _boundary(text: str, max: int) -> int:
+    """Where to cut: after the last paragraph, line or word that ends in the second half of ``max`` characters."""
     for mark in ("\n\n", "\n", " "):
-        if (end := text.rfind(mark, most // 2, most)) >= 0:
+        if (end := text.rfind(mark, max // 2, max)) >= 0:
             return end + len(mark)
-    return most
+    return max
 
 
 def _is_text(path: Path) -> bool:

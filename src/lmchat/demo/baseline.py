@@ -17,7 +17,7 @@ from lmchat.types import UserError
 
 CONTEXT_BYTES = 6
 MAX_TRAIN_BYTES = 16 << 20
-_MOST_CONTEXT_BYTES = 7  # with the predicted byte, a 64-bit integer
+_MAX_CONTEXT_BYTES = 7  # with the predicted byte, a 64-bit integer
 _BOUNDARY = b"\0"
 _BYTES = 256
 
@@ -98,7 +98,7 @@ class ByteNgramModel:
         Raises:
             UserError: there is no text.
         """
-        assert 0 <= context_bytes <= _MOST_CONTEXT_BYTES
+        assert 0 <= context_bytes <= _MAX_CONTEXT_BYTES
         documents: list[bytes] = []
         for text in texts:
             documents.append(text.encode(errors="replace")[:max_bytes])

@@ -46,7 +46,7 @@ class TimeBudget(StepCallback):
             set_max_steps(trainer, min(self.lowered_to, trainer.max_steps))
         self._start = time.perf_counter()
         self._first_step = trainer.global_step
-        self._most_steps = trainer.max_steps
+        self._all_steps = trainer.max_steps
 
     def on_step_end(self, trainer: L.Trainer, pl_module: Any, step: int) -> None:
         now = time.perf_counter()
@@ -61,11 +61,11 @@ class TimeBudget(StepCallback):
         # All ranks take the same steps.
         affordable = trainer.strategy.broadcast(affordable)
         # The steps taken so far stay in the constant phase of the learning rate.
-        steps = min(max(affordable, int(step / self.until)), self._most_steps)
+        steps = min(max(affordable, int(step / self.until)), self._all_steps)
         if steps == trainer.max_steps:
             return
         rank_zero_warn(
-            f"at {per_step:.2f} s per step, {self.minutes:g} minutes are enough for {steps} of {self._most_steps} steps"
+            f"at {per_step:.2f} s per step, {self.minutes:g} minutes are enough for {steps} of {self._all_steps} steps"
         )
         self.lowered_to = steps
         set_max_steps(trainer, steps)

@@ -273,7 +273,7 @@ def run_candidate(request: dict[str, Any], calls: int, results: int) -> None:
         exec(compile(request["program"], "program", "exec"), namespace)
         function = namespace[request["entry_point"]]
     except BaseException as error:
-        write_message(results, ["error", _told(error)])
+        write_message(results, ["error", _description(error)])
         return
     write_message(results, ["ready", None])
     while True:
@@ -281,11 +281,11 @@ def run_candidate(request: dict[str, Any], calls: int, results: int) -> None:
         try:
             answer = ["value", encoded(function(*args, **kwargs))]
         except BaseException as error:
-            answer = ["error", _told(error)]
+            answer = ["error", _description(error)]
         write_message(results, answer)
 
 
-def _told(error: BaseException) -> str:
+def _description(error: BaseException) -> str:
     try:
         return f"{type(error).__name__}: {error}"[:500]
     except Exception:
@@ -314,7 +314,7 @@ def judge(calls: int, results: int) -> str:
         exec(compile(request["tests"], "tests", "exec"), namespace)
         namespace["check"](candidate)
     except BaseException as error:
-        return _told(error) or "failed"
+        return _description(error) or "failed"
     return ""
 
 
@@ -332,7 +332,7 @@ def fork(function: Callable[[], None]) -> int:
 
 
 def detach(*keep: int) -> list[int]:
-    """A session of its own: empty stdin, stdout joined with stderr, no open files but ``keep``, as numbered anew."""
+    """Starts a session with empty stdin, stdout joined with stderr, and only ``keep`` open, under new numbers."""
     os.setsid()
     os.dup2(os.pipe()[0], 0)
     os.dup2(2, 1)

@@ -150,7 +150,7 @@ def sample(raw: Tensor, vocab_size: int, mode: SamplingMode, params: RowParams) 
 
     Returns:
         (rows,) int64 token ids, -1 where the logits are not finite; and (rows,) fp32 log-probabilities under the full
-        distribution, before temperature and top-k, 0 unless asked for.
+        distribution, before temperature and top-k, 0 if not requested.
     """
     raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
     raw[:, vocab_size:] = -torch.inf

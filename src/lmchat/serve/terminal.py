@@ -94,15 +94,15 @@ class TerminalChat:
         turns = oldest_turns_to_forget(self.engine, self.messages, question, limit)
         if not turns:
             return True
-        told = f"the conversation exceeds the model's context of {self.engine.context_limit} tokens"
+        notice = f"the conversation exceeds the model's context of {self.engine.context_limit} tokens"
         if _is_interactive():
-            reply = _input(f"({told}; forget the oldest {_count(turns, 'turn')} and go on? [Y/n] ")
+            reply = _input(f"({notice}; forget the oldest {_count(turns, 'turn')} and go on? [Y/n] ")
             if reply is None or reply.strip().lower() not in ("", "y", "yes"):
                 print("(this message is left out; /reset starts a new conversation)", file=sys.stderr)
                 return False
         first = 1 if self.messages[0]["role"] == "system" else 0
         del self.messages[first : first + 2 * turns]
-        print(f"({told}; the oldest {_count(turns, 'turn')} forgotten)", file=sys.stderr)
+        print(f"({notice}; the oldest {_count(turns, 'turn')} forgotten)", file=sys.stderr)
         return True
 
 
