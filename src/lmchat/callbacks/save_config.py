@@ -24,13 +24,15 @@ RUN_FILE = "run.json"
 
 
 def run_log_dir(trainer: L.Trainer, module: StageModule) -> Path:
-    """The folder that this start of the run logs to: the first logger's, or else ``logs/<stage>/<tag>``.
+    """The folder that this start of the run logs to, which exists: the first logger's, or ``logs/<stage>/<tag>``.
 
     Without such a logger, Lightning would write to the current folder and overwrite files there.
     """
+    folder = log_dir(STAGES[module.stage].logs, module.tag)
     if isinstance(trainer.logger, TensorBoardLogger | CSVLogger):
-        return Path(trainer.logger.log_dir)
-    return log_dir(STAGES[module.stage].logs, module.tag)
+        folder = Path(trainer.logger.log_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 class SaveConfig(SaveConfigCallback, StepCallback):
@@ -41,7 +43,6 @@ class SaveConfig(SaveConfigCallback, StepCallback):
 
     def save_config(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         folder = run_log_dir(trainer, pl_module)
-        folder.mkdir(parents=True, exist_ok=True)
         self.parser.save(self.config, folder / self.config_filename, skip_none=False, overwrite=self.overwrite)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:

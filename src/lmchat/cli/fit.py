@@ -12,7 +12,6 @@ import lightning as L
 from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -35,6 +34,7 @@ from lmchat.cli.checks import (
     check_trainer_options,
 )
 from lmchat.cli.exit_status import exit_with_signal_status, translate_out_of_memory, translate_peer_failure
+from lmchat.cli.loggers import RunCSVLogger, RunTensorBoardLogger
 from lmchat.cli.renamed import accept_former_names, rename_arguments
 from lmchat.cli.resume import find_start, resume_path
 from lmchat.paths import log_dir
@@ -139,8 +139,8 @@ class LMChatCLI(LightningCLI):
         self.datamodule.attach(self.model.spec())
         if subcommand_option(self, self.config_init, "trainer")["logger"] in (None, True):
             folder = log_dir(STAGES[self.model.stage].logs, self.model.tag)
-            tensorboard = TensorBoardLogger(folder.parent, name=folder.name)
-            kwargs["logger"] = [tensorboard, CSVLogger(tensorboard.log_dir, "csv", "", flush_logs_every_n_steps=10)]
+            tensorboard = RunTensorBoardLogger(folder.parent, name=folder.name)
+            kwargs["logger"] = [tensorboard, RunCSVLogger(tensorboard.log_dir, "csv", "", flush_logs_every_n_steps=10)]
         if SLURMEnvironment.detect():
             # For requeueing, Lightning would save within a signal handler, and to another folder.
             plugins = subcommand_option(self, self.config_init, "trainer")["plugins"] or []
