@@ -13,8 +13,11 @@ import torch
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'lmchat[harness]'")
 
+from lm_eval.tasks import TaskManager
+
 from lmchat.__main__ import main
 from lmchat.checkpoint.load import find_checkpoint, load_model
+from lmchat.evaluation import harness
 from lmchat.evaluation.core import Example
 from lmchat.evaluation.core_scoring import score_plainly
 from lmchat.evaluation.harness import HarnessModel
@@ -22,6 +25,7 @@ from lmchat.generation.policy import Policy
 from lmchat.generation.sampling import SamplingParams
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.tokenizer.render import render_for_completion
+from lmchat.types import UserError
 from random_checkpoint import save_random_checkpoint
 
 QUESTIONS = [
@@ -155,6 +159,11 @@ def test_the_chat_template_is_read_as_it_is_rendered(policy: Policy) -> None:
     assert unfinished[-1] == policy.tokenizer.encode("Yes")[-1]
 
 
-def test_unknown_tasks_are_reported(base: Path, policy: Policy, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["eval", "--harness", "tiny_choices,nonsense_task"]) == 2
-    assert "the harness has no task" in capsys.readouterr().err
+def test_unknown_tasks_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def without_index(include_path: str | None, include_defaults: bool) -> TaskManager:
+        return TaskManager(include_path=include_path, include_defaults=False)
+
+    monkeypatch.setattr(harness, "TaskManager", without_index)
+    write_task(tmp_path / "tasks", "tiny", QUESTIONS, output_type="multiple_choice")
+    with pytest.raises(UserError, match="the harness has no task 'nonsense_task'"):
+        harness.evaluate_harness(None, ["tiny", "nonsense_task"], include_path=tmp_path / "tasks")  # type: ignore[arg-type]

@@ -172,9 +172,7 @@ def evaluate_harness(
     Raises:
         UserError: there is no such task.
     """
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
-    if missing := [name for name in tasks if not manager.match_tasks([name])]:
-        raise UserError(f"the harness has no task {missing[0]!r}; `lm-eval ls tasks` lists them")
+    manager = _task_manager(tasks, include_path)
     results = simple_evaluate(
         HarnessModel(policy, chat=chat_template),
         tasks=list(tasks),
@@ -185,3 +183,15 @@ def evaluate_harness(
     )
     assert results is not None  # it is None only on ranks other than 0
     return dict(results)
+
+
+def _task_manager(tasks: Sequence[str], include_path: Path | None) -> TaskManager:
+    """Knows the tasks of ``include_path`` and, if these are not enough, the harness's, which take 10 s to index."""
+    missing = list(tasks)
+    for include_defaults in (False, True) if include_path is not None else (True,):
+        folder = None if include_path is None else str(include_path)
+        manager = TaskManager(include_path=folder, include_defaults=include_defaults)
+        missing = [name for name in tasks if not manager.match_tasks([name])]
+        if not missing:
+            return manager
+    raise UserError(f"the harness has no task {missing[0]!r}; `lm-eval ls tasks` lists them")
