@@ -115,7 +115,7 @@ def test_nothing_there(tmp_path: Path) -> None:
         find_checkpoint(tmp_path / "model_000007.pt")
     with pytest.raises(UserError, match=r"epoch=3.ckpt is not a checkpoint of lmchat"):
         find_checkpoint(tmp_path / "epoch=3.ckpt")
-    with pytest.raises(UserError, match="no run whose last checkpoint"):
+    with pytest.raises(UserError, match="`last` needs a run"):
         find_checkpoint("last")
 
 
