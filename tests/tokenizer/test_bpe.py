@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 import random
+import shutil
 from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -200,6 +202,22 @@ class TestTrain:
 
 
 class TestFiles:
+    def test_a_full_disk_leaves_what_was_there(
+        self, tokenizer: Tokenizer, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        shutil.copytree(saved, tmp_path / "old")
+        before = {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()}
+
+        def full(*_: object, **__: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(np, "save", full)
+        for folder in ("old", "new"):
+            with pytest.raises(OSError, match="No space left"):
+                tokenizer.save(tmp_path / folder)
+        assert {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()} == before
+        assert not list((tmp_path / "new").iterdir())
+
     def test_round_trip(self, tokenizer: Tokenizer, saved: Path) -> None:
         loaded = Tokenizer.load(saved)
         assert loaded.ranks == tokenizer.ranks

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -171,14 +172,18 @@ class Tokenizer:
             ) from error
 
     def save(self, directory: str | Path) -> None:
-        """Writes ``tokenizer.json``, and for other programs ``ranks.tiktoken`` and ``token_bytes.npy``."""
+        """Writes ``tokenizer.json``, and for other programs ``ranks.tiktoken`` and ``token_bytes.npy``; all or none."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         hugging_face = files.hugging_face(self.ranks, self.pattern, SPECIAL_TOKENS)
-        files.write_tiktoken_ranks(directory / "ranks.tiktoken", self.ranks)
-        np.save(directory / "token_bytes.npy", self.token_bytes, allow_pickle=False)
-        with replacing(directory / _FILE) as unfinished:
-            hugging_face.save(str(unfinished))
+        # tokenizer.json is renamed last: a folder with it is complete.
+        names = (_FILE, "ranks.tiktoken", "token_bytes.npy")
+        with ExitStack() as stack:
+            tokenizer, ranks, token_bytes = (stack.enter_context(replacing(directory / name)) for name in names)
+            tokenizer.write_text(hugging_face.to_str(pretty=True), encoding="utf-8")
+            files.write_tiktoken_ranks(ranks, self.ranks)
+            with token_bytes.open("wb") as file:
+                np.save(file, self.token_bytes, allow_pickle=False)
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``. Special tokens in it are ordinary characters; lone surrogates become U+FFFD."""
