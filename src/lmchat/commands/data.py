@@ -1,4 +1,4 @@
-"""``lmchat data``: downloads or imports text, tokenizes it, makes word lists."""
+"""``lmchat data``: downloads, imports, checks and tokenizes text, makes word lists."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lmchat.commands.conversations import show
 from lmchat.paths import base_data_dir, eval_bundle_dir, tokenizer_dir
+from lmchat.types import UserError
 
 
 def download(
@@ -121,6 +122,37 @@ def tokenize(data_dir: Path | None = None, tokenizer: Path | None = None, num_th
     )
 
 
+def check(
+    data_dir: Path | None = None,
+    evaluation: list[Path] | None = None,
+    similarity: float = 0.8,
+    output: Path | None = None,
+) -> None:
+    """Report duplicates, overlap with evaluation sets, and lengths of the documents in shards.
+
+    Near duplicates are found by MinHash of word 5-grams, overlap by word 13-grams.
+
+    Args:
+        data_dir: folder of parquet shards; default is $LMCHAT_BASE_DIR/base_data.
+        evaluation: file or folder of evaluation sets (JSON lines, JSON or parquet); may be given several times.
+            Default is $LMCHAT_BASE_DIR/eval_bundle, if it exists.
+        similarity: Jaccard similarity from which on documents are near duplicates, between 0 and 1.
+        output: JSON file to write the report to, as well.
+    """
+    from lmchat.data.evaluation_overlap import evaluation_files
+    from lmchat.data.health import check_text
+    from lmchat.data.health_tables import print_health, write_health
+
+    if not 0 <= similarity <= 1:
+        raise UserError(f"--similarity is {similarity}; it must be a number from 0 to 1")
+    folders = evaluation or [folder for folder in [eval_bundle_dir()] if folder.exists()]
+    files = [file for folder in folders for file in evaluation_files(folder)]
+    health = check_text(data_dir or base_data_dir(), files, similarity=similarity)
+    print_health(health)
+    if output:
+        write_health(health, output)
+
+
 def words(data_dir: Path | None = None, max_shards: int | None = None, output: Path | None = None) -> None:
     """Make the word list of the spelling tasks from the words of the training shards.
 
@@ -139,6 +171,13 @@ def words(data_dir: Path | None = None, max_shards: int | None = None, output: P
     print(f"{len(found):,} words: {write_words(found, output)}")
 
 
-COMMANDS = {"download": download, "import": import_, "tokenize": tokenize, "words": words, "show": show}
-SHORT_OPTIONS = {"--overlay": "--overlay+"}
+COMMANDS = {
+    "download": download,
+    "import": import_,
+    "check": check,
+    "tokenize": tokenize,
+    "words": words,
+    "show": show,
+}
+SHORT_OPTIONS = {"--overlay": "--overlay+", "--evaluation": "--evaluation+"}
 """jsonargparse appends to a list with a plus."""

@@ -1,0 +1,134 @@
+"""Overlap of documents with evaluation sets: word 13-grams that occur in both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lmchat.data.word_grams import Hashes, gram_hashes, word_hashes
+from lmchat.progress import ProgressBar
+from lmchat.records import DAMAGE, JSON_LINES_SUFFIXES, JSON_SUFFIXES, json_values, kind_of, open_text
+from lmchat.types import UserError
+
+GRAM_WORDS = 13
+_KINDS = (*JSON_LINES_SUFFIXES, *JSON_SUFFIXES, ".parquet")
+_MAX_CHARACTERS = 10_000_000
+_FILTER_BITS = 26
+
+
+def evaluation_files(path: Path) -> list[Path]:
+    """The evaluation sets in a folder and its subfolders, or ``path`` itself.
+
+    Raises:
+        UserError: there are none.
+    """
+    if not path.exists():
+        raise UserError(f"no evaluation set {path}; give files or folders of {' '.join(_KINDS)} with --evaluation")
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    found = [file for file in files if kind_of(file)[0] in _KINDS]
+    if not found:
+        raise UserError(f"{path} has no evaluation set; the kinds are {' '.join(_KINDS)}, JSON also compressed")
+    return found
+
+
+class EvaluationOverlap:
+    """Compares documents with evaluation sets. A set is a file, an example one record; its strings are compared.
+
+    Args:
+        files: the evaluation sets.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+
+    def __init__(self, files: Sequence[Path], progress: bool = True) -> None:
+        self.files = list(files)
+        self._examples = [0] * len(self.files)
+        parts: list[Hashes] = [np.empty(0, np.uint64)]
+        lengths: list[int] = [0]
+        self._set_of: list[int] = [0]
+        with ProgressBar("Reading evaluation sets", len(self.files), unit="files", enabled=progress) as bar:
+            for number, path in enumerate(bar.track(self.files)):
+                for record in read_records(path):
+                    grams, _ = gram_hashes([word_hashes(text) for text in strings_of(record)], GRAM_WORDS)
+                    self._examples[number] += 1
+                    if len(grams):
+                        parts.append(np.unique(grams))
+                        lengths.append(len(parts[-1]))
+                        self._set_of.append(number)
+        # Example 0 stands for none, so that an array of examples is never empty.
+        self._grams, self._gram_of = np.unique(np.concatenate(parts), return_inverse=True)
+        self._example_of = np.repeat(np.arange(len(lengths)), lengths)
+        self._found = np.zeros(len(self._grams), dtype=bool)
+        self._filter = np.zeros(1 << _FILTER_BITS if len(self._grams) else 1, dtype=bool)
+        self._filter[self._slots(self._grams)] = True
+
+    @staticmethod
+    def _slots(hashes: Hashes) -> Hashes:
+        return hashes >> np.uint64(64 - _FILTER_BITS)
+
+    def count(self, documents: Sequence[Hashes]) -> npt.NDArray[np.int64]:
+        """(documents,) numbers of 13-grams that occur in an evaluation set.
+
+        Args:
+            documents: word hashes of each document.
+        """
+        if not len(self._grams):
+            return np.zeros(len(documents), dtype=np.int64)
+        hashes, counts = gram_hashes(documents, GRAM_WORDS)
+        (possible,) = self._filter[self._slots(hashes)].nonzero()
+        positions = np.searchsorted(self._grams, hashes[possible]).clip(max=len(self._grams) - 1)
+        equal = self._grams[positions] == hashes[possible]
+        self._found[positions[equal]] = True
+        owners = np.searchsorted(np.cumsum(counts), possible[equal], side="right")
+        return np.bincount(owners, minlength=len(documents))
+
+    def report(self) -> list[dict[str, Any]]:
+        """For each evaluation set: its examples, those with at least one 13-gram, and those of them that were found."""
+        found = np.unique(self._example_of[self._found[self._gram_of]])
+        sets = np.array(self._set_of)
+        checked = np.bincount(sets[1:], minlength=len(self.files))
+        overlapping = np.bincount(sets[found], minlength=len(self.files))
+        return [
+            {
+                "file": str(path),
+                "examples": self._examples[number],
+                "checked": int(checked[number]),
+                "overlapping": int(overlapping[number]),
+            }
+            for number, path in enumerate(self.files)
+        ]
+
+
+def read_records(path: Path) -> Iterator[Any]:
+    """Yields the records of a JSON or parquet file. Raises `UserError` if it cannot be read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        if kind_of(path)[0] == ".parquet":
+            with pq.ParquetFile(path) as parquet:
+                for batch in parquet.iter_batches(batch_size=1024):
+                    yield from batch.to_pylist()
+            return
+        with path.open("rb") as raw, open_text(path, raw) as (file, _):
+            yield from json_values(file, str(path), _MAX_CHARACTERS)
+    except UserError:
+        raise
+    except (OSError, ValueError, pa.ArrowException, *DAMAGE) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"cannot read the evaluation set {path} ({reason}); restore it or leave it out") from error
+
+
+def strings_of(value: Any) -> Iterator[str]:
+    """The strings in a JSON value, in order, without the names of fields."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from strings_of(part)

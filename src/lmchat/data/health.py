@@ -1,0 +1,185 @@
+"""Health of a data folder: duplicates, overlap with evaluation sets, and lengths, shard by shard and over all."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from lmchat.data.evaluation_overlap import EvaluationOverlap
+from lmchat.data.near_duplicates import NearDuplicates
+from lmchat.data.parquet_text import list_shards, open_parquet, read_documents
+from lmchat.data.word_grams import Hashes, word_hashes
+from lmchat.progress import ProgressBar
+
+LISTED = 10
+_BEGINNING = 80
+# Small enough for the processor's cache, so that the 120 hash functions run fast.
+_BATCH_CHARACTERS = 1 << 18
+
+
+@dataclass
+class ShardHealth:
+    """Numbers of a shard.
+
+    Attributes:
+        shard: file name.
+        documents: rows, including empty ones.
+        empty: rows that are null or blank.
+        characters: total length.
+        exact_duplicates: documents equal to an earlier one of any shard.
+        near_duplicates: other documents that resemble an earlier one.
+        overlapping: documents with a 13-gram of an evaluation set.
+        overlapping_grams: occurrences of such 13-grams.
+    """
+
+    shard: str
+    documents: int = 0
+    empty: int = 0
+    characters: int = 0
+    exact_duplicates: int = 0
+    near_duplicates: int = 0
+    overlapping: int = 0
+    overlapping_grams: int = 0
+
+    def __add__(self, other: ShardHealth) -> ShardHealth:
+        names = [column.name for column in fields(self)[1:]]
+        return ShardHealth("all", *(getattr(self, name) + getattr(other, name) for name in names))
+
+
+@dataclass
+class DataHealth:
+    """Result of `check_text`.
+
+    Attributes:
+        shards: numbers of each shard.
+        evaluation: examples of each evaluation set, and how many of them were found.
+        longest: the longest documents: shard, row, characters, beginning.
+        most_frequent: the documents with the most copies: shard and row of the first, copies, beginning.
+    """
+
+    shards: list[ShardHealth]
+    evaluation: list[dict[str, Any]] = field(default_factory=list)
+    longest: list[dict[str, Any]] = field(default_factory=list)
+    most_frequent: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def total(self) -> ShardHealth:
+        return sum(self.shards, ShardHealth("all"))
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "total": asdict(self.total)}
+
+
+def check_text(
+    data_dir: Path, evaluation: Sequence[Path] = (), *, similarity: float = 0.8, progress: bool = True
+) -> DataHealth:
+    """Reads all shards of a folder once. Memory grows by about 400 bytes per document.
+
+    Args:
+        data_dir: folder of parquet shards.
+        evaluation: files of evaluation sets.
+        similarity: Jaccard similarity of word 5-grams from which on documents are near duplicates.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        UserError: a shard or evaluation set cannot be read.
+    """
+    shards = list_shards(data_dir)
+    overlap = EvaluationOverlap(evaluation, progress)
+    checker = _Checker(shards, overlap, similarity)
+    total = 0
+    for shard in shards:
+        with open_parquet(shard) as parquet:
+            total += parquet.metadata.num_rows
+    with ProgressBar("Checking documents", total, unit="documents", enabled=progress) as bar:
+        for number, row, text in bar.track(_rows(shards)):
+            checker.add(number, row, text)
+        bar.set(total, description="Comparing signatures")
+        return checker.finish()
+
+
+def _rows(shards: Sequence[Path]) -> Iterator[tuple[int, int, str | None]]:
+    for number, shard in enumerate(shards):
+        for row, text in enumerate(read_documents(shard)):
+            yield number, row, text
+
+
+class _Checker:
+    """Takes documents one by one; hashes are compared in batches."""
+
+    def __init__(self, shards: Sequence[Path], overlap: EvaluationOverlap, similarity: float) -> None:
+        self._paths = shards
+        self._shards = [ShardHealth(shard.name) for shard in shards]
+        self._overlap = overlap
+        self._near = NearDuplicates(similarity)
+        self._places: dict[bytes, tuple[int, int]] = {}
+        self._copies: Counter[bytes] = Counter()
+        self._longest: list[tuple[int, int, int, str]] = []
+        self._words: list[Hashes] = []
+        self._owners: list[int] = []
+        self._unique: list[bool] = []
+        self._batch_characters = 0
+
+    def add(self, shard: int, row: int, text: str | None) -> None:
+        health = self._shards[shard]
+        health.documents += 1
+        if not text or text.isspace():
+            health.empty += 1
+            return
+        health.characters += len(text)
+        # Negated, so that the earliest of equally long documents stays.
+        entry = (len(text), -shard, -row, text[:_BEGINNING])
+        (heapq.heappush if len(self._longest) < LISTED else heapq.heappushpop)(self._longest, entry)
+        digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        unique = self._places.setdefault(digest, (shard, row)) == (shard, row)
+        if not unique:
+            health.exact_duplicates += 1
+            self._copies[digest] += 1
+        self._words.append(word_hashes(text))
+        self._owners.append(shard)
+        self._unique.append(unique)
+        self._batch_characters += len(text)
+        if self._batch_characters >= _BATCH_CHARACTERS:
+            self._compare()
+
+    def _compare(self) -> None:
+        """Compares the batch with the evaluation sets, and adds the signatures of documents that are no copies."""
+        for shard, grams in zip(self._owners, self._overlap.count(self._words).tolist(), strict=True):
+            self._shards[shard].overlapping += grams > 0
+            self._shards[shard].overlapping_grams += grams
+        firsts = [number for number, unique in enumerate(self._unique) if unique]
+        self._near.add([self._owners[number] for number in firsts], [self._words[number] for number in firsts])
+        self._words, self._owners, self._unique, self._batch_characters = [], [], [], 0
+
+    def finish(self) -> DataHealth:
+        self._compare()
+        for shard, count in Counter(self._near.find().tolist()).items():
+            self._shards[shard].near_duplicates = count
+        frequent = [(*self._places[digest], copies + 1) for digest, copies in self._copies.most_common(LISTED)]
+        return DataHealth(
+            self._shards,
+            self._overlap.report(),
+            [
+                {"shard": self._shards[-shard].shard, "row": -row, "characters": length, "beginning": beginning}
+                for length, shard, row, beginning in sorted(self._longest, reverse=True)
+            ],
+            [
+                {
+                    "shard": self._shards[shard].shard,
+                    "row": row,
+                    "copies": copies,
+                    "beginning": _beginning(self._paths[shard], row),
+                }
+                for shard, row, copies in frequent
+            ],
+        )
+
+
+def _beginning(shard: Path, row: int) -> str:
+    return (next(islice(read_documents(shard), row, None)) or "")[:_BEGINNING]

@@ -1,0 +1,146 @@
+"""`lmchat data check` against brute force: all pairs of documents, and sets of tuples of words."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lmchat.commands.data import check
+from lmchat.data.evaluation_overlap import EvaluationOverlap, evaluation_files
+from lmchat.data.health import check_text
+from lmchat.data.near_duplicates import NearDuplicates
+from lmchat.data.word_grams import word_hashes
+from lmchat.types import UserError
+
+WriteShards = Callable[..., Path]
+
+
+def _grams(text: str, n: int) -> set[tuple[str, ...]]:
+    words = re.findall(r"\w+", text.lower())
+    return {tuple(words[start : start + n]) for start in range(len(words) - n + 1)}
+
+
+def _text(rng: random.Random, words: int) -> list[str]:
+    return [f"w{rng.randrange(2000)}" for _ in range(words)]
+
+
+def _corpus(rng: random.Random) -> list[str]:
+    """Documents of 0 to 300 words, a third of them copies with none, two or 40 % of the words changed."""
+    documents = [_text(rng, rng.choice([0, 1, 4, 5, 6, 40, 300, 300])) for _ in range(60)]
+    for original in rng.choices(documents, k=30):
+        changed = rng.sample(range(len(original)), min(len(original), rng.choice([0, 2, 2, len(original) * 2 // 5])))
+        documents.append([f"x{word}" if at in changed else word for at, word in enumerate(original)])
+    return [" ".join(words) for words in documents]
+
+
+def test_exact_and_near_duplicates_are_those_of_all_pairs(write_shards: WriteShards) -> None:
+    texts = _corpus(random.Random(3))
+    first: dict[str, int] = {}
+    expected: dict[str, list[int]] = {"exact_duplicates": [0, 0], "near_duplicates": [0, 0], "empty": [0, 0]}
+    for number, text in enumerate(texts):
+        shard, grams = int(number >= 45), _grams(text, 5)
+        similarities = [
+            len(grams & other) / len(grams | other) for other in (_grams(each, 5) for each in first) if grams | other
+        ]
+        assert not any(0.7 < value < 0.9 for value in similarities), "too close to the threshold for a test"
+        if not text:
+            expected["empty"][shard] += 1
+        elif text in first:
+            expected["exact_duplicates"][shard] += 1
+        else:
+            first[text] = number
+            expected["near_duplicates"][shard] += any(value >= 0.8 for value in similarities)
+    health = check_text(write_shards(texts[:45], texts[45:]), progress=False)
+    for name, counts in expected.items():
+        assert [getattr(shard, name) for shard in health.shards] == counts
+        assert getattr(health.total, name) == sum(counts)
+    assert expected["exact_duplicates"][1] > 2 and expected["near_duplicates"][1] > 2
+    assert health.total.characters == sum(map(len, texts))
+
+
+def test_signatures_estimate_the_jaccard_similarity() -> None:
+    rng = random.Random(0)
+    original = _text(rng, 400)
+    near = NearDuplicates()
+    texts = [original, *(original[:keep] + _text(rng, 400 - keep) for keep in range(0, 401, 25))]
+    near.add(range(len(texts)), [word_hashes(" ".join(words)) for words in texts])
+    signatures = np.frombuffer(near._signatures, np.uint16).reshape(len(texts), -1)
+    sets = [_grams(" ".join(words), 5) for words in texts]
+    for signature, grams in zip(signatures, sets, strict=True):
+        similarity = len(grams & sets[0]) / len(grams | sets[0])
+        assert (signature == signatures[0]).mean() == pytest.approx(similarity, abs=0.15)
+
+
+def test_overlap_is_that_of_sets_of_tuples(tmp_path: Path) -> None:
+    rng = random.Random(1)
+    examples = [{"question": " ".join(_text(rng, rng.choice([3, 20, 60]))), "n": 3} for _ in range(30)]
+    examples += [{"choices": [{"text": " ".join(_text(rng, 14))}, " ".join(_text(rng, 12))]}]
+    files = [tmp_path / "a.jsonl", tmp_path / "b" / "c.json"]
+    files[1].parent.mkdir()
+    files[0].write_text("\n".join(map(json.dumps, examples[:20])))
+    files[1].write_text(json.dumps(examples[20:]))
+    strings = [[e["question"]] if "question" in e else [e["choices"][0]["text"], e["choices"][1]] for e in examples]
+    grams = [set().union(*(_grams(text, 13) for text in each)) for each in strings]
+    documents = [" ".join(_text(rng, words)) for words in (0, 5, 12, 13, 14, 100)]
+    # Quotations of every length around 13 words, with other case and punctuation.
+    for words in range(10, 18):
+        quoted = rng.choice([text for each in strings for text in each]).split()[:words]
+        documents.append(" ".join(_text(rng, 20)) + " " + ", ".join(quoted).upper() + ". " + " ".join(_text(rng, 5)))
+
+    overlap = EvaluationOverlap(evaluation_files(tmp_path), progress=False)
+    half = len(documents) // 2
+    counts = [*overlap.count([word_hashes(text) for text in documents[:half]])]
+    counts += [*overlap.count([word_hashes(text) for text in documents[half:]])]
+    assert counts == [len(_grams(text, 13) & set().union(*grams)) for text in documents]
+    assert sum(counts) > 3
+    everything = set().union(*(_grams(text, 13) for text in documents))
+    found = [bool(each & everything) for each in grams]
+    for number, part in enumerate((slice(0, 20), slice(20, None))):
+        report = overlap.report()[number]
+        assert report["file"] == str(files[number]) and report["examples"] == len(examples[part])
+        assert report["checked"] == sum(map(bool, grams[part])) and report["overlapping"] == sum(found[part])
+
+
+def test_the_command_writes_tables_and_json(
+    write_shards: WriteShards, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sentence = "one two three four five six seven eight nine ten eleven twelve thirteen"
+    folder = write_shards(["[red]a longer document", "short", "short", None], ["short", f"Quoted: {sentence}!"])
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(json.dumps({"question": sentence}))
+    check(folder, evaluation=[questions], output=tmp_path / "report.json")
+    printed = capsys.readouterr().out
+    assert "shard_00001 " in printed and "[red]a longer" in printed and "questions.jsonl" in printed
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["total"]["overlapping"] == 1 and report["evaluation"][0]["overlapping"] == 1
+    assert report["most_frequent"] == [
+        {"shard": "shard_00000.parquet", "row": 1, "copies": 3, "beginning": "short"},
+    ]
+    assert [each["row"] for each in report["longest"]] == [1, 0, 1, 2, 0]
+    assert Counter(each["characters"] for each in report["longest"])[5] == 3
+
+
+def test_what_cannot_be_read_is_named(write_shards: WriteShards, tmp_path: Path) -> None:
+    folder = write_shards(["a"], ["b"])
+    with pytest.raises(UserError, match=r"no evaluation set .*absent"):
+        check(folder, evaluation=[tmp_path / "absent"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty has no evaluation set; the kinds are \.jsonl"):
+        check(folder, evaluation=[tmp_path / "empty"])
+    (tmp_path / "bad.jsonl").write_text('{"question": ')
+    with pytest.raises(UserError, match=r"bad\.jsonl"):
+        check(folder, evaluation=[tmp_path / "bad.jsonl"])
+    (tmp_path / "bad.parquet").write_text("none")
+    with pytest.raises(UserError, match=r"cannot read the evaluation set .*bad\.parquet"):
+        check(folder, evaluation=[tmp_path / "bad.parquet"])
+    with pytest.raises(UserError, match=r"--similarity is 1\.5"):
+        check(folder, similarity=1.5)
+    with pytest.raises(UserError, match="cannot write the report"):
+        check(folder, output=tmp_path / "absent" / "report.json")
