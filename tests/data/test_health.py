@@ -12,10 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from byte_tokenizer import ByteTokenizer
 from lmchat.commands.data import check
 from lmchat.data.evaluation_overlap import EvaluationOverlap, evaluation_files
 from lmchat.data.health import check_text
 from lmchat.data.near_duplicates import NearDuplicates
+from lmchat.data.packing import BestFitPacker
+from lmchat.data.tokenize import prepare_token_shards
 from lmchat.data.word_grams import word_hashes
 from lmchat.types import UserError
 
@@ -106,6 +109,48 @@ def test_overlap_is_that_of_sets_of_tuples(tmp_path: Path) -> None:
         report = overlap.report()[number]
         assert report["file"] == str(files[number]) and report["examples"] == len(examples[part])
         assert report["checked"] == sum(map(bool, grams[part])) and report["overlapping"] == sum(found[part])
+
+
+def test_tokens_cropped_and_split_are_those_of_one_epoch_of_packing(write_shards: WriteShards) -> None:
+    rng = random.Random(5)
+    texts = ["a" * int(rng.lognormvariate(3, 1)) + "b" for _ in range(3000)]
+    folder = write_shards(texts[:2000], texts[2000:2900], texts[2900:])
+    assert check_text(folder, progress=False).tokens == []
+    prepare_token_shards(folder, ByteTokenizer(), num_threads=1, progress=False)
+    (report,) = check_text(folder, sequence_len=63, progress=False).tokens
+    lengths = [len(text) + 1 for text in texts]  # with BOS
+    assert [shard["tokens"] for shard in report["shards"]] == [
+        sum(lengths[part]) for part in (slice(0, 2000), slice(2000, 2900), slice(2900, None))
+    ]
+    assert report["total"]["longest"] == max(lengths)
+    assert report["total"]["longer_than_a_row"] == sum(length > 64 for length in lengths)
+    by_bits = Counter(1 << (length.bit_length() - 1) for length in lengths)
+    assert report["total"]["histogram"] == {str(start): by_bits[start] for start in sorted(by_bits)}
+
+    train = np.array(lengths[:2900])
+    packer = BestFitPacker(train, row_tokens=64)
+    placed: list[tuple[int, int]] = []
+    while packer.placed < len(train):
+        placed += next(packer)
+    tokens = sum(int(train[document]) for document, _ in placed)
+    kept = sum(taken for _, taken in placed)
+    assert report["packed"]["cropped"] == pytest.approx(1 - kept / tokens) and kept < tokens
+    packer = BestFitPacker(train, row_tokens=64, policy="split")
+    pieces: list[list[int]] = []  # per placed document, tokens of each piece
+    last = False
+    while not last:
+        last = packer.placed >= len(train)
+        row = next(packer)
+        if pieces and pieces[-1] == [1] and not packer.start:
+            pieces.pop()  # a row ended with a BOS, which the next row repeats; every text has a second token
+        if packer.start:
+            pieces[-1].append(row[0][1] - 1)
+        if not last:
+            pieces += [[taken] for _, taken in row[packer.start > 0 :]]
+    # The row after the last shows whether that cut a document, but not all of its other tokens.
+    assert report["packed"]["split_documents"] == sum(len(each) > 1 for each in pieces) / len(pieces) > 0
+    later = sum(sum(each[1:]) for each in pieces) / sum(map(sum, pieces))
+    assert report["packed"]["split_tokens"] == pytest.approx(later, abs=0.01)
 
 
 def test_the_command_writes_tables_and_json(

@@ -126,6 +126,7 @@ def check(
     data_dir: Path | None = None,
     evaluation: list[Path] | None = None,
     similarity: float = 0.8,
+    sequence_len: int = 2048,
     output: Path | None = None,
 ) -> None:
     """Report duplicates, overlap with evaluation sets, and lengths of the documents in shards.
@@ -137,17 +138,20 @@ def check(
         evaluation: file or folder of evaluation sets (JSON lines, JSON or parquet); may be given several times.
             Default is $LMCHAT_BASE_DIR/eval_bundle, if it exists.
         similarity: Jaccard similarity from which on documents are near duplicates, between 0 and 1.
+        sequence_len: sequence length for the share of tokens that packing crops, if there are token files.
         output: JSON file to write the report to, as well.
     """
     from lmchat.data.evaluation_overlap import evaluation_files
     from lmchat.data.health import check_text
     from lmchat.data.health_tables import print_health, write_health
+    from lmchat.option_checks import check_count
 
+    check_count("", 1, sequence_len=sequence_len)
     if not 0 <= similarity <= 1:
         raise UserError(f"--similarity is {similarity}; it must be a number from 0 to 1")
     folders = evaluation or [folder for folder in [eval_bundle_dir()] if folder.exists()]
     files = [file for folder in folders for file in evaluation_files(folder)]
-    health = check_text(data_dir or base_data_dir(), files, similarity=similarity)
+    health = check_text(data_dir or base_data_dir(), files, similarity=similarity, sequence_len=sequence_len)
     print_health(health)
     if output:
         write_health(health, output)

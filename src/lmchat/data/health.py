@@ -14,6 +14,7 @@ from typing import Any
 from lmchat.data.evaluation_overlap import EvaluationOverlap
 from lmchat.data.near_duplicates import NearDuplicates
 from lmchat.data.parquet_text import list_shards, open_parquet, read_documents
+from lmchat.data.token_health import check_tokens
 from lmchat.data.word_grams import Hashes, word_hashes
 from lmchat.progress import ProgressBar
 
@@ -61,12 +62,14 @@ class DataHealth:
         evaluation: examples of each evaluation set, and how many of them were found.
         longest: the longest documents: shard, row, characters, beginning.
         most_frequent: the documents with the most copies: shard and row of the first, copies, beginning.
+        tokens: lengths and packing for each tokenizer with token files; see `check_tokens`.
     """
 
     shards: list[ShardHealth]
     evaluation: list[dict[str, Any]] = field(default_factory=list)
     longest: list[dict[str, Any]] = field(default_factory=list)
     most_frequent: list[dict[str, Any]] = field(default_factory=list)
+    tokens: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def total(self) -> ShardHealth:
@@ -77,7 +80,12 @@ class DataHealth:
 
 
 def check_text(
-    data_dir: Path, evaluation: Sequence[Path] = (), *, similarity: float = 0.8, progress: bool = True
+    data_dir: Path,
+    evaluation: Sequence[Path] = (),
+    *,
+    similarity: float = 0.8,
+    sequence_len: int = 2048,
+    progress: bool = True,
 ) -> DataHealth:
     """Reads all shards of a folder once. Memory grows by about 400 bytes per document.
 
@@ -85,12 +93,14 @@ def check_text(
         data_dir: folder of parquet shards.
         evaluation: files of evaluation sets.
         similarity: Jaccard similarity of word 5-grams from which on documents are near duplicates.
+        sequence_len: sequence length of the rows that token files are packed into.
         progress: show a progress bar on stderr.
 
     Raises:
-        UserError: a shard or evaluation set cannot be read.
+        UserError: a shard, token file or evaluation set cannot be read.
     """
     shards = list_shards(data_dir)
+    tokens = check_tokens(data_dir, shards, sequence_len, progress=progress)
     overlap = EvaluationOverlap(evaluation, progress)
     checker = _Checker(shards, overlap, similarity)
     total = 0
@@ -101,7 +111,9 @@ def check_text(
         for number, row, text in bar.track(_rows(shards)):
             checker.add(number, row, text)
         bar.set(total, description="Comparing signatures")
-        return checker.finish()
+        health = checker.finish()
+    health.tokens = tokens
+    return health
 
 
 def _rows(shards: Sequence[Path]) -> Iterator[tuple[int, int, str | None]]:

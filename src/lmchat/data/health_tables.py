@@ -15,11 +15,13 @@ from lmchat.data.health import DataHealth, ShardHealth
 from lmchat.files import replacing
 from lmchat.types import UserError
 
+_SHOWN_CHARACTERS = 40  # fits into 80 columns
+
 
 def print_health(health: DataHealth) -> None:
     """Prints the tables to stdout; those without rows are left out."""
     console = Console(highlight=False)
-    for table in (shard_table(health), evaluation_table(health), *document_tables(health)):
+    for table in (shard_table(health), evaluation_table(health), *token_tables(health), *document_tables(health)):
         if table.row_count:
             console.print(table)
     if not health.evaluation:
@@ -28,30 +30,52 @@ def print_health(health: DataHealth) -> None:
 
 def shard_table(health: DataHealth) -> Table:
     """One line per shard, their sum, and the shares of all documents."""
-    names = ("documents", "characters", "empty", "exact duplicates", "near duplicates", "evaluation overlap")
+    duplicates = ("exact\nduplicates", "near\nduplicates")
+    names = ("documents", "million\ncharacters", "empty", *duplicates, "evaluation\n13-grams")
     table = _table("Documents", "shard", *names)
-    total = _counts(health.total)
     for number, shard in enumerate(health.shards):
-        counts = (f"{count:,}" for count in _counts(shard))
-        table.add_row(Path(shard.shard).stem, *counts, end_section=number == len(health.shards) - 1)
-    table.add_row("all", *(f"{count:,}" for count in total))
-    table.add_row("share", "", "", *(f"{count / max(total[0], 1):.2%}" for count in total[2:]))
+        table.add_row(Path(shard.shard).stem, *_cells(shard), end_section=number == len(health.shards) - 1)
+    table.add_row("all", *_cells(health.total))
     return table
 
 
-def _counts(shard: ShardHealth) -> tuple[int, ...]:
-    duplicates = (shard.exact_duplicates, shard.near_duplicates)
-    return shard.documents, shard.characters, shard.empty, *duplicates, shard.overlapping
+def _cells(shard: ShardHealth) -> list[str]:
+    counts = (shard.empty, shard.exact_duplicates, shard.near_duplicates, shard.overlapping)
+    return [f"{shard.documents:,}", f"{shard.characters / 1e6:,.1f}", *(f"{count:,}" for count in counts)]
 
 
 def evaluation_table(health: DataHealth) -> Table:
     """One line per evaluation set."""
-    table = _table("Evaluation sets", "file", "examples", "with a 13-gram", "found in the data", "share")
+    table = _table("Evaluation sets", "file", "examples", "with\n13-grams", "found\nin the data", "share")
     for each in health.evaluation:
         share = each["overlapping"] / max(each["checked"], 1)
         counts = (f"{each[name]:,}" for name in ("examples", "checked", "overlapping"))
         table.add_row(Text(Path(each["file"]).name), *counts, f"{share:.2%}")
     return table
+
+
+def token_tables(health: DataHealth) -> list[Table]:
+    """For each tokenizer the lengths of documents and what packing does to them, and the histogram."""
+    tables = []
+    for each in health.tokens:
+        name, row = Path(each["folder"]).name, each["sequence_len"]
+        table = _table(
+            f"Tokens (tokenizer {name})", "shard", "documents", "tokens", "longest", f"longer than\na row of {row:,}"
+        )
+        for part in [*each["shards"], {"shard": "all", **each["total"]}]:
+            counts = (f"{part[key]:,}" for key in ("documents", "tokens", "longest", "longer_than_a_row"))
+            table.add_row(Path(part["shard"]).stem, *counts)
+        if each["packed"]:
+            table.caption = (
+                f"packed in training: crop discards {each['packed']['cropped']:.2%} of the tokens; split cuts "
+                f"{each['packed']['split_documents']:.2%} of the documents"
+            )
+        lengths = _table(f"Documents by length (tokenizer {name})", "tokens", "documents", "share")
+        for start, count in each["total"]["histogram"].items():
+            share = count / each["total"]["documents"]
+            lengths.add_row(f"{int(start):,} to {2 * int(start) - 1:,}", f"{count:,}", f"{share:.2%}")
+        tables += [table, lengths]
+    return tables
 
 
 def document_tables(health: DataHealth) -> list[Table]:
@@ -64,17 +88,17 @@ def document_tables(health: DataHealth) -> list[Table]:
         table = _table(title, "shard", "row", unit)
         table.add_column("beginning", no_wrap=True, overflow="ellipsis")
         for each in documents:
-            beginning = " ".join(each["beginning"].split())
+            beginning = " ".join(each["beginning"].split())[:_SHOWN_CHARACTERS]
             table.add_row(Path(each["shard"]).stem, f"{each['row']:,}", f"{each[unit]:,}", Text(beginning))
         tables.append(table)
     return tables
 
 
 def _table(title: str, name: str, *numbers: str) -> Table:
-    table = Table(title=title, box=SIMPLE_HEAD)
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column(name, no_wrap=True)
     for number in numbers:
-        table.add_column(number, justify="right")
+        table.add_column(number, justify="right", no_wrap=True)
     return table
 
 

@@ -103,13 +103,17 @@ class Header:
 
 def token_dir(data_dir: Path, tokenizer: TextTokenizer) -> Path:
     """Folder of the token files: in the data folder, or in the base folder if the data folder is read-only."""
-    name = tokenizer.fingerprint[:12]
-    beside = data_dir / "tokens" / name
+    beside, elsewhere = (folder / tokenizer.fingerprint[:12] for folder in token_dirs(data_dir))
     # Root can write anywhere, but a folder without any write bit should stay unchanged.
     if beside.is_dir() or (os.access(data_dir, os.W_OK) and stat.S_IMODE(data_dir.stat().st_mode) & 0o222):
         return beside
+    return elsewhere
+
+
+def token_dirs(data_dir: Path) -> tuple[Path, Path]:
+    """The folders with a folder of token files per tokenizer: in the data folder, and in the base folder."""
     path = hashlib.sha256(os.fsencode(data_dir.resolve())).hexdigest()
-    return base_dir() / "tokens" / f"{data_dir.resolve().name}-{path[:8]}" / name
+    return data_dir / "tokens", base_dir() / "tokens" / f"{data_dir.resolve().name}-{path[:8]}"
 
 
 def token_path(directory: Path, shard: Path) -> Path:
