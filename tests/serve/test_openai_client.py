@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import openai
@@ -10,6 +12,8 @@ import pytest
 
 from live_server import TOKENIZER, LiveServer, tiny_engine
 from lmchat.generation.sampling import SamplingParams
+from lmchat.model.gpt import GPT
+from lmchat.serve.load import model_card
 from lmchat.tokenizer.render import render_for_completion
 
 MESSAGES: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
@@ -78,3 +82,12 @@ def test_models(live: LiveServer) -> None:
     assert client.models.retrieve("tiny-sft-7").owned_by == "lmchat"
     with pytest.raises(openai.NotFoundError, match="this server has 'tiny-sft-7'"):
         client.models.retrieve("gpt-4")
+
+
+def test_the_card_counts_all_parameters() -> None:
+    """The engine's own network has some of its weights packed."""
+    engine = tiny_engine()
+    checkpoint = SimpleNamespace(meta={"tag": "tiny"}, stage="sft", step=7, paths=SimpleNamespace(meta=Path(__file__)))
+    card = model_card(checkpoint, engine)  # type: ignore[arg-type]
+    assert card.name == "tiny-sft-7"
+    assert card.details["parameters"] == sum(weight.numel() for weight in GPT(engine.config).parameters())

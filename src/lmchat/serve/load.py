@@ -8,6 +8,7 @@ import torch
 
 from lmchat.checkpoint.load import Checkpoint, load_model, load_tokenizer
 from lmchat.generation.engine import Engine
+from lmchat.scaling import parameter_counts
 from lmchat.serve.model_card import ModelCard
 
 
@@ -35,7 +36,7 @@ def model_card(checkpoint: Checkpoint, engine: Engine) -> ModelCard:
         "stage": stage,
         "tag": tag,
         "step": step,
-        "parameters": sum(weight.numel() for weight in engine.runner.net.parameters()),
+        "parameters": parameter_counts(engine.config).total,
     }
     created = int(checkpoint.paths.meta.stat().st_mtime)
     return ModelCard(f"{tag}-{stage}-{step}", created, details)
