@@ -106,6 +106,7 @@ conversation 1, JSONLConversations/chat: 40 tokens, 0 with loss, truncated
 
 JSONLConversations/chat: 2 conversations
 2 conversations, 76 tokens, 19 with loss, 1 truncated, 1 without loss
+packed into rows of 40 tokens: 2 rows, 7.3% padding, 1 rows without loss
 """
 
 
@@ -120,7 +121,7 @@ def test_show_tells_what_is_learned_from_what_is_read(
     chat = write_rows(tmp_path / "chat.jsonl", {"messages": SUM}, {"messages": LONG})
     assert main(["data", "show", str(chat), "--max_tokens", "40"]) == 0
     assert capsys.readouterr().out == SHOWN
-    counts = SHOWN.splitlines()[-2:]
+    counts = SHOWN.splitlines()[-3:]
     first, second = SHOWN.split("\n\n")[:2]
     for option, expected in (
         (["--start", "1"], [second]),
@@ -130,7 +131,7 @@ def test_show_tells_what_is_learned_from_what_is_read(
     ):
         assert main(["data", "show", str(chat), "--max_tokens", "40", *option]) == 0
         printed = capsys.readouterr().out
-        assert printed.splitlines()[-2:] == counts
+        assert printed.splitlines()[-3:] == counts
         assert printed.split("\n\n")[:-1] == expected
     assert main(["data", "show", str(chat), "--rows", "0", "--limit", "1"]) == 0
     assert "1 conversations, 36 tokens" in capsys.readouterr().out

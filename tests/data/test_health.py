@@ -157,12 +157,14 @@ def test_the_command_writes_tables_and_json(
     write_shards: WriteShards, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sentence = "one two three four five six seven eight nine ten eleven twelve thirteen"
-    folder = write_shards(["[red]a longer document", "short", "short", None], ["short", f"Quoted: {sentence}!"])
+    folder = write_shards(
+        ["[red]a \x1b[31mlonger\n document", "short", "short", None], ["short", f"Quoted: {sentence}!"]
+    )
     questions = tmp_path / "questions.jsonl"
     questions.write_text(json.dumps({"question": sentence}))
     check(folder, evaluation=[questions], output=tmp_path / "report.json")
     printed = capsys.readouterr().out
-    assert "shard_00001 " in printed and "[red]a longer" in printed and "questions.jsonl" in printed
+    assert "shard_00001 " in printed and "[red]a [31mlonger document" in printed and "questions.jsonl" in printed
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["total"]["overlapping"] == 1 and report["evaluation"][0]["overlapping"] == 1
     assert report["most_frequent"] == [

@@ -247,6 +247,18 @@ def test_every_conversation_is_in_the_plan_once(rendered: tuple[Mixture, Tokeniz
     assert sum(plan.loss_tokens(step) for step in range(plan.steps)) == rendered[2].loss_tokens.sum()
 
 
+def test_padding_and_masked_rows_are_those_of_the_batches(tmp_path: Path, tiny_base: Path) -> None:
+    tokenizer = Tokenizer.load(tiny_base / "tokenizer")
+    # Cut to 48 tokens, some conversations end before the answer.
+    render_all(Mixture([MixturePart(Arithmetic("train", size=40))]), tokenizer, 48, tmp_path, title="")
+    conversations = RenderedConversations(tmp_path)
+    plan = PaddedPlan(conversations, 48, 1)
+    batches = PaddedBatches(plan, bos_id=tokenizer.bos_id, micro_batch_size=1, num_batches=len(plan.rows))
+    masked = sum(bool((batch["targets"] == IGNORE_INDEX).all()) for batch in batches)
+    assert 0 < plan.masked_rows() == masked < len(plan.rows)
+    assert plan.padded_share() == pytest.approx(1 - conversations.lengths.sum() / (49 * len(plan.rows)))
+
+
 @pytest.mark.parametrize(("rows", "world"), [(8, 1), (4, 2), (2, 1), (1, 4)])
 def test_batches_hold_the_same_rows_for_every_split(
     rows: int, world: int, rendered: tuple[Mixture, Tokenizer, RenderedConversations]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lmchat.data.mixture import Mixture
+from lmchat.data.padded_batches import PaddedPlan
 from lmchat.data.rendered import RenderedConversations, render_all
 from lmchat.tokenizer.bpe import Tokenizer
 
@@ -50,6 +51,7 @@ def show_conversations(
     with tempfile.TemporaryDirectory() as folder:
         report = render_all(chosen, tokenizer, max_tokens, Path(folder), title="Rendering")
         rendered = RenderedConversations(Path(folder))
+        plan = PaddedPlan(rendered, max_tokens, rows_per_step=1)
         for index in _matching(rendered, only, start)[:rows]:
             ids, mask = (array.tolist() for array in rendered[index])
             cut = ", truncated" if rendered.truncated[index] else ""
@@ -61,6 +63,10 @@ def show_conversations(
     for note in mixture.notes():
         console.print(note)
     console.print(str(report))
+    console.print(
+        f"packed into rows of {max_tokens:,} tokens: {len(plan.rows):,} rows, {plan.padded_share():.1%} padding, "
+        f"{plan.masked_rows():,} rows without loss"
+    )
 
 
 def _matching(rendered: RenderedConversations, only: Filter | None, start: int) -> Sequence[int]:

@@ -120,7 +120,7 @@ def read_records(path: Path) -> Iterator[Any]:
             yield from json_values(file, str(path), _MAX_CHARACTERS)
     except UserError:
         raise
-    except (OSError, ValueError, pa.ArrowException, *DAMAGE) as error:
+    except (OSError, ValueError, RecursionError, pa.ArrowException, *DAMAGE) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"cannot read the evaluation set {path} ({reason}); restore it or leave it out") from error
 

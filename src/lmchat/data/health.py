@@ -87,7 +87,7 @@ def check_text(
     sequence_len: int = 2048,
     progress: bool = True,
 ) -> DataHealth:
-    """Reads all shards of a folder once. Memory grows by about 400 bytes per document.
+    """Reads all shards of a folder once. Memory grows by about 1 kB per document.
 
     Args:
         data_dir: folder of parquet shards.

@@ -88,7 +88,9 @@ def document_tables(health: DataHealth) -> list[Table]:
         table = _table(title, "shard", "row", unit)
         table.add_column("beginning", no_wrap=True, overflow="ellipsis")
         for each in documents:
-            beginning = " ".join(each["beginning"].split())[:_SHOWN_CHARACTERS]
+            # Control characters of the text must not reach the terminal.
+            visible = "".join(character if character.isprintable() else " " for character in each["beginning"])
+            beginning = " ".join(visible.split())[:_SHOWN_CHARACTERS]
             table.add_row(Path(each["shard"]).stem, f"{each['row']:,}", f"{each[unit]:,}", Text(beginning))
         tables.append(table)
     return tables

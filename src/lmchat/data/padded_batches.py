@@ -54,6 +54,15 @@ class PaddedPlan:
         """Row number ``index`` of the epoch; empty beyond the last."""
         return self.rows[index] if index < len(self.rows) else []
 
+    def padded_share(self) -> float:
+        """Share of the positions of all rows that are padding."""
+        return 1 - sum(length for row in self.rows for _, length in row) / (len(self.rows) * (self.sequence_len + 1))
+
+    def masked_rows(self) -> int:
+        """Number of rows without a token that receives loss."""
+        counts = self.conversations.loss_tokens
+        return sum(not any(counts[document] for document, _ in row) for row in self.rows)
+
     def loss_tokens(self, step: int) -> int:
         """Tokens with loss in an optimizer step over all ranks; at least 1, since the loss is divided by it."""
         rows = self.rows[step * self.rows_per_step : (step + 1) * self.rows_per_step]
