@@ -237,7 +237,7 @@ def test_a_failed_download_ends_the_pipeline_and_is_continued(hub: HubServer, tm
     status, printed = pipeline.finish(process)
     assert status != 0
     assert f"the download of {SHARDS} shards failed" in printed
-    assert "run again to continue" in printed
+    assert "run again to resume" in printed
     if fault == "error":
         assert f"cannot download karpathy/fineweb-edu-100b-shuffle/{LAST}" in printed
     assert "Traceback" not in printed
