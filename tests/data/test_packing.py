@@ -182,3 +182,35 @@ def test_user_mistakes_are_named() -> None:
         BestFitPacker(np.array([], dtype=int), row_tokens=4)
     with pytest.raises(UserError, match="document 1 has 9 tokens, a row holds 4"):
         next(BestFitPacker(np.array([2, 9]), row_tokens=4, policy="pad"))
+
+
+HOSTILE = {
+    "no next": {"buffer": [0]},
+    "next is text": {"next": "5", "buffer": []},
+    "next is a float": {"next": 5.0, "buffer": []},
+    "next is negative": {"next": -1, "buffer": []},
+    "next is past the end": {"next": 2**70, "buffer": []},
+    "no buffer": {"next": 5},
+    "buffer of text": {"next": 5, "buffer": ["a"]},
+    "buffer of floats": {"next": 5, "buffer": [float("nan")]},
+    "nested buffer": {"next": 5, "buffer": [[0, 1]]},
+    "ragged buffer": {"next": 5, "buffer": [[0], [1, 2]]},
+    "negative arrival": {"next": 5, "buffer": [-1, 0]},
+    "arrival to come": {"next": 5, "buffer": [0, 5]},
+    "arrival twice": {"next": 5, "buffer": [1, 1]},
+    "unsorted buffer": {"next": 5, "buffer": [2, 1]},
+    "huge arrival": {"next": 5, "buffer": [2**63]},
+    "cut is a number": {"next": 5, "buffer": [], "cut": 3},
+    "cut of text": {"next": 5, "buffer": [], "cut": ["0", 1]},
+    "cut document to come": {"next": 5, "buffer": [], "cut": [5, 1]},
+    "cut document in the buffer": {"next": 5, "buffer": [2], "cut": [2, 1]},
+    "cut at its beginning": {"next": 5, "buffer": [], "cut": [2, 0]},
+    "cut behind its end": {"next": 5, "buffer": [], "cut": [2, 30]},
+}
+
+
+@pytest.mark.parametrize("state", HOSTILE.values(), ids=HOSTILE)
+def test_a_state_that_no_packer_has_is_refused(state: dict) -> None:
+    packer = BestFitPacker(np.full(10, 30), row_tokens=8, policy="split", epochs=2)
+    with pytest.raises(UserError, match="use an older checkpoint"):
+        packer.restore(state)

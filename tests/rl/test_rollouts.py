@@ -190,3 +190,9 @@ def test_goes_on_where_it_stopped(monkey: Monkey) -> None:
     assert all(same(a, b) for a, b in zip(whole[QUESTIONS:], rest, strict=True))
     with pytest.raises(UserError, match="questions"):
         rollouts(monkey, state=whole[0]["state"], fingerprint={"questions": "8"})
+
+
+@pytest.mark.parametrize("state", [{"steps": "1"}, {"steps": -1}, {"steps": 99}, {}, {"steps": 1, "data": 3}])
+def test_a_damaged_position_is_refused(monkey: Monkey, state: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="use an older checkpoint"):
+        rollouts(monkey, state={"data": {"questions": "7"}, **state})

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from lmchat.data.mixture import Mixture
+from lmchat.data.position import damaged_position
 from lmchat.types import UserError
 
 _ORDER = "order"
@@ -39,8 +41,10 @@ def fingerprint(mixture: Mixture, checksums: npt.NDArray[np.uint32], **settings:
     return {**found, _ORDER: _digest(checksums)}
 
 
-def check_fingerprint(resumed: dict[str, str], current: dict[str, str]) -> None:
+def check_fingerprint(resumed: Any, current: dict[str, str]) -> None:
     """Raises `UserError` that lists the differences, if there are any."""
+    if not isinstance(resumed, dict):
+        raise damaged_position("it names no data")
     names = [name for name in {**resumed, **current} if resumed.get(name) != current.get(name)]
     if not names:
         return

@@ -53,9 +53,9 @@ class PackedBatches(IterableDataset[Batch]):
     ) -> None:
         check_count(None, 1, sequence_len=sequence_len, micro_batch_size=micro_batch_size)
         self.fingerprint = shards.fingerprint + {"crop": "", "split": " split"}[long_documents]
-        if state is not None and state["data"] != self.fingerprint:
+        if state is not None and state.get("data") != self.fingerprint:
             raise UserError(
-                f"the run to resume was trained on documents with the fingerprint {state['data']}, those of "
+                f"the run to resume was trained on documents with the fingerprint {state.get('data')}, those of "
                 f"{shards.paths[0].parent} have {self.fingerprint}; give the data it began with by --data.data_dir and "
                 "--data.long_documents, or start a new run with another --model.tag"
             )

@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol, overload
 import numpy as np
 import numpy.typing as npt
 
+from lmchat.data.position import count_in, damaged_position
 from lmchat.option_checks import check_count
 from lmchat.types import UserError
 
@@ -183,9 +184,37 @@ class BestFitPacker(Iterator[PackedRow]):
         return {"next": self._next, "buffer": np.sort(arrivals), **cut}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continues from a `state` on the same lengths; its buffer may be any sequence of ints."""
-        self._next = int(state["next"])
-        self._cut = (int(state["cut"][0]), int(state["cut"][1])) if "cut" in state else None
-        arrivals = np.asarray(state["buffer"], dtype=np.int64)
+        """Continues from a `state` on the same lengths; its buffer may be any sequence of ints.
+
+        Raises:
+            UserError: it is not the state of a packer.
+        """
+        self._next = count_in(state, "next", self._end)
+        arrivals = self._checked_buffer(state.get("buffer"))
+        self._cut = self._checked_cut(state["cut"], arrivals) if "cut" in state else None
         lengths = np.array([self.lengths[int(d)] for d in arrivals % len(self.lengths)], dtype=np.int64)
         self._keys = sorted(self._to_keys(lengths, arrivals)) if len(arrivals) else []
+
+    def _checked_buffer(self, buffer: Any) -> npt.NDArray[np.int64]:
+        """Arrivals of buffered documents: increasing, and before the next one."""
+        try:
+            arrivals = np.asarray(buffer)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise damaged_position(f"the buffer is no array: {error}") from error
+        if arrivals.ndim != 1 or (len(arrivals) and arrivals.dtype.kind not in "iu"):
+            raise damaged_position("the buffer is no list of integers")
+        arrivals = arrivals.astype(np.int64)
+        if (np.diff(arrivals) <= 0).any() or (len(arrivals) and not 0 <= arrivals[0] <= arrivals[-1] < self._next):
+            raise damaged_position("the buffer has documents that cannot be in it")
+        return arrivals
+
+    def _checked_cut(self, cut: Any, arrivals: npt.NDArray[np.int64]) -> tuple[int, int]:
+        """Arrival and next token of a document that has entered, is not in the buffer and has tokens left."""
+        if not isinstance(cut, list | tuple) or len(cut) != 2 or any(type(number) is not int for number in cut):
+            raise damaged_position("the document to continue is no pair of integers")
+        arrival, position = cut
+        if not 0 <= arrival < self._next or arrival in arrivals:
+            raise damaged_position("the document to continue has not been placed")
+        if not 1 <= position < self.lengths[arrival % len(self.lengths)]:
+            raise damaged_position("the document to continue has no such token")
+        return arrival, position

@@ -11,6 +11,7 @@ from torch.utils.data import IterableDataset
 
 from lmchat.data.fingerprint import check_fingerprint
 from lmchat.data.packing import BestFitPacker, PackedRow
+from lmchat.data.position import count_in
 from lmchat.data.rendered import RenderedConversations
 from lmchat.types import IGNORE_INDEX, Batch
 
@@ -107,8 +108,9 @@ class PaddedBatches(IterableDataset[Batch]):
         self.world_size = world_size
         self.fingerprint = fingerprint or {}
         if state is not None:
-            check_fingerprint(state["data"], self.fingerprint)
-        self.first = state["rows"] // (micro_batch_size * world_size) if state else 0
+            check_fingerprint(state.get("data"), self.fingerprint)
+        rows = count_in(state, "rows", len(plan.rows)) if state else 0
+        self.first = rows // (micro_batch_size * world_size)
         self.num_batches = num_batches
 
     @property

@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset
 
 from lmchat.data.fingerprint import check_fingerprint
 from lmchat.data.mixture import Mixture
+from lmchat.data.position import count_in
 from lmchat.generation.engine import Engine
 from lmchat.generation.sampling import SamplingParams
 from lmchat.generation.sequence import Completion
@@ -76,8 +77,8 @@ class Rollouts(IterableDataset[Rollout]):
         self.all_reduce = all_reduce
         self.fingerprint = fingerprint
         if state is not None:
-            check_fingerprint(state["data"], fingerprint)
-        self.first_step = state["steps"] if state else 0
+            check_fingerprint(state.get("data"), fingerprint)
+        self.first_step = count_in(state, "steps", steps) if state else 0
         self.sampled_at = time.perf_counter()
 
     def __len__(self) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from lmchat.batching import accumulation_steps
+from lmchat.data.position import damaged_position
 from lmchat.evaluation.evaluator import EvalBatch, Evaluator, EvaluatorBatches
 from lmchat.option_checks import check_count
 from lmchat.run_plan import RunPlan
@@ -132,4 +133,7 @@ class StageDataModule(L.LightningDataModule):
         return {"position": self.position}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.position = state_dict["position"]
+        position = state_dict.get("position")
+        if position is not None and not isinstance(position, dict):
+            raise damaged_position("it is no mapping")
+        self.position = position
