@@ -49,7 +49,8 @@ def evaluate(tokenizer: Path | None = None, data: Path | None = None) -> None:
 
     Args:
         tokenizer: folder of the tokenizer; default is $LMCHAT_BASE_DIR/tokenizer.
-        data: folder of shards; the last one is evaluated too. Default is $LMCHAT_BASE_DIR/base_data, if it exists.
+        data: folder of shards; the last one is evaluated too, by script. Default is $LMCHAT_BASE_DIR/base_data, if it
+            exists.
     """
     from rich.console import Console
 
@@ -58,6 +59,7 @@ def evaluate(tokenizer: Path | None = None, data: Path | None = None) -> None:
     from lmchat.tokenizer.bpe import Tokenizer
     from lmchat.tokenizer.compression import BASELINES, compression_table, load_baselines
     from lmchat.tokenizer.samples import SAMPLES
+    from lmchat.tokenizer.scripts import POOR_BYTES_PER_TOKEN, count_scripts, script_table
 
     ours = Tokenizer.load(tokenizer or tokenizer_dir())
     texts = dict(SAMPLES)
@@ -66,6 +68,14 @@ def evaluate(tokenizer: Path | None = None, data: Path | None = None) -> None:
     baselines = load_baselines()
     console = Console()
     console.print(compression_table(ours, texts, baselines))
+    counts = count_scripts(ours, texts.get("validation shard", ""))
+    if counts:
+        console.print(script_table(counts))
+    if poor := [script for script, count in counts.items() if count.is_poor]:
+        console.print(
+            f"{', '.join(poor)}: fewer than {POOR_BYTES_PER_TOKEN} bytes per token, so that context and training are "
+            "spent on bytes; train the tokenizer on more text of that kind, or with a larger --vocab_size"
+        )
     if missing := [title for title in BASELINES if title not in baselines]:
         console.print(f"not available here: {', '.join(missing)} (tiktoken downloads them once, then keeps them)")
 

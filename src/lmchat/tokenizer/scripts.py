@@ -1,0 +1,84 @@
+"""How well a tokenizer serves each writing system of a text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+from lmchat.tokenizer.bpe import Tokenizer
+
+if TYPE_CHECKING:
+    import regex
+    from rich.table import Table
+
+SCRIPTS = (
+    "Latin", "Greek", "Cyrillic", "Armenian", "Georgian", "Hebrew", "Arabic", "Devanagari", "Bengali", "Gurmukhi",
+    "Gujarati", "Tamil", "Telugu", "Kannada", "Malayalam", "Sinhala", "Thai", "Lao", "Myanmar", "Khmer", "Tibetan",
+    "Ethiopic", "Hangul", "Hiragana", "Katakana", "Han",
+)  # fmt: skip
+"""Unicode scripts that are told apart; others are not counted."""
+
+POOR_BYTES_PER_TOKEN = 1.5
+"""Below this a script is read almost byte by byte."""
+
+
+@dataclass(frozen=True)
+class ScriptCount:
+    """A script's part of a text: characters, UTF-8 bytes and tokens, with the spaces and punctuation within."""
+
+    characters: int
+    n_bytes: int
+    tokens: int
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.n_bytes / self.tokens
+
+    @property
+    def is_poor(self) -> bool:
+        return self.bytes_per_token < POOR_BYTES_PER_TOKEN
+
+
+def count_scripts(tokenizer: Tokenizer, text: str) -> dict[str, ScriptCount]:
+    """Counts each script's runs of the text, those with most characters first; a run is encoded by itself."""
+    runs: dict[str, list[str]] = {}
+    for match in _runs().finditer(text):
+        runs.setdefault(str(match.lastgroup), []).append(match[0])
+    counts = {
+        script: ScriptCount(
+            characters=sum(map(len, own)),
+            n_bytes=sum(len(run.encode()) for run in own),
+            tokens=sum(len(tokenizer.encode(run)) for run in own),
+        )
+        for script, own in runs.items()
+    }
+    return dict(sorted(counts.items(), key=lambda item: -item[1].characters))
+
+
+@cache
+def _runs() -> regex.Pattern[str]:
+    """Runs that begin with a letter of a script and go on with it, with spaces, punctuation, digits and marks."""
+    import regex
+
+    # A character shared by all scripts belongs to the run before it.
+    groups = (rf"(?P<{name}>\p{{Script={name}}}[\p{{Script={name}}}\p{{Common}}\p{{Inherited}}]*)" for name in SCRIPTS)
+    return regex.compile("|".join(groups))
+
+
+def script_table(counts: dict[str, ScriptCount]) -> Table:
+    """Table of the scripts of a text."""
+    from rich.table import Table
+
+    table = Table("script", title="bytes per token by script")
+    for title in ("characters", "bytes per token", "tokens per character"):
+        table.add_column(title, justify="right")
+    for script, count in counts.items():
+        table.add_row(
+            script,
+            f"{count.characters:,}",
+            f"{count.bytes_per_token:.2f}",
+            f"{count.tokens / count.characters:.2f}",
+            style="yellow" if count.is_poor else "",
+        )
+    return table
