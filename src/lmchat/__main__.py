@@ -112,6 +112,7 @@ def _run(args: list[str]) -> int:
 
     import lmchat.hardware  # noqa: F401
     from lmchat.cli.argument_errors import explain
+    from lmchat.cli.standard_streams import discard_output
     from lmchat.types import RankFailure, UserError
 
     try:
@@ -129,6 +130,7 @@ def _run(args: list[str]) -> int:
     except OSError as error:
         if isinstance(error, BrokenPipeError) or (message := _explain(error)) is None:
             raise
+        discard_output()
         return _fail(message)
     except (MemoryError, RuntimeError, ImportError) as error:
         return _out_of_memory(error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import select
@@ -44,12 +43,16 @@ def _has_no_reader(descriptor: int) -> bool:
 
 
 def discard_output() -> None:
-    """Redirects standard output to the null device, so that Python's flush at exit does not fail."""
+    """Redirects output that cannot be written to the null device, so that Python's flush at exit does not fail."""
     null = os.open(os.devnull, os.O_WRONLY)
-    for number in (1, 2):
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
         if _has_no_reader(number):
             os.dup2(null, number)
-    os.close(null)
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
+        try:
             stream.flush()
+        except OSError:  # such as a full disk; what is buffered would be written again
+            os.dup2(null, number)
+            stream.flush()
+        except ValueError:
+            continue
+    os.close(null)
