@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lmchat.data.parquet_text import TEXT_COLUMN, read_documents
+from lmchat.data.web_text import HTML_SUFFIXES, WARC_SUFFIXES, decode_page, html_text, warc_texts
 from lmchat.progress import ProgressBar
 from lmchat.records import (
     COMPRESSION_SUFFIXES,
@@ -29,7 +30,9 @@ from lmchat.records import (
 from lmchat.types import UserError
 
 PLAIN_SUFFIXES = (".txt", ".md", ".rst")
-SUFFIXES = (*PLAIN_SUFFIXES, *JSON_LINES_SUFFIXES, *JSON_SUFFIXES, *TABLE_SUFFIXES)
+SUFFIXES = (
+    *PLAIN_SUFFIXES, *HTML_SUFFIXES, *JSON_LINES_SUFFIXES, *JSON_SUFFIXES, *TABLE_SUFFIXES, *WARC_SUFFIXES
+)  # fmt: skip
 """Kinds of text files, which may be compressed. Parquet is supported too."""
 KINDS = f"{' '.join(SUFFIXES)} .parquet (the text ones also as {' '.join(COMPRESSION_SUFFIXES)})"
 
@@ -185,6 +188,11 @@ class DocumentReader:
         kind, limit = kind_of(path)[0], self.max_characters * _JSON_BYTES_PER_CHARACTER
         if kind in PLAIN_SUFFIXES:
             yield from self._plain(file)
+        elif kind in HTML_SUFFIXES:
+            yield from self._bounded(html_text(decode_page(file.read())))
+        elif kind in WARC_SUFFIXES:
+            for text in warc_texts(file, path):
+                yield from self._bounded(text)
         elif kind in JSON_LINES_SUFFIXES:
             yield from self._json_lines(path, file, limit)
         elif kind in JSON_SUFFIXES:

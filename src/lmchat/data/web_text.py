@@ -1,0 +1,102 @@
+"""Text of web pages: HTML files, and WARC files of crawls."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from lmchat.types import UserError
+
+HTML_SUFFIXES = (".html", ".htm")
+WARC_SUFFIXES = (".warc",)
+
+_HIDDEN = ("script", "style", "noscript", "template", "head", "svg", "iframe")
+_LINES = {"address", "br", "dd", "details", "dt", "figure", "footer", "form", "header", "hr", "li", "main", "nav", "tr"}
+_CELLS = {"td", "th"}
+_PARAGRAPHS = {
+    "article", "aside", "blockquote", "div", "dl", "h1", "h2", "h3", "h4", "h5", "h6", "ol", "p", "pre", "section",
+    "table", "ul",
+}  # fmt: skip
+_CHARSET = re.compile(rb"charset\s*=\s*[\"']?\s*([\w.:-]+)", re.IGNORECASE)
+
+
+def html_text(html: str) -> str:
+    """The visible text of a page, with line breaks between blocks and empty lines between paragraphs.
+
+    Raises:
+        UserError: selectolax is not installed.
+    """
+    try:
+        from selectolax.lexbor import LexborHTMLParser
+    except ImportError as error:
+        raise UserError("reading HTML needs selectolax; install it: pip install 'lmchat[web]'") from error
+    tree = LexborHTMLParser(html)
+    if tree.body is None:
+        return ""
+    tree.strip_tags(list(_HIDDEN))
+    parts: list[str] = []
+    try:
+        _add_text(tree.body, parts, preformatted=False)
+    except RecursionError:  # nested deeper than any page that people read
+        parts = [tree.body.text(separator=" ")]
+    lines = [re.sub(r"[ \t\f\v\r]+", " ", line).strip() for line in "".join(parts).split("\n")]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
+
+
+def _add_text(node: Any, parts: list[str], preformatted: bool) -> None:
+    """Adds the text below a node, in order."""
+    for child in node.iter(include_text=True):
+        if child.tag == "-text":
+            text = child.text(deep=False) or child.text_content or ""
+            parts.append(text if preformatted else re.sub(r"\s+", " ", text))
+            continue
+        gap = (
+            "\n\n" if child.tag in _PARAGRAPHS else "\n" if child.tag in _LINES else " " if child.tag in _CELLS else ""
+        )
+        parts.append(gap)
+        _add_text(child, parts, preformatted or child.tag == "pre")
+        parts.append(gap)
+
+
+def _gap(tag: str) -> str:
+    """What is before and after an element."""
+    if tag in _PARAGRAPHS:
+        return "\n\n"
+    return "\n" if tag in _LINES else " " if tag in _CELLS else ""
+
+
+def decode_page(content: bytes, charset: str | None = None) -> str:
+    """Decodes a page by the charset of its headers or its own declaration, else as UTF-8; wrong bytes become U+FFFD."""
+    declared = _CHARSET.search(content[:2048])
+    for name in (charset, declared[1].decode("ascii") if declared else None, "utf-8"):
+        try:
+            return content.decode(name, errors="replace") if name else content.decode("utf-8")
+        except (LookupError, UnicodeDecodeError):
+            continue
+    return content.decode("utf-8", errors="replace")
+
+
+def warc_texts(file: BinaryIO, path: Path) -> Iterator[str]:
+    """The text of each HTML response, and of each plain text record (WET), in a WARC file, decompressed or not.
+
+    Raises:
+        UserError: warcio is not installed, or the file is damaged.
+    """
+    try:
+        from warcio.archiveiterator import ArchiveIterator
+        from warcio.exceptions import ArchiveLoadFailed
+    except ImportError as error:
+        raise UserError("reading WARC files needs warcio; install it: pip install 'lmchat[web]'") from error
+    try:
+        for record in ArchiveIterator(file):
+            headers = record.http_headers if record.rec_type == "response" else record.rec_headers
+            kind = (headers.get_header("Content-Type") or "").lower() if headers else ""
+            charset = match[1].decode("ascii") if (match := _CHARSET.search(kind.encode())) else None
+            if record.rec_type == "response" and kind.startswith(("text/html", "application/xhtml")):
+                yield html_text(decode_page(record.content_stream().read(), charset))
+            elif record.rec_type == "conversion" and kind.startswith("text/plain"):
+                yield decode_page(record.content_stream().read(), charset)
+    except (ArchiveLoadFailed, EOFError, OSError) as error:
+        raise UserError(f"{path} is no WARC file or is damaged ({error}); copy or make it again") from error
