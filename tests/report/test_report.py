@@ -37,6 +37,14 @@ samples: {max_new_tokens: 4, prompts: ["a < b", "c"]}
 """
 
 
+RESULTS: dict[str, Any] = {
+    "ARC-Easy": {"accuracy": 0.5, "questions": 4, "interval_95": [0.15, 0.85]},
+    "ChatCORE": {"centered": 0.25, "interval_95": [0.125, 0.375], "tasks": ["ARC-Easy"]},
+    "harness/own": {"limit": None, "alias": "own", "acc,none": 0.625, "acc_stderr,none": 0.1, "weights": "abc"},
+    "MMLU": {"error": "no data"},
+}
+
+
 @pytest.fixture(scope="module")
 def base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 6 steps, continued to 8 from its checkpoint of step 3."""
@@ -50,8 +58,8 @@ def base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for path in checkpoints.glob("*_000006*"):
             path.unlink()
         assert main(["fit", *options, "--trainer.max_steps", "8", "--ckpt_path", "last"]) == 0
-    result = {"accuracy": 0.5, "questions": 4, "interval_95": [0.15, 0.85]}
-    write_results(results_file(checkpoints, 8), {"ARC-Easy": result})
+        assert main(["validate", *options, "--eval.every_n_steps", "7", "--ckpt_path", str(checkpoints)]) == 0
+    write_results(results_file(checkpoints, 8), RESULTS)
     return base
 
 
@@ -109,6 +117,7 @@ def test_origin_is_recorded(stage: StageRun, base: Path) -> None:
     assert all(start["versions"]["torch"].startswith(torch.__version__.split("+")[0]) for start in stage.starts)
     assert all(start["seed"] == "42" and start["ranks"] == 1 and start["data"] for start in stage.starts)
     assert stage.samples.keys() == {"a < b", "c"}
+    assert "every_n_steps: 3" in stage.config and "every_n_steps: 7" not in stage.config  # of training, not validate
     assert stage.num_parameters == sum(p.numel() for p in GPT(GPTConfig(**stage.meta["model"])).parameters())  # type: ignore[index]
 
 
@@ -120,7 +129,7 @@ def test_the_command_writes_page_and_markdown(base: Path, tmp_path: Path, monkey
     assert not [tag for tag, _ in page.tags if tag in ("script", "link", "img", "iframe", "object", "base", "form")]
     references = [value for _, attrs in page.tags for name, value in attrs.items() if name in ("src", "href", "action")]
     assert not references and "url(" not in output.read_text() and "@import" not in output.read_text()
-    for text in ("0.500 (0.150 to 0.850)", "2,048"):
+    for text in ("0.500 (0.150 to 0.850)", "0.250 (0.125 to 0.375)", "acc 0.625", "failed", "2,048"):
         assert text in page.texts and text in markdown
     assert "a < b" in page.texts
 

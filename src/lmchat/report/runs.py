@@ -152,7 +152,10 @@ def _tags(base: Path) -> list[str]:
 
 def _read_stage(base: Path, stage: str, tag: str) -> StageRun:
     logs = base / "logs" / STAGES[stage].logs / tag
-    versions = sorted(logs.glob("version_*"), key=lambda path: int(path.name.rpartition("_")[2])) or [logs]
+    numbered = [path for path in logs.glob("version_*") if path.name.removeprefix("version_").isdecimal()]
+    versions = sorted(numbered, key=lambda path: int(path.name.removeprefix("version_"))) or [logs]
+    # ``lmchat validate`` logs too, at step 0; only a start of training leaves a ``run.json``.
+    versions = [path for path in versions if (path / "run.json").exists()] or versions
     records: dict[int, dict[str, float]] = {}
     starts, config = [], ""
     samples: dict[str, str] = {}

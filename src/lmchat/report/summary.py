@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lmchat.evaluation.results import Result
 from lmchat.progress import clock_time
 from lmchat.report.charts import number
 from lmchat.report.runs import Run, StageRun
@@ -129,8 +130,17 @@ def _result(stage: StageRun, task: str) -> str:
     result = stage.results.get(task)
     if result is None:
         return ""
-    if "accuracy" not in result:
+    if "error" in result:
         return "failed"
+    value = result.get("accuracy", result.get("centered"))
+    if value is None:
+        return _harness_result(result)
     interval = result.get("interval_95")
     spread = f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
-    return f"{result['accuracy']:.3f}{spread}"
+    return f"{value:.3f}{spread}"
+
+
+def _harness_result(result: Result) -> str:
+    """The metrics of a task of lm-evaluation-harness, whose keys are ``METRIC,FILTER``."""
+    metrics = {key.partition(",")[0]: value for key, value in result.items() if "," in key and "_stderr" not in key}
+    return ", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if isinstance(value, float))
