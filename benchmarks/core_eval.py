@@ -9,6 +9,7 @@ random model of the given depth: what it answers does not change the cost.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Sequence
 from itertools import islice
@@ -17,17 +18,13 @@ from pathlib import Path
 import torch
 
 from lmchat.evaluation.core import CoreTask, Example, examples, read_bundle
-from lmchat.evaluation.core_scoring import (
-    OptionScore,
-    batches_by_length,
-    is_correct,
-    max_batch_tokens,
-    score,
-    score_plainly,
-)
+from lmchat.evaluation.core_scoring import OptionScore, is_correct, score_in_batches
 from lmchat.model.gpt import GPT
 from lmchat.scaling import config_for_depth
 from lmchat.tokenizer.bpe import Tokenizer
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests" / "helpers"))
+from reference_core import score_plainly
 
 POOL = 200
 """Items of a task among which few-shot examples are chosen."""
@@ -43,14 +40,6 @@ def random_net(depth: int, sequence_len: int, vocab_size: int, dtype: torch.dtyp
     return net.eval()
 
 
-def in_batches(net: GPT, found: Sequence[Example]) -> list[list[OptionScore]]:
-    """Scores as an evaluation computes them."""
-    scores: dict[int, list[OptionScore]] = {}
-    for batch in batches_by_length(found, max_batch_tokens(net.device)):
-        scores.update(zip(batch, score(net, [found[index] for index in batch]), strict=True))
-    return [scores[index] for index in range(len(found))]
-
-
 def cpu_seconds(run: Callable[[], list[list[OptionScore]]]) -> tuple[list[list[OptionScore]], float]:
     """The result and the CPU seconds it took."""
     started = time.process_time()
@@ -59,9 +48,9 @@ def cpu_seconds(run: Callable[[], list[list[OptionScore]]]) -> tuple[list[list[O
 
 def compare(net: GPT, task: CoreTask, found: Sequence[Example]) -> tuple[float, float]:
     """CPU seconds of both ways; prints them and the largest difference."""
-    in_batches(net, found[:2])
+    score_in_batches(net, found[:2])
     plain, plain_seconds = cpu_seconds(lambda: score_plainly(net, found))
-    batched, seconds = cpu_seconds(lambda: in_batches(net, found))
+    batched, seconds = cpu_seconds(lambda: score_in_batches(net, found))
     pairs = [(a, b) for one, other in zip(plain, batched, strict=True) for a, b in zip(one, other, strict=True)]
     difference = max(abs(a.loss - b.loss) for a, b in pairs)
     same = sum(

@@ -19,8 +19,9 @@ from lmchat.checkpoint.load import find_checkpoint, load_model, load_model_state
 from lmchat.evaluation.bits_per_byte import BitsPerByteEvaluator
 from lmchat.evaluation.core import Example, centered, examples, read_bundle
 from lmchat.evaluation.core_evaluator import CoreEvaluator
-from lmchat.evaluation.core_scoring import is_correct, score_plainly
+from lmchat.evaluation.core_scoring import is_correct
 from lmchat.tokenizer.bpe import Tokenizer
+from reference_core import score_plainly
 from tiny_fit import config_options, same
 
 OWN = """

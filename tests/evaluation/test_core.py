@@ -23,13 +23,14 @@ from lmchat.evaluation.core import (
     read_bundle,
     render_prompts,
 )
-from lmchat.evaluation.core_scoring import OptionScore, batches_by_length, is_correct, score, score_plainly
+from lmchat.evaluation.core_scoring import OptionScore, batches_by_length, is_correct, score
 from lmchat.evaluation.prompt_trees import PromptTree
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.types import UserError
 from random_checkpoint import save_random_checkpoint
+from reference_core import score_plainly
 
 BYTES = Tokenizer({bytes([byte]): byte for byte in range(256)})
 

@@ -19,7 +19,6 @@ from lmchat.__main__ import main
 from lmchat.checkpoint.load import find_checkpoint, load_model
 from lmchat.evaluation import harness
 from lmchat.evaluation.core import Example
-from lmchat.evaluation.core_scoring import score_plainly
 from lmchat.evaluation.harness import HarnessModel
 from lmchat.generation.policy import Policy
 from lmchat.generation.sampling import SamplingParams
@@ -27,6 +26,7 @@ from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.tokenizer.render import render_for_completion
 from lmchat.types import UserError
 from random_checkpoint import save_random_checkpoint
+from reference_core import score_plainly
 
 QUESTIONS = [
     {"question": f"What is {n} and {n + 1}?", "choices": [f"{2 * n}", f"{2 * n + 1} it is", "none"], "gold": n % 3}

@@ -16,6 +16,7 @@ from lmchat.evaluation.core import CoreTask, Example, PromptTokenizer, centered,
 from lmchat.evaluation.core_scoring import OptionScore, batches_by_length, is_correct, max_batch_tokens, score
 from lmchat.evaluation.evaluator import Evaluator, Metrics
 from lmchat.evaluation.intervals import wilson_interval
+from lmchat.evaluation.results import Result
 from lmchat.hardware import is_out_of_memory
 from lmchat.progress import ProgressBar
 from lmchat.types import UserError
@@ -24,8 +25,6 @@ logger = logging.getLogger(__name__)
 
 CHUNK_EXAMPLES = 512
 """Number of examples that are tokenized together and sorted by length."""
-
-Result = dict[str, Any]
 
 
 @runtime_checkable
@@ -79,7 +78,6 @@ class CoreEvaluator(Evaluator):
         max_tokens: maximum length of a prompt; longer ones are cut at the beginning.
         every_n_steps: see `Evaluator`; 0 is at the end of training only.
         device: device of the model.
-        score_examples: function that scores examples; default is `score`, for lmchat's networks.
 
     Attributes:
         results: result of each task after `compute`, in the format of the results file.

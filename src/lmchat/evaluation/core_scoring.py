@@ -6,7 +6,7 @@ positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +16,6 @@ from torch import Tensor
 from lmchat.evaluation.core import Example, Kind
 from lmchat.evaluation.prompt_trees import PackedTrees, PromptTree
 from lmchat.model.gpt import GPT
-
-LogitsOf = Callable[[Tensor], Tensor]
-"""Returns logits (B, T, vocab_size) for right-padded ids (B, T) int64."""
 
 MAX_BATCH_TOKENS = {"cpu": 1 << 11, "cuda": 1 << 14}
 """Tokens per batch; larger batches do not fit into a CPU's caches."""
@@ -53,21 +50,8 @@ def is_correct(kind: Kind, example: Example, scores: Sequence[OptionScore]) -> b
 
 
 @torch.inference_mode()
-def score_plainly(logits_of: LogitsOf, questions: Sequence[Example]) -> list[list[OptionScore]]:
-    """Scores each example's options, one option at a time. Works with any causal model."""
-    results = []
-    for example in questions:
-        scores = []
-        for option, (start, end) in zip(example.options, example.spans, strict=True):
-            logits = logits_of(torch.tensor([option]))[0, start - 1 : end - 1]
-            scores += scores_of(logits, [option[start:end]])
-        results.append(scores)
-    return results
-
-
-@torch.inference_mode()
 def score(net: GPT, questions: Sequence[Example]) -> list[list[OptionScore]]:
-    """Scores each example's options; equals `score_plainly` up to the order of summation.
+    """Scores each example's options; equals scoring one option at a time, up to the order of summation.
 
     Options with equal tokens get equal scores.
 
@@ -84,6 +68,14 @@ def score(net: GPT, questions: Sequence[Example]) -> list[list[OptionScore]]:
         by_branch = [next(scores) for _ in tree.branches]
         results.append([by_branch[branch] for branch in tree.option_branch])
     return results
+
+
+def score_in_batches(net: GPT, questions: Sequence[Example]) -> list[list[OptionScore]]:
+    """`score` of any number of examples, in batches of similar length; results are in the order of the examples."""
+    scores: dict[int, list[OptionScore]] = {}
+    for batch in batches_by_length(questions, max_batch_tokens(net.device)):
+        scores.update(zip(batch, score(net, [questions[index] for index in batch]), strict=True))
+    return [scores[index] for index in range(len(questions))]
 
 
 def batches_by_length(questions: Sequence[Example], max_tokens: int) -> Iterator[list[int]]:

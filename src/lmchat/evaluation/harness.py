@@ -13,7 +13,8 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from lmchat.evaluation.core import Example
-from lmchat.evaluation.core_scoring import OptionScore, batches_by_length, max_batch_tokens, score
+from lmchat.evaluation.core_scoring import score_in_batches
+from lmchat.generation.engine import TokenEvent
 from lmchat.generation.policy import Policy
 from lmchat.generation.sampling import SamplingParams
 from lmchat.tokenizer.bpe import SPECIAL_TOKENS
@@ -75,7 +76,9 @@ class HarnessModel(LM):
             options = [self.encode(context + pairs[index][1]) for index in indices]
             examples.append(self._example(options, [start] * len(options)))
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
-        for indices, example, scores in zip(by_context.values(), examples, self._score(examples), strict=True):
+        for indices, example, scores in zip(
+            by_context.values(), examples, score_in_batches(self.policy.net, examples), strict=True
+        ):
             for index, (start, end), each in zip(indices, example.spans, scores, strict=True):
                 results[index] = (-each.loss * (end - start), each.greedy)
         return results
@@ -91,7 +94,7 @@ class HarnessModel(LM):
                 context, predicted = make_disjoint_window(window)
                 examples.append(self._example([[*context, *predicted]], [len(context)]))
                 owners.append(number)
-        for number, example, (each,) in zip(owners, examples, self._score(examples), strict=True):
+        for number, example, (each,) in zip(owners, examples, score_in_batches(self.policy.net, examples), strict=True):
             ((start, end),) = example.spans
             totals[number] -= each.loss * (end - start)
         return totals
@@ -109,20 +112,26 @@ class HarnessModel(LM):
             prompt = self.encode(context)[-(self.policy.context_limit - new_tokens) :]
             number = engine.add_request(prompt, SamplingParams(temperature=temperature, max_new_tokens=new_tokens))
             running[number] = (index, [], [until] if isinstance(until, str) else list(until))
-        while running:
-            for event in engine.step():
-                if event.request not in running:
-                    continue
-                index, ids, until = running[event.request]
-                if event.finish_reason != "stop":
-                    ids.append(event.token)
-                text = self.policy.tokenizer.decode(ids)
-                found = [place for each in until if each and (place := text.find(each)) >= 0]
-                texts[index] = text[: min(found)] if found else text
-                if found or event.finish_reason is not None:
-                    engine.cancel(event.request)
-                    del running[event.request]
+        try:
+            while running:
+                for event in engine.step():
+                    if event.request in running and self._take(event, running[event.request], texts):
+                        engine.cancel(event.request)
+                        del running[event.request]
+        finally:
+            for number in running:
+                engine.cancel(number)
         return texts
+
+    def _take(self, event: TokenEvent, state: tuple[int, list[int], list[str]], texts: list[str]) -> bool:
+        """Updates the text of a request; returns whether it is complete."""
+        index, ids, until = state
+        if event.finish_reason != "stop":
+            ids.append(event.token)
+        text = self.policy.tokenizer.decode(ids)
+        found = [place for each in until if each and (place := text.find(each)) >= 0]
+        texts[index] = text[: min(found)] if found else text
+        return bool(found) or event.finish_reason is not None
 
     def _example(self, options: list[list[int]], starts: list[int]) -> Example:
         """Options scored from ``starts`` on; those that are too long are cut at the beginning."""
@@ -132,13 +141,6 @@ class HarnessModel(LM):
             for option, start, less in zip(options, starts, removed, strict=True)
         ]
         return Example([option[less:] for option, less in zip(options, removed, strict=True)], spans, 0)
-
-    def _score(self, examples: Sequence[Example]) -> list[list[OptionScore]]:
-        found: dict[int, list[OptionScore]] = {}
-        for batch in batches_by_length(examples, max_batch_tokens(self.policy.device)):
-            scores = score(self.policy.net, [examples[index] for index in batch])
-            found.update(zip(batch, scores, strict=True))
-        return [found[index] for index in range(len(examples))]
 
 
 def _with_spaces_moved(context: str, continuation: str) -> tuple[str, str]:
