@@ -53,7 +53,7 @@ model: {class_path: GRPOModule, init_args: {compute_dtype: fp32}}
 data:
   class_path: RolloutDataModule
   init_args:
-    train: [{task: {class_path: Identity, init_args: {split: train, size: 300}}}]
+    train: [{task: {class_path: loss_compare_task.Parity, init_args: {split: train, size: 300}}}]
     eval_task: {class_path: Identity, init_args: {split: test, size: 4}}
     questions_per_step: 2
     num_samples: 4
@@ -62,6 +62,15 @@ data:
 """,
 }
 """Stage by name: its config."""
+TASK = """
+from lmchat.tasks import Identity
+
+
+class Parity(Identity):
+    def reward(self, conversation, completion):
+        return float(sum(completion.encode()) % 2)
+"""
+"""A task for RL: the answers of an untrained model are rewarded by their letters, so that samples have advantages."""
 STEPS = {"pretrain": 20, "sft": 8, "rl": 6}
 FOLDERS = {"pretrain": "base_checkpoints", "sft": "chatsft_checkpoints", "rl": "chatrl_checkpoints"}
 PREDECESSOR = {"sft": "pretrain", "rl": "sft"}
@@ -84,7 +93,7 @@ def check_out(revision: str, folder: Path) -> str:
 
 def run(source: Path, base: Path, text: Path, configs: Path) -> dict[str, tuple[list[str], dict[str, torch.Tensor]]]:
     """The losses of every step, as logged in full precision, and the final weights of each run with ``source``."""
-    environment = {**os.environ, **SAME_KERNELS, "PYTHONPATH": str(source), "LMCHAT_BASE_DIR": str(base)}
+    environment = {**os.environ, **SAME_KERNELS, "PYTHONPATH": f"{source}:{configs}", "LMCHAT_BASE_DIR": str(base)}
 
     def lmchat(*args: str) -> None:
         done = subprocess.run([sys.executable, "-m", "lmchat", *args], env=environment, capture_output=True, text=True)
@@ -106,6 +115,8 @@ def run(source: Path, base: Path, text: Path, configs: Path) -> dict[str, tuple[
             (metrics,) = set(base.rglob("metrics.csv")) - known
             with metrics.open() as file:
                 losses = [row["train/loss"] for row in csv.DictReader(file) if row.get("train/loss")]
+            if not any(map(float, losses)):
+                sys.exit(f"{stage} has losses of 0 only, which compare nothing")
             (weights,) = (base / FOLDERS[stage] / f"ranks{ranks}").glob("model_*.pt")
             results[f"{stage}, {ranks} process(es)"] = losses, torch.load(weights, weights_only=True)
     return results
@@ -131,6 +142,7 @@ def main(revisions: list[str]) -> int:
         write_text(folder / "text")
         for stage, config in STAGES.items():
             (folder / f"{stage}.yaml").write_text(COMMON.replace("STEPS", str(STEPS[stage])) + config)
+        (folder / "loss_compare_task.py").write_text(TASK)
         runs, trees = [], [folder / f"tree_{index}" for index in range(2)]
         try:
             for index, (revision, tree) in enumerate(zip(revisions, trees, strict=True)):
