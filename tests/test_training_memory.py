@@ -19,7 +19,6 @@ from lmchat.optim.muon_adamw import MuonAdamW, build_param_groups
 from lmchat.scaling import config_for_depth
 from lmchat.training_memory import (
     Mode,
-    largest_micro_batch,
     training_memory,
 )
 
@@ -146,19 +145,6 @@ def test_a_step_holds_what_the_model_says(rows: int, checkpointed: bool) -> None
         config, rows, mode="eager", checkpoint_blocks=checkpointed, chunk_tokens=512, on_gpu=False
     )
     assert memory.peak + weights == pytest.approx(expected.total, rel=0.2)
-
-
-def test_the_largest_micro_batch_is_the_largest_divisor_that_fits() -> None:
-    config = config_for_depth(12, 32768, 2048)
-    for gigabytes in (10, 24, 80):
-        fits = [
-            rows
-            for rows in (1, 2, 4, 8, 16, 32, 64, 128, 256)
-            if training_memory(config, rows).total <= gigabytes * 1e9
-        ]
-        assert largest_micro_batch(config, gigabytes * 1e9, 256) == max(fits)
-    assert largest_micro_batch(config, 12e9, 3 * 5) == 5
-    assert largest_micro_batch(config, 3e9, 256) is None
 
 
 def test_a_micro_batch_that_fits_only_with_recomputing() -> None:

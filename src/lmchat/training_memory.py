@@ -1,4 +1,4 @@
-"""Memory model of a training step, and the largest micro-batch that fits.
+"""Memory model of a training step.
 
 Activations saved by autograd per token and block, in the compute dtype, with model width D and key/value width K
 (counted in tests/test_training_memory.py):
@@ -18,7 +18,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lmchat.batching import divisors
 from lmchat.losses import CHUNK_TOKENS
 from lmchat.model.config import GPTConfig
 from lmchat.scaling import parameter_counts
@@ -110,20 +109,3 @@ def _saved_bytes(config: GPTConfig, tokens: int, mode: Mode, checkpoint_blocks: 
     saved = block + blocks * tokens * width * element_bytes if checkpoint_blocks else blocks * block
     ends = 5 * tokens * width * element_bytes  # embedding, its norm, the last norm, hidden states and their gradient
     return saved + value_rows + ends
-
-
-def largest_micro_batch(
-    config: GPTConfig, memory_bytes: float, rows_per_step: int, *, mode: Mode = "compiled", **options: bool | int
-) -> int | None:
-    """The largest divisor of ``rows_per_step`` that fits as micro-batch, or None if one row does not fit.
-
-    Args:
-        config: shape of the model.
-        memory_bytes: memory of the device.
-        rows_per_step: rows per rank and optimizer step, all micro-batches together.
-        mode, options: as in `training_memory`.
-    """
-    for rows in reversed(divisors(rows_per_step)):
-        if training_memory(config, rows, mode=mode, **options).total <= memory_bytes:  # type: ignore[arg-type]
-            return rows
-    return None

@@ -17,7 +17,7 @@ from lmchat.checkpoint.layout import CheckpointPaths
 from lmchat.model.config import GPTConfig
 from lmchat.option_checks import MAX_COUNT
 from lmchat.paths import is_folder_name
-from lmchat.stage_table import STAGES, current_stage_name
+from lmchat.stage_table import STAGES
 from lmchat.types import UserError
 
 MAX_META_BYTES = 2**26
@@ -250,11 +250,6 @@ def _check_lightning(lightning: Mapping[str, Any], step: int) -> None:
     _check_fields(lightning["loops"]["fit_loop"][progress], {"total": mapping, "current": mapping}, {}, place)
     for name in ("total", "current"):
         _check_fields(lightning["loops"]["fit_loop"][progress][name], counters, {}, f"{place}{progress}.{name}.")
-
-
-def stage_of(meta: Mapping[str, Any]) -> str:
-    """Current name of the stage of a ``meta`` checked by `check_meta`."""
-    return current_stage_name(meta["stage"])
 
 
 def read_limited(path: Path) -> bytes:

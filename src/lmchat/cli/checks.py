@@ -93,7 +93,7 @@ def check_trainer_options(trainer: Mapping[str, Any] | Namespace, parser: Argume
         if isinstance(trainer[name], float) and trainer[name] not in (0.0, 1.0):
             raise UserError(
                 f"--trainer.{name} is {trainer[name]:g}, a share of a stream without end; give a number of batches, or "
-                f"use --{'trainer.max_steps' if name == 'limit_train_batches' else 'data.eval_tokens'}"
+                f"use --{'data.eval_tokens' if name == 'limit_val_batches' else 'trainer.max_steps'}"
             )
     for name in ("max_steps", "limit_train_batches", "limit_val_batches"):
         if isinstance(trainer[name], int):

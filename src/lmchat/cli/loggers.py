@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,45 +9,40 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 
-def _make_again(folder: Path) -> bool:
-    """Makes a log folder again that was removed during the run; returns whether it was."""
-    if folder.is_dir():
-        return False
-    rank_zero_warn(f"the log folder {folder} was removed; it is made again, without what was logged before")
-    folder.mkdir(parents=True, exist_ok=True)
-    return True
+class _RestoresFolder:
+    """Mixin of a logger: creates its folder again before it writes, if the folder was removed during the run."""
 
+    _experiment: Any
+    log_dir: Any
 
-class RunTensorBoardLogger(TensorBoardLogger):
-    """Starts a new event file where its folder was removed: the writer's thread would die of it."""
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        self._restore()
-        super().log_metrics(metrics, step)
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
+        self._restore_folder()
+        super().log_metrics(*args, **kwargs)  # type: ignore[misc]
 
     def finalize(self, status: str) -> None:
-        self._restore()
-        super().finalize(status)
+        self._restore_folder()
+        super().finalize(status)  # type: ignore[misc]
 
     @rank_zero_only
-    def _restore(self) -> None:
-        if self._experiment is not None and _make_again(Path(self.log_dir)):
-            self.experiment.close()
-            self._experiment = None
+    def _restore_folder(self) -> None:
+        folder = Path(self.log_dir)
+        if self._experiment is None or folder.is_dir():
+            return
+        rank_zero_warn(f"the log folder {folder} was removed; a new one is created, earlier records are lost")
+        folder.mkdir(parents=True, exist_ok=True)
+        self._restart()
+
+    def _restart(self) -> None:
+        """Called after the folder has been created again."""
 
 
-class RunCSVLogger(CSVLogger):
-    """Starts a new file where its folder was removed."""
+class RunTensorBoardLogger(_RestoresFolder, TensorBoardLogger):
+    """Starts a new event file after its folder was removed; otherwise the thread of the writer would fail."""
 
-    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        self._restore()
-        super().log_metrics(metrics, step)
+    def _restart(self) -> None:
+        self.experiment.close()
+        self._experiment = None
 
-    def finalize(self, status: str) -> None:
-        self._restore()
-        super().finalize(status)
 
-    @rank_zero_only
-    def _restore(self) -> None:
-        if self._experiment is not None:
-            _make_again(Path(self.log_dir))
+class RunCSVLogger(_RestoresFolder, CSVLogger):
+    """Starts a new file after its folder was removed."""

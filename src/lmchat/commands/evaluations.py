@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from rich.console import Console
@@ -23,32 +23,25 @@ from lmchat.paths import eval_bundle_dir, expand_user
 from lmchat.tasks.base import GradedByTests, Task
 from lmchat.types import UserError
 
+Model = TypeVar("Model", Policy, HFModel)
+
 
 @dataclass(frozen=True)
-class Subject:
-    """A model that is evaluated, and where its results go.
+class Subject(Generic[Model]):
+    """A model to evaluate, and where its results go.
 
     Attributes:
         policy: the model.
         path: file of the results.
-        identity: what tells its results from those of other weights.
+        identity: distinguishes its results from those of other weights.
     """
 
-    policy: Policy
+    policy: Model
     path: Path
     identity: Result
 
 
-@dataclass(frozen=True)
-class HFSubject:
-    """A model of the transformers library that is evaluated; see `Subject`."""
-
-    policy: HFModel
-    path: Path
-    identity: Result
-
-
-def load_hf_subject(model: str, output: Path | None) -> HFSubject:
+def load_hf_subject(model: str, output: Path | None) -> Subject[HFModel]:
     """The model that ``hf:PATH`` stands for.
 
     Raises:
@@ -60,14 +53,14 @@ def load_hf_subject(model: str, output: Path | None) -> HFSubject:
     path = expand_user(folder)
     found = HFModel(path, _device())
     print(f"{type(found.net).__name__}, {path}")
-    return HFSubject(found, output or path / "eval.json", {"weights": found.fingerprint})
+    return Subject(found, output or path / "eval.json", {"weights": found.fingerprint})
 
 
 def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load_subject(checkpoint: Path | None, tokenizer: Path | None, output: Path | None) -> Subject:
+def load_subject(checkpoint: Path | None, tokenizer: Path | None, output: Path | None) -> Subject[Policy]:
     """The model of a checkpoint, by default the newest."""
     found = find_model(checkpoint)
     print(f"{found.stage} {found.meta['tag']}, step {found.step}")
@@ -87,7 +80,7 @@ def core_tasks(bundle: str, names: list[str] | None) -> tuple[list[CoreTask], st
 
 
 def run_core(
-    subject: Subject | HFSubject,
+    subject: Subject[Policy] | Subject[HFModel],
     tasks: tuple[list[CoreTask], str | None],
     *,
     max_per_task: int | None,
@@ -109,7 +102,7 @@ def chat_tasks(specs: list[str] | None, limit: int | None, sandbox: Sandbox) -> 
 
 
 def run_chat(
-    subject: Subject, tasks: Mapping[str, Task], *, batch_size: int, max_new_tokens: int, sandbox: Sandbox
+    subject: Subject[Policy], tasks: Mapping[str, Task], *, batch_size: int, max_new_tokens: int, sandbox: Sandbox
 ) -> None:
     """Evaluates on chat benchmarks and reports."""
     running = evaluate_tasks(
@@ -130,7 +123,9 @@ def require_harness() -> None:
         raise UserError("--harness needs lm-evaluation-harness; pip install 'lmchat[harness]'")
 
 
-def run_harness(subject: Subject, tasks: Sequence[str], include_path: Path | None, options: Mapping[str, Any]) -> None:
+def run_harness(
+    subject: Subject[Policy], tasks: Sequence[str], include_path: Path | None, options: Mapping[str, Any]
+) -> None:
     """Evaluates tasks of the harness; prints its table and saves the results of each task."""
     from lm_eval.utils import make_table
 
@@ -145,7 +140,9 @@ def run_harness(subject: Subject, tasks: Sequence[str], include_path: Path | Non
     print(f"Results are in {subject.path}")
 
 
-def report(running: Iterator[tuple[str, Result]], subject: Subject | HFSubject, mean_name: str | None) -> None:
+def report(
+    running: Iterator[tuple[str, Result]], subject: Subject[Policy] | Subject[HFModel], mean_name: str | None
+) -> None:
     """Prints results as they come, then all of them; the mean goes into the file under its name, if it has one."""
     console, results = Console(), {}
     for name, result in running:

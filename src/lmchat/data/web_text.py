@@ -49,7 +49,7 @@ def _add_text(node: Any, parts: list[str], preformatted: bool) -> None:
     """Adds the text below a node, in order."""
     for child in node.iter(include_text=True):
         if child.tag == "-text":
-            text = child.text(deep=False) or child.text_content or ""
+            text = child.text_content or ""
             parts.append(text if preformatted else re.sub(r"\s+", " ", text))
             continue
         gap = (
