@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lmchat.demo import local_corpus
-from lmchat.demo.local_corpus import Source, collect_documentation, documentation_sources
+from lmchat.demo.local_corpus import Source, collect_documentation, corpus_table, documentation_sources
 from lmchat.types import UserError
 
 
@@ -45,14 +45,14 @@ def shingles(text: str) -> set[tuple[str, ...]]:
 
 def test_the_same_files_give_the_same_shards_whatever_the_processes(packages: list[Source], tmp_path: Path) -> None:
     for name, processes in (("one", 1), ("two", 2)):
-        collect_documentation(tmp_path / name, packages, validation_share=0.2, processes=processes, progress=False)
+        collect_documentation(tmp_path / name, packages, validation_share=0.2, processes=processes)
     one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
     assert one == two
     assert len(one) == 5
 
 
 def test_nothing_is_said_twice_and_validation_is_new(packages: list[Source], tmp_path: Path) -> None:
-    report = collect_documentation(tmp_path / "out", packages, validation_share=0.2, processes=1, progress=False)
+    files = collect_documentation(tmp_path / "out", packages, validation_share=0.2, processes=1)
     *train, validation = read(tmp_path / "out")
     everything = [line for shard in [*train, validation] for text in shard for line in text.split("\n")]
     assert sum("modules have to say" in line for line in everything) == 1
@@ -62,10 +62,15 @@ def test_nothing_is_said_twice_and_validation_is_new(packages: list[Source], tmp
         for line in text.split("\n"):
             own = shingles(line)
             assert len(own & trained) <= local_corpus.MAX_SEEN_SHARE * len(own)
-    assert report.documents == sum(map(len, [*train, validation]))
-    assert report.validation.documents == len(validation)
-    assert report.characters == sum(len(text) for shard in [*train, validation] for text in shard)
-    assert report.read > report.characters
+    documents = {
+        held_out: [text for file in files if file.held_out == held_out for text in file.documents]
+        for held_out in (False, True)
+    }
+    assert sorted(documents[False]) == sorted(text for shard in train for text in shard)
+    assert sorted(documents[True]) == sorted(validation)
+    table = corpus_table(files, rows=1)
+    assert list(table.columns[0].cells) == ["first", "1 others", "all", "of these, held out"]
+    assert list(table.columns[2].cells)[2:] == [str(len([*documents[False], *documents[True]])), str(len(validation))]
 
 
 def test_a_file_is_on_one_side_of_the_split(tmp_path: Path) -> None:
@@ -76,7 +81,7 @@ def test_a_file_is_on_one_side_of_the_split(tmp_path: Path) -> None:
         lines = [f"Zq{module} is {sentence(100 * module + n).lower()}" for n in range(30)]
         (folder / f"m{module}.rst").write_text("\n\n".join(lines))
     source = Source("package", sorted(folder.iterdir()))
-    collect_documentation(tmp_path / "out", [source], validation_share=0.3, processes=1, progress=False)
+    collect_documentation(tmp_path / "out", [source], validation_share=0.3, processes=1)
     *train, validation = ({text.split()[0] for text in shard} for shard in read(tmp_path / "out"))
     assert validation and not validation & set().union(*train)
     assert not any(
@@ -87,13 +92,13 @@ def test_a_file_is_on_one_side_of_the_split(tmp_path: Path) -> None:
 def test_a_folder_in_use_is_left_alone(packages: list[Source], tmp_path: Path) -> None:
     (tmp_path / "file.txt").write_text("mine")
     with pytest.raises(UserError, match="is not empty"):
-        collect_documentation(tmp_path, packages, processes=1, progress=False)
+        collect_documentation(tmp_path, packages, processes=1)
 
 
 def test_too_little_prose_is_reported(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("x = 1\n")
     with pytest.raises(UserError, match="too little prose"):
-        collect_documentation(tmp_path / "out", [Source("a", [tmp_path / "a.py"])], processes=1, progress=False)
+        collect_documentation(tmp_path / "out", [Source("a", [tmp_path / "a.py"])], processes=1)
     assert not (tmp_path / "out").exists()
 
 

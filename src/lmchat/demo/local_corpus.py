@@ -13,24 +13,28 @@ import re
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import metadata
 from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from rich.table import Table
+
+from lmchat.data.parquet_text import TEXT_COLUMN
 from lmchat.demo.prose import dedent_docstring, paragraphs
 from lmchat.files import new_folder
 from lmchat.progress import ProgressBar
 from lmchat.types import UserError
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
 DOCUMENT_CHARACTERS = 1000
 """Paragraphs of a file are joined into documents of about this size, which fits into a short training row."""
 MIN_DOCUMENT_CHARACTERS = 120
+TRAIN_SHARDS = 4
 SHINGLE_WORDS = 6
 MAX_SEEN_SHARE = 0.3
 """A paragraph is a near-duplicate if more than this share of its shingles (runs of words) occurred before."""
@@ -62,65 +66,13 @@ class Source:
     files: list[Path]
 
 
-@dataclass
-class SourceReport:
-    """Files with prose, documents and characters kept of one source."""
+@dataclass(frozen=True)
+class CorpusFile:
+    """The documents of one file of a source, and whether they are held out for validation."""
 
-    files: int = 0
-    documents: int = 0
-    characters: int = 0
-
-    def add(self, documents: Sequence[str]) -> None:
-        """Counts the documents of one file."""
-        self.files += bool(documents)
-        self.documents += len(documents)
-        self.characters += sum(map(len, documents))
-
-
-@dataclass
-class CorpusReport:
-    """Contents of a corpus.
-
-    Attributes:
-        sources: report of each source by name.
-        read: characters of prose before deduplication.
-        validation: report of the held-out part.
-    """
-
-    sources: dict[str, SourceReport] = field(default_factory=dict)
-    read: int = 0
-    validation: SourceReport = field(default_factory=SourceReport)
-
-    @property
-    def documents(self) -> int:
-        return sum(source.documents for source in self.sources.values())
-
-    @property
-    def characters(self) -> int:
-        return sum(source.characters for source in self.sources.values())
-
-    def table(self, rows: int = 10) -> Table:
-        """The largest sources, the others and the total."""
-        from rich.table import Table
-
-        table = Table("source", title="Text found on this machine")
-        for column in ("files", "documents", "MB"):
-            table.add_column(column, justify="right")
-
-        def add(name: str, reports: Sequence[SourceReport]) -> None:
-            counts = [sum(report.files for report in reports), sum(report.documents for report in reports)]
-            megabytes = sum(report.characters for report in reports) / 1e6
-            table.add_row(name, *(f"{count:,}" for count in counts), f"{megabytes:.2f}")
-
-        ordered = sorted(self.sources.items(), key=lambda item: -item[1].characters)
-        for name, report in ordered[:rows]:
-            add(name, [report])
-        if rest := [report for _, report in ordered[rows:]]:
-            add(f"{len(rest)} others", rest)
-        table.add_section()
-        add("all", [report for _, report in ordered])
-        add("of these, held out", [self.validation])
-        return table
+    source: str
+    documents: list[str]
+    held_out: bool
 
 
 def documentation_sources() -> list[Source]:
@@ -136,11 +88,9 @@ def collect_documentation(
     output: Path,
     sources: Sequence[Source] | None = None,
     *,
-    train_shards: int = 4,
     validation_share: float = 0.05,
     processes: int | None = None,
-    progress: bool = True,
-) -> CorpusReport:
+) -> list[CorpusFile]:
     """Writes parquet shards with the prose of the sources; the last shard is for validation.
 
     Documents are ordered by hash. All documents of a file are in the same split.
@@ -148,50 +98,70 @@ def collect_documentation(
     Args:
         output: folder to create; it appears when it is complete.
         sources: None is `documentation_sources`.
-        train_shards: number of training shards.
         validation_share: share of the files that is held out.
         processes: number of processes; None is one per core.
-        progress: show a progress bar on stderr.
+
+    Returns:
+        The files with prose.
 
     Raises:
         UserError: ``output`` is not empty, or there is too little prose for two shards.
     """
     sources = documentation_sources() if sources is None else sources
-    report = CorpusReport({source.name: SourceReport() for source in sources})
     with new_folder(output) as folder:
-        found = _read_all(sources, processes or os.cpu_count() or 1, progress)
-        train, validation = _deduplicate(found, validation_share, report)
+        found = _deduplicate(_read_all(sources, processes or os.cpu_count() or 1), validation_share)
+        train, validation = (
+            sorted((text for file in found if file.held_out == held_out for text in file.documents), key=_fraction)
+            for held_out in (False, True)
+        )
         if not train or not validation:
             raise UserError(
                 f"found too little prose ({len(train) + len(validation)} documents) in {len(sources)} packages"
             )
-        _write(folder, train, validation, train_shards)
-    return report
+        for number, texts in enumerate([*(train[at::TRAIN_SHARDS] for at in range(TRAIN_SHARDS)), validation]):
+            table = pa.table({TEXT_COLUMN: texts})
+            pq.write_table(table, folder / f"shard_{number:05d}.parquet", compression="zstd")
+    return found
 
 
-def _deduplicate(
-    files: Iterable[tuple[Source, Path, list[str]]], validation_share: float, report: CorpusReport
-) -> tuple[list[str], list[str]]:
-    """Training and validation documents without repeated paragraphs; counts them in ``report``."""
-    seen: set[bytes] = set()
-    held_out: list[tuple[Source, list[str]]] = []
-    train: list[str] = []
+def corpus_table(files: Sequence[CorpusFile], rows: int = 10) -> Table:
+    """Files, documents and size of the largest sources, of the others and of all."""
+    table = Table("source", title="Text found on this machine")
+    for column in ("files", "documents", "MB"):
+        table.add_column(column, justify="right")
+
+    def add(name: str, part: Sequence[CorpusFile]) -> None:
+        documents = [text for file in part for text in file.documents]
+        table.add_row(name, f"{len(part):,}", f"{len(documents):,}", f"{sum(map(len, documents)) / 1e6:.2f}")
+
+    by_source: dict[str, list[CorpusFile]] = {}
+    for file in files:
+        by_source.setdefault(file.source, []).append(file)
+    largest = sorted(by_source, key=lambda name: -sum(len(text) for file in by_source[name] for text in file.documents))
+    for name in largest[:rows]:
+        add(name, by_source[name])
+    if rest := largest[rows:]:
+        add(f"{len(rest)} others", [file for name in rest for file in by_source[name]])
+    table.add_section()
+    add("all", files)
+    add("of these, held out", [file for file in files if file.held_out])
+    return table
+
+
+def _deduplicate(files: Iterable[tuple[Source, Path, list[str]]], validation_share: float) -> list[CorpusFile]:
+    """Joins paragraphs to documents, without repeated paragraphs; the training files come first."""
+    parts: tuple[list[tuple[Source, list[str]]], ...] = ([], [])
     for source, path, found in files:
-        report.read += sum(map(len, found))
-        if _fraction("/".join([source.name, *path.parts[-3:]])) < validation_share:
-            held_out.append((source, found))
-        else:
-            documents = list(_join(_without_repetition(found, seen)))
-            report.sources[source.name].add(documents)
-            train += documents
+        held_out = _fraction("/".join([source.name, *path.parts[-3:]])) < validation_share
+        parts[held_out].append((source, found))
+    seen: set[bytes] = set()
     # Validation files come last, so that text repeated in both splits is removed from validation.
-    validation: list[str] = []
-    for source, found in held_out:
-        documents = list(_join(_without_repetition(found, seen)))
-        report.sources[source.name].add(documents)
-        report.validation.add(documents)
-        validation += documents
-    return train, validation
+    return [
+        CorpusFile(source.name, documents, held_out)
+        for held_out, part in zip((False, True), parts, strict=True)
+        for source, found in part
+        if (documents := list(_join(_without_repetition(found, seen))))
+    ]
 
 
 def _standard_library() -> list[Path]:
@@ -217,9 +187,6 @@ def _may_hold_prose(path: os.PathLike[str]) -> bool:
 
 def _dependencies() -> Iterator[tuple[str, metadata.Distribution]]:
     """The installed dependencies of lmchat by name, without lmchat itself, whose text changes too often."""
-    from packaging.requirements import Requirement
-    from packaging.utils import canonicalize_name
-
     try:
         # All installed extras of lmchat itself count.
         queue = [Requirement(line.split(";")[0]) for line in metadata.requires("lmchat") or ()]
@@ -245,12 +212,12 @@ def _dependencies() -> Iterator[tuple[str, metadata.Distribution]]:
     yield from sorted(found.items())
 
 
-def _read_all(sources: Sequence[Source], processes: int, progress: bool) -> Iterator[tuple[Source, Path, list[str]]]:
+def _read_all(sources: Sequence[Source], processes: int) -> Iterator[tuple[Source, Path, list[str]]]:
     """Yields the prose of all files in order, read by several processes."""
     places = [(source, path) for source in sources for path in source.files]
     # A forked child would inherit the locks of other threads.
     with (
-        ProgressBar("Reading", len(places), unit="files", enabled=progress) as bar,
+        ProgressBar("Reading", len(places), unit="files") as bar,
         ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool,
     ):
         found = pool.map(_read, (path for _, path in places), chunksize=32)
@@ -302,15 +269,3 @@ def _join(found: Iterable[str]) -> Iterator[str]:
 def _fraction(key: str) -> float:
     """A number in [0, 1) from a hash of ``key``."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) / 2**64
-
-
-def _write(folder: Path, train: list[str], validation: list[str], train_shards: int) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from lmchat.data.parquet_text import TEXT_COLUMN
-
-    train = sorted(train, key=_fraction)
-    parts = [train[at::train_shards] for at in range(train_shards)]
-    for number, part in enumerate([*parts, sorted(validation, key=_fraction)]):
-        pq.write_table(pa.table({TEXT_COLUMN: part}), folder / f"shard_{number:05d}.parquet", compression="zstd")

@@ -36,11 +36,12 @@ def _import_text(run: Demo, text: Path) -> Metrics:
 def _collect_documentation(run: Demo) -> Metrics:
     from rich.console import Console
 
-    from lmchat.demo.local_corpus import collect_documentation
+    from lmchat.demo.local_corpus import collect_documentation, corpus_table
 
-    report = collect_documentation(run.data_dir, validation_share=VALIDATION_SHARE)
-    Console().print(report.table())
-    return {"documents": report.documents, "megabytes": round(report.characters / 1e6, 2)}
+    files = collect_documentation(run.data_dir, validation_share=VALIDATION_SHARE)
+    Console().print(corpus_table(files))
+    documents = [text for file in files for text in file.documents]
+    return {"documents": len(documents), "megabytes": round(sum(map(len, documents)) / 1e6, 2)}
 
 
 def _list_words(run: Demo) -> int:
