@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lmchat.__main__ import main
+from lmchat.report.runs import read_run
 
 TINY = """
 trainer: {accelerator: cpu, devices: 1, max_steps: 1}
@@ -510,10 +511,16 @@ def test_a_variable_that_names_no_option(
 
 
 def test_a_checkpoint_is_validated(base: Path, config: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its metrics are logged at its step, and the report keeps the curves of training."""
     finished_run(base)
+    trained = read_run(str(base)).stages["pretrain"]
     capfd.readouterr()
     assert main(["validate", "--config", str(config), "--ckpt_path", "last"]) == 0
     assert "val/bpb" in capfd.readouterr().out
+    validated = read_run(str(base)).stages["pretrain"]
+    step = max(trained.records)
+    assert validated.records.keys() == trained.records.keys()
+    assert validated.records[step].keys() >= trained.records[step].keys() | {"val/bpb"}
 
 
 def test_a_finished_run_says_so(base: Path, config: Path, caplog: pytest.LogCaptureFixture) -> None:

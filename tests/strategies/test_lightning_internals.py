@@ -100,6 +100,13 @@ def test_the_number_of_steps_can_be_set(tmp_path: Path) -> None:
     assert run.max_steps == run.global_step == 4
 
 
+def test_the_step_of_an_evaluation_can_be_set(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    internals.set_global_step(run, 7)
+    run.validate(BoringModel(), verbose=False)
+    assert run.global_step == 7
+
+
 def test_validation_runs_within_training(tmp_path: Path) -> None:
     class Count(L.Callback):
         validated = 0

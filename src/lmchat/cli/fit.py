@@ -45,7 +45,7 @@ from lmchat.stages.chat import ChatModule
 from lmchat.stages.data_module import StageDataModule
 from lmchat.stages.device_memory import check_model_fits
 from lmchat.strategies import zero2_muon
-from lmchat.strategies.lightning_internals import subcommand_option, subcommand_parser
+from lmchat.strategies.lightning_internals import set_global_step, subcommand_option, subcommand_parser
 from lmchat.types import UserError
 
 TRAINER_DEFAULTS = {
@@ -185,8 +185,11 @@ class LMChatCLI(LightningCLI):
     def validate(self, model: StageModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
         model.trainer = self.trainer
         check_model_fits(model, trains=False)
+        path = resume_path(self.checkpoint, self.model.stage)
+        if path is not None and self.checkpoint is not None:
+            set_global_step(self.trainer, self.checkpoint.step)
         with translate_peer_failure(self.trainer), translate_out_of_memory(model):
-            self.trainer.validate(model, ckpt_path=resume_path(self.checkpoint, self.model.stage), **kwargs)
+            self.trainer.validate(model, ckpt_path=path, **kwargs)
 
 
 class DataModuleCLI(LMChatCLI):

@@ -154,14 +154,18 @@ def _read_stage(base: Path, stage: str, tag: str) -> StageRun:
     logs = base / "logs" / STAGES[stage].logs / tag
     numbered = [path for path in logs.glob("version_*") if path.name.removeprefix("version_").isdecimal()]
     versions = sorted(numbered, key=lambda path: int(path.name.removeprefix("version_"))) or [logs]
-    # ``lmchat validate`` logs too, at step 0; only a start of training leaves a ``run.json``.
-    versions = [path for path in versions if (path / "run.json").exists()] or versions
+    # ``lmchat validate`` logs too; only a start of training leaves a ``run.json``.
+    trained = [path for path in versions if (path / "run.json").exists()] or versions
     records: dict[int, dict[str, float]] = {}
     starts, config = [], ""
     samples: dict[str, str] = {}
     for version in versions:
         for path in sorted(version.rglob("metrics.csv")):
-            _merge(records, _read_metrics(path))
+            new = _read_metrics(path)
+            # Former versions of ``lmchat validate`` logged at step 0.
+            _merge(records, new if version in trained else [record for record in new if record["step"]])
+        if version not in trained:
+            continue
         if (version / "run.json").exists():
             starts.append(_read_json((version / "run.json").read_text(), version / "run.json"))
         if (version / "config.yaml").exists():
@@ -178,12 +182,11 @@ def _read_stage(base: Path, stage: str, tag: str) -> StageRun:
 
 
 def _merge(records: dict[int, dict[str, float]], new: Sequence[dict[str, float]]) -> None:
-    """Adds the records of a start, and removes those of earlier starts after its first step."""
-    if not new:
-        return
-    first = min(record["step"] for record in new)
-    for step in [step for step in records if step > first]:
-        del records[step]
+    """Adds the records of a start; one that trained replaces those of earlier starts after its first step."""
+    if any(name.startswith("train/") for record in new for name in record):
+        first = min(record["step"] for record in new)
+        for step in [step for step in records if step > first]:
+            del records[step]
     for record in new:
         records.setdefault(int(record.pop("step")), {}).update(record)
 

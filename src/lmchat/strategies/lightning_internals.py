@@ -51,6 +51,11 @@ def set_max_steps(trainer: L.Trainer, steps: int) -> None:
     trainer.fit_loop.epoch_loop.max_steps = steps
 
 
+def set_global_step(trainer: L.Trainer, step: int) -> None:
+    """Sets the number of optimizer steps taken, which the trainer does not load for an evaluation."""
+    trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
+
+
 def run_validation(trainer: L.Trainer) -> None:
     """Runs the validation loop during training, as the training loop does when validation is due."""
     trainer.validating = True
