@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lmchat.demo.conversation import converse
-from lmchat.demo.report import draw_curves, skills_table, time_table, write_run_report
+from lmchat.demo.report import skills_table, time_table, write_run_report
 from lmchat.demo.run import Demo, Metrics
 from lmchat.demo.text import collect_text, measure_baselines, tokenize, train_tokenizer
 from lmchat.demo.training import finetune, pretrain, reinforce
@@ -33,7 +33,6 @@ STAGES: dict[str, tuple[str, Callable[[Demo], Metrics]]] = {
     "pretrain": ("Train a GPT", pretrain),
     "sft": ("Fine-tune it to a chat model", finetune),
     "rl": ("Reinforcement learning on word problems", reinforce),
-    "curves": ("Draw the curves", draw_curves),
     "report": ("Write the report", write_run_report),
     "conversation": ("Chat with it", converse),
 }
@@ -48,7 +47,7 @@ def demo(text: Path | None = None, output: Path = Path("runs/demo"), minutes: fl
     Args:
         text: folder of your own text (.txt, .md, .rst, .jsonl or .parquet), a few MB or more; by default the
             documentation of Python and its packages on this machine.
-        output: folder for data, tokenizer, checkpoints, logs, curves.png and summary.json.
+        output: folder for data, tokenizer, checkpoints, logs, report.html and summary.json.
         minutes: time budget; on a slow machine pretraining and reinforcement learning take fewer steps.
             Fine-tuning always runs its full epoch, 5 minutes on two cores.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import os
 import subprocess
@@ -68,9 +67,6 @@ class Demo:
     def checkpoints(self, stage: str) -> Path:
         return self.output / STAGES[stage].checkpoints / TAG
 
-    def logs(self, stage: str) -> Path:
-        return self.output / "logs" / STAGES[stage].logs / TAG
-
     def config(self, stage: str) -> Path:
         """Path of the stage's config in the package."""
         return CONFIGS / f"{stage}.yaml"
@@ -122,12 +118,3 @@ def within(minutes: float) -> list[str]:
         "--trainer.callbacks+=lmchat.demo.time_budget.TimeBudget",
         f"--trainer.callbacks.minutes={max(minutes, 0.1)}",
     ]
-
-
-def read_log(folder: Path) -> list[dict[str, float]]:
-    """Records of all CSV logs under a folder, ordered by step; empty cells are left out."""
-    rows = []
-    for path in folder.rglob("metrics.csv"):
-        with path.open(newline="") as file:
-            rows += [{key: float(value) for key, value in row.items() if key and value} for row in csv.DictReader(file)]
-    return sorted(rows, key=lambda row: row.get("step", 0))
