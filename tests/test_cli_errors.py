@@ -241,7 +241,7 @@ CASES: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
     "batch beyond all memory": (
         nothing,
         ["--data.micro_batch_size", "1000000000"],
-        ["micro_batch_size 1000000000", "use --data.micro_batch_size 2"],
+        ["--data.micro_batch_size is 1000000000", "GB, and cpu has", "choose a smaller one, or auto"],
     ),
     "batch beyond all numbers": (
         nothing,
@@ -287,7 +287,7 @@ CASES: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
     "depth beyond all memory": (
         nothing,
         ["--model.depth", "100000000"],
-        ["depth 100000000", "does not fit on any device", "choose a smaller --model.depth"],
+        ["depth 100000000", "does not fit on cpu", "choose a smaller --model.depth"],
     ),
     "depth beyond this machine": (
         nothing,

@@ -39,12 +39,14 @@ def help_text() -> str:
 
 
 def _run_trainer(args: list[str]) -> None:
+    from lmchat.cli.early_checks import check_sizes
     from lmchat.cli.lean_imports import lean_imports
     from lmchat.cli.overview import FULL_HELP, overview
 
     if "-h" in args or "--help" in args:
         print(overview(args[0]))
         return
+    check_sizes(args)
     args = ["--help" if arg == FULL_HELP else arg for arg in args]
 
     with lean_imports():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,7 +56,6 @@ def peak_flops(device: torch.device) -> float | None:
 def peak_memory_bytes(device: torch.device) -> int:
     """Peak memory so far, in bytes: of torch's allocator on a GPU, of the process on a CPU."""
     import resource
-    import sys
 
     import torch
 
@@ -67,16 +67,21 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 def memory_limit_bytes(device: torch.device) -> int | None:
     """Bytes of memory that this process may use on ``device``; None if unknown."""
-    import os
-    import resource
-
     import torch
 
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory())  # never run
-    if device.type != "cpu" or not hasattr(os, "sysconf"):
+    return host_memory_bytes() if device.type == "cpu" else None
+
+
+def host_memory_bytes() -> int | None:
+    """Bytes of main memory that this process may use; None if unknown."""
+    import os
+    import resource
+
+    if not hasattr(os, "sysconf"):
         return None
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
@@ -85,6 +90,11 @@ def memory_limit_bytes(device: torch.device) -> int | None:
     if CGROUP_LIMIT.exists() and (text := CGROUP_LIMIT.read_text().strip()).isdigit():
         limits.append(int(text))
     return min(limits)
+
+
+def may_have_accelerator() -> bool:
+    """Whether this machine may have a GPU: not a Linux machine, or one with its device file. Needs no torch."""
+    return sys.platform != "linux" or any(Path(f"/dev/{name}").exists() for name in ("nvidiactl", "kfd", "dxg"))
 
 
 _OUT_OF_MEMORY = re.compile(

@@ -10,16 +10,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lmchat.types import IGNORE_INDEX
+from lmchat.types import CHUNK_TOKENS, IGNORE_INDEX
 
 Reduction = Literal["mean", "sum", "none"]
 
 LOGIT_SOFTCAP = 15.0
 """Logits are bounded to ±15 by cap · tanh(logits / cap), in training and in sampling."""
-
-CHUNK_TOKENS = {"cpu": 512, "cuda": 4096}
-"""Tokens per chunk. On a CPU the logits of a chunk should fit into the cache; a GPU needs large matrix products.
-The CUDA figure is an estimate, not a measurement."""
 
 
 def softcap(logits: Tensor, cap: float = LOGIT_SOFTCAP) -> Tensor:

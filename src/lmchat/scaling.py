@@ -14,6 +14,7 @@ from lmchat.model.config import GATE_CHANNELS, GPTConfig
 from lmchat.option_checks import check_count
 from lmchat.types import UserError
 
+DEFAULT_SEQUENCE_LEN = 2048
 REFERENCE_DEPTH = 12
 REFERENCE_BATCH_TOKENS = 2**19
 BATCH_EXPONENT = 0.383

@@ -15,12 +15,13 @@ Layers with value embeddings save K more. Everything else is estimated; nothing 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from lmchat.losses import CHUNK_TOKENS
 from lmchat.model.config import GPTConfig
 from lmchat.scaling import parameter_counts
+from lmchat.types import CHUNK_TOKENS, UserError
 
 Mode = Literal["eager", "compiled", "recomputing"]
 
@@ -34,6 +35,10 @@ RESERVE_BYTES = int(1.5e9)
 """CUDA's context, libraries and communication buffers; estimated."""
 FRAGMENTATION = 0.05
 """Share of the allocator's memory that no tensor can use; estimated."""
+MODEL_ERROR = 1.2
+"""Tolerance of the memory model: sizes that exceed the device by more than this factor are not tried."""
+CHOSEN_ERROR = 2.0
+"""The same for a micro-batch that the user has chosen."""
 
 
 @dataclass(frozen=True)
@@ -109,3 +114,47 @@ def _saved_bytes(config: GPTConfig, tokens: int, mode: Mode, checkpoint_blocks: 
     saved = block + blocks * tokens * width * element_bytes if checkpoint_blocks else blocks * block
     ends = 5 * tokens * width * element_bytes  # embedding, its norm, the last norm, hidden states and their gradient
     return saved + value_rows + ends
+
+
+def check_fits(
+    config: GPTConfig, device: Any, limit: float, estimate: Callable[[int], TrainingMemory] | None, rows: int = 1
+) -> None:
+    """Raises UserError if a model cannot fit a device.
+
+    Args:
+        config: shape of the model.
+        device: the device, for the message.
+        limit: its memory in bytes.
+        estimate: memory of training with micro-batches of so many rows; None if the model is not trained.
+        rows: rows per micro-batch, if known.
+    """
+    weights = 4 * parameter_counts(config).total
+    if weights > limit:
+        raise no_room(config, device, f"{_billions(weights)} GB of weights, {_billions(limit)} GB of memory")
+    if estimate is None:
+        return
+    if (needed := estimate(1)).total > MODEL_ERROR * limit:
+        reason = (
+            f"training needs about {_billions(needed.total)} GB, {_billions(needed.states)} of them for weights, "
+            f"gradients and optimizer; the device has {_billions(limit)}"
+        )
+        raise no_room(config, device, reason)
+    if (needed := estimate(rows)).total > CHOSEN_ERROR * limit:
+        raise UserError(
+            f"--data.micro_batch_size is {rows}; training with micro-batches of {rows:,} rows of "
+            f"{config.sequence_len:,} tokens needs about {_billions(needed.total)} GB, and {device} has "
+            f"{_billions(limit)}; choose a smaller one, or auto"
+        )
+
+
+def no_room(config: GPTConfig, device: Any, reason: str) -> UserError:
+    """The error for a model that does not fit."""
+    return UserError(
+        f"a model of depth {config.n_layer} for {config.sequence_len} tokens has about "
+        f"{_billions(parameter_counts(config).total)} billion parameters and does not fit on {device} ({reason}); "
+        "choose a smaller --model.depth or --model.sequence_len"
+    )
+
+
+def _billions(number: float) -> str:
+    return f"{number / 1e9:,.1f}" if number < 1e15 else f"{number / 1e9:.1e}"

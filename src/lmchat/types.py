@@ -10,6 +10,10 @@ if TYPE_CHECKING:
 IGNORE_INDEX = -1
 """Target id that losses and metrics ignore."""
 
+CHUNK_TOKENS = {"cpu": 512, "cuda": 4096}
+"""Tokens per chunk of the loss by device type. On a CPU the logits of a chunk should fit into the cache; a GPU needs
+large matrix products. The CUDA figure is an estimate, not a measurement."""
+
 
 class UserError(ValueError):
     """An error that the user can fix: a bad option, config, data file, checkpoint or request.

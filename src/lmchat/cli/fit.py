@@ -169,7 +169,8 @@ class LMChatCLI(LightningCLI):
             rank_zero_info(f"{self.model.stage} {self.model.tag} is finished: {path}")
             return
         model.trainer = self.trainer
-        check_model_fits(model, trains=True)
+        fixed_rows = model.packed_rows and not self.datamodule.chooses_micro_batch
+        check_model_fits(model, trains=True, rows=self.datamodule.micro_batch_size if fixed_rows else 1)
         with (
             exit_with_signal_status(self.trainer),
             translate_peer_failure(self.trainer),

@@ -88,9 +88,9 @@ class GPTConfig:
         return (*(windows[letter] for letter in tiled), windows["L"])
 
     @property
-    def value_embedding_layers(self) -> tuple[int, ...]:
+    def value_embedding_layers(self) -> range:
         """Indices of the layers with value embeddings: every other layer, including the last, or none."""
-        return tuple(range((self.n_layer - 1) % 2, self.n_layer, 2)) if self.value_embeddings else ()
+        return range((self.n_layer - 1) % 2, self.n_layer if self.value_embeddings else 0, 2)
 
     @property
     def is_native(self) -> bool:

@@ -26,9 +26,10 @@ from lmchat.paths import expand_user, is_folder_name
 from lmchat.paths import tokenizer_dir as default_tokenizer_dir
 from lmchat.run_plan import RunPlan
 from lmchat.scaling import flops_per_token
-from lmchat.stages.device_memory import first_line, needs_recomputing, no_room
+from lmchat.stages.device_memory import first_line, needs_recomputing
 from lmchat.stages.spec import StageSpec
 from lmchat.tokenizer.bpe import Tokenizer
+from lmchat.training_memory import no_room
 from lmchat.types import UserError
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -11,17 +12,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lmchat.batching import accumulation_steps, divisors
 from lmchat.hardware import is_out_of_memory, memory_limit_bytes
 from lmchat.model.compile import compile_blocks
-from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT
 from lmchat.scaling import parameter_counts
-from lmchat.training_memory import Mode, TrainingMemory, training_memory
+from lmchat.training_memory import MODEL_ERROR, Mode, TrainingMemory, check_fits, training_memory
 from lmchat.types import UserError
 
 if TYPE_CHECKING:
     from lmchat.stages.base import StageModule
 
-MODEL_ERROR = 1.2
-"""Tolerance of the memory model: sizes that exceed the device by more than this factor are not tried."""
 CPU_SHARE = 0.7
 """Share of a CPU's memory for an automatic micro-batch; the system and other programs need the rest."""
 
@@ -52,33 +50,16 @@ def memory_per_process(trainer: L.Trainer) -> float | None:
     return limit and (CPU_SHARE * limit / trainer.num_devices if device.type == "cpu" else limit)
 
 
-def check_model_fits(module: StageModule, trains: bool) -> None:
-    """Raises UserError if a model cannot fit the device with any micro-batch, before it is built.
+def check_model_fits(module: StageModule, trains: bool, rows: int = 1) -> None:
+    """Raises UserError if a model cannot fit the device, before it is built.
 
     Args:
-        trains: whether gradients, optimizer state and activations of one row must fit too.
+        trains: whether gradients, optimizer state and activations must fit too.
+        rows: rows per micro-batch, if known.
     """
-    config, device = module.config, module.trainer.strategy.root_device
-    limit, weights = memory_limit_bytes(device), 4 * parameter_counts(config).total
-    if limit is None:
-        return
-    if weights > limit:
-        raise no_room(config, device, f"{weights / 1e9:,.1f} GB of weights, {limit / 1e9:,.1f} GB of memory")
-    if trains and (needed := estimate(module, 1, recompute=True)).total > MODEL_ERROR * limit:
-        reason = (
-            f"training needs about {needed.total / 1e9:,.1f} GB, {needed.states / 1e9:,.1f} of them for weights, "
-            f"gradients and optimizer; the device has {limit / 1e9:,.1f}"
-        )
-        raise no_room(config, device, reason)
-
-
-def no_room(config: GPTConfig, device: torch.device, reason: str) -> UserError:
-    """The error for a model that does not fit."""
-    return UserError(
-        f"a model of depth {config.n_layer} for {config.sequence_len} tokens has "
-        f"{parameter_counts(config).total / 1e9:,.1f} billion parameters and does not fit on {device} ({reason}); "
-        "choose a smaller --model.depth or --model.sequence_len"
-    )
+    device = module.trainer.strategy.root_device
+    if (limit := memory_limit_bytes(device)) is not None:
+        check_fits(module.config, device, limit, partial(estimate, module, recompute=True) if trains else None, rows)
 
 
 def needs_recomputing(module: StageModule, rows: int) -> bool:

@@ -17,14 +17,11 @@ from lmchat.evaluation.bits_per_byte import BitsPerByteEvaluator
 from lmchat.model.config import GPTConfig
 from lmchat.option_checks import check_count, check_range
 from lmchat.paths import base_data_dir, expand_user
-from lmchat.scaling import config_for_depth
+from lmchat.scaling import DEFAULT_SEQUENCE_LEN, config_for_depth
 from lmchat.schedules import linear_warmdown, muon_momentum, weight_decay_multiplier
 from lmchat.stages.base import Schedule, StageModule
 from lmchat.stages.data_module import StageDataModule
 from lmchat.types import Batch, UserError
-
-MAX_DEPTH = 10_000
-"""Deeper models are refused before their shape is computed."""
 
 
 class PretrainModule(StageModule):
@@ -51,7 +48,7 @@ class PretrainModule(StageModule):
     def __init__(
         self,
         depth: int,
-        sequence_len: int = 2048,
+        sequence_len: int = DEFAULT_SEQUENCE_LEN,
         aspect_ratio: int = 64,
         head_dim: int = 128,
         n_kv_head: int | None = None,
@@ -67,12 +64,6 @@ class PretrainModule(StageModule):
         check_range(
             "model", 1, warmup_ratio=warmup_ratio, warmdown_ratio=warmdown_ratio, final_lr_fraction=final_lr_fraction
         )
-        if depth > MAX_DEPTH:
-            parameters = 12 * depth * (depth * aspect_ratio) ** 2
-            raise UserError(
-                f"a model of depth {depth} has about {parameters:.0e} parameters and does not fit on any device; "
-                "choose a smaller --model.depth"
-            )
         check_count("model", 1, sequence_len=sequence_len, aspect_ratio=aspect_ratio, head_dim=head_dim)
         self.depth = depth
         self.sequence_len = sequence_len

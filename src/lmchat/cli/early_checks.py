@@ -1,0 +1,135 @@
+"""Refuses impossible sizes of ``lmchat fit`` and ``lmchat validate`` before torch and Lightning are imported.
+
+A second instead of four. Only options that are certain to take effect are judged; anything else, such as a config that
+cannot be read or a class of the user's, is left to the same checks after parsing, which know the device and tokenizer.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lmchat.hardware import host_memory_bytes, may_have_accelerator
+from lmchat.option_checks import check_count
+from lmchat.scaling import DEFAULT_SEQUENCE_LEN, config_for_depth
+from lmchat.training_memory import check_fits, training_memory
+from lmchat.types import UserError
+
+COUNTS = {
+    "trainer": ("max_steps", "limit_train_batches", "limit_val_batches"),
+    "model": ("depth", "sequence_len", "aspect_ratio", "head_dim", "n_kv_head", "global_batch_tokens"),
+    "data": ("micro_batch_size", "buffer_size", "eval_tokens"),
+}
+"""Options that are refused above `lmchat.option_checks.MAX_COUNT`."""
+SHAPE = ("depth", "sequence_len", "aspect_ratio", "head_dim", "n_kv_head", "window_pattern")
+SWITCHES = ("value_embeddings", "residual_mix")
+LARGEST_DEVICE_BYTES = 10**12
+"""More memory than any single accelerator has."""
+MOST_RANKS = 2**20
+"""More ranks than a run has, to shard the optimizer's state over."""
+
+Options = dict[str, dict[str, Any]]
+
+
+def check_sizes(args: list[str]) -> None:
+    """Raises UserError for numbers that no run can have, and for a model that cannot fit this machine.
+
+    Args:
+        args: command line, starting with the name of the command.
+    """
+    try:
+        options = read_options(args)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
+        return  # reported by the parser
+    for group, names in COUNTS.items():
+        given = {name: options[group].get(name) for name in names}
+        check_count(group, 1, **{name: value for name, value in given.items() if type(value) is int and value > 0})
+    model, trainer = options["model"], options["trainer"]
+    shape = {name: model[name] for name in (*SHAPE, *SWITCHES) if name in model}
+    host, accelerator = host_memory_bytes(), trainer.get("accelerator", "auto")
+    if host is None or not _is_class(model, "PretrainModule") or not _is_valid(shape):
+        return
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not may_have_accelerator())
+    try:
+        config = config_for_depth(**{"sequence_len": DEFAULT_SEQUENCE_LEN, "vocab_size": 1} | shape)
+    except UserError:
+        return
+    least = partial(
+        training_memory,
+        config,
+        mode="eager" if on_cpu else "recomputing",
+        checkpoint_blocks=model.get("checkpoint_blocks") is not False,
+        optimizer_shards=MOST_RANKS,
+    )
+    rows = options["data"].get("micro_batch_size") if _is_class(options["data"], "FineWebDataModule") else 1
+    check_fits(
+        config,
+        "cpu" if on_cpu else "any device",
+        host if on_cpu else max(host, LARGEST_DEVICE_BYTES),
+        least if args[0] == "fit" else None,
+        rows if type(rows) is int and rows > 0 else 1,
+    )
+
+
+def read_options(args: list[str]) -> Options:
+    """The options of the groups model, data and trainer, without ``init_args``; later ones override earlier ones.
+
+    Raises:
+        OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError: they need the parser.
+    """
+    options: Options = {group: {} for group in COUNTS}
+    prefix = f"LMCHAT_{args[0].upper()}__"
+    if any(name.startswith(prefix) for name in os.environ):
+        raise ValueError("options by environment variables")
+    for name, value in _pairs(args[1:]):
+        if name == "config":
+            for key, content in yaml.safe_load(Path(value).read_text(encoding="utf-8")).items():
+                _update(options, key, content)
+        elif name.partition(".")[0] in options:
+            _update(options, name, yaml.safe_load(value))
+    return options
+
+
+def _pairs(args: list[str]) -> Iterator[tuple[str, str]]:
+    """Names and values of the options in a command line."""
+    rest = iter(args)
+    for arg in rest:
+        name, equals, value = arg.removeprefix("--").partition("=")
+        if arg == "-c" or not arg.startswith("--"):
+            raise ValueError(f"{arg} is no long option")
+        if name.startswith("print_config") or name.endswith(("help", "help_all")):
+            raise ValueError(f"{arg} starts no run")
+        yield name, value if equals else next(rest, "")
+
+
+def _update(options: Options, name: str, given: Any) -> None:
+    """Sets ``group`` or ``group.option``. With another class, the options of the former one are forgotten."""
+    group, _, option = name.partition(".")
+    if group not in options:
+        return
+    values: dict[str, Any] = {option: given} if option else {"class_path": given}
+    if not option and not isinstance(given, str):
+        values = dict(given)
+    if values.get("class_path", old := options[group].get("class_path")) != old:
+        options[group].clear()
+    values.update(values.get("init_args") or {})
+    options[group] |= {name.removeprefix("init_args."): value for name, value in values.items()}
+
+
+def _is_class(options: dict[str, Any], name: str) -> bool:
+    path = options.get("class_path")
+    return isinstance(path, str) and path in (name, f"lmchat.stages.pretrain.{name}")
+
+
+def _is_valid(shape: dict[str, Any]) -> bool:
+    """Whether there is a depth, and all values have their type; otherwise the parser reports it."""
+    types: dict[str, Any] = {"n_kv_head": (int, type(None)), "window_pattern": str} | dict.fromkeys(SWITCHES, bool)
+    return "depth" in shape and all(
+        isinstance(value, types.get(name, int)) and isinstance(value, bool) == (name in SWITCHES)
+        for name, value in shape.items()
+    )
