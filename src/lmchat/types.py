@@ -77,14 +77,17 @@ class Batch(TypedDict):
 
 
 class Rollout(TypedDict):
-    """A micro-batch of samples for reinforcement learning; it may have no rows.
+    """A micro-batch of reinforcement learning: a row of a prompt and its samples, or an empty row.
 
     Attributes:
-        inputs: (rows, tokens) int64, prompts and completions.
-        targets: (rows, tokens) int64, `IGNORE_INDEX` except at sampled tokens.
-        advantages: (rows,) float32, none of them 0.
-        group_tokens: (rows,) int64, sampled tokens of each row's group.
-        logprobs: (rows, tokens) float32, log p of the targets in the engine, before temperature and top-k.
+        inputs: (1, N) int64, the prompt without its last token; for each sample that token and the sample's tokens but
+            the last.
+        targets: (1, N) int64, the next token of the same sample; `IGNORE_INDEX` except at sampled tokens.
+        advantages: (1, N) float32, of each token's sample; 0 in the prompt.
+        logprobs: (1, N) float32, log p of the targets in the engine, before temperature and top-k.
+        prompt_tokens: number of tokens before the first sample.
+        sample_tokens: number of tokens of each sample.
+        group_tokens: number of sampled tokens of the group, with those of samples without advantage.
         loss_tokens: as in `Batch`.
         state: as in `Batch`.
         metrics: metrics of all samples of the step, see `lmchat.rl.rollouts.rollout_metrics`.
@@ -93,8 +96,10 @@ class Rollout(TypedDict):
     inputs: Tensor
     targets: Tensor
     advantages: Tensor
-    group_tokens: Tensor
     logprobs: Tensor
+    prompt_tokens: int
+    sample_tokens: list[int]
+    group_tokens: int
     loss_tokens: NotRequired[int]
     state: NotRequired[dict[str, Any]]
     metrics: NotRequired[dict[str, float]]

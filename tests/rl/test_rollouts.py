@@ -89,7 +89,8 @@ def groups_of(data: Rollouts) -> list[Group]:
 
 
 def same(a: Rollout, b: Rollout) -> bool:
-    return all(torch.equal(a[key], b[key]) for key in ("inputs", "targets", "advantages", "group_tokens", "logprobs"))  # type: ignore[literal-required]
+    tensors = all(torch.equal(a[key], b[key]) for key in ("inputs", "targets", "advantages", "logprobs"))  # type: ignore[literal-required]
+    return tensors and all(a[key] == b[key] for key in ("prompt_tokens", "sample_tokens", "group_tokens"))  # type: ignore[literal-required]
 
 
 def test_metrics_are_those_counted_one_by_one(monkey: Monkey) -> None:

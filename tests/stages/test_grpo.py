@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lmchat.generation.sequence import Completion
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT
-from lmchat.rl.groups import Group, micro_batches
+from lmchat.rl.groups import Group
 from lmchat.stages.rl import GRPOModule
 from lmchat.types import IGNORE_INDEX, Rollout
 
@@ -26,18 +26,19 @@ REFERENCE_MICRO_BATCHES = 4
 
 
 class Recorded(nn.Module):
-    """A network whose log-probabilities are those that were recorded."""
+    """A network whose log-probabilities are those that were recorded; its inputs are their indices."""
 
     def __init__(self, logp: Tensor, targets: Tensor) -> None:
         super().__init__()
         self.logp, self.targets = logp, targets
         self.lm_head = nn.Linear(1, 1)  # an empty batch has a loss of its type
 
-    def loss(self, inputs: Tensor, targets: Tensor, reduction: str, weights: Tensor, *, token_losses: Tensor) -> Tensor:
+    def loss(
+        self, inputs: Tensor, targets: Tensor, reduction: str, weights: Tensor, *, token_losses: Tensor, kv_cache: Any
+    ) -> Tensor:
         assert reduction == "sum"
-        rows = slice(int(inputs[0, 0]), int(inputs[-1, 0]) + 1)
-        assert targets.equal(self.targets[rows])
-        token_losses.copy_(-self.logp[rows] * weights)
+        assert targets.equal(self.targets.flatten()[inputs])
+        token_losses.copy_(-self.logp.flatten()[inputs] * weights)
         return token_losses.sum()
 
 
@@ -52,13 +53,15 @@ def module(net: nn.Module, normalization: Any, micro_batches: int, world_size: i
 
 def micro_batch(inputs: Tensor, targets: Tensor, rewards: Tensor, rows: slice, loss_tokens: int) -> Rollout:
     """Rows of one group, of which those without advantage stay: the reference has them."""
-    tokens = (targets[rows] != IGNORE_INDEX).sum()
+    count, width = targets[rows].shape
     return Rollout(
-        inputs=inputs[rows],
-        targets=targets[rows],
-        advantages=(rewards - rewards.mean())[rows],
-        group_tokens=tokens.expand(len(rewards[rows])),
-        logprobs=torch.zeros(targets[rows].shape),
+        inputs=inputs[rows].reshape(1, -1),
+        targets=targets[rows].reshape(1, -1),
+        advantages=(rewards - rewards.mean())[rows, None].expand(count, width).reshape(1, -1),
+        logprobs=torch.zeros(1, count * width),
+        prompt_tokens=0,
+        sample_tokens=[width] * count,
+        group_tokens=int((targets[rows] != IGNORE_INDEX).sum()),
         loss_tokens=loss_tokens,
     )
 
@@ -67,7 +70,7 @@ def micro_batch(inputs: Tensor, targets: Tensor, rewards: Tensor, rows: slice, l
 def recorded(fixtures: Path) -> dict[str, Tensor]:
     with np.load(fixtures / "rl.npz") as arrays:
         tensors = {name: torch.from_numpy(arrays[name]) for name in arrays}
-    return {**tensors, "targets": tensors["targets"].long(), "rows": torch.arange(16)[:, None].expand(16, 40)}
+    return {**tensors, "targets": tensors["targets"].long(), "rows": torch.arange(16 * 40).view(16, 40)}
 
 
 def test_by_group_it_is_the_reference_loss(recorded: dict[str, Tensor]) -> None:
@@ -107,16 +110,23 @@ def test_gap_is_the_mean_distance_to_the_log_probabilities_of_the_engine(recorde
     grpo = module(Recorded(recorded["logp"], targets), "step", 2)
     for rows in PASSES:
         batch = micro_batch(recorded["rows"], targets, recorded["rewards"], rows, 335)
-        batch["logprobs"] = torch.where(sampled, recorded["logp"] + noise, 0.0)[rows]
+        batch["logprobs"] = torch.where(sampled, recorded["logp"] + noise, 0.0)[rows].reshape(1, -1)
         grpo.training_step(batch, 0)
     assert grpo.pop_step_metrics()["logprob_gap"].item() == pytest.approx(noise[sampled].abs().mean().item(), rel=1e-4)
     assert grpo.pop_step_metrics()["logprob_gap"] == 0
 
 
 @pytest.mark.parametrize("normalization", ["step", "group"])
-def test_gradients_equal_those_of_one_micro_batch_per_group(normalization: Any) -> None:
-    """Sorted rows in fp64 against groups taken one by one, with plain log-softmax."""
-    net = GPT(GPTConfig(sequence_len=64, vocab_size=50, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)).double()
+@pytest.mark.parametrize(("window_pattern", "checkpoint_blocks"), [("L", False), ("SL", False), ("L", True)])
+def test_gradients_equal_those_of_samples_read_one_by_one(
+    normalization: Any, window_pattern: str, checkpoint_blocks: bool
+) -> None:
+    """Shared prompts in fp64, some longer than a window, against single samples with plain log-softmax."""
+    config = GPTConfig(
+        sequence_len=32, vocab_size=50, n_layer=2, n_head=2, n_kv_head=1, n_embd=32, window_pattern=window_pattern
+    )
+    net = GPT(config).double()
+    net.checkpoint_blocks = checkpoint_blocks
     net.compute_dtype = torch.float64
     net.init_weights(torch.Generator().manual_seed(0))
     torch.nn.init.normal_(net.lm_head.weight, std=0.1, generator=torch.Generator().manual_seed(1))
@@ -129,13 +139,18 @@ def test_gradients_equal_those_of_one_micro_batch_per_group(normalization: Any) 
             Completion(rng.integers(0, 50, len(mask)).tolist(), mask, True, [0.0] * len(mask)) for mask in masks
         ]
         groups.append(
-            Group(rng.integers(0, 50, 6).tolist(), completions, torch.tensor(rng.choice([0.0, 1.0], 4)).float())
+            Group(
+                rng.integers(0, 50, rng.integers(1, 40)).tolist(),
+                completions,
+                torch.tensor(rng.choice([0.0, 1.0], 4)).float(),
+            )
         )
     assert any(group.advantages.any() for group in groups)
     total = sum(group.num_tokens for group in groups)
 
     grpo = module(net, normalization, len(groups))
-    for batch in micro_batches(groups, pad_id=0):
+    for group in groups:
+        batch = group.micro_batch()
         batch["loss_tokens"] = total
         (grpo.training_step(batch, 0) / len(groups)).backward()
     actual = {name: parameter.grad for name, parameter in net.named_parameters()}

@@ -364,10 +364,14 @@ class GPT(nn.Module):
         reduction: Reduction = "mean",
         weights: Tensor | None = None,
         token_losses: Tensor | None = None,
+        kv_cache: AttentionCache | None = None,
     ) -> Tensor:
-        """Cross-entropy in fp32 of targets (B, T) given ids (B, T); see `linear_cross_entropy` for the rest."""
+        """Cross-entropy in fp32 of targets (B, T) given ids (B, T).
+
+        See `hidden` for ``kv_cache`` and `linear_cross_entropy` for the rest.
+        """
         return linear_cross_entropy(
-            self.hidden(ids),
+            self.hidden(ids, kv_cache),
             self.lm_head.weight,
             targets,
             vocab_size=self.config.vocab_size,

@@ -12,9 +12,6 @@ from lmchat.generation.sequence import Completion
 from lmchat.rl.advantages import group_advantages
 from lmchat.types import IGNORE_INDEX, Rollout
 
-WIDTH_MULTIPLE = 16
-"""Widths of micro-batches are padded to multiples of this: few shapes to compile, and products that FP8 can take."""
-
 
 @dataclass(frozen=True)
 class Group:
@@ -40,80 +37,35 @@ class Group:
         """Number of sampled tokens; forced ones do not count."""
         return sum(sum(completion.mask) for completion in self.completions)
 
-    @property
-    def width(self) -> int:
-        """Input tokens of the longest sample."""
-        return len(self.prompt) + max(len(completion.ids) for completion in self.completions) - 1
+    def micro_batch(self) -> Rollout:
+        """The samples in one row behind their common prompt.
 
-
-@dataclass(frozen=True)
-class _Row:
-    """A sample to be trained on."""
-
-    group: Group
-    completion: Completion
-    advantage: float
-
-    @property
-    def width(self) -> int:
-        return len(self.group.prompt) + len(self.completion.ids) - 1
-
-
-def micro_batches(groups: Sequence[Group], pad_id: int) -> list[Rollout]:
-    """Rearranges the samples of a step into as many micro-batches as there are groups, with little padding.
-
-    Samples without advantage have no gradient and are left out. The others are sorted by length and fill micro-batches
-    up to the size of the largest group; the last micro-batches may be empty. The gradients of the step are those of one
-    micro-batch per group, up to the order of summation.
-
-    Args:
-        groups: the groups of a step, of equal numbers of samples.
-        pad_id: token id of the padding.
-
-    Returns:
-        The micro-batches, the widest first.
-    """
-    rows = [
-        _Row(group, completion, advantage)
-        for group in groups
-        for completion, advantage in zip(group.completions, group.advantages.tolist(), strict=True)
-        if advantage
-    ]
-    rows.sort(key=lambda row: row.width, reverse=True)
-    max_tokens = max(len(group.completions) * _padded(group.width) for group in groups)
-    batches, start = [], 0
-    for _ in groups:
-        width = _padded(rows[start].width) if start < len(rows) else WIDTH_MULTIPLE
-        end = min(len(rows), start + max_tokens // width)
-        batches.append(_collate(rows[start:end], width, pad_id))
-        start = end
-    assert start == len(rows)
-    return batches
-
-
-def _padded(width: int) -> int:
-    return -(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
-
-
-def _collate(rows: Sequence[_Row], width: int, pad_id: int) -> Rollout:
-    """A micro-batch of rows. Prompt, padding and forced tokens are not targets.
-
-    The stop token of a sample is one; the reference leaves it out, so that it never trains when to stop.
-    """
-    inputs = torch.full((len(rows), width), pad_id)
-    targets = torch.full((len(rows), width), IGNORE_INDEX)
-    logprobs = torch.zeros(len(rows), width)
-    for index, row in enumerate(rows):
-        prompt, completion = row.group.prompt, row.completion
-        inputs[index, : row.width] = torch.tensor([*prompt, *completion.ids][:-1])
-        sampled = slice(len(prompt) - 1, row.width)
-        ids, mask = torch.tensor(completion.ids), torch.tensor(completion.mask, dtype=torch.bool)
-        targets[index, sampled] = torch.where(mask, ids, IGNORE_INDEX)
-        logprobs[index, sampled] = torch.tensor(completion.logprobs, dtype=torch.float32)
-    return Rollout(
-        inputs=inputs,
-        targets=targets,
-        advantages=torch.tensor([row.advantage for row in rows]),
-        group_tokens=torch.tensor([row.group.num_tokens for row in rows]),
-        logprobs=logprobs,
-    )
+        The last token of the prompt, which predicts the first token of a sample, begins each sample. Samples without
+        advantage have no gradient and are left out. The stop token of a sample is a target; the reference leaves it
+        out, so that it never trains when to stop. Without samples the row is empty.
+        """
+        samples = [
+            (completion, advantage)
+            for completion, advantage in zip(self.completions, self.advantages.tolist(), strict=True)
+            if advantage
+        ]
+        prompt, last = list(self.prompt[:-1]) if samples else [], self.prompt[-1]
+        ids, targets = prompt.copy(), [IGNORE_INDEX] * len(prompt)
+        logprobs, weights = [0.0] * len(prompt), [0.0] * len(prompt)
+        for completion, advantage in samples:
+            ids += [last, *completion.ids[:-1]]
+            targets += [
+                token if sampled else IGNORE_INDEX
+                for token, sampled in zip(completion.ids, completion.mask, strict=True)
+            ]
+            logprobs += completion.logprobs
+            weights += [advantage] * len(completion.ids)
+        return Rollout(
+            inputs=torch.tensor([ids], dtype=torch.int64),
+            targets=torch.tensor([targets], dtype=torch.int64),
+            advantages=torch.tensor([weights]),
+            logprobs=torch.tensor([logprobs]),
+            prompt_tokens=len(prompt),
+            sample_tokens=[len(completion.ids) for completion, _ in samples],
+            group_tokens=self.num_tokens,
+        )

@@ -17,7 +17,7 @@ from lmchat.data.position import count_in
 from lmchat.generation.engine import Engine
 from lmchat.generation.sampling import SamplingParams
 from lmchat.generation.sequence import Completion
-from lmchat.rl.groups import Group, micro_batches
+from lmchat.rl.groups import Group
 from lmchat.tasks.base import Task, graded
 from lmchat.tokenizer.render import render_for_completion
 from lmchat.types import Conversation, Rollout
@@ -90,7 +90,8 @@ class Rollouts(IterableDataset[Rollout]):
             groups = self._sample(step)
             self.sampled_at = time.perf_counter()
             metrics = rollout_metrics(self.all_reduce(_sums(groups)))
-            for batch in micro_batches(groups, self.pad_id):
+            for group in groups:
+                batch = group.micro_batch()
                 batch["loss_tokens"] = max(1, int(metrics["sampled_tokens"]))
                 batch["state"] = {"steps": step + 1, "data": self.fingerprint}
                 batch["metrics"] = {**metrics, "rollout_seconds": self.sampled_at - started}
@@ -103,7 +104,6 @@ class Rollouts(IterableDataset[Rollout]):
         located = [self.mixture.locate(number % len(self.mixture)) for number in numbers]
         questions = [(task, task[index]) for task, index in located]
         engine = self.engine()
-        self.pad_id = engine.tokenizer.bos_id
         prompts = [render_for_completion(engine.tokenizer, conversation) for _, conversation in questions]
         params = [replace(self.sampling, seed=self._seed(number)) for number in numbers]
         return [

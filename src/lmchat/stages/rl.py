@@ -19,6 +19,7 @@ from lmchat.evaluation.pass_at_k import PassAtKEvaluator
 from lmchat.generation.sampling import SamplingParams
 from lmchat.option_checks import check_count, check_range
 from lmchat.rl.rollouts import Rollouts
+from lmchat.rl.shared_prompt import SharedPrompt
 from lmchat.run_plan import RunPlan
 from lmchat.schedules import rl_lr_multiplier
 from lmchat.stages.base import Schedule
@@ -39,6 +40,8 @@ class GRPOModule(ChatModule):
             "group": sampled tokens of each group, then the mean over groups, as in nanochat if one pass holds a group
             (nanochat normalizes each pass by itself).
         momentum: momentum of Muon, without a ramp.
+
+    The network reads the prompt of a group once. Blocks are not compiled, since shapes differ from step to step.
 
     The metric ``logprob_gap`` is the mean absolute difference between the engine's log-probabilities of the sampled
     tokens and those of the training pass, in nats: how far from on-policy a step is.
@@ -64,24 +67,28 @@ class GRPOModule(ChatModule):
     def schedule(self, step: int) -> Schedule:
         return Schedule(rl_lr_multiplier(step, self.total_steps), self.momentum, self.plan.weight_decay)
 
+    def compiles_blocks(self) -> bool:
+        return False  # every micro-batch has a shape of its own
+
     def training_step(self, batch: Rollout, batch_idx: int) -> torch.Tensor:
-        if not len(batch["inputs"]):
+        if not batch["inputs"].numel():
             # No gradients, so that a step without samples changes no optimizer state.
             loss = self.net.lm_head.weight.new_zeros((), requires_grad=True)
         elif self.normalization == "group":
-            loss = self._policy_loss(batch, batch["advantages"] / batch["group_tokens"])
+            loss = self._policy_loss(batch) / batch["group_tokens"]
         else:
-            loss = sum_over_step(self._policy_loss(batch, batch["advantages"]), batch["loss_tokens"], self)
+            loss = sum_over_step(self._policy_loss(batch), batch["loss_tokens"], self)
         self.track_loss(loss)
         return loss
 
-    def _policy_loss(self, batch: Rollout, weights: torch.Tensor) -> torch.Tensor:
-        """−Σ log p(token) · weight over the sampled tokens, with a weight (rows,) per sample."""
-        weights = weights[:, None].expand(batch["targets"].shape)
+    def _policy_loss(self, batch: Rollout) -> torch.Tensor:
+        """−Σ log p(token) · advantage over the sampled tokens."""
+        targets, advantages = batch["targets"], batch["advantages"]
+        shared = SharedPrompt(batch["prompt_tokens"], batch["sample_tokens"], targets.device)
         losses = torch.zeros_like(batch["logprobs"])
-        loss = self.net.loss(batch["inputs"], batch["targets"], "sum", weights, token_losses=losses)
-        sampled = batch["targets"] != IGNORE_INDEX
-        gap = torch.where(sampled, losses / weights + batch["logprobs"], 0.0)
+        loss = self.net.loss(batch["inputs"], targets, "sum", advantages, token_losses=losses, kv_cache=shared)
+        sampled = targets != IGNORE_INDEX
+        gap = torch.where(sampled, losses / advantages + batch["logprobs"], 0.0)
         sums = torch.stack([gap.abs().sum(), sampled.sum()])
         self._gap = sums if self._gap is None else self._gap + sums
         return loss
@@ -95,7 +102,7 @@ class GRPOModule(ChatModule):
 class RolloutDataModule(ChatDataModule):
     """Samples answers to questions from the current policy and grades them.
 
-    A step has as many micro-batches as groups; none is larger than the largest group.
+    A micro-batch is the samples of one question.
 
     Args:
         train: tasks to train on, each with its number of epochs; ``trainer.max_steps`` may end training earlier.
