@@ -81,6 +81,8 @@ def test_a_training_step_does_not_wait_for_the_device(fused: bool, monkeypatch: 
         waits.count = 0
         for _ in range(2):
             ids = torch.zeros(2, 64, dtype=torch.int64, device="cuda")
+            starts = torch.zeros(33, dtype=torch.int32, device="cuda")
+            assert net.hidden(ids, document_starts=starts).shape == (2, 64, 64)
             hidden = net.hidden(ids).flatten(0, 1)
             scale = torch.ones(128, device="cuda")
             _, grad_hidden, grad_weight = losses._losses_and_gradients(

@@ -93,6 +93,7 @@ TABLE = {
         "data.buffer_size": ("2000", APPLIED),
         "data.eval_tokens": ("512", NO_EFFECT),
         "data.long_documents": ("split", REFUSED),
+        "data.mask_documents": ("true", NO_EFFECT),  # each row is one document here; see test_mask_documents.py
         "scaling_laws.lr_scale": ("0.3", APPLIED),
         "scaling_laws.weight_decay": ("0.7", APPLIED),
         # An explicit --trainer.max_steps decides the length of the run.

@@ -25,6 +25,7 @@ class RunPlan:
         validate_every_n_batches: micro-batches between two runs of the validation loop.
         lr_scale: factor on every base learning rate.
         weight_decay: weight decay of Muon at the start.
+        mask_documents: whether attention stays within documents.
     """
 
     steps: int
@@ -34,6 +35,7 @@ class RunPlan:
     validate_every_n_batches: int
     lr_scale: float
     weight_decay: float
+    mask_documents: bool = False
 
 
 def horizon(max_steps: int | None, data_steps: int | None, laws: Plan | None) -> int:

@@ -19,6 +19,7 @@ def test_a_weight_decay_that_is_given_is_taken_as_it_is(given: float | None, exp
         scales_with_depth=True, shape=SHAPE, global_batch_tokens=None, weight_decay=0.2, lr_scale=1.0
     )
     data = SimpleNamespace(
+        mask_documents=False,
         max_steps=None,
         micro_batch_size=1,
         evaluators=[],

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from byte_tokenizer import ByteTokenizer
-from lmchat.data.packed_batches import PackedBatches
+from lmchat.data.packed_batches import PackedBatches, _padded_starts
 from lmchat.data.packing import BestFitPacker
 from lmchat.data.token_shards import TokenShards
 from lmchat.data.tokenize import prepare_token_shards
@@ -172,3 +172,24 @@ def test_the_share_that_cropping_never_reads(shards: tuple[TokenShards, TokenSha
     lengths = [len(ByteTokenizer().document(text)) for shard in texts[:-1] for text in shard if text]
     assert shards[0].share_beyond(T + 1) == sum(max(0, length - T - 1) for length in lengths) / sum(lengths)
     assert shards[0].share_beyond(max(lengths)) == 0
+
+
+@pytest.mark.parametrize("policy", ["crop", "split"])
+def test_document_starts_are_the_tokens_that_begin_documents_and_rows(
+    shards: tuple[TokenShards, TokenShards], policy: str
+) -> None:
+    """Every document of the token files begins with BOS."""
+    for batch in islice(_batches(shards[0], long_documents=policy, mask_documents=True), 200):
+        begins = batch["inputs"] == ByteTokenizer().bos_id
+        assert policy == "split" or begins[:, 0].all()
+        begins[:, 0] = True
+        (expected,) = begins.flatten().nonzero(as_tuple=True)
+        starts = batch["document_starts"]
+        assert starts.dtype == torch.int32 and len(starts) == 16 * ROWS + 1
+        assert starts[: len(expected)].tolist() == expected.tolist() and (starts[len(expected) :] == ROWS * T).all()
+
+
+def test_room_for_document_starts_is_doubled_where_documents_are_short() -> None:
+    for number, size in ((1, 32), (32, 32), (33, 64), (129, 256)):
+        starts = _padded_starts(list(range(number)), rows=2, length=500)
+        assert starts.tolist() == [*range(number), *[1000] * (size + 1 - number)]

@@ -77,6 +77,7 @@ class TrainingPlan(Callback):
             validate_every_n_batches=validation_interval(_cadences(trainer), accumulate),
             lr_scale=lr_scale,
             weight_decay=weight_decay,
+            mask_documents=data.mask_documents,
         )
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:

@@ -110,6 +110,7 @@ OPTIONAL: dict[str, Check] = {
     "total_steps": _COUNT,
     "lr_scale": number,
     "weight_decay": number,
+    "mask_documents": flag,
     "weights_only": flag,
     "imported": mapping,
     "lightning": mapping,

@@ -15,6 +15,9 @@ from lmchat.data.token_shards import TokenShards
 from lmchat.option_checks import check_count
 from lmchat.types import Batch, UserError
 
+DOCUMENTS_PER_ROW = 16
+"""Room for document starts in a batch, doubled as often as needed."""
+
 
 class PackedBatches(IterableDataset[Batch]):
     """The micro-batches of one rank, from a global sequence of packed rows.
@@ -33,6 +36,7 @@ class PackedBatches(IterableDataset[Batch]):
         world_size: W, number of ranks.
         state: state of the batch to continue after; None is the beginning.
         num_batches: batches per iteration, for evaluation; they have no state. None is endless.
+        mask_documents: add ``document_starts`` to the batches.
 
     Raises:
         UserError: the state is a position in other documents.
@@ -50,6 +54,7 @@ class PackedBatches(IterableDataset[Batch]):
         world_size: int = 1,
         state: dict[str, Any] | None = None,
         num_batches: int | None = None,
+        mask_documents: bool = False,
     ) -> None:
         check_count(None, 1, sequence_len=sequence_len, micro_batch_size=micro_batch_size)
         self.fingerprint = shards.fingerprint + {"crop": "", "split": " split"}[long_documents]
@@ -69,6 +74,7 @@ class PackedBatches(IterableDataset[Batch]):
         self.world_size = world_size
         self.state = state
         self.num_batches = num_batches
+        self.mask_documents = mask_documents
 
     def __len__(self) -> int:
         """Batches per iteration. Raises TypeError, like objects without a length, if they are endless."""
@@ -99,15 +105,21 @@ class PackedBatches(IterableDataset[Batch]):
 
     def _gather(self, rows: list[tuple[PackedRow, int]], buffer: np.ndarray) -> Batch:
         """The batch of the given rows, each with its packer's ``start``; ``buffer`` is (rows, sequence_len + 1)."""
-        for (row, start), line in zip(rows, buffer, strict=True):
+        starts = []
+        for index, ((row, start), line) in enumerate(zip(rows, buffer, strict=True)):
             at = 0
             for document, tokens in row:
                 self.shards.copy(document, line[at : at + tokens], start if at == 0 else 0)
+                if at < self.sequence_len:
+                    starts.append(index * self.sequence_len + at)
                 at += tokens
         inputs, targets = torch.empty((2, len(rows), self.sequence_len), dtype=torch.int64)
         np.copyto(inputs.numpy(), buffer[:, :-1])
         np.copyto(targets.numpy(), buffer[:, 1:])
-        return Batch(inputs=inputs, targets=targets)
+        batch = Batch(inputs=inputs, targets=targets)
+        if self.mask_documents:
+            batch["document_starts"] = _padded_starts(starts, len(rows), self.sequence_len)
+        return batch
 
     def _state(self, packer: BestFitPacker) -> dict[str, Any]:
         """State of the packer (buffer as an int64 tensor), fingerprint of the data, epoch (from 0) and shard."""
@@ -116,3 +128,13 @@ class PackedBatches(IterableDataset[Batch]):
         epoch, document = divmod(packer.placed, len(self.shards))
         shard = self.shards.shard_of(document)
         return {**state, "data": self.fingerprint, "epoch": epoch, "shard": shard}
+
+
+def _padded_starts(starts: list[int], rows: int, length: int) -> torch.Tensor:
+    """Pads ``document_starts`` to `DOCUMENTS_PER_ROW` times a power of two, since a new size recompiles the blocks."""
+    size = rows * DOCUMENTS_PER_ROW
+    while size < len(starts):
+        size *= 2
+    padded = torch.full((size + 1,), rows * length, dtype=torch.int32)
+    padded[: len(starts)] = torch.tensor(starts, dtype=torch.int32)
+    return padded

@@ -81,8 +81,8 @@ class BitsPerByteEvaluator(Evaluator):
         return self._batches(rank, world_size)
 
     def update(self, policy: Policy, batch: Batch) -> None:
-        nll = policy.net.loss(batch["inputs"], batch["targets"], reduction="none")
-        targets = batch["targets"]
+        starts, targets = batch.get("document_starts"), batch["targets"]
+        nll = policy.net.loss(batch["inputs"], targets, reduction="none", document_starts=starts)
         if nll.device.type == "mps":  # it has no float64
             nll, targets = nll.cpu(), targets.cpu()
         self._metric.to(nll.device).update(nll, targets)

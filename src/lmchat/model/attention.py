@@ -1,8 +1,10 @@
 """Causal attention within a window: one signature, several backends, chosen by running them.
 
-``attend(q, k, v, window)``: q (B, T, heads, head_dim); k, v (B, T, kv heads, head_dim), where consecutive query heads
-share a key head; a query at t sees the keys max(0, t - window)...t, that is window + 1 of them. Scores are scaled by
-1/√head_dim. Returns (B, T, heads, head_dim).
+``attend(q, k, v, window, starts)``: q (B, T, heads, head_dim); k, v (B, T, kv heads, head_dim), where consecutive query
+heads share a key head; a query at t sees the keys max(0, t - window)...t, that is window + 1 of them. Scores are scaled
+by 1/√head_dim. Returns (B, T, heads, head_dim).
+
+With ``starts``, the ``document_starts`` of a `lmchat.types.Batch`, a query sees keys of its own document only.
 """
 
 from __future__ import annotations
@@ -25,52 +27,70 @@ logger = logging.getLogger(__name__)
 class Attend(Protocol):
     """Causal attention within a window; see the module."""
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor: ...
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, window: int, starts: Tensor | None = None) -> Tensor: ...
 
 
-def attend_masked(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Reference implementation with an explicit (T, T) mask."""
+def attend_masked(q: Tensor, k: Tensor, v: Tensor, window: int, starts: Tensor | None = None) -> Tensor:
+    """Reference implementation with an explicit mask, (T, T) or with documents (B, 1, T, T)."""
     positions = torch.arange(q.size(1), device=q.device)
-    return attention(q, k, v, window_mask(positions, positions, window))
+    mask = window_mask(positions, positions, window)
+    if starts is not None:
+        documents = document_ids(starts, q.size(0), q.size(1))
+        mask = mask & same_document(documents, documents)
+    return attention(q, k, v, mask)
 
 
-def attend_banded(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+def attend_banded(q: Tensor, k: Tensor, v: Tensor, window: int, starts: Tensor | None = None) -> Tensor:
     """Blocks of queries, each with the keys it can see; work is proportional to T · window. Runs on any device.
 
     On a CPU, blocks of half a window are fastest: forward and backward take 0.6 to 0.8 of the time with a mask at
     T = 2 windows.
     """
     length = q.size(1)
-    if window >= length - 1:
+    if window >= length - 1 and starts is None:
         return attention(q, k, v)
+    documents = None if starts is None else document_ids(starts, q.size(0), length)
     positions = torch.arange(length, device=q.device)
-    block = max(window // 2, 64)
+    block = max(min(window, length) // 2, 64)
     blocks = []
     for start in range(0, length, block):
         queries, keys = slice(start, start + block), slice(max(0, start - window), start + block)
         mask = window_mask(positions[queries], positions[keys], window)
+        if documents is not None:
+            mask = mask & same_document(documents[:, queries], documents[:, keys])
         blocks.append(attention(q[:, queries], k[:, keys], v[:, keys], mask))
     return torch.cat(blocks, dim=1)
 
 
-def attend_flash(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+def attend_flash(q: Tensor, k: Tensor, v: Tensor, window: int, starts: Tensor | None = None) -> Tensor:
     """The windowed flash kernel inside torch (CUDA, half precision). Never run on a GPU so far."""
     from lmchat.model.attention_cuda import flash  # Imports torch.compile's machinery, 1.3 CPU seconds.
 
-    return flash(q, k, v, window)
+    return flash(q, k, v, window, starts)
 
 
-def attend_flex(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+def attend_flex(q: Tensor, k: Tensor, v: Tensor, window: int, starts: Tensor | None = None) -> Tensor:
     """FlexAttention with a block mask, compiled (CUDA; its CPU kernel has no backward). Never run on a GPU so far."""
     from lmchat.model.attention_cuda import flex
 
-    return flex(q, k, v, window)
+    return flex(q, k, v, window, starts)
 
 
 def window_mask(query_positions: Tensor, key_positions: Tensor, window: int) -> Tensor:
     """True where a query sees a key: (..., queries) and (..., keys) positions give (..., queries, keys)."""
     distance = query_positions.unsqueeze(-1) - key_positions.unsqueeze(-2)
     return (distance >= 0) & (distance <= window)
+
+
+def document_ids(starts: Tensor, rows: int, length: int) -> Tensor:
+    """The number of each token's document, (rows, length), from ``document_starts``."""
+    positions = torch.arange(rows * length, device=starts.device, dtype=starts.dtype)
+    return torch.searchsorted(starts, positions, right=True, out_int32=True).view(rows, length)
+
+
+def same_document(query_documents: Tensor, key_documents: Tensor) -> Tensor:
+    """True where query and key are of one document: (B, queries) and (B, keys) give (B, 1, queries, keys)."""
+    return (query_documents.unsqueeze(-1) == key_documents.unsqueeze(-2)).unsqueeze(1)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import inspect
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lmchat.model.attention import attention
+from lmchat.model.attention import attention, document_ids
 
 
-def flash(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+def flash(q: Tensor, k: Tensor, v: Tensor, window: int, starts: Tensor | None) -> Tensor:
     """The windowed flash kernel inside torch (half precision).
 
-    With torch 2.11, which does not support grouped queries here, shared key heads are repeated.
+    Documents cost nothing: the kernel takes sequences of different lengths, and reads rows or documents as such. With
+    torch 2.11, which does not support grouped queries here, shared key heads are repeated.
     """
     batch, length = q.shape[:2]
-    if window >= length - 1:
+    if window >= length - 1 and starts is None:
         return attention(q, k, v)
     from torch.nn.attention.varlen import varlen_attn
 
-    starts = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=q.device)
+    if starts is None:
+        starts = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=q.device)
     options: dict[str, Any] = {}
     if (group := q.size(2) // k.size(2)) > 1:
         if _varlen_takes_grouped_queries():
@@ -50,9 +52,10 @@ def _varlen_takes_grouped_queries() -> bool:
     return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
-def flex(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+def flex(q: Tensor, k: Tensor, v: Tensor, window: int, starts: Tensor | None) -> Tensor:
     """FlexAttention with a block mask, compiled."""
-    mask = _block_mask(q.size(1), window, q.device)
+    rows, length = q.shape[:2]
+    mask = _block_mask(length, window, q.device) if starts is None else _document_mask(rows, length, window, starts)
     heads = [x.transpose(1, 2) for x in (q, k, v)]
     out: Tensor = _compiled_flex()(*heads, block_mask=mask, enable_gqa=q.size(2) != k.size(2))
     return out.transpose(1, 2)
@@ -75,3 +78,18 @@ def _block_mask(length: int, window: int, device: torch.device) -> Any:
 
     with torch.inference_mode(False):  # Evaluation may build the mask first; training must be able to use it.
         return create_block_mask(visible, None, None, length, length, device=str(device))
+
+
+@torch.compiler.disable
+@lru_cache(maxsize=2)  # the last batch's, for S and L; a tensor is found by its identity
+def _document_mask(rows: int, length: int, window: int, starts: Tensor) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    documents = document_ids(starts, rows, length)
+
+    def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        near = (query >= key) & (query - key <= window)
+        return near & (documents[row, query] == documents[row, key])
+
+    with torch.inference_mode(False):
+        return create_block_mask(visible, rows, None, length, length, device=str(starts.device))

@@ -111,6 +111,7 @@ class SelfAttention(nn.Module):
         sin: Tensor,
         kv_cache: AttentionCache | None,
         only: Tensor | None = None,
+        starts: Tensor | None = None,
     ) -> Tensor:
         """Output (B, T, n_embd) for the normed residual stream.
 
@@ -121,6 +122,7 @@ class SelfAttention(nn.Module):
             sin: likewise.
             kv_cache: keys and values of earlier tokens, to which those of ``x`` are added.
             only: (M,) int64 positions whose output is needed; None is all.
+            starts: ``document_starts`` of a `lmchat.types.Batch`, to attend within documents only.
         """
         batch, length, _ = x.shape
         q, k, v, gate = self.project(x)
@@ -135,7 +137,7 @@ class SelfAttention(nn.Module):
         if only is not None:
             q = q[:, only]
         if kv_cache is None:
-            out = self.attend(q, k, v, self.window)
+            out = self.attend(q, k, v, self.window, starts)
         else:
             out = kv_cache.attend(self.layer, q, k, v, self.window)
         return self.c_proj(out.reshape(batch, q.size(1), -1))
@@ -188,6 +190,7 @@ class Block(nn.Module):
         kv_cache: AttentionCache | None,
         mix: ResidualMix | None = None,
         only: Tensor | None = None,
+        starts: Tensor | None = None,
     ) -> Tensor:
         """The residual stream (B, T, n_embd) after the block.
 
@@ -195,10 +198,10 @@ class Block(nn.Module):
             x: (B, T, n_embd), the residual stream before it.
             value_embedding: see `SelfAttention.forward`; likewise ``cos``, ``sin`` and ``kv_cache``.
             mix: residual mix to apply to ``x`` first; None if already applied, or if the model has none.
-            only: see `SelfAttention.forward`; the result is (B, M, n_embd).
+            only: see `SelfAttention.forward`, likewise ``starts``; with it the result is (B, M, n_embd).
         """
         x = mix_residual(x, mix)
-        attended = self.attn(norm(x), value_embedding, cos, sin, kv_cache, only)
+        attended = self.attn(norm(x), value_embedding, cos, sin, kv_cache, only, starts)
         x = (x if only is None else x[:, only]) + attended
         return x + self.mlp(norm(x))
 
@@ -365,13 +368,14 @@ class GPT(nn.Module):
         weights: Tensor | None = None,
         token_losses: Tensor | None = None,
         kv_cache: AttentionCache | None = None,
+        document_starts: Tensor | None = None,
     ) -> Tensor:
         """Cross-entropy in fp32 of targets (B, T) given ids (B, T).
 
-        See `hidden` for ``kv_cache`` and `linear_cross_entropy` for the rest.
+        See `hidden` for ``kv_cache`` and ``document_starts``, and `linear_cross_entropy` for the rest.
         """
         return linear_cross_entropy(
-            self.hidden(ids, kv_cache),
+            self.hidden(ids, kv_cache, document_starts=document_starts),
             self.lm_head.weight,
             targets,
             vocab_size=self.config.vocab_size,
@@ -382,7 +386,13 @@ class GPT(nn.Module):
             project=self.lm_head.fp8[0] if self.training and self.lm_head.fp8 else None,
         )
 
-    def hidden(self, ids: Tensor, kv_cache: AttentionCache | None = None, only: Tensor | None = None) -> Tensor:
+    def hidden(
+        self,
+        ids: Tensor,
+        kv_cache: AttentionCache | None = None,
+        only: Tensor | None = None,
+        document_starts: Tensor | None = None,
+    ) -> Tensor:
         """Normed hidden states (B, T, n_embd) before the head, in the compute dtype.
 
         Args:
@@ -390,14 +400,17 @@ class GPT(nn.Module):
             kv_cache: keys and values of earlier tokens, to which those of ``ids`` are added.
             only: (M,) int64 positions whose states are needed, for a cache whose `attend` in the last layer takes the
                 queries of these; the last block computes no others. The result is (B, M, n_embd).
+            document_starts: those of a `lmchat.types.Batch`, to attend within documents only; without a cache.
 
         Raises:
             UserError: the context is longer than the rotary tables.
         """
         with nullcontext() if self.fixed_shapes and kv_cache is None else exclude_cudnn():
-            return self._hidden(ids, kv_cache, only)
+            return self._hidden(ids, kv_cache, only, document_starts)
 
-    def _hidden(self, ids: Tensor, kv_cache: AttentionCache | None, only: Tensor | None) -> Tensor:
+    def _hidden(
+        self, ids: Tensor, kv_cache: AttentionCache | None, only: Tensor | None, starts: Tensor | None
+    ) -> Tensor:
         cos, sin = self._rotary_tables(ids.size(1), kv_cache)
         x = norm(self.transformer.wte(ids).to(self.compute_dtype))
         x0 = x
@@ -409,6 +422,8 @@ class GPT(nn.Module):
                 run = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
             if only is not None and layer == len(self.blocks) - 1:
                 run = partial(run, only=only)
+            if starts is not None:
+                run = partial(run, starts=starts)
             value_embedding = self._value_embedding(layer, ids)
             if self.mix_in_blocks:
                 x = run(x, value_embedding, cos, sin, kv_cache, mix)

@@ -33,9 +33,11 @@ class StageDataModule(L.LightningDataModule):
         position: state of the data after the last micro-batch that was trained on.
         max_steps: optimizer steps that the data lasts; None is unlimited. Known after `setup`.
         is_due: whether the validation loop runs an evaluator now; set by `Evaluate`.
+        mask_documents: whether the batches have ``document_starts``.
     """
 
     spec: StageSpec
+    mask_documents: bool = False
 
     def __init__(self, micro_batch_size: int | Literal["auto"] | None) -> None:
         super().__init__()

@@ -124,9 +124,12 @@ class PretrainModule(StageModule):
         )
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        loss = self.net.loss(batch["inputs"], batch["targets"])
+        loss = self.net.loss(batch["inputs"], batch["targets"], document_starts=batch.get("document_starts"))
         self.track_loss(loss)
         return loss
+
+    def checkpoint_meta(self) -> dict[str, Any]:
+        return {**super().checkpoint_meta(), "mask_documents": self.plan.mask_documents}
 
 
 MAX_SHARE_UNREAD = 0.05
@@ -145,6 +148,8 @@ class FineWebDataModule(StageDataModule):
         long_documents: where a document does not fit into a row, "crop" discards its rest, as nanochat does; "split"
             goes on with it in the next row. The validation set is always cropped, so that it is the same for both.
         eval_tokens: tokens per evaluation over all ranks, rounded down to a whole number of micro-batches per rank.
+        mask_documents: attend within documents only, in training and in validation, instead of to all earlier tokens of
+            the packed row.
     """
 
     def __init__(
@@ -154,6 +159,7 @@ class FineWebDataModule(StageDataModule):
         buffer_size: int = 1000,
         eval_tokens: int = 40 * 524288,
         long_documents: Literal["crop", "split"] = "crop",
+        mask_documents: bool = False,
     ) -> None:
         super().__init__(micro_batch_size)
         check_count("data", 1, buffer_size=buffer_size, eval_tokens=eval_tokens)
@@ -161,6 +167,7 @@ class FineWebDataModule(StageDataModule):
         self.buffer_size = buffer_size
         self.eval_tokens = eval_tokens
         self.long_documents = long_documents
+        self.mask_documents = mask_documents
 
     def prepare_data(self) -> None:
         prepare_token_shards(self.data_dir, self.spec.tokenizer)
@@ -184,6 +191,7 @@ class FineWebDataModule(StageDataModule):
             micro_batch_size=self.micro_batch_size,
             sequence_len=self.spec.sequence_len,
             buffer_size=self.buffer_size,
+            mask_documents=self.mask_documents,
             rank=rank,
             world_size=world_size,
             **kwargs,

@@ -1,0 +1,57 @@
+"""``--data.mask_documents`` through the real command: trained and evaluated with it, resumed exactly, recorded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lmchat.__main__ import main
+from lmchat.checkpoint.load import find_checkpoint, load_model_state
+from tiny_fit import config_options, same
+
+RUN = """
+trainer: {max_steps: 4}
+model: {init_args: {window_pattern: L, sequence_len: 64, compile: false}}
+checkpoint: {every_n_steps: 2}
+"""
+
+
+@pytest.fixture
+def short_documents(base: Path) -> Path:
+    """In place of the base's text, whose documents fill whole rows."""
+    texts = base / "base_data"
+    shards = sorted(texts.glob("*.parquet"))
+    documents = [[text[:60] for text in pq.read_table(path)["text"].to_pylist()] * 8 for path in shards]
+    texts.unlink()  # a link to a folder of other tests
+    texts.mkdir()
+    for path, shard in zip(shards, documents, strict=True):
+        pq.write_table(pa.table({"text": shard}), path)
+    return base
+
+
+def fit(base: Path, tag: str, *options: str) -> dict[str, object]:
+    assert main(["fit", *config_options(base, RUN), "--model.tag", tag, *options]) == 0
+    checkpoint = find_checkpoint(base / "base_checkpoints" / tag)
+    return {**load_model_state(checkpoint), "mask_documents": checkpoint.meta["mask_documents"]}
+
+
+def test_a_run_masks_documents(short_documents: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, on = short_documents, ["--data.mask_documents", "true"]
+    masked = fit(base, "masked", *on)
+    assert masked["mask_documents"] is True
+    assert not same({**fit(base, "whole"), "mask_documents": True}, masked)
+    start = ["--ckpt_path", str(base / "base_checkpoints" / "masked" / "meta_000002.json")]
+    assert same(fit(base, "resumed", *on, *start), masked)
+    assert fit(base, "changed", *start)["mask_documents"] is False
+    options = ["--model.checkpoint_blocks", "true", "--trainer.strategy", "zero2_muon"]
+    assert same(fit(base, "options", *on, *options), masked)
+    capsys.readouterr()
+    validated = []
+    for option in ("false", "true"):
+        run = ["--ckpt_path", str(base / "base_checkpoints" / "masked"), "--data.mask_documents", option]
+        assert main(["validate", *config_options(base, RUN), *run]) == 0
+        validated.append(next(line for line in capsys.readouterr().out.splitlines() if "bpb" in line))
+    assert validated[0] != validated[1]
