@@ -46,7 +46,8 @@ class LongRecord(UserError):
 
 def kind_of(path: Path) -> tuple[str, str]:
     """Lower-case suffixes of a file's kind and of its compression (or ``""``), e.g. ``(".jsonl", ".gz")``."""
-    *_, before, last = ["", "", *(suffix.lower() for suffix in path.suffixes)]
+    # Parts of Wikipedia's dumps are called enwiki-20260101-pages-articles1.xml-p1p41242.bz2.
+    *_, before, last = ["", "", *(re.sub(r"^\.xml-p\d+p\d+$", ".xml", suffix.lower()) for suffix in path.suffixes)]
     return (before, last) if last in COMPRESSION_SUFFIXES else (last, "")
 
 

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lmchat.data import documents, shard_writer
-from lmchat.data.documents import DocumentReader, parse_separator
+from lmchat.data.documents import NOT_TEXT, DocumentReader, parse_separator
 from lmchat.data.import_text import import_folder
 from lmchat.data.parquet_text import list_shards
 from lmchat.data.shard_writer import write_shards
@@ -60,7 +60,7 @@ def test_every_kind_of_file(source: Path, tmp_path: Path) -> None:
     assert (report.shards.duplicates, report.shards.blank) == (2, 3)
     assert report.shards.characters == sum(map(len, documents))
     assert (report.found.others, report.found.hidden) == ({".py": 1}, 1)
-    assert [path.name for path in report.reader.undecodable] == ["binary.txt", "latin.txt"]
+    assert [Path(path).name for path in report.reader.left_out[NOT_TEXT]] == ["binary.txt", "latin.txt"]
     assert not (tmp_path / "out.partial").exists()
 
 
@@ -159,9 +159,7 @@ def test_user_mistakes_are_named(source: Path, tmp_path: Path) -> None:
         import_folder(source, source / "deep" / "out", progress=False)
     latin = tmp_path / "latin.txt"
     latin.write_bytes("Größe".encode("latin-1"))
-    with pytest.raises(
-        UserError, match=r"found 0 document.* \(left out: 1 file.* not Unicode text, such as .*latin.txt"
-    ):
+    with pytest.raises(UserError, match=r"found 0 document.* \(left out: 1 not Unicode text.*, such as .*latin.txt"):
         import_folder(latin, output, progress=False)
     with pytest.raises(UserError, match=r"validation_fraction is 1\.0"):
         import_folder(source, output, validation_fraction=1.0, progress=False)

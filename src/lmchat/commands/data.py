@@ -69,9 +69,9 @@ def import_(
 ) -> None:
     r"""Make shards from the text files under a folder.
 
-    Reads .txt .md .rst .jsonl .ndjson .json .csv .tsv files, also compressed (.gz .zst .bz2 .xz), and .parquet, in
-    UTF-8, UTF-16 or UTF-32. Documents are shuffled and exact duplicates dropped. Files and folders that begin with a
-    dot are left out; links are followed.
+    Reads .txt .md .rst .html .htm .jsonl .ndjson .json .csv .tsv .warc files and .xml exports of MediaWiki, also
+    compressed (.gz .zst .bz2 .xz), and .parquet, in UTF-8, UTF-16 or UTF-32. Documents are shuffled and exact
+    duplicates dropped. Files and folders that begin with a dot are left out; links are followed.
 
     Args:
         source: folder or file.

@@ -6,7 +6,7 @@ import codecs
 import json
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 from lmchat.data.parquet_text import TEXT_COLUMN, read_documents
 from lmchat.data.web_text import HTML_SUFFIXES, WARC_SUFFIXES, decode_page, html_text, warc_texts
+from lmchat.data.wiki_text import MAX_PAGE_CHARACTERS, WIKI_SUFFIXES, NotAnExport, WikiPages
 from lmchat.progress import ProgressBar
 from lmchat.records import (
     COMPRESSION_SUFFIXES,
@@ -31,12 +32,17 @@ from lmchat.types import UserError
 
 PLAIN_SUFFIXES = (".txt", ".md", ".rst")
 SUFFIXES = (
-    *PLAIN_SUFFIXES, *HTML_SUFFIXES, *JSON_LINES_SUFFIXES, *JSON_SUFFIXES, *TABLE_SUFFIXES, *WARC_SUFFIXES
+    *PLAIN_SUFFIXES, *HTML_SUFFIXES, *JSON_LINES_SUFFIXES, *JSON_SUFFIXES, *TABLE_SUFFIXES, *WARC_SUFFIXES,
+    *WIKI_SUFFIXES,
 )  # fmt: skip
 """Kinds of text files, which may be compressed. Parquet is supported too."""
 KINDS = f"{' '.join(SUFFIXES)} .parquet (the text ones also as {' '.join(COMPRESSION_SUFFIXES)})"
 
 MAX_DOCUMENT_CHARACTERS = 10_000_000
+
+NOT_TEXT = "not Unicode text (convert it with iconv)"
+TOO_LONG = "a record that is too long"
+NOT_AN_EXPORT = "XML that is no MediaWiki export"
 
 _CHUNK_BYTES = 1 << 20
 _JSON_BYTES_PER_CHARACTER = 6  # of an escape like \u00e9
@@ -137,10 +143,10 @@ class DocumentReader:
         separator: splits plain text files into documents.
         max_characters: longer documents are split at the end of a paragraph, line or word.
         bar: progress in bytes of the files.
-        undecodable: plain text files in no Unicode encoding; they are left out.
+        left_out: files and records that are left out, by reason.
+        left_out_pages: number of pages of wikis that are no articles, by reason.
         recoded: number of files by encoding, if not UTF-8.
         divided: number of documents longer than ``max_characters``.
-        long_records: locations of JSON records too long to read; they are left out.
         plain_files: number of plain text files read.
         divided_files: number of plain text files that contained the separator.
     """
@@ -149,10 +155,10 @@ class DocumentReader:
     separator: re.Pattern[str] | None = None
     max_characters: int = MAX_DOCUMENT_CHARACTERS
     bar: ProgressBar = field(default_factory=lambda: ProgressBar("Reading text", enabled=False))
-    undecodable: list[Path] = field(default_factory=list)
+    left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    left_out_pages: Counter[str] = field(default_factory=Counter)
     recoded: Counter[str] = field(default_factory=Counter)
     divided: int = 0
-    long_records: list[str] = field(default_factory=list)
     plain_files: int = 0
     divided_files: int = 0
 
@@ -170,7 +176,7 @@ class DocumentReader:
             return
         try:
             if kind_of(path)[0] in PLAIN_SUFFIXES and not _is_text(path):
-                self.undecodable.append(path)
+                self.left_out[NOT_TEXT].append(str(path))
                 return
             with path.open("rb") as raw, open_text(path, raw) as (file, encoding):
                 if encoding != "utf-8":
@@ -178,6 +184,8 @@ class DocumentReader:
                 for text in self._texts(path, file):
                     yield text
                     self.bar.set(before + raw.tell())
+        except NotAnExport:
+            self.left_out[NOT_AN_EXPORT].append(str(path))
         except LongRecord as error:
             raise UserError(f"{error}; raise --max_document_characters, or leave the file out") from error
         except OSError as error:
@@ -189,10 +197,13 @@ class DocumentReader:
         if kind in PLAIN_SUFFIXES:
             yield from self._plain(file)
         elif kind in HTML_SUFFIXES:
-            yield from self._bounded(html_text(decode_page(file.read())))
+            content = file.read(limit + 1)
+            yield from self._web_page(html_text(decode_page(content)) if len(content) <= limit else None, str(path))
         elif kind in WARC_SUFFIXES:
-            for text in warc_texts(file, path):
-                yield from self._bounded(text)
+            for number, text in enumerate(warc_texts(file, path, limit), 1):
+                yield from self._web_page(text, f"{path}: page {number}")
+        elif kind in WIKI_SUFFIXES:
+            yield from self._wiki(path, file)
         elif kind in JSON_LINES_SUFFIXES:
             yield from self._json_lines(path, file, limit)
         elif kind in JSON_SUFFIXES:
@@ -202,10 +213,22 @@ class DocumentReader:
             for row in table_rows(file, str(path), self.text_field, self.max_characters):
                 yield from self._bounded(row.get(self.text_field, ""))
 
+    def _web_page(self, text: str | None, place: str) -> Iterator[str]:
+        if text is None:
+            self.left_out[TOO_LONG].append(place)
+        else:
+            yield from self._bounded(text)
+
+    def _wiki(self, path: Path, file: BinaryIO) -> Iterator[str]:
+        pages = WikiPages(path, min(self.max_characters, MAX_PAGE_CHARACTERS))
+        yield from pages.read(file)
+        self.left_out_pages += pages.left_out
+        self.left_out[TOO_LONG] += [f"{path}: page {title!r}" for title in pages.long_pages]
+
     def _json_lines(self, path: Path, file: BinaryIO, limit: int) -> Iterator[str]:
         for number, line in lines(file, limit):
             if line is None:
-                self.long_records.append(f"{path}:{number}")
+                self.left_out[TOO_LONG].append(f"{path}:{number}")
                 continue
             try:
                 record = json.loads(line)

@@ -36,13 +36,11 @@ class ImportReport:
             f"{self.output}",
             f"left out: {shards.duplicates:,} duplicates, {shards.blank:,} blank documents, "
             f"{found.others.total():,} files of other kinds{f' ({others})' if others else ''}, "
-            f"{found.hidden:,} hidden files and folders, {len(reader.undecodable):,} files that are not Unicode text",
+            f"{found.hidden:,} hidden files and folders",
         ]
-        for reason, places in (
-            ("not Unicode text (convert it with iconv)", reader.undecodable),
-            ("a link that points nowhere", found.broken_links),
-            ("a record that is too long", reader.long_records),
-        ):
+        lines += [f"  {count:,} {reason}" for reason, count in reader.left_out_pages.items()]
+        left_out = {**reader.left_out, "a link that points nowhere": list(map(str, found.broken_links))}
+        for reason, places in left_out.items():
             lines += [f"  {reason}: {place}" for place in places[:_LISTED]]
             lines += [f"  ... and {len(places) - _LISTED:,} more"] if len(places) > _LISTED else []
         for encoding, count in reader.recoded.items():
@@ -105,10 +103,10 @@ def import_folder(
                 ),
             )
         except UserError as error:
-            if not reader.undecodable:
-                raise
-            left_out = f"{len(reader.undecodable)} file(s) that are not Unicode text, such as {reader.undecodable[0]}"
-            raise UserError(f"{error} (left out: {left_out})") from error
+            left_out = "; ".join(
+                f"{len(places)} {reason}, such as {places[0]}" for reason, places in reader.left_out.items() if places
+            )
+            raise UserError(f"{error} (left out: {left_out})" if left_out else str(error)) from error
     return ImportReport(output, shards, found, reader)
 
 

@@ -52,9 +52,7 @@ def _add_text(node: Any, parts: list[str], preformatted: bool) -> None:
             text = child.text_content or ""
             parts.append(text if preformatted else re.sub(r"\s+", " ", text))
             continue
-        gap = (
-            "\n\n" if child.tag in _PARAGRAPHS else "\n" if child.tag in _LINES else " " if child.tag in _CELLS else ""
-        )
+        gap = _gap(child.tag)
         parts.append(gap)
         _add_text(child, parts, preformatted or child.tag == "pre")
         parts.append(gap)
@@ -78,8 +76,8 @@ def decode_page(content: bytes, charset: str | None = None) -> str:
     return content.decode("utf-8", errors="replace")
 
 
-def warc_texts(file: BinaryIO, path: Path) -> Iterator[str]:
-    """The text of each HTML response, and of each plain text record (WET), in a WARC file, decompressed or not.
+def warc_texts(file: BinaryIO, path: Path, max_bytes: int) -> Iterator[str | None]:
+    """The text of each HTML response, and of each plain text record (WET), in a WARC file; None if it is too long.
 
     Raises:
         UserError: warcio is not installed, or the file is damaged.
@@ -95,8 +93,10 @@ def warc_texts(file: BinaryIO, path: Path) -> Iterator[str]:
             kind = (headers.get_header("Content-Type") or "").lower() if headers else ""
             charset = match[1].decode("ascii") if (match := _CHARSET.search(kind.encode())) else None
             if record.rec_type == "response" and kind.startswith(("text/html", "application/xhtml")):
-                yield html_text(decode_page(record.content_stream().read(), charset))
+                content = record.content_stream().read(max_bytes + 1)
+                yield html_text(decode_page(content, charset)) if len(content) <= max_bytes else None
             elif record.rec_type == "conversion" and kind.startswith("text/plain"):
-                yield decode_page(record.content_stream().read(), charset)
+                content = record.content_stream().read(max_bytes + 1)
+                yield decode_page(content, charset) if len(content) <= max_bytes else None
     except (ArchiveLoadFailed, EOFError, OSError) as error:
         raise UserError(f"{path} is no WARC file or is damaged ({error}); copy or make it again") from error
