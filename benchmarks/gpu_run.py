@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
+import itertools
 import json
 import os
 import random
@@ -51,7 +53,7 @@ class Shapes:
         self.toy = toy
         self.device = "cpu" if toy else "cuda"
         self.attention = {"d4": (2, 128, 2, 32)} if toy else {"d12": (32, 2048, 6, 128), "d26": (8, 2048, 13, 128)}
-        self.backends = ("banded",) if toy else ("flash", "flex", "banded")
+        self.backends = ("banded",) if toy else ("flash", "cudnn", "flex", "banded")
         self.d12 = (2, 64, 2) if toy else (12, 2048, 32)  # depth, tokens per row, rows
         self.memory = [(26, 2048, 8, False), (26, 2048, 16, True), (20, 2048, 16, False)]
         if toy:
@@ -144,27 +146,32 @@ def cudnn(shapes: Shapes, report: Report) -> None:
 
 
 def attention(shapes: Shapes, report: Report) -> None:
-    """Backends at training's shapes, forward and backward, on S and L windows, against the reference in fp32."""
+    """Backends at training's shapes, S and L, with and without documents; forward and backward, against fp32."""
     import torch
 
     from lmchat.model.attention import BACKENDS, attend_masked
 
-    def gradients(attend: Any, inputs: list[Any], window: int) -> list[Any]:
-        out = attend(*inputs, window)
+    def gradients(attend: Any, inputs: list[Any], window: int, starts: Any) -> list[Any]:
+        out = attend(*inputs, window, starts)
         return [out.detach(), *torch.autograd.grad(out.float().sum(), inputs)]
 
     for model, shape in shapes.attention.items():
-        for window in (shape[1] // 2, shape[1]):
+        rows, length = shape[:2]
+        four = torch.arange(4 * rows + 1, dtype=torch.int32, device=shapes.device) * (length // 4)
+        for window, starts in itertools.product((length // 2, length), (None, four)):
             dtype = torch.float32 if shapes.toy else torch.bfloat16
             inputs = [torch.randn(shape, device=shapes.device, dtype=dtype, requires_grad=True) for _ in range(3)]
             one_row = [x[:1].detach().requires_grad_() for x in inputs]
-            expected = gradients(attend_masked, [x.detach().float().requires_grad_() for x in one_row], window)
+            first = None if starts is None else starts[:5]
+            expected = gradients(attend_masked, [x.detach().float().requires_grad_() for x in one_row], window, first)
             for name in shapes.backends:
-                place = {"model": model, "window": "L" if window == shape[1] else "S", "backend": name}
+                place = {"model": model, "window": "L" if window == length else "S", "backend": name}
+                place["documents"] = 1 if starts is None else 4
                 try:
-                    actual = gradients(BACKENDS[name], one_row, window)
+                    actual = gradients(BACKENDS[name], one_row, window, first)
                     off = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(actual, expected, strict=True))
-                    ms = milliseconds(lambda name=name, w=window, x=inputs: gradients(BACKENDS[name], x, w), 5)
+                    step = functools.partial(gradients, BACKENDS[name], inputs, window, starts)
+                    ms = milliseconds(step, 5)
                     report(**place, ms=round(ms, 3), off=round(off, 4))
                 except Exception as error:
                     report(**place, error=f"{type(error).__name__}: {error}"[:200])
@@ -195,16 +202,19 @@ def _micro_batches(net: Any, rows: int, count: int) -> list[float]:
 
 
 def d12(shapes: Shapes, report: Report) -> None:
-    """Compilation, micro-batches, optimizer steps, the costliest kernels; attention excluded from cuDNN or not."""
+    """Compilation, micro-batches, optimizer steps, the costliest kernels; attention chosen by timing, and all flash."""
     import torch
 
     from lmchat.hardware import peak_flops, peak_memory_bytes
+    from lmchat.model.attention_timing import choose_by_timing, use_backends
     from lmchat.model.compile import compile_blocks
     from lmchat.optim.muon_adamw import MuonAdamW, build_param_groups
     from lmchat.scaling import flops_per_token
 
     depth, length, rows = shapes.d12
     net, device = shapes.network(depth, length), torch.device(shapes.device)
+    if not shapes.toy:
+        use_backends(net, choose_by_timing(net, rows, False, Path(tempfile.mkdtemp()) / "choices.json"))
     report(attention=net.attention_backend)
     compile_blocks(net)
     (compiling,) = _micro_batches(net, rows, 1)
@@ -223,8 +233,8 @@ def d12(shapes: Shapes, report: Report) -> None:
     key = "self_cpu_time_total" if shapes.toy else "self_device_time_total"
     for event in sorted(profile.key_averages(), key=lambda event: -getattr(event, key))[:12]:
         report(kernel=event.key[:80], calls=event.count, ms=round(getattr(event, key) / 1e3, 2))
-    net.fixed_shapes = False
-    report(without_cudnn_ms=round(statistics.median(_micro_batches(net, rows, 4)), 1))
+    use_backends(net, dict.fromkeys(net.config.window_sizes, shapes.backends[0]))
+    report(all_flash_ms=round(statistics.median(_micro_batches(net, rows, 4)), 1))
 
 
 def memory(shapes: Shapes, report: Report) -> None:

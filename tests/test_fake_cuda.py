@@ -76,7 +76,7 @@ def test_a_training_step_does_not_wait_for_the_device(fused: bool, monkeypatch: 
     monkeypatch.setattr(losses, "_compiled", lambda function: function)
     with fake_cuda() as waits:
         net = network()
-        net.fused_head = net.mix_in_blocks = net.fixed_shapes = fused
+        net.fused_head = net.mix_in_blocks = fused
         optimizer = MuonAdamW(build_param_groups(net.named_parameters(), n_embd=64), polar_dtype=torch.bfloat16)
         waits.count = 0
         for _ in range(2):

@@ -204,7 +204,9 @@ def test_a_named_backend_is_probed_too() -> None:
     assert choose_backend("masked", **SETTING) == "masked"
     with pytest.raises(UserError, match=r"attention 'flash' does not work on cpu in torch\.float32 \(.+\); use auto"):
         choose_backend("flash", **SETTING)
-    with pytest.raises(UserError, match="attention is 'best'; choose auto or one of flash, flex, banded, masked"):
+    with pytest.raises(
+        UserError, match="attention is 'best'; choose auto or one of flash, cudnn, flex, banded, masked"
+    ):
         choose_backend("best", **SETTING)
 
 

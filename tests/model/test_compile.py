@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from lmchat.model import attention
+from lmchat.model.attention_timing import use_backends
 from lmchat.model.compile import compile_blocks, recomputing
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT, Block, mix_residual
@@ -57,20 +59,21 @@ def test_one_function_per_backend_so_that_blocks_share_their_code() -> None:
     assert recomputing("inductor") is recomputing("inductor")
 
 
-def test_cudnn_is_for_fixed_shapes_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cudnn_is_excluded_but_in_its_own_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     allowed: list[bool] = []
 
-    def forward(self: Block, x: Tensor, *args: object) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
-        return x
+        return q
 
-    monkeypatch.setattr(Block, "forward", forward)
+    monkeypatch.setattr(attention, "attention", attend)
     net, ids = GPT(CONFIG), torch.zeros(1, 8, dtype=torch.int64)
     net.hidden(ids)
-    net.fixed_shapes = True  # as `compile_blocks` sets it
-    net.hidden(ids)
     net.hidden(ids, KVCache(CONFIG, 1, 16))
-    assert allowed == [False] * 2 + [True] * 2 + [False] * 2
+    use_backends(net, {8: "banded", 16: "cudnn"})
+    net.hidden(ids)
+    assert allowed == [False] * 4 + [False, True]
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_the_mix_within_the_blocks_is_the_mix_before_them() -> None:
@@ -101,4 +104,4 @@ def test_what_is_compiled_on_which_device(device_type: str, monkeypatch: pytest.
     compile_blocks(net)
     compile_blocks(net, recompute=True)
     assert backends == ["inductor"] * 2 + [recomputing("inductor")] * 2
-    assert net.fixed_shapes and net.fused_head == net.mix_in_blocks == (device_type == "cuda")
+    assert net.fused_head == net.mix_in_blocks == (device_type == "cuda")

@@ -1,11 +1,15 @@
-"""What every stage's data module does with a batch."""
+"""What every stage does: its data module with a batch, its module with the attention of a GPU."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from lmchat.stages import base
 from lmchat.stages.data_module import StageDataModule
+from lmchat.stages.pretrain import PretrainModule
 from lmchat.types import Batch
 
 
@@ -19,3 +23,18 @@ def test_a_cpu_takes_batches_as_they_are(monkeypatch: pytest.MonkeyPatch) -> Non
     moved = StageDataModule(micro_batch_size=2).transfer_batch_to_device(batch, torch.device("cpu"), 0)
     assert moved.keys() == batch.keys()
     assert all(moved[name] is batch[name] for name in ("inputs", "targets"))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_on_a_gpu_rank_0_times_attention_for_all(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[dict[int, str]] = []
+    strategy = SimpleNamespace(broadcast=lambda chosen: chosen or {16: "broadcast"})
+    monkeypatch.setattr(PretrainModule, "trainer", SimpleNamespace(global_rank=rank, strategy=strategy))
+    monkeypatch.setattr(base, "choose_by_timing", lambda net, rows, documents, file: {16: f"{rows} {documents}"})
+    monkeypatch.setattr(base, "use_backends", lambda net, names: used.append(names))
+    for device, attention in (("cuda", "auto"), ("cuda", "flash"), ("cpu", "auto")):
+        module = PretrainModule(depth=2, attention=attention)
+        module.net = SimpleNamespace(device=torch.device(device))
+        module.plan = SimpleNamespace(micro_batch_size=8, mask_documents=True)
+        module._time_attention()
+    assert used == [{16: "8 True"} if rank == 0 else {16: "broadcast"}]

@@ -69,6 +69,17 @@ def attend_flash(q: Tensor, k: Tensor, v: Tensor, window: int, starts: Tensor | 
     return flash(q, k, v, window, starts)
 
 
+def attend_cudnn(q: Tensor, k: Tensor, v: Tensor, window: int, starts: Tensor | None = None) -> Tensor:
+    """cuDNN's kernel where the window is the whole row, otherwise flash. Never run on a GPU so far.
+
+    For fixed shapes: it builds a plan for each pair of batch size and key length, in a reported 23 ms to 0.4 s.
+    """
+    if window < q.size(1) - 1 or starts is not None:
+        return attend_flash(q, k, v, window, starts)
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return attention(q, k, v)
+
+
 def attend_flex(q: Tensor, k: Tensor, v: Tensor, window: int, starts: Tensor | None = None) -> Tensor:
     """FlexAttention with a block mask, compiled (CUDA; its CPU kernel has no backward). Never run on a GPU so far."""
     from lmchat.model.attention_cuda import flex
@@ -107,22 +118,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 
 
 def exclude_cudnn() -> AbstractContextManager[None]:
-    """Context manager in which `attention` does not use cuDNN's kernel, for calls with changing shapes.
+    """Context manager in which `attention` does not use cuDNN's kernel, which torch prefers on Hopper.
 
-    torch prefers cuDNN on Hopper from cuDNN 9.15 on. It builds a plan for each pair of batch size and key length, which
-    reportedly takes 23 ms to 0.4 s: at every decode step, but only once in training with fixed shapes. The backward
-    pass uses the kernel chosen in the forward pass.
+    Only `attend_cudnn` does, see there. The backward pass uses the kernel chosen in the forward pass.
     """
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 BACKENDS: dict[str, Attend] = {
     "flash": attend_flash,
+    "cudnn": attend_cudnn,
     "flex": attend_flex,
     "banded": attend_banded,
     "masked": attend_masked,
 }
-"""Backends by name, fastest first."""
+"""Backends by name."""
 
 AUTO = {"cuda": ("flash", "flex", "banded"), "cpu": ("banded",)}
 """Backends that "auto" tries on each device type before the reference."""
@@ -133,7 +143,7 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim
     """Chooses the backend: `name`, or for "auto" the first one of the device that works.
 
     Each candidate is run, forward and backward, and compared with the reference, since an importable kernel may not run
-    on this GPU.
+    on this GPU. For fixed shapes on a GPU `lmchat.model.attention_timing` chooses again.
 
     Args:
         name: name of a backend, or "auto".
@@ -160,17 +170,23 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim
     return name
 
 
-def probe(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, grouped: bool) -> str | None:
-    """Why a backend cannot be used, or None; compares output and gradients with the fp32 reference for two windows."""
+def probe(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, grouped: bool, documents: bool = False
+) -> str | None:
+    """Why a backend cannot be used, or None; compares output and gradients with the fp32 reference for two windows.
+
+    See `choose_backend` for the arguments; ``documents`` is whether it must keep documents apart.
+    """
     generator = torch.Generator().manual_seed(0)
     heads = (4, 2 if grouped else 4)
     shapes = [(2, 160, heads[0], head_dim), *[(2, 160, heads[1], head_dim)] * 2, (2, 160, heads[0], head_dim)]
     q, k, v, grad = (torch.randn(shape, generator=generator, device="cpu").to(device, dtype) for shape in shapes)
+    starts = torch.tensor([0, 7, 160, 300, 320], dtype=torch.int32, device=device) if documents else None
     tolerance = 0.03 if dtype.itemsize < 4 else 1e-4
     for window in (5, 160):
-        expected = _output_and_gradients(attend_masked, q.float(), k.float(), v.float(), grad.float(), window)
+        expected = _output_and_gradients(attend_masked, q.float(), k.float(), v.float(), grad.float(), window, starts)
         try:
-            actual = _output_and_gradients(BACKENDS[name], q, k, v, grad, window)
+            actual = _output_and_gradients(BACKENDS[name], q, k, v, grad, window, starts)
         except Exception as error:  # Any failure means: try the next backend.
             return f"{type(error).__name__}: {str(error)[:100]}"
         for what, a, b in zip(("output", "q gradient", "k gradient", "v gradient"), actual, expected, strict=True):
@@ -181,9 +197,9 @@ def probe(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, gr
 
 
 def _output_and_gradients(
-    attend: Attend, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, window: int
+    attend: Attend, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, window: int, starts: Tensor | None
 ) -> tuple[Tensor, ...]:
     with torch.enable_grad():
         inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-        out = attend(inputs[0], inputs[1], inputs[2], window)
+        out = attend(inputs[0], inputs[1], inputs[2], window, starts)
         return (out.detach(), *torch.autograd.grad(out, inputs, grad))

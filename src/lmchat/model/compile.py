@@ -29,7 +29,6 @@ def compile_blocks(net: GPT, *, recompute: bool = False) -> None:
     on_gpu = net.device.type == "cuda"
     for block in net.blocks:
         block.compile(dynamic=False, backend=recomputing("inductor") if recompute else "inductor")
-    net.fixed_shapes = True
     net.fused_head = net.mix_in_blocks = on_gpu
 
 

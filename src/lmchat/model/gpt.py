@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from typing import Self, cast
 
@@ -229,9 +228,7 @@ class GPT(nn.Module):
 
     Attributes:
         attention_backend: name of the backend in use, chosen again when the model moves to another device.
-        fixed_shapes: batches keep one shape, so that cuDNN's attention pays. Set by
-            `lmchat.model.compile.compile_blocks`, like the next two.
-        fused_head: the head's loss is compiled.
+        fused_head: the head's loss is compiled. Set by `lmchat.model.compile.compile_blocks`, like the next.
         mix_in_blocks: the residual mix is part of the (compiled) blocks.
         checkpoint_blocks: keep only each block's input, and run the block again in the backward pass: less memory for
             about a third more time.
@@ -254,7 +251,6 @@ class GPT(nn.Module):
         self.rotary_dtype = rotary_dtype or (torch.bfloat16 if config.rounds_rotary_tables else torch.float32)
         self.attention = attention
         self._first_device: str | None = None
-        self.fixed_shapes = False
         self.fused_head = False
         self.mix_in_blocks = False
         self.checkpoint_blocks = False
@@ -405,7 +401,7 @@ class GPT(nn.Module):
         Raises:
             UserError: the context is longer than the rotary tables.
         """
-        with nullcontext() if self.fixed_shapes and kv_cache is None else exclude_cudnn():
+        with exclude_cudnn():
             return self._hidden(ids, kv_cache, only, document_starts)
 
     def _hidden(

@@ -17,12 +17,13 @@ from lmchat.checkpoint.load import Checkpoint, load_network_state
 from lmchat.evaluation.evaluator import EvalBatch, update_within_memory
 from lmchat.generation.policy import Policy
 from lmchat.model.allocator import tune_malloc
+from lmchat.model.attention_timing import choose_by_timing, use_backends
 from lmchat.model.compile import compile_blocks
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT, default_compute_dtype
 from lmchat.optim.muon_adamw import MuonAdamW, build_param_groups
 from lmchat.option_checks import check_count, check_range
-from lmchat.paths import expand_user, is_folder_name
+from lmchat.paths import base_dir, expand_user, is_folder_name
 from lmchat.paths import tokenizer_dir as default_tokenizer_dir
 from lmchat.run_plan import RunPlan
 from lmchat.scaling import flops_per_token
@@ -237,7 +238,18 @@ class StageModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         if self.compiles_blocks():
+            self._time_attention()
             compile_blocks(self.net, recompute=needs_recomputing(self, self.plan.micro_batch_size))
+
+    def _time_attention(self) -> None:
+        """On a GPU, rank 0 times the attention backends for the fixed shapes of training, for all ranks."""
+        if self.attention != "auto" or self.net.device.type != "cuda" or not self.packed_rows:
+            return
+        chosen: dict[int, str] = {}
+        if self.trainer.global_rank == 0:
+            file = base_dir() / "attention_backends.json"
+            chosen = choose_by_timing(self.net, self.plan.micro_batch_size, self.plan.mask_documents, file)
+        use_backends(self.net, self.trainer.strategy.broadcast(chosen))
 
     def on_train_start(self) -> None:
         # Restoring the optimizer has restored its learning rates; options changed on resume must take effect.

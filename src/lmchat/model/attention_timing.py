@@ -1,0 +1,129 @@
+"""Chooses the attention backends of fixed shapes by timing them on the GPU. Never run on a GPU so far."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lmchat.files import synced_file
+from lmchat.model.attention import BACKENDS, probe
+from lmchat.model.gpt import GPT
+
+logger = logging.getLogger(__name__)
+
+REPEATS = 10
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Attention of a layer: sizes of its tensors, window, and whether it stays within documents."""
+
+    rows: int
+    length: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    window: int
+    documents: bool
+    dtype: torch.dtype
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """Backends to time; cuDNN's kernel has neither windows nor documents."""
+        full = self.window >= self.length - 1
+        return ("flash", "cudnn", "flex") if full and not self.documents else ("flash", "flex")
+
+
+def choose_by_timing(net: GPT, rows: int, documents: bool, file: Path) -> dict[int, str]:
+    """The fastest correct backend for each window of the model.
+
+    Args:
+        net: the network, on a GPU.
+        rows: rows per micro-batch.
+        documents: whether batches have ``document_starts``.
+        file: JSON file that remembers the choices per card, versions and shape.
+    """
+    config = net.config
+    sizes = rows, config.sequence_len, config.n_head, config.n_kv_head, config.head_dim
+    shapes = {window: AttentionShape(*sizes, window, documents, net.compute_dtype) for window in config.window_sizes}
+    remembered = _read(file)
+    versions = [torch.cuda.get_device_name(net.device), torch.__version__, torch.backends.cudnn.version()]
+    keys = {window: " ".join(map(str, [*versions, *astuple(shape)])) for window, shape in shapes.items()}
+    chosen = {window: remembered.get(key) for window, key in keys.items()}
+    for window, shape in shapes.items():
+        if chosen[window] not in shape.candidates:
+            chosen[window] = remembered[keys[window]] = fastest(shape, net.device) or net.attention_backend
+    with synced_file(file) as out:
+        out.write(json.dumps(remembered, indent=1).encode())
+    return {window: str(name) for window, name in chosen.items()}
+
+
+def use_backends(net: GPT, names: dict[int, str]) -> None:
+    """Sets the backend of every layer by its window."""
+    for block in net.blocks:
+        block.attn.attend = BACKENDS[names[block.attn.window]]
+    distinct = dict.fromkeys(names[window] for window in sorted(names))
+    net.attention_backend = ", ".join(distinct)
+
+
+def fastest(shape: AttentionShape, device: torch.device) -> str | None:
+    """The fastest of the correct candidates, or None if no candidate works."""
+    times = {}
+    for name in shape.candidates:
+        failure = probe(
+            name, device, shape.dtype, shape.head_dim, shape.heads != shape.kv_heads, documents=shape.documents
+        )
+        if failure is None:
+            try:
+                times[name] = milliseconds(_step(name, shape, device))
+            except RuntimeError as error:  # Any failure means: another backend.
+                failure = str(error).splitlines()[0]
+        if failure is not None:
+            logger.warning("attention %s does not work for %s: %s", name, shape, failure)
+    logger.info("attention of %s, ms: %s", shape, times)
+    return min(times, key=lambda name: times[name], default=None)
+
+
+def milliseconds(step: Callable[[], object]) -> float:
+    """Mean duration of ``step`` on the GPU, after three calls that compile and warm up."""
+    for _ in range(3):
+        step()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(REPEATS):
+        step()
+    torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - start) / REPEATS
+
+
+def _step(name: str, shape: AttentionShape, device: torch.device) -> Callable[[], object]:
+    """Forward and backward pass at the shape; with documents, four equal ones per row."""
+    attend = BACKENDS[name]
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(heads: int) -> Tensor:
+        size = shape.rows, shape.length, heads, shape.head_dim
+        return torch.randn(size, generator=generator, device=device, dtype=shape.dtype).requires_grad_()
+
+    q, k, v = random(shape.heads), random(shape.kv_heads), random(shape.kv_heads)
+    grad, tokens, starts = random(shape.heads).detach(), shape.rows * shape.length, None
+    if shape.documents:
+        starts = torch.arange(4 * shape.rows + 1, device=device, dtype=torch.int32) * (shape.length // 4)
+        starts[-1] = tokens
+    return lambda: torch.autograd.grad(attend(q, k, v, shape.window, starts), (q, k, v), grad)
+
+
+def _read(file: Path) -> dict[str, str]:
+    """The remembered choices; none if the file is absent or damaged."""
+    try:
+        remembered = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return remembered if isinstance(remembered, dict) else {}
