@@ -176,7 +176,8 @@ def _concerns(filename: str, folder: Path) -> bool:
 
 
 def _fail(message: str, status: int = 2) -> int:
-    print(f"lmchat: {' '.join(message.split())}", file=sys.stderr)
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(message.split()))
+    print(f"lmchat: {line}", file=sys.stderr)
     return status
 
 

@@ -24,7 +24,13 @@ def save_step(directory: Path, step: int, **options: Any) -> CheckpointPaths:
     write_checkpoint(
         paths,
         model={"transformer.wte.weight": torch.full((64, 16), float(step))},
-        rank_state={"optimizer_states": [{"exp_avg": torch.full((64, 16), float(step))}], "position": [step, None]},
+        rank_state={
+            "optimizer_states": [{"exp_avg": torch.full((64, 16), float(step))}],
+            "position": [step, None],
+            "rng": {},
+            "callbacks": {},
+            "lr_schedulers": [],
+        },
         meta=META,
         **options,
     )

@@ -21,7 +21,7 @@ from lmchat.checkpoint.load import (
     load_rank_state,
     open_checkpoint,
 )
-from lmchat.checkpoint.meta_schema import check_meta, check_resumable, check_settings
+from lmchat.checkpoint.meta_schema import COUNTER, check_meta, check_resumable, check_settings, check_state
 from lmchat.checkpoint.writer import json_digest
 from lmchat.types import UserError
 
@@ -200,6 +200,33 @@ def test_weights_that_are_no_tensors(folder: Path) -> None:
         torch.save(content, checkpoint.paths.model)
         with pytest.raises(DamagedCheckpoint, match="no floating-point tensor"):
             load_model_state(checkpoint)
+    for tensor in (torch.ones(2).to_sparse(), torch.ones(2, device="meta")):
+        torch.save({"a": tensor}, checkpoint.paths.model)
+        with pytest.raises(DamagedCheckpoint, match="no dense tensor with values"):
+            load_model_state(checkpoint)
+
+
+RANK_STATE: dict[str, Any] = {"optimizer_states": [{}], "rng": {}, "callbacks": {}, "lr_schedulers": []}
+
+
+@pytest.mark.parametrize("name", RANK_STATE)
+def test_a_part_that_a_rank_has_not_saved_is_named(name: str, folder: Path) -> None:
+    """Without it the run would go on with a new optimizer, other random numbers or other averages."""
+    checkpoint = find_checkpoint(folder)
+    path = checkpoint.paths.optimizer(0)
+    torch.save({key: value for key, value in RANK_STATE.items() if key != name}, path)
+    with pytest.raises(DamagedCheckpoint, match=rf"{path.name} lacks {name}"):
+        load_rank_state(checkpoint, 0)
+    torch.save(RANK_STATE | {"optimizer_states": []}, path)
+    with pytest.raises(DamagedCheckpoint, match=rf"{path.name} holds no optimizer state"):
+        load_rank_state(checkpoint, 0)
+
+
+@pytest.mark.parametrize("state", [7, {}, {"steps": "x"}, {"steps": -1}, {"steps": True}])
+def test_a_damaged_state_of_a_callback_is_named(state: Any) -> None:
+    with pytest.raises(UserError, match=r"the state of Path in the checkpoint is damaged: .*; use an older checkpoint"):
+        check_state(Path, state, {"steps": COUNTER})
+    check_state(Path, {"steps": 3}, {"steps": COUNTER})
 
 
 def test_a_tag_makes_no_path_out_of_the_base_folder() -> None:
@@ -217,6 +244,32 @@ def test_a_meta_of_the_first_release_is_accepted(fixtures: Path) -> None:
     )
     check_meta(meta, CheckpointPaths(Path("d2"), 2))
     check_resumable(meta)
+
+
+FIT_LOOP = ("lightning", "loops", "fit_loop")
+UPDATES = "epoch_loop.automatic_optimization.optim_progress"
+WRONG_LOOPS: list[tuple[Change, str]] = [
+    (
+        put(*FIT_LOOP, "epoch_progress", "current", "completed", value="-rf"),
+        r"epoch_progress.current.completed is '-rf'",
+    ),
+    (put(*FIT_LOOP, "epoch_progress", "total", value="~"), "epoch_progress.total is '~'; it must be an object"),
+    (put(*FIT_LOOP, "epoch_loop.val_loop.batch_progress", value=1), "val_loop.batch_progress is 1"),
+    (put(*FIT_LOOP, "state_dict", value=[]), r"fit_loop.state_dict is \[\]"),
+    (put(*FIT_LOOP, "epoch_loop.batch_progress", "is_last_batch", value=0), "is_last_batch is 0"),
+    (put(*FIT_LOOP, "epoch_loop.batch_progress", value={}), "batch_progress.total is missing"),
+    (put(*FIT_LOOP, UPDATES, "optimizer", "step", "total", "completed", value=7), "step.total.completed is 7"),
+    (put(*FIT_LOOP, UPDATES, value={}), "optim_progress.optimizer is missing"),
+    (put("lightning", "loops", "validate_loop", "batch_progress", "total", "ready", value=True), "ready is True"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG_LOOPS, ids=[message[:40] for _, message in WRONG_LOOPS])
+def test_wrong_progress_of_a_loop_is_named(change: Change, message: str, fixtures: Path) -> None:
+    meta = json.loads((fixtures / "meta_format_1.json").read_text())
+    change(meta)
+    with pytest.raises(UserError, match=message):
+        check_meta(meta, CheckpointPaths(Path("d2"), 2))
 
 
 def test_settings_of_an_import_are_checked() -> None:

@@ -16,6 +16,7 @@ from lmchat.strategies.checkpoint_io import LMChatCheckpointIO
 from lmchat.types import UserError
 
 COUNTS = {"ready": 15, "started": 15, "processed": 15, "completed": 14}
+STEPS = {"optimizer": {"step": {"total": {"ready": 5, "completed": 5}}}}
 
 
 def dump(rank: int = 0) -> dict[str, Any]:
@@ -25,7 +26,11 @@ def dump(rank: int = 0) -> dict[str, Any]:
         "global_step": 5,
         "pytorch-lightning_version": "2.6.6",
         "loops": {
-            "fit_loop": {"epoch_loop.batch_progress": {"is_last_batch": False, "total": COUNTS, "current": COUNTS}}
+            "fit_loop": {
+                "epoch_loop.batch_progress": {"is_last_batch": False, "total": COUNTS, "current": COUNTS},
+                "epoch_loop.automatic_optimization.optim_progress": STEPS,
+            },
+            "validate_loop": {},
         },
         "state_dict": {"net.lm_head.weight": torch.arange(6.0).reshape(2, 3).to(torch.bfloat16)},
         "optimizer_states": [{"state": {0: {"step": 5, "exp_avg": torch.full((3,), float(rank))}}, "param_groups": []}],

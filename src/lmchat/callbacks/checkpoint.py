@@ -38,6 +38,7 @@ from lmchat.checkpoint.layout import CheckpointPaths, checkpoint_dir, committed_
 from lmchat.checkpoint.load import DamagedCheckpoint, open_checkpoint
 from lmchat.checkpoint.rng import capture_rng, restore_rng
 from lmchat.checkpoint.writer import INTERRUPTED_PEER_TIMEOUT_SECONDS, RunLock, await_commit, check_writable, snapshot
+from lmchat.data.position import damaged_position
 from lmchat.option_checks import check_count
 from lmchat.paths import expand_user
 from lmchat.strategies.checkpoint_io import LMChatCheckpointIO
@@ -125,6 +126,8 @@ class StepCheckpoint(StepCallback, Checkpoint):
             # Counters of the same step with this run's number of micro-batches.
             micro_batches = checkpoint["global_step"] * trainer.accumulate_grad_batches
             set_batch_progress(checkpoint["loops"]["fit_loop"], micro_batches)
+            if (data := type(trainer.datamodule).__qualname__) not in checkpoint:  # type: ignore[attr-defined]
+                raise damaged_position(f"there is none for {data}")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         super().on_train_start(trainer, pl_module)

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lmchat.checkpoint.meta_schema import COUNTER, check_state
 from lmchat.optim.muon_adamw import MuonAdamW, are_finite
 from lmchat.strategies.reduce_numbers import reduce_numbers
 from lmchat.types import UserError
@@ -76,6 +77,7 @@ class NonFiniteGuard(Callback):
         return {"skipped_steps": self.skipped_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_state(type(self), state_dict, {"skipped_steps": COUNTER})
         self.skipped_steps = state_dict["skipped_steps"]
 
 

@@ -209,6 +209,8 @@ def load_model_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             raise DamagedCheckpoint(f"{path} holds {shown(name)}, which is no floating-point tensor; {_REMEDY}")
+        if tensor.layout is not torch.strided or tensor.device.type != "cpu":
+            raise DamagedCheckpoint(f"{path} holds {shown(name)}, which is no dense tensor with values; {_REMEDY}")
     return state
 
 
@@ -283,13 +285,17 @@ def load_rank_state(checkpoint: Checkpoint, rank: int) -> dict[str, Any]:
     """The state saved by ``rank``: ``optimizer_states``, ``rng``, callbacks and data position, on the CPU.
 
     Raises:
-        DamagedCheckpoint: the file has other contents.
+        DamagedCheckpoint: the file has other contents, or lacks a part.
     """
     path = checkpoint.paths.optimizer(rank)
     state = _read_tensors(path)
     for name, kind in _RANK_STATE.items():
-        if not isinstance(state.get(name, kind()), kind):
+        if name not in state:
+            raise DamagedCheckpoint(f"{path} lacks {name}; {_REMEDY}")
+        if not isinstance(state[name], kind):
             raise DamagedCheckpoint(f"{path} holds {name} of type {type(state[name]).__name__}; {_REMEDY}")
+    if not state["optimizer_states"]:
+        raise DamagedCheckpoint(f"{path} holds no optimizer state; {_REMEDY}")
     return state
 
 

@@ -50,6 +50,11 @@ def number(value: Any) -> str | None:
     return None if type(value) in (int, float) and 0 <= value < math.inf else "a number, 0 or more"
 
 
+def finite(value: Any) -> str | None:
+    """A finite number."""
+    return None if type(value) in (int, float) and math.isfinite(value) else "a finite number"
+
+
 def flag(value: Any) -> str | None:
     """True or False."""
     return None if type(value) is bool else "true or false"
@@ -86,6 +91,8 @@ def sha256(value: Any) -> str | None:
 
 
 _COUNT = integer(1, MAX_COUNT)
+COUNTER = integer(0, 2**62)
+_COUNTERS = ("ready", "started", "processed", "completed", "_batches_that_stepped")
 _STAGE_NAMES = tuple(name for stage in STAGES.values() for name in (stage.name, *stage.former_names))
 
 REQUIRED: dict[str, Check] = {
@@ -169,6 +176,21 @@ def check_resumable(meta: Mapping[str, Any]) -> None:
             raise UserError(f"{name} is missing, so that no run can be resumed from it")
 
 
+def check_state(owner: type, state: Any, fields: Mapping[str, Check]) -> None:
+    """Checks what a callback restores from a checkpoint.
+
+    Raises:
+        UserError: a value is missing or wrong.
+    """
+    try:
+        _check_fields({"state": state}, {"state": mapping}, {}, "")
+        _check_fields(state, fields, {}, "")
+    except UserError as error:
+        raise UserError(
+            f"the state of {owner.__name__} in the checkpoint is damaged: {error}; use an older checkpoint"
+        ) from error
+
+
 def shown(value: Any) -> str:
     """A value for a message: escaped, and at most 100 characters."""
     try:
@@ -244,13 +266,30 @@ def _check_lightning(lightning: Mapping[str, Any], step: int) -> None:
     _check_fields(lightning, {**fields, "pytorch-lightning_version": text}, {}, "lightning.")
     if lightning["global_step"] != step:
         raise UserError(f"lightning.global_step is {lightning['global_step']}, and step is {step}")
-    _check_fields(lightning["loops"], {"fit_loop": mapping}, {}, "lightning.loops.")
-    place, progress = "lightning.loops.fit_loop.", "epoch_loop.batch_progress"
-    _check_fields(lightning["loops"]["fit_loop"], {progress: mapping}, {}, place)
-    counters = {name: integer(0, 2**62) for name in ("ready", "started", "processed", "completed")}
-    _check_fields(lightning["loops"]["fit_loop"][progress], {"total": mapping, "current": mapping}, {}, place)
+    _check_fields(lightning["loops"], {"fit_loop": mapping, "validate_loop": mapping}, {}, "lightning.loops.")
+    _check_loops(lightning["loops"], "lightning.loops.")
+    place, fit_loop = "lightning.loops.fit_loop.", lightning["loops"]["fit_loop"]
+    batches, updates = "epoch_loop.batch_progress", "epoch_loop.automatic_optimization.optim_progress"
+    _check_fields(fit_loop, {batches: mapping, updates: mapping}, {}, place)
     for name in ("total", "current"):
-        _check_fields(lightning["loops"]["fit_loop"][progress][name], counters, {}, f"{place}{progress}.{name}.")
+        counters = dict.fromkeys(("ready", "started", "processed", "completed"), COUNTER)
+        _check_fields(fit_loop[batches][name], counters, {}, f"{place}{batches}.{name}.")
+    progress: Any = fit_loop[updates]
+    for name in ("optimizer", "step", "total"):
+        _check_fields(progress, {name: mapping}, {}, f"{place}{updates}.")
+        progress = progress[name]
+    _check_fields(progress, {"completed": integer(step, step)}, {}, f"{place}{updates}.optimizer.step.total.")
+
+
+def _check_loops(loops: Mapping[str, Any], place: str) -> None:
+    """Checks that the state of Lightning's loops holds objects and counters where its classes have them."""
+    for name, value in loops.items():
+        check = flag if name == "is_last_batch" else COUNTER if name in _COUNTERS else mapping
+        _check_fields(loops, {name: check}, {}, place)
+        if check is mapping:
+            if name.endswith("progress") and not name.endswith("optim_progress"):
+                _check_fields(value, {"total": mapping, "current": mapping}, {}, f"{place}{name}.")
+            _check_loops(value, f"{place}{name}.")
 
 
 def read_limited(path: Path) -> bytes:

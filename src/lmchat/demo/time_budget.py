@@ -9,6 +9,7 @@ import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lmchat.callbacks.step import StepCallback
+from lmchat.checkpoint.meta_schema import COUNTER, check_state, optional
 from lmchat.option_checks import check_count
 from lmchat.strategies.lightning_internals import set_max_steps
 from lmchat.types import UserError
@@ -74,4 +75,5 @@ class TimeBudget(StepCallback):
         return {"lowered_to": self.lowered_to}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_state(type(self), state_dict, {"lowered_to": optional(COUNTER)})
         self.lowered_to = state_dict["lowered_to"]

@@ -135,7 +135,7 @@ class StageDataModule(L.LightningDataModule):
         return {"position": self.position}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        position = state_dict.get("position")
-        if position is not None and not isinstance(position, dict):
+        position = state_dict.get("position") if isinstance(state_dict, dict) else None
+        if not isinstance(position, dict):
             raise damaged_position("it is no mapping")
         self.position = position
