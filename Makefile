@@ -22,7 +22,7 @@ $(INSTALLED): pyproject.toml
 	@$(PYTHON) -m venv $(VENV)
 	@$(PYTHON) -c 'import importlib.metadata as m; t = m.distribution("torch"); v = tuple(map(int, t.version.split(".")[:2])); print(t.locate_file("") if (2, 11) <= v < (2, 14) else "")' \
 	  2>/dev/null > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch_of_parent.pth" || true
-	@$(BIN)/python -m pip install -q -e ".[dev,serve$$(command -v nvidia-smi > /dev/null && echo ,gpu)]" || { echo "The installation failed; the message above says why"; exit 1; }
+	@$(BIN)/python -m pip install -q -e ".[dev,plot,serve$$(command -v nvidia-smi > /dev/null && echo ,gpu)]" || { echo "The installation failed; the message above says why"; exit 1; }
 	@touch $@
 
 setup: $(INSTALLED)  ## make the virtual environment and install lmchat into it
@@ -68,7 +68,7 @@ test-slow: $(INSTALLED)  ## run the long tests
 TORCH211 := .venv-torch211
 test-torch211:  ## run the tests on torch 2.11, in an environment of its own
 	@test -x $(TORCH211)/bin/python || $(PYTHON) -m venv $(TORCH211)
-	@$(TORCH211)/bin/python -m pip install -q 'torch==2.11.*' -e '.[dev,serve]'
+	@$(TORCH211)/bin/python -m pip install -q 'torch==2.11.*' -e '.[dev,plot,serve]'
 	@$(TORCH211)/bin/python -m pytest -m 'not slow and not gpu' -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
 # On a GPU image without pip or a network: the image's own Python, and three packages that are carried to it, as the

@@ -2,7 +2,7 @@
 
     make demo && .venv/bin/python docs/make_readme_pictures.py runs/demo
 
-Writes docs/images/curves.svg and docs/images/chat.svg. The conversation takes place again; decoding is greedy, so it is
+Writes docs/images/curves.png and docs/images/chat.svg. The conversation takes place again; decoding is greedy, so it is
 the one that the demo printed.
 """
 
@@ -11,19 +11,18 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
-from collections.abc import Mapping
-from html import escape
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.terminal_theme import MONOKAI
 from rich.text import Text
 
 from lmchat.demo.conversation import converse
 from lmchat.demo.run import Demo
-from lmchat.report.charts import HEIGHT, WIDTH, line_chart
-from lmchat.report.runs import Points, read_run
+from lmchat.report.runs import read_run
 
 IMAGES = Path(__file__).resolve().parent / "images"
 COLUMNS = 100
@@ -36,15 +35,6 @@ SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" 
 {backgrounds}<g class="{unique_id}-matrix">{matrix}</g></g></svg>
 """
 """Rich's picture of a terminal without its web font: the picture loads nothing from the network."""
-STYLE = """
-text { font: 12px system-ui, sans-serif; fill: #57606a } .title { font-size: 15px; fill: #1c2128 }
-.page { fill: #fff } .grid { stroke: #d0d7de } polyline { fill: none; stroke-width: 1.8 }
-.series0 { stroke: #0969da } .series1 { stroke: #bc4c00 } .name0 { fill: #0969da } .name1 { fill: #bc4c00 }
-@media (prefers-color-scheme: dark) { .page { fill: #0d1117 } .title { fill: #e6edf3 } .grid { stroke: #30363d }
-text { fill: #9198a1 } .series0 { stroke: #58a6ff } .series1 { stroke: #f0883e }
-.name0 { fill: #58a6ff } .name1 { fill: #f0883e } }
-"""
-TOP = 36
 REWARD_STEPS = 10
 """Steps that each point of the reward's curve is the mean of."""
 
@@ -53,7 +43,7 @@ def main(folder: Path) -> None:
     """Writes both pictures of the demo in ``folder``."""
     run = Demo(folder, None, 15)
     IMAGES.mkdir(exist_ok=True)
-    (IMAGES / "curves.svg").write_text(curves(folder))
+    draw_curves(folder)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         converse(run)
@@ -65,37 +55,30 @@ def main(folder: Path) -> None:
     console.save_svg(str(IMAGES / "chat.svg"), title=title, theme=MONOKAI, code_format=SVG)
 
 
-def curves(folder: Path) -> str:
-    """An SVG image with a chart of each stage."""
+def draw_curves(folder: Path) -> None:
+    """Draws held-out bits per byte, fine-tuning loss, and accuracy in RL by optimizer step."""
     stages = read_run(str(folder)).stages
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    pretrain, sft, rl = figure.subplots(1, 3)
+    pretrain.plot(*stages["pretrain"].curve("val/bpb", "step"), label="held-out text", marker="o")
+    _titles(pretrain, "Pretraining", "bits per byte")
+    sft.plot(*stages["sft"].curve("train/loss_ema", "step"), label="training", linewidth=1)
+    _titles(sft, "Fine-tuning", "loss on assistant tokens, nats")
+    sft.set_yscale("log")
     steps, rewards = stages["rl"].curve("train/pass@1", "step")
     means = np.convolve(rewards, np.full(REWARD_STEPS, 1 / REWARD_STEPS), "valid")
-    charts: list[tuple[str, Mapping[str, Points]]] = [
-        ("Pretraining: bits per byte", {"held-out text": stages["pretrain"].curve("val/bpb", "step")}),
-        ("Fine-tuning: loss, nats", {"training": stages["sft"].curve("train/loss_ema", "step")}),
-        (
-            "RL on problems: accuracy",
-            {
-                "training": (steps[REWARD_STEPS - 1 :], means),
-                "held-out problems": stages["rl"].curve("val/pass@1", "step"),
-            },
-        ),
-    ]
-    parts = []
-    for index, (title, series) in enumerate(charts):
-        chart = line_chart(series, "optimizer steps", title)
-        parts.append(
-            chart.replace("<svg ", f'<svg x="{index * WIDTH}" y="{TOP}" width="{WIDTH}" height="{HEIGHT}" ', 1)
-        )
-        names = " ".join(
-            f'<tspan class="name{number}" dx="12">{escape(name)}</tspan>' for number, name in enumerate(series)
-        )
-        parts.append(f'<text x="{index * WIDTH + 58}" y="24"><tspan class="title">{title}</tspan>{names}</text>')
-    size = f"{WIDTH * len(charts)} {HEIGHT + TOP}"
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}"><style>{STYLE}</style>'
-        f'<rect class="page" width="100%" height="100%"/>{"".join(parts)}</svg>\n'
-    )
+    rl.plot(steps[REWARD_STEPS - 1 :], means, label=f"training, {REWARD_STEPS}-step mean")
+    rl.plot(*stages["rl"].curve("val/pass@1", "step"), label="held-out problems", marker="o")
+    _titles(rl, "Reinforcement learning", "accuracy")
+    figure.savefig(IMAGES / "curves.png", dpi=120)
+
+
+def _titles(axes: Axes, title: str, quantity: str) -> None:
+    axes.set_title(title)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel(quantity)
+    axes.grid(alpha=0.3)
+    axes.legend()
 
 
 if __name__ == "__main__":
