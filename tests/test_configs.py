@@ -15,7 +15,7 @@ from lmchat.cli.fit import read_data_module
 from lmchat.demo import run
 from lmchat.demo.tasks import Arithmetic
 from lmchat.demo.tasks.stories import FAMILIES
-from lmchat.demo.training import NEW_ARITHMETIC, SKILLS
+from lmchat.demo.training import SKILLS
 from lmchat.stages.rl import RolloutDataModule
 from lmchat.stages.sft import SFTDataModule
 from lmchat.tokenizer.bpe import Tokenizer
@@ -109,11 +109,12 @@ def test_the_demo_tells_taught_problems_from_new_ones() -> None:
     assert isinstance(grpo, RolloutDataModule)
     (taught,) = (task for task in sft.mixtures["train"].parts[0].task.tasks if isinstance(task, Arithmetic))
     asked = {task.name: task for task in (*sft.eval_tasks, *grpo.eval_tasks) if isinstance(task, Arithmetic)}
-    assert f"val/{grpo.eval_task.name}" == NEW_ARITHMETIC
-    assert {f"val/{name}" for name in asked} == {NEW_ARITHMETIC, SKILLS["arithmetic_taught"]}
-    new = asked[NEW_ARITHMETIC.removeprefix("val/")].families
+    names = {skill: SKILLS[skill].removeprefix("val/") for skill in ("arithmetic_taught", "arithmetic_pass_at_1")}
+    assert grpo.eval_task.name == names["arithmetic_pass_at_1"]
+    assert asked.keys() == set(names.values())
+    new = asked[names["arithmetic_pass_at_1"]].families
     assert grpo.eval_task.families == new
-    assert asked[SKILLS["arithmetic_taught"].removeprefix("val/")].families == taught.families
+    assert asked[names["arithmetic_taught"]].families == taught.families
     assert [family for family in FAMILIES.values() if family not in taught.families] == new
 
 

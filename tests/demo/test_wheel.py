@@ -18,15 +18,15 @@ import lmchat
 from lmchat.cli.lean_imports import lean_imports
 with lean_imports():
     import lmchat.cli.fit
-from lmchat.demo.run import CONFIGS, Demo, STAGE_NAMES
+from lmchat.demo.run import CONFIGS, Demo, STAGES
 from lmchat.demo.tasks import Arithmetic
 from lmchat.tasks import Identity
 from pathlib import Path
 
 assert lmchat.__file__.startswith(sys.argv[1]), lmchat.__file__
 run = Demo(Path("x"), None, 15)
-assert set(run.recipe()) == {"text", "vocab_size", *(f"config of {stage}" for stage in STAGE_NAMES)}
-assert all(run.config(stage).is_relative_to(sys.argv[1]) for stage in STAGE_NAMES)
+assert set(run.recipe()) == {"text", "vocab_size", *(f"config of {stage}" for stage in STAGES)}
+assert all(run.config(stage).is_relative_to(sys.argv[1]) for stage in STAGES)
 print(Arithmetic("test")[0]["messages"][0]["content"], Identity("test")[0]["messages"][0]["content"])
 """
 

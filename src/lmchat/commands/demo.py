@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lmchat.demo.conversation import converse
-from lmchat.demo.report import skills_table, time_table, write_run_report
+from lmchat.demo.report import result_tables, write_run_report
 from lmchat.demo.run import Demo, Metrics
 from lmchat.demo.text import collect_text, measure_baselines, tokenize, train_tokenizer
 from lmchat.demo.training import finetune, pretrain, reinforce
@@ -73,7 +73,8 @@ def demo(text: Path | None = None, output: Path = Path("runs/demo"), minutes: fl
         summary["stages"][name] = {"seconds": round(time.perf_counter() - started, 1), **metrics}
         summary["minutes"] = round(sum(metrics["seconds"] for metrics in summary["stages"].values()) / 60, 2)
         _write_json(run.summary, summary)
-    console.print(time_table(summary), skills_table(summary))
+    console.print(*result_tables(run, summary))
+    console.print(f"The demo took {summary['minutes']:.1f} minutes.")
     console.print(f"Metrics: {run.summary}. To chat with the model, here or in a browser:", soft_wrap=True)
     for command in ("chat", "serve"):
         console.print(f"  {_next_command(run, command)}", soft_wrap=True, highlight=False)

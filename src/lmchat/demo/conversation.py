@@ -44,12 +44,10 @@ def script(run: Demo) -> list[list[tuple[Task, Conversation]]]:
     words = str(run.words)
     identity, arithmetic = Identity("test"), Arithmetic("test", steps=(2, 2))
     spelling, counting = SimpleSpelling("test", words_path=words), SpellingBee("test", words_path=words)
-    return [_ask(identity, identity), _ask(spelling, counting), _ask(arithmetic, arithmetic)]
+    chats = [(identity, identity), (spelling, counting), (arithmetic, arithmetic)]
+    return [[(task, _single_turn(task, number)) for number, task in enumerate(chat)] for chat in chats]
 
 
-def _ask(*tasks: Task) -> list[tuple[Task, Conversation]]:
-    """The n-th single-turn example of the n-th task."""
-    alone = [(example for example in task if len(example["messages"]) == 2) for task in tasks]
-    return [
-        (task, next(islice(found, number, None))) for number, (task, found) in enumerate(zip(tasks, alone, strict=True))
-    ]
+def _single_turn(task: Task, number: int) -> Conversation:
+    """The example at index ``number`` among those with one question."""
+    return next(islice((example for example in task if len(example["messages"]) == 2), number, None))

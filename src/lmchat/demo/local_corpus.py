@@ -11,9 +11,9 @@ import hashlib
 import os
 import re
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from itertools import chain
 from multiprocessing import get_context
@@ -23,7 +23,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from rich.table import Table
 
 from lmchat.data.parquet_text import TEXT_COLUMN
 from lmchat.demo.prose import dedent_docstring, paragraphs
@@ -41,16 +40,7 @@ MAX_SEEN_SHARE = 0.3
 
 _CODE_SUFFIXES = {".py", ".pyi"}
 _TEXT_SUFFIXES = {".md", ".rst", ".txt"}
-_SKIPPED_FOLDERS = {
-    "__pycache__",
-    "_vendor",
-    "dist-packages",
-    "idle_test",
-    "licenses",
-    "site-packages",
-    "test",
-    "tests",
-}
+_SKIPPED_FOLDER = re.compile(r"__pycache__|_vendor|dist-packages|idle_test|licenses|site-packages|tests?")
 _SKIPPED_NAME = re.compile(r"(?i)(licen[sc]e|copying|notice|authors|third.?party)")
 # Matching triple quotes is 30 times as fast as parsing the modules. Matches that are not docstrings are not prose, and
 # filtered out later.
@@ -59,34 +49,26 @@ _WORD = re.compile(r"[a-z0-9]+")
 
 
 @dataclass(frozen=True)
-class Source:
-    """A package, and its files that may contain documentation."""
-
-    name: str
-    files: list[Path]
-
-
-@dataclass(frozen=True)
 class CorpusFile:
-    """The documents of one file of a source, and whether they are held out for validation."""
+    """The documents of one file of a package, and whether they are held out for validation."""
 
     source: str
     documents: list[str]
     held_out: bool
 
 
-def documentation_sources() -> list[Source]:
-    """The standard library, then the installed direct and indirect dependencies of lmchat by name.
+def documentation_files() -> dict[str, list[Path]]:
+    """The files of the standard library, then of lmchat's installed direct and indirect dependencies by name.
 
     Raises:
         UserError: lmchat is not installed, so its dependencies are unknown.
     """
-    return [Source("Python", _standard_library()), *(Source(name, _files_of(dist)) for name, dist in _dependencies())]
+    return {"Python": _standard_library(), **dict(_dependencies())}
 
 
 def collect_documentation(
     output: Path,
-    sources: Sequence[Source] | None = None,
+    sources: Mapping[str, Sequence[Path]] | None = None,
     *,
     validation_share: float = 0.05,
     processes: int | None = None,
@@ -97,7 +79,7 @@ def collect_documentation(
 
     Args:
         output: folder to create; it appears when it is complete.
-        sources: None is `documentation_sources`.
+        sources: files that may contain documentation, by package; None is `documentation_files`.
         validation_share: share of the files that is held out.
         processes: number of processes; None is one per core.
 
@@ -107,7 +89,7 @@ def collect_documentation(
     Raises:
         UserError: ``output`` is not empty, or there is too little prose for two shards.
     """
-    sources = documentation_sources() if sources is None else sources
+    sources = documentation_files() if sources is None else sources
     with new_folder(output) as folder:
         found = _deduplicate(_read_all(sources, processes or os.cpu_count() or 1), validation_share)
         train, validation = (
@@ -124,43 +106,18 @@ def collect_documentation(
     return found
 
 
-def corpus_table(files: Sequence[CorpusFile], rows: int = 10) -> Table:
-    """Files, documents and size of the largest sources, of the others and of all."""
-    table = Table("source", title="Text found on this machine")
-    for column in ("files", "documents", "MB"):
-        table.add_column(column, justify="right")
-
-    def add(name: str, part: Sequence[CorpusFile]) -> None:
-        documents = [text for file in part for text in file.documents]
-        table.add_row(name, f"{len(part):,}", f"{len(documents):,}", f"{sum(map(len, documents)) / 1e6:.2f}")
-
-    by_source: dict[str, list[CorpusFile]] = {}
-    for file in files:
-        by_source.setdefault(file.source, []).append(file)
-    largest = sorted(by_source, key=lambda name: -sum(len(text) for file in by_source[name] for text in file.documents))
-    for name in largest[:rows]:
-        add(name, by_source[name])
-    if rest := largest[rows:]:
-        add(f"{len(rest)} others", [file for name in rest for file in by_source[name]])
-    table.add_section()
-    add("all", files)
-    add("of these, held out", [file for file in files if file.held_out])
-    return table
-
-
-def _deduplicate(files: Iterable[tuple[Source, Path, list[str]]], validation_share: float) -> list[CorpusFile]:
-    """Joins paragraphs to documents, without repeated paragraphs; the training files come first."""
-    parts: tuple[list[tuple[Source, list[str]]], ...] = ([], [])
-    for source, path, found in files:
-        held_out = _fraction("/".join([source.name, *path.parts[-3:]])) < validation_share
-        parts[held_out].append((source, found))
+def _deduplicate(files: Iterable[tuple[str, Path, list[str]]], validation_share: float) -> list[CorpusFile]:
+    """Joins paragraphs to documents, without repeated paragraphs."""
+    found = [
+        CorpusFile(source, prose, _fraction("/".join([source, *path.parts[-3:]])) < validation_share)
+        for source, path, prose in files
+    ]
     seen: set[bytes] = set()
     # Validation files come last, so that text repeated in both splits is removed from validation.
     return [
-        CorpusFile(source.name, documents, held_out)
-        for held_out, part in zip((False, True), parts, strict=True)
-        for source, found in part
-        if (documents := list(_join(_without_repetition(found, seen))))
+        replace(file, documents=documents)
+        for file in sorted(found, key=lambda file: file.held_out)
+        if (documents := list(_join(_without_repetition(file.documents, seen))))
     ]
 
 
@@ -168,25 +125,20 @@ def _standard_library() -> list[Path]:
     root = Path(sysconfig.get_path("stdlib"))
     found = []
     for folder, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if name not in _SKIPPED_FOLDERS)
+        folders[:] = sorted(name for name in folders if not _SKIPPED_FOLDER.fullmatch(name))
         found += [Path(folder, name) for name in sorted(names)]
     return [path for path in found if _may_hold_prose(path.relative_to(root))]
 
 
-def _files_of(distribution: metadata.Distribution) -> list[Path]:
-    listed = sorted(file for file in distribution.files or () if ".." not in file.parts and _may_hold_prose(file))
-    return [Path(str(distribution.locate_file(file))) for file in listed]
-
-
 def _may_hold_prose(path: os.PathLike[str]) -> bool:
     path = Path(path)
-    if _SKIPPED_FOLDERS.intersection(path.parts) or _SKIPPED_NAME.match(path.name):
+    if any(map(_SKIPPED_FOLDER.fullmatch, path.parts)) or _SKIPPED_NAME.match(path.name):
         return False
     return path.suffix in _CODE_SUFFIXES | _TEXT_SUFFIXES or path.name == "METADATA"
 
 
-def _dependencies() -> Iterator[tuple[str, metadata.Distribution]]:
-    """The installed dependencies of lmchat by name, without lmchat itself, whose text changes too often."""
+def _dependencies() -> Iterator[tuple[str, list[Path]]]:
+    """Files of the installed dependencies of lmchat by name, without lmchat itself, whose text changes too often."""
     try:
         # All installed extras of lmchat itself count.
         queue = [Requirement(line.split(";")[0]) for line in metadata.requires("lmchat") or ()]
@@ -209,12 +161,14 @@ def _dependencies() -> Iterator[tuple[str, metadata.Distribution]]:
                 extras = ("", *requirement.extras)
                 if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in extras):
                     queue.append(needed)
-    yield from sorted(found.items())
+    for package, distribution in sorted(found.items()):
+        listed = sorted(file for file in distribution.files or () if ".." not in file.parts and _may_hold_prose(file))
+        yield package, [Path(str(distribution.locate_file(file))) for file in listed]
 
 
-def _read_all(sources: Sequence[Source], processes: int) -> Iterator[tuple[Source, Path, list[str]]]:
+def _read_all(sources: Mapping[str, Sequence[Path]], processes: int) -> Iterator[tuple[str, Path, list[str]]]:
     """Yields the prose of all files in order, read by several processes."""
-    places = [(source, path) for source in sources for path in source.files]
+    places = [(source, path) for source, paths in sources.items() for path in paths]
     # A forked child would inherit the locks of other threads.
     with (
         ProgressBar("Reading", len(places), unit="files") as bar,

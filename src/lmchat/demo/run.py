@@ -18,7 +18,6 @@ from lmchat.types import UserError
 
 with resources.as_file(resources.files(__package__) / "configs") as _configs:
     CONFIGS = _configs  # a folder on disk, since the package is never imported from an archive
-STAGE_NAMES = ("pretrain", "sft", "rl")
 VOCAB_SIZE = 1024
 TAG = "demo"
 
@@ -76,10 +75,7 @@ class Demo:
         return {
             "text": str(self.text.resolve()) if self.text else "this machine's documentation",
             "vocab_size": str(self.vocab_size),
-            **{
-                f"config of {stage}": hashlib.sha256(self.config(stage).read_bytes()).hexdigest()[:16]
-                for stage in STAGE_NAMES
-            },
+            **{f"config of {name}": hashlib.sha256(self.config(name).read_bytes()).hexdigest()[:16] for name in STAGES},
         }
 
     def environment(self) -> dict[str, str]:
@@ -99,10 +95,8 @@ def lmchat(run: Demo, command: str, stage: str, *options: str) -> None:
         process.wait()
         raise
     if status:
-        raise UserError(
-            f"the stage {stage} failed with exit status {status}, its message is above; "
-            "`lmchat demo` with the same options resumes it"
-        )
+        resume = "`lmchat demo` with the same options resumes it"
+        raise UserError(f"the stage {stage} failed with exit status {status}, its message is above; {resume}")
 
 
 def start_from(run: Demo, stage: str, earlier: str | None = None) -> list[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -19,51 +20,58 @@ LONG_FILE_BYTES = 4_000
 def collect_text(run: Demo) -> Metrics:
     """Writes text shards to ``base_data``, the last one for validation, and the word list."""
     shutil.rmtree(run.data_dir, ignore_errors=True)  # of an interrupted run
-    metrics = _import_text(run, run.text) if run.text is not None else _collect_documentation(run)
-    return {**metrics, "words": _list_words(run)}
+    documents, characters = _import_text(run, run.text) if run.text is not None else _collect_documentation(run)
+    return {"documents": documents, "megabytes": round(characters / 1e6, 2), "words": _list_words(run)}
 
 
-def _import_text(run: Demo, text: Path) -> Metrics:
+def _import_text(run: Demo, text: Path) -> tuple[int, int]:
+    """Imports the user's text; returns the numbers of documents and characters."""
     from lmchat.data.import_text import import_folder
 
-    imported = import_folder(
-        text, run.data_dir, separator=_separator(text), validation_fraction=VALIDATION_SHARE
-    ).shards
-    documents = imported.train_documents + imported.validation_documents
-    return {"documents": documents, "megabytes": round(imported.characters / 1e6, 2)}
+    shards = import_folder(text, run.data_dir, separator=_separator(text), validation_fraction=VALIDATION_SHARE).shards
+    return shards.train_documents + shards.validation_documents, shards.characters
 
 
-def _collect_documentation(run: Demo) -> Metrics:
-    from rich.console import Console
+def _collect_documentation(run: Demo) -> tuple[int, int]:
+    """Collects documentation on this machine; returns the numbers of documents and characters."""
+    from lmchat.demo.local_corpus import collect_documentation
 
-    from lmchat.demo.local_corpus import collect_documentation, corpus_table
-
-    files = collect_documentation(run.data_dir, validation_share=VALIDATION_SHARE)
-    Console().print(corpus_table(files))
-    documents = [text for file in files for text in file.documents]
-    return {"documents": len(documents), "megabytes": round(sum(map(len, documents)) / 1e6, 2)}
+    sizes: Counter[str] = Counter()
+    documents = 0
+    for file in collect_documentation(run.data_dir, validation_share=VALIDATION_SHARE):
+        sizes[file.source] += sum(map(len, file.documents))
+        documents += len(file.documents)
+    largest = ", ".join(f"{name} ({size / 1e6:.1f} MB)" for name, size in sizes.most_common(5))
+    print(
+        f"{sizes.total() / 1e6:.1f} MB in {documents:,} documents of {len(sizes)} packages; the largest are {largest}"
+    )
+    return documents, sizes.total()
 
 
 def _list_words(run: Demo) -> int:
     """Writes the word list of the spelling tasks: words of the text and of Python's manual."""
     from pydoc_data.topics import topics
 
-    from lmchat.data.parquet_text import list_shards, read_documents
+    from lmchat.data.parquet_text import list_shards
     from lmchat.tasks.words import words_from_text, write_words
 
-    *train, _ = list_shards(run.data_dir)
-    text = (text or "" for shard in train for text in read_documents(shard))
-    words = words_from_text(chain(text, topics.values()))
+    words = words_from_text(chain(_texts(list_shards(run.data_dir)[:-1]), topics.values()))
     write_words(words, run.words)
     return len(words)
+
+
+def _texts(shards: Iterable[Path]) -> Iterator[str]:
+    from lmchat.data.parquet_text import read_documents
+
+    return (text or "" for shard in shards for text in read_documents(shard))
 
 
 def _separator(text: Path) -> str | None:
     """Separator that splits plain text files into documents; None keeps files whole (many short files)."""
     from lmchat.data.documents import PLAIN_SUFFIXES
 
-    found = [text] if text.is_file() else [path for path in text.rglob("*") if path.is_file()]
-    files = [path for path in found if path.suffix.lower() in PLAIN_SUFFIXES]
+    found = [text] if text.is_file() else text.rglob("*")
+    files = [path for path in found if path.suffix.lower() in PLAIN_SUFFIXES and path.is_file()]
     try:
         if len(files) >= FEW_FILES and sum(path.stat().st_size for path in files) <= LONG_FILE_BYTES * len(files):
             return None
@@ -110,19 +118,11 @@ def tokenize(run: Demo) -> Metrics:
 
 def measure_baselines(run: Demo) -> Metrics:
     """Measures bits per byte of compressors and an n-gram model on the held-out text."""
-    from rich.console import Console
-
-    from lmchat.data.parquet_text import list_shards, read_documents
+    from lmchat.data.parquet_text import list_shards
     from lmchat.demo.baseline import compression_baselines
 
     *train, validation = list_shards(run.data_dir)
-    console, activity = Console(), "gzip, xz and an n-gram model are reading the text"
-    if not console.is_terminal:
-        console.print(activity)
-    with console.status(activity):
-        baselines = compression_baselines(
-            (text or "" for shard in train for text in read_documents(shard)),
-            (text or "" for text in read_documents(validation)),
-        )
-    print(f"bits per byte: gzip {baselines.gzip:.3f}, xz {baselines.xz:.3f}, n-gram model {baselines.ngram:.3f}")
-    return {f"{name}_bpb": round(value, 4) for name, value in asdict(baselines).items()}
+    print("gzip, xz and an n-gram model are reading the text", flush=True)
+    baselines = compression_baselines(_texts(train), _texts([validation]))
+    print("bits per byte: gzip {gzip:.3f}, xz {xz:.3f}, n-gram model {ngram:.3f}".format(**baselines))
+    return {f"{name}_bpb": round(value, 4) for name, value in baselines.items()}

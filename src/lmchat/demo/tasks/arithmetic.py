@@ -6,6 +6,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import add, floordiv, mul, sub
 from typing import Any
 
 from lmchat.demo.tasks.stories import FAMILIES, PRONOUNS, WORKING, Family, Operation, Step
@@ -32,6 +33,8 @@ LINKS = (", and ", " and ")
 """Between other halves."""
 SMALLEST_RESULT = 2
 """Minimum result, so that nouns are plural: "2 marbles"."""
+OPERATORS = {"+": ("+", add), "-": ("-", sub), "*": ("*", mul), "/": ("//", floordiv)}
+"""Operations of steps: operator in the calculator, and function."""
 
 
 @dataclass(frozen=True)
@@ -94,10 +97,10 @@ class _Draft:
             self.story.append(text[0].upper() + text[1:])
         self.subject = subject
 
-    def questions(self) -> tuple[str, ...]:
+    def questions(self) -> list[str]:
         """The questions that fit the current story."""
         taken_away = any(step.op in ("-", "/") for step in self.taken)
-        return self.family.questions + (self.family.remaining if taken_away else ())
+        return self.family.questions + (self.family.remaining if taken_away else [])
 
     def ask(self, pattern: str) -> None:
         """Ends the story with a question."""
@@ -279,15 +282,7 @@ def _check_range(name: str, limits: tuple[int, int], min: int, max: int) -> None
 
 def calculation(quantities: Sequence[int], op: Operation, operand: int) -> tuple[str, int]:
     """The calculator's expression for a step after the given quantities, and its value."""
-    quantity = quantities[-1]
-    match op:
-        case "+":
-            return f"{quantity}+{operand}", quantity + operand
-        case "-":
-            return f"{quantity}-{operand}", quantity - operand
-        case "*":
-            return f"{quantity}*{operand}", quantity * operand
-        case "/":
-            return f"{quantity}//{operand}", quantity // operand
-        case "total":
-            return "+".join(map(str, quantities)), sum(quantities)
+    if op == "total":
+        return "+".join(map(str, quantities)), sum(quantities)
+    operator, function = OPERATORS[op]
+    return f"{quantities[-1]}{operator}{operand}", function(quantities[-1], operand)

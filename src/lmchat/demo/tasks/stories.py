@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 
@@ -56,27 +56,23 @@ class Family:
         relay: each step is about another person than the step before.
     """
 
-    items: tuple[str, ...]
-    openings: tuple[str, ...]
-    starts: tuple[Step, ...]
-    steps: tuple[Step, ...]
-    questions: tuple[str, ...]
-    remaining: tuple[str, ...] = ()
+    items: list[str]
+    openings: list[str]
+    starts: list[Step]
+    steps: list[Step]
+    questions: list[str]
+    remaining: list[str] = field(default_factory=list)
     result: str = "{r} {items}"
     working: str = ""
     relay: bool = False
 
 
-def _family(texts: dict[str, Any]) -> Family:
-    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in texts.items()}
-    for key in ("starts", "steps"):
-        fields[key] = tuple(Step(**step) for step in texts[key])
-    return Family(**fields)
-
-
 _TEXTS = yaml.safe_load((resources.files(__package__) / "stories.yaml").read_text(encoding="utf-8"))
 
-FAMILIES: dict[str, Family] = {name: _family(texts) for name, texts in _TEXTS["families"].items()}
+FAMILIES: dict[str, Family] = {
+    name: Family(**{**texts, **{key: [Step(**step) for step in texts[key]] for key in ("starts", "steps")}})
+    for name, texts in _TEXTS["families"].items()
+}
 SHE: tuple[str, ...] = tuple(_TEXTS["she"])
 HE: tuple[str, ...] = tuple(_TEXTS["he"])
 PRONOUNS: dict[str, str] = {**dict.fromkeys(SHE, "she"), **dict.fromkeys(HE, "he")}
