@@ -52,22 +52,24 @@ def kind_of(path: Path) -> tuple[str, str]:
 
 
 @contextlib.contextmanager
-def open_text(path: Path, raw: BinaryIO) -> Iterator[tuple[BinaryIO, str]]:
+def open_text(path: Path, raw: BinaryIO, encoding: str | None = None) -> Iterator[tuple[BinaryIO, str]]:
     """Yields a file's content, decompressed and in UTF-8 without a byte order mark, and its encoding on disk.
 
-    Content in no Unicode encoding passes through unchanged.
+    Without ``encoding``, content in no Unicode encoding passes through unchanged.
 
     Args:
         path: name of the file; its suffix determines the compression.
         raw: the open file; its position shows the progress.
+        encoding: encoding on disk; default is the Unicode encoding that the first bytes show.
 
     Raises:
         UserError: the compressed data is damaged, or the compression is not supported.
     """
     try:
         content = io.BufferedReader(cast(Any, _decompressed(path, raw)), _CHUNK_BYTES)
-        bom, encoding = _encoding_of(content.peek(_PROBE_BYTES)[:_PROBE_BYTES])
-        content.read(bom)
+        if encoding is None:
+            bom, encoding = _encoding_of(content.peek(_PROBE_BYTES)[:_PROBE_BYTES])
+            content.read(bom)
         if encoding == "utf-8":
             yield content, encoding
         else:
@@ -98,15 +100,25 @@ def _decompressed(path: Path, raw: BinaryIO) -> Any:
 
 
 def _encoding_of(head: bytes) -> tuple[int, str]:
-    """Length of the byte order mark, and the encoding. Without a mark, zero bytes indicate UTF-16 of Latin text."""
+    """Length of the byte order mark, and the encoding. Without a mark, zero bytes indicate UTF-16."""
     for mark, encoding in _BOMS.items():
         if head.startswith(mark):
             return len(mark), encoding
     even, odd = head[0::2], head[1::2]
     for high, low, encoding in ((odd, even, "utf-16-le"), (even, odd, "utf-16-be")):
-        if len(head) >= 4 and high.count(0) > len(high) / 2 and low.count(0) < len(low) / 20:
+        # Spaces and line breaks have one in any script; all characters of Latin text do.
+        zeros = high.count(0)
+        enough = len(head) >= 4 and (zeros > len(high) / 2 or zeros >= max(4, len(high) / 50))
+        if enough and low.count(0) < zeros / 3 and _is_printed(head, encoding):
             return 0, encoding
     return 0, "utf-8"
+
+
+def _is_printed(head: bytes, encoding: str) -> bool:
+    if sum(32 <= byte < 127 for byte in head) > 0.7 * len(head):  # ASCII with zero bytes
+        return False
+    text = head[: len(head) // 2 * 2].decode(encoding, "replace")
+    return sum(character.isprintable() or character in "\r\n\t\f" for character in text) > 0.98 * len(text)
 
 
 class _ToUTF8(io.RawIOBase):

@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -159,7 +160,9 @@ def test_user_mistakes_are_named(source: Path, tmp_path: Path) -> None:
         import_folder(source, source / "deep" / "out", progress=False)
     latin = tmp_path / "latin.txt"
     latin.write_bytes("Größe".encode("latin-1"))
-    with pytest.raises(UserError, match=r"found 0 document.* \(left out: 1 not Unicode text.*, such as .*latin.txt"):
+    with pytest.raises(
+        UserError, match=r"found 0 document.* \(left out: 1 no text in a known encoding.*, such as .*latin.txt"
+    ):
         import_folder(latin, output, progress=False)
     with pytest.raises(UserError, match=r"validation_fraction is 1\.0"):
         import_folder(source, output, validation_fraction=1.0, progress=False)
@@ -211,7 +214,59 @@ def test_forms_and_encodings(tmp_path: Path, name: str, encoding: str) -> None:
     (tmp_path / name).write_bytes(FORMS[name].encode(encoding))
     report = import_folder(tmp_path / name, tmp_path / "out", progress=False)
     assert texts_in(tmp_path / "out") == EXPECTED
-    assert sum(report.reader.recoded.values()) == (not encoding.startswith("utf-8"))
+    assert len(report.reader.recoded) == (not encoding.startswith("utf-8"))
+
+
+RUSSIAN = "Широкая электрификация южных губерний даст мощный толчок подъёму сельского хозяйства."
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", f"{RUSSIAN}|еще"),
+        ("a.csv", f"text\n{RUSSIAN}\nеще\n"),
+        ("a.jsonl", f'{{"text": "{RUSSIAN}"}}\n{{"text": "еще"}}\n'),
+        ("a.json", f'["{RUSSIAN}", "еще"]'),
+    ],
+)
+@pytest.mark.parametrize(("encoding", "named"), [("cp1251", None), ("koi8-r", None), ("mac-cyrillic", "mac-cyrillic")])
+def test_other_encodings_are_detected_or_named(
+    tmp_path: Path, name: str, content: str, encoding: str, named: str | None
+) -> None:
+    (tmp_path / name).write_bytes(content.encode(encoding))
+    separator = "|" if name == "a.txt" else None
+    report = import_folder(tmp_path / name, tmp_path / "out", separator=separator, encoding=named, progress=False)
+    assert texts_in(tmp_path / "out") == sorted([RUSSIAN, "еще"])
+    assert list(report.reader.recoded) == [encoding.replace("koi8-", "koi8_").upper()]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        ("größer " * 50).encode() + b"\xff" + ("größer " * 50).encode(),
+        b"abc\0def\n" * 100,
+        bytes(range(1, 256)) * 9,
+        "ja".encode("utf-16")[:-1],
+    ],
+)
+def test_what_is_no_text_is_left_out(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.txt").write_bytes(content)
+    reader = DocumentReader()
+    assert list(reader.read(tmp_path / "a.txt")) == []
+    assert reader.left_out[NOT_TEXT] == [str(tmp_path / "a.txt")]
+
+
+def test_typographic_quotes_are_windows_1252(tmp_path: Path) -> None:
+    text = "It’s a “quoted” text — really. " * 4
+    (tmp_path / "a.txt").write_bytes(text.encode("cp1252"))
+    reader = DocumentReader()
+    assert (list(reader.read(tmp_path / "a.txt")), list(reader.recoded)) == ([text], ["CP1252"])
+
+
+def test_an_unknown_encoding_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").touch()
+    with pytest.raises(UserError, match="--encoding is klingon, which Python does not know"):
+        import_folder(tmp_path / "a.txt", tmp_path / "out", encoding="klingon", progress=False)
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv", "a.txt"])
@@ -240,9 +295,10 @@ def test_files_in_the_wild(tmp_path: Path) -> None:
     (source / "._a.txt").write_bytes(b"\0\5\26\7")
     (source / "scan.PDF").write_bytes(b"%PDF")
     (source / "notes").write_text("no suffix")
+    os.mkfifo(source / "pipe.txt")
     report = import_folder(source, tmp_path / "out", progress=False)
     assert texts_in(tmp_path / "out") == ["linked", "plain"]
-    assert report.found.others == {".pdf": 1, "without a suffix": 1}
+    assert report.found.others == {".pdf": 1, "without a suffix": 1, "no regular file": 1}
     shown = str(report)
     assert "1 .pdf" in shown and "1 hidden files" in shown
     assert f"a link that points nowhere: {source / 'lost.txt'}" in shown

@@ -78,6 +78,12 @@ def test_pages_that_are_none(html: str) -> None:
         ("é".encode("latin-1"), "iso-8859-1", "é"),
         (b'<meta charset="windows-1251">' + "да".encode("cp1251"), None, '<meta charset="windows-1251">да'),
         (b"\xff", "no-such-charset", "\ufffd"),
+        ("“да”".encode("cp1252", "ignore"), "iso-8859-1", "“”"),
+        (
+            ("Съешь ещё этих мягких французских булок. " * 3).encode("koi8-r"),
+            None,
+            "Съешь ещё этих мягких французских булок. " * 3,
+        ),
     ],
 )
 def test_encodings(content: bytes, charset: str | None, text: str) -> None:

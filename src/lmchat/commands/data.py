@@ -62,6 +62,7 @@ def import_(
     output: Path | None = None,
     text_field: str = "text",
     separator: str | None = None,
+    encoding: str | None = None,
     max_document_characters: int = 10_000_000,
     validation_fraction: float = 0.01,
     shard_characters: int = 250_000_000,
@@ -70,8 +71,8 @@ def import_(
     r"""Make shards from the text files under a folder.
 
     Reads .txt .md .rst .html .htm .jsonl .ndjson .json .csv .tsv .warc files and .xml exports of MediaWiki, also
-    compressed (.gz .zst .bz2 .xz), and .parquet, in UTF-8, UTF-16 or UTF-32. Documents are shuffled and exact
-    duplicates dropped. Files and folders that begin with a dot are left out; links are followed.
+    compressed (.gz .zst .bz2 .xz), and .parquet. Encodings are detected, and reported if not UTF-8. Documents are
+    shuffled and exact duplicates dropped. Files and folders that begin with a dot are left out; links are followed.
 
     Args:
         source: folder or file.
@@ -79,6 +80,8 @@ def import_(
         text_field: field of JSON records, or column of tables, with the text.
         separator: string that splits plain text files into documents, where \n is a line break, also a Windows one;
             default is one document per file.
+        encoding: encoding of files that are not Unicode and do not declare theirs, such as cp1251; default is to
+            detect it.
         max_document_characters: longer documents are split at the end of a paragraph, line or word.
         validation_fraction: share of the documents in the last shard, for validation.
         shard_characters: size of a shard in characters.
@@ -92,6 +95,7 @@ def import_(
             output or base_data_dir(),
             text_field=text_field,
             separator=separator,
+            encoding=encoding,
             max_document_characters=max_document_characters,
             validation_fraction=validation_fraction,
             shard_characters=shard_characters,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from lmchat.data.encodings import UnknownEncoding, legacy_encoding
 from lmchat.data.parquet_text import TEXT_COLUMN, read_documents
 from lmchat.data.web_text import HTML_SUFFIXES, WARC_SUFFIXES, decode_page, html_text, warc_texts
 from lmchat.data.wiki_text import MAX_PAGE_CHARACTERS, WIKI_SUFFIXES, NotAnExport, WikiPages
@@ -40,7 +41,7 @@ KINDS = f"{' '.join(SUFFIXES)} .parquet (the text ones also as {' '.join(COMPRES
 
 MAX_DOCUMENT_CHARACTERS = 10_000_000
 
-NOT_TEXT = "not Unicode text (convert it with iconv)"
+NOT_TEXT = "no text in a known encoding (name it with --encoding)"
 TOO_LONG = "a record that is too long"
 NOT_AN_EXPORT = "XML that is no MediaWiki export"
 
@@ -111,7 +112,9 @@ def _sort_in(path: Path, found: FoundFiles) -> None:
     kind, compression = kind_of(path)
     if not path.exists():
         found.broken_links.append(path)
-    elif path.is_file() and (kind in SUFFIXES or (kind == ".parquet" and not compression)):
+    elif not path.is_file():
+        found.others["no regular file"] += 1
+    elif kind in SUFFIXES or (kind == ".parquet" and not compression):
         found.files.append(path)
     else:
         found.others[kind + compression or "without a suffix"] += 1
@@ -141,11 +144,12 @@ class DocumentReader:
     Attributes:
         text_field: field of JSON records, or column of tables, with the text.
         separator: splits plain text files into documents.
+        encoding: encoding of files that are not Unicode and do not declare theirs; default is to detect it.
         max_characters: longer documents are split at the end of a paragraph, line or word.
         bar: progress in bytes of the files.
         left_out: files and records that are left out, by reason.
         left_out_pages: number of pages of wikis that are no articles, by reason.
-        recoded: number of files by encoding, if not UTF-8.
+        recoded: files by encoding, if not UTF-8.
         divided: number of documents longer than ``max_characters``.
         plain_files: number of plain text files read.
         divided_files: number of plain text files that contained the separator.
@@ -153,11 +157,12 @@ class DocumentReader:
 
     text_field: str = TEXT_COLUMN
     separator: re.Pattern[str] | None = None
+    encoding: str | None = None
     max_characters: int = MAX_DOCUMENT_CHARACTERS
     bar: ProgressBar = field(default_factory=lambda: ProgressBar("Reading text", enabled=False))
     left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     left_out_pages: Counter[str] = field(default_factory=Counter)
-    recoded: Counter[str] = field(default_factory=Counter)
+    recoded: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     divided: int = 0
     plain_files: int = 0
     divided_files: int = 0
@@ -175,15 +180,14 @@ class DocumentReader:
             self.bar.set(before + size)
             return
         try:
-            if kind_of(path)[0] in PLAIN_SUFFIXES and not _is_text(path):
-                self.left_out[NOT_TEXT].append(str(path))
-                return
-            with path.open("rb") as raw, open_text(path, raw) as (file, encoding):
+            with path.open("rb") as raw, open_text(path, raw, self._legacy_encoding(path)) as (file, encoding):
                 if encoding != "utf-8":
-                    self.recoded[encoding.upper()] += 1
+                    self.recoded[encoding.upper()].append(str(path))
                 for text in self._texts(path, file):
                     yield text
                     self.bar.set(before + raw.tell())
+        except UnknownEncoding:
+            self.left_out[NOT_TEXT].append(str(path))
         except NotAnExport:
             self.left_out[NOT_AN_EXPORT].append(str(path))
         except LongRecord as error:
@@ -191,6 +195,17 @@ class DocumentReader:
         except OSError as error:
             raise UserError(f"cannot read {path} ({error.strerror or error})") from error
         self.bar.set(before + size)
+
+    def _legacy_encoding(self, path: Path) -> str | None:
+        kind = kind_of(path)[0]
+        if kind in (*HTML_SUFFIXES, *WARC_SUFFIXES, *WIKI_SUFFIXES):  # declare theirs
+            return None
+        try:
+            return legacy_encoding(path, self.encoding)
+        except UnknownEncoding:
+            if kind in PLAIN_SUFFIXES:
+                raise
+            return None  # the record that cannot be read will be named
 
     def _texts(self, path: Path, file: BinaryIO) -> Iterator[str]:
         kind, limit = kind_of(path)[0], self.max_characters * _JSON_BYTES_PER_CHARACTER
@@ -288,18 +303,3 @@ def _boundary(text: str, max: int) -> int:
         if (end := text.rfind(mark, max // 2, max)) >= 0:
             return end + len(mark)
     return max
-
-
-def _is_text(path: Path) -> bool:
-    """Whether a file's content is Unicode text without zero bytes."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    with path.open("rb") as raw, open_text(path, raw) as (file, _):
-        try:
-            while chunk := file.read(_CHUNK_BYTES):
-                if b"\0" in chunk:
-                    return False
-                decoder.decode(chunk)
-            decoder.decode(b"", final=True)
-        except UnicodeDecodeError:
-            return False
-    return True

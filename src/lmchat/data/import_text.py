@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lmchat.data.documents import MAX_DOCUMENT_CHARACTERS, DocumentReader, FoundFiles, find_files, parse_separator
+from lmchat.data.encodings import browser_encoding
 from lmchat.data.parquet_text import TEXT_COLUMN
 from lmchat.data.shard_writer import WrittenShards, write_shards
 from lmchat.option_checks import check_count
@@ -43,8 +44,9 @@ class ImportReport:
         for reason, places in left_out.items():
             lines += [f"  {reason}: {place}" for place in places[:_LISTED]]
             lines += [f"  ... and {len(places) - _LISTED:,} more"] if len(places) > _LISTED else []
-        for encoding, count in reader.recoded.items():
-            lines.append(f"read as {encoding}: {count:,} files")
+        for encoding, files in reader.recoded.items():
+            detected = "" if encoding.startswith("UTF") or reader.encoding else "; --encoding names another"
+            lines.append(f"read as {encoding}: {len(files):,} files, such as {files[0]}{detected}")
         if reader.divided:
             lines.append(
                 f"divided: {reader.divided:,} documents longer than {reader.max_characters:,} characters "
@@ -61,6 +63,7 @@ def import_folder(
     *,
     text_field: str = TEXT_COLUMN,
     separator: str | None = None,
+    encoding: str | None = None,
     max_document_characters: int = MAX_DOCUMENT_CHARACTERS,
     validation_fraction: float = 0.01,
     shard_characters: int = 250_000_000,
@@ -76,6 +79,7 @@ def import_folder(
         output: folder to create; see `write_shards` for this and the other arguments.
         text_field: field of JSON records, or column of tables, with the text.
         separator: splits plain text files into documents; see `parse_separator`.
+        encoding: encoding of files that are not Unicode and do not declare theirs; default is to detect it.
         max_document_characters: longer documents are split.
         progress: show a progress bar on stderr.
 
@@ -86,11 +90,15 @@ def import_folder(
     if output.resolve().is_relative_to(source.resolve()):
         raise UserError(f"the output folder {output} lies inside the source {source}; choose one outside of it")
     check_count("", 1, max_document_characters=max_document_characters)
+    if encoding is not None and browser_encoding(encoding) is None:
+        raise UserError(
+            f"--encoding is {encoding}, which Python does not know; name one such as cp1251, koi8-r or gb18030"
+        )
     pattern = parse_separator(separator)
     found = find_files(source)
     sizes = {path: path.stat().st_size for path in found.files}
     with ProgressBar("Reading text", sum(sizes.values()), unit="B", enabled=progress) as bar:
-        reader = DocumentReader(text_field, pattern, max_document_characters, bar)
+        reader = DocumentReader(text_field, pattern, encoding, max_document_characters, bar)
         try:
             shards = write_shards(
                 _documents(reader, found.files, separator),

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from lmchat.data.encodings import SAMPLE_BYTES, browser_encoding, detect_encoding
 from lmchat.types import UserError
 
 HTML_SUFFIXES = (".html", ".htm")
@@ -66,14 +67,16 @@ def _gap(tag: str) -> str:
 
 
 def decode_page(content: bytes, charset: str | None = None) -> str:
-    """Decodes a page by the charset of its headers or its own declaration, else as UTF-8; wrong bytes become U+FFFD."""
+    """Decodes a page by its headers' charset or its own declaration, else as what it is; wrong bytes become U+FFFD."""
     declared = _CHARSET.search(content[:2048])
-    for name in (charset, declared[1].decode("ascii") if declared else None, "utf-8"):
-        try:
-            return content.decode(name, errors="replace") if name else content.decode("utf-8")
-        except (LookupError, UnicodeDecodeError):
-            continue
-    return content.decode("utf-8", errors="replace")
+    for name in (charset, declared[1].decode("ascii") if declared else None):
+        if name and (encoding := browser_encoding(name)):
+            return content.decode(encoding, errors="replace")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        start = content.rfind(b"\n", 0, error.start) + 1
+        return content.decode(detect_encoding(content[start : start + SAMPLE_BYTES]) or "utf-8", errors="replace")
 
 
 def warc_texts(file: BinaryIO, path: Path, max_bytes: int) -> Iterator[str | None]:
