@@ -71,15 +71,15 @@ test-torch211:  ## run the tests on torch 2.11, in an environment of its own
 	@$(TORCH211)/bin/python -m pip install -q 'torch==2.11.*' -e '.[dev,plot,serve]'
 	@$(TORCH211)/bin/python -m pytest -m 'not slow and not gpu' -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
-# On a GPU image without pip or a network: the image's own Python, and three packages that are carried to it, as the
-# ignored folder benchmarks/wheels. `make gpu-wheels` fills it where there is a network.
+# On a GPU image without pip or a network: the image's own Python, and four packages that are carried to it, as the
+# ignored folder benchmarks/wheels (25 MB). `make gpu-wheels` fills it where there is a network.
 WHEELS := benchmarks/wheels
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 ON_GPU := PYTHONPATH=src:tests/helpers:$(WHEELS)$(if $(PYTHONPATH),:$(PYTHONPATH)) $(GPU_PYTHON)
 
 gpu-wheels:  ## download what a stock torch image lacks, to carry it along
-	@$(PYTHON) -m pip download -q --no-deps -d $(WHEELS) jsonargparse docstring_parser typeshed_client
-	@for wheel in $(WHEELS)/*.whl; do $(PYTHON) -m zipfile -e $$wheel $(WHEELS); done
+	@$(PYTHON) -m pip download -q --no-deps -d $(WHEELS) jsonargparse docstring_parser typeshed_client torchao
+	@for wheel in $(WHEELS)/*.whl; do $(PYTHON) -m zipfile -e $$wheel $(WHEELS) && rm $$wheel; done
 
 test-gpu:  ## run the GPU tests on one card
 	@$(ON_GPU) -m pytest -o addopts=--import-mode=importlib -q -m gpu tests/test_gpu.py

@@ -31,7 +31,7 @@ def test_figures_are_kept_as_they_come(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_part_is_stopped_at_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(gpu_run.LIMITS, "environment", 0.05)
+    monkeypatch.setitem(gpu_run.LIMITS, "environment", 0.05 / gpu_run.SLOWER_CPU)
     ended = gpu_run.start_part("environment", tmp_path, toy=True)
     assert ended["status"] == "stopped after 0.05 s"
 

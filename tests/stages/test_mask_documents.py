@@ -38,7 +38,9 @@ def fit(base: Path, tag: str, *options: str) -> dict[str, object]:
     return {**load_model_state(checkpoint), "mask_documents": checkpoint.meta["mask_documents"]}
 
 
-def test_a_run_masks_documents(short_documents: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_masks_documents(
+    short_documents: Path, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
     base, on = short_documents, ["--data.mask_documents", "true"]
     masked = fit(base, "masked", *on)
     assert masked["mask_documents"] is True
@@ -48,6 +50,7 @@ def test_a_run_masks_documents(short_documents: Path, capsys: pytest.CaptureFixt
     assert fit(base, "changed", *start)["mask_documents"] is False
     options = ["--model.checkpoint_blocks", "true", "--trainer.strategy", "zero2_muon"]
     assert same(fit(base, "options", *on, *options), masked)
+    assert not any("sync_dist" in str(warning.message) for warning in recwarn), "a distributed run logs reduced metrics"
     capsys.readouterr()
     validated = []
     for option in ("false", "true"):

@@ -66,11 +66,11 @@ SUPPRESSED_WARNINGS = [
     ".*your dataloader is not resumable.*",
     ".*smaller than the logging interval.*",
     ".*Total length of `list` across ranks is zero.*",
-    r".*It is recommended to use `self.log\('step'.*",
+    r".*It is recommended to use `self.log\('(step|val/[^']*)'.*",
 ]
 """Lightning's warnings that do not apply: packed batches load fast and know their length; a run with a time budget may
 continue without one; the DataModule saves the data position; the monitor logs at its own interval; a run may have no
-evaluation; all ranks log the same step."""
+evaluation; all ranks log the same step, and metrics that the evaluators have reduced over the ranks."""
 
 _NOT_INSTALLED = re.compile(r"class_path '(?:[\w.]+\.)?(\w+)':\s+Requirement '([^']+)' not met")
 
