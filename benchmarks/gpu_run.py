@@ -188,7 +188,9 @@ def tests(shapes: Shapes, report: Report) -> None:
     done = subprocess.run([*command, "tests/test_gpu.py"], cwd=REPOSITORY, capture_output=True, text=True)
     print(done.stdout[-4000:], done.stderr[-2000:])
     lines = done.stdout.splitlines()
-    report(result=lines[-1] if lines else "no output", failed=[line for line in lines if line.startswith("FAILED")])
+    report(
+        result=lines[-1] if lines else done.stderr[-200:], failed=[line for line in lines if line.startswith("FAILED")]
+    )
 
 
 def _micro_batches(net: Any, rows: int, count: int) -> list[float]:

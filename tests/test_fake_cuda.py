@@ -73,10 +73,11 @@ def test_a_training_step_needs_no_float64() -> None:
 @torch.no_grad()
 def test_a_training_step_does_not_wait_for_the_device(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the backward pass of torch's own operators, which needs a torch built for CUDA."""
-    monkeypatch.setattr(losses, "_compiled", lambda function: function)
+    for module in (losses, gpt):
+        monkeypatch.setattr(module, "compiled", lambda function: function)
     with fake_cuda() as waits:
         net = network()
-        net.fused_head = net.mix_in_blocks = fused
+        net.fused_ends = net.mix_in_blocks = fused
         optimizer = MuonAdamW(build_param_groups(net.named_parameters(), n_embd=64), polar_dtype=torch.bfloat16)
         waits.count = 0
         for _ in range(2):

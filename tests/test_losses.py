@@ -223,7 +223,7 @@ def test_the_variant_for_the_compiler_computes_the_same(dtype: torch.dtype) -> N
 
 def test_fused_compiles_what_lies_between_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
-    monkeypatch.setattr(head, "_compiled", lambda function: compiled.append(function.__name__) or function)
+    monkeypatch.setattr(head, "compiled", lambda function: compiled.append(function.__name__) or function)
     hidden, weight, targets = problem((2, 9), 4, 7, 1)
     values = [linear_cross_entropy(hidden, weight, targets, vocab_size=7, fused=fused) for fused in (False, True)]
     assert values[0].equal(values[1])

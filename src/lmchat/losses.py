@@ -143,7 +143,7 @@ def _token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, coefficients:
     """coefficient · nll (tokens,)."""
     cap = options.softcap
     losses = torch.empty_like(coefficients)
-    chunk_losses = _compiled(_chunk_losses) if options.fused else _chunk_losses
+    chunk_losses = compiled(_chunk_losses) if options.fused else _chunk_losses
     for chunk, picks, logits in _logits(hidden, weight, targets, options):
         losses[chunk] = chunk_losses(logits, picks, coefficients[chunk], cap)
     return losses
@@ -165,7 +165,7 @@ def _losses_and_gradients(
     losses = torch.empty_like(coefficients)
     grad_hidden = torch.empty_like(hidden)
     grad_weight = torch.zeros_like(weight)
-    differentiate = _compiled(_loss_and_logit_gradient_fused) if options.fused else _loss_and_logit_gradient
+    differentiate = compiled(_loss_and_logit_gradient_fused) if options.fused else _loss_and_logit_gradient
     for chunk, picks, logits in _logits(hidden, weight, targets, options):
         chunk_losses, grad = differentiate(logits, picks, coefficients[chunk, None], cap)
         losses[chunk] = chunk_losses[:, 0]
@@ -182,7 +182,7 @@ def _losses_and_projected_gradients(
     losses = torch.empty_like(coefficients)
     grad_hidden = torch.empty_like(hidden)
     grad_weight = torch.zeros_like(weight)
-    differentiate = _compiled(_loss_and_logit_gradient_fused) if options.fused else _loss_and_logit_gradient
+    differentiate = compiled(_loss_and_logit_gradient_fused) if options.fused else _loss_and_logit_gradient
     for start in range(0, len(targets), options.chunk_tokens):
         chunk = slice(start, start + options.chunk_tokens)
         picks, scale = targets[chunk, None].clamp(min=0), coefficients[chunk, None]
@@ -235,7 +235,8 @@ def _sigmoid_(logits: Tensor, cap: float) -> Tensor:
 
 
 @cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function compiled for fixed shapes, one graph per shape."""
     return torch.compile(function, dynamic=False)
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lmchat.model import attention
+from lmchat import losses
+from lmchat.model import attention, gpt
 from lmchat.model.attention_timing import use_backends
 from lmchat.model.compile import compile_blocks, recomputing
 from lmchat.model.config import GPTConfig
@@ -104,4 +105,21 @@ def test_what_is_compiled_on_which_device(device_type: str, monkeypatch: pytest.
     compile_blocks(net)
     compile_blocks(net, recompute=True)
     assert backends == ["inductor"] * 2 + [recomputing("inductor")] * 2
-    assert net.fused_head == net.mix_in_blocks == (device_type == "cuda")
+    assert net.fused_ends == net.mix_in_blocks == (device_type == "cuda")
+
+
+def test_compiled_look_ups_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The losses are equal bit for bit; gradients up to the order of summation in fp32."""
+    monkeypatch.setattr(gpt, "compiled", lambda function: torch.compile(function, backend="inductor", dynamic=False))
+    monkeypatch.setattr(losses, "compiled", lambda function: function)
+    ids = torch.randint(70, (2, 16), generator=torch.Generator().manual_seed(1))
+    results = []
+    for fused in (False, True):
+        net = GPT(CONFIG, compute_dtype=torch.bfloat16)
+        net.init_weights(torch.Generator().manual_seed(0))
+        net.fused_ends = fused
+        tables = [net.transformer.wte.weight, *net.value_embeds.parameters()]
+        hidden = net.hidden(ids)
+        results.append((hidden, torch.autograd.grad(hidden.float().square().sum() / 100, tables)))
+    assert results[0][0].equal(results[1][0])
+    torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-5, atol=1e-6)

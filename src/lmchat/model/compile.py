@@ -15,7 +15,7 @@ RECOMPILE_LIMIT = 32
 
 
 def compile_blocks(net: GPT, *, recompute: bool = False) -> None:
-    """Compiles each block in place for fixed shapes; on CUDA the residual mix with it, and the head's loss too.
+    """Compiles each block in place for fixed shapes; on CUDA with the mix, and the look-ups and the head's loss too.
 
     Parameter names stay. Blocks of one kind share their code: there are four kinds at most, by window and value
     embedding. On a CPU the mix and the head gain nothing by it.
@@ -29,7 +29,7 @@ def compile_blocks(net: GPT, *, recompute: bool = False) -> None:
     on_gpu = net.device.type == "cuda"
     for block in net.blocks:
         block.compile(dynamic=False, backend=recomputing("inductor") if recompute else "inductor")
-    net.fused_head = net.mix_in_blocks = on_gpu
+    net.fused_ends = net.mix_in_blocks = on_gpu
 
 
 @cache  # Compiled code is shared only between functions with the same backend.

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lmchat.losses import Reduction, linear_cross_entropy, softcap
+from lmchat.losses import Reduction, compiled, linear_cross_entropy, softcap
 from lmchat.model.attention import BACKENDS, Attend, attend_banded, choose_backend, exclude_cudnn
 from lmchat.model.config import GATE_CHANNELS, GPTConfig
 from lmchat.model.kv_cache import AttentionCache
@@ -214,6 +214,11 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
 
 
+def _look_up(ids: Tensor, dtype: torch.dtype, table: Tensor) -> Tensor:
+    """Rows of a token table, (..., width). Compiled, rows and their gradients move in ``dtype``; sums stay fp32."""
+    return F.embedding(ids, table).to(dtype)
+
+
 class GPT(nn.Module):
     """The language model.
 
@@ -228,7 +233,8 @@ class GPT(nn.Module):
 
     Attributes:
         attention_backend: name of the backend in use, chosen again when the model moves to another device.
-        fused_head: the head's loss is compiled. Set by `lmchat.model.compile.compile_blocks`, like the next.
+        fused_ends: look-ups in the token tables and the head's loss are compiled. Set by
+            `lmchat.model.compile.compile_blocks`, like the next.
         mix_in_blocks: the residual mix is part of the (compiled) blocks.
         checkpoint_blocks: keep only each block's input, and run the block again in the backward pass: less memory for
             about a third more time.
@@ -251,7 +257,7 @@ class GPT(nn.Module):
         self.rotary_dtype = rotary_dtype or (torch.bfloat16 if config.rounds_rotary_tables else torch.float32)
         self.attention = attention
         self._first_device: str | None = None
-        self.fused_head = False
+        self.fused_ends = False
         self.mix_in_blocks = False
         self.checkpoint_blocks = False
         vocab = config.padded_vocab_size
@@ -378,7 +384,7 @@ class GPT(nn.Module):
             reduction=reduction,
             weights=weights,
             token_losses=token_losses,
-            fused=self.fused_head,
+            fused=self.fused_ends,
             project=self.lm_head.fp8[0] if self.training and self.lm_head.fp8 else None,
         )
 
@@ -408,7 +414,9 @@ class GPT(nn.Module):
         self, ids: Tensor, kv_cache: AttentionCache | None, only: Tensor | None, starts: Tensor | None
     ) -> Tensor:
         cos, sin = self._rotary_tables(ids.size(1), kv_cache)
-        x = norm(self.transformer.wte(ids).to(self.compute_dtype))
+        fused = self.fused_ends and kv_cache is None
+        look_up = partial(compiled(_look_up) if fused else _look_up, ids, self.compute_dtype)
+        x = norm(look_up(self.transformer.wte.weight))
         x0 = x
         for layer, block in enumerate(self.blocks):
             mix = (x0, self.resid_lambdas[layer], self.x0_lambdas[layer]) if self.config.residual_mix else None
@@ -420,7 +428,9 @@ class GPT(nn.Module):
                 run = partial(run, only=only)
             if starts is not None:
                 run = partial(run, starts=starts)
-            value_embedding = self._value_embedding(layer, ids)
+            value_embedding = None
+            if str(layer) in self.value_embeds:
+                value_embedding = look_up(cast(Embedding, self.value_embeds[str(layer)]).weight)
             if self.mix_in_blocks:
                 x = run(x, value_embedding, cos, sin, kv_cache, mix)
             else:
@@ -428,10 +438,6 @@ class GPT(nn.Module):
         if kv_cache is not None:
             kv_cache.advance(ids.size(1))
         return norm(x)
-
-    def _value_embedding(self, layer: int, ids: Tensor) -> Tensor | None:
-        name = str(layer)
-        return self.value_embeds[name](ids).to(self.compute_dtype) if name in self.value_embeds else None
 
     def _rotary_tables(self, length: int, kv_cache: AttentionCache | None) -> tuple[Tensor, Tensor]:
         end = length if kv_cache is None else kv_cache.context_end(length)
