@@ -16,6 +16,7 @@ from lmchat.model.attention import attend_banded
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT
 from lmchat.optim.muon_adamw import MuonAdamW, build_param_groups
+from lmchat.rl.shared_prompt import SharedPrompt
 
 CONFIG = GPTConfig(sequence_len=64, vocab_size=300, n_layer=4, n_head=4, n_kv_head=2, n_embd=64)
 
@@ -96,4 +97,14 @@ def test_a_training_step_does_not_wait_for_the_device(fused: bool, monkeypatch: 
             optimizer.zero_grad()
         net.loss(ids, ids, reduction="none")
         net.loss(ids, ids)
+        assert waits.count == 0
+
+
+@torch.no_grad()
+def test_samples_behind_a_shared_prompt_do_not_wait_for_the_device() -> None:
+    with fake_cuda() as waits:
+        net = network()
+        waits.count = 0
+        ids = torch.zeros(1, 40, dtype=torch.int64, device="cuda")
+        assert net.hidden(ids, SharedPrompt(10, [12, 3, 15], ids.device)).shape == (1, 40, 64)
         assert waits.count == 0

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from lmchat.model.attention import attend_banded, attention, window_mask
 
-HIDDEN = torch.iinfo(torch.int32).max
+HIDDEN = 2**31 - 1
 """Position of padding: no token sees it."""
 
 
@@ -26,18 +28,20 @@ class SharedPrompt:
 
     def __init__(self, prompt: int, samples: Sequence[int], device: torch.device) -> None:
         self._prompt = prompt
-        lengths = torch.tensor(samples)
-        self._end = prompt + max(samples)
-        columns = torch.arange(max(samples))
+        lengths, columns = np.array(samples), np.arange(max(samples))
+        self._end = prompt + len(columns)
         inside = columns < lengths[:, None]
-        table = torch.where(inside, (prompt + lengths.cumsum(0) - lengths)[:, None] + columns, 0)
-        positions = torch.where(inside, prompt + columns, HIDDEN)
-        of_prompt = torch.arange(prompt)
-        self._row = torch.cat([of_prompt, positions[inside]])[None].to(device)
-        self._inside = inside.flatten().nonzero()[:, 0].to(device)
-        self._table = table.to(device)
-        self._queries = positions.to(device)
-        self._keys = torch.cat([of_prompt.expand(len(samples), -1), positions], dim=1).to(device)
+        table = np.where(inside, (prompt + lengths.cumsum() - lengths)[:, None] + columns, 0)
+        queries = np.where(inside, prompt + columns, HIDDEN)
+        of_prompt = np.arange(prompt)
+        keys = np.concatenate([np.tile(of_prompt, (len(samples), 1)), queries], axis=1)
+        row = np.concatenate([of_prompt, queries[inside]])[None]
+
+        def on_device(values: npt.NDArray[np.int64]) -> Tensor:
+            return torch.from_numpy(values).to(device, non_blocking=True)
+
+        self._row, self._inside = on_device(row), on_device(np.flatnonzero(inside))
+        self._table, self._queries, self._keys = on_device(table), on_device(queries), on_device(keys)
         self._masks: dict[int, Tensor] = {}
 
     def context_end(self, length: int) -> int:
