@@ -215,7 +215,8 @@ def d12(shapes: Shapes, report: Report) -> None:
     from lmchat.hardware import peak_flops, peak_memory_bytes
     from lmchat.model.attention_timing import choose_by_timing, use_backends
     from lmchat.model.compile import compile_blocks
-    from lmchat.optim.muon_adamw import MuonAdamW, build_param_groups
+    from lmchat.optim.muon_adamw import MuonAdamW
+    from lmchat.optim.param_groups import build_param_groups
     from lmchat.scaling import flops_per_token
 
     depth, length, rows = shapes.d12

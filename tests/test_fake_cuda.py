@@ -15,7 +15,8 @@ from lmchat.model import gpt
 from lmchat.model.attention import attend_banded
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT
-from lmchat.optim.muon_adamw import MuonAdamW, build_param_groups
+from lmchat.optim.muon_adamw import MuonAdamW
+from lmchat.optim.param_groups import build_param_groups
 from lmchat.rl.shared_prompt import SharedPrompt
 
 CONFIG = GPTConfig(sequence_len=64, vocab_size=300, n_layer=4, n_head=4, n_kv_head=2, n_embd=64)

@@ -14,7 +14,8 @@ from lmchat.model.attention import probe
 from lmchat.model.compile import compile_blocks
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT
-from lmchat.optim.muon_adamw import MuonAdamW, build_param_groups
+from lmchat.optim.muon_adamw import MuonAdamW
+from lmchat.optim.param_groups import build_param_groups
 from lmchat.stages.data_module import StageDataModule
 from lmchat.types import Batch
 

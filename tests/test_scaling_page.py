@@ -15,7 +15,8 @@ import make_scaling_tables as page
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT
 from lmchat.optim.buckets import Bucket, make_buckets
-from lmchat.optim.muon_adamw import MuonAdamW, build_param_groups
+from lmchat.optim.muon_adamw import MuonAdamW
+from lmchat.optim.param_groups import build_param_groups
 from lmchat.scaling import config_for_depth
 
 

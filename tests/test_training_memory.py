@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lmchat.model.compile import recomputing
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT
-from lmchat.optim.muon_adamw import MuonAdamW, build_param_groups
+from lmchat.optim.muon_adamw import MuonAdamW
+from lmchat.optim.param_groups import build_param_groups
 from lmchat.scaling import config_for_depth
 from lmchat.training_memory import (
     Mode,

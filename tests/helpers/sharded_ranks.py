@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from lmchat.optim import collectives
 from lmchat.optim.collectives import maximum_over
-from lmchat.optim.muon_adamw import MuonAdamW, build_param_groups
+from lmchat.optim.muon_adamw import MuonAdamW
+from lmchat.optim.param_groups import build_param_groups
 from lmchat.optim.sharded import ShardedMuonAdamW
 
 RANKS = 4

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 import lmchat.strategies.zero2_muon  # noqa: F401  (registers the strategy)
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT
-from lmchat.optim.muon_adamw import MuonAdamW, build_param_groups
+from lmchat.optim.muon_adamw import MuonAdamW
+from lmchat.optim.param_groups import build_param_groups
 
 CONFIG = GPTConfig(sequence_len=16, vocab_size=64, n_layer=3, n_head=2, n_kv_head=2, n_embd=32, window_pattern="SL")
 MICRO_BATCHES_PER_STEP = 12

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lmchat.optim.adamw import adamw_update
+from lmchat.optim.muon_adamw import adamw_update
 
 
 class Moments:

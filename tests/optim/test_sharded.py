@@ -14,7 +14,8 @@ import sharded_ranks as worker
 from forked import exit_statuses, start
 from lmchat.model.gpt import GPT
 from lmchat.optim.buckets import Bucket, RowBucket, assign_owners, make_buckets
-from lmchat.optim.muon_adamw import MuonAdamW, build_param_groups
+from lmchat.optim.muon_adamw import MuonAdamW
+from lmchat.optim.param_groups import build_param_groups
 from lmchat.scaling import config_for_depth
 from lmchat.types import UserError
 

@@ -1,4 +1,4 @@
-"""Token files: the tokens of one parquet shard, in a memory-mapped format.
+"""The format of token files, which hold the tokens of one parquet shard.
 
 A token file consists of a header of 4,096 bytes (JSON, readable with ``head -1``), the concatenated tokens of all
 documents (uint16 or uint32, each document starting with BOS), and the int64 offsets of the documents and of the end.
@@ -11,14 +11,12 @@ import hashlib
 import json
 import os
 import stat
-import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from lmchat.paths import base_dir
 from lmchat.types import UserError
@@ -129,39 +127,18 @@ def read_header(path: Path, tokenizer: TextTokenizer) -> Header:
 
 
 def read_offsets(path: Path, header: Header) -> npt.NDArray[np.int64]:
-    """The (documents + 1,) offsets of a token file, without the check of the whole file that `TokenShard` makes.
+    """The (documents + 1,) offsets of a token file, without a check of the whole file.
 
     Raises:
         UserError: they are damaged.
     """
     offsets = np.fromfile(path, dtype=np.int64, count=header.documents + 1, offset=header.offsets_at)
-    _check_offsets(path, header, offsets)
+    check_offsets(path, header, offsets)
     return offsets
 
 
-def _check_offsets(path: Path, header: Header, offsets: npt.NDArray[np.int64]) -> None:
+def check_offsets(path: Path, header: Header, offsets: npt.NDArray[np.int64]) -> None:
+    """Raises `UserError` unless the offsets fit the header."""
     whole = len(offsets) == header.documents + 1 and offsets[0] == 0 and offsets[-1] == header.tokens
     if not whole or (np.diff(offsets) < 1).any():
         raise UserError(f"the token file {path} is damaged (wrong offsets); delete it, and it is made again")
-
-
-class TokenShard:
-    """A memory-mapped token file.
-
-    Attributes:
-        tokens: (tokens,) uint16 or uint32.
-        offsets: (documents + 1,) int64.
-
-    Raises:
-        UserError: the checksum is wrong. Computing it also reads the file into the page cache.
-    """
-
-    def __init__(self, path: Path, header: Header) -> None:
-        # Arrow closes the file descriptor after mapping, so thousands of shards stay within the limit of open files.
-        with pa.memory_map(str(path)) as file:
-            data = file.read_buffer()
-        if header.file_bytes != len(data) or zlib.crc32(data[HEADER_BYTES:]) != header.crc32:
-            raise UserError(f"the token file {path} is damaged (wrong checksum); delete it, and it is made again")
-        self.tokens = np.frombuffer(data, dtype=header.dtype, count=header.tokens, offset=HEADER_BYTES)
-        self.offsets = np.frombuffer(data, dtype=np.int64, offset=header.offsets_at)
-        _check_offsets(path, header, self.offsets)

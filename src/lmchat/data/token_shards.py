@@ -1,10 +1,11 @@
-"""The documents of several token files as one sequence."""
+"""The documents of several memory-mapped token files as one sequence."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import threading
+import zlib
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property
@@ -13,10 +14,42 @@ from typing import overload
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from lmchat.data.parquet_text import list_shards
-from lmchat.data.token_file import TextTokenizer, TokenShard, read_header, read_offsets, token_dir, token_path
+from lmchat.data.token_file import (
+    HEADER_BYTES,
+    Header,
+    TextTokenizer,
+    check_offsets,
+    read_header,
+    read_offsets,
+    token_dir,
+    token_path,
+)
 from lmchat.types import UserError
+
+
+class TokenShard:
+    """A memory-mapped token file.
+
+    Attributes:
+        tokens: (tokens,) uint16 or uint32.
+        offsets: (documents + 1,) int64.
+
+    Raises:
+        UserError: the checksum is wrong. Computing it also reads the file into the page cache.
+    """
+
+    def __init__(self, path: Path, header: Header) -> None:
+        # Arrow closes the file descriptor after mapping, so thousands of shards stay within the limit of open files.
+        with pa.memory_map(str(path)) as file:
+            data = file.read_buffer()
+        if header.file_bytes != len(data) or zlib.crc32(data[HEADER_BYTES:]) != header.crc32:
+            raise UserError(f"the token file {path} is damaged (wrong checksum); delete it, and it is made again")
+        self.tokens = np.frombuffer(data, dtype=header.dtype, count=header.tokens, offset=HEADER_BYTES)
+        self.offsets = np.frombuffer(data, dtype=np.int64, offset=header.offsets_at)
+        check_offsets(path, header, self.offsets)
 
 
 class TokenShards:

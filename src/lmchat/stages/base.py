@@ -22,7 +22,8 @@ from lmchat.model.attention_timing import choose_by_timing, use_backends
 from lmchat.model.compile import compile_blocks
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT, default_compute_dtype
-from lmchat.optim.muon_adamw import MuonAdamW, build_param_groups
+from lmchat.optim.muon_adamw import MuonAdamW
+from lmchat.optim.param_groups import build_param_groups
 from lmchat.option_checks import check_count, check_range
 from lmchat.paths import base_dir, expand_user, is_folder_name
 from lmchat.paths import tokenizer_dir as default_tokenizer_dir

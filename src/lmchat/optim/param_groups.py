@@ -1,0 +1,97 @@
+"""The parameter groups of a GPT: which parameters Muon updates and which AdamW, and with which settings."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from lmchat.types import UserError
+
+REFERENCE_WIDTH = 768
+"""Width that the AdamW learning rates of tables are tuned for; otherwise they are × √(REFERENCE_WIDTH / n_embd)."""
+
+
+def build_param_groups(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    n_embd: int,
+    *,
+    lr_scale: float = 1.0,
+    embedding_lr: float = 0.3,
+    unembedding_lr: float = 0.004,
+    matrix_lr: float = 0.02,
+    scalar_lr: float = 0.5,
+    weight_decay: float = 0.2,
+    momentum: float = 0.95,
+    betas: tuple[float, float] = (0.8, 0.95),
+    muon_beta2: float = 0.95,
+) -> list[dict[str, Any]]:
+    """nanochat's parameter groups in its order: head, tables, scalars, then one Muon group per matrix shape, ascending.
+
+    Args:
+        named_parameters: parameters of a GPT; the group depends on the name only.
+        n_embd: width of the model.
+        lr_scale: factor on every learning rate, from the batch size.
+        embedding_lr: learning rate of token and value embeddings.
+        unembedding_lr: learning rate of the output head.
+        matrix_lr: learning rate of Muon.
+        scalar_lr: learning rate of the residual scalars.
+        weight_decay: weight decay of Muon; AdamW has none.
+        momentum: momentum of Muon until a schedule sets it.
+        betas: betas of AdamW, except that the first one of x0_lambdas is 0.96.
+        muon_beta2: decay of Muon's second moment.
+
+    Returns:
+        Groups with ``name``, ``kind`` ("adamw" or "muon"), ``params``, ``param_names``, ``lr``, ``initial_lr`` and the
+        settings of their update rule.
+
+    Raises:
+        UserError: a parameter belongs to no group.
+    """
+    table_scale = (n_embd / REFERENCE_WIDTH) ** -0.5
+    adamw_groups = {
+        "lm_head": (unembedding_lr * table_scale, betas),
+        "wte": (embedding_lr * table_scale, betas),
+        "value_embeds": (embedding_lr * table_scale, betas),
+        "resid_lambdas": (scalar_lr * 0.01, betas),
+        "x0_lambdas": (scalar_lr, (0.96, betas[1])),
+    }
+    members: dict[str | tuple[int, int], list[tuple[str, nn.Parameter]]] = defaultdict(list)
+    for name, param in named_parameters:
+        members[_group_key(name, param)].append((name, param))
+
+    groups = []
+    for key, (lr, group_betas) in adamw_groups.items():
+        if key in members:
+            settings = {"kind": "adamw", "lr": lr * lr_scale, "betas": group_betas, "eps": 1e-10, "weight_decay": 0.0}
+            groups.append(_group(key, members[key], settings))
+    for shape in sorted(key for key in members if isinstance(key, tuple)):
+        settings = {"kind": "muon", "lr": matrix_lr * lr_scale, "momentum": momentum, "beta2": muon_beta2}
+        groups.append(_group(f"muon_{shape[0]}x{shape[1]}", members[shape], settings | {"weight_decay": weight_decay}))
+    return groups
+
+
+def _group_key(name: str, param: nn.Parameter) -> str | tuple[int, int]:
+    """Name of the AdamW group, or shape of the Muon group, that a parameter belongs to."""
+    if name.startswith("transformer.h.") and param.ndim == 2:
+        return param.size(0), param.size(1)
+    part = name.removeprefix("transformer.").split(".")[0]
+    if part in ("lm_head", "wte", "value_embeds", "resid_lambdas", "x0_lambdas"):
+        return part
+    raise UserError(
+        f"parameter {name} of shape {tuple(param.shape)} belongs to no optimizer group; name it as in GPT, or give "
+        "MuonAdamW param groups of your own"
+    )
+
+
+def _group(name: str, members: Sequence[tuple[str, nn.Parameter]], settings: dict[str, Any]) -> dict[str, Any]:
+    names, params = zip(*members, strict=True)
+    return {
+        "name": name,
+        "params": list(params),
+        "param_names": list(names),
+        "initial_lr": settings["lr"],
+        **settings,
+    }
