@@ -59,7 +59,7 @@ def imports(tree: ast.AST) -> set[str]:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
-def test_imports_point_down(path: Path) -> None:
+def test_imports_follow_the_layers(path: Path) -> None:
     part = part_of(path)
     assert part in LEVEL, f"{part} belongs to no layer: add it to LAYERS"
     for name in imports(ast.parse(path.read_text())):

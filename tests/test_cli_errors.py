@@ -499,7 +499,7 @@ def test_mistakes_in_other_commands(
     assert_one_line(capfd.readouterr().err, wanted)
 
 
-def test_a_variable_that_names_no_option(
+def test_an_unknown_environment_variable_is_refused(
     base: Path, config: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LMCHAT_FIT__EVAL__EVERY_STEPS", "3")
@@ -523,7 +523,7 @@ def test_a_checkpoint_is_validated(base: Path, config: Path, capfd: pytest.Captu
     assert validated.records[step].keys() >= trained.records[step].keys() | {"val/bpb"}
 
 
-def test_a_finished_run_says_so(base: Path, config: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_finished_run_is_reported(base: Path, config: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Not a mistake: a scheduler that starts a run again until it is done must see that it is."""
     caplog.set_level("INFO")
     finished_run(base)
@@ -536,7 +536,7 @@ def test_a_finished_run_says_so(base: Path, config: Path, caplog: pytest.LogCapt
     assert "nothing to train" not in caplog.text
 
 
-def test_the_users_own_files_stay(base: Path, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_the_user_are_not_changed(base: Path, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a logger, Lightning's own callback writes config.yaml to the current folder."""
     (base / "work").mkdir()
     monkeypatch.chdir(base / "work")
@@ -547,7 +547,7 @@ def test_the_users_own_files_stay(base: Path, config: Path, monkeypatch: pytest.
     assert "depth: 1" in (base / "logs" / "pretrain" / "d1" / "config.yaml").read_text()
 
 
-def test_home_is_expanded(base: Path, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tilde_is_expanded(base: Path, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a config the shell does not."""
     monkeypatch.setenv("HOME", str(base))
     (base / "home.yaml").write_text(
@@ -561,7 +561,7 @@ def test_home_is_expanded(base: Path, config: Path, monkeypatch: pytest.MonkeyPa
     assert (base / "mine" / "meta_000002.json").is_file()
 
 
-def test_auto_goes_on_where_more_is_asked_for(
+def test_auto_continues_a_finished_run_if_more_steps_are_requested(
     base: Path, config: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """A finished run is left alone, unless the steps asked for, or the ratio, are more than it has taken."""
@@ -577,7 +577,7 @@ def test_auto_goes_on_where_more_is_asked_for(
     assert sorted(path.name for path in base.rglob("meta_*.json")) == steps
 
 
-def test_nothing_is_lost_by_a_mistake(base: Path, config: Path) -> None:
+def test_a_mistake_removes_nothing(base: Path, config: Path) -> None:
     finished_run(base)
     kept = (path for path in base.rglob("base_checkpoints/d1/*") if path.is_file() and path.name != ".attempt")
     before = {path: path.read_bytes() for path in kept}  # but for the identity of the newest start

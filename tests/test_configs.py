@@ -103,7 +103,7 @@ def test_the_config_of_chat_models_evaluates_six_benchmarks(
     assert (paths.directory / "eval_000007.json").read_text() == written
 
 
-def test_the_demo_tells_taught_problems_from_new_ones() -> None:
+def test_the_demo_evaluates_families_of_sft_and_rl_separately() -> None:
     sft, grpo = (read_data_module([DEMO_CONFIGS / f"{stage}.yaml"]) for stage in ("sft", "rl"))
     assert isinstance(sft, SFTDataModule)
     assert isinstance(grpo, RolloutDataModule)
@@ -129,7 +129,7 @@ def test_a_config_says_what_it_reproduces_and_how_to_run_it(path: Path) -> None:
         assert any(word in line for line in header), word
 
 
-def test_the_config_in_force_can_be_printed(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_print_config_shows_all_settings(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(["fit", "--config", str(CONFIGS / "d26_pretrain.yaml"), "--model.depth", "4", "--print_config"])
     assert exit_.value.code == 0

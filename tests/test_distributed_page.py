@@ -145,7 +145,7 @@ exit "$status"
 """
 
 
-def test_the_shell_reads_what_is_printed() -> None:
+def test_printed_commands_are_valid_shell() -> None:
     for script in (ONE_NODE, TORCHRUN, SLURM):
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 

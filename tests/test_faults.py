@@ -96,7 +96,7 @@ QUICK = ("preemption while evaluating", "error in the backward pass")
 @pytest.mark.parametrize(
     "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in FAULTS]
 )
-def test_a_fault_on_one_rank_ends_all_and_loses_no_step(
+def test_a_fault_on_one_rank_ends_all_ranks_without_losing_a_step(
     case: str, unbroken: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
     deed, rank, hook, count, statuses, step = FAULTS[case]
@@ -107,9 +107,7 @@ def test_a_fault_on_one_rank_ends_all_and_loses_no_step(
 
 
 @pytest.mark.slow
-def test_under_slurm_a_warned_run_saves_in_its_own_folder_and_ends(
-    unbroken: Path, tiny_base: Path, tmp_path: Path
-) -> None:
+def test_a_slurm_signal_saves_and_ends_the_run(unbroken: Path, tiny_base: Path, tmp_path: Path) -> None:
     """As srun starts it. Lightning alone would save from within the handler, elsewhere, and call scontrol."""
     for name in ("base_data", "tokenizer"):
         (tmp_path / name).symlink_to(tiny_base / name)
@@ -146,7 +144,7 @@ UNWRITABLE = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", UNWRITABLE, ids=lambda case: "-".join(map(str, case)))
-def test_a_rank_that_cannot_write_ends_all_and_loses_nothing_older(
+def test_a_rank_that_cannot_write_ends_all_and_keeps_older_checkpoints(
     case: tuple[str, int, str, int], unbroken: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
     deed, rank, hook, count = case
@@ -181,7 +179,7 @@ non_finite = pytest.mark.parametrize("fault", NON_FINITE, ids=("loss", "gradient
 
 @pytest.mark.slow
 @non_finite
-def test_what_is_not_finite_stops_the_run(fault: str, unbroken: Path, tiny_base: Path, tmp_path: Path) -> None:
+def test_non_finite_values_stop_the_run(fault: str, unbroken: Path, tiny_base: Path, tmp_path: Path) -> None:
     assert run(tmp_path, tiny_base, fault) == [2, 2]
     assert NON_FINITE[fault] in output(tmp_path)
     assert_saved(tmp_path, 2, unbroken)
@@ -191,7 +189,7 @@ def test_what_is_not_finite_stops_the_run(fault: str, unbroken: Path, tiny_base:
 
 @pytest.mark.slow
 @non_finite
-def test_what_is_not_finite_can_be_skipped(fault: str, tiny_base: Path, tmp_path: Path) -> None:
+def test_non_finite_steps_can_be_skipped(fault: str, tiny_base: Path, tmp_path: Path) -> None:
     options = ("--non_finite_guard.action", "skip")
     assert run(tmp_path, tiny_base, fault, options, every_n_steps=1) == [0, 0], output(tmp_path)
     assert NON_FINITE[fault] in output(tmp_path)

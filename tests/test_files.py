@@ -35,7 +35,9 @@ HELPERS = [synced_file, replacing, new_folder]
 
 
 @pytest.mark.parametrize("helper", HELPERS)
-def test_it_appears_when_the_block_ends(helper: Callable[..., AbstractContextManager[Any]], tmp_path: Path) -> None:
+def test_the_file_appears_at_the_end_of_the_block(
+    helper: Callable[..., AbstractContextManager[Any]], tmp_path: Path
+) -> None:
     path = tmp_path / "a.json"
     with helper(path) as target:
         fill(path, target)
@@ -45,9 +47,7 @@ def test_it_appears_when_the_block_ends(helper: Callable[..., AbstractContextMan
 
 
 @pytest.mark.parametrize("helper", HELPERS)
-def test_nothing_is_left_of_a_block_that_fails(
-    helper: Callable[..., AbstractContextManager[Any]], tmp_path: Path
-) -> None:
+def test_a_failed_block_leaves_no_file(helper: Callable[..., AbstractContextManager[Any]], tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     with pytest.raises(KeyboardInterrupt), helper(path) as target:
         fill(path, target)
@@ -56,9 +56,7 @@ def test_nothing_is_left_of_a_block_that_fails(
 
 
 @pytest.mark.parametrize("helper", [synced_file, replacing])
-def test_a_file_that_is_there_stays_until_then(
-    helper: Callable[..., AbstractContextManager[Any]], tmp_path: Path
-) -> None:
+def test_the_old_file_is_kept_until_the_end(helper: Callable[..., AbstractContextManager[Any]], tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(b"old")
     with pytest.raises(RuntimeError), helper(path) as target:
@@ -72,7 +70,7 @@ def test_a_file_that_is_there_stays_until_then(
 
 
 @pytest.mark.parametrize("helper", [synced_file, new_folder])
-def test_remains_of_a_killed_process_are_replaced(
+def test_leftovers_of_a_killed_process_are_replaced(
     helper: Callable[..., AbstractContextManager[Any]], tmp_path: Path
 ) -> None:
     path = tmp_path / "a"
@@ -91,7 +89,7 @@ def test_remains_of_a_killed_process_are_replaced(
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_folder_that_holds_something_is_refused_and_an_empty_one_taken(tmp_path: Path) -> None:
+def test_non_empty_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a").touch()
     (tmp_path / "file").touch()
@@ -104,14 +102,14 @@ def test_a_folder_that_holds_something_is_refused_and_an_empty_one_taken(tmp_pat
     assert (tmp_path / "empty" / "a").exists()
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+def test_an_impossible_folder_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     output = tmp_path / "file" / "out"
     with pytest.raises(UserError, match=r"cannot write .*file/out.partial .*give the folder"), new_folder(output):
         pytest.fail("entered")
 
 
-def test_a_second_process_is_told_and_waits(tmp_path: Path) -> None:
+def test_a_second_process_waits_with_a_message(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from lmchat.files import locked\n"
         "with locked(Path(sys.argv[1]), lambda: print('waits', flush=True)): print('in', flush=True)"
@@ -126,7 +124,7 @@ def test_a_second_process_is_told_and_waits(tmp_path: Path) -> None:
     assert other.communicate(timeout=60) == ("in\n", None)
 
 
-def test_a_second_process_can_refuse_to_wait(tmp_path: Path) -> None:
+def test_a_second_process_can_fail_instead_of_waiting(tmp_path: Path) -> None:
     def refuse() -> None:
         raise UserError("taken")
 

@@ -55,7 +55,7 @@ def test_attention_backends(name: str, grouped: bool) -> None:
     assert probe(name, torch.device("cuda"), torch.bfloat16, 128, grouped) is None
 
 
-def test_a_card_trains_as_the_cpu_does() -> None:
+def test_training_on_a_gpu_matches_the_cpu() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     assert train(network("cuda"), "cuda") == pytest.approx(train(network("cpu"), "cpu"), abs=2e-3)
 
@@ -72,7 +72,7 @@ def test_compiled_blocks_give_the_same_losses() -> None:
     assert train(compiled, "cuda") == pytest.approx(train(network("cuda", torch.bfloat16), "cuda"), rel=0.02)
 
 
-def test_batches_are_copied_beside_the_computation() -> None:
+def test_batches_are_copied_during_computation() -> None:
     """The copy is done while the stream that computes still has a second of work before it."""
     ids = torch.arange(1 << 20).view(64, -1)
     batch, device = Batch(inputs=ids.pin_memory(), targets=ids.pin_memory()), torch.device("cuda", 0)
@@ -86,7 +86,7 @@ def test_batches_are_copied_beside_the_computation() -> None:
     assert all(moved[name].is_cuda and torch.equal(moved[name].cpu(), ids) for name in ("inputs", "targets"))
 
 
-def test_a_run_resumes_on_a_card(base: Path) -> None:
+def test_a_run_resumes_on_a_gpu(base: Path) -> None:
     """With the masked backend: the backward pass of cuDNN's attention is not deterministic."""
     pytest.importorskip("jsonargparse")
     from lmchat.__main__ import main

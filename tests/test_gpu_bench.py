@@ -12,7 +12,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import gpu_run
 
 
-def test_figures_are_kept_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_are_saved_as_they_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("cudnn", "attention", "decode"):
         gpu_run.run_part(name, tmp_path, toy=True)
 
@@ -30,11 +30,11 @@ def test_figures_are_kept_as_they_come(tmp_path: Path, monkeypatch: pytest.Monke
     assert "| d12 | first 1 |" in "\n".join(gpu_run.table(tmp_path / "results.jsonl"))
 
 
-def test_a_part_is_stopped_at_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_is_stopped_at_its_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(gpu_run.LIMITS, "environment", 0.05 / gpu_run.SLOWER_CPU)
     ended = gpu_run.start_part("environment", tmp_path, toy=True)
     assert ended["status"] == "stopped after 0.05 s"
 
 
-def test_the_parts_fit_into_a_loan_of_ten_minutes() -> None:
+def test_the_parts_fit_into_ten_minutes() -> None:
     assert set(gpu_run.LIMITS) == set(gpu_run.PARTS) and sum(gpu_run.LIMITS.values()) < 570

@@ -38,7 +38,7 @@ def test_peak_of_a_gpu(name: str, entry: str | None, monkeypatch: pytest.MonkeyP
     assert peak_flops(torch.device("cuda")) == expected
 
 
-def test_a_cpu_has_no_peak() -> None:
+def test_the_peak_of_a_cpu_is_unknown() -> None:
     assert peak_flops(torch.device("cpu")) is None
 
 
@@ -53,12 +53,12 @@ def test_a_cpu_has_no_peak() -> None:
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
     ],
 )
-def test_want_of_memory_is_recognized(error: Exception, expected: bool) -> None:
+def test_out_of_memory_errors_are_recognized(error: Exception, expected: bool) -> None:
     assert is_out_of_memory(error) == expected
 
 
 @pytest.mark.parametrize(("text", "expected"), [("123456789\n", 123456789), ("max\n", None)])
-def test_the_limit_of_a_container_counts(
+def test_the_memory_limit_of_a_container_is_used(
     text: str, expected: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unlimited = hardware.memory_limit_bytes(torch.device("cpu"))

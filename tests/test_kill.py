@@ -220,7 +220,7 @@ def kill_and_compare(new_run: Callable[..., Run], kills: int, *shape: object) ->
     assert kills < 30 or killer.while_saving > kills / 10
 
 
-def test_three_kills_of_two_processes(new_run: Callable[..., Run]) -> None:
+def test_two_processes_survive_three_kills(new_run: Callable[..., Run]) -> None:
     kill_and_compare(new_run, 3, "zero2_muon", 2, 1)
 
 
@@ -230,7 +230,9 @@ def test_three_kills_of_two_processes(new_run: Callable[..., Run]) -> None:
     ("strategy", "world_size", "every_n_steps"),
     [("auto", 1, 1), ("zero2_muon", 1, 2), ("zero2_muon", 2, 1), ("zero2_muon", 2, 2)],
 )
-def test_a_hundred_kills(new_run: Callable[..., Run], strategy: str, world_size: int, every_n_steps: int) -> None:
+def test_a_run_survives_a_hundred_kills(
+    new_run: Callable[..., Run], strategy: str, world_size: int, every_n_steps: int
+) -> None:
     kills = int(os.environ.get("LMCHAT_KILLS", "120")) // 4
     kill_and_compare(new_run, kills, strategy, world_size, every_n_steps)
 
@@ -238,7 +240,7 @@ def test_a_hundred_kills(new_run: Callable[..., Run], strategy: str, world_size:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("trial", range(4))
-def test_an_orphan_rank_does_not_damage_the_run_that_follows(trial: int, new_run: Callable[..., Run]) -> None:
+def test_an_orphan_rank_does_not_damage_the_next_run(trial: int, new_run: Callable[..., Run]) -> None:
     """Rank 1 hangs and rank 0 dies; the run is resumed in the same folder, and then rank 1 wakes up."""
     seed = int(os.environ.get("LMCHAT_KILL_SEED") or time.time_ns()) + trial
     print(f"\nseed {seed}")

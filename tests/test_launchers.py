@@ -81,7 +81,7 @@ def start(launcher: str, base: Path, *options: str, fault: str = "") -> subproce
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("event", EVENTS)
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_all_ranks_end_and_what_was_done_is_saved(launcher: str, event: str, base: Path) -> None:
+def test_all_ranks_end_and_save_their_progress(launcher: str, event: str, base: Path) -> None:
     deed, status, message = EVENTS[event]
     checkpoints = base / "base_checkpoints" / "d2"
     run = start(launcher, base, fault="" if deed else ERROR)
@@ -113,7 +113,7 @@ def test_all_ranks_end_and_what_was_done_is_saved(launcher: str, event: str, bas
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_a_mistake_is_told_without_a_traceback(launcher: str, base: Path) -> None:
+def test_mistakes_are_reported_without_a_traceback(launcher: str, base: Path) -> None:
     run = start(launcher, base, "--model.global_batch_tokens", "100")
     assert run.wait(250) == (2 if launcher == "Lightning" else 1)
     text = (base / "output.txt").read_text()

@@ -104,7 +104,7 @@ def test_gradients_are_those_of_finite_differences(reduction: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fused_is_the_same(dtype: torch.dtype) -> None:
+def test_fused_equals_unfused(dtype: torch.dtype) -> None:
     hidden, weight, targets = problem((4, 10), 16, 100, 3, torch.float32)
     hidden = hidden.detach().to(dtype).requires_grad_()
     losses = [
@@ -117,7 +117,7 @@ def test_fused_is_the_same(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_nothing_to_learn_is_zero_and_not_nan(reduction: Any) -> None:
+def test_no_targets_give_zero_loss(reduction: Any) -> None:
     hidden, weight, targets = problem((2, 3), 4, 7, 1)
     loss = linear_cross_entropy(
         hidden, weight, torch.full_like(targets, IGNORE_INDEX), vocab_size=7, reduction=reduction
@@ -127,7 +127,7 @@ def test_nothing_to_learn_is_zero_and_not_nan(reduction: Any) -> None:
     assert not hidden.grad.any() and not weight.grad.any()
 
 
-def test_padding_rows_of_the_table_learn_nothing() -> None:
+def test_padding_rows_have_zero_gradient() -> None:
     hidden, weight, targets = problem((2, 9), 4, 7, 1)
     linear_cross_entropy(hidden, weight, targets, vocab_size=7).backward()
     assert weight.grad.shape == weight.shape
@@ -173,7 +173,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_the_table_of_logits_never_exists(reduction: Any) -> None:
+def test_full_logits_are_never_allocated(reduction: Any) -> None:
     hidden, weight, targets = problem((4, 64), 8, 300, 4, torch.float32)
     with LargestTensor() as largest:
         linear_cross_entropy(
@@ -187,7 +187,7 @@ def test_softcap_bounds_and_leaves_small_logits() -> None:
     torch.testing.assert_close(softcap(logits), torch.tensor([-15.0, -0.01, 0.0, 0.01, 15.0]))
 
 
-def test_without_gradients_nothing_is_kept() -> None:
+def test_without_gradients_nothing_is_saved() -> None:
     hidden, weight, targets = problem((2, 3), 4, 7, 1)
     with torch.no_grad():
         loss = linear_cross_entropy(hidden, weight, targets, vocab_size=7)
@@ -196,7 +196,7 @@ def test_without_gradients_nothing_is_kept() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_loss_scale_reaches_both_gradients_unrounded(dtype: torch.dtype) -> None:
+def test_a_loss_scale_is_applied_to_both_gradients_in_fp32(dtype: torch.dtype) -> None:
     """1/6 in bf16 is off by 0.2 %: in the gradient of one of the two it would tilt them against each other."""
     gradients = []
     for scale in (1.0, 1 / 6):
@@ -211,7 +211,7 @@ def test_a_loss_scale_reaches_both_gradients_unrounded(dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_variant_for_the_compiler_computes_the_same(dtype: torch.dtype) -> None:
+def test_the_compiled_variant_gives_the_same_result(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(30, 70, generator=generator).to(dtype)
     picks = torch.randint(70, (30, 1), generator=generator)
@@ -221,7 +221,7 @@ def test_the_variant_for_the_compiler_computes_the_same(dtype: torch.dtype) -> N
     assert all(map(torch.equal, actual, expected))
 
 
-def test_fused_compiles_what_lies_between_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_compiles_only_elementwise_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
     monkeypatch.setattr(head, "compiled", lambda function: compiled.append(function.__name__) or function)
     hidden, weight, targets = problem((2, 9), 4, 7, 1)
@@ -232,7 +232,7 @@ def test_fused_compiles_what_lies_between_the_products(monkeypatch: pytest.Monke
     assert compiled == ["_loss_and_logit_gradient_fused", "_chunk_losses"]
 
 
-def test_a_projection_of_ones_own_gives_the_same_losses_and_gradients() -> None:
+def test_a_custom_projection_gives_the_same_losses_and_gradients() -> None:
     hidden, weight, targets = problem((3, 11), 4, 7, 1)
     results = []
     for project in (None, lambda states: states @ weight.T):

@@ -48,6 +48,6 @@ def test_malformed_conversations_name_the_message(messages: list[Any], complaint
         check_messages(messages)
 
 
-def test_every_kind_of_part_and_a_system_message_pass() -> None:
+def test_all_parts_and_system_messages_are_valid() -> None:
     tool_use = [part("text", ""), part("python", "1+1"), part("python_output", "2")]
     check_messages(turns(("system", "s"), ("user", "u"), ("assistant", tool_use), ("user", "u")))

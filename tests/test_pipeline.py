@@ -136,7 +136,7 @@ def wait_until(condition: Callable[[], object], process: subprocess.Popen[str], 
         time.sleep(0.01)
 
 
-def test_a_killed_speedrun_goes_on_and_a_finished_one_is_left_alone(tmp_path: Path) -> None:
+def test_a_killed_speedrun_resumes_and_a_finished_one_is_skipped(tmp_path: Path) -> None:
     pipeline = Pipeline(tmp_path)
     process = pipeline.start("speedrun")
     awaited = pipeline.base / "base_checkpoints" / "d1" / "meta_000002.json"
@@ -197,7 +197,7 @@ def shards(base: Path) -> set[str]:
     return {path.name for path in (base / "base_data").glob("*.parquet")}
 
 
-def test_the_tokenizer_is_trained_while_the_rest_is_downloaded(hub: HubServer, tmp_path: Path) -> None:
+def test_the_tokenizer_is_trained_during_the_download(hub: HubServer, tmp_path: Path) -> None:
     hub.faults[LAST] = ["stall"]
     pipeline = Pipeline(tmp_path, hub)
     process = pipeline.start("tokenizer")
@@ -227,7 +227,7 @@ def test_the_tokenizer_is_trained_while_the_rest_is_downloaded(hub: HubServer, t
 
 
 @pytest.mark.parametrize("fault", ["error", "kill"])
-def test_a_failed_download_ends_the_pipeline_and_is_continued(hub: HubServer, tmp_path: Path, fault: str) -> None:
+def test_a_failed_download_ends_the_pipeline_and_resumes(hub: HubServer, tmp_path: Path, fault: str) -> None:
     hub.faults[LAST] = ["error"] * 100 if fault == "error" else ["stall"]
     pipeline = Pipeline(tmp_path, hub)
     process = pipeline.start("pretrain")

@@ -26,7 +26,7 @@ def claim(monkeypatch: pytest.MonkeyPatch, amx: bool = False, avx512: bool = Fal
     monkeypatch.setattr(precision, "_seconds", lambda a, b, **_: 1.0 if a.dtype == torch.float32 else 1 / speedup)
 
 
-def test_a_product_that_is_hopelessly_slow_is_repeated_thrice_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_very_slow_product_is_repeated_three_times(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(1000))
     monkeypatch.setattr(precision.time, "perf_counter", lambda: next(clock))
     one = torch.ones(1, 1)
@@ -42,23 +42,23 @@ def test_kernels_limited_to_avx2_have_no_bf16_units(monkeypatch: pytest.MonkeyPa
     assert not cpu_multiplies_bf16()
 
 
-def test_without_units_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp32_without_bf16_units(monkeypatch: pytest.MonkeyPatch) -> None:
     claim(monkeypatch, speedup=100)
     assert default_compute_dtype("cpu") == torch.float32
 
 
 @pytest.mark.parametrize("unit", ["amx", "avx512"])
-def test_with_fast_units_bf16(monkeypatch: pytest.MonkeyPatch, unit: str) -> None:
+def test_bf16_with_fast_units(monkeypatch: pytest.MonkeyPatch, unit: str) -> None:
     claim(monkeypatch, **{unit: True})
     assert default_compute_dtype("cpu") == torch.bfloat16
 
 
-def test_units_that_the_library_does_not_use_are_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_units_unused_by_the_library_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     claim(monkeypatch, amx=True, speedup=0.8)
     assert default_compute_dtype("cpu") == torch.float32
 
 
-def test_units_that_miscalculate_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_incorrect_bf16_units_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     claim(monkeypatch, amx=True)
     exact = torch.Tensor.bfloat16
     monkeypatch.setattr(torch.Tensor, "bfloat16", lambda self: exact(self) * 1.1)
@@ -66,10 +66,12 @@ def test_units_that_miscalculate_are_not_used(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(("capability", "expected"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
-def test_cuda_from_sm80(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: torch.dtype) -> None:
+def test_bf16_on_cuda_from_sm80(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: torch.dtype
+) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert default_compute_dtype("cuda") == expected
 
 
-def test_other_devices_fp32() -> None:
+def test_fp32_on_other_devices() -> None:
     assert default_compute_dtype("meta") == torch.float32

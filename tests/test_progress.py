@@ -47,14 +47,14 @@ def test_bytes_are_scaled() -> None:
     assert "1 MB of 2.5 GB  500 kB/s" in bar.line()
 
 
-def test_without_a_total_the_time_passed_is_shown() -> None:
+def test_without_a_total_elapsed_time_is_shown() -> None:
     clock = Clock()
     bar = ProgressBar("Computing merges", clock=clock, stream=io.StringIO())
     clock.now += 61
     assert bar.line() == "Computing merges  1m01s"
 
 
-def test_a_terminal_shows_one_line_that_goes() -> None:
+def test_a_terminal_shows_one_line_and_erases_it() -> None:
     clock, terminal = Clock(), Terminal()
     with ProgressBar("Reading", 4, unit="files", clock=clock, stream=terminal) as bar:
         for _ in bar.track(range(3)):
@@ -63,7 +63,7 @@ def test_a_terminal_shows_one_line_that_goes() -> None:
     assert terminal.screen() == "" and "\n" not in terminal.getvalue()
 
 
-def test_updates_in_quick_succession_draw_once() -> None:
+def test_frequent_updates_are_drawn_once() -> None:
     terminal = Terminal()
     with ProgressBar("Reading", 10_000, clock=Clock(), stream=terminal) as bar:
         for _ in range(10_000):
@@ -93,7 +93,7 @@ def test_the_newest_of_several_bars_is_drawn() -> None:
         assert "Training" in terminal.screen()
 
 
-def test_a_log_gets_a_line_a_minute() -> None:
+def test_a_log_gets_one_line_per_minute() -> None:
     clock, log = Clock(), io.StringIO()
     with ProgressBar("Reading", 300, unit="files", clock=clock, stream=log) as bar:
         for _ in range(150):

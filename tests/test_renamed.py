@@ -23,7 +23,7 @@ non_finite_loss: {action: skip}
 """
 
 
-def test_an_old_config_is_read(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+def test_former_names_in_configs_are_accepted(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     config = tmp_path / "old.yaml"
     config.write_text(DATA)
     data: Any = read_data_module([config])
@@ -33,7 +33,7 @@ def test_an_old_config_is_read(tmp_path: Path, recwarn: pytest.WarningsRecorder)
     assert "non_finite_loss is now called non_finite_guard" in told
 
 
-def test_old_arguments_are_translated() -> None:
+def test_former_names_in_arguments_are_accepted() -> None:
     former = "lmchat.callbacks.time_budget.TimeBudget"
     arguments = ["fit", "--non_finite_loss.action", "skip", f"--trainer.callbacks+={former}", former]
     assert rename_arguments(arguments) == [
@@ -45,7 +45,7 @@ def test_old_arguments_are_translated() -> None:
     ]
 
 
-def test_an_alias_that_contains_itself_is_no_config(tmp_path: Path) -> None:
+def test_a_recursive_alias_is_refused(tmp_path: Path) -> None:
     config = tmp_path / "endless.yaml"
     config.write_text("data: &data\n  train: *data\n")
     assert yaml.safe_load(config.read_text())

@@ -66,9 +66,7 @@ def unbroken(new_base: Callable[[], Path]) -> Path:
 
 
 @pytest.mark.parametrize("earliest_kill", [1, 7])
-def test_a_killed_run_continues_as_if_nothing_had_happened(
-    earliest_kill: int, unbroken: Path, new_base: Callable[[], Path]
-) -> None:
+def test_a_killed_run_resumes_exactly(earliest_kill: int, unbroken: Path, new_base: Callable[[], Path]) -> None:
     base = new_base()
     seed = time.time_ns()
     kill_at_step = random.Random(seed).randint(earliest_kill, LATEST_KILL)

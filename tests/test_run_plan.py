@@ -19,7 +19,7 @@ def test_horizon(max_steps: int | None, data_steps: int | None, laws: object, st
     assert horizon(max_steps, data_steps, laws) == steps  # type: ignore[arg-type]
 
 
-def test_data_that_does_not_last_is_refused() -> None:
+def test_too_little_data_is_refused() -> None:
     with pytest.raises(UserError, match="max_steps is 100, and the training data lasts 9"):
         horizon(100, 9, None)
     with pytest.raises(UserError, match="not set"):

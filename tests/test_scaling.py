@@ -24,7 +24,7 @@ D12 = {"vocab_size": 32768, "sequence_len": 2048}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"d{case['depth']}-{case['ratio']}")
-def test_plans_are_the_references(case: dict) -> None:
+def test_plans_match_the_reference(case: dict) -> None:
     plan = make_plan(case["depth"], ratio=case["ratio"], **case["options"])
     config, counts = plan.config, plan.counts
     assert (config.n_embd, config.n_head, config.n_kv_head, config.head_dim) == (
@@ -69,7 +69,7 @@ NATIVE = {"window_pattern": "L", "value_embeddings": False, "residual_mix": Fals
         (6, NATIVE),
     ],
 )
-def test_counts_are_those_of_a_built_model(depth: int, options: dict) -> None:
+def test_parameter_counts_equal_those_of_a_built_model(depth: int, options: dict) -> None:
     config = config_for_depth(depth, 1000, 64, head_dim=32, **options)
     with torch.device("meta"):
         model = GPT(config)
@@ -82,7 +82,7 @@ def test_counts_are_those_of_a_built_model(depth: int, options: dict) -> None:
     assert flops_per_token(config) == 6 * (counts.transformer_matrices + counts.lm_head) + 12 * config.n_embd * visible
 
 
-def test_the_native_variant_is_planned_by_its_own_depth_12() -> None:
+def test_the_native_variant_is_scaled_from_its_own_depth_12() -> None:
     full, native = make_plan(12, **D12), make_plan(12, **D12, **NATIVE)
     gates = 6 * 6 * 32  # in six layers one gate of 32 channels for each of six heads
     assert native.counts.scaling == full.counts.scaling - gates
@@ -91,7 +91,7 @@ def test_the_native_variant_is_planned_by_its_own_depth_12() -> None:
     assert native.reference_tokens == 10.5 * native.counts.scaling
 
 
-def test_an_explicit_horizon_beats_flops_which_beat_the_ratio() -> None:
+def test_max_steps_override_flops_which_override_the_ratio() -> None:
     by_ratio = make_plan(12, **D12)
     by_flops = make_plan(12, **D12, target_flops=1e18)
     by_steps = make_plan(12, **D12, target_flops=1e18, max_steps=77)
@@ -101,13 +101,13 @@ def test_an_explicit_horizon_beats_flops_which_beat_the_ratio() -> None:
     assert by_ratio.global_batch_tokens == by_flops.global_batch_tokens == by_steps.global_batch_tokens
 
 
-def test_an_explicit_batch_moves_rates_and_decay_by_the_same_laws() -> None:
+def test_an_explicit_batch_scales_rates_and_decay() -> None:
     plan = make_plan(12, **D12, global_batch_tokens=4096)
     assert plan.lr_scale == pytest.approx(math.sqrt(4096 / 2**19))
     assert plan.weight_decay == pytest.approx(0.2 * plan.lr_scale, rel=1e-6)  # depth 12 is its own reference
 
 
-def test_depth_12_is_the_fixed_point() -> None:
+def test_depth_12_is_the_reference() -> None:
     plan = make_plan(12, **D12)
     assert plan.global_batch_tokens == 2**19
     assert plan.lr_scale == 1.0

@@ -52,7 +52,7 @@ def test_optimizer_state_by_rank(depth: int, ranks: int) -> None:
     assert sum(expected) == pytest.approx(sum(allocated), rel=1e-4)
 
 
-def test_what_a_micro_batch_keeps_for_its_backward_pass() -> None:
+def test_activation_memory_of_a_micro_batch() -> None:
     config = config_for_depth(8, vocab_size=256, sequence_len=128, head_dim=64)
     net = GPT(config, compute_dtype=torch.bfloat16, attention="banded")
     net.init_weights()

@@ -45,7 +45,7 @@ def test_reinforcement_learning(recorded: dict[str, np.ndarray]) -> None:
     np.testing.assert_allclose([rl_lr_multiplier(step, 467) for step in range(467)], recorded["rl_seed__lrm"])
 
 
-def test_warmup_constant_warmdown_at_their_corners() -> None:
+def test_warmup_constant_and_warmdown_at_their_boundaries() -> None:
     values = [linear_warmdown(step, 100, 0.1, 0.4, 0.25) for step in range(101)]
     assert values[0] == pytest.approx(0.1)
     assert values[9:61] == [1.0] * 52

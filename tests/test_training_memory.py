@@ -70,7 +70,7 @@ def saved_bytes(run: Callable[[], Any], tokens: int) -> int:
 
 
 @pytest.mark.parametrize(("mode", "n_kv_head"), [("eager", 4), ("eager", 2), ("compiled", 2), ("recomputing", 2)])
-def test_a_block_keeps_what_the_model_says(mode: Mode, n_kv_head: int) -> None:
+def test_saved_activations_of_a_block_match_the_estimate(mode: Mode, n_kv_head: int) -> None:
     """The growth with the depth, to 2 %; of the two layers more, one has value embeddings."""
     rows, totals = 3, []
     for layers in (1, 3):
@@ -128,7 +128,7 @@ class PeakMemory(TorchDispatchMode):
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("rows", [2, 12])
-def test_a_step_holds_what_the_model_says(rows: int, checkpointed: bool) -> None:
+def test_peak_memory_of_a_step_matches_the_estimate(rows: int, checkpointed: bool) -> None:
     """Eager on a CPU, to a fifth: two micro-batches and the optimizer, weights included."""
     config = replace(CONFIG, n_layer=4)
     net = model(config)
@@ -155,6 +155,6 @@ def test_a_micro_batch_that_fits_only_with_recomputing() -> None:
 
 
 @pytest.mark.parametrize("change", [{"mode": "recomputing"}, {"checkpoint_blocks": True}, {"optimizer_shards": 8}])
-def test_what_saves_memory(change: dict[str, Any]) -> None:
+def test_remedies_for_too_little_memory(change: dict[str, Any]) -> None:
     config = config_for_depth(20, 32768, 2048)
     assert training_memory(config, 16, **change).total < training_memory(config, 16).total

@@ -68,7 +68,7 @@ def diary(base: Path) -> dict[tuple[int, int], tuple[str, float]]:
         pytest.param(((3, 1), (4, 2), (1, 1), (2, 3)), marks=pytest.mark.slow),
     ],
 )
-def test_the_number_of_processes_may_change(
+def test_a_run_resumes_on_another_number_of_processes(
     worlds: tuple[tuple[int, int], ...], tiny_base: Path, tmp_path: Path
 ) -> None:
     steps = sum(count for _, count in worlds)

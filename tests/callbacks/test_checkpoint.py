@@ -229,7 +229,7 @@ INTERRUPTIONS = {
 
 
 @pytest.mark.parametrize("interruption", INTERRUPTIONS)
-def test_an_interruption_loses_the_partial_step_only(interruption: str, tmp_path: Path, unbroken: Module) -> None:
+def test_an_interruption_loses_only_the_partial_step(interruption: str, tmp_path: Path, unbroken: Module) -> None:
     hook, how, count, step = INTERRUPTIONS[interruption]
     broken = train(tmp_path, Interrupt(hook, count, how))
     assert broken.interrupted_by is not None
@@ -240,7 +240,7 @@ def test_an_interruption_loses_the_partial_step_only(interruption: str, tmp_path
     assert_same_end(tmp_path, unbroken)
 
 
-def test_a_half_taken_step_is_not_saved(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_partial_step_is_not_saved(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class FailInStep(Callback):
         def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
             interrupt = Interrupt("step", 6, raise_error)
@@ -254,7 +254,7 @@ def test_a_half_taken_step_is_not_saved(tmp_path: Path, caplog: pytest.LogCaptur
 
 
 @pytest.mark.parametrize("kill_at", [0, 1])
-def test_periodic_saves_resume_in_mid_epoch(kill_at: int, tmp_path: Path, unbroken: Module) -> None:
+def test_periodic_checkpoints_resume_within_an_epoch(kill_at: int, tmp_path: Path, unbroken: Module) -> None:
     """Only what is on disk counts: the newest checkpoint is removed, as if the run had been killed before it."""
     train(tmp_path, Interrupt("on_train_batch_start", 20, raise_error), every_n_steps=2)
     assert committed_steps(tmp_path) == [2, 4, 6]
@@ -279,7 +279,7 @@ class LogLosses(Callback):
             file.write(f"{trainer.fit_loop.total_batch_idx} {pl_module.losses[-1]!r}\n")
 
 
-def test_killed_at_random_moments_and_resumed_until_done(tmp_path: Path, unbroken: Module) -> None:
+def test_a_run_killed_at_random_times_resumes_exactly(tmp_path: Path, unbroken: Module) -> None:
     """SIGKILL, also while saving. Every loss ever computed is the unbroken run's at the same place."""
     processes = multiprocessing.get_context("fork")
     generator = random.Random(1)
@@ -313,7 +313,7 @@ def test_killed_at_random_moments_and_resumed_until_done(tmp_path: Path, unbroke
 
 @pytest.mark.parametrize("data", [Data, SizedData])
 @pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 1), (3, 2)])
-def test_steps_and_evaluations_keep_their_place_with_another_accumulation(
+def test_resuming_with_another_accumulation_keeps_steps_and_evaluations(
     before: int, after: int, data: type[Data], tmp_path: Path
 ) -> None:
     class MicroBatches(Callback):
@@ -353,7 +353,7 @@ def test_each_step_is_saved_once_and_before_it_is_evaluated(tmp_path: Path) -> N
     assert committed_steps(tmp_path) == [2, 4, 6, 8]
 
 
-def test_a_stop_asked_for_by_another_callback_is_saved(tmp_path: Path) -> None:
+def test_a_stop_by_another_callback_saves_a_checkpoint(tmp_path: Path) -> None:
     class Stop(Callback):
         def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
             trainer.should_stop = trainer.global_step == 3
@@ -362,7 +362,7 @@ def test_a_stop_asked_for_by_another_callback_is_saved(tmp_path: Path) -> None:
     assert committed_steps(tmp_path) == [3]
 
 
-def test_old_checkpoints_go_after_newer_ones_are_complete(tmp_path: Path) -> None:
+def test_old_checkpoints_are_removed_after_newer_ones_are_complete(tmp_path: Path) -> None:
     train(tmp_path, every_n_steps=1, keep_last=2)
     assert committed_steps(tmp_path) == [STEPS - 1, STEPS]
     assert {path.name for path in tmp_path.iterdir() if path.name not in (".lock", ".attempt")} == {
@@ -396,13 +396,13 @@ def test_the_folder_is_checked_before_training(tmp_path: Path) -> None:
         train(tmp_path / "file")
 
 
-def test_a_run_does_not_start_beneath_later_checkpoints(tmp_path: Path) -> None:
+def test_a_new_run_is_refused_if_later_checkpoints_exist(tmp_path: Path) -> None:
     train(tmp_path, steps=4)
     with pytest.raises(UserError, match="has a checkpoint of step 4, but this run starts at step 0"):
         train(tmp_path, steps=4)
 
 
-def test_a_damaged_later_checkpoint_is_passed_over_and_written_again(tmp_path: Path, unbroken: Module) -> None:
+def test_a_damaged_checkpoint_is_skipped_and_overwritten(tmp_path: Path, unbroken: Module) -> None:
     train(tmp_path, every_n_steps=6)
     model = CheckpointPaths(tmp_path, STEPS).model
     model.write_bytes(model.read_bytes()[:-1])

@@ -72,7 +72,7 @@ def without(new_base: Callable[[], Path]) -> Path:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_it_is_logged_and_saved_and_training_is_as_without(
+def test_core_is_logged_and_does_not_change_training(
     world_size: int, without: Path, new_base: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = new_base()
@@ -132,7 +132,7 @@ def test_out_of_memory_makes_batches_smaller_or_skips_the_evaluation(
     assert "bpb: out of memory, going on with 1/2 of its batch" in caplog.text
 
 
-def test_an_error_of_a_task_is_its_own(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_one_task_does_not_affect_the_others(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_bundle(base / "eval_bundle")
 
     def score(net: Any, found: Sequence[Example]) -> Any:
@@ -149,6 +149,6 @@ def test_an_error_of_a_task_is_its_own(base: Path, monkeypatch: pytest.MonkeyPat
     assert metrics(base, "val/core/capitals") and not metrics(base, "val/core")
 
 
-def test_without_its_bundle_it_says_how_to_get_it(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_bundle_is_reported_with_the_remedy(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", *config_options(base, OWN), *CORE]) == 2
     assert "lmchat data download --eval_bundle true" in capsys.readouterr().err

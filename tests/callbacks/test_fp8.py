@@ -70,7 +70,7 @@ class Products:
         monkeypatch.setattr(float8.float8_linear.Float8Linear, "forward", forward)
 
 
-def test_a_run_computes_in_fp8_in_training_only(
+def test_fp8_is_used_only_in_training(
     base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     products = Products(monkeypatch)
@@ -124,7 +124,7 @@ def module(**attributes: Any) -> Any:
     return SimpleNamespace(**{**defaults, "config": SimpleNamespace(n_layer=20), **attributes})
 
 
-def test_auto_is_for_pretraining_of_depth_20_on_hardware_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_enables_fp8_from_depth_20_on_supported_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lmchat.callbacks.fp8.missing_hardware", lambda device, recipe: None)
     auto = FP8()
     assert auto._is_on(module())

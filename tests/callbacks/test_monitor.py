@@ -39,7 +39,7 @@ def test_the_moving_average_is_the_weighted_mean() -> None:
     assert math.isclose(float(ema.value()), mean, rel_tol=1e-6)
 
 
-def test_losses_that_are_not_finite_do_not_count() -> None:
+def test_non_finite_losses_are_ignored() -> None:
     with_nan, without = LossEMA(), LossEMA()
     for loss in losses(5):
         for bad in (math.nan, math.inf):

@@ -64,7 +64,7 @@ def train(
 
 @pytest.mark.parametrize("module", ["PretrainModule", "own_optimizer.AdamWModule"])
 @pytest.mark.parametrize("what", PLACES)
-def test_by_default_the_run_ends_with_the_step_before_saved(
+def test_by_default_the_run_stops_and_saves_the_previous_step(
     what: str, module: str, base: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert train(base, monkeypatch, what, 100, module=module) == 2
@@ -80,7 +80,7 @@ def test_by_default_the_run_ends_with_the_step_before_saved(
 
 @pytest.mark.parametrize("module", ["PretrainModule", "own_optimizer.AdamWModule"])
 @pytest.mark.parametrize("what", PLACES)
-def test_such_steps_can_be_skipped_and_are_counted(
+def test_non_finite_steps_can_be_skipped_and_are_counted(
     what: str, module: str, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert train(base, monkeypatch, what, 1, "--non_finite_guard.action", "skip", module=module) == 0

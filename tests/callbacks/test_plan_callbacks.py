@@ -85,7 +85,7 @@ class Watch(Callback):
 @pytest.mark.parametrize(
     ("every", "steps", "expected"), [(2, 5, [0, 2, 4, 5]), (2, 4, [0, 2, 4]), (0, 3, [0, 3]), (10, 3, [0, 3])]
 )
-def test_evaluation_happens_at_the_start_on_schedule_and_at_the_end(
+def test_evaluation_runs_at_the_start_at_intervals_and_at_the_end(
     every: int, steps: int, expected: list[int], base: Path
 ) -> None:
     watch = Watch()
@@ -93,7 +93,7 @@ def test_evaluation_happens_at_the_start_on_schedule_and_at_the_end(
     assert watch.validated == expected
 
 
-def test_the_final_evaluation_does_not_rely_on_the_schedule(base: Path) -> None:
+def test_the_final_evaluation_does_not_depend_on_the_interval(base: Path) -> None:
     """Step 4 is on the schedule, but the loop was kept from evaluating it."""
 
     class NoEvaluationInTheLoop(Callback):
@@ -141,7 +141,7 @@ def test_a_run_resumed_with_another_micro_batch_size_takes_the_same_steps(before
     assert find_checkpoint("last", directory=checkpoints).step == 8
 
 
-def test_a_resumed_run_freezes_after_its_first_step_not_its_first_micro_batch(base: Path) -> None:
+def test_gc_freezes_after_the_first_step_of_a_resumed_run(base: Path) -> None:
     gc.unfreeze()
     checkpoints = base / "checkpoints"
     train(base, StepCheckpoint(str(checkpoints)), max_steps=2)
@@ -213,7 +213,7 @@ def module_with_network(module: PretrainModule) -> PretrainModule:
     return module
 
 
-def test_what_is_set_by_hand_stays(base: Path) -> None:
+def test_explicit_options_are_kept(base: Path) -> None:
     run = train(base, max_steps=3, batch=128)
     assert run.global_step == 3
     assert run.accumulate_grad_batches == 4
@@ -224,12 +224,12 @@ def test_accumulation_fills_the_batch(tokens: int, rows: int, world: int, expect
     assert accumulation_steps(tokens, rows, 32, world) == expected
 
 
-def test_a_batch_that_does_not_divide_names_what_would() -> None:
+def test_an_indivisible_batch_is_refused_with_valid_sizes() -> None:
     with pytest.raises(UserError, match=r"96 is not a multiple.*micro_batch_size 1 or.*64 or.*128"):
         accumulation_steps(96, 2, 32, 1)
 
 
-def test_the_monitor_records_what_it_says(base: Path) -> None:
+def test_the_monitor_logs_what_it_prints(base: Path) -> None:
     run = train(base, Monitor(every_n_steps=1), max_steps=5)
     rows = records(run)
     assert [int(row["step"]) for row in rows] == [1, 2, 3, 4, 5]
@@ -245,7 +245,7 @@ def test_the_monitor_records_what_it_says(base: Path) -> None:
     assert float(rows[-1]["train/eta_seconds"]) == 0
 
 
-def test_the_monitor_follows_a_run_that_is_shortened(base: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_monitor_follows_changes_of_max_steps(base: Path, capfd: pytest.CaptureFixture[str]) -> None:
     class Shorten(Callback):
         def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
             if trainer.global_step == 2:
@@ -258,7 +258,7 @@ def test_the_monitor_follows_a_run_that_is_shortened(base: Path, capfd: pytest.C
     assert "step 5/5 |" in capfd.readouterr().out
 
 
-def test_what_follows_an_evaluation_is_no_training_time(base: Path) -> None:
+def test_time_after_an_evaluation_is_not_training_time(base: Path) -> None:
     class Slow(Callback):
         """Set up after the monitor, as the samples are."""
 

@@ -14,7 +14,7 @@ SHAPE: dict[str, Any] = {"depth": 2, "sequence_len": 32, "head_dim": 32, "window
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, "law"), (0.05, 0.05), (0.0, 0.0)])
-def test_a_weight_decay_that_is_given_is_taken_as_it_is(given: float | None, expected: float | str) -> None:
+def test_an_explicit_weight_decay_is_not_scaled(given: float | None, expected: float | str) -> None:
     module = SimpleNamespace(
         scales_with_depth=True, shape=SHAPE, global_batch_tokens=None, weight_decay=0.2, lr_scale=1.0
     )

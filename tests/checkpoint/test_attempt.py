@@ -67,7 +67,7 @@ def hold_up(at: str, monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], No
 
 
 @pytest.mark.parametrize("at", ["optim_000002_rank1", "receipt_000002_rank1"])
-def test_an_orphan_held_up_before_it_renames(at: str, tmp_path: Path, save, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_orphan_delayed_before_its_rename(at: str, tmp_path: Path, save, monkeypatch: pytest.MonkeyPatch) -> None:
     orphan = begin(tmp_path)
     after: dict[str, bytes] = {}
 
@@ -84,7 +84,7 @@ def test_an_orphan_held_up_before_it_renames(at: str, tmp_path: Path, save, monk
     assert open_checkpoint(CheckpointPaths(tmp_path, 2)).world_size == 2
 
 
-def test_rank_0_takes_no_receipt_of_another_attempt(tmp_path: Path, save) -> None:
+def test_rank_0_ignores_receipts_of_other_attempts(tmp_path: Path, save) -> None:
     orphan = begin(tmp_path)
     successor = begin(tmp_path)
     stale = CheckpointPaths(tmp_path, 2).receipt(1, orphan.name)
@@ -106,7 +106,7 @@ def test_an_orphan_writes_no_meta_and_prunes_nothing(tmp_path: Path, save) -> No
     assert contents(tmp_path) == before
 
 
-def test_no_attempt_begins_while_a_rank_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_attempt_starts_during_a_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that is stopped at that very moment is reported."""
     begin(tmp_path)
     monkeypatch.setattr(module, "TAKEOVER_TIMEOUT_SECONDS", 0.1)

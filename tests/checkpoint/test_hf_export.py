@@ -91,7 +91,7 @@ def random_ids(length: int, rows: int = 2) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_logits_are_lmchats(name: str, exported: Callable[[str], tuple[Path, GPT]]) -> None:
+def test_logits_equal_lmchat(name: str, exported: Callable[[str], tuple[Path, GPT]]) -> None:
     folder, net = exported(name)
     model = load(folder)
     assert type(model).__name__ == ("NanoChatForCausalLM" if name.startswith("native") else "LMChatForCausalLM")
@@ -120,7 +120,7 @@ def test_logits_in_bf16(name: str, exported: Callable[[str], tuple[Path, GPT]]) 
 
 
 @pytest.mark.parametrize("name", ["full", "full, odd", "native"])
-def test_cached_generation_is_lmchats(
+def test_cached_generation_equals_lmchat(
     name: str, exported: Callable[[str], tuple[Path, GPT]], tokenizer: Tokenizer
 ) -> None:
     """Greedy, beyond all windows, in a batch of prompts of two lengths."""
@@ -289,7 +289,7 @@ def test_the_chat_template_refuses_what_lmchat_refuses(
 
 
 @pytest.mark.parametrize("name", ["native", "full"])
-def test_a_folder_describes_itself(
+def test_an_exported_folder_is_complete(
     name: str, exported: Callable[[str], tuple[Path, GPT]], tokenizer: Tokenizer
 ) -> None:
     folder, _ = exported(name)
@@ -310,7 +310,7 @@ def test_a_folder_describes_itself(
     assert ("trust_remote_code=True" in card) is (name == "full")
 
 
-def test_the_card_s_example_runs(
+def test_the_example_of_the_model_card_runs(
     exported: Callable[[str], tuple[Path, GPT]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, _ = exported("full")
@@ -405,7 +405,7 @@ def test_every_tensor_is_accounted_for(
         (["CHECKPOINT", "--dtype", "fp8"], ["dtype"]),
     ],
 )
-def test_mistakes_have_one_message(
+def test_mistakes_give_one_message(
     options: list[str],
     messages: list[str],
     checkpoint: Path,

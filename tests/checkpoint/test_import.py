@@ -58,7 +58,7 @@ def equal(state: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> boo
 
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("stage", ["pretrain", "rl"])
-def test_an_export_comes_back_as_it_was(
+def test_export_and_import_round_trip(
     native: bool, stage: str, odd_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("first", "second"):
@@ -173,14 +173,14 @@ def test_damaged_exports_are_refused(
     assert not list((base / "new").rglob("meta_*"))
 
 
-def test_an_index_may_not_lead_outside(export: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_index_cannot_point_outside_its_folder(export: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (export / "model.safetensors").rename(export.parent / "model.safetensors")
     index = {"weight_map": {"lm_head.weight": "../model.safetensors"}}
     (export / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "names ../model.safetensors, outside its folder" in refused(["hf", str(export)], capsys)
 
 
-def test_a_name_is_taken_once_and_a_base_folder_has_one_tokenizer(
+def test_existing_tags_and_other_tokenizers_are_refused(
     export: Path, tokenizer: Tokenizer, base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(["import", "hf", str(export)]) == 0
@@ -355,7 +355,7 @@ class Runs:
 
 
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
-def test_a_pickle_may_not_run_code(protocol: int, tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_a_pickle_cannot_run_code(protocol: int, tmp_path: Path, tokenizer: Tokenizer) -> None:
     path, proof = tmp_path / "tokenizer.pkl", tmp_path / "proof"
     hidden = encoding_of(tokenizer)
     hidden._pat_str = Runs(proof)  # type: ignore[assignment]
@@ -381,7 +381,7 @@ def test_a_pickle_may_not_run_code(protocol: int, tmp_path: Path, tokenizer: Tok
         b"ctiktoken.core\nEncoding.__init__.__globals__\n.",
     ],
 )
-def test_hostile_and_damaged_pickles_have_one_message(content: bytes, tmp_path: Path) -> None:
+def test_hostile_and_damaged_pickles_give_one_message(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.pkl").write_bytes(content)
     with pytest.raises(UserError, match="is no tokenizer of nanochat"):
         read_pickled_tokenizer(tmp_path / "tokenizer.pkl")
@@ -463,7 +463,7 @@ def test_an_imported_model_trains_on(stage: str, trainable: Checkpoint, base: Pa
         assert main(["fit", "--config", str(base / "fit.yaml"), *own[:2], "--ckpt_path", "auto"]) == 0
 
 
-def test_the_moments_of_an_imported_model_are_missed(
+def test_a_missing_optimizer_state_of_an_import_is_reported(
     trainable: Checkpoint, base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (base / "fit.yaml").write_text(FITS["sft"])

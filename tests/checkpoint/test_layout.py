@@ -19,7 +19,7 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("step", [0, 7, 5000, 1_234_567])
-def test_a_file_name_gives_the_step_back(step: int) -> None:
+def test_file_names_round_trip_to_steps(step: int) -> None:
     paths = CheckpointPaths(Path("somewhere"), step)
     assert CheckpointPaths.of(paths.model) == CheckpointPaths.of(str(paths.meta)) == paths
 

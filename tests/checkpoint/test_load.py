@@ -50,7 +50,7 @@ def test_every_way_to_name_a_checkpoint(folder: Path, monkeypatch: pytest.Monkey
     assert find_checkpoint(f"~/{folder.name}").step == 2
 
 
-def test_what_is_read(folder: Path) -> None:
+def test_only_the_requested_files_are_read(folder: Path) -> None:
     checkpoint = find_checkpoint(folder)
     assert (checkpoint.stage, checkpoint.world_size, checkpoint.meta["model"]) == ("pretrain", 1, MODEL)
     assert load_model_state(checkpoint).keys() == {"transformer.wte.weight"}
@@ -65,7 +65,7 @@ def test_a_damaged_file_is_named(file: str, how: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("file", "how"), CASES)
-def test_last_falls_back_and_says_so(file: str, how: str, folder: Path) -> None:
+def test_last_falls_back_to_an_older_checkpoint_with_a_warning(file: str, how: str, folder: Path) -> None:
     DAMAGE[how](folder / file)
     said: list[str] = []
     assert find_checkpoint("last", directory=folder, warn=said.append).step == 1
@@ -74,7 +74,7 @@ def test_last_falls_back_and_says_so(file: str, how: str, folder: Path) -> None:
     assert "falling back" in said[1] and "meta_000001.json" in said[1]
 
 
-def test_without_meta_a_checkpoint_was_never_finished(folder: Path) -> None:
+def test_a_checkpoint_without_meta_is_ignored(folder: Path) -> None:
     paths = CheckpointPaths(folder, 2)
     paths.meta.unlink()
     said: list[str] = []
@@ -88,7 +88,7 @@ def test_without_meta_a_checkpoint_was_never_finished(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", "7", '{"format": 1}', "\xff\xfe"])
-def test_a_garbled_meta_is_damage(content: str, folder: Path) -> None:
+def test_invalid_meta_counts_as_damage(content: str, folder: Path) -> None:
     meta = CheckpointPaths(folder, 2).meta
     meta.write_bytes(content.encode("latin-1"))
     with pytest.raises(DamagedCheckpoint, match=r"meta_000002.json is truncated or altered"):
@@ -105,7 +105,7 @@ def test_only_the_files_asked_for_are_verified(folder: Path) -> None:
         open_checkpoint(paths, files=[paths.optimizer(1)])
 
 
-def test_nothing_there(tmp_path: Path) -> None:
+def test_no_checkpoint_is_reported(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "d4"):
         with pytest.raises(UserError, match=rf"no checkpoint in {path}; train one first"):
             find_checkpoint(path)
@@ -119,14 +119,14 @@ def test_nothing_there(tmp_path: Path) -> None:
         find_checkpoint("last")
 
 
-def test_all_damaged(folder: Path) -> None:
+def test_only_damaged_checkpoints_are_reported(folder: Path) -> None:
     for step in (1, 2):
         truncate(CheckpointPaths(folder, step).model)
     with pytest.raises(DamagedCheckpoint, match=r"holds no complete checkpoint: .*model_000002.pt is truncated"):
         find_checkpoint(folder, warn=lambda message: None)
 
 
-def test_a_newer_format_is_not_guessed_at(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_newer_format_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lmchat.checkpoint.load.FORMAT", 0)
     with pytest.raises(UserError, match="has format 1, this lmchat reads 0"):
         find_checkpoint(folder)

@@ -118,7 +118,7 @@ def test_a_wrong_value_is_named(change: Change, message: str, folder: Path) -> N
     assert find_checkpoint(folder, warn=lambda _: None).step == 1
 
 
-def test_a_format_that_is_missing_or_another(folder: Path) -> None:
+def test_a_missing_or_unknown_format_is_refused(folder: Path) -> None:
     paths = CheckpointPaths(folder, 2)
     for change in (remove("format"), put("format", value="\x1b[2J")):
         rewrite(paths, change)
@@ -128,14 +128,14 @@ def test_a_format_that_is_missing_or_another(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["[" * 200_000, '{"a":' * 200_000, '{"meta_sha256": ' + "9" * 5000 + "}"])
-def test_json_that_cannot_be_parsed(content: str, folder: Path) -> None:
+def test_unparsable_json_is_refused(content: str, folder: Path) -> None:
     paths = CheckpointPaths(folder, 2)
     paths.meta.write_text(content)
     with pytest.raises(DamagedCheckpoint, match=r"meta_000002.json is .*altered"):
         open_checkpoint(paths)
 
 
-def test_nesting_that_json_can_parse(folder: Path) -> None:
+def test_deeply_nested_json_is_refused(folder: Path) -> None:
     paths = CheckpointPaths(folder, 2)
     deep: Any = 1
     for _ in range(200):
@@ -145,7 +145,7 @@ def test_nesting_that_json_can_parse(folder: Path) -> None:
         open_checkpoint(paths)
 
 
-def test_a_folder_in_place_of_a_file(folder: Path) -> None:
+def test_a_folder_instead_of_a_file_is_refused(folder: Path) -> None:
     for name in ("model_000002.pt", "meta_000002.json"):
         (folder / name).unlink()
         (folder / name).mkdir()
@@ -182,7 +182,7 @@ FOREIGN: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_a_file_that_is_no_file_of_weights(kind: str, folder: Path) -> None:
+def test_a_file_without_weights_is_refused(kind: str, folder: Path) -> None:
     checkpoint = find_checkpoint(folder)
     for path, load in (
         (checkpoint.paths.model, lambda: load_model_state(checkpoint)),
@@ -194,7 +194,7 @@ def test_a_file_that_is_no_file_of_weights(kind: str, folder: Path) -> None:
         assert str(caught.value).isprintable()
 
 
-def test_weights_that_are_no_tensors(folder: Path) -> None:
+def test_weights_that_are_not_tensors_are_refused(folder: Path) -> None:
     checkpoint = find_checkpoint(folder)
     for content in ({"a": 1}, {1: torch.ones(2)}, {"a": torch.ones(2, dtype=torch.int64)}):
         torch.save(content, checkpoint.paths.model)
@@ -210,7 +210,7 @@ RANK_STATE: dict[str, Any] = {"optimizer_states": [{}], "rng": {}, "callbacks": 
 
 
 @pytest.mark.parametrize("name", RANK_STATE)
-def test_a_part_that_a_rank_has_not_saved_is_named(name: str, folder: Path) -> None:
+def test_a_missing_part_of_a_rank_is_named(name: str, folder: Path) -> None:
     """Without it the run would go on with a new optimizer, other random numbers or other averages."""
     checkpoint = find_checkpoint(folder)
     path = checkpoint.paths.optimizer(0)
@@ -229,7 +229,7 @@ def test_a_damaged_state_of_a_callback_is_named(state: Any) -> None:
     check_state(Path, {"steps": 3}, {"steps": COUNTER})
 
 
-def test_a_tag_makes_no_path_out_of_the_base_folder() -> None:
+def test_a_tag_cannot_leave_the_base_folder() -> None:
     for tag in ("../x", "/etc", ".", "..", "", "a/b", "a\\b", "a\nb", "\0"):
         with pytest.raises(UserError, match="names no folder"):
             checkpoint_dir("pretrain", tag)

@@ -83,7 +83,7 @@ def dies_after(operations: int, directory: Path, save) -> Callable[[], None]:
     return target
 
 
-def test_dying_between_any_two_operations_leaves_a_whole_checkpoint(tmp_path: Path, save) -> None:
+def test_a_crash_between_any_two_operations_leaves_a_complete_checkpoint(tmp_path: Path, save) -> None:
     survivors = []
     for operations in range(1000):
         directory = tmp_path / str(operations)
@@ -104,7 +104,7 @@ def test_dying_between_any_two_operations_leaves_a_whole_checkpoint(tmp_path: Pa
     assert set(survivors) == {1, 2}
 
 
-def test_a_step_that_is_saved_again_is_incomplete_until_the_end(
+def test_overwriting_a_step_makes_it_incomplete_until_the_end(
     tmp_path: Path, save, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(tmp_path, 1)
@@ -150,7 +150,7 @@ def test_killed_at_random_moments(tmp_path: Path, save) -> None:
 
 
 @pytest.mark.parametrize("name", ["model_000002.pt", "optim_000002_rank0.pt", "meta_000002.json"])
-def test_disk_full(name: str, tmp_path: Path, save, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_keeps_older_checkpoints(name: str, tmp_path: Path, save, monkeypatch: pytest.MonkeyPatch) -> None:
     """The system call itself refuses: file sizes are limited to less than the file's."""
     save(tmp_path, 1)
     size = (tmp_path / name.replace("2", "1")).stat().st_size
@@ -195,7 +195,7 @@ def test_a_folder_without_permission_is_refused(tmp_path: Path) -> None:
         RunLock(tmp_path)
 
 
-def test_a_second_run_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
+def test_a_second_run_is_refused_while_the_first_runs(tmp_path: Path) -> None:
     receiver, sender = processes.Pipe(duplex=False)
 
     def hold() -> None:
@@ -219,7 +219,7 @@ def test_a_released_lock_is_free(tmp_path: Path) -> None:
     assert run(lambda: RunLock(tmp_path).release()) == 0
 
 
-def test_remains_of_a_cut_write_are_removed(tmp_path: Path, save) -> None:
+def test_leftovers_of_interrupted_writes_are_removed(tmp_path: Path, save) -> None:
     paths = save(tmp_path, 1)
     remains = ["model_000002.pt", "optim_000002_rank1.pt.tmp", "receipt_000001_rank1.json", "meta_000001.json.tmp"]
     for name in remains:
@@ -284,12 +284,12 @@ def test_a_snapshot_is_a_copy() -> None:
     assert copy[3].untyped_storage().nbytes() == 8
 
 
-def test_a_snapshot_refuses_what_a_safe_loader_would(tmp_path: Path) -> None:
+def test_a_snapshot_refuses_objects_that_cannot_be_loaded_safely(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"checkpoint\['callbacks'\]\['Mine'\]\[1\] is a PosixPath"):
         snapshot({"callbacks": {"Mine": [1, tmp_path]}})
 
 
-def test_an_error_that_is_not_the_disks_is_not_hidden(tmp_path: Path) -> None:
+def test_errors_other_than_the_disk_are_not_hidden(tmp_path: Path) -> None:
     def fail(file) -> None:
         raise RuntimeError("mine")
 

@@ -47,7 +47,7 @@ def test_sizes_that_no_machine_has_are_refused(options: str, config: list[str]) 
     assert TOO_LARGE[options] in str(error.value)
 
 
-def test_a_config_file_is_judged_without_torch(config: list[str]) -> None:
+def test_config_files_are_checked_without_torch(config: list[str]) -> None:
     Path("large.yaml").write_text("model: {init_args: {depth: 100000}}\ntrainer: {max_steps: 1}")
     code = (
         "import sys; from lmchat.__main__ import main; status = main(sys.argv[1:]); "
@@ -81,7 +81,7 @@ LEFT_TO_THE_PARSER = [
 
 
 @pytest.mark.parametrize("options", LEFT_TO_THE_PARSER)
-def test_what_is_not_certain_is_left_to_the_parser(options: str, config: list[str]) -> None:
+def test_uncertain_values_are_left_to_the_parser(options: str, config: list[str]) -> None:
     Path("broken.yaml").write_text("model: [")
     check_sizes(["fit", *config, *options.split()])
 

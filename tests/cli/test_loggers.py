@@ -24,7 +24,7 @@ samples: {max_new_tokens: 2, prompts: [a]}
 """
 
 
-def test_training_goes_on_without_its_log_folder(
+def test_training_continues_if_its_log_folder_is_removed(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
     base = tmp_path / "base"

@@ -34,7 +34,7 @@ def shell(base: Path, command: str, **environment: str) -> subprocess.CompletedP
     )
 
 
-def test_a_pipe_that_closes_ends_the_command_quietly(base: Path) -> None:
+def test_a_closed_pipe_ends_the_command_silently(base: Path) -> None:
     (base / "long.txt").write_text("word " * 100_000)
     done = shell(base, "lmchat tokenizer show - < $LMCHAT_BASE_DIR/long.txt | head -1")
     assert (done.returncode, done.stderr) == (141, "")
@@ -42,7 +42,7 @@ def test_a_pipe_that_closes_ends_the_command_quietly(base: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["--help", "data import --help", "tokenizer show hi", "fit --help"])
-def test_a_pipe_that_nobody_reads_ends_the_command_quietly(base: Path, command: str) -> None:
+def test_a_pipe_without_a_reader_ends_the_command_silently(base: Path, command: str) -> None:
     done = shell(base, f"lmchat {command} | exec true")
     assert (done.returncode, done.stderr) in [(141, ""), (0, "")]  # 0 if true has not ended before
 
@@ -82,6 +82,6 @@ def test_invalid_input_is_replaced(base: Path) -> None:
     assert "4 tokens" in done.stdout  # U+FFFD is three bytes
 
 
-def test_only_a_pipe_of_the_standard_streams_counts() -> None:
+def test_only_broken_pipes_of_standard_streams_are_silent() -> None:
     assert not is_broken_output(BrokenPipeError())  # of a socket, say
     assert not is_broken_output(SystemExit(1))

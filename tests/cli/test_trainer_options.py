@@ -123,7 +123,7 @@ def test_a_limit_that_cuts_an_optimizer_step_is_refused(
 
 
 @pytest.mark.parametrize("callback", ["EarlyStopping", "ModelCheckpoint"])
-def test_a_metric_that_is_not_there(
+def test_a_missing_metric_is_reported(
     callback: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     value = f"[{{class_path: lightning.pytorch.callbacks.{callback}, init_args: {{monitor: val_loss}}}}]"

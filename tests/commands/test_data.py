@@ -71,7 +71,7 @@ def test_user_mistakes_end_in_one_line(
     assert "Traceback" not in errors
 
 
-def test_words_makes_the_list_that_spelling_reads(base: Path, tiny_base: Path) -> None:
+def test_the_words_command_writes_the_list_for_spelling(base: Path, tiny_base: Path) -> None:
     from lmchat.tasks.words import read_words
 
     assert main(["data", "words", "--data_dir", str(tiny_base / "base_data")]) == 0
@@ -115,9 +115,7 @@ def write_rows(path: Path, *rows: Any) -> Path:
     return path
 
 
-def test_show_tells_what_is_learned_from_what_is_read(
-    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_show_marks_tokens_with_loss(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chat = write_rows(tmp_path / "chat.jsonl", {"messages": SUM}, {"messages": LONG})
     assert main(["data", "show", str(chat), "--max_tokens", "40"]) == 0
     assert capsys.readouterr().out == SHOWN
@@ -137,7 +135,7 @@ def test_show_tells_what_is_learned_from_what_is_read(
     assert "1 conversations, 36 tokens" in capsys.readouterr().out
 
 
-def test_show_colours_what_is_learned(
+def test_show_colours_tokens_with_loss(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
@@ -151,7 +149,7 @@ def test_show_colours_what_is_learned(
     assert f"{magenta}<|output_start|>\x1b[0m{dim}4\x1b[0m" in printed
 
 
-def test_show_takes_the_mixture_of_a_config(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_reads_the_mixture_of_a_config(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chat = write_rows(tmp_path / "chat.jsonl", SUM)
     config = tmp_path / "mine.yaml"
     train = f"[{{task: {{class_path: JSONLConversations, init_args: {{path: {chat}}}}}, epochs: 3}}]"
@@ -164,9 +162,7 @@ def test_show_takes_the_mixture_of_a_config(base: Path, tmp_path: Path, capsys: 
     assert "Identity/test: 2 conversations" in capsys.readouterr().out
 
 
-def test_show_lays_configs_over_each_other_as_fit_does(
-    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_show_overlays_configs_like_fit(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train = "[{task: {class_path: Identity, init_args: {size: SIZE}}}]"
     overlays = []
     for number, text in enumerate((f"train: {train.replace('SIZE', '4')}", "shuffle_seed: 7", "shuffle_seed: 8")):

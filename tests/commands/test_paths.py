@@ -50,7 +50,7 @@ def parsed(command: Command, arguments: list[str], monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(("command", "parameter"), PATHS)
-def test_home_is_expanded(
+def test_tilde_is_expanded(
     command: Command, parameter: inspect.Parameter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -66,12 +66,12 @@ def test_home_is_expanded(
     assert value in (tmp_path / "x", [tmp_path / "x"])
 
 
-def test_lists_of_paths_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tilde_is_expanded_in_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     given = parsed(("tokenizer", "train"), ["--data=[~/a.txt, b.txt]"], monkeypatch)
     assert given["data"] == [tmp_path / "a.txt", Path("b.txt")]
 
 
-def test_a_home_folder_that_is_not_there(capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_home_folder_is_reported(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["tokenizer", "show", "hi", "--tokenizer=~nobody-of-this-name/x"]) == 2
     assert "--tokenizer is ~nobody-of-this-name/x; there is no such home folder" in capfd.readouterr().err

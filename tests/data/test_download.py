@@ -63,7 +63,7 @@ def _assert_complete(hub: HubServer, output: Path, *numbers: int) -> None:
     assert not (output / ".download").exists()
 
 
-def test_first_shards_and_the_last_survive_every_fault(hub: HubServer, tmp_path: Path) -> None:
+def test_the_first_and_last_shards_are_downloaded_despite_faults(hub: HubServer, tmp_path: Path) -> None:
     hub.faults["tree"] = ["error"]
     hub.faults["shard_00000.parquet"] = ["truncate", "error"]
     hub.faults["shard_00001.parquet"] = ["corrupt"]
@@ -83,7 +83,7 @@ def test_first_shards_and_the_last_survive_every_fault(hub: HubServer, tmp_path:
     assert sorted(hub.gets) == ["shard_00003.parquet", "shard_00004.parquet"]
 
 
-def test_a_killed_download_is_continued(hub: HubServer, tmp_path: Path) -> None:
+def test_a_killed_download_resumes(hub: HubServer, tmp_path: Path) -> None:
     hub.faults["shard_00001.parquet"] = ["stall"]
     process = _start(hub, tmp_path, num_workers=2)
     hub.wait_for_gets(4)  # the others are through the second worker, or on their way
@@ -117,7 +117,7 @@ def fetch(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
     return run
 
 
-def test_a_shard_that_stays_broken_is_named_and_the_rest_is_kept(
+def test_a_broken_shard_is_named_and_the_others_are_kept(
     hub: HubServer, tmp_path: Path, fetch: Callable[..., DownloadReport]
 ) -> None:
     hub.faults["shard_00002.parquet"] = ["corrupt"] * 99
@@ -130,7 +130,7 @@ def test_a_shard_that_stays_broken_is_named_and_the_rest_is_kept(
     )
 
 
-def test_a_shard_that_is_no_parquet_file_is_named(hub: HubServer, fetch: Callable[..., DownloadReport]) -> None:
+def test_a_shard_that_is_not_parquet_is_named(hub: HubServer, fetch: Callable[..., DownloadReport]) -> None:
     hub.files["shard_00005.parquet"] = b"something else"
     with pytest.raises(UserError, match=r"cannot read .*shard_00005\.parquet, truncated or not a parquet file"):
         fetch()
@@ -154,7 +154,7 @@ def test_user_mistakes_are_named(
         fetch(**options)
 
 
-def test_offline_nothing_is_tried(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_mode_makes_no_requests(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     status, printed = _download(hub, tmp_path / "shards")
     assert status == 2
@@ -181,7 +181,9 @@ def test_two_downloads_into_one_folder_are_refused(
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}"])
-def test_a_damaged_note_of_the_source(tmp_path: Path, fetch: Callable[..., DownloadReport], content: str) -> None:
+def test_a_damaged_source_record_is_reported(
+    tmp_path: Path, fetch: Callable[..., DownloadReport], content: str
+) -> None:
     (tmp_path / "source.json").write_text(content)
     with pytest.raises(UserError, match=r"source\.json, .* is damaged; delete it if they are those of some/shards"):
         fetch()
@@ -211,7 +213,7 @@ def test_a_damaged_note_of_the_source(tmp_path: Path, fetch: Callable[..., Downl
         ),
     ],
 )
-def test_answers_of_a_hub_are_checked(
+def test_responses_of_a_hub_are_checked(
     hub: HubServer, tmp_path: Path, fetch: Callable[..., DownloadReport], listing: bytes, message: str
 ) -> None:
     hub.listing = listing
@@ -221,7 +223,7 @@ def test_answers_of_a_hub_are_checked(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_listing_without_an_end(
+def test_an_endless_listing_is_refused(
     hub: HubServer, tmp_path: Path, fetch: Callable[..., DownloadReport], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(download, "LISTING_SECONDS", 0.5)

@@ -49,9 +49,7 @@ def make(tmp_path: Path) -> Callable[..., Mixture]:
         ({"others": [MixturePart(Arithmetic(size=1))]}, {"Arithmetic/train"}),
     ],
 )
-def test_what_changed_is_named_and_nothing_else(
-    make: Callable[..., Mixture], changes: dict[str, Any], named: set[str]
-) -> None:
+def test_only_changed_parts_are_named(make: Callable[..., Mixture], changes: dict[str, Any], named: set[str]) -> None:
     before = take(make())
     check_fingerprint(before, take(make()))
     with pytest.raises(UserError, match=r"another --model\.tag") as caught:
@@ -66,7 +64,7 @@ def test_settings_are_compared_too(make: Callable[..., Mixture]) -> None:
         check_fingerprint(take(mixture, **{"rows per step": 8}), take(mixture, **{"rows per step": 4}))
 
 
-def test_it_costs_little_beside_rendering() -> None:
+def test_fingerprinting_is_cheap_compared_with_rendering() -> None:
     size = 200_000
     mixture = Mixture([MixturePart(Arithmetic(size=size)), MixturePart(Identity(size=size))])
     checksums = np.random.default_rng(0).integers(0, 1 << 32, len(mixture), dtype=np.uint32)

@@ -43,7 +43,7 @@ def _corpus(rng: random.Random) -> list[str]:
     return [" ".join(words) for words in documents]
 
 
-def test_exact_and_near_duplicates_are_those_of_all_pairs(write_shards: WriteShards) -> None:
+def test_duplicates_equal_brute_force_over_all_pairs(write_shards: WriteShards) -> None:
     texts = _corpus(random.Random(3))
     first: dict[str, int] = {}
     expected: dict[str, list[int]] = {"exact_duplicates": [0, 0], "near_duplicates": [0, 0], "empty": [0, 0]}
@@ -81,7 +81,7 @@ def test_signatures_estimate_the_jaccard_similarity() -> None:
         assert (signature == signatures[0]).mean() == pytest.approx(similarity, abs=0.15)
 
 
-def test_overlap_is_that_of_sets_of_tuples(tmp_path: Path) -> None:
+def test_overlap_equals_sets_of_tuples(tmp_path: Path) -> None:
     rng = random.Random(1)
     examples = [{"question": " ".join(_text(rng, rng.choice([3, 20, 60]))), "n": 3} for _ in range(30)]
     examples += [{"choices": [{"text": " ".join(_text(rng, 14))}, " ".join(_text(rng, 12))]}]
@@ -111,7 +111,7 @@ def test_overlap_is_that_of_sets_of_tuples(tmp_path: Path) -> None:
         assert report["checked"] == sum(map(bool, grams[part])) and report["overlapping"] == sum(found[part])
 
 
-def test_tokens_cropped_and_split_are_those_of_one_epoch_of_packing(write_shards: WriteShards) -> None:
+def test_cropped_and_split_tokens_equal_one_epoch_of_packing(write_shards: WriteShards) -> None:
     rng = random.Random(5)
     texts = ["a" * int(rng.lognormvariate(3, 1)) + "b" for _ in range(3000)]
     folder = write_shards(texts[:2000], texts[2000:2900], texts[2900:])
@@ -174,7 +174,7 @@ def test_the_command_writes_tables_and_json(
     assert Counter(each["characters"] for each in report["longest"])[5] == 3
 
 
-def test_what_cannot_be_read_is_named(write_shards: WriteShards, tmp_path: Path) -> None:
+def test_unreadable_files_are_named(write_shards: WriteShards, tmp_path: Path) -> None:
     folder = write_shards(["a"], ["b"])
     with pytest.raises(UserError, match=r"no evaluation set .*absent"):
         check(folder, evaluation=[tmp_path / "absent"])

@@ -52,7 +52,7 @@ def source(tmp_path: Path) -> Path:
     return folder
 
 
-def test_every_kind_of_file(source: Path, tmp_path: Path) -> None:
+def test_every_file_format_is_imported(source: Path, tmp_path: Path) -> None:
     report = import_folder(source, tmp_path / "out", progress=False)
     *train, validation = _read(tmp_path / "out")
     documents = {"plain text", "# mark\ndown", "json one", "json two", "zipped ? 😀", "from parquet"}
@@ -210,7 +210,7 @@ COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
 
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
-def test_forms_and_encodings(tmp_path: Path, name: str, encoding: str) -> None:
+def test_formats_and_encodings_are_recognized(tmp_path: Path, name: str, encoding: str) -> None:
     (tmp_path / name).write_bytes(FORMS[name].encode(encoding))
     report = import_folder(tmp_path / name, tmp_path / "out", progress=False)
     assert texts_in(tmp_path / "out") == EXPECTED
@@ -282,7 +282,7 @@ def test_compressed_files(tmp_path: Path, name: str, suffix: str) -> None:
     assert texts_in(tmp_path / "out") == EXPECTED
 
 
-def test_files_in_the_wild(tmp_path: Path) -> None:
+def test_realistic_files_are_imported(tmp_path: Path) -> None:
     """A folder of text that a link points to, a link in a circle, a link to nowhere, and what a Mac leaves behind."""
     source, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
     source.mkdir()
@@ -317,13 +317,13 @@ def test_files_in_the_wild(tmp_path: Path) -> None:
         ("one.*two.*three", ".*"),
     ],
 )
-def test_separators(tmp_path: Path, content: str, separator: str) -> None:
+def test_separators_are_unescaped(tmp_path: Path, content: str, separator: str) -> None:
     (tmp_path / "a.txt").write_bytes(content.encode())
     import_folder(tmp_path / "a.txt", tmp_path / "out", separator=separator, progress=False)
     assert texts_in(tmp_path / "out") == ["one", "three", "two"]
 
 
-def test_a_separator_that_occurs_nowhere(tmp_path: Path) -> None:
+def test_a_separator_without_occurrence_is_reported(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.txt").write_text("one\ntwo")
     (tmp_path / "in" / "b.txt").write_text("three\nfour")
@@ -343,7 +343,7 @@ def test_a_separator_that_occurs_nowhere(tmp_path: Path) -> None:
     chunk=st.integers(1, 7),
     most=st.integers(3, 40),
 )
-def test_streaming_gives_what_the_whole_text_gives(
+def test_streaming_equals_reading_the_whole_text(
     tmp_path_factory: pytest.TempPathFactory, parts: list[str], chunk: int, most: int
 ) -> None:
     """Cut at separators as if the text were split at once; longer parts are divided without loss, within the limit."""

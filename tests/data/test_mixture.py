@@ -40,14 +40,14 @@ def oracle_parts() -> list[Task]:
     return [a, b, a, c]
 
 
-def test_order_is_that_of_the_reference(fixtures: Path) -> None:
+def test_order_matches_the_reference(fixtures: Path) -> None:
     oracle = json.loads((fixtures / "c12_tasks.json").read_text())["mixture_order"]
     mixture = Mixture([MixturePart(task) for task in oracle_parts()])
     assert len(mixture) == len(oracle)
     assert order(mixture) == oracle
 
 
-def test_order_agrees_with_the_whole_oracle(oracles: Path) -> None:
+def test_order_matches_all_oracle_cases(oracles: Path) -> None:
     oracle = json.loads((oracles / "c12_tasks.json").read_text())
     names = {"a": 0, "b": 1, "c": 2}
     assert order(Mixture([MixturePart(task) for task in oracle_parts()])) == [
@@ -55,7 +55,7 @@ def test_order_agrees_with_the_whole_oracle(oracles: Path) -> None:
     ]
 
 
-def test_without_a_shuffle_it_is_a_sequence(fixtures: Path) -> None:
+def test_without_shuffling_tasks_follow_each_other(fixtures: Path) -> None:
     oracle = json.loads((fixtures / "c12_tasks.json").read_text())["sequence"]
     sequence = Mixture([MixturePart(Labelled(0, 3)), MixturePart(Labelled(1, 2))], shuffle_seed=None)
     assert order(sequence) == oracle
@@ -74,7 +74,7 @@ def test_epochs_repeat_every_conversation() -> None:
     assert len(mixture) == 23
 
 
-def test_epochs_are_the_same_as_naming_a_task_again() -> None:
+def test_epochs_equal_repeating_a_task() -> None:
     task, other = Labelled(0, 5), Labelled(1, 3)
     repeated = Mixture([MixturePart(task, epochs=2), MixturePart(other)])
     named_twice = Mixture([MixturePart(task), MixturePart(task), MixturePart(other)])
@@ -92,12 +92,12 @@ def test_locate_names_the_task_that_grades() -> None:
         mixture[len(mixture)]
 
 
-def test_an_empty_part_is_passed_over() -> None:
+def test_an_empty_part_is_skipped() -> None:
     mixture = Mixture([MixturePart(Labelled(0, 0)), MixturePart(Labelled(1, 3)), MixturePart(Labelled(2, 0))])
     assert sorted(order(mixture)) == [[1, 0], [1, 1], [1, 2]]
 
 
-def test_seeds_change_the_order_only() -> None:
+def test_seeds_change_only_the_order() -> None:
     parts = [MixturePart(Labelled(0, 50))]
     assert order(Mixture(parts, shuffle_seed=1)) != order(Mixture(parts))
     assert sorted(order(Mixture(parts, shuffle_seed=1))) == sorted(order(Mixture(parts)))

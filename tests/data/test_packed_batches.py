@@ -48,7 +48,7 @@ def _rows(batch: Batch) -> list[list[int]]:
     return torch.cat([batch["inputs"], batch["targets"][:, -1:]], dim=1).tolist()
 
 
-def test_rows_hold_the_heads_of_the_packed_documents(
+def test_rows_contain_the_beginnings_of_packed_documents(
     shards: tuple[TokenShards, TokenShards], texts: list[list[str]]
 ) -> None:
     documents = [ByteTokenizer().document(text) for shard in texts[:-1] for text in shard if text]
@@ -70,7 +70,7 @@ def test_the_sequence_of_rows_does_not_depend_on_the_world_size(
     assert dealt == [_rows(batch) for batch in islice(_batches(shards[0]), 24)]
 
 
-def test_resumes_exactly_at_every_batch_also_on_another_world_size(shards: tuple[TokenShards, TokenShards]) -> None:
+def test_resumes_exactly_at_every_batch_on_any_world_size(shards: tuple[TokenShards, TokenShards]) -> None:
     whole = list(islice(_batches(shards[0]), 120))
     assert whole[-1]["state"]["epoch"] == 2
     for at in range(0, 108, 7):
@@ -91,13 +91,13 @@ def test_all_ranks_carry_the_same_state(shards: tuple[TokenShards, TokenShards])
     assert first == second == third
 
 
-def test_the_state_tells_epoch_and_shard(shards: tuple[TokenShards, TokenShards]) -> None:
+def test_the_state_has_epoch_and_shard(shards: tuple[TokenShards, TokenShards]) -> None:
     seen = [(batch["state"]["epoch"], batch["state"]["shard"]) for batch in islice(_batches(shards[0]), 150)]
     assert seen == sorted(seen)
     assert {(0, 0), (0, 2), (1, 0), (1, 2)} <= set(seen)
 
 
-def test_evaluation_starts_over_each_time(shards: tuple[TokenShards, TokenShards]) -> None:
+def test_evaluation_restarts_at_the_first_batch(shards: tuple[TokenShards, TokenShards]) -> None:
     batches = _batches(shards[1], num_batches=30)
     first, second = ([_rows(batch) for batch in batches] for _ in range(2))
     assert first == second
@@ -108,7 +108,7 @@ def test_evaluation_starts_over_each_time(shards: tuple[TokenShards, TokenShards
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_through_a_torch_data_loader(shards: tuple[TokenShards, TokenShards], num_workers: int) -> None:
+def test_works_with_a_torch_data_loader(shards: tuple[TokenShards, TokenShards], num_workers: int) -> None:
     loader = DataLoader(_batches(shards[0]), batch_size=None, num_workers=num_workers)
     loaded, direct = list(islice(loader, 5)), list(islice(_batches(shards[0]), 5))
     assert list(map(_rows, loaded)) == list(map(_rows, direct))
@@ -122,7 +122,7 @@ def test_user_mistakes_are_named(shards: tuple[TokenShards, TokenShards], tmp_pa
         next(iter(DataLoader(_batches(shards[0]), batch_size=None, num_workers=2)))
 
 
-def test_a_position_holds_for_the_same_documents_only(
+def test_a_position_is_refused_for_other_documents(
     write_shards: Callable[..., Path], texts: list[list[str]], shards: tuple[TokenShards, TokenShards], tmp_path: Path
 ) -> None:
     """A copy under other names is the same data; as many documents of the same lengths in other words are not."""

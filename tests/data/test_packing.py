@@ -26,12 +26,12 @@ def _reference_rows(fixtures: Path, name: str) -> tuple[np.ndarray, list[list[tu
     ]
 
 
-def test_pretraining_rows_are_those_of_the_reference(fixtures: Path) -> None:
+def test_pretraining_rows_match_the_reference(fixtures: Path) -> None:
     lengths, rows = _reference_rows(fixtures, "pretrain")
     assert list(BestFitPacker(lengths, row_tokens=257, buffer_size=100, refill=128, epochs=1)) == rows
 
 
-def test_sft_rows_are_those_of_the_reference(fixtures: Path) -> None:
+def test_sft_rows_match_the_reference(fixtures: Path) -> None:
     """The oracle shows the 256 input columns of rows of 257, over more than one epoch."""
     lengths, rows = _reference_rows(fixtures, "sft")
     packer = BestFitPacker(lengths, row_tokens=257, buffer_size=100, refill=1, policy="pad")
@@ -149,13 +149,13 @@ def test_a_restored_packer_continues_exactly(case: dict, rows_before: int) -> No
     assert [(row, restored.start) for row in restored] == [(row, packer.start) for row in packer]
 
 
-def test_without_epochs_the_rows_go_on() -> None:
+def test_without_epochs_rows_are_endless() -> None:
     packer = BestFitPacker(np.array([3, 4]), row_tokens=7, buffer_size=1, refill=2)
     assert list(islice(packer, 3)) == [[(1, 4), (0, 3)]] * 3
     assert packer.placed == 6
 
 
-def test_a_document_longer_than_any_key_is_cropped() -> None:
+def test_a_document_beyond_the_largest_key_is_cropped() -> None:
     lengths = np.array([1 << 40, 5])
     assert next(BestFitPacker(lengths, row_tokens=8, buffer_size=1, refill=2)) == [(1, 5), (0, 3)]
 
@@ -210,7 +210,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("state", HOSTILE.values(), ids=HOSTILE)
-def test_a_state_that_no_packer_has_is_refused(state: dict) -> None:
+def test_an_impossible_state_is_refused(state: dict) -> None:
     packer = BestFitPacker(np.full(10, 30), row_tokens=8, policy="split", epochs=2)
     with pytest.raises(UserError, match="use an older checkpoint"):
         packer.restore(state)

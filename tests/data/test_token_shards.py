@@ -43,7 +43,7 @@ def _documents(shards: TokenShards) -> list[list[int]]:
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(257, np.uint16), (65536, np.uint16), (65537, np.uint32)])
 @pytest.mark.parametrize("chunk_characters", [1, 10, 1 << 18])
-def test_every_document_with_its_bos_in_order(
+def test_documents_keep_their_order_and_start_with_bos(
     write_shards: WriteShards, monkeypatch: pytest.MonkeyPatch, vocab_size: int, dtype: type, chunk_characters: int
 ) -> None:
     monkeypatch.setattr(tokenize, "_CHUNK_CHARACTERS", chunk_characters)
@@ -58,7 +58,7 @@ def test_every_document_with_its_bos_in_order(
     assert report.tokens == train.tokens + validation.tokens == sum(map(len, expected))
 
 
-def test_lengths_read_like_an_array(write_shards: WriteShards) -> None:
+def test_lengths_behave_like_an_array(write_shards: WriteShards) -> None:
     tokenizer = ByteTokenizer()
     folder = write_shards(*TEXTS)
     _prepare(folder, tokenizer)
@@ -71,7 +71,7 @@ def test_lengths_read_like_an_array(write_shards: WriteShards) -> None:
     assert [shards.shard_of(i) for i in range(7)] == [0, 0, 0, 1, 2, 2, 2]
 
 
-def test_token_files_are_used_again(write_shards: WriteShards) -> None:
+def test_token_files_are_reused(write_shards: WriteShards) -> None:
     folder = write_shards(*TEXTS)
     _prepare(folder, ByteTokenizer())
     again = ByteTokenizer()
@@ -79,7 +79,7 @@ def test_token_files_are_used_again(write_shards: WriteShards) -> None:
     assert again.encoded == []
 
 
-def test_another_tokenizer_makes_its_own(write_shards: WriteShards) -> None:
+def test_each_tokenizer_has_its_own_token_files(write_shards: WriteShards) -> None:
     folder = write_shards(*TEXTS)
     _prepare(folder, ByteTokenizer("one"))
     other = ByteTokenizer("two")
@@ -89,7 +89,7 @@ def test_another_tokenizer_makes_its_own(write_shards: WriteShards) -> None:
     assert _prepare(folder, ByteTokenizer("one")).made == 0
 
 
-def test_a_file_of_another_tokenizer_in_the_same_place_is_noticed(write_shards: WriteShards) -> None:
+def test_a_token_file_of_another_tokenizer_is_detected(write_shards: WriteShards) -> None:
     folder = write_shards(*TEXTS)
     one, two = ByteTokenizer("same-first-12 one"), ByteTokenizer("same-first-12 two")
     _prepare(folder, one)
@@ -140,7 +140,7 @@ def test_a_truncated_token_file_is_made_again(write_shards: WriteShards, keep: i
 
 
 @pytest.mark.parametrize("at", [4096, -1])
-def test_a_flipped_bit_is_noticed_when_the_file_is_read(write_shards: WriteShards, at: int) -> None:
+def test_a_flipped_bit_is_detected_on_reading(write_shards: WriteShards, at: int) -> None:
     tokenizer = ByteTokenizer()
     folder = write_shards(*TEXTS)
     path = _prepare(folder, tokenizer).directory / "shard_00000.tokens"
@@ -152,7 +152,7 @@ def test_a_flipped_bit_is_noticed_when_the_file_is_read(write_shards: WriteShard
         train.lengths[0:1]
 
 
-def test_an_interrupted_run_continues_with_the_shard_it_was_at(write_shards: WriteShards) -> None:
+def test_tokenization_resumes_at_the_interrupted_shard(write_shards: WriteShards) -> None:
     folder = write_shards(*TEXTS)
     with pytest.raises(RuntimeError, match="interrupted"):
         _prepare(folder, ByteTokenizer(fails_on="die Größe"))
@@ -188,7 +188,7 @@ def _start(folder: Path, log: Path, seconds_per_document: float) -> subprocess.P
     )
 
 
-def test_after_sigkill_only_the_rest_is_tokenized(write_shards: WriteShards, tmp_path: Path) -> None:
+def test_after_sigkill_only_remaining_shards_are_tokenized(write_shards: WriteShards, tmp_path: Path) -> None:
     folder = write_shards(*TEXTS)
     directory = token_dir(folder, ByteTokenizer())
     process = _start(folder, tmp_path / "log", 0.3)
@@ -207,7 +207,7 @@ def test_after_sigkill_only_the_rest_is_tokenized(write_shards: WriteShards, tmp
     ]
 
 
-def test_of_several_processes_one_tokenizes(write_shards: WriteShards, tmp_path: Path) -> None:
+def test_only_one_of_several_processes_tokenizes(write_shards: WriteShards, tmp_path: Path) -> None:
     folder = write_shards(*TEXTS)
     log = tmp_path / "log"
     processes = [_start(folder, log, 0.1) for _ in range(3)]
@@ -216,7 +216,7 @@ def test_of_several_processes_one_tokenizes(write_shards: WriteShards, tmp_path:
     assert sorted(log.read_text().split("\n")[:-1]) == sorted(text for texts in TEXTS for text in texts if text)
 
 
-def test_a_read_only_data_folder_is_left_alone(
+def test_a_read_only_data_folder_is_not_changed(
     write_shards: WriteShards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LMCHAT_BASE_DIR", str(tmp_path / "base"))
@@ -232,7 +232,7 @@ def test_a_read_only_data_folder_is_left_alone(
         folder.chmod(0o755)
 
 
-def test_mapped_shards_hold_no_file_open(write_shards: WriteShards) -> None:
+def test_mapped_shards_keep_no_file_descriptors(write_shards: WriteShards) -> None:
     tokenizer = ByteTokenizer()
     folder = write_shards(*[["text"]] * 30)
     _prepare(folder, tokenizer)
@@ -268,7 +268,7 @@ def test_user_mistakes_are_named(write_shards: WriteShards, tmp_path: Path) -> N
         fails(folder, r"cannot read .*shard_00001\.parquet, truncated or not a parquet file")
 
 
-def test_a_header_with_any_flipped_bit_is_read_right_or_not_at_all(write_shards: WriteShards) -> None:
+def test_a_header_with_a_flipped_bit_is_read_correctly_or_rejected(write_shards: WriteShards) -> None:
     tokenizer = ByteTokenizer()
     folder = write_shards(*TEXTS)
     _prepare(folder, tokenizer)
@@ -287,7 +287,7 @@ def test_a_header_with_any_flipped_bit_is_read_right_or_not_at_all(write_shards:
     assert path.read_bytes()[4096:] == whole[4096:]
 
 
-def test_a_flipped_bit_in_tokens_is_found_in_the_background(write_shards: WriteShards) -> None:
+def test_a_flipped_bit_is_detected_in_the_background(write_shards: WriteShards) -> None:
     """Also in a file that the run has not come to yet."""
     tokenizer = ByteTokenizer()
     folder = write_shards(*TEXTS)

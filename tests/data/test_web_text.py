@@ -32,7 +32,7 @@ def read(path: Path) -> list[str]:
     return list(DocumentReader().read(path))
 
 
-def test_visible_text_in_paragraphs(tmp_path: Path) -> None:
+def test_visible_text_is_read_in_paragraphs(tmp_path: Path) -> None:
     (tmp_path / "page.html").write_text(PAGE)
     (tmp_path / "page.htm.gz").write_bytes(gzip.compress(PAGE.encode()))
     found = find_files(tmp_path)
@@ -67,7 +67,7 @@ def test_no_word_is_lost(html: str) -> None:
 
 
 @pytest.mark.parametrize("html", ["", "<", "<html></html>", "<body>", "\0", "<div>" * 5000 + "deep"])
-def test_pages_that_are_none(html: str) -> None:
+def test_files_that_are_not_pages_are_skipped(html: str) -> None:
     assert html_text(html) in ("", "<", "deep", "\ufffd")
 
 

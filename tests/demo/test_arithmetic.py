@@ -40,7 +40,7 @@ def numbers_told(question: str) -> Counter[int]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_solutions_follow_from_the_numbers_of_the_story(family: str) -> None:
+def test_solutions_use_the_numbers_of_the_story(family: str) -> None:
     """Each calculation goes on from a result and takes one new number from the story, which has no other numbers."""
     for problem in problems(400, families=[family]):
         told, used = numbers_told(problem.question), Counter[int]()
@@ -70,7 +70,7 @@ def test_the_calculator_gives_the_results_of_the_solutions() -> None:
         assert extract_answer(problem.answer) == calls(problem)[-1][1]
 
 
-def test_a_conversation_holds_the_calls_as_parts() -> None:
+def test_a_conversation_has_calls_as_parts() -> None:
     task = Arithmetic(size=200)
     for index, conversation in enumerate(task):
         problem = task.problem(index)
@@ -157,7 +157,7 @@ def work_out(question: str, rules: list[Rule]) -> int:
 
 
 @pytest.mark.parametrize(("family", "rules"), [("comparison", COMPARISONS), ("bus", BUS_RIDES)])
-def test_answers_follow_from_the_words_alone(family: str, rules: list[Rule]) -> None:
+def test_answers_follow_from_the_text(family: str, rules: list[Rule]) -> None:
     for problem in problems(1_500, families=[family]):
         assert str(work_out(problem.question, rules)) == extract_answer(problem.answer), problem
 
@@ -220,7 +220,7 @@ def test_every_operation_and_template_occurs() -> None:
     assert operators == {"+", "-", "*", "//"}
 
 
-def test_people_who_were_named_are_called_he_or_she_or_left_out() -> None:
+def test_persons_named_before_become_pronouns_or_are_left_out() -> None:
     """The pronoun is the person's own, says who is meant, and comes after the name; both kinds of links occur."""
     found: Counter[str] = Counter()
     for problem in problems(4_000):
@@ -254,7 +254,7 @@ def test_sentences_are_joined_once_and_the_subject_is_not_repeated(monkeypatch: 
     assert others == {", and ", " and "}
 
 
-def test_what_is_left_is_asked_where_something_was_taken_away() -> None:
+def test_questions_for_the_rest_follow_subtractions() -> None:
     left = 0
     for problem in problems(4_000):
         if re.search(r"\bleft\b|\bstill\b", problem.question.split(". ")[-1]) and "to read" not in problem.question:
@@ -264,7 +264,7 @@ def test_what_is_left_is_asked_where_something_was_taken_away() -> None:
     assert left > 200
 
 
-def test_problems_depend_on_index_seed_and_split_alone() -> None:
+def test_problems_depend_only_on_index_seed_and_split() -> None:
     assert problems(50) == problems(60)[:50]
     assert list(Arithmetic(size=50, start=10, stop=30, step=7)) == list(Arithmetic(size=50))[10:30:7]
     assert problems(50) != problems(50, seed=1)
@@ -280,7 +280,7 @@ def test_problems_are_the_same_in_another_process() -> None:
     assert result.stdout.strip() == str([problem.question for problem in problems(20)])
 
 
-def test_names_are_different_words() -> None:
+def test_names_are_unique() -> None:
     assert len(PRONOUNS) == len(HE) + len(SHE) >= 60
     assert all(first < second for names in (HE, SHE) for first, second in pairwise(names))
 

@@ -44,7 +44,7 @@ class SlowKneserNey:
 
 
 @pytest.mark.parametrize("context_bytes", [0, 1, 3])
-def test_the_model_is_the_formula(context_bytes: int) -> None:
+def test_probabilities_equal_the_formula(context_bytes: int) -> None:
     slow = SlowKneserNey(DOCUMENTS, context_bytes)
     held_out = ["the cat and the dog", "zebra"]
     bits = [
@@ -70,7 +70,7 @@ def test_probabilities_of_the_next_byte_sum_to_one(documents: list[str], context
     assert probabilities.sum() == pytest.approx(1, abs=1e-12)
 
 
-def test_a_longer_context_helps_on_text_that_has_one() -> None:
+def test_a_longer_context_improves_predictions() -> None:
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefgh", k=6)) for _ in range(8)]
     texts = [" ".join(rng.choices(words, k=40)) for _ in range(300)]

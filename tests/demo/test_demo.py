@@ -170,7 +170,7 @@ def test_a_user_trains_on_a_folder_of_text(text: Path, tmp_path: Path, capfd: py
 
 
 @pytest.mark.usefixtures("forked_stages")
-def test_figures_are_of_the_last_step_also_where_its_log_is_lost(
+def test_metrics_of_the_last_step_are_evaluated_if_not_logged(
     monkeypatch: pytest.MonkeyPatch, text: Path, tmp_path: Path
 ) -> None:
     run = Demo(tmp_path / "run", text, 15)
@@ -250,7 +250,7 @@ def test_one_small_file_is_enough(
     assert demo_text.tokenize(run)["validation_tokens"] > 0
 
 
-def test_many_short_files_stay_whole_and_lines_are_the_last_resort(text: Path, tmp_path: Path) -> None:
+def test_separators_depend_on_number_and_length_of_files(text: Path, tmp_path: Path) -> None:
     assert demo_text._separator(text) is None
     for path in text.iterdir():
         path.write_text("A paragraph.\n\n" * 500)
@@ -260,7 +260,7 @@ def test_many_short_files_stay_whole_and_lines_are_the_last_resort(text: Path, t
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
-def test_make_gives_another_text_another_folder() -> None:
+def test_make_derives_the_output_folder_from_the_text() -> None:
     def command_line(*variables: str) -> list[str]:
         root = Path(__file__).resolve().parents[2]
         # The test itself may run under make, which would pass on its flags.
@@ -276,9 +276,7 @@ def test_make_gives_another_text_another_folder() -> None:
     assert command_line("TEXT=x", "OUTPUT=o p") == ["demo", "--output", "o p", "--text", "x"]
 
 
-def test_a_failed_stage_is_reported_and_taken_up_again(
-    monkeypatch: pytest.MonkeyPatch, text: Path, tmp_path: Path
-) -> None:
+def test_a_failed_stage_is_reported_and_resumed(monkeypatch: pytest.MonkeyPatch, text: Path, tmp_path: Path) -> None:
     calls: list[str] = []
     fake_stages(monkeypatch, calls, failing="pretrain")
     with pytest.raises(UserError, match="disk is full"):
@@ -296,7 +294,7 @@ def test_a_failing_training_names_the_stage(text: Path, tmp_path: Path) -> None:
         demo(text=text, output=tmp_path / "run")
 
 
-def test_another_recipe_does_not_continue(monkeypatch: pytest.MonkeyPatch, text: Path, tmp_path: Path) -> None:
+def test_another_recipe_is_refused(monkeypatch: pytest.MonkeyPatch, text: Path, tmp_path: Path) -> None:
     fake_stages(monkeypatch, [])
     demo(text=text, output=tmp_path / "run")
     with pytest.raises(UserError, match=r"another text; delete it.*OUTPUT="):
@@ -306,7 +304,7 @@ def test_another_recipe_does_not_continue(monkeypatch: pytest.MonkeyPatch, text:
         demo(text=text, output=tmp_path / "run")
 
 
-def test_a_folder_of_something_else_is_left_alone(text: Path) -> None:
+def test_a_folder_with_other_files_is_refused(text: Path) -> None:
     before = sorted(text.iterdir())
     with pytest.raises(UserError, match="is not the output of a demo"):
         demo(output=text)
@@ -320,7 +318,7 @@ def test_a_damaged_summary_is_named(content: str, text: Path, tmp_path: Path) ->
         demo(text, tmp_path)
 
 
-def test_the_time_to_take_is_positive(tmp_path: Path) -> None:
+def test_minutes_must_be_positive(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--minutes is -1; give a time budget"):
         demo(None, tmp_path, minutes=-1)
 
@@ -331,7 +329,7 @@ def test_training_sees_no_network(tmp_path: Path) -> None:
     assert environment["LMCHAT_BASE_DIR"] == str(tmp_path)
 
 
-def test_the_recipe_of_the_repository_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_recipe_names_all_configs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.undo()
     assert set(Demo(tmp_path, None, 15).recipe()) == {
         "text",

@@ -27,7 +27,7 @@ class Unanswered(Task):
         return {"messages": [{"role": "user", "content": "Hello?"}]}
 
 
-def test_nothing_can_follow_a_question_without_an_answer() -> None:
+def test_conversations_without_an_answer_are_refused() -> None:
     with pytest.raises(UserError, match=r"conversation . of Unanswered ends with a message of the user"):
         list(Dialogue([Identity(size=2), Unanswered()]))
 
@@ -38,7 +38,7 @@ def test_only_questions_of_graded_tasks_are_graded() -> None:
         Dialogue([WithSystem(stop=1)]).reward(conversation, "a")
 
 
-def test_every_example_is_asked_once() -> None:
+def test_every_example_is_used_once() -> None:
     tasks: list[Task] = [Arithmetic(size=40), Identity(size=30), Arithmetic(size=20, start=5, seed=1)]
     dialogue = Dialogue(tasks, max_examples=3)
     asked = Counter(str(message) for conversation in dialogue for message in conversation["messages"])
@@ -53,7 +53,7 @@ def test_the_number_of_examples_varies_up_to_the_limit() -> None:
     assert Counter(len(example["messages"]) for example in Dialogue([Arithmetic(size=9)], max_examples=1)) == {2: 9}
 
 
-def test_a_conversation_has_one_system_message_at_most() -> None:
+def test_a_conversation_has_at_most_one_system_message() -> None:
     (conversation,) = [c for c in Dialogue([WithSystem()], max_examples=9, seed=3) if len(c["messages"]) > 5]
     roles = [message["role"] for message in conversation["messages"]]
     assert roles == ["system", *["user", "assistant"] * (len(roles) // 2)]
@@ -73,12 +73,12 @@ def test_the_last_answer_is_graded_by_its_own_task() -> None:
     assert names == {True, False}
 
 
-def test_another_seed_is_another_order() -> None:
+def test_another_seed_gives_another_order() -> None:
     first, again, other = (list(Dialogue([Arithmetic(size=20)], seed=seed)) for seed in (0, 0, 1))
     assert first == again != other
 
 
-def test_nothing_to_join_is_refused() -> None:
+def test_an_empty_task_list_is_refused() -> None:
     with pytest.raises(UserError, match="number of tasks is 0"):
         Dialogue([])
     with pytest.raises(UserError, match="max_examples is 0; it must be at least 1"):

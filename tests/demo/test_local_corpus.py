@@ -51,7 +51,7 @@ def test_shards_do_not_depend_on_the_number_of_processes(packages: dict[str, lis
     assert len(one) == 5
 
 
-def test_nothing_is_said_twice_and_validation_is_new(packages: dict[str, list[Path]], tmp_path: Path) -> None:
+def test_paragraphs_do_not_repeat_within_or_across_splits(packages: dict[str, list[Path]], tmp_path: Path) -> None:
     files = collect_documentation(tmp_path / "out", packages, validation_share=0.2, processes=1)
     *train, validation = read(tmp_path / "out")
     everything = [line for shard in [*train, validation] for text in shard for line in text.split("\n")]
@@ -70,7 +70,7 @@ def test_nothing_is_said_twice_and_validation_is_new(packages: dict[str, list[Pa
     assert sorted(documents[True]) == sorted(validation)
 
 
-def test_a_file_is_on_one_side_of_the_split(tmp_path: Path) -> None:
+def test_all_documents_of_a_file_are_in_one_split(tmp_path: Path) -> None:
     """Documents of a file start with its own word."""
     folder = tmp_path / "package"
     folder.mkdir()
@@ -86,7 +86,7 @@ def test_a_file_is_on_one_side_of_the_split(tmp_path: Path) -> None:
     )
 
 
-def test_a_folder_in_use_is_left_alone(packages: dict[str, list[Path]], tmp_path: Path) -> None:
+def test_a_non_empty_folder_is_refused(packages: dict[str, list[Path]], tmp_path: Path) -> None:
     (tmp_path / "file.txt").write_text("mine")
     with pytest.raises(UserError, match="is not empty"):
         collect_documentation(tmp_path, packages, processes=1)

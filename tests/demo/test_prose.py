@@ -13,7 +13,7 @@ def prose(text: str) -> list[str]:
     return list(paragraphs(text))
 
 
-def test_a_numpy_docstring_keeps_its_sentences_only() -> None:
+def test_only_sentences_of_a_numpy_docstring_are_kept() -> None:
     docstring = """Return the values of an array that are not in another one.
 
     The result is sorted, and each value is in it only once::
@@ -77,7 +77,7 @@ def test_a_google_docstring_gives_one_line_per_argument() -> None:
         ("Note: this is not a field but a sentence.", "Note: this is not a field but a sentence."),
     ],
 )
-def test_markup_is_taken_off(marked: str, plain: str) -> None:
+def test_markup_is_removed(marked: str, plain: str) -> None:
     assert prose(marked) == [plain]
 
 
@@ -94,7 +94,7 @@ def test_markup_is_taken_off(marked: str, plain: str) -> None:
         "Это текст, который не на английском языке, а на русском.",
     ],
 )
-def test_what_is_no_prose_is_left_out(text: str) -> None:
+def test_text_that_is_not_prose_is_left_out(text: str) -> None:
     assert prose(text) == []
 
 

@@ -63,13 +63,13 @@ def test_a_fast_machine_takes_all_steps(monkeypatch: pytest.MonkeyPatch) -> None
     assert budget.lowered_to is None
 
 
-def test_a_slow_machine_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_machine_takes_fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     budget = TimeBudget(minutes=1, check_every_n_steps=5)
     with pytest.warns(UserWarning, match="1 minutes are enough for 60 of 100 steps"):
         assert steps_taken(monkeypatch, 1.0, budget) == 60
 
 
-def test_a_slow_beginning_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_are_raised_again_after_a_slow_start(monkeypatch: pytest.MonkeyPatch) -> None:
     class SlowStart(TimeBudget):
         def on_train_batch_end(self, trainer: L.Trainer, *args: object) -> None:
             super().on_train_batch_end(trainer, *args)
@@ -82,7 +82,7 @@ def test_a_slow_beginning_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> Non
         assert steps_taken(monkeypatch, 1.0, budget) == 100
 
 
-def test_an_evaluation_before_the_first_step_is_not_taken_for_one_at_every_step(
+def test_the_initial_evaluation_is_not_part_of_the_forecast(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class EvaluatedStart(TimeBudget):
@@ -95,20 +95,20 @@ def test_an_evaluation_before_the_first_step_is_not_taken_for_one_at_every_step(
     assert budget.lowered_to is None
 
 
-def test_a_run_is_never_cut_to_where_its_end_would_have_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_so_far_stay_in_the_constant_phase(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five steps are 40 % of twelve: with fewer, the learning rate should have fallen already."""
     budget = TimeBudget(minutes=1, check_every_n_steps=5, until=0.4)
     with pytest.warns(UserWarning, match="enough for 12 of 100 steps"):
         assert steps_taken(monkeypatch, 30.0, budget) == 12
 
 
-def test_a_resumed_run_stays_short(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_keeps_the_lowered_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     budget = TimeBudget(minutes=1)
     budget.load_state_dict({"lowered_to": 30})
     assert steps_taken(monkeypatch, 0.0, budget) == 30
     assert budget.state_dict() == {"lowered_to": 30}
 
 
-def test_forecasts_need_steps_between_them() -> None:
+def test_the_interval_must_be_positive() -> None:
     with pytest.raises(UserError, match="check_every_n_steps is 0; it must be at least 1"):
         TimeBudget(minutes=1, check_every_n_steps=0)

@@ -58,7 +58,7 @@ def test_the_wheel_holds_texts_configs_and_the_page(wheel: Path) -> None:
     assert {str(path.relative_to(source)) for path in source.rglob("*.py")} <= names
 
 
-def test_the_demo_is_found_without_a_clone(wheel: Path, tmp_path: Path) -> None:
+def test_the_installed_demo_needs_no_repository(wheel: Path, tmp_path: Path) -> None:
     installed = tmp_path / "installed"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(installed)

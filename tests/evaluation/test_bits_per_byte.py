@@ -19,14 +19,14 @@ def recorded(fixtures: Path) -> dict[str, torch.Tensor]:
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def test_the_references_figures_batch_by_batch(recorded: dict[str, torch.Tensor]) -> None:
+def test_sums_match_the_reference_batch_by_batch(recorded: dict[str, torch.Tensor]) -> None:
     metric = BitsPerByte(recorded["token_bytes"])
     for nll, targets, expected in zip(recorded["nll"], recorded["targets"], recorded["bpb"], strict=True):
         metric.update(nll, targets)
         assert float(metric.compute()) == pytest.approx(float(expected), rel=1e-6)
 
 
-def test_sums_of_two_ranks_are_those_of_one(recorded: dict[str, torch.Tensor]) -> None:
+def test_sums_of_two_ranks_equal_one_rank(recorded: dict[str, torch.Tensor]) -> None:
     ranks = [BitsPerByte(recorded["token_bytes"]) for _ in range(2)]
     for step, (nll, targets) in enumerate(zip(recorded["nll"], recorded["targets"], strict=True)):
         ranks[step % 2].update(nll, targets)
@@ -50,14 +50,14 @@ def test_special_tokens_and_ignored_targets_do_not_count() -> None:
     assert float(bits_per_byte(nll, targets, token_bytes)) == pytest.approx(3 / (4 * math.log(2)))
 
 
-def test_not_a_number_where_nothing_counts_does_no_harm() -> None:
+def test_nan_at_ignored_targets_has_no_effect() -> None:
     nll = torch.tensor([math.nan, 2.0])
     assert float(bits_per_byte(nll, torch.tensor([IGNORE_INDEX, 1]), torch.tensor([1, 2]))) == pytest.approx(
         1 / math.log(2)
     )
 
 
-def test_no_text_at_all_is_infinite() -> None:
+def test_no_text_gives_infinity() -> None:
     assert float(bits_per_byte(torch.ones(3), torch.tensor([0, 0, IGNORE_INDEX]), torch.tensor([0, 5]))) == math.inf
 
 

@@ -64,7 +64,7 @@ def test_the_bundle_is_fetched_and_unpacked(
     assert "exists; delete it" in capsys.readouterr().err
 
 
-def test_what_is_no_bundle_leaves_nothing(
+def test_an_invalid_bundle_leaves_no_files(
     server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("LMCHAT_BASE_DIR", str(tmp_path / "base"))

@@ -54,7 +54,7 @@ def alone(model: GPT, task: Letters, conversation: Conversation) -> str:
     return max(task.letters(conversation), key=lambda letter: float(logits[TOKENIZER.encode(letter)[0]]))
 
 
-def test_the_likeliest_letter_is_that_of_the_question_by_itself(model: GPT) -> None:
+def test_batching_does_not_change_the_most_probable_letter(model: GPT) -> None:
     task = Letters()
     expected = [alone(model, task, conversation) == conversation["messages"][-1]["content"] for conversation in task]
     assert True in expected and False in expected
@@ -63,7 +63,7 @@ def test_the_likeliest_letter_is_that_of_the_question_by_itself(model: GPT) -> N
     assert grade(Engine(model, TOKENIZER), task, []) == []
 
 
-def test_questions_compile_nothing(model: GPT) -> None:
+def test_answering_questions_compiles_nothing(model: GPT) -> None:
     """Each length would compile the blocks anew, until torch gives up and trains without it."""
     for block in model.blocks:
         block.compile(backend=lambda *_: pytest.fail("a question was compiled"))

@@ -48,7 +48,7 @@ def net() -> GPT:
     return net
 
 
-def test_prompts_tokens_and_spans_are_the_oracles(oracles: Path) -> None:
+def test_prompts_tokens_and_spans_match_the_oracle(oracles: Path) -> None:
     oracle = json.loads((oracles / "c13_core.json").read_text())
     tokenizer = Tokenizer.import_file(oracles / oracle["tokenizer"])
     for case in oracle["cases"]:
@@ -66,7 +66,7 @@ def test_prompts_tokens_and_spans_are_the_oracles(oracles: Path) -> None:
         assert fewshot_indices(index, num_items, count) == expected
 
 
-def test_items_are_shuffled_as_the_reference_does(oracles: Path, tmp_path: Path) -> None:
+def test_items_are_shuffled_as_in_the_reference(oracles: Path, tmp_path: Path) -> None:
     expected = json.loads((oracles / "c13_core.json").read_text())["shuffle_1337_of_range30"]
     path = tmp_path / "items.jsonl"
     path.write_text("\n".join(map(str, range(30))))
@@ -88,7 +88,7 @@ def many_examples() -> list[tuple[str, Example]]:
 
 
 @pytest.mark.parametrize("max_batch_tokens", [1, 300, 100_000])
-def test_batches_score_as_one_option_at_a_time(net: GPT, max_batch_tokens: int) -> None:
+def test_batched_scores_equal_scores_one_by_one(net: GPT, max_batch_tokens: int) -> None:
     kinds, all_examples = zip(*many_examples(), strict=True)
     plain, found = score_plainly(net, all_examples), {}
     for batch in batches_by_length(all_examples, max_batch_tokens):
@@ -108,7 +108,7 @@ def test_equal_options_tie_and_the_first_wins(net: GPT) -> None:
     assert is_correct("multiple_choice", example, [OptionScore(2, False), OptionScore(1, False), OptionScore(1, False)])
 
 
-def test_long_prompts_keep_their_end_and_cut_answers_are_counted() -> None:
+def test_long_prompts_are_truncated_on_the_left_and_cut_answers_counted() -> None:
     whole = make_example("multiple_choice", ["question: " + c for c in ("aa", "bbbb")], 0, BYTES)
     short = make_example("multiple_choice", ["question: " + c for c in ("aa", "bbbb")], 0, BYTES, max_tokens=6)
     assert not whole.cut and not short.cut
@@ -158,7 +158,7 @@ def test_the_command_evaluates_a_checkpoint_on_a_bundle(
     assert "CORE" not in capsys.readouterr().out.splitlines()[-1]  # one task failed: there is no mean
 
 
-def test_what_is_no_bundle_is_reported(tmp_path: Path) -> None:
+def test_an_invalid_bundle_is_reported(tmp_path: Path) -> None:
     (tmp_path / "x.zip").write_text("no zip")
     for path in (tmp_path, tmp_path / "x.zip"):
         with pytest.raises(UserError, match="is not an evaluation bundle"):

@@ -70,7 +70,7 @@ def plainly(policy: Policy, context: str, continuation: str) -> tuple[float, boo
     return -found.loss * (len(whole) - len(before)), found.greedy
 
 
-def test_choices_are_those_of_our_own_scores(base: Path, policy: Policy) -> None:
+def test_choices_equal_our_own_scores(base: Path, policy: Policy) -> None:
     write_task(
         base / "tasks",
         "tiny_choices",
@@ -89,7 +89,7 @@ def test_choices_are_those_of_our_own_scores(base: Path, policy: Policy) -> None
     assert found["acc,none"] == pytest.approx(sum(best) / len(best))
 
 
-def test_rolling_likelihoods_are_bits_per_byte(base: Path, policy: Policy) -> None:
+def test_rolling_likelihoods_equal_bits_per_byte(base: Path, policy: Policy) -> None:
     write_task(
         base / "tasks",
         "tiny_text",
@@ -124,7 +124,7 @@ def test_long_texts_are_read_in_windows(policy: Policy) -> None:
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_answers_are_those_of_the_engine(chat: bool, base: Path, policy: Policy) -> None:
+def test_answers_equal_the_engine(chat: bool, base: Path, policy: Policy) -> None:
     tokenizer, params = policy.tokenizer, SamplingParams(temperature=0, max_new_tokens=12)
     rows = []
     for row in QUESTIONS:
@@ -149,7 +149,7 @@ def test_answers_are_those_of_the_engine(chat: bool, base: Path, policy: Policy)
     assert results(base, *options)["harness/tiny_answers"]["exact_match,none"] == 1.0
 
 
-def test_the_chat_template_is_read_as_it_is_rendered(policy: Policy) -> None:
+def test_the_chat_template_parses_to_the_same_conversation(policy: Policy) -> None:
     model = HarnessModel(policy, chat=True)
     history = [{"role": "user", "content": "Hi <there>"}, {"role": "assistant", "content": "Yes"}]
     history.append({"role": "user", "content": "And?"})

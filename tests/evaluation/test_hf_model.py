@@ -46,7 +46,7 @@ def directly(model: HFModel, option: list[int], start: int, end: int) -> tuple[f
     return sum(losses) / len(losses), all(greedy)
 
 
-def test_scores_are_those_of_a_direct_implementation(gpt2: Path, tmp_path: Path) -> None:
+def test_scores_equal_a_direct_implementation(gpt2: Path, tmp_path: Path) -> None:
     write_bundle(tmp_path / "eval_bundle", broken=False)
     model = HFModel(gpt2)
     assert model.bos_id == 256 and model.context_limit == 32
@@ -67,7 +67,7 @@ def test_scores_are_those_of_a_direct_implementation(gpt2: Path, tmp_path: Path)
     assert {"CORE", "sums", "capitals"} == results.keys()
 
 
-def test_what_is_no_model_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_model_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_bundle(tmp_path / "eval_bundle")
     core = ["--core", str(tmp_path / "eval_bundle")]
     for model, options, message in (

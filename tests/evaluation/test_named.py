@@ -91,7 +91,7 @@ def test_the_mean_is_centered_by_chance_and_has_an_interval() -> None:
     assert summary({}) is None
 
 
-def test_the_bootstrap_draws_the_questions_of_each_task_anew() -> None:
+def test_the_bootstrap_resamples_the_questions_of_each_task() -> None:
     outcomes, baselines = [np.repeat([1, 0], [12, 18]), np.repeat([1, 0], [30, 10])], [0.25, 0.0]
     rng, means = np.random.default_rng(1), []
     for _ in range(20_000):

@@ -14,7 +14,7 @@ NUM_SAMPLES = 6
 
 
 @pytest.mark.parametrize("k", range(1, NUM_SAMPLES + 1))
-def test_is_the_share_of_choices_with_a_right_sample(k: int) -> None:
+def test_pass_at_k_equals_brute_force_over_choices(k: int) -> None:
     expected = []
     for right in range(NUM_SAMPLES + 1):
         choices = list(combinations([True] * right + [False] * (NUM_SAMPLES - right), k))
@@ -23,7 +23,7 @@ def test_is_the_share_of_choices_with_a_right_sample(k: int) -> None:
     torch.testing.assert_close(estimate, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-15)
 
 
-def test_batches_and_ranks_of_any_size_weigh_by_their_questions() -> None:
+def test_batches_and_ranks_are_weighted_by_their_questions() -> None:
     right = torch.tensor([0, 1, 2, 3, 6])
     first, second = PassAtK(2), PassAtK(2)
     first.update(right[:1], NUM_SAMPLES)
@@ -34,5 +34,5 @@ def test_batches_and_ranks_of_any_size_weigh_by_their_questions() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
-def test_without_a_question_there_is_no_figure() -> None:
+def test_no_questions_give_no_metric() -> None:
     assert math.isnan(PassAtK(1).compute())

@@ -49,7 +49,7 @@ def descendants_named(marker: str) -> list[str]:
     return found
 
 
-def test_programs_are_judged() -> None:
+def test_programs_are_graded() -> None:
     assert run(SOLUTION).passed
     assert run("import math, re, heapq, collections, hashlib, typing\n" + SOLUTION).passed
     for wrong in ("def square(x):\n    return x + x\n", "def other(x):\n    return x * x\n", "I do not know", ""):
@@ -304,7 +304,7 @@ def test_programs_run_at_the_same_time() -> None:
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs another user")
-def test_another_user_than_root_is_contained_too(tmp_path: Path) -> None:
+def test_programs_of_other_users_than_root_are_contained(tmp_path: Path) -> None:
     code = f"""
 import os, sys
 os.setgid(65534); os.setuid(65534)
@@ -337,7 +337,7 @@ def test_a_refused_namespace_is_named_and_needs_consent(name: str, flag: str, tm
     assert [verdict.passed for verdict in weak.run([check(each) for each in programs])] == [True, False, False, False]
 
 
-def test_values_are_handed_over_as_they_are() -> None:
+def test_values_are_passed_unchanged() -> None:
     values = [
         *(None, True, False, 0, -5, 1 << 5000, 0.1, float("inf"), 1 + 2j, "ä\ud800", b"x", bytearray(b"y")),
         *([1, (2, [3])], {"a": {1: None}}, {1, 2}, frozenset("ab"), {(1, 2): [True]}, ""),

@@ -57,16 +57,16 @@ DELIBERATE_DIFFERENCES = {
 
 
 @pytest.mark.parametrize(("expression", "value"), REFERENCE.items())
-def test_answers_as_the_reference(expression: str, value: str | None) -> None:
+def test_results_match_the_reference(expression: str, value: str | None) -> None:
     assert calculate(expression) == value
 
 
 @pytest.mark.parametrize(("expression", "values"), DELIBERATE_DIFFERENCES.items())
-def test_differs_from_the_reference_on_purpose(expression: str, values: tuple[str | None, str | None]) -> None:
+def test_deliberate_differences_from_the_reference(expression: str, values: tuple[str | None, str | None]) -> None:
     assert calculate(expression) == values[1] != values[0]
 
 
-def test_whole_oracle(oracles: Path) -> None:
+def test_all_oracle_cases(oracles: Path) -> None:
     cases = json.loads((oracles / "c08_gsm8k_calculator.json").read_text())["calculator"]
     for case in cases:
         expected = case["result"] and case["result"]["str"]
@@ -110,7 +110,7 @@ def test_whole_oracle(oracles: Path) -> None:
         ("", None),
     ],
 )
-def test_edges(expression: str, value: str | None) -> None:
+def test_edge_cases(expression: str, value: str | None) -> None:
     assert calculate(expression) == value
 
 
@@ -239,7 +239,7 @@ def test_memory_is_bounded() -> None:
         tracemalloc.stop()
 
 
-def test_limits() -> None:
+def test_results_beyond_the_limits_are_refused() -> None:
     assert calculate("9" * MAX_DIGITS) == "9" * MAX_DIGITS
     assert calculate("9" * (MAX_DIGITS + 1)) is None
     assert calculate("9" * MAX_DIGITS + "+1") is None

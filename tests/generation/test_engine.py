@@ -145,7 +145,7 @@ def test_casting_weights_once_changes_nothing(compute_dtype: torch.dtype, monkey
 
 
 @pytest.mark.skipif(not can_pack(torch.device("cpu"), torch.float32), reason="no packed products on this machine")
-def test_a_row_of_a_packed_product_does_not_depend_on_the_others() -> None:
+def test_a_row_of_a_matrix_product_does_not_depend_on_other_rows() -> None:
     generator = torch.Generator().manual_seed(0)
     for width in (32, 96, 256):
         layer = PackedLinear(torch.randn(321, width, generator=generator), torch.float32)
@@ -219,7 +219,7 @@ def test_a_sample_does_not_depend_on_the_batch() -> None:
         assert _generate(engine, [prompt], num_samples=2, seed=seed, **options) == [samples[:2]]
 
 
-def test_more_new_tokens_only_add_to_a_sample() -> None:
+def test_a_larger_token_limit_only_extends_a_sample() -> None:
     engine, prompts = Engine(_model(), TOKENIZER), _prompts(8)
     [[short]] = _generate(engine, prompts, max_new_tokens=10, stop_tokens=())
     [[long]] = _generate(engine, prompts, max_new_tokens=30, stop_tokens=())
@@ -351,7 +351,7 @@ def _script(text: str) -> list[int]:
         ("<'a,b'.count(',')>...|", "<'a,b'.count(',')>[1]|"),
     ],
 )
-def test_calls_and_answers(says: str, becomes: str) -> None:
+def test_calculator_calls_and_results(says: str, becomes: str) -> None:
     [completion], _ = _run_scripts([_script(says)], max_new_tokens=60)
     # A forced token takes the place of what the script would say at that step.
     assert completion.ids == _script(becomes)
@@ -359,20 +359,20 @@ def test_calls_and_answers(says: str, becomes: str) -> None:
     assert len(forced) == sum(a != b for a, b in zip(says, becomes, strict=True))
 
 
-def test_without_the_calculator_nothing_is_forced() -> None:
+def test_without_the_calculator_no_token_is_forced() -> None:
     [completion], _ = _run_scripts([_script("<2*3>ok|")], max_new_tokens=20, calculator=False)
     assert completion.ids == _script("<2*3>ok|")
     assert completion.mask == [1] * 8
 
 
-def test_own_stop_tokens() -> None:
+def test_custom_stop_tokens() -> None:
     [completion], _ = _run_scripts([_script("ab.cd|")], max_new_tokens=20, stop_tokens=[ord(".")])
     assert (completion.ids, completion.finished) == (_script("ab."), True)
     [completion], _ = _run_scripts([_script("ab|")], max_new_tokens=5, stop_tokens=[])
     assert (completion.ids, completion.finished) == (_script("ab|||"), False)
 
 
-def test_prompts_are_read_once() -> None:
+def test_each_prompt_is_prefilled_once() -> None:
     model = _ScriptedModel([_script("abc|"), _script("de|")], prompt_length=3)
     engine = _scripted_engine(model)
     [first, second, again] = _generate(
@@ -388,7 +388,7 @@ def test_prompts_are_read_once() -> None:
 # Streaming
 
 
-def test_stream_gives_what_generate_gives() -> None:
+def test_stream_equals_generate() -> None:
     engine, [prompt] = Engine(_model(), TOKENIZER), _prompts(12)
     options: dict[str, Any] = {"max_new_tokens": 60, "top_k": 30, "seed": 9}
     [[completion]] = _generate(engine, [prompt], **options)
@@ -455,7 +455,7 @@ def test_model_is_restored(training: bool) -> None:
         assert torch.equal(weight, before[name][1])
 
 
-def test_training_goes_on_after_generation() -> None:
+def test_training_continues_after_generation() -> None:
     """Nothing made in inference mode may stay behind in the model."""
     model = _model(torch.float32)
     _generate(Engine(model, TOKENIZER), _prompts(5, 40), max_new_tokens=4)
@@ -465,7 +465,7 @@ def test_training_goes_on_after_generation() -> None:
 
 
 @pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16])
-def test_refresh_takes_over_new_weights_in_place(compute_dtype: torch.dtype) -> None:
+def test_refresh_copies_new_weights_in_place(compute_dtype: torch.dtype) -> None:
     model, other, prompts = _model(compute_dtype), _model(compute_dtype, seed=5), _prompts(5, 12)
     engine, options = Engine(model, TOKENIZER), {"max_new_tokens": 12, "temperature": 0, "stop_tokens": ()}
     before, expected = _generate(engine, prompts, **options), _generate(Engine(other, TOKENIZER), prompts, **options)
@@ -521,7 +521,7 @@ def test_mistakes(options: dict[str, Any], message: str) -> None:
         _generate(Engine(_model(), TOKENIZER), **{"prompts": [[BOS]], "max_new_tokens": 4, **options})
 
 
-def test_mistakes_in_a_stream_come_with_the_call() -> None:
+def test_stream_arguments_are_checked_at_the_call() -> None:
     engine = Engine(_model(), TOKENIZER)
     for prompt, options in (([], {}), ([BOS], {"top_k": 0}), ([BOS], {"max_new_tokens": 0}), ([BOS], {"seed": -1})):
         with pytest.raises(UserError):

@@ -70,7 +70,7 @@ QUICK = settings(deadline=None, max_examples=20, derandomize=True, phases=[Phase
 
 @QUICK
 @given(st.lists(st.tuples(prompts, params), min_size=1, max_size=6), st.integers(1, 12))
-def test_requests_of_any_kind_in_one_batch(requests: list[tuple[list[int], dict[str, Any]]], max_rows: int) -> None:
+def test_mixed_requests_in_one_batch(requests: list[tuple[list[int], dict[str, Any]]], max_rows: int) -> None:
     engine = Engine(model(), TOKENIZER, max_rows=max_rows)
     answers = engine.generate([prompt for prompt, _ in requests], [SamplingParams(**each) for _, each in requests])
     for (prompt, options), samples in zip(requests, answers, strict=True):
@@ -79,7 +79,7 @@ def test_requests_of_any_kind_in_one_batch(requests: list[tuple[list[int], dict[
 
 @QUICK
 @given(st.data())
-def test_requests_that_come_and_go(data: st.DataObject) -> None:
+def test_requests_that_arrive_and_finish_at_different_times(data: st.DataObject) -> None:
     """Requests arrive while others run, some begin like an earlier one, some are cancelled."""
     engine = Engine(model(), TOKENIZER, max_rows=data.draw(st.integers(1, 6)))
     requests: dict[int, tuple[list[int], dict[str, Any]]] = {}

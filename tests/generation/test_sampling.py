@@ -58,7 +58,7 @@ def _expected_probabilities(raw: np.ndarray, params: SamplingParams) -> np.ndarr
     return weights / weights.sum()
 
 
-def test_greedy_as_the_reference(fixtures: Path) -> None:
+def test_greedy_matches_the_reference(fixtures: Path) -> None:
     measured = json.loads((fixtures / "engine.json").read_text())["sampling"]
     logits, uniforms = torch.tensor(measured["logits"]), torch.rand(4)
     assert _sample(logits, SamplingParams(temperature=0, top_k=None), uniforms)[0].tolist() == measured["greedy"]
@@ -95,7 +95,7 @@ def test_each_token_owns_its_share_of_the_unit_interval() -> None:
 
 
 @pytest.mark.parametrize("sampler", [(0.0, 50), (1.0, None), (1.3, 9), (0.7, 50), (1.0, 5000)])
-def test_the_same_as_the_reference_sampler(sampler: tuple[float, int | None]) -> None:
+def test_samples_match_the_reference_sampler(sampler: tuple[float, int | None]) -> None:
     temperature, top_k = sampler
     raw, uniforms = _logits(200, 5000), torch.from_numpy(sample_uniforms(1, 0, 200))
     expected = reference_engine.Sampler(temperature, top_k)(softcap(raw), uniforms)
@@ -106,7 +106,7 @@ def test_the_same_as_the_reference_sampler(sampler: tuple[float, int | None]) ->
     assert torch.allclose(logprobs.double(), exact, atol=1e-5)
 
 
-def test_rows_of_all_kinds_together_choose_what_each_chooses_alone() -> None:
+def test_a_row_does_not_depend_on_the_settings_of_other_rows() -> None:
     kinds = [
         SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
         for temperature in (0, 0.8, 1.0)
@@ -120,7 +120,7 @@ def test_rows_of_all_kinds_together_choose_what_each_chooses_alone() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 5, 50, 200])
-def test_top_values_are_those_of_the_whole_row(count: int) -> None:
+def test_top_values_equal_those_of_the_full_row(count: int) -> None:
     raw = _logits(20, 64 * 130)
     values, ids = top_values(raw, count)
     assert torch.equal(values, raw.topk(count, dim=1).values)

@@ -146,7 +146,7 @@ def test_a_cancelled_request_frees_its_place_at_once() -> None:
     engine.cancel(10**6)
 
 
-def test_slots_keep_what_windows_see() -> None:
+def test_kv_slots_keep_all_keys_within_the_windows() -> None:
     """Slots of a short window are smaller, and do not grow with the context."""
     layout = _engine().runner.layout
     assert [layout.columns(layer, 320) for layer in range(2)] == [64, 64]
@@ -156,7 +156,7 @@ def test_slots_keep_what_windows_see() -> None:
     assert [layout.columns(layer, 2560) for layer in range(2)] == [192, 320]
 
 
-def test_a_conversation_reuses_its_earlier_turns() -> None:
+def test_a_conversation_reuses_the_cache_of_earlier_turns() -> None:
     engine, turns = _engine(), [1] * 60
     read: list[int] = []
     prefill = engine.runner.prefill
@@ -171,7 +171,7 @@ def test_a_conversation_reuses_its_earlier_turns() -> None:
     assert sum(read) == 59 + 6 + len(turns) - 1
 
 
-def test_reused_prefixes_change_no_answer() -> None:
+def test_reused_prefixes_do_not_change_answers() -> None:
     """Prompts that branch off at random places of each other, so that slots are cut back and wrap around again."""
     rng, warm, cold = random.Random(0), _engine(), _engine()
     base = [rng.randrange(256) for _ in range(250)]

@@ -35,10 +35,10 @@ def faults(mode: str, folder: Path) -> int:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a glibc setting")
-def test_blocks_of_64_mb_come_back_without_page_faults(tmp_path: Path) -> None:
+def test_large_blocks_are_reused_without_page_faults(tmp_path: Path) -> None:
     assert faults("keep", tmp_path) < 0.05 * faults("default", tmp_path)
 
 
-def test_elsewhere_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_effect_without_glibc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     assert tune_malloc() is False

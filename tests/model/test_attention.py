@@ -168,7 +168,7 @@ def test_flex_sees_the_same_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("grouped", [False, True])
-def test_the_probe_passes_what_is_right(dtype: torch.dtype, grouped: bool) -> None:
+def test_the_probe_accepts_correct_backends(dtype: torch.dtype, grouped: bool) -> None:
     assert probe("banded", CPU, dtype, 64, grouped) is None
 
 
@@ -192,7 +192,7 @@ def test_the_probe_finds(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, fa
 
 
 @pytest.mark.usefixtures("fresh_choice")
-def test_auto_passes_over_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_skips_failing_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_backend("auto", **SETTING) == "banded"
     choose_backend.cache_clear()
     monkeypatch.setitem(BACKENDS, "banded", BROKEN["one key too few"])

@@ -62,7 +62,7 @@ def test_the_fastest_is_chosen_and_remembered(timed: list[tuple[str, int, bool]]
     assert choose_by_timing(net, 2, False, file) == chosen
 
 
-def test_wrong_and_failing_kernels_are_passed_over(
+def test_wrong_and_failing_kernels_are_skipped(
     timed: list[tuple[str, int, bool]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(BACKENDS, "cudnn", lambda q, k, v, window, starts=None: attend_masked(q, k, v, window) * 2)

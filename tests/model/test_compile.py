@@ -94,7 +94,7 @@ def test_the_mix_within_the_blocks_is_the_mix_before_them() -> None:
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
-def test_what_is_compiled_on_which_device(device_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compilation_by_device(device_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     backends = []
     monkeypatch.setattr(Block, "compile", lambda self, **options: backends.append(options["backend"]))
     monkeypatch.setattr(GPT, "device", property(lambda self: torch.device(device_type)))

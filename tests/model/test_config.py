@@ -53,7 +53,7 @@ def test_a_config_survives_json(options: dict) -> None:
         ({}, ["value_embeddings false", "residual_mix false", "window_pattern L"]),
     ],
 )
-def test_what_transformers_cannot_express_is_named(options: dict, obstacles: list[str]) -> None:
+def test_features_that_transformers_lacks_are_named(options: dict, obstacles: list[str]) -> None:
     config = GPTConfig(**SMALL | options)
     assert [text.split("--model.")[1].rstrip(")") for text in config.native_obstacles] == obstacles
     assert config.is_native is (not obstacles)
@@ -76,6 +76,6 @@ def test_without_value_embeddings_a_model_may_be_narrow() -> None:
         ({"window_pattern": "SSXL"}, "window_pattern is 'SSXL'"),
     ],
 )
-def test_impossible_shapes_are_named(changes: dict, message: str) -> None:
+def test_invalid_shapes_are_refused(changes: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         GPTConfig(**SMALL | changes)

@@ -36,7 +36,7 @@ def tokens(seed: int) -> Tensor:
     return torch.randint(70, (2, LENGTH), generator=torch.Generator().manual_seed(seed))
 
 
-def test_the_number_of_every_token() -> None:
+def test_document_ids_of_all_tokens() -> None:
     ids = document_ids(STARTS, 2, LENGTH)
     assert ids[0].unique_consecutive(return_counts=True)[1].tolist() == [1, 1, 58, 100]
     assert ids[1].unique_consecutive(return_counts=True)[1].tolist() == [130, 1, 28, 1]
@@ -44,7 +44,7 @@ def test_the_number_of_every_token() -> None:
 
 @pytest.mark.parametrize("attend", [attend_banded, attend_masked])
 @pytest.mark.parametrize("window", [0, 5, 80, 159, 160, 1000])
-def test_attention_in_a_row_is_that_of_the_documents_alone(attend, window: int) -> None:  # type: ignore[no-untyped-def]
+def test_attention_equals_that_of_separate_documents(attend, window: int) -> None:  # type: ignore[no-untyped-def]
     generator = torch.Generator().manual_seed(2)
     q, k, v = (torch.randn(2, LENGTH, heads, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2))
     out = attend(q, k, v, window, STARTS)
@@ -56,7 +56,7 @@ def test_attention_in_a_row_is_that_of_the_documents_alone(attend, window: int) 
 
 @pytest.mark.parametrize("checkpoint_blocks", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_loss_and_gradients_are_those_of_the_documents_alone(checkpoint_blocks: bool, compiled: bool) -> None:
+def test_loss_and_gradients_equal_those_of_separate_documents(checkpoint_blocks: bool, compiled: bool) -> None:
     ids, targets = tokens(3), tokens(4)
     alone = network()
     for row, bounds in enumerate(BOUNDS):

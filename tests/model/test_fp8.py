@@ -56,7 +56,7 @@ def test_a_layer_multiplies_rounded_operands() -> None:
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
-def test_the_probe_measures_how_exact_a_product_is(recipe: Recipe) -> None:
+def test_the_probe_measures_the_error_of_a_product(recipe: Recipe) -> None:
     assert 0.01 < product_error(torch.device("cpu"), recipe, emulate=True) < 0.08
 
 
@@ -90,7 +90,7 @@ def test_parameters_keep_their_names_and_identity() -> None:
     assert all(weight.grad is not None and weight.grad.dtype == torch.float32 for weight in net.parameters())
 
 
-def test_in_evaluation_mode_nothing_is_rounded_also_after_an_exception() -> None:
+def test_evaluation_mode_does_not_round_even_after_an_exception() -> None:
     plain, net = model(), model()
     convert_linears(net, lm_head=True, emulate=True)
     ids, targets = tokens()
@@ -133,7 +133,7 @@ def test_any_number_of_tokens_with_padding() -> None:
     ((8, 9), "rowwise", "its compute capability 8.9 is below 9.0"),
     ((9, 0), "rowwise", "a product is off by 0.5"),
 ])  # fmt: skip
-def test_what_the_hardware_lacks(
+def test_unsupported_hardware_is_named(
     capability: tuple[int, int], recipe: Recipe, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     missing_hardware.cache_clear()

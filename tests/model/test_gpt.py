@@ -294,7 +294,7 @@ def test_only_weights_are_saved(config: GPTConfig) -> None:
     assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
 
 
-def test_what_an_architecture_leaves_out_has_no_weights() -> None:
+def test_disabled_features_have_no_weights() -> None:
     names = {config: set(GPT(config).state_dict()) for config in (SMALL, NATIVE)}
     assert names[NATIVE] < names[SMALL]
     left_out = {
@@ -336,7 +336,7 @@ def test_logits_are_cropped_and_capped() -> None:
     assert logits.abs().max() == 15
 
 
-def test_the_future_is_out_of_sight() -> None:
+def test_later_tokens_have_no_effect() -> None:
     model = random_model()
     ids, _ = random_tokens()
     changed = ids.clone()
@@ -346,7 +346,7 @@ def test_the_future_is_out_of_sight() -> None:
     assert (before[:, 9:] - after[:, 9:]).abs().amax(-1).min() > 1e-3
 
 
-def test_sight_ends_where_the_windows_of_all_layers_end() -> None:
+def test_tokens_beyond_the_windows_of_all_layers_have_no_effect() -> None:
     config = GPTConfig(sequence_len=8, vocab_size=64, n_layer=3, n_head=2, n_kv_head=2, n_embd=32, window_pattern="S")
     model = random_model(config, compute_dtype=torch.float64).double()
     reach = sum(config.window_sizes)

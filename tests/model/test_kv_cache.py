@@ -79,7 +79,7 @@ def test_rows_of_different_lengths(data: st.DataObject) -> None:
     _add(cache, twin, 1, generator)
 
 
-def test_a_full_cache_says_so() -> None:
+def test_a_full_cache_is_reported() -> None:
     cache = KVCache(CONFIG, 1, 4, torch.float64)
     with pytest.raises(UserError, match="5 tokens do not fit a KV cache of 4"):
         cache.attend(0, *_tokens(1, 5, torch.Generator()), 8)

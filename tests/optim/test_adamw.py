@@ -75,14 +75,14 @@ def test_float64_recurrence(weight_decay: float) -> None:
         np.testing.assert_allclose(moments.param, p, rtol=0, atol=1e-13)
 
 
-def test_zero_gradients_leave_parameters_finite_and_unmoved() -> None:
+def test_zero_gradients_leave_parameters_unchanged() -> None:
     moments = Moments(torch.ones(4))
     for _ in range(3):
         moments.update(torch.zeros(4), lr=0.3, betas=(0.8, 0.95))
     torch.testing.assert_close(moments.param, torch.ones(4), rtol=0, atol=0)
 
 
-def test_rows_alone_give_the_same_numbers_as_the_whole() -> None:
+def test_updating_rows_separately_gives_the_same_result() -> None:
     generator = torch.Generator().manual_seed(0)
     whole = Moments(torch.randn(9, 5, generator=generator))
     parts = [Moments(rows) for rows in whole.param.split(4)]

@@ -48,7 +48,7 @@ def entries_of(tensor: Tensor, entries: NDArray) -> NDArray:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_reference_steps_in_every_intermediate(shape: str, fixtures: Path) -> None:
+def test_reference_steps_with_all_intermediates(shape: str, fixtures: Path) -> None:
     archive = np.load(fixtures / f"muon_{shape}.npz")
     entries = archive["entries"]
     stack = Stack(torch.from_numpy(archive["p0"])[None])
@@ -101,7 +101,7 @@ def test_every_measured_case(dtype: torch.dtype, oracles: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 48, 16), (3, 16, 48), (3, 32, 32), (2, 2, 32)])
-def test_polar_express_is_nearly_the_polar_factor(shape: tuple[int, int, int]) -> None:
+def test_polar_express_approximates_the_polar_factor(shape: tuple[int, int, int]) -> None:
     matrices = random_stack(*shape, dtype=torch.float64)
     left, values, right = torch.linalg.svd(matrices, full_matrices=False)
     orthogonal = polar_express(matrices)
@@ -131,7 +131,7 @@ def test_reduce_variance_keeps_the_norm_and_evens_out_the_rows(shape: tuple[int,
     torch.testing.assert_close(rms, rms[:, :1].expand_as(rms))
 
 
-def test_decay_only_where_update_and_parameter_agree() -> None:
+def test_weight_decay_only_where_signs_agree() -> None:
     params, grads = random_stack(2, 6, 9, seed=1), random_stack(2, 6, 9, seed=2)
     settings = {"lr": 0.1, "momentum": 0.9}
     plain, decayed = Stack(params), Stack(params)
@@ -160,7 +160,7 @@ def test_zero_gradients_decay_but_stay_finite() -> None:
 
 
 @pytest.mark.parametrize("shape", [(16, 48), (48, 16), (24, 24)])
-def test_a_matrix_does_not_depend_on_its_stack(shape: tuple[int, int]) -> None:
+def test_the_update_of_a_matrix_does_not_depend_on_its_stack(shape: tuple[int, int]) -> None:
     params, settings = random_stack(5, *shape, dtype=torch.float64), {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.2}
     whole, parts = Stack(params), [Stack(params[:2]), Stack(params[2:])]
     for seed in range(3):

@@ -62,7 +62,7 @@ def assert_equal(a: dict[str, Any], b: dict[str, Any]) -> None:
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=0)
 
 
-def test_groups_as_the_reference_orders_them() -> None:
+def test_groups_are_ordered_as_in_the_reference() -> None:
     groups = build_param_groups(make_params().items(), n_embd=192, lr_scale=0.5)
     adamw, muon = {"kind": "adamw", "eps": 1e-10, "weight_decay": 0.0}, {"kind": "muon", "beta2": 0.95}
     expected = [
@@ -93,7 +93,7 @@ def test_groups_of_a_gpt_hold_every_parameter_once() -> None:
     assert shapes == [(2, 32), (32, 64), (64, 64), (64, 256), (256, 64)]
 
 
-def test_groups_follow_what_an_architecture_leaves_out() -> None:
+def test_groups_without_disabled_features() -> None:
     with torch.device("meta"):
         shape = {"sequence_len": 64, "vocab_size": 96, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 64}
         net = GPT(GPTConfig(**shape, value_embeddings=False, residual_mix=False))
@@ -124,7 +124,7 @@ def test_bad_groups_are_refused() -> None:
         MuonAdamW([{**muon, "params": [matrix]}, {**muon, "params": [other]}])
 
 
-def test_a_step_is_the_pure_updates() -> None:
+def test_a_step_equals_the_pure_updates() -> None:
     params = make_params(torch.float64)
     twins = {name: param.detach().clone() for name, param in params.items()}
     optimizer = make_optimizer(params)
@@ -169,7 +169,7 @@ def test_closure_runs_with_gradients_and_its_loss_is_returned() -> None:
 
 
 @pytest.mark.parametrize("idle", ["transformer.h.0.attn.c_q.weight", "transformer.wte.weight", "x0_lambdas"])
-def test_parameters_without_gradients_are_left_alone(idle: str) -> None:
+def test_parameters_without_gradients_do_not_change(idle: str) -> None:
     params, complete = make_params(), make_params()
     optimizer, twin = make_optimizer(params), make_optimizer(complete)
     before = params[idle].detach().clone()
@@ -185,7 +185,7 @@ def test_parameters_without_gradients_are_left_alone(idle: str) -> None:
         torch.testing.assert_close(params[name], complete[name], rtol=0, atol=1e-6)
 
 
-def test_state_survives_a_file_bit_by_bit() -> None:
+def test_state_is_saved_and_loaded_exactly() -> None:
     params = make_params()
     optimizer = make_optimizer(params)
     take_steps(optimizer, params, range(3))
@@ -224,7 +224,7 @@ def test_state_is_named_and_shaped_per_parameter() -> None:
     }
 
 
-def test_state_moved_by_lightning_stays_connected() -> None:
+def test_state_moved_by_lightning_stays_in_the_stacks() -> None:
     from lightning.fabric.utilities.optimizer import _optimizers_to_device
 
     params, twins = make_params(), make_params()
@@ -239,7 +239,7 @@ def test_state_moved_by_lightning_stays_connected() -> None:
     assert_equal(optimizer.state_dict()["state"], twin.state_dict()["state"])
 
 
-def test_foreign_state_is_refused() -> None:
+def test_state_of_another_model_is_refused() -> None:
     params = make_params()
     optimizer = make_optimizer(params)
     take_steps(optimizer, params, range(1))
@@ -274,7 +274,7 @@ def test_compiled_update_follows_schedules_without_recompiling() -> None:
         torch.testing.assert_close(param, twins[name], rtol=0, atol=1e-5)
 
 
-def test_disabled_compiler_does_no_harm(tmp_path: Path) -> None:
+def test_works_with_a_disabled_compiler(tmp_path: Path) -> None:
     """In a process of its own: torch remembers which functions it did not compile."""
     code = """if True:
         import torch

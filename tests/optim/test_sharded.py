@@ -80,7 +80,7 @@ def test_equal_to_one_process(world_size: int, run: str, ranks: Results, one_pro
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_a_dropped_step_changes_nothing(world_size: int, ranks: Results) -> None:
+def test_a_skipped_step_changes_nothing(world_size: int, ranks: Results) -> None:
     for rank in range(world_size):
         outcome = ranks[rank][f"dropped_{world_size}"]
         assert outcome["found"] == [["lm_head.weight"], ["x0_lambdas"], []]
@@ -88,7 +88,7 @@ def test_a_dropped_step_changes_nothing(world_size: int, ranks: Results) -> None
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_parameters_without_gradients_are_left_alone(world_size: int, ranks: Results) -> None:
+def test_parameters_without_gradients_do_not_change(world_size: int, ranks: Results) -> None:
     params = worker.make_params()
     optimizer = MuonAdamW(worker.groups_of(params))
     worker.train(optimizer, params, range(worker.STEPS), 0, 1, overlap=False, loss=worker.sparse_loss_of)
@@ -139,7 +139,7 @@ def test_bytes_sent_in_one_step(world_size: int, ranks: Results) -> None:
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_reductions_start_in_the_last_backward_and_not_before(world_size: int, ranks: Results) -> None:
+def test_reductions_start_in_the_last_backward_pass(world_size: int, ranks: Results) -> None:
     for rank in range(world_size):
         traffic = ranks[rank][f"traffic_{world_size}"]
         *accumulating, last = traffic["calls_after_micro_batches"]
@@ -149,7 +149,7 @@ def test_reductions_start_in_the_last_backward_and_not_before(world_size: int, r
         assert traffic["calls"] == 2 * traffic["buckets"]
 
 
-def test_narrow_gathers_round_at_the_others_only_and_lose_nothing(ranks: Results) -> None:
+def test_bf16_gathers_round_only_on_other_ranks(ranks: Results) -> None:
     traffic = [ranks[rank]["traffic_2"] for rank in range(2)]
     exact = traffic[0]["params"]  # restored from what the two ranks saved
     assert_same(traffic[1]["params"], exact, tolerance=0)

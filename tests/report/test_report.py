@@ -135,7 +135,7 @@ def test_the_command_writes_page_and_markdown(base: Path, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize(("names", "message"), [(["nothing"], "no run nothing"), ([], "runs")])
-def test_a_run_that_is_not_there(
+def test_an_unknown_run_is_reported(
     names: list[str], message: str, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("LMCHAT_BASE_DIR", str(base))
@@ -164,7 +164,7 @@ def hostile_run(name: str) -> Run:
     return Run(name, {"sft": stage})
 
 
-def test_what_runs_contain_stays_text() -> None:
+def test_contents_of_runs_are_escaped() -> None:
     name = '<script>alert("x")</script>'
     page = Page(html_page([hostile_run(name), hostile_run("b & c")]))
     assert not {"script", "img", "b", "i"} & {tag for tag, _ in page.tags}
@@ -191,7 +191,7 @@ def test_numbers_are_short(value: float, text: str) -> None:
     assert number(value) == text
 
 
-def test_a_long_line_keeps_its_shape_in_few_points() -> None:
+def test_long_lines_are_averaged_to_few_points() -> None:
     x = np.linspace(1, 10_000, 10_000)
     y = np.sin(x / 2000)
     y[5000] = np.nan

@@ -55,7 +55,7 @@ def test_every_sample_with_an_advantage_follows_the_prompt(samples: int, max_tok
     assert batch["group_tokens"] == sum(sum(completion.mask) for completion in each.completions)
 
 
-def test_samples_of_a_group_are_those_of_the_reference(oracles: Path) -> None:
+def test_samples_of_a_group_match_the_reference(oracles: Path) -> None:
     """Its rows have prompts of their own; here they are forced tokens after a prompt of one token."""
     with np.load(oracles / "c09_rl.npz") as arrays:
         ids, mask = arrays["ids"].tolist(), arrays["mask"].tolist()
@@ -75,7 +75,7 @@ def test_samples_of_a_group_are_those_of_the_reference(oracles: Path) -> None:
         torch.testing.assert_close(advantages, measured["advantages"][number].expand(end + 1), rtol=0, atol=1e-7)
 
 
-def test_prompt_and_forced_tokens_are_no_targets_but_the_stop_token_is() -> None:
+def test_prompt_and_forced_tokens_have_no_loss_but_stop_tokens_have() -> None:
     completions = [Completion([5, 6, 7], [1, 0, 1], True, [-1.0, 0.0, -2.0]), Completion([8], [1], False, [-4.0])]
     batch = Group([3, 4], completions, torch.tensor([1.0, 0.0])).micro_batch()
     assert batch["inputs"].tolist() == [[3, 4, 5, 6, 4]]

@@ -93,7 +93,7 @@ def same(a: Rollout, b: Rollout) -> bool:
     return tensors and all(a[key] == b[key] for key in ("prompt_tokens", "sample_tokens", "group_tokens"))  # type: ignore[literal-required]
 
 
-def test_metrics_are_those_counted_one_by_one(monkey: Monkey) -> None:
+def test_metrics_equal_those_counted_one_by_one(monkey: Monkey) -> None:
     recorder = SimpleNamespace(tokenizer=monkey.tokenizer, asked=[])
 
     def generate(prompts: list[list[int]], params: list[SamplingParams]) -> list[list[Completion]]:
@@ -127,12 +127,12 @@ def test_metrics_are_those_counted_one_by_one(monkey: Monkey) -> None:
 
 
 @pytest.mark.parametrize("reward", [0.0, 0.1, 0.3, 1 / 3, 0.7, 0.9, 1.0, 1e-6, -2.3])
-def test_equal_rewards_have_no_advantage_at_all(reward: float) -> None:
+def test_equal_rewards_give_zero_advantages(reward: float) -> None:
     for samples in range(2, 65):
         assert not group_advantages(torch.full((samples,), reward)).any()
 
 
-def test_advantages_are_rewards_less_their_mean() -> None:
+def test_advantages_are_rewards_minus_their_mean() -> None:
     rng = np.random.default_rng(5)
     for _ in range(100):
         rewards = rng.choice([0.0, 0.1, 0.5, 1.0], size=rng.integers(2, 20))
@@ -141,7 +141,7 @@ def test_advantages_are_rewards_less_their_mean() -> None:
         np.testing.assert_allclose(advantages, rewards - rewards.mean(), atol=1e-15)
 
 
-def test_rewards_may_be_whole_numbers(monkey: Monkey, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rewards_may_be_integers(monkey: Monkey, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = groups_of(rollouts(monkey))
     monkeypatch.setattr(Guess, "reward", lambda *question: int("a" in question[-1]))
     groups = groups_of(rollouts(monkey))
@@ -151,7 +151,7 @@ def test_rewards_may_be_whole_numbers(monkey: Monkey, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_metrics_are_those_of_all_ranks(monkey: Monkey, world_size: int) -> None:
+def test_metrics_are_over_all_ranks(monkey: Monkey, world_size: int) -> None:
     sums: list[list[torch.Tensor]] = [[] for _ in range(world_size)]
     for rank, own in enumerate(sums):
         list(rollouts(monkey, rank, world_size, all_reduce=lambda numbers, own=own: own.append(numbers) or numbers))
@@ -164,7 +164,7 @@ def test_metrics_are_those_of_all_ranks(monkey: Monkey, world_size: int) -> None
         assert group["loss_tokens"] == expected["loss_tokens"]
 
 
-def test_ranks_share_the_questions_out(monkey: Monkey) -> None:
+def test_questions_are_divided_among_ranks(monkey: Monkey) -> None:
     alone = groups_of(rollouts(monkey))
     for world_size in (2, 4):
         ranks = [groups_of(rollouts(monkey, rank, world_size)) for rank in range(world_size)]
@@ -174,14 +174,14 @@ def test_ranks_share_the_questions_out(monkey: Monkey) -> None:
             assert torch.equal(group.rewards, expected.rewards)
 
 
-def test_a_question_that_comes_again_is_answered_anew(monkey: Monkey) -> None:
+def test_a_repeated_question_is_sampled_again(monkey: Monkey) -> None:
     groups = groups_of(rollouts(monkey))
     first, again = groups[0], groups[7]
     assert first.prompt == again.prompt
     assert first.completions != again.completions
 
 
-def test_goes_on_where_it_stopped(monkey: Monkey) -> None:
+def test_resumes_at_its_position(monkey: Monkey) -> None:
     whole = list(rollouts(monkey))
     state = whole[QUESTIONS - 1]["state"]
     assert state.keys() == {"steps", "data"}

@@ -15,7 +15,7 @@ STOP = st.text("ab", min_size=1, max_size=4)
 
 
 @given(st.lists(st.text("abc", max_size=4), max_size=12), st.lists(STOP, max_size=3))
-def test_stop_strings_are_found_wherever_the_text_is_cut(pieces: list[str], stops: list[str]) -> None:
+def test_stop_strings_are_found_across_any_pieces(pieces: list[str], stops: list[str]) -> None:
     found, shown = StopStrings(stops), ""
     for number, piece in enumerate(pieces):
         shown += found.push(piece, last=number == len(pieces) - 1)

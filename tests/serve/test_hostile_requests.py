@@ -67,7 +67,7 @@ def test_every_field_with_every_kind_of_value(client: httpx.Client, path: str) -
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_bodies_that_are_not_json(client: httpx.Client, path: str) -> None:
+def test_invalid_json_bodies_are_refused(client: httpx.Client, path: str) -> None:
     bodies: list[bytes] = [
         b"", b"null", b"[]", b"1", b'"x"', b"{", b"{'a': 1}", b"\xff\xfe", b'{"prompt": "\xff"}', b"{}" * 2,
         b"\x00" * 100, b"[" * 100_000, b'{"a":' * 100_000, b'{"messages": ' + b"[" * 50_000 + b"]" * 50_000 + b"}",
@@ -114,7 +114,7 @@ def test_other_types_paths_and_methods(client: httpx.Client) -> None:
         check(client.get(path), 404)
 
 
-def test_prompts_and_completions_that_are_too_long(client: httpx.Client, live: LiveServer) -> None:
+def test_too_long_prompts_and_completions_are_refused(client: httpx.Client, live: LiveServer) -> None:
     limit = live.server.engine.context_limit
     for text in ("x" * (limit + 1), "x" * (limit - 1), "x" * 900_000):
         response = post(client, "/v1/completions", json.dumps({"prompt": text, "max_tokens": 30}))
@@ -153,7 +153,7 @@ def test_headers_of_every_response(client: httpx.Client) -> None:
     assert client.get("/v1/models").headers["content-type"] == "application/json"
 
 
-def test_a_token_is_asked_for() -> None:
+def test_a_bearer_token_is_required() -> None:
     with live_server(tiny_engine(), api_key="s3cret") as live, httpx.Client(base_url=live.url) as client:
         for path in ("/", "/app.js", "/health"):
             check(client.get(path), 200)
@@ -194,7 +194,7 @@ def received(connection: socket.socket) -> bytes:
     ],
     ids=["tls", "version", "nonsense", "headers", "length", "chunk"],
 )
-def test_bytes_that_are_not_http(raw: socket.socket, sent: bytes, client: httpx.Client) -> None:
+def test_invalid_http_is_refused(raw: socket.socket, sent: bytes, client: httpx.Client) -> None:
     raw.sendall(sent)
     raw.shutdown(socket.SHUT_WR)
     answer = received(raw)
@@ -202,13 +202,13 @@ def test_bytes_that_are_not_http(raw: socket.socket, sent: bytes, client: httpx.
     check(client.get("/health"), 200)
 
 
-def test_a_body_that_does_not_arrive(raw: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_body_times_out(raw: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_io, "BODY_SECONDS", 0.2)
     raw.sendall(POST + b"Content-Type: application/json\r\nContent-Length: 50\r\n\r\n{")
     assert b"408" in raw.recv(65536).split(b"\r\n")[0]
 
 
-def test_headers_that_do_not_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_headers_time_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_server, "HEADER_SECONDS", 0.2)
     with live_server(tiny_engine()) as live:
         host, port = live.url.removeprefix("http://").split(":")

@@ -10,7 +10,7 @@ import pytest
 
 
 @pytest.mark.slow
-def test_nothing_is_lost_or_mixed_up_under_load() -> None:
+def test_answers_are_complete_and_unmixed_under_load() -> None:
     script = Path(__file__).resolve().parents[2] / "benchmarks" / "serve_load.py"
     command = [sys.executable, str(script), "--seconds", "20", "--clients", "32"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)

@@ -31,7 +31,7 @@ def expected_chat(calculator: bool = True, **options: Any) -> list[str]:
     return [TOKENIZER.decode([i for i in each.content if i < 256]) for each in completions]
 
 
-def test_chat_equals_the_engine_alone(live: LiveServer) -> None:
+def test_chat_equals_the_engine(live: LiveServer) -> None:
     client = client_of(live)
     options: Any = {"max_tokens": 40, "temperature": 0.8, "top_p": 0.9, "seed": 5, "n": 3}
     answer = client.chat.completions.create(
@@ -48,7 +48,7 @@ def test_chat_equals_the_engine_alone(live: LiveServer) -> None:
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
 
 
-def test_a_stream_adds_up_to_the_whole_answer(live: LiveServer) -> None:
+def test_a_stream_concatenates_to_the_full_answer(live: LiveServer) -> None:
     client = client_of(live)
     options: Any = {"model": "lmchat", "messages": MESSAGES, "max_tokens": 50, "seed": 9, "n": 2}
     whole = client.chat.completions.create(**options)
@@ -63,7 +63,7 @@ def test_a_stream_adds_up_to_the_whole_answer(live: LiveServer) -> None:
     assert usages[-1] == whole.usage and not any(usages[:-1])
 
 
-def test_async_client(live: LiveServer) -> None:
+def test_the_async_client_works(live: LiveServer) -> None:
     async def ask() -> list[str]:
         async with openai.AsyncOpenAI(base_url=f"{live.url}/v1", api_key="none") as client:
             asked = [

@@ -98,7 +98,7 @@ def test_several_turns_are_kept_and_sent(open_page: Open) -> None:
     assert texts(page, "user") == ["One", "Two"]
 
 
-def test_stop_keeps_what_there_is_and_frees_the_place(open_page: Open, live: LiveServer) -> None:
+def test_stop_keeps_the_partial_answer_and_frees_the_slot(open_page: Open, live: LiveServer) -> None:
     page, step = open_page(), live.server.engine.step
 
     def slow_step() -> Any:
@@ -221,7 +221,7 @@ def test_settings_system_prompt_and_export(open_page: Open) -> None:
     assert len(stored(page)) == 1
 
 
-def test_a_conversation_that_is_too_long_loses_its_oldest_turns(open_page: Open) -> None:
+def test_a_too_long_conversation_drops_its_oldest_turns(open_page: Open) -> None:
     page = open_page()
     for number in range(3):
         answer_with(page, ("text", f"{number}" * 190))
@@ -231,7 +231,7 @@ def test_a_conversation_that_is_too_long_loses_its_oldest_turns(open_page: Open)
     assert "without the oldest" in page.locator(".message.assistant .note").last.inner_text()
 
 
-def test_errors_are_shown_and_can_be_tried_again(open_page: Open) -> None:
+def test_errors_are_shown_with_a_retry(open_page: Open) -> None:
     page = open_page()
     page.route("**/v1/chat/completions", lambda route: route.fulfill(
         status=200, content_type="text/event-stream",

@@ -115,7 +115,7 @@ def lm_eval_score(choice: Any, context: int) -> tuple[float, bool]:
 
 
 @pytest.mark.parametrize("with_bos", [False, True])
-def test_continuations_are_scored_as_lm_eval_asks(live: LiveServer, with_bos: bool) -> None:
+def test_continuations_are_scored_for_lm_eval(live: LiveServer, with_bos: bool) -> None:
     client, bos = client_of(live), TOKENIZER.bos_id
     prompts = [[*[bos] * with_bos, *f"{number} and then".encode()] for number in range(40)]
     reply = client.completions.create(

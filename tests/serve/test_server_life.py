@@ -44,7 +44,7 @@ def slow(live: LiveServer, seconds: float, monkeypatch: pytest.MonkeyPatch) -> l
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_frees_its_place_within_a_step(
+def test_a_disconnected_client_frees_its_slot_within_a_step(
     live: LiveServer, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
     sizes = slow(live, 0.2, monkeypatch)  # long enough for a busy machine to notice the client within one
@@ -86,7 +86,7 @@ def test_stop_strings_end_one_sample_and_not_the_others(live: LiveServer) -> Non
     wait_for(lambda: live.server.engine.num_running == 0)
 
 
-def test_a_slow_reader_misses_nothing(live: LiveServer) -> None:
+def test_a_slow_client_receives_everything(live: LiveServer) -> None:
     body = {**ENDLESS, "stream": True, "logprobs": 0}
     whole = httpx.post(f"{live.url}/v1/completions", json={**body, "stream": False}).json()["choices"][0]
     with httpx.stream("POST", f"{live.url}/v1/completions", json=body) as response:
@@ -158,7 +158,7 @@ def process(tmp_path: Path) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_a_signal_finishes_what_runs_and_refuses_what_is_new(process: Any, number: int) -> None:
+def test_a_signal_finishes_running_requests_and_refuses_new_ones(process: Any, number: int) -> None:
     server, url = process
     answers: list[httpx.Response] = []
     body = {"prompt": "x", "max_tokens": 1500, "seed": 1, "temperature": 0.3}
@@ -187,7 +187,7 @@ def is_refused(url: str) -> bool:
         return True
 
 
-def test_ports_that_cannot_be_had() -> None:
+def test_unavailable_ports_are_reported() -> None:
     listener = open_socket("127.0.0.1", 0)
     with listener, pytest.raises(UserError, match=r"cannot listen on 127.0.0.1 port \d+: Address already in use"):
         open_socket("127.0.0.1", listener.getsockname()[1])
@@ -196,7 +196,9 @@ def test_ports_that_cannot_be_had() -> None:
             open_socket("127.0.0.1", port)
 
 
-def test_the_network_needs_a_key(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_listening_on_a_network_requires_a_key(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.delenv("LMCHAT_API_KEY", raising=False)
     assert main(["serve", "--host", "0.0.0.0"]) == 2
     assert "set LMCHAT_API_KEY to a secret token" in capsys.readouterr().err

@@ -68,7 +68,7 @@ def test_answer_shows_calculator_calls_in_brackets(capsys: pytest.CaptureFixture
     ]
 
 
-def test_an_empty_answer_leaves_the_conversation_as_it_was() -> None:
+def test_an_empty_answer_does_not_change_the_conversation() -> None:
     messages: list[Message] = []
     assert answer(engine(), messages, "Hi", lambda _: iter([])) == ""
     assert messages == []
@@ -85,7 +85,7 @@ def test_a_conversation_is_kept_until_it_is_reset(
     assert "unknown command /nonsense" in capsys.readouterr().err
 
 
-def test_system_prompt_comes_and_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_system_prompt_can_be_set_and_removed(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal(system="Be brief.")
     terminal.run(monkeypatch, "Hi", "/system Be kind.", "Hi", "/reset", "Hi", "/system", "Hi")
     first, second, third, fourth = terminal.prompts
@@ -101,7 +101,7 @@ def conversation(turns: int, system: bool) -> list[Message]:
 
 @pytest.mark.parametrize("system", [False, True])
 @pytest.mark.parametrize("forgotten", [0, 1, 3])
-def test_as_few_turns_as_needed_are_forgotten(system: bool, forgotten: int) -> None:
+def test_only_as_many_turns_as_needed_are_dropped(system: bool, forgotten: int) -> None:
     messages = conversation(4, system)
     kept = [*messages[:system], *messages[system + 2 * forgotten :], {"role": "user", "content": "Hi"}]
     limit = len(render_for_completion(TOKENIZER, {"messages": kept}))  # type: ignore[typeddict-item]
@@ -109,7 +109,7 @@ def test_as_few_turns_as_needed_are_forgotten(system: bool, forgotten: int) -> N
     assert oldest_turns_to_forget(engine(), messages, "Hi" * 1000, limit) == 0
 
 
-def test_the_oldest_turns_are_forgotten_and_the_user_is_reported(
+def test_the_oldest_turns_are_dropped_with_a_message(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     terminal = Terminal(context_limit=100)
@@ -122,7 +122,7 @@ def test_the_oldest_turns_are_forgotten_and_the_user_is_reported(
 
 
 @pytest.mark.parametrize("reply, answers", [("", 2), ("y", 2), ("n", 1)])
-def test_in_a_terminal_forgetting_is_offered(
+def test_a_terminal_asks_before_dropping_turns(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any, reply: str, answers: int
 ) -> None:
     monkeypatch.setenv("LMCHAT_BASE_DIR", str(tmp_path))
@@ -149,7 +149,7 @@ def test_ctrl_c_stops_an_answer_in_a_terminal(
         terminal.run(monkeypatch, "Hi")
 
 
-def test_lines_of_earlier_chats_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def test_input_history_is_kept_between_chats(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     pytest.importorskip("readline")
     monkeypatch.setenv("LMCHAT_BASE_DIR", str(tmp_path))
     Terminal().run(monkeypatch, "Hi", terminal=True)

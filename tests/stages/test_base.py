@@ -13,7 +13,7 @@ from lmchat.stages.pretrain import PretrainModule
 from lmchat.types import Batch
 
 
-def test_a_cpu_takes_batches_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_are_not_copied_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_stream(*_: object) -> None:
         raise AssertionError("a CPU has no streams")
 
@@ -26,7 +26,7 @@ def test_a_cpu_takes_batches_as_they_are(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_on_a_gpu_rank_0_times_attention_for_all(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_0_times_attention_for_all_ranks(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[dict[int, str]] = []
     strategy = SimpleNamespace(broadcast=lambda chosen: chosen or {16: "broadcast"})
     monkeypatch.setattr(PretrainModule, "trainer", SimpleNamespace(global_rank=rank, strategy=strategy))

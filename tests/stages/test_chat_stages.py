@@ -147,7 +147,7 @@ def test_fine_tuning_takes_exactly_one_epoch(pipeline: Path) -> None:
     assert float(rows[-1]["train/loss"]) < float(rows[0]["train/loss"])
 
 
-def test_held_out_figures_are_logged(pipeline: Path) -> None:
+def test_held_out_metrics_are_logged(pipeline: Path) -> None:
     sft = [row for row in log(pipeline, "sft") if row["val/bpb"]]
     assert len(sft) == 2
     assert float(sft[1]["val/bpb"]) < float(sft[0]["val/bpb"])
@@ -158,7 +158,7 @@ def test_held_out_figures_are_logged(pipeline: Path) -> None:
     assert all(0 <= float(row["val/Identity/test"]) <= 1 for row in grpo)
 
 
-def test_steps_without_a_signal_leave_the_model_alone(pipeline: Path) -> None:
+def test_steps_without_advantages_do_not_change_the_model(pipeline: Path) -> None:
     rows = [row for row in log(pipeline, "grpo") if row["train/loss"]]
     assert [float(row["train/no_signal"]) for row in rows] == [2, 2], "an untrained model solves nothing"
     before = load_model_state(find_checkpoint(pipeline / "chatsft_checkpoints" / "tiny"))
@@ -223,7 +223,7 @@ def test_a_stage_does_not_resume_on_other_data(
     assert not (pipeline / folder / "changed" / "meta_000002.json").exists()
 
 
-def test_a_chat_stage_without_a_checkpoint_says_what_it_needs(
+def test_a_chat_stage_without_a_checkpoint_is_refused(
     pipeline: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("LMCHAT_BASE_DIR", str(pipeline))
@@ -247,7 +247,7 @@ def test_every_conversation_is_in_the_plan_once(rendered: tuple[Mixture, Tokeniz
     assert sum(plan.loss_tokens(step) for step in range(plan.steps)) == rendered[2].loss_tokens.sum()
 
 
-def test_padding_and_masked_rows_are_those_of_the_batches(tmp_path: Path, tiny_base: Path) -> None:
+def test_padding_and_masked_rows_equal_those_of_the_batches(tmp_path: Path, tiny_base: Path) -> None:
     tokenizer = Tokenizer.load(tiny_base / "tokenizer")
     # Cut to 48 tokens, some conversations end before the answer.
     render_all(Mixture([MixturePart(Arithmetic("train", size=40))]), tokenizer, 48, tmp_path, title="")
@@ -290,7 +290,7 @@ def test_batches_hold_the_same_rows_for_every_split(
 
 
 @pytest.mark.parametrize(("rows", "world"), [(8, 1), (4, 2), (2, 1), (1, 4)])
-def test_a_position_holds_for_any_number_of_ranks(
+def test_a_position_is_valid_for_any_number_of_ranks(
     rows: int, world: int, rendered: tuple[Mixture, Tokenizer, RenderedConversations]
 ) -> None:
     plan = PaddedPlan(rendered[2], 128, 8)
@@ -312,7 +312,7 @@ def test_a_position_holds_for_any_number_of_ranks(
     assert torch.equal(resumed[: len(unbroken) - 16], unbroken[16:])
 
 
-def test_a_conversation_cut_short_is_counted(tiny_base: Path, tmp_path: Path) -> None:
+def test_truncated_conversations_are_counted(tiny_base: Path, tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(tiny_base / "tokenizer")
     report = render_all(Arithmetic("train", size=5), tokenizer, 16, tmp_path, title="")
     assert report.truncated == 5
@@ -341,7 +341,7 @@ def test_the_split_into_micro_batches_does_not_change_the_weights(
         assert float((weights[1][name] - expected).square().mean().sqrt()) < 2e-4 * scale, name
 
 
-def test_chat_takes_the_furthest_stage_and_answers(
+def test_chat_uses_the_latest_stage(
     pipeline: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("LMCHAT_BASE_DIR", str(pipeline))
@@ -357,7 +357,7 @@ def test_chat_takes_the_furthest_stage_and_answers(
     assert "pretrain tiny" in capfd.readouterr().err
 
 
-def test_chat_takes_the_tokenizer_that_the_model_was_trained_with(
+def test_chat_uses_the_tokenizer_of_the_model(
     pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("LMCHAT_BASE_DIR", str(pipeline))
@@ -385,7 +385,7 @@ def test_chat_keeps_the_conversation_until_it_is_reset(
     assert "/nonsense" in capfd.readouterr().err
 
 
-def test_chat_goes_on_after_a_message_that_is_too_long(
+def test_chat_continues_after_a_too_long_message(
     pipeline: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("LMCHAT_BASE_DIR", str(pipeline))
@@ -406,7 +406,7 @@ def test_chat_goes_on_after_a_message_that_is_too_long(
     assert "the model's limit of 2560" in errors and "/reset starts a new conversation" in errors
 
 
-def test_chat_takes_a_system_prompt_and_leaves_it_out_again(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chat_sets_and_removes_a_system_prompt(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LMCHAT_BASE_DIR", str(pipeline))
     lines = iter(["Hi", "/system Be kind.", "Hi", "/reset", "Hi", "/system", "Hi", "/quit"])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
@@ -418,12 +418,12 @@ def test_chat_takes_a_system_prompt_and_leaves_it_out_again(pipeline: Path, monk
     assert prompts[0] == prompts[3] != prompts[1] == prompts[2]
 
 
-def test_chat_without_a_model_says_how_to_get_one(base: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_chat_without_a_model_is_refused_with_the_remedy(base: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["chat", "-p", "Hi"]) == 2
     assert "lmchat fit" in capfd.readouterr().err
 
 
-def test_validation_renders_the_held_out_conversations_alone(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_validation_renders_only_held_out_conversations(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LMCHAT_BASE_DIR", str(pipeline))
     (pipeline / "sft.yaml").write_text(SFT)
     configs = ["--config", str(CONFIGS / "sft.yaml"), "--config", str(pipeline / "sft.yaml")]
@@ -432,7 +432,7 @@ def test_validation_renders_the_held_out_conversations_alone(pipeline: Path, mon
     assert [folder.name for folder in (pipeline / "rendered" / "judged").iterdir()] == ["val"]
 
 
-def test_rendering_again_leaves_a_running_reader_what_it_has(tiny_base: Path, tmp_path: Path) -> None:
+def test_rendering_again_does_not_change_open_readers(tiny_base: Path, tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(tiny_base / "tokenizer")
     render_all(Identity("train", size=400), tokenizer, 128, tmp_path, title="")
     running = RenderedConversations(tmp_path)

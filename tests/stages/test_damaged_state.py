@@ -15,7 +15,7 @@ STATES: list[Any] = [None, {}, [1], {"position": None}, {"position": 3}, {"row":
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_data_does_not_start_again_from_its_beginning(state: Any, tmp_path: Path) -> None:
+def test_a_damaged_position_does_not_restart_the_data(state: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the data position in the checkpoint is damaged"):
         FineWebDataModule(str(tmp_path)).load_state_dict(state)
 

@@ -47,7 +47,7 @@ def set_memory(monkeypatch: pytest.MonkeyPatch, size: float) -> None:
     monkeypatch.setattr(device_memory, "memory_limit_bytes", lambda device: size)
 
 
-def test_auto_takes_the_largest_that_fits_and_trains_the_same(
+def test_auto_takes_the_largest_micro_batch_that_fits(
     new_base: Callable[[], Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The memory is what 4 of the step's 8 rows need; a resumed run keeps its micro-batch whatever the memory."""
@@ -190,7 +190,7 @@ def test_a_shipped_config_fits_the_cards_it_names(name: str, depth: int) -> None
 
 
 @pytest.mark.parametrize("error", [MemoryError(), ImportError("libx.so: failed to map segment from shared object")])
-def test_want_of_memory_outside_training_is_one_message(
+def test_out_of_memory_outside_training_is_one_message(
     error: Exception, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: object) -> None:
@@ -201,7 +201,7 @@ def test_want_of_memory_outside_training_is_one_message(
     assert capfd.readouterr().err.startswith("lmchat: out of memory (")
 
 
-def test_a_run_that_fits_only_so_recomputes(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_activations_are_recomputed_if_nothing_else_fits(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
     monkeypatch.setattr("lmchat.stages.base.needs_recomputing", lambda module, rows: rows == 2)
     monkeypatch.setattr("lmchat.stages.base.compile_blocks", lambda net, recompute: compiled.append(recompute))

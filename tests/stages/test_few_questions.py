@@ -83,7 +83,7 @@ def fit(base: Path, config: str, ranks: int, *options: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_every_stage_measures_what_one_process_measures(base: Path) -> None:
+def test_metrics_of_several_ranks_equal_one_process(base: Path) -> None:
     for ranks in (1, RANKS):
         fit(base, PRETRAIN, ranks, "--model.tag", f"base{ranks}")
     measured = {ranks: evaluations(base / "logs" / "pretrain" / f"base{ranks}") for ranks in (1, RANKS)}

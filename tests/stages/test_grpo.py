@@ -73,7 +73,7 @@ def recorded(fixtures: Path) -> dict[str, Tensor]:
     return {**tensors, "targets": tensors["targets"].long(), "rows": torch.arange(16 * 40).view(16, 40)}
 
 
-def test_by_group_it_is_the_reference_loss(recorded: dict[str, Tensor]) -> None:
+def test_normalization_by_group_equals_the_reference_loss(recorded: dict[str, Tensor]) -> None:
     grpo = module(Recorded(recorded["logp"], recorded["targets"]), "group", REFERENCE_MICRO_BATCHES)
     for rows, expected in zip(PASSES, recorded["losses"], strict=True):
         batch = micro_batch(recorded["rows"], recorded["targets"], recorded["rewards"], rows, loss_tokens=-1)
@@ -82,7 +82,9 @@ def test_by_group_it_is_the_reference_loss(recorded: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize(("micro_batches", "world_size"), [(2, 1), (1, 2)])
-def test_by_step_every_token_weighs_the_same(recorded: dict[str, Tensor], micro_batches: int, world_size: int) -> None:
+def test_normalization_by_step_weights_all_tokens_equally(
+    recorded: dict[str, Tensor], micro_batches: int, world_size: int
+) -> None:
     targets, rewards = recorded["targets"], recorded["rewards"]
     tokens = int((targets != IGNORE_INDEX).sum())
     grpo = module(Recorded(recorded["logp"], targets), "step", micro_batches, world_size)
@@ -94,7 +96,7 @@ def test_by_step_every_token_weighs_the_same(recorded: dict[str, Tensor], micro_
     assert float(step) == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_batch_without_rows_has_no_gradient_in_either_way(recorded: dict[str, Tensor]) -> None:
+def test_an_empty_batch_has_no_gradient(recorded: dict[str, Tensor]) -> None:
     for normalization in ("group", "step"):
         grpo = module(Recorded(recorded["logp"], recorded["targets"]), normalization, 2)
         batch = micro_batch(recorded["rows"], recorded["targets"], recorded["rewards"], slice(0, 0), 335)
@@ -103,7 +105,7 @@ def test_a_batch_without_rows_has_no_gradient_in_either_way(recorded: dict[str, 
         assert loss == 0 and grpo.net.lm_head.weight.grad is None
 
 
-def test_gap_is_the_mean_distance_to_the_log_probabilities_of_the_engine(recorded: dict[str, Tensor]) -> None:
+def test_logprob_gap_is_the_mean_distance_to_the_engine(recorded: dict[str, Tensor]) -> None:
     targets = recorded["targets"]
     sampled = targets != IGNORE_INDEX
     noise = torch.linspace(-0.01, 0.02, targets.numel()).view(targets.shape)
@@ -118,7 +120,7 @@ def test_gap_is_the_mean_distance_to_the_log_probabilities_of_the_engine(recorde
 
 @pytest.mark.parametrize("normalization", ["step", "group"])
 @pytest.mark.parametrize(("window_pattern", "checkpoint_blocks"), [("L", False), ("SL", False), ("L", True)])
-def test_gradients_equal_those_of_samples_read_one_by_one(
+def test_batched_gradients_equal_those_of_single_samples(
     normalization: Any, window_pattern: str, checkpoint_blocks: bool
 ) -> None:
     """Shared prompts in fp64, some longer than a window, against single samples with plain log-softmax."""

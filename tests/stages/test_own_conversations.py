@@ -45,7 +45,7 @@ def fit(start: str, *options: str) -> int:
     return main(["fit", "--config", str(CONFIG), "--ckpt_path", start, *SMALL, *options])
 
 
-def test_a_folder_of_many_forms_is_trained_on(start: str, base: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_of_mixed_formats_is_trained_on(start: str, base: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = base / "chats"
     folder.mkdir()
     (folder / "a.json").write_text(json.dumps(chats(20)), encoding="utf-16")
@@ -127,7 +127,7 @@ def test_messages_of_weight_0_receive_no_loss(base: Path, capsys: pytest.Capture
         (["--data.train", "CHATS", "--data.val_fraction", "0"], "val_fraction is 0"),
     ],
 )
-def test_mistakes_have_one_message(
+def test_mistakes_give_one_message(
     options: list[str], message: str, start: str, base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (base / "empty.jsonl").touch()

@@ -119,7 +119,7 @@ def by_step(entries: dict[tuple[int, int], tuple[str, float]]) -> dict[int, tupl
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_ranks_train_what_one_trains(stage: str, pretrained: Path) -> None:
+def test_two_ranks_train_the_same_as_one(stage: str, pretrained: Path) -> None:
     weights = {world_size: train(stage, world_size, pretrained) for world_size in (1, 2, 3)}
     entries = {world_size: diary(pretrained / f"{stage}_{world_size}", world_size) for world_size in weights}
     losses = [loss for _, loss in entries[1].values()]

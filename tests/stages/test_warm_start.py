@@ -83,9 +83,7 @@ def whole(checkpoint: Checkpoint, name: str, key: str, like: Tensor) -> Tensor:
     return found
 
 
-def test_options_left_open_are_those_of_the_checkpoint(
-    base: Path, warm_and_cold: tuple[Checkpoint, Checkpoint]
-) -> None:
+def test_unset_options_are_taken_from_the_checkpoint(base: Path, warm_and_cold: tuple[Checkpoint, Checkpoint]) -> None:
     before = find_checkpoint(base / "base_checkpoints" / "tiny").meta
     after = warm_and_cold[1].meta
     for name in ("model", "global_batch_tokens", "micro_batch_size"):
@@ -112,7 +110,7 @@ def test_moments_are_carried_over_from_all_ranks(base: Path, warm_and_cold: tupl
     assert whole(start, "lm_head.weight", "exp_avg", warm["lm_head.weight"]["exp_avg"]).abs().max() > 0
 
 
-def test_learning_rates_are_those_of_the_new_stage(warm_and_cold: tuple[Checkpoint, Checkpoint]) -> None:
+def test_learning_rates_come_from_the_new_stage(warm_and_cold: tuple[Checkpoint, Checkpoint]) -> None:
     warm, cold = (optimizer_state(checkpoint)["param_groups"] for checkpoint in warm_and_cold)
     assert warm == cold
     groups = {group["name"]: group for group in warm}

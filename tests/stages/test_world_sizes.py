@@ -16,7 +16,7 @@ def remedies(error: UserError) -> list[str]:
 
 
 @pytest.mark.parametrize(("world_size", "micro_batches"), [(1, 12), (2, 6), (3, 4), (4, 3), (6, 2), (12, 1)])
-def test_ranks_that_serve_the_batch_share_it_out(world_size: int, micro_batches: int) -> None:
+def test_valid_world_sizes_divide_the_batch(world_size: int, micro_batches: int) -> None:
     assert accumulation_steps(24 * 32, 2, 32, world_size) == micro_batches
 
 
@@ -38,7 +38,7 @@ def test_ranks_that_serve_the_batch_share_it_out(world_size: int, micro_batches:
         (13, ["--model.global_batch_tokens 832", "12 rank(s)"]),
     ],
 )
-def test_other_ranks_are_refused(world_size: int, nearest: list[str]) -> None:
+def test_other_world_sizes_are_refused(world_size: int, nearest: list[str]) -> None:
     with pytest.raises(UserError, match=rf"768 is not a multiple of .* {world_size} rank") as caught:
         accumulation_steps(24 * 32, 2, 32, world_size)
     assert remedies(caught.value) == nearest
@@ -63,7 +63,7 @@ def test_other_ranks_are_refused(world_size: int, nearest: list[str]) -> None:
         (32, ["--data.questions_per_step 32", "16 rank(s)"]),
     ],
 )
-def test_questions(world_size: int, expected: int | list[str]) -> None:
+def test_questions_are_divided_among_ranks(world_size: int, expected: int | list[str]) -> None:
     task = Arithmetic("train", size=100)
     data = RolloutDataModule([MixturePart(task)], task, questions_per_step=16)
     if isinstance(expected, int):
@@ -78,6 +78,6 @@ def test_divisors() -> None:
     assert [divisors(n) for n in range(200)] == [[d for d in range(1, n + 1) if n % d == 0] for n in range(200)]
 
 
-def test_numbers_of_any_size_are_answered_at_once() -> None:
+def test_large_numbers_are_fast() -> None:
     with pytest.raises(UserError, match=r"use --data.micro_batch_size 536870912 or"):
         accumulation_steps(2**40, 2**30 - 1, 2048, 1)

@@ -79,7 +79,7 @@ def test_the_model_file_is_a_state_dict_of_the_network(paths: CheckpointPaths) -
     assert torch.load(paths.model, weights_only=True).keys() == {"lm_head.weight"}
 
 
-def test_each_rank_gets_its_own_back(paths: CheckpointPaths) -> None:
+def test_each_rank_loads_its_own_part(paths: CheckpointPaths) -> None:
     save(paths, 3)
     for rank in range(3):
         loaded = LMChatCheckpointIO(rank, 3).load_checkpoint(paths.meta)
@@ -88,7 +88,7 @@ def test_each_rank_gets_its_own_back(paths: CheckpointPaths) -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_another_world_size_gets_all_shards(world_size: int, paths: CheckpointPaths) -> None:
+def test_another_world_size_loads_all_parts(world_size: int, paths: CheckpointPaths) -> None:
     save(paths, 3)
     loaded = LMChatCheckpointIO(0, world_size, elastic=True).load_checkpoint(paths.meta)
     assert_equal(loaded["optimizer_shards"], [dump(rank)["optimizer_states"] for rank in range(3)])
@@ -102,7 +102,7 @@ def test_a_strategy_that_cannot_combine_shards_is_refused(paths: CheckpointPaths
         LMChatCheckpointIO().load_checkpoint(paths.meta)
 
 
-def test_damage_to_another_ranks_file_does_not_concern_this_one(paths: CheckpointPaths) -> None:
+def test_damaged_files_of_other_ranks_are_ignored(paths: CheckpointPaths) -> None:
     save(paths, 2)
     paths.optimizer(1).write_bytes(b"")
     LMChatCheckpointIO(0, 2).load_checkpoint(paths.meta)
@@ -110,9 +110,7 @@ def test_damage_to_another_ranks_file_does_not_concern_this_one(paths: Checkpoin
         LMChatCheckpointIO(1, 2).load_checkpoint(paths.meta)
 
 
-def test_training_may_change_everything_while_it_is_written(
-    paths: CheckpointPaths, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_continues_during_a_background_write(paths: CheckpointPaths, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file holds the state at the call, although it is written after the state has changed."""
     changed = threading.Event()
     torch_save = torch.save
@@ -135,7 +133,7 @@ def test_training_may_change_everything_while_it_is_written(
     assert_equal(loaded["loops"], dump()["loops"])
 
 
-def test_a_write_in_flight_stops_waiting_for_ranks_that_are_gone(paths: CheckpointPaths) -> None:
+def test_a_write_stops_waiting_for_ranks_that_died(paths: CheckpointPaths) -> None:
     io = LMChatCheckpointIO(0, 2, elastic=True)
     io.save_checkpoint(dump(), paths.model)
     io.peer_timeout_seconds = 0.1

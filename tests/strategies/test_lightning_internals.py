@@ -62,7 +62,7 @@ def test_a_requested_stop_comes_at_the_end_of_the_batch(tmp_path: Path) -> None:
     assert run.global_step == 1
 
 
-def test_sigterm_goes_to_the_own_handler(tmp_path: Path) -> None:
+def test_sigterm_calls_the_given_handler(tmp_path: Path) -> None:
     run, received = trainer(tmp_path), []
     assert callable(run._signal_connector._sigterm_notifier_fn)
     assert callable(run.fit_loop.epoch_loop._broadcast_sigterm_tensor)
@@ -72,7 +72,7 @@ def test_sigterm_goes_to_the_own_handler(tmp_path: Path) -> None:
     assert run.fit_loop.epoch_loop._broadcast_sigterm_tensor() is None
 
 
-def test_the_launcher_forgets_the_processes_it_would_kill() -> None:
+def test_the_launcher_does_not_kill_other_ranks() -> None:
     launcher = _SubprocessScriptLauncher(LightningEnvironment(), num_processes=2, num_nodes=1)
     launcher.procs.append(SimpleNamespace())  # type: ignore[arg-type]
     internals.keep_other_ranks_alive(launcher)

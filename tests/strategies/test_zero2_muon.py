@@ -53,14 +53,14 @@ def test_is_registered() -> None:
     assert isinstance(trainer.strategy, Zero2MuonStrategy)
 
 
-def test_what_it_replaces_in_lightning_is_there() -> None:
+def test_overridden_methods_exist_in_lightning() -> None:
     """An attribute that another version names otherwise would be set, and change nothing."""
     trainer = L.Trainer(accelerator="cpu", devices=1, logger=False)
     assert callable(trainer._signal_connector._sigterm_notifier_fn)
     assert callable(trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor)
 
 
-def test_three_processes_train_what_one_trains(runs: dict[int, list[dict[str, Any]]]) -> None:
+def test_three_processes_train_the_same_as_one(runs: dict[int, list[dict[str, Any]]]) -> None:
     (one,) = runs[1]
     # Micro-batch k of the global order is the rank's k mod 3.
     interleaved = [loss for losses in zip(*(rank["losses"] for rank in runs[3]), strict=True) for loss in losses]
@@ -71,7 +71,7 @@ def test_three_processes_train_what_one_trains(runs: dict[int, list[dict[str, An
             torch.testing.assert_close(rank["weights"][name], weight, rtol=0, atol=1e-10)
 
 
-def test_accumulation_is_silent(runs: dict[int, list[dict[str, Any]]]) -> None:
+def test_accumulation_does_not_communicate(runs: dict[int, list[dict[str, Any]]]) -> None:
     for rank in runs[3]:
         per_step = MICRO_BATCHES_PER_STEP // 3
         before_step = [rank["collectives"][i : i + per_step] for i in range(0, per_step * STEPS, per_step)]
@@ -93,7 +93,7 @@ def test_sigterm_on_one_rank_ends_all_after_the_same_step(tmp_path: Path) -> Non
     ("optimizer", "clip", "message"),
     [(MuonAdamW, 1.0, "gradient_clip_val is 1.0"), (torch.optim.SGD, None, r"needs one MuonAdamW, not \['SGD'\]")],
 )
-def test_what_it_cannot_do_is_refused(
+def test_unsupported_options_are_refused(
     optimizer: Any, clip: float | None, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     group = {"name": "wte", "kind": "adamw", "lr": 0.1, "params": [torch.nn.Parameter(torch.zeros(2))]}
@@ -141,7 +141,7 @@ def test_its_options_are_taken_from_the_command_line(form: str, base: Path, monk
         ("bf16", torch.float32, torch.bfloat16),
     ],
 )
-def test_parameters_travel_in_the_compute_dtype_unless_told_otherwise(
+def test_parameters_are_gathered_in_the_compute_dtype_by_default(
     gather_dtype: Any, compute_dtype: torch.dtype, expected: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: dict[str, Any] = {}

@@ -28,7 +28,7 @@ def values(task: Task) -> list[int]:
     return [int(reference_answer(task[index])) for index in range(len(task))]
 
 
-def test_slices_as_the_reference_does(fixtures: Path) -> None:
+def test_slices_match_the_reference(fixtures: Path) -> None:
     oracle = json.loads((fixtures / "c12_tasks.json").read_text())["slice"]
     task = Numbers(start=oracle["start"], stop=oracle["stop"], step=oracle["step"])
     assert len(task) == oracle["length"]
@@ -38,13 +38,13 @@ def test_slices_as_the_reference_does(fixtures: Path) -> None:
 @pytest.mark.parametrize("start", [0, 3, 25])
 @pytest.mark.parametrize("stop", [None, 25, 26, 400])
 @pytest.mark.parametrize("step", [1, 4, 100])
-def test_slices_as_a_list_does(start: int, stop: int | None, step: int) -> None:
+def test_slices_equal_those_of_a_list(start: int, stop: int | None, step: int) -> None:
     task = Numbers(size=26, start=start, stop=stop, step=step)
     assert values(task) == list(range(26))[start:stop:step]
     assert [int(reference_answer(conversation)) for conversation in task] == values(task)
 
 
-def test_counts_from_the_end_and_ends() -> None:
+def test_negative_indices_and_iteration() -> None:
     task = Numbers(start=5, stop=8)
     assert reference_answer(task[-1]) == "7"
     with pytest.raises(IndexError):
@@ -93,6 +93,6 @@ def test_reference_answer_is_the_last_part() -> None:
         ("<|apples|> pears", False),
     ],
 )
-def test_full_reward_is_for_whole_words_of_the_texts_alone(completion: str, known: bool) -> None:
+def test_full_reward_requires_words_of_the_texts(completion: str, known: bool) -> None:
     assert reward_in_words_of(True, completion, "That makes 5", "apples!") == (1.0 if known else 0.5)
     assert reward_in_words_of(False, completion, "That makes 5", "apples!") == 0.0

@@ -138,15 +138,13 @@ def test_forms_are_recognized_by_their_fields(row: Any, form: str, messages: lis
         ),
     ],
 )
-def test_what_has_no_counterpart_is_mapped_and_noted(
-    messages: list[Any], expected: list[Any], note: str | None
-) -> None:
+def test_unsupported_fields_are_mapped_and_reported(messages: list[Any], expected: list[Any], note: str | None) -> None:
     converted = convert({"messages": messages})
     assert converted.conversation == {"messages": expected}
     assert note is None or note in converted.notes
 
 
-def test_an_exact_record_leaves_no_note() -> None:
+def test_an_exact_record_is_not_reported() -> None:
     parts = [*text("a", "b"), {"type": "python", "text": "1+1"}, {"type": "python_output", "text": "2"}]
     messages = [SYSTEM, USER, {"role": "assistant", "content": parts}, USER, ANSWER]
     converted = convert({"messages": messages})
@@ -186,7 +184,7 @@ def test_an_exact_record_leaves_no_note() -> None:
         ({"instruction": "a", "output": "b", "history": ["c"]}, "field 'history' is not a list of pairs"),
     ],
 )
-def test_what_cannot_be_mapped_is_refused(row: Any, complaint: str) -> None:
+def test_unmappable_records_are_refused(row: Any, complaint: str) -> None:
     with pytest.raises(MalformedRow, match=complaint):
         convert(row)
 

@@ -30,7 +30,7 @@ EXTRACTED = {
 
 
 @pytest.mark.parametrize(("text", "answer"), EXTRACTED.items())
-def test_extracts_as_the_reference_does(text: str, answer: str | None) -> None:
+def test_extraction_matches_the_reference(text: str, answer: str | None) -> None:
     assert extract_answer(text) == answer
 
 
@@ -61,7 +61,7 @@ def test_numbers_are_compared_unless_the_string_rule_is_chosen(
 
 
 @given(st.decimals(allow_nan=False, allow_infinity=False, places=4), st.integers(0, 4))
-def test_trailing_zeros_do_not_matter(value: object, zeros: int) -> None:
+def test_trailing_zeros_are_ignored(value: object, zeros: int) -> None:
     assert answers_match(f"#### {value:f}", f"#### {value:f}" + "0" * zeros)
 
 
@@ -91,7 +91,7 @@ def test_trailing_zeros_do_not_matter(value: object, zeros: int) -> None:
         ("9" * 5000, None),
     ],
 )
-def test_answers_are_read_right_or_not_at_all(written: str, value: Fraction | None) -> None:
+def test_answers_are_read_correctly_or_rejected(written: str, value: Fraction | None) -> None:
     assert answer_number(f"So it is\n#### {written}\nGood.") == value
     assert answers_match(f"#### {written}", f"#### {written}") is (value is not None)
 
@@ -100,7 +100,7 @@ def test_answers_are_read_right_or_not_at_all(written: str, value: Fraction | No
     ("reference", "wrong"),
     [("3/4", "3"), ("3/4", "3/8"), ("2 1/2", "2"), ("3:30", "3"), ("1e3", "1"), ("10,5", "105"), ("1 000", "1")],
 )
-def test_a_part_of_an_answer_is_not_the_answer(reference: str, wrong: str) -> None:
+def test_part_of_a_number_is_not_the_answer(reference: str, wrong: str) -> None:
     assert not answers_match(f"#### {reference}", f"#### {wrong}")
     assert not answers_match(f"#### {wrong}", f"#### {reference}")
     assert answers_match("#### 3/4", "#### 0.75")
@@ -151,7 +151,7 @@ def test_a_row_without_an_answer_is_malformed(tmp_path: Path) -> None:
         len(GSM8K(path=write(tmp_path / "train.jsonl", rows)))
 
 
-def test_agrees_with_the_whole_oracle(oracles: Path) -> None:
+def test_matches_all_oracle_cases(oracles: Path) -> None:
     oracle = json.loads((oracles / "c08_gsm8k_calculator.json").read_text())
     for case in oracle["extract"]:
         assert extract_answer(case["text"]) == case["answer"]
@@ -167,7 +167,7 @@ def test_agrees_with_the_whole_oracle(oracles: Path) -> None:
 
 
 @pytest.mark.parametrize(("split", "first"), [("train", "first3"), ("test", "first2")])
-def test_real_rows_come_in_the_order_of_the_reference(oracles: Path, shared_data: Path, split: str, first: str) -> None:
+def test_real_rows_are_ordered_as_in_the_reference(oracles: Path, shared_data: Path, split: str, first: str) -> None:
     oracle = json.loads((oracles / "c12_tasks.json").read_text())[f"gsm8k_{split}"]
     task = GSM8K(split=split, path=str(shared_data / "gsm8k"))  # type: ignore[arg-type]
     assert len(task) == oracle["n"]

@@ -61,7 +61,7 @@ def test_questions_alone_have_question_marks() -> None:
                 assert not question.endswith("?") or not re.match("Tell|Please|I |Let|Describe|Explain|Say", question)
 
 
-def test_each_topic_has_enough_of_both() -> None:
+def test_each_topic_has_enough_questions_and_answers() -> None:
     for topic in TOPICS.values():
         train, test = questions(topic, "train"), questions(topic, "test")
         assert len(train) >= 48
@@ -72,7 +72,7 @@ def test_each_topic_has_enough_of_both() -> None:
     assert all(len(TOPICS[name].questions) >= 90 for name in ("name", "maker", "nature"))
 
 
-def test_both_splits_have_the_same_kinds_of_wordings() -> None:
+def test_both_splits_have_the_same_patterns() -> None:
     for topic in TOPICS.values():
         test = openings(questions(topic, "test"))
         for opening, count in openings(topic.questions).items():
@@ -105,7 +105,7 @@ def test_every_answer_has_the_facts_that_are_asked_for(assistant: str) -> None:
         assert answer[0].isupper() or not answer[0].isalpha()
 
 
-def test_the_name_is_what_counts() -> None:
+def test_the_name_is_graded() -> None:
     task = Identity(size=500)
     named = [item for item in task if item["facts"] == [["lmchat"]]]  # type: ignore[typeddict-item]
     assert named

@@ -31,7 +31,7 @@ def arc_row(**changes: Any) -> dict[str, Any]:
     }
 
 
-def test_the_prompt_is_that_of_the_reference() -> None:
+def test_the_prompt_matches_the_reference() -> None:
     assert render_multiple_choice("What is 2+2?", "ABCD", ["3", "4", "5", "22"]) == (
         "Multiple Choice question: What is 2+2?\n- 3=A\n- 4=B\n- 5=C\n- 22=D\n\n"
         "Respond only with the letter of the correct answer."

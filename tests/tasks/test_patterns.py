@@ -7,7 +7,7 @@ from collections import Counter
 from lmchat.tasks.patterns import expand, pick
 
 
-def test_every_alternative_meets_every_other() -> None:
+def test_all_combinations_of_alternatives_occur() -> None:
     expected = {f"{who} made {whom}?" for who, whom in itertools.product(("Who", "Which man"), ("you", "me", "us"))}
     sentences = expand("[who|which man] made [you|me|us]?")
     assert set(sentences) == expected
@@ -26,14 +26,14 @@ def test_patterns_stay_in_order_and_are_always_the_same() -> None:
     assert sentences[:3] == expand("[a|b|c] x")
 
 
-def test_every_fifth_sentence_is_of_each_beginning_alike_and_of_changing_endings() -> None:
+def test_every_fifth_sentence_covers_all_alternatives() -> None:
     letters = "abcdefghij"
     fifth = expand(f"[{'|'.join(letters)}] [{'|'.join(letters)}]")[4::5]
     assert Counter(sentence[0] for sentence in fifth) == dict.fromkeys(letters.upper(), 2)
     assert len({sentence[-1] for sentence in fifth}) >= 8
 
 
-def test_picked_sentences_are_those_of_the_pattern_each_as_often() -> None:
+def test_picked_sentences_are_uniform() -> None:
     rng = random.Random(0)
     picked = Counter(pick("[who|which man] made [you|me|us]{n}?", rng) for _ in range(6_000))
     assert {sentence[0].upper() + sentence[1:] for sentence in picked} == set(

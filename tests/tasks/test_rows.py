@@ -50,7 +50,7 @@ def test_reads_every_format(tmp_path: Path, name: str) -> None:
     assert texts(task) == [row["text"] for row in ROWS]
 
 
-def test_order_is_that_of_the_reference(tmp_path: Path, fixtures: Path) -> None:
+def test_order_matches_the_reference(tmp_path: Path, fixtures: Path) -> None:
     oracle = json.loads((fixtures / "c12_tasks.json").read_text())["dataset_shuffle_seed42_first20"]
     for size, first in oracle.items():
         if int(size) < 2_000:
@@ -59,7 +59,7 @@ def test_order_is_that_of_the_reference(tmp_path: Path, fixtures: Path) -> None:
         assert np.random.default_rng(42).permutation(int(size))[:20].tolist() == first
 
 
-def test_a_malformed_row_leaves_the_order_of_the_others(tmp_path: Path) -> None:
+def test_a_malformed_row_does_not_change_the_order(tmp_path: Path) -> None:
     rows: list[Any] = [{"text": str(number)} for number in range(50)]
     whole = texts(Texts(str(write(tmp_path / "whole.jsonl", rows))))
     rows[17] = {"text": ""}
@@ -140,7 +140,7 @@ def test_missing_and_useless_paths(tmp_path: Path) -> None:
         len(Texts(str(tmp_path / "rows.jsonl")))
 
 
-def test_the_hub_is_asked_at_first_access_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_is_accessed_only_when_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     asked = []
@@ -157,7 +157,7 @@ def test_the_hub_is_asked_at_first_access_only(monkeypatch: pytest.MonkeyPatch) 
     assert asked == [("nobody/nothing", None, "train")]
 
 
-def test_a_hub_failure_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_failure_is_reported_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     def load_dataset(*_: Any, **__: Any) -> None:
@@ -168,7 +168,7 @@ def test_a_hub_failure_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
         len(Texts())
 
 
-def test_field_takes_no_truth_value_for_a_number() -> None:
+def test_field_does_not_accept_a_boolean_as_a_number() -> None:
     assert field({"answer": 1}, "answer", int) == 1
     with pytest.raises(MalformedRow, match="bool"):
         field({"answer": True}, "answer", int)

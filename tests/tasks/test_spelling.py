@@ -89,7 +89,7 @@ def test_made_up_words_are_of_the_split_and_of_two_words_of_the_list(words_path:
         SimpleSpelling(made_up=2)
 
 
-def test_counting_is_right_by_hand_and_by_calculator(words_path: str) -> None:
+def test_both_ways_of_counting_are_correct(words_path: str) -> None:
     task = SpellingBee("train", size=500, words_path=words_path)
     absent = 0
     for conversation in task:
@@ -129,7 +129,7 @@ def test_examples_are_the_same_at_every_call_and_differ_by_seed(words_path: str)
     assert questions() == [SpellingBee(words_path=words_path)[i]["messages"][0]["content"] for i in range(50)]
 
 
-def test_no_wording_is_there_twice() -> None:
+def test_wordings_do_not_repeat() -> None:
     for patterns in (SPELL_QUESTIONS, COUNT_QUESTIONS):
         wordings = [wording.rstrip("?") for wording in expand(*patterns)]
         assert len(set(wordings)) == len(wordings) >= 200
@@ -167,7 +167,7 @@ def test_word_files_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         SimpleSpelling(size=0)
 
 
-def test_a_real_list_divides_well(shared_data: Path) -> None:
+def test_a_real_word_list_is_split_evenly(shared_data: Path) -> None:
     task = SpellingBee(size=80_000, words_path=str(shared_data / "words" / "words_alpha.txt"))
     assert len(task) == 80_000
     assert len(task.words) > 300_000

@@ -103,7 +103,7 @@ class TestEncode:
             assert tokenizer.encode(text) == ids
             assert tokenizer.encode_to_numpy(text).tolist() == ids
 
-    def test_oracle(self, tokenizer: Tokenizer, c07: dict[str, Any], oracles: Path) -> None:
+    def test_matches_the_oracle(self, tokenizer: Tokenizer, c07: dict[str, Any], oracles: Path) -> None:
         imported = Tokenizer.import_file(oracles / "c07_render.json")
         assert imported.fingerprint == tokenizer.fingerprint
         assert c07["split_pattern"] == SPLIT_PATTERN

@@ -93,7 +93,7 @@ def test_content_never_holds_special_tokens(tokenizer: Tokenizer, text: str, bef
     assert marks == [0, 1, 2, 3, 5, 6, 7, 8, 4]
 
 
-def test_oracle(tokenizer: Tokenizer, c07: dict[str, Any]) -> None:
+def test_matches_the_oracle(tokenizer: Tokenizer, c07: dict[str, Any]) -> None:
     for case in c07["conversations"]:
         assert render_conversation(tokenizer, case, case["max_tokens"]) == (case["ids"], case["mask"])
         assert render_for_completion(tokenizer, case) == case["render_for_completion"]

@@ -36,7 +36,7 @@ def test_each_script_has_its_sentences(trained: Tokenizer) -> None:
     assert list(counts.values()) == sorted(counts.values(), key=lambda count: -count.characters)
 
 
-def test_scripts_that_training_did_not_see_are_poor(trained: Tokenizer) -> None:
+def test_scripts_missing_in_training_compress_badly(trained: Tokenizer) -> None:
     counts = count_scripts(trained, "".join(SENTENCES.values()))
     assert [script for script, count in counts.items() if count.is_poor] == [
         script for script in counts if script not in ("Latin", "Cyrillic")
@@ -44,7 +44,7 @@ def test_scripts_that_training_did_not_see_are_poor(trained: Tokenizer) -> None:
     assert script_table(counts).row_count == len(SENTENCES)
 
 
-def test_characters_of_a_script_are_those_that_unicode_names_after_it(trained: Tokenizer) -> None:
+def test_characters_of_a_script_match_unicode_names(trained: Tokenizer) -> None:
     names = {"Latin": "LATIN", "Cyrillic": "CYRILLIC", "Greek": "GREEK", "Arabic": "ARABIC", "Han": "CJK UNIFIED"}
     letters = [chr(code) for code in range(0x250) if unicodedata.category(chr(code)) in ("Lu", "Ll")]
     letters += [
