@@ -6,7 +6,6 @@ from statistics import median_low
 
 from lmchat.checkpoint.layout import committed_steps
 from lmchat.demo.run import Demo, Metrics, lmchat, start_from, within
-from lmchat.report.runs import read_run
 from lmchat.types import UserError
 
 PRETRAIN_SHARE = 0.22
@@ -50,6 +49,8 @@ def _results(run: Demo, stage: str) -> tuple[Metrics, dict[int, dict[str, float]
 
     The last step is evaluated if the log has no evaluation of it.
     """
+    from lmchat.report.runs import read_run  # imports torch
+
     step = committed_steps(run.checkpoints(stage))[-1]
     logged = read_run(str(run.output)).stages[stage]
     if not any(name.startswith("val/") for name in logged.records.get(step, {})):
