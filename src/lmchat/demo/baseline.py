@@ -19,7 +19,6 @@ CONTEXT_BYTES = 6
 MAX_TRAIN_BYTES = 16 << 20
 _MAX_CONTEXT_BYTES = 7  # with the predicted byte, a 64-bit integer
 _BOUNDARY = b"\0"
-_BYTES = 256
 
 Codes = npt.NDArray[np.uint64]
 Counts = npt.NDArray[np.int64]
@@ -116,7 +115,7 @@ class ByteNgramModel:
 
     def probabilities(self, codes: Codes) -> npt.NDArray[np.float64]:
         """P(last byte | bytes before it), (n,); ``codes`` (n,) are context and predicted byte as one integer."""
-        result = np.full(len(codes), 1 / _BYTES)
+        result = np.full(len(codes), 1 / 256)
         for length, order in enumerate(self._orders, start=1):
             grams = codes & _mask(length)
             count = _lookup(order.grams, order.gram_counts, grams)

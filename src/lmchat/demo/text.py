@@ -75,8 +75,7 @@ def _separator(text: Path) -> str | None:
     try:
         if len(files) >= FEW_FILES and sum(path.stat().st_size for path in files) <= LONG_FILE_BYTES * len(files):
             return None
-        paragraph_breaks = ("\r\n\r\n", "\n\n")
-        cut = next((cut for cut in paragraph_breaks if _count(cut, files) >= FEW_FILES), "\n")
+        cut = next((cut for cut in ("\r\n\r\n", "\n\n") if _count(cut, files) >= FEW_FILES), "\n")
         return cut if _count(cut, files) else None
     except OSError:
         return None  # the import raises an error that names the file
