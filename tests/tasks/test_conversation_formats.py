@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -42,7 +43,16 @@ def text(*texts: str) -> list[dict[str, str]]:
             "alpaca",
             [USER, ANSWER, {"role": "user", "content": "hello\n\nyou"}, ANSWER],
         ),
+        (
+            {"instruction": "hello", "context": "you", "response": "hi"},
+            "alpaca",
+            [{"role": "user", "content": "hello\n\nyou"}, ANSWER],
+        ),
+        ({"instruction": "", "input": "hello", "output": "hi"}, "alpaca", [USER, ANSWER]),
+        ({"messages": json.dumps([USER, ANSWER])}, "messages", [USER, ANSWER]),
         ({"prompt": "hello", "completion": "hi"}, "prompt_completion", [USER, ANSWER]),
+        ({"input": "hello", "output": "hi"}, "prompt_completion", [USER, ANSWER]),
+        ({"query": "hello", "response": "hi"}, "prompt_completion", [USER, ANSWER]),
         ({"question": "hello", "answer": "hi"}, "prompt_completion", [USER, ANSWER]),
         ({"prompt": [SYSTEM, USER], "completion": [ANSWER]}, "prompt_completion", [SYSTEM, USER, ANSWER]),
         (
@@ -158,7 +168,9 @@ def test_an_exact_record_is_not_reported() -> None:
         ("hello", "the row is str"),
         ({}, "no known format has the fields .none."),
         ({"text": "a"}, "no known format has the fields text; use messages"),
-        ({"messages": "a"}, "no known form"),
+        ({"messages": "a"}, "field 'messages' is str, not a list of messages"),
+        ({"messages": "{}"}, "field 'messages' is dict, not a list of messages"),
+        ({"conversations": "[" * 100_000}, "field 'conversations' is str"),
         ({"prompt": "a", "chosen": "b"}, "no known format has the fields prompt, chosen"),
         ({"messages": []}, "at least one user message"),
         ({"messages": [USER]}, "no assistant message"),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,9 @@ def test_a_malformed_row_does_not_change_the_order(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="1 of 50"):
         rest = texts(Texts(str(write(tmp_path / "rest.jsonl", rows)), skip_malformed=True))
     assert rest == [text for text in whole if text != "17"]
+    bad = write(tmp_path / "bad.jsonl", [{"text": ""}])
+    with pytest.raises(UserError, match=r"(?s)1 of 1 rows are malformed.*; correct them$"):
+        texts(Texts(str(bad), skip_malformed=True))
 
 
 def test_a_negative_seed_is_refused() -> None:
@@ -233,7 +237,11 @@ def test_a_folder_is_read_with_its_subfolders_but_without_hidden_files(tmp_path:
     packed(tmp_path / "elsewhere" / "c.jsonl", b'{"text": "linked"}')
     (tmp_path / "data" / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "data" / "loop").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "lost.jsonl").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "data" / "pipe.jsonl")
     rows = read_rows(tmp_path / "data")
     assert [rows[index]["text"] for index in range(len(rows))] == ["a.jsonl", "b/rows.jsonl", "linked"]
     assert any("3 hidden file(s) passed over" in note for note in rows.notes)
-    assert any("1 file(s) of other kinds passed over, such as notes.txt" in note for note in rows.notes)
+    assert any("3 file(s) of other kinds passed over, such as lost.jsonl" in note for note in rows.notes)
+    with pytest.raises(UserError, match="is no regular file"):
+        read_rows(tmp_path / "data" / "pipe.jsonl")

@@ -2,7 +2,7 @@
 
     messages           {"messages": [{"role": "user", "content": "…"}, …]}, as in OpenAI's interface, or the bare list
     sharegpt           {"conversations": [{"from": "human", "value": "…"}, …]}
-    alpaca             {"instruction": "…", "input": "…", "output": "…"}
+    alpaca             {"instruction": "…", "input": "…", "output": "…"}, or Dolly's context and response
     prompt_completion  {"prompt": "…", "completion": "…"}, texts or lists of messages
 
 Content without an exact counterpart is mapped, with a note for each kind of mapping; what cannot be mapped is an error.
@@ -10,6 +10,7 @@ Content without an exact counterpart is mapped, with a note for each kind of map
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,7 +24,9 @@ Format = Literal["messages", "sharegpt", "alpaca", "prompt_completion"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 _MESSAGE_LISTS = ("messages", "conversations", "conversation")
-_PROMPTS, _COMPLETIONS = ("prompt", "question"), ("completion", "response", "answer")
+_PROMPTS = ("prompt", "question", "query", "input")
+_COMPLETIONS = ("completion", "response", "answer", "output")
+_CONTEXTS = ("input", "context")
 _ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "bot", "model", "chatgpt", "ai"), "assistant"),
@@ -95,10 +98,16 @@ def _recognize(row: Any) -> tuple[Format, list[Any], set[str]]:
 
 
 def _from_message_list(row: dict[str, Any]) -> tuple[Format, list[Any], set[str]] | None:
-    name = next((name for name in _MESSAGE_LISTS if isinstance(row.get(name), list)), None)
+    name = next((name for name in _MESSAGE_LISTS if name in row), None)
     if name is None:
         return None
-    messages = list(row[name])
+    messages = row[name]
+    if isinstance(messages, str):  # a column of JSON
+        with contextlib.suppress(ValueError, RecursionError):
+            messages = json.loads(messages)
+    if not isinstance(messages, list):
+        raise MalformedRow(f"field {name!r} is {type(messages).__name__}, not a list of messages")
+    messages = list(messages)
     is_sharegpt = any(isinstance(message, dict) and "from" in message for message in messages)
     used = {name}
     if isinstance(system := row.get("system"), str):
@@ -108,19 +117,20 @@ def _from_message_list(row: dict[str, Any]) -> tuple[Format, list[Any], set[str]
 
 
 def _from_alpaca(row: dict[str, Any]) -> tuple[Format, list[Any], set[str]] | None:
-    answer = next((name for name in ("output", *_COMPLETIONS) if name in row), None)
+    answer = next((name for name in _COMPLETIONS if name in row), None)
     if "instruction" not in row or answer is None:
         return None
     question = _text(row["instruction"], "field 'instruction'")
-    if extra := row.get("input"):
-        question = f"{question}\n\n{_text(extra, 'field input')}"
+    context = next((name for name in _CONTEXTS if row.get(name)), "input")
+    if extra := row.get(context):
+        question = "\n\n".join(filter(None, [question, _text(extra, f"field {context!r}")]))
     messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
     for turn in row.get("history", []):
         if not isinstance(turn, list) or len(turn) != 2:
             raise MalformedRow("field 'history' is not a list of pairs of question and answer")
         messages += _exchange(*turn)
     messages += _exchange(question, row[answer])
-    return "alpaca", messages, _unused(row, {"instruction", "input", answer, "system", "history"})
+    return "alpaca", messages, _unused(row, {"instruction", context, answer, "system", "history"})
 
 
 def _from_prompt(row: dict[str, Any]) -> tuple[Format, list[Any], set[str]] | None:

@@ -147,9 +147,11 @@ def read_rows(path: str | Path, split: str | None = None) -> Rows:
     path = expand_user(path)
     if not path.exists():
         raise UserError(f"there is no file or folder {path}; give the path of a {_KINDS} file or folder")
-    if not path.is_dir():
+    if not path.is_dir() and not path.is_file():
+        raise UserError(f"{path} is no regular file; save its content to one")
+    if path.is_file():
         return ChainedRows([_read_file(path)])
-    found = sorted(_files_below(path) if split is None else filter(Path.is_file, path.iterdir()))
+    found = sorted(_files_below(path) if split is None else path.iterdir())
     visible = [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
     files = [file for file in visible if _matches(file, split)]
     if not files:
@@ -180,7 +182,7 @@ def _has_rows(file: Path) -> bool:
 
 
 def _matches(file: Path, split: str | None) -> bool:
-    if not _has_rows(file):
+    if not _has_rows(file) or not file.is_file():
         return False
     stem = file.name.split(".")[0]
     return split is None or stem == split or stem.startswith((f"{split}-", f"{split}_"))

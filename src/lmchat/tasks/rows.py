@@ -150,7 +150,10 @@ class RowTask(Task):
         listed = "\n  ".join(complaints[:REPORTED_ROWS] + ["..."] * (len(complaints) > REPORTED_ROWS))
         summary = f"{self.path or self.name}: {len(complaints)} of {len(self.rows)} rows are malformed:\n  {listed}"
         if refuse:
-            raise UserError(f"{summary}\nMend them, or set `skip_malformed: true` to train without them")
+            others = len(complaints) < len(self.rows)
+            raise UserError(
+                f"{summary}; correct them{', or set `skip_malformed: true` to train without them' if others else ''}"
+            )
         warnings.warn(f"skipped, {summary}", stacklevel=3)
 
     def chosen(self) -> np.ndarray:
