@@ -12,10 +12,10 @@ import torch
 from core_bundle import write_bundle
 from lmchat.checkpoint.load import find_checkpoint, load_model
 from lmchat.commands.eval import evaluate
+from lmchat.evaluation.benchmark import centered
 from lmchat.evaluation.core import (
     CoreTask,
     Example,
-    centered,
     choose,
     examples,
     fewshot_indices,

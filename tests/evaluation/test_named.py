@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lmchat.evaluation import named
+from lmchat.evaluation import chat_core
+from lmchat.evaluation.benchmark import summary
+from lmchat.evaluation.chat_core import make_task
 from lmchat.evaluation.chat_tasks import grade
 from lmchat.evaluation.intervals import Z_95, bootstrap_interval, wilson_interval
-from lmchat.evaluation.named import evaluate_tasks, make_task, summary
+from lmchat.evaluation.named import evaluate_tasks
 from lmchat.evaluation.sandbox import Sandbox
 from lmchat.generation.sampling import SamplingParams
 from lmchat.tasks.base import Graded, Task, exchange
@@ -45,36 +47,40 @@ class Echo(Task, Graded):
         return completion == conversation["messages"][-1]["content"]
 
 
+def policy(engine: str | None = None) -> Any:
+    return SimpleNamespace(engine=engine, device="cpu")
+
+
 @pytest.fixture
 def graded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Replaces the engine's answers by a fixed one; notes which questions were asked."""
     asked: list[str] = []
 
-    def evaluate(evaluator: Any, policy: Any) -> dict[str, float]:
-        questions = [str(c["messages"][0]["content"]) for batch in evaluator.batches(0, 1) for c in batch]
+    def grade(engine: Any, task: Task, conversations: list[Conversation], **options: Any) -> list[bool]:
+        questions = [str(conversation["messages"][0]["content"]) for conversation in conversations]
         asked.extend(questions)
-        if "3" in questions and isinstance(policy, str):
-            raise UserError(policy)
-        return {evaluator.name: sum(question in "01" for question in questions) / len(questions)}
+        if "3" in questions and engine is not None:
+            raise UserError(engine)
+        return [question in "01" for question in questions]
 
-    monkeypatch.setattr(named, "evaluate", evaluate)
+    monkeypatch.setattr(chat_core, "grade", grade)
     return asked
 
 
 def test_results_are_kept_task_by_task_and_continued(tmp_path: Path, graded: list[str]) -> None:
     path = tmp_path / "eval.json"
     tasks: dict[str, Task] = {"first": Echo(stop=2), "second": Echo()}
-    failed = dict(evaluate_tasks("out of questions", tasks, path))  # type: ignore[arg-type]
+    failed = dict(evaluate_tasks(policy("out of questions"), tasks, path))
     assert failed["first"]["accuracy"] == 1 and failed["second"]["error"] == "out of questions"
     assert json.loads(path.read_text()).keys() == {"first", "second"}
     graded.clear()
-    results = dict(evaluate_tasks(SimpleNamespace(), tasks, path))  # type: ignore[arg-type]
+    results = dict(evaluate_tasks(policy(), tasks, path))
     assert graded == list("01234")  # only the task that had failed
     assert results["second"]["accuracy"] == 0.4 and results["second"]["interval_95"] == list(wilson_interval(2, 5))
     graded.clear()
-    assert dict(evaluate_tasks(SimpleNamespace(), tasks, path)) == results  # type: ignore[arg-type]
+    assert dict(evaluate_tasks(policy(), tasks, path)) == results
     assert not graded
-    dict(evaluate_tasks(SimpleNamespace(), {"second": Echo(stop=4)}, path))  # type: ignore[arg-type]
+    dict(evaluate_tasks(policy(), {"second": Echo(stop=4)}, path))
     assert graded == list("0123")  # other settings are another result
 
 
@@ -124,4 +130,4 @@ def test_mistakes(tmp_path: Path) -> None:
     for text in ("[1]", '{"a": 1}', "{", "[" * 100_000):
         (tmp_path / "eval.json").write_text(text)
         with pytest.raises(UserError, match="not a file of results"):
-            list(evaluate_tasks(SimpleNamespace(), {"a": Echo()}, tmp_path / "eval.json"))  # type: ignore[arg-type]
+            list(evaluate_tasks(policy(), {"a": Echo()}, tmp_path / "eval.json"))

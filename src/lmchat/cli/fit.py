@@ -15,8 +15,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lmchat.callbacks.benchmarks import ChatCore, Core
 from lmchat.callbacks.checkpoint import StepCheckpoint
-from lmchat.callbacks.core import Core
 from lmchat.callbacks.evaluate import Evaluate
 from lmchat.callbacks.fp8 import FP8
 from lmchat.callbacks.gc_freeze import GCFreeze
@@ -90,6 +90,7 @@ class LMChatCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         # The order of setup: callbacks that add evaluators, the plan, then callbacks that use it.
         parser.add_lightning_class_args(Core, "core")
+        parser.add_lightning_class_args(ChatCore, "chat_core")
         parser.add_lightning_class_args(TrainingPlan, "scaling_laws")
         parser.add_lightning_class_args(FP8, "fp8")
         parser.add_lightning_class_args(Monitor, "monitor")

@@ -42,6 +42,7 @@ GROUPS = {
     "scaling_laws": "length of the run and scaling of the learning rates, e.g. --scaling_laws.tokens_per_parameter 10.",
     "eval": "when to evaluate, e.g. --eval.every_n_steps 250.",
     "core": "CORE during training, e.g. --core.bundle eval_bundle.zip --core.every_n_steps 2000.",
+    "chat_core": "chat benchmarks during training, e.g. --chat_core.every_n_steps 200 --chat_core.max_per_task 64.",
     "checkpoint": "when to save checkpoints and how many to keep, e.g. --checkpoint.every_n_steps 500.",
     "monitor": "loss, speed and memory during training, e.g. --monitor.every_n_steps 10.",
     "samples": "texts that the model completes after each evaluation, e.g. --samples.max_new_tokens 32.",

@@ -66,6 +66,7 @@ def evaluate(
         sandbox: where programs of the model run.
     """
     from lmchat.commands import evaluations
+    from lmchat.evaluation.chat_core import make_tasks
     from lmchat.evaluation.sandbox import Limits, Sandbox
     from lmchat.option_checks import check_count
     from lmchat.types import UserError
@@ -88,7 +89,7 @@ def evaluate(
     if model:
         raise UserError("models of transformers are evaluated on CORE; add --core eval_bundle.zip")
     isolation = Sandbox(sandbox.allow_weak, Limits(seconds=sandbox.seconds))
-    questions = evaluations.chat_tasks(tasks, limit, isolation)
+    questions = make_tasks(tasks, limit, isolation)
     subject = evaluations.load_subject(checkpoint, tokenizer, output)
     evaluations.run_chat(subject, questions, batch_size=batch_size, max_new_tokens=max_new_tokens, sandbox=isolation)
 

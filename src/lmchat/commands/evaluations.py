@@ -13,14 +13,16 @@ from rich.console import Console
 from rich.table import Table
 
 from lmchat.checkpoint.load import find_model, load_model, load_tokenizer
+from lmchat.evaluation.benchmark import summary
+from lmchat.evaluation.chat_core import CHAT_CORE
 from lmchat.evaluation.core import CoreTask, choose, read_bundle
 from lmchat.evaluation.hf_model import HFModel
-from lmchat.evaluation.named import CHAT_CORE, evaluate_core, evaluate_tasks, make_task, summary
+from lmchat.evaluation.named import evaluate_core, evaluate_tasks
 from lmchat.evaluation.results import Result, read_results, results_file, write_results
 from lmchat.evaluation.sandbox import Sandbox
 from lmchat.generation.policy import Policy
 from lmchat.paths import eval_bundle_dir, expand_user
-from lmchat.tasks.base import GradedByTests, Task
+from lmchat.tasks.base import Task
 from lmchat.types import UserError
 
 Model = TypeVar("Model", Policy, HFModel)
@@ -91,14 +93,6 @@ def run_core(
     report(
         evaluate_core(subject.policy, tasks[0], subject.path, identity=subject.identity, **limits), subject, tasks[1]
     )
-
-
-def chat_tasks(specs: list[str] | None, limit: int | None, sandbox: Sandbox) -> dict[str, Task]:
-    """The tasks by name. What they need is checked before the model is loaded."""
-    chosen = {spec.partition("=")[0]: make_task(spec, limit) for spec in specs or CHAT_CORE}
-    if any(isinstance(task, GradedByTests) for task in chosen.values()):
-        sandbox.require()
-    return chosen
 
 
 def run_chat(

@@ -232,8 +232,3 @@ def examples(
         except (LookupError, TypeError, AttributeError) as error:
             raise UserError(f"{task.path}: an item is not of the kind {task.kind} ({error!r})") from error
         yield make_example(task.kind, prompts, gold, tokenizer, max_tokens)
-
-
-def centered(accuracy: float, baseline: float) -> float:
-    """``accuracy`` rescaled linearly so that ``baseline`` becomes 0 and 1 stays 1."""
-    return (accuracy - baseline) / (1 - baseline)

@@ -6,6 +6,7 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -34,6 +35,7 @@ class Evaluator(ABC):
         at_start: whether it runs before the first step of training.
         parts: number of parts that each batch is split into; doubled when memory runs out.
         failure: why the current evaluation has no result, or None.
+        intervals: 95 % intervals of the metrics of the last `compute`, by name, as far as they are known.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Evaluator(ABC):
     at_start: bool = True
     parts: int = 1
     failure: str | None = None
+    intervals: Mapping[str, tuple[float, float]] = MappingProxyType({})
 
     @abstractmethod
     def batches(self, rank: int, world_size: int) -> Iterable[Any]:

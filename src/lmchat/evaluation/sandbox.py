@@ -86,12 +86,14 @@ class Sandbox:
         allow_weak: continue if the kernel refuses some of the namespaces. Programs can then do harm.
         limits: limits of each program.
         max_parallel: maximum number of programs that run at the same time.
+        option: command-line option of ``allow_weak``, for messages.
     """
 
     allow_weak: bool = False
     limits: Limits = Limits()
     max_parallel: int = field(default_factory=lambda: max(4, os.cpu_count() or 1))
     driver: Path = DRIVER
+    option: str = "--sandbox.allow_weak"
 
     def require(self) -> None:
         """Raises UserError if the kernel refuses a protection, and ``allow_weak`` is false."""
@@ -135,7 +137,7 @@ class Sandbox:
             lacking = ", ".join(MISSING[name] for name in message["missing"])
             raise UserError(
                 f"programs of a model cannot be run safely: this kernel refuses {lacking}; allow user namespaces, or "
-                "accept the risk with --sandbox.allow_weak true"
+                f"accept the risk with {self.option} true"
             )
         if problem or not isinstance(message.get("passed"), bool):
             return Verdict(False, problem or "the sandbox ended without a verdict")

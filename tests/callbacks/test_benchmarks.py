@@ -1,4 +1,4 @@
-"""CORE in training: when it runs, what it writes, and that training goes on as if it had not run."""
+"""CORE and ChatCORE in training: when they run, what they write, and that training goes on as if they had not run."""
 
 from __future__ import annotations
 
@@ -16,10 +16,14 @@ from forked import exit_statuses
 from killable_fit import start_fit
 from lmchat.__main__ import main
 from lmchat.checkpoint.load import find_checkpoint, load_model, load_model_state, load_rank_state
+from lmchat.evaluation.benchmark import centered
 from lmchat.evaluation.bits_per_byte import BitsPerByteEvaluator
-from lmchat.evaluation.core import Example, centered, examples, read_bundle
+from lmchat.evaluation.chat_core import ChatCoreEvaluator, make_task
+from lmchat.evaluation.chat_tasks import grade
+from lmchat.evaluation.core import Example, examples, read_bundle
 from lmchat.evaluation.core_evaluator import CoreEvaluator
 from lmchat.evaluation.core_scoring import is_correct
+from lmchat.generation.engine import Engine
 from lmchat.tokenizer.bpe import Tokenizer
 from reference_core import score_plainly
 from tiny_fit import config_options, same
@@ -31,6 +35,19 @@ eval: {every_n_steps: 3}
 checkpoint: {every_n_steps: 2}
 """
 CORE = ["--core.every_n_steps", "2", "--core.max_per_task", "4"]
+CHAT_TASKS = ("ARC-Easy", "GSM8K")
+
+
+def chat_core(base: Path) -> list[str]:
+    """Options of ChatCORE on local questions, which are written into ``base``."""
+    arc = [{"question": f"{i}?", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "AB"[i % 2]}
+           for i in range(9)]  # fmt: skip
+    gsm8k = [{"question": f"{i} + 1?", "answer": f"It is {i + 1}.\n#### {i + 1}"} for i in range(3)]
+    for name, rows in zip(CHAT_TASKS, (arc, gsm8k), strict=True):
+        (base / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tasks = ",".join(f"{name}={base / name}.jsonl" for name in CHAT_TASKS)
+    options = {"tasks": f"[{tasks}]", "every_n_steps": 3, "max_per_task": 7, "max_new_tokens": 4}
+    return [f"--chat_core.{name}={value}" for name, value in options.items()]
 
 
 def checkpoint_of(base: Path) -> Any:
@@ -62,6 +79,16 @@ def expected_results(base: Path, step: int) -> dict[str, float]:
     return accuracies
 
 
+def expected_chat_results(base: Path, step: int) -> dict[str, float]:
+    """Accuracies of the checkpoint of a step, one question at a time."""
+    net = load_model(find_checkpoint(base / "base_checkpoints" / "d2" / f"meta_{step:06d}.json"), "cpu")
+    engine, accuracies = Engine(net, Tokenizer.load(base / "tokenizer"), max_rows=1), {}
+    for name in CHAT_TASKS:
+        task = make_task(f"{name}={base / name}.jsonl", 7)
+        accuracies[name] = sum(grade(engine, task, [each], max_new_tokens=4)[0] for each in task) / len(task)
+    return accuracies
+
+
 @pytest.fixture(scope="module")
 def without(new_base: Callable[[], Path]) -> Path:
     base = new_base()
@@ -79,11 +106,11 @@ def test_core_is_logged_and_does_not_change_training(
     write_bundle(base / "eval_bundle", broken=False)
     if world_size == 1:
         monkeypatch.setenv("LMCHAT_BASE_DIR", str(base))
-        assert main(["fit", *config_options(base, OWN), *CORE]) == 0
+        assert main(["fit", *config_options(base, OWN), *CORE, *chat_core(base)]) == 0
     else:
         without = new_base()
         ranks = ["--trainer.devices", "2", "--trainer.strategy", "zero2_muon"]
-        for folder, options in ((base, CORE), (without, [])):
+        for folder, options in ((base, [*CORE, *chat_core(base)]), (without, [])):
             processes = start_fit([*config_options(folder, OWN), *ranks, *options], folder, world_size)
             assert exit_statuses(processes) == [0, 0], (folder / "output_rank0.txt").read_text()
     assert same_run(base, without, world_size)
@@ -100,6 +127,16 @@ def test_core_is_logged_and_does_not_change_training(
         assert core[step] == pytest.approx(sum(shares.values()) / len(shares))
         for name, share in shares.items():
             assert metrics(base, f"val/core/{name}")[step] == pytest.approx(share)
+    chat = metrics(base, "val/chat_core")
+    assert sorted(chat) == [3, 5]
+    results = json.loads((base / "base_checkpoints" / "d2" / "eval_000005.json").read_text())
+    accuracies = expected_chat_results(base, 5)
+    assert {name: results[name]["accuracy"] for name in CHAT_TASKS} == accuracies
+    assert 0 < accuracies["ARC-Easy"] < 1
+    assert metrics(base, "val/chat_core/ARC-Easy")[5] == pytest.approx(accuracies["ARC-Easy"])
+    expected = [centered(accuracies["ARC-Easy"], 0.25), accuracies["GSM8K"]]
+    assert chat[5] == results["ChatCORE"]["centered"] == pytest.approx(sum(expected) / 2)
+    assert results["CORE"]["centered"] == pytest.approx(core[5])
     assert list(base.rglob("events.out.tfevents*"))
 
 
@@ -123,13 +160,17 @@ def test_out_of_memory_makes_batches_smaller_or_skips_the_evaluation(
     write_bundle(base / "eval_bundle", broken=False)
     monkeypatch.setattr(BitsPerByteEvaluator, "update", out_of_memory_from(1)(BitsPerByteEvaluator.update))
     monkeypatch.setattr(CoreEvaluator, "update", out_of_memory_from(0)(CoreEvaluator.update))
-    assert main(["fit", *config_options(base, OWN), *CORE]) == 0
+    monkeypatch.setattr(ChatCoreEvaluator, "update", out_of_memory_from(2)(ChatCoreEvaluator.update))
+    assert main(["fit", *config_options(base, OWN), *CORE, *chat_core(base)]) == 0
     assert same_run(base, without)
     assert metrics(base, "val/bpb") == pytest.approx(metrics(without, "val/bpb"), rel=1e-6)
     assert not metrics(base, "val/core")
     result = json.loads((base / "base_checkpoints" / "d2" / "eval_000002.json").read_text())["sums"]
     assert "out of memory with the smallest batch" in result["error"]
     assert "bpb: out of memory, going on with 1/2 of its batch" in caplog.text
+    assert "chat_core: out of memory, going on with 1/4 of its batch" in caplog.text
+    results = json.loads((base / "base_checkpoints" / "d2" / "eval_000005.json").read_text())
+    assert {name: results[name]["accuracy"] for name in CHAT_TASKS} == expected_chat_results(base, 5)
 
 
 def test_an_error_in_one_task_does_not_affect_the_others(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,3 +193,5 @@ def test_an_error_in_one_task_does_not_affect_the_others(base: Path, monkeypatch
 def test_a_missing_bundle_is_reported_with_the_remedy(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", *config_options(base, OWN), *CORE]) == 2
     assert "lmchat data download --eval_bundle true" in capsys.readouterr().err
+    assert main(["fit", *config_options(base, OWN), "--chat_core.tasks=[GSM8K=missing.jsonl]"]) == 2
+    assert "missing.jsonl" in capsys.readouterr().err
