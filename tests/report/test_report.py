@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import shutil
 import xml.etree.ElementTree as ET
@@ -60,6 +61,8 @@ def base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert main(["fit", *options, "--trainer.max_steps", "8", "--ckpt_path", "last"]) == 0
         assert main(["validate", *options, "--eval.every_n_steps", "7", "--ckpt_path", str(checkpoints)]) == 0
     write_results(results_file(checkpoints, 8), RESULTS)
+    record = {"step": 8, "intervals": {"val/bpb": [1.125, 9.875]}}
+    (base / "logs/pretrain/reported/version_1/intervals.jsonl").write_text(json.dumps(record))
     return base
 
 
@@ -132,6 +135,7 @@ def test_the_command_writes_page_and_markdown(base: Path, tmp_path: Path, monkey
     for text in ("0.500 (0.150 to 0.850)", "0.250 (0.125 to 0.375)", "acc 0.625", "failed", "2,048"):
         assert text in page.texts and text in markdown
     assert "a < b" in page.texts
+    assert any(text.endswith(" (1.125 to 9.875)") for text in page.texts)
 
 
 @pytest.mark.parametrize(("names", "message"), [(["nothing"], "no run nothing"), ([], "runs")])
@@ -144,12 +148,13 @@ def test_an_unknown_run_is_reported(
     assert message in error and "Traceback" not in error
 
 
+@pytest.mark.parametrize("name", ["run.json", "intervals.jsonl", "samples.jsonl"])
 @pytest.mark.parametrize("content", ["[" * 5000, "[]", "{", "\x00"])
 def test_a_damaged_record_is_named(
-    base: Path, tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
+    base: Path, tmp_path: Path, content: str, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(base / "logs", tmp_path / "logs")
-    record = tmp_path / "logs" / "pretrain" / "reported" / "version_0" / "run.json"
+    record = tmp_path / "logs" / "pretrain" / "reported" / "version_0" / name
     record.write_text(content)
     assert main(["report", str(tmp_path)]) == 2
     assert str(record) in capsys.readouterr().err

@@ -19,10 +19,12 @@ from lmchat.data.padded_batches import PaddedBatches, PaddedPlan
 from lmchat.data.rendered import RenderedConversations, render_all
 from lmchat.demo.run import CONFIGS as DEMO_CONFIGS
 from lmchat.demo.tasks import Arithmetic
+from lmchat.evaluation.intervals import wilson_interval
 from lmchat.generation.engine import Engine
 from lmchat.generation.sampling import SamplingParams
 from lmchat.generation.sequence import StreamedToken
 from lmchat.optim.muon_adamw import MuonAdamW
+from lmchat.report.runs import read_run
 from lmchat.stages.rl import RolloutDataModule
 from lmchat.stages.sft import SFTDataModule
 from lmchat.tasks import HumanEval, Identity, JSONLConversations, Task
@@ -156,6 +158,17 @@ def test_held_out_metrics_are_logged(pipeline: Path) -> None:
     assert len(grpo) == 2
     assert all(0 <= float(row["val/pass@1"]) <= float(row["val/pass@2"]) <= 1 for row in grpo)
     assert all(0 <= float(row["val/Identity/test"]) <= 1 for row in grpo)
+
+
+def test_held_out_shares_have_their_intervals_in_the_report(pipeline: Path) -> None:
+    run = read_run(str(pipeline / "tiny"))
+    rl, sft = run.stages["rl"], run.stages["sft"]
+    for stage, metric, questions in ((sft, "val/Arithmetic/test", 4), (rl, "val/pass@2", 4)):
+        value, interval = stage.final(metric), stage.final_interval(metric)
+        assert value is not None and interval == pytest.approx(wilson_interval(value * questions, questions))
+    low, high = rl.final_interval("val/pass@1") or (1, 0)
+    assert low <= rl.final("val/pass@1") <= high  # type: ignore[operator]
+    assert sft.final_interval("val/bpb") is None
 
 
 def test_steps_without_advantages_do_not_change_the_model(pipeline: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from typing import Any
 
@@ -10,17 +11,21 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lmchat.callbacks.save_config import run_log_dir
 from lmchat.checkpoint.rng import capture_rng, restore_rng
 from lmchat.evaluation.evaluator import Evaluator, is_due
 from lmchat.option_checks import check_count
 from lmchat.strategies.lightning_internals import run_validation
 from lmchat.strategies.reduce_numbers import reduce_numbers
 
+INTERVALS_FILE = "intervals.jsonl"
+
 
 class Evaluate(Callback):
     """Runs the evaluators of the data at step 0, every ``every_n_steps`` optimizer steps and at the end.
 
-    An evaluator may set its own interval. ``lmchat validate`` runs all of them once. Metrics are logged under ``val/``.
+    An evaluator may set its own interval. ``lmchat validate`` runs all of them once. Metrics are logged under ``val/``,
+    their 95 % intervals are written to ``intervals.jsonl`` in the folder of the logs.
 
     Args:
         every_n_steps: optimizer steps between evaluations; 0 evaluates only at the start and at the end.
@@ -54,14 +59,21 @@ class Evaluate(Callback):
         evaluators = trainer.datamodule.evaluators  # type: ignore[attr-defined]
         due = [evaluator for evaluator in evaluators if self.is_due(trainer, evaluator)]
         failures = reduce_numbers(trainer, torch.tensor([evaluator.failure is not None for evaluator in due]).long())
+        intervals: dict[str, tuple[float, float]] = {}
         for evaluator, failed in zip(due, failures.tolist(), strict=True):
             metrics = evaluator.compute()  # also after a failure: it reduces over all ranks and resets the metrics
             evaluator.failure = None
-            for name, value in {} if failed else metrics.items():
+            if failed:
+                continue
+            intervals |= {f"val/{name}": interval for name, interval in evaluator.intervals.items()}
+            for name, value in metrics.items():
                 # As a float64 tensor: Lightning would round a Python float to float32.
                 pl_module.log(f"val/{name}", torch.as_tensor(value, dtype=torch.float64))
         # Otherwise Lightning logs an evaluation after step n at n − 1, but at n at the start and the end.
         pl_module.log("step", float(trainer.global_step))
+        if trainer.is_global_zero and intervals:
+            with (run_log_dir(trainer, pl_module) / INTERVALS_FILE).open("a") as file:
+                file.write(json.dumps({"step": trainer.global_step, "intervals": intervals}) + "\n")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if not trainer.sanity_checking:

@@ -9,10 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torchmetrics import Metric
 
-from lmchat.evaluation.evaluator import Evaluator, Metrics
+from lmchat.evaluation.evaluator import Counts, Evaluator, Metrics
 from lmchat.evaluation.intervals import bootstrap_interval, wilson_interval
 from lmchat.evaluation.results import Result
 from lmchat.hardware import is_out_of_memory
@@ -31,26 +29,6 @@ class TaskBatch:
     def __init__(self, task: int, examples: list[Any]) -> None:
         self.task = task
         self.examples = examples
-
-
-class Counts(Metric):
-    """Counters of each task, (tasks, 4) int64, summed over batches and ranks: questions, correct, cut, failures."""
-
-    full_state_update = False
-
-    counts: Tensor
-
-    def __init__(self, num_tasks: int) -> None:
-        super().__init__()
-        self.add_state("counts", torch.zeros(num_tasks, 4, dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, task: int, questions: int, correct: int, cut: int, failures: int = 0) -> None:
-        """Adds to the counters of task number ``task``."""
-        self.counts[task] += torch.tensor([questions, correct, cut, failures], device=self.counts.device)
-
-    def compute(self) -> Tensor:
-        """The counters."""
-        return self.counts
 
 
 class Benchmark(Evaluator):
@@ -80,7 +58,7 @@ class Benchmark(Evaluator):
         self.task_names = list(baselines)
         self.every_n_steps = every_n_steps
         self.results: dict[str, Result] = {}
-        self._counts = Counts(len(baselines)).to(device)
+        self._counts = Counts(len(baselines), 4).to(device)  # questions, correct, cut, failures
         self._errors: dict[int, str] = {}
         self._seconds = [0.0] * len(baselines)
 
@@ -127,7 +105,7 @@ class Benchmark(Evaluator):
                 raise
             self._fail(batch.task, error)
             return
-        self._counts.update(batch.task, len(batch.examples), correct, cut)
+        self._counts.update([len(batch.examples), correct, cut, 0], batch.task)
 
     def split(self, batch: TaskBatch, parts: int) -> list[TaskBatch]:
         return [TaskBatch(batch.task, examples) for examples in super().split(batch.examples, parts)]
@@ -141,13 +119,12 @@ class Benchmark(Evaluator):
         for number in range(len(self.task_names)) if self.failure is not None else ():
             self._errors.setdefault(number, str(self.failure))
         for number in self._errors:
-            self._counts.update(number, 0, 0, 0, failures=1)
-        counts = self._counts.compute().tolist()
+            self._counts.update([0, 0, 0, 1], number)
+        counts = self._counts.pop()
         self.results = {
             name: self._result(number, *counts[number]) | {"seconds": round(self._seconds[number], 1)}
             for number, name in enumerate(self.task_names)
         }
-        self._counts.reset()
         self._errors.clear()
         scored = {name: result for name, result in self.results.items() if "accuracy" in result}
         metrics = {f"{self.name}/{name}": float(result[self.metric]) for name, result in scored.items()}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lmchat.evaluation.evaluator import Evaluator, Metrics, compute_and_reset
+from lmchat.evaluation.evaluator import Evaluator, Metrics
 from lmchat.generation.policy import Policy
 from lmchat.types import IGNORE_INDEX, Batch
 
@@ -88,4 +88,6 @@ class BitsPerByteEvaluator(Evaluator):
         self._metric.to(nll.device).update(nll, targets)
 
     def compute(self) -> Metrics:
-        return compute_and_reset({self.name: self._metric})
+        value = self._metric.compute()
+        self._metric.reset()
+        return {self.name: value}

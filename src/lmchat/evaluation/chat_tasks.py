@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
-import torch
-from torchmetrics import MeanMetric
-
-from lmchat.evaluation.evaluator import Evaluator, Metrics, compute_and_reset
+from lmchat.evaluation.evaluator import Counts, Evaluator, Metrics
+from lmchat.evaluation.intervals import wilson_interval
 from lmchat.evaluation.sandbox import Sandbox
 from lmchat.generation.engine import Engine
 from lmchat.generation.policy import Policy
@@ -33,17 +32,19 @@ class ChatTaskEvaluator(Evaluator):
         self.batch_size = batch_size
         self.max_new_tokens = max_new_tokens
         self.sandbox = sandbox
-        self._metric = MeanMetric()
+        self._counts = Counts(2)  # questions, correct
 
     def batches(self, rank: int, world_size: int) -> Iterator[list[Conversation]]:
         return question_batches(self.task, self.batch_size, rank, world_size)
 
     def update(self, policy: Policy, batch: list[Conversation]) -> None:
         correct = grade(policy.engine, self.task, batch, max_new_tokens=self.max_new_tokens, sandbox=self.sandbox)
-        self._metric.to(policy.net.device).update(torch.tensor(correct, dtype=torch.float32, device=policy.net.device))
+        self._counts.to(policy.net.device).update([len(correct), sum(correct)])
 
     def compute(self) -> Metrics:
-        return compute_and_reset({self.name: self._metric})
+        questions, correct = self._counts.pop()
+        self.intervals = {self.name: wilson_interval(correct, questions)}
+        return {self.name: correct / questions if questions else math.nan}
 
 
 def question_batches(task: Task, batch_size: int, rank: int, world_size: int) -> Iterator[list[Conversation]]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 from torchmetrics import Metric
@@ -164,9 +165,27 @@ def evaluate(evaluator: Evaluator, policy: Any) -> Metrics:
     return metrics
 
 
-def compute_and_reset(metrics: Mapping[str, Metric]) -> Metrics:
-    """Computes torchmetrics metrics over all ranks and resets them."""
-    values = {name: metric.compute() for name, metric in metrics.items()}
-    for metric in metrics.values():
-        metric.reset()
-    return values
+class Counts(Metric):
+    """Counters of a shape, int64, summed over batches and ranks."""
+
+    full_state_update = False
+
+    counts: Tensor
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.add_state("counts", torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, numbers: Tensor | list[int], index: Any = ...) -> None:
+        """Adds ``numbers`` to ``counts[index]``, by default to all."""
+        self.counts[index] += torch.as_tensor(numbers, device=self.counts.device)
+
+    def compute(self) -> Tensor:
+        """The counters."""
+        return self.counts
+
+    def pop(self) -> Any:
+        """The counters of all ranks as nested lists; they start again at 0. Every rank must call it."""
+        totals = self.compute().tolist()
+        self.reset()
+        return totals

@@ -30,6 +30,32 @@ def wilson_interval(successes: float, trials: int, z: float = Z_95) -> tuple[flo
     return max(0.0, center - half_width), min(1.0, center + half_width)
 
 
+def mean_with_interval(
+    values: Sequence[float], counts: Sequence[int], replicates: int = 10_000
+) -> tuple[float, tuple[float, float]]:
+    """A mean over questions, of which ``counts[i]`` have the value ``values[i]``, and its 95 % interval.
+
+    A share, where all values are 0 or 1, has Wilson's interval, another mean the percentile bootstrap interval.
+
+    Args:
+        values: distinct values, in 0 … 1.
+        counts: number of questions with each value.
+        replicates: bootstrap samples; the same random numbers at every call.
+
+    Returns:
+        The mean, NaN without questions; lower and upper bound.
+    """
+    total = sum(counts)
+    if total == 0:
+        return math.nan, (0.0, 1.0)
+    mean = math.fsum(value * count for value, count in zip(values, counts, strict=True)) / total
+    if all(value in (0, 1) for value, count in zip(values, counts, strict=True) if count):
+        return mean, wilson_interval(mean * total, total)
+    drawn = np.random.default_rng(0).multinomial(total, np.array(counts) / total, size=replicates)
+    low, high = np.quantile(drawn @ np.array(values) / total, [0.025, 0.975])
+    return mean, (float(low), float(high))
+
+
 def bootstrap_interval(
     correct: Sequence[int], trials: Sequence[int], baselines: Sequence[float], replicates: int = 10_000
 ) -> tuple[float, float]:

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from lmchat.evaluation.chat_tasks import question_batches
-from lmchat.evaluation.evaluator import Evaluator, Metrics, compute_and_reset
+from lmchat.evaluation.evaluator import Counts, Evaluator, Metrics
+from lmchat.evaluation.intervals import mean_with_interval
 from lmchat.generation.policy import Policy
 from lmchat.generation.sampling import SamplingParams
 from lmchat.tasks.base import Task, graded
@@ -36,35 +36,6 @@ def pass_at_k(num_correct: Tensor, num_samples: int, k: int) -> Tensor:
     return 1 - all_wrong
 
 
-class PassAtK(Metric):
-    """Mean of `pass_at_k` over questions, summed over batches and ranks.
-
-    Args:
-        k: number of samples, of which at least one must be correct.
-    """
-
-    full_state_update = False
-    higher_is_better = True
-
-    total: Tensor
-    questions: Tensor
-
-    def __init__(self, k: int) -> None:
-        super().__init__()
-        self.k = k
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("questions", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, num_correct: Tensor, num_samples: int) -> None:
-        """Adds questions: (questions,) number of correct samples of ``num_samples`` per question."""
-        self.total += pass_at_k(num_correct, num_samples, self.k).sum()
-        self.questions += len(num_correct)
-
-    def compute(self) -> Tensor:
-        """A float64 scalar in 0…1; NaN without questions."""
-        return self.total / self.questions
-
-
 class PassAtKEvaluator(Evaluator):
     """pass@1 … pass@n of sampled answers to a task's questions, where n is the number of samples.
 
@@ -81,7 +52,7 @@ class PassAtKEvaluator(Evaluator):
         self.grader = graded(task)
         self.sampling = sampling
         self.batch_size = batch_size
-        self._metrics = {f"pass@{k}": PassAtK(k) for k in range(1, sampling.num_samples + 1)}
+        self._questions = Counts(sampling.num_samples + 1)  # by the number of correct samples
 
     def batches(self, rank: int, world_size: int) -> Iterator[list[Conversation]]:
         return question_batches(self.task, self.batch_size, rank, world_size)
@@ -96,8 +67,13 @@ class PassAtKEvaluator(Evaluator):
             ],
             device=policy.net.device,
         )
-        for metric in self._metrics.values():
-            metric.to(policy.net.device).update(correct, self.sampling.num_samples)
+        self._questions.to(policy.net.device).update(torch.bincount(correct, minlength=self.sampling.num_samples + 1))
 
     def compute(self) -> Metrics:
-        return compute_and_reset(self._metrics)
+        questions, samples = self._questions.pop(), self.sampling.num_samples
+        estimates = {
+            f"pass@{k}": mean_with_interval(pass_at_k(torch.arange(samples + 1), samples, k).tolist(), questions)
+            for k in range(1, samples + 1)
+        }
+        self.intervals = {name: interval for name, (_, interval) in estimates.items()}
+        return {name: mean for name, (mean, _) in estimates.items()}

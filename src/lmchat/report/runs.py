@@ -38,6 +38,7 @@ class StageRun:
         samples: completions by prompt, of the last evaluation.
         meta: metadata of the last checkpoint, if there is one.
         results: results of ``lmchat eval`` and CORE by task, of the last checkpoint.
+        intervals: 95 % intervals of metrics by step.
     """
 
     stage: str
@@ -47,6 +48,7 @@ class StageRun:
     samples: dict[str, str] = field(default_factory=dict)
     meta: dict[str, Any] | None = None
     results: dict[str, Result] = field(default_factory=dict)
+    intervals: dict[int, dict[str, list[float]]] = field(default_factory=dict)
 
     @property
     def metrics(self) -> list[str]:
@@ -59,7 +61,16 @@ class StageRun:
 
     def final(self, metric: str) -> float | None:
         """The last value of a metric."""
-        return next((record[metric] for record in reversed(self.records.values()) if metric in record), None)
+        step = self._last_step(metric)
+        return None if step is None else self.records[step][metric]
+
+    def final_interval(self, metric: str) -> list[float] | None:
+        """The 95 % interval of the last value of a metric, if it was recorded."""
+        step = self._last_step(metric)
+        return None if step is None else self.intervals.get(step, {}).get(metric)
+
+    def _last_step(self, metric: str) -> int | None:
+        return next((step for step, record in reversed(self.records.items()) if metric in record), None)
 
     @property
     def seconds(self) -> float:
@@ -159,26 +170,28 @@ def _read_stage(base: Path, stage: str, tag: str) -> StageRun:
     records: dict[int, dict[str, float]] = {}
     starts, config = [], ""
     samples: dict[str, str] = {}
+    intervals: dict[int, dict[str, list[float]]] = {}
     for version in versions:
         for path in sorted(version.rglob("metrics.csv")):
             new = _read_metrics(path)
             # Former versions of ``lmchat validate`` logged at step 0.
             _merge(records, new if version in trained else [record for record in new if record["step"]])
+        for record in _read_json_lines(version / "intervals.jsonl", "step", "intervals"):
+            intervals.setdefault(record["step"], {}).update(record["intervals"])
         if version not in trained:
             continue
         if (version / "run.json").exists():
             starts.append(_read_json((version / "run.json").read_text(), version / "run.json"))
         if (version / "config.yaml").exists():
             config = (version / "config.yaml").read_text()
-        if (version / "samples.jsonl").exists():
-            lines = (version / "samples.jsonl").read_text().splitlines()
-            samples = _read_json(lines[-1], version / "samples.jsonl")["samples"] if lines else samples
+        for record in _read_json_lines(version / "samples.jsonl", "samples"):
+            samples = record["samples"]
     checkpoints = base / STAGES[stage].checkpoints / tag
     meta, results = None, {}
     if steps := committed_steps(checkpoints):
         meta = open_checkpoint(CheckpointPaths(checkpoints, steps[-1]), files=()).meta
         results = read_results(results_file(checkpoints, steps[-1]))
-    return StageRun(stage, dict(sorted(records.items())), starts, config, samples, meta, results)
+    return StageRun(stage, dict(sorted(records.items())), starts, config, samples, meta, results, intervals)
 
 
 def _merge(records: dict[int, dict[str, float]], new: Sequence[dict[str, float]]) -> None:
@@ -200,11 +213,17 @@ def _read_metrics(path: Path) -> list[dict[str, float]]:
         raise UserError(f"{path} is no log of metrics ({error}); move it away") from error
 
 
-def _read_json(text: str, path: Path) -> dict[str, Any]:
+def _read_json_lines(path: Path, *fields: str) -> list[dict[str, Any]]:
+    """Records that have the given fields; none if there is no such file."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [_read_json(line, path, *fields) for line in lines]
+
+
+def _read_json(text: str, path: Path, *fields: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); move it away") from error
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not content.keys() >= set(fields):
         raise UserError(f"{path} is damaged; move it away")
     return content

@@ -67,7 +67,7 @@ def final_metrics(runs: Sequence[Run]) -> Table:
     shown = columns(runs)
     logged = {metric for _, stage in shown for metric in stage.metrics if metric.startswith("val/")}
     ordered = [metric for metric in METRICS if metric in logged] + sorted(logged - METRICS.keys())
-    rows = [[label(metric), *(_value(stage.final(metric)) for _, stage in shown)] for metric in ordered]
+    rows = [[label(metric), *(_final(stage, metric) for _, stage in shown)] for metric in ordered]
     tasks = dict.fromkeys(task for _, stage in shown for task in stage.results)
     rows += [[f"{task}, evaluated", *(_result(stage, task) for _, stage in shown)] for task in tasks]
     return Table(["", *(heading for heading, _ in shown)], rows, numeric=True)
@@ -122,8 +122,13 @@ def _data(data: object) -> str:
     return str(data)
 
 
-def _value(value: float | None) -> str:
-    return "" if value is None else number(value)
+def _final(stage: StageRun, metric: str) -> str:
+    value = stage.final(metric)
+    return "" if value is None else f"{number(value)}{_interval(stage.final_interval(metric))}"
+
+
+def _interval(interval: Sequence[float] | None) -> str:
+    return f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
 
 
 def _result(stage: StageRun, task: str) -> str:
@@ -135,9 +140,7 @@ def _result(stage: StageRun, task: str) -> str:
     value = result.get("accuracy", result.get("centered"))
     if value is None:
         return _harness_result(result)
-    interval = result.get("interval_95")
-    spread = f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
-    return f"{value:.3f}{spread}"
+    return f"{value:.3f}{_interval(result.get('interval_95'))}"
 
 
 def _harness_result(result: Result) -> str:
