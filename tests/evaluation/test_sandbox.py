@@ -258,6 +258,56 @@ def square(x):
 import os
 os.closerange(0, 200)
 """,
+    "memory outside of the heap": """
+import os
+for fd in [os.memfd_create('x') for _ in range(60)]:
+    for _ in range(100):
+        os.write(fd, bytes(1 << 20))
+""",
+    "stops itself": """
+import os, signal
+os.kill(os.getpid(), signal.SIGSTOP)
+""",
+    "traces the parent": """
+import ctypes, os
+assert ctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0) == 0
+""",
+    "trace function": """
+import sys
+def trace(frame, event, arg):
+    if event == 'return':
+        frame.f_globals['encoded'] = lambda value: ['int', '0x4']
+    return trace
+sys.settrace(trace)
+def square(x):
+    return 0
+""",
+    "patched answers": """
+import os, sys
+main = sys.modules['__main__']
+main.write_message = lambda fd, message: os._exit(0)
+def square(x):
+    return 0
+""",
+    "exits at its end": """
+import atexit, os
+class Late:
+    def __del__(self):
+        os._exit(0)
+late = Late()
+atexit.register(os._exit, 0)
+def square(x):
+    return 0
+""",
+    "another program": """
+import os, sys
+os.execv(sys.executable, [sys.executable, '-c', 'pass'])
+""",
+    "links": """
+import os
+os.symlink('/proc/1/root/etc/passwd', '/tmp/link')
+open('/tmp/link').read()
+""",
 }
 
 
