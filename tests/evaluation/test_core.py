@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from core_bundle import write_bundle
+from forked import exit_statuses, lmchat, start_ranks
 from lmchat.checkpoint.load import find_checkpoint, load_model
 from lmchat.commands.eval import evaluate
 from lmchat.evaluation.benchmark import centered
@@ -156,6 +157,37 @@ def test_the_command_evaluates_a_checkpoint_on_a_bundle(
     evaluate(core=str(tmp_path / "eval_bundle"), tasks=["sums"], limit=3)
     assert json.loads((paths.directory / "eval_000007.json").read_text())["sums"]["questions"] == 3
     assert "CORE" not in capsys.readouterr().out.splitlines()[-1]  # one task failed: there is no mean
+
+
+def test_two_processes_share_the_examples_and_get_the_same_results(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    write_bundle(tmp_path / "eval_bundle")
+    monkeypatch.setenv("LMCHAT_BASE_DIR", str(tmp_path / "base"))
+    BYTES.save(tmp_path / "base" / "tokenizer")
+    save_random_checkpoint(BYTES, sequence_len=256)
+    questions = [{"question": f"{i} + 1?", "answer": f"It is {i + 1}.\n#### {i + 1}"} for i in range(3)]
+    (tmp_path / "gsm8k.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    choices = {"text": ["x", "y"], "label": ["A", "B"]}
+    rows = [{"question": f"{i}?", "choices": choices, "answerKey": "AB"[i % 2]} for i in range(9)]
+    (tmp_path / "arc.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    chat = f"--tasks=[ARC-Easy={tmp_path}/arc.jsonl,GSM8K={tmp_path}/gsm8k.jsonl]"
+    for number, options in enumerate(([f"--core={tmp_path}/eval_bundle"], [chat, "--max_new_tokens=4"])):
+        results = []
+        for world_size in (1, 2):
+            output = tmp_path / f"{number}_{world_size}.json"
+            ranks = start_ranks(world_size, lmchat, "eval", *options, f"--output={output}", folder=tmp_path)
+            assert exit_statuses(ranks) == [0] * world_size, (tmp_path / "output_rank0.txt").read_text()
+            results.append({
+                name: {key: value for key, value in result.items() if key != "seconds"}
+                for name, result in json.loads(output.read_text()).items()
+            })  # fmt: skip
+        assert results[0] == results[1] and len(results[0]) >= 2
+        assert any(0 < result.get("accuracy", 0) < 1 for result in results[0].values())
+    assert "accuracy" not in (tmp_path / "output_rank1.txt").read_text()
+    harness = start_ranks(2, lmchat, "eval", "--harness", "arc_easy", folder=tmp_path)
+    assert exit_statuses(harness) == [2, 2]
+    assert "--harness evaluates in one process" in (tmp_path / "output_rank0.txt").read_text()
 
 
 def test_an_invalid_bundle_is_reported(tmp_path: Path) -> None:

@@ -42,7 +42,8 @@ def evaluate(
     """Evaluate a checkpoint on chat benchmarks (ARC, MMLU, GSM8K, HumanEval, spelling) on CORE, or with the harness.
 
     Multiple choice is scored by the most likely letter, other tasks by greedy answers. Results are saved after each
-    task; the same command continues an interrupted evaluation.
+    task; the same command continues an interrupted evaluation. Several devices share the questions:
+    torchrun --nproc_per_node 8 -m lmchat eval ...
 
     Args:
         checkpoint: folder or file of a checkpoint; default is the newest of the last stage that has one.
@@ -72,26 +73,29 @@ def evaluate(
     from lmchat.types import UserError
 
     check_count("", 1, batch_size=batch_size, max_new_tokens=max_new_tokens, limit=limit, max_tokens=max_tokens)
-    if harness:
-        evaluations.require_harness()
-        subject = evaluations.load_subject(checkpoint, tokenizer, output)
-        options = {"limit": limit, "num_fewshot": num_fewshot, "chat_template": chat_template}
-        evaluations.run_harness(subject, harness.split(","), include_path, options)
-        return
-    if core:
-        chosen = evaluations.core_tasks(core, tasks)
-        limits = {"max_per_task": limit, "max_tokens": max_tokens}
+    with evaluations.joined_processes():
+        if harness:
+            evaluations.require_harness()
+            subject = evaluations.load_subject(checkpoint, tokenizer, output)
+            options = {"limit": limit, "num_fewshot": num_fewshot, "chat_template": chat_template}
+            evaluations.run_harness(subject, harness.split(","), include_path, options)
+            return
+        if core:
+            chosen = evaluations.core_tasks(core, tasks)
+            limits = {"max_per_task": limit, "max_tokens": max_tokens}
+            if model:
+                evaluations.run_core(evaluations.load_hf_subject(model, output), chosen, **limits)
+            else:
+                evaluations.run_core(evaluations.load_subject(checkpoint, tokenizer, output), chosen, **limits)
+            return
         if model:
-            evaluations.run_core(evaluations.load_hf_subject(model, output), chosen, **limits)
-        else:
-            evaluations.run_core(evaluations.load_subject(checkpoint, tokenizer, output), chosen, **limits)
-        return
-    if model:
-        raise UserError("models of transformers are evaluated on CORE; add --core eval_bundle.zip")
-    isolation = Sandbox(sandbox.allow_weak, Limits(seconds=sandbox.seconds))
-    questions = make_tasks(tasks, limit, isolation)
-    subject = evaluations.load_subject(checkpoint, tokenizer, output)
-    evaluations.run_chat(subject, questions, batch_size=batch_size, max_new_tokens=max_new_tokens, sandbox=isolation)
+            raise UserError("models of transformers are evaluated on CORE; add --core eval_bundle.zip")
+        isolation = Sandbox(sandbox.allow_weak, Limits(seconds=sandbox.seconds))
+        questions = make_tasks(tasks, limit, isolation)
+        subject = evaluations.load_subject(checkpoint, tokenizer, output)
+        evaluations.run_chat(
+            subject, questions, batch_size=batch_size, max_new_tokens=max_new_tokens, sandbox=isolation
+        )
 
 
 COMMANDS = evaluate

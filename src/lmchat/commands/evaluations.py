@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
@@ -16,6 +19,7 @@ from lmchat.checkpoint.load import find_model, load_model, load_tokenizer
 from lmchat.evaluation.benchmark import summary
 from lmchat.evaluation.chat_core import CHAT_CORE
 from lmchat.evaluation.core import CoreTask, choose, read_bundle
+from lmchat.evaluation.evaluator import ranks
 from lmchat.evaluation.hf_model import HFModel
 from lmchat.evaluation.named import evaluate_core, evaluate_tasks
 from lmchat.evaluation.results import Result, read_results, results_file, write_results
@@ -41,6 +45,24 @@ class Subject(Generic[Model]):
     policy: Model
     path: Path
     identity: Result
+
+
+@contextlib.contextmanager
+def joined_processes() -> Iterator[None]:
+    """Joins the processes that torchrun started, if it did; only the first one prints."""
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group()
+    try:
+        with contextlib.ExitStack() as stack:
+            if dist.get_rank() > 0:
+                stack.enter_context(contextlib.redirect_stdout(stack.enter_context(Path(os.devnull).open("w"))))
+            yield
+    finally:
+        dist.destroy_process_group()
 
 
 def load_hf_subject(model: str, output: Path | None) -> Subject[HFModel]:
@@ -112,7 +134,9 @@ def run_chat(
 
 
 def require_harness() -> None:
-    """Raises UserError where lm-evaluation-harness is not installed."""
+    """Raises UserError where lm-evaluation-harness is not installed, or several processes would run it."""
+    if ranks()[1] > 1:
+        raise UserError("--harness evaluates in one process; run it without torchrun")
     if find_spec("lm_eval") is None:
         raise UserError("--harness needs lm-evaluation-harness; pip install 'lmchat[harness]'")
 
@@ -154,7 +178,7 @@ def report(
         low, high = mean["interval_95"]
         table.add_section()
         table.add_row(mean_name or "mean", "", "", f"{low:.3f} … {high:.3f}", f"{mean['centered']:.3f}", "")
-        if mean_name is not None:
+        if mean_name is not None and ranks()[0] == 0:
             write_results(subject.path, read_results(subject.path) | {mean_name: mean})
     console.print(table)
     console.print(f"Results are in {subject.path}", soft_wrap=True, highlight=False)

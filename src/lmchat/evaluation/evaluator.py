@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import IterableDataset
 from torchmetrics import Metric
@@ -150,13 +151,18 @@ def _try_update(evaluator: Evaluator, policy: Policy, batch: Any) -> str | None:
     return None
 
 
+def ranks() -> tuple[int, int]:
+    """Rank of this process, and number of processes that evaluate together."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def evaluate(evaluator: Evaluator, policy: Any) -> Metrics:
-    """Runs one evaluation in this process only and returns its metrics.
+    """Runs one evaluation outside of training, sharded over the processes, and returns its metrics.
 
     Raises:
         UserError: memory ran out with the smallest batch.
     """
-    for batch in evaluator.batches(rank=0, world_size=1):
+    for batch in evaluator.batches(*ranks()):
         update_within_memory(evaluator, policy, batch)
     metrics, failure = evaluator.compute(), evaluator.failure
     evaluator.failure = None

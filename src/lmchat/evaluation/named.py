@@ -1,4 +1,4 @@
-"""Evaluates a model task by task; results are saved after each task."""
+"""Evaluates a model task by task; results are saved after each task. Several processes evaluate together."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from lmchat.evaluation.benchmark import Benchmark
 from lmchat.evaluation.chat_core import ChatCoreEvaluator
 from lmchat.evaluation.core import CoreTask
 from lmchat.evaluation.core_evaluator import CoreEvaluator
-from lmchat.evaluation.evaluator import evaluate
+from lmchat.evaluation.evaluator import evaluate, ranks
 from lmchat.evaluation.hf_model import HFModel
 from lmchat.evaluation.results import Result, read_results, write_results
 from lmchat.evaluation.sandbox import Sandbox
@@ -78,13 +80,19 @@ def _evaluate_each(
 ) -> Iterator[tuple[str, Result]]:
     """Runs the evaluators, of one task each, whose result for the same settings the file does not have; yields name and
     result of all."""
-    results = read_results(results_file)
+    rank, world_size = ranks()
+    results = read_results(results_file) if rank == 0 else {}
+    if world_size > 1:  # the file may change before another rank reads it
+        shared = [results]
+        dist.broadcast_object_list(shared)
+        (results,) = shared
     for evaluator in evaluators:
         (name,) = evaluator.task_names
         settings, known = evaluator.settings(0) | identity, results.get(name, {})
         if "accuracy" not in known or any(known.get(key) != value for key, value in settings.items()):
             results[name] = settings | _result(evaluator, model)
-            write_results(results_file, results)
+            if rank == 0:
+                write_results(results_file, results)
         yield name, results[name]
 
 
