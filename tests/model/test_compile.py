@@ -14,7 +14,7 @@ from lmchat.model.attention_timing import use_backends
 from lmchat.model.compile import compile_blocks, recomputing
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT, Block, mix_residual
-from lmchat.model.kv_cache import KVCache
+from reference_engine import KVCache
 
 CONFIG = GPTConfig(sequence_len=16, vocab_size=70, n_layer=2, n_head=2, n_kv_head=2, n_embd=64)
 PARTITION_ONLY = "aot_eager_decomp_partition"

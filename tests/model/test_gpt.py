@@ -17,8 +17,8 @@ from torch import Tensor
 from lmchat.model.compile import compile_blocks
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT
-from lmchat.model.kv_cache import KVCache
 from lmchat.types import IGNORE_INDEX, UserError
+from reference_engine import KVCache
 
 SMALL = GPTConfig(sequence_len=16, vocab_size=70, n_layer=5, n_head=4, n_kv_head=2, n_embd=64, window_pattern="SSL")
 NATIVE = replace(SMALL, window_pattern="L", value_embeddings=False, residual_mix=False)

@@ -55,7 +55,7 @@ class PromptTree:
 
 
 class PackedTrees:
-    """Trees packed into one row, with their attention: an `lmchat.model.kv_cache.AttentionCache` for one model call.
+    """Trees packed into one row, with their attention: an `lmchat.model.attention.AttentionCache` for one model call.
 
     Args:
         trees: the trees; attention is cheapest if their prefixes have similar lengths.

@@ -30,6 +30,22 @@ class Attend(Protocol):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, window: int, starts: Tensor | None = None) -> Tensor: ...
 
 
+class AttentionCache(Protocol):
+    """Interface between the model and a cache of keys and values."""
+
+    def context_end(self, length: int) -> int:
+        """Length of the longest context after adding ``length`` tokens per row."""
+
+    def positions(self, length: int) -> Tensor:
+        """(B, T) int64 positions of the next ``length`` tokens of each row, on the device of the model."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+        """Adds k and v (B, T, kv heads, head_dim) of new tokens; returns the attention of q to all visible tokens."""
+
+    def advance(self, length: int) -> None:
+        """Called once all layers have added ``length`` tokens per row."""
+
+
 def attend_masked(q: Tensor, k: Tensor, v: Tensor, window: int, starts: Tensor | None = None) -> Tensor:
     """Reference implementation with an explicit mask, (T, T) or with documents (B, 1, T, T)."""
     positions = torch.arange(q.size(1), device=q.device)

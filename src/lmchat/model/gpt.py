@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lmchat.losses import Reduction, compiled, linear_cross_entropy, softcap
-from lmchat.model.attention import BACKENDS, Attend, attend_banded, choose_backend, exclude_cudnn
+from lmchat.model.attention import BACKENDS, Attend, AttentionCache, attend_banded, choose_backend, exclude_cudnn
 from lmchat.model.config import GATE_CHANNELS, GPTConfig
-from lmchat.model.kv_cache import AttentionCache
 from lmchat.precision import default_compute_dtype as default_compute_dtype
 from lmchat.types import UserError
 

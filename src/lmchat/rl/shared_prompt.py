@@ -16,7 +16,7 @@ HIDDEN = 2**31 - 1
 
 
 class SharedPrompt:
-    """Attention within one row, a prompt followed by its samples: an `lmchat.model.kv_cache.AttentionCache`.
+    """Attention within one row, a prompt followed by its samples: an `lmchat.model.attention.AttentionCache`.
 
     A token of a sample sees the prompt and the earlier tokens of the same sample. For one model call.
 
