@@ -83,16 +83,14 @@ class Groups:
     """Which running sequences share a prompt.
 
     Attributes:
-        members: (groups, size) int64 rows of each group, padded by repeating a row. Rows without a shared prompt are in
-            an arbitrary group, whose prompt is masked for them.
-        places: (rows,) int64, index of each row in the flattened ``members``.
-        prompt_tokens: (rows,) int64 tokens of the shared prompt; 0 for rows without one.
-        max_prompt: maximum of ``prompt_tokens``, known on the host.
+        members: (groups, kv heads, size) int64, the rows of each group as row · kv heads + head, padded by repeating a
+            row. Rows without a shared prompt are in an arbitrary group, whose prompt is masked for them.
+        places: (rows · kv heads,) int64, index of each row and head in the flattened ``members``.
+        max_prompt: maximum number of tokens of a shared prompt, known on the host.
     """
 
     members: Tensor
     places: Tensor
-    prompt_tokens: Tensor
     max_prompt: int
 
 
@@ -106,23 +104,23 @@ class DecodeCache:
         pool: slots of the sequences.
         prompts: slots of the groups' prompts, group g in slot g.
         positions: (rows,) int64 position of each new token.
-        own: (rows,) int64 tokens already in the row's own slot.
-        max_own: an upper bound of `own` known on the host.
+        base: (rows,) int64 tokens of the shared prompt, 0 without one; the slot has those from there on.
+        max_own: maximum number of tokens already in a row's own slot, or more; known on the host.
         groups: which rows share a prompt, if any.
     """
 
     def __init__(
-        self, pool: KVPool, prompts: KVPool, positions: Tensor, own: Tensor, max_own: int, groups: Groups | None
+        self, pool: KVPool, prompts: KVPool, positions: Tensor, base: Tensor, max_own: int, groups: Groups | None
     ) -> None:
         self.pool = pool
         self.prompts = prompts
         self.row_positions = positions
-        self.own = own
+        self.base = base
+        self.own = positions - base
         self.max_own = max_own
         self.groups = groups
-        self._rows = torch.arange(len(positions), device=positions.device)
-        self._masks: dict[tuple[int, int, int], Tensor] = {}
-        self._written: dict[int, Tensor] = {}
+        self._places: dict[int, Tensor] = {}
+        self._masks: dict[int, Tensor] = {}
 
     def context_end(self, length: int) -> int:
         """Returns 0: the engine checks lengths, and positions are not known on the host."""
@@ -133,77 +131,75 @@ class DecodeCache:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         keys, values = self.pool.keys[layer], self.pool.values[layer]
-        columns = keys.size(2)
-        if columns not in self._written:
-            self._written[columns] = self.own % columns
-        written = self._written[columns]
-        keys[self._rows, :, written] = k[:, 0].to(keys.dtype)
-        values[self._rows, :, written] = v[:, 0].to(values.dtype)
+        rows, (_, kv_heads, columns, head_dim) = len(q), keys.shape
+        places = self._place(kv_heads, columns)
+        keys.view(-1, head_dim)[places] = k.reshape(-1, head_dim).to(keys.dtype)
+        values.view(-1, head_dim)[places] = v.reshape(-1, head_dim).to(values.dtype)
 
-        rows, kv_heads = len(q), keys.size(1)
-        q = (q[:, 0] * q.size(-1) ** -0.5).to(keys.dtype).view(rows, kv_heads, -1, q.size(-1))
+        q = (q * head_dim**-0.5).to(keys.dtype).view(rows * kv_heads, -1, head_dim)
         used = min(columns, round_up(self.max_own + 1, READ_COLUMNS))
-        keys, values = keys[:rows, :, :used], values[:rows, :, :used]
-        scores = _product(keys, q.transpose(2, 3)).transpose(2, 3)
+        keys, values = keys[:rows, :, :used].flatten(0, 1), values[:rows, :, :used].flatten(0, 1)
+        scores = _product(keys, q.transpose(1, 2)).transpose(1, 2)
         if self.groups is None:
-            weights = (scores + self._own_mask(columns, used, window)).softmax(dim=-1)
-            out = _product(weights.to(keys.dtype), values)
+            mask = self._mask(window, kv_heads, columns, used, None, 0)
+            out = _product((scores + mask).softmax(dim=-1).to(values.dtype), values)
         else:
-            out = self._attend_with_prompts(layer, q, scores, values, columns, window)
-        return out.to(k.dtype).view(rows, 1, -1, k.size(-1))
+            out = self._attend_with_prompts(layer, self.groups, q, scores, values, columns, window)
+        return out.to(k.dtype).view(rows, 1, -1, head_dim)
 
     def advance(self, length: int) -> None:
         """Does nothing: `DecodeState` counts positions."""
 
     def _attend_with_prompts(
-        self, layer: int, q: Tensor, own_scores: Tensor, values: Tensor, columns: int, window: int
+        self, layer: int, groups: Groups, q: Tensor, own_scores: Tensor, values: Tensor, columns: int, window: int
     ) -> Tensor:
-        """(rows, kv heads, heads per kv head, head_dim) from the rows' own scores and slots, and their prompts."""
-        groups = self.groups
-        assert groups is not None
-        num_groups, size = groups.members.shape
+        """(rows · kv heads, heads per kv head, head_dim) from the rows' own scores and slots, and their prompts."""
+        num_groups, kv_heads, size = groups.members.shape
         prompt_keys, prompt_values = self.prompts.keys[layer], self.prompts.values[layer]
         prompt_columns = prompt_keys.size(2)
         used = min(prompt_columns, round_up(groups.max_prompt, READ_COLUMNS))
-        prompt_keys, prompt_values = prompt_keys[:num_groups, :, :used], prompt_values[:num_groups, :, :used]
-        _, kv_heads, per_head, _ = q.shape
+        prompt_keys, prompt_values = (x[:num_groups, :, :used].flatten(0, 1) for x in (prompt_keys, prompt_values))
+        members, per_head = groups.members.flatten(), q.size(1)
 
         def to_groups(x: Tensor) -> Tensor:
-            """(rows, kv heads, per head, n) to (groups, kv heads, size · per head, n)."""
-            return x[groups.members].transpose(1, 2).reshape(num_groups, kv_heads, size * per_head, -1)
+            """(rows · kv heads, per head, n) to (groups · kv heads, size · per head, n)."""
+            return x.index_select(0, members).view(num_groups * kv_heads, size * per_head, -1)
 
         def to_rows(x: Tensor) -> Tensor:
             """Back again."""
-            x = x.view(num_groups, kv_heads, size, per_head, -1).transpose(1, 2)
-            return x.reshape(num_groups * size, kv_heads, per_head, -1)[groups.places]
+            return x.view(-1, per_head, x.size(-1)).index_select(0, groups.places)
 
-        prompt_scores = to_rows(_product(to_groups(q), prompt_keys.transpose(2, 3)))
-        scores = torch.cat((prompt_scores, own_scores), dim=-1)
-        mask = self._mask_with_prompts(prompt_columns, used, columns, own_scores.size(-1), window)
-        weights = (scores + mask).softmax(dim=-1).to(values.dtype)
+        prompt_scores = to_rows(_product(to_groups(q), prompt_keys.transpose(1, 2)))
+        mask = self._mask(window, kv_heads, columns, own_scores.size(-1), prompt_columns, used)
+        weights = torch.cat((prompt_scores, own_scores), dim=-1).add_(mask).softmax(dim=-1).to(values.dtype)
         prompt_out = to_rows(_product(to_groups(weights[..., :used]), prompt_values))
         return prompt_out + _product(weights[..., used:], values)
 
-    def _own_mask(self, columns: int, used: int, window: int) -> Tensor:
-        """(rows, 1, 1, used) to add to scores: 0 where the new token sees a column of its slot, else -inf."""
-        key = (columns, used, window)
-        if key not in self._masks:
-            distance = _ring_distance(self.own, columns, used)
-            self._masks[key] = _additive(distance <= self.own.clamp(max=window)[:, None])
-        return self._masks[key]
+    def _place(self, kv_heads: int, columns: int) -> Tensor:
+        """(rows · kv heads,) index of each new token among all columns of all slots and heads."""
+        if columns not in self._places:
+            slots = torch.arange(len(self.own) * kv_heads, device=self.own.device).view(-1, kv_heads)
+            self._places[columns] = (slots * columns + (self.own % columns)[:, None]).flatten()
+        return self._places[columns]
 
-    def _mask_with_prompts(self, prompt_columns: int, prompt_used: int, columns: int, used: int, window: int) -> Tensor:
-        """The same for the columns of the prompt, then of the slot."""
-        key = (columns, used, -1 - window)
-        if key not in self._masks:
-            groups = self.groups
-            assert groups is not None
-            last = groups.prompt_tokens - 1
-            distance = _ring_distance(last.clamp(min=0), prompt_columns, prompt_used)
-            limit = torch.minimum(last, window - (self.row_positions - last))
-            prompt_mask = _additive(distance <= limit[:, None])
-            self._masks[key] = torch.cat((prompt_mask, self._own_mask(columns, used, window)), dim=-1)
-        return self._masks[key]
+    def _mask(
+        self, window: int, kv_heads: int, columns: int, used: int, prompt_columns: int | None, prompt_used: int
+    ) -> Tensor:
+        """(rows · kv heads, 1, prompt_used + used) fp32 to add to scores: -inf where the new token sees no token.
+
+        The first ``prompt_used`` columns are those of the prompt, if there is one, the others those of the slot. All
+        layers of a window have the same.
+        """
+        if window not in self._masks:
+            visible = _ring_distance(self.own, columns, used) <= self.own.clamp(max=window)[:, None]
+            if prompt_columns is not None:
+                last = self.base - 1
+                distance = _ring_distance(last.clamp(min=0), prompt_columns, prompt_used)
+                limit = torch.minimum(last, window - 1 - self.own)
+                visible = torch.cat((distance <= limit[:, None], visible), dim=1)
+            mask = torch.where(visible, 0.0, -torch.inf)[:, None]
+            self._masks[window] = mask.repeat_interleave(kv_heads, dim=0) if kv_heads > 1 else mask
+        return self._masks[window]
 
 
 def _ring_distance(last: Tensor, columns: int, used: int) -> Tensor:
@@ -212,13 +208,6 @@ def _ring_distance(last: Tensor, columns: int, used: int) -> Tensor:
     return torch.where(distance < 0, distance + columns, distance)
 
 
-def _additive(visible: Tensor) -> Tensor:
-    """(rows, n) bool to (rows, 1, 1, n) fp32."""
-    return torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, -torch.inf)[:, None, None]
-
-
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Batched matrix product over the first two axes, accumulated and returned in fp32 or better."""
-    flat = a.flatten(0, 1), b.flatten(0, 1)
-    out = torch.bmm(*flat, out_dtype=torch.float32) if a.dtype.itemsize < 4 else torch.bmm(*flat)
-    return out.view(*a.shape[:-1], b.size(-1))
+    """Batched matrix product, accumulated and returned in fp32 or better."""
+    return torch.bmm(a, b, out_dtype=torch.float32) if a.dtype.itemsize < 4 else torch.bmm(a, b)

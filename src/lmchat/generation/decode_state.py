@@ -8,6 +8,7 @@ calculator call must be answered) are frozen until then: they repeat their last 
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from copy import copy
 from typing import NamedTuple
 
 import torch
@@ -42,10 +43,9 @@ class DecodeState:
     Attributes:
         token: (slots,) int64 token that the next step reads.
         position: (slots,) int64 position of that token in its context.
+        end: (slots,) int64 position of the last token allowed.
         base: (slots,) int64 position of the first token in the slot; earlier positions are in a shared prompt.
-        prompt_tokens: (slots,) int64 tokens of the shared prompt, 0 without one.
         frozen: (slots,) bool.
-        count, limit: (slots,) int64 number of generated tokens, and its maximum.
         uniform: (slots,) float64 random number of the next token.
     """
 
@@ -63,18 +63,26 @@ class DecodeState:
         def numbers() -> Tensor:
             return torch.ones(num_slots, dtype=torch.float64, device=device)
 
-        self.token, self.position, self.base, self.prompt_tokens = integers(), integers(), integers(), integers()
-        self.count, self.limit = integers(), integers()
+        self.token, self.position, self.end, self.base = integers(), integers(), integers(), integers()
         self.frozen, self.calculator, self.in_call, self.greedy = flags(), flags(), flags(), flags()
-        self.stops, self.forced = integers(MAX_STOPS), integers(MAX_FORCED)
+        self.stops = integers(MAX_STOPS)
+        self.forced = integers(MAX_FORCED + 1)  # the last column is read when all are used
         self.forced_at, self.forced_end = integers(), integers()
         self.temperature, self.top_p, self.top_k = numbers(), numbers(), integers()
         self.uniform = numbers()
+        self._first: dict[int, DecodeState] = {}
 
     @property
-    def fields(self) -> list[Tensor]:
+    def fields(self) -> dict[str, Tensor]:
         """All tensors, (slots, ...) each."""
-        return [value for value in vars(self).values() if isinstance(value, Tensor)]
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def first(self, rows: int) -> DecodeState:
+        """The state of the first rows, in the same memory."""
+        if rows not in self._first:
+            self._first[rows] = part = copy(self)
+            vars(part).update({name: value[:rows] for name, value in self.fields.items()})
+        return self._first[rows]
 
     @torch.inference_mode()
     def set(self, slot: int, sequence: Sequence, position: int, base: int, frozen: bool) -> None:
@@ -83,11 +91,9 @@ class DecodeState:
         values = {
             "token": sequence.prompt[position],
             "position": position,
+            "end": position + params.max_new_tokens,
             "base": base,
-            "prompt_tokens": base,
             "frozen": frozen,
-            "count": len(sequence.completion.ids),
-            "limit": params.max_new_tokens,
             "calculator": params.calculator,
             "in_call": False,
             "greedy": params.is_greedy,
@@ -113,7 +119,7 @@ class DecodeState:
     @torch.inference_mode()
     def move(self, source: int, target: int) -> None:
         """Copies the state of a slot to another."""
-        for field in self.fields:
+        for field in self.fields.values():
             field[target] = field[source]
 
     def _fill(self, target: Tensor, values: Seq[int]) -> None:
@@ -121,33 +127,25 @@ class DecodeState:
             source = torch.tensor(values)
             target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)
 
-    def row_params(self, rows: int) -> RowParams:
-        """Sampling parameters of the first rows."""
-        fields = self.temperature, self.top_k, self.top_p, self.greedy, self.uniform
-        return RowParams(*(field[:rows] for field in fields))
+    @property
+    def row_params(self) -> RowParams:
+        """Sampling parameters of the rows."""
+        return RowParams(self.temperature, self.top_k, self.top_p, self.greedy, self.uniform)
 
     def advance(self, chosen: Tensor, logprobs: Tensor) -> StepOutput:
-        """Appends the chosen tokens (rows,) of the first rows, or forced ones instead, and updates the state."""
-        rows = len(chosen)
-        frozen, forced_at = self.frozen[:rows], self.forced_at[:rows]
-        live = ~frozen
-        is_forced = (forced_at < self.forced_end[:rows]) & live
-        from_queue = self.forced[:rows].gather(1, forced_at.clamp(max=MAX_FORCED - 1)[:, None]).squeeze(1)
-        token = torch.where(is_forced, from_queue, chosen)
-        forced_at += is_forced
+        """Appends the chosen tokens (rows,), or forced ones instead, and updates the state in place."""
+        live = ~self.frozen
+        is_forced = live & (self.forced_at < self.forced_end)
+        queued = self.forced.gather(1, self.forced_at[:, None]).squeeze(1)
+        token = torch.where(is_forced, queued, chosen)
+        self.forced_at += is_forced
+        self.position += live
 
-        in_call = self.in_call[:rows]
-        sampled = live & ~is_forced
-        ends_call = sampled & in_call & (token == self.call_end)
-        follows = sampled & self.calculator[:rows]
-        starts_call = token == self.call_start
-        in_call.copy_(torch.where(follows, starts_call | (in_call & (token != self.call_end)), in_call))
-
-        stopped = sampled & (token[:, None] == self.stops[:rows]).any(dim=1)
-        self.count[:rows] += live
-        self.position[:rows] += live
-        failed = live & (token < 0)
-        output = StepOutput(torch.where(live, token, FROZEN), is_forced, logprobs)
-        self.token[:rows].copy_(torch.where(live, token.clamp(min=0), self.token[:rows]))
-        frozen |= stopped | ends_call | failed | (self.count[:rows] >= self.limit[:rows])
-        return output
+        sampled = live ^ is_forced
+        is_end = token == self.call_end
+        self.frozen |= sampled & (self.in_call & is_end | (token[:, None] == self.stops).any(dim=1))
+        self.frozen |= (token < 0) | (self.position >= self.end)
+        in_call = (token == self.call_start) | (self.in_call & ~is_end)
+        self.in_call.copy_(torch.where(sampled & self.calculator, in_call, self.in_call))
+        self.token.copy_(torch.where(live, token.clamp(min=0), self.token))
+        return StepOutput(torch.where(live, token, FROZEN), is_forced, logprobs)

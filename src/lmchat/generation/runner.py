@@ -136,7 +136,7 @@ class Runner:
         uniforms = self._uniforms(sequences, steps, rows)
         outputs = []
         for step in range(steps):
-            self.state.uniform[:rows].copy_(uniforms[step])
+            self.state.first(rows).uniform.copy_(uniforms[step])
             run = self._step(rows, max_own, groups, mode)
             if self.graphs is None:
                 outputs.append(run())
@@ -147,14 +147,12 @@ class Runner:
 
     def _step(self, rows: int, max_own: int, groups: Groups | None, mode: SamplingMode) -> Callable[[], StepOutput]:
         """One decode step of the first rows, without host sync and with shapes determined by the arguments."""
-        state = self.state
+        state = self.state.first(rows)
 
         def run() -> StepOutput:
-            positions = state.position[:rows]
-            own = positions - state.base[:rows]
-            cache = DecodeCache(self.pool, self.prompts, positions, own, max_own, groups)
-            hidden = self.net.hidden(state.token[:rows, None], cache)[:, 0]
-            return state.advance(*self._sample(hidden, mode, state.row_params(rows)))
+            cache = DecodeCache(self.pool, self.prompts, state.position, state.base, max_own, groups)
+            hidden = self.net.hidden(state.token[:, None], cache)[:, 0]
+            return state.advance(*self._sample(hidden, mode, state.row_params))
 
         return run
 
@@ -187,15 +185,15 @@ class Runner:
         size, count = max(map(len, by_group)), len(shared)
         if self.graphs is not None:
             size, count = 1 << (size - 1).bit_length(), min(1 << (count - 1).bit_length(), self.prompts.num_slots)
-        table = np.zeros((count, size), dtype=np.int64)
-        places = np.zeros(rows, dtype=np.int64)
+        heads = np.arange(self.net.config.n_kv_head)
+        table = np.zeros((count, len(heads), size), dtype=np.int64)
+        places = np.zeros((rows, len(heads)), dtype=np.int64)
         for group, own in enumerate(by_group):
-            table[group, : len(own)] = own
-            places[own] = group * size + np.arange(len(own))
+            table[group, :, : len(own)] = np.add.outer(heads, np.array(own) * len(heads))
+            places[own] = np.add.outer(np.arange(len(own)), (group * len(heads) + heads) * size)
         return Groups(
             members=self._to_device(torch.from_numpy(table)),
-            places=self._to_device(torch.from_numpy(places)),
-            prompt_tokens=self.state.prompt_tokens[:rows],
+            places=self._to_device(torch.from_numpy(places.ravel())),
             max_prompt=round_up(max(len(prompt.prompt) - 1 for prompt in shared), multiple),
         )
 
@@ -218,7 +216,7 @@ class Runner:
 def _read(outputs: Seq[StepOutput], rows: int) -> Decoded:
     """Copies the outputs to the host, the only place where the host waits for the device."""
     if not outputs[0].tokens.is_cuda:
-        tokens, forced, logprobs = (torch.stack(field)[:, :rows].numpy() for field in zip(*outputs, strict=True))
-        return Decoded(tokens, forced, logprobs)
+        (output,) = outputs
+        return Decoded(*(field.numpy()[None] for field in output))
     packed = torch.stack([torch.stack([field.double() for field in output]) for output in outputs]).cpu().numpy()
     return Decoded(packed[:, 0, :rows].astype(np.int64), packed[:, 1, :rows] > 0, packed[:, 2, :rows])

@@ -156,8 +156,7 @@ def sample(raw: Tensor, vocab_size: int, mode: SamplingMode, params: RowParams) 
         distribution, before temperature and top-k, 0 if not requested.
     """
     raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
-    raw[:, vocab_size:] = -torch.inf
-    chosen = torch.zeros(len(raw), dtype=torch.int64, device=raw.device)
+    raw[:, vocab_size:].fill_(-torch.inf)
     if mode.top_k:
         values, ids = top_values(raw, mode.top_k)
         best = values[:, 0]
@@ -178,7 +177,7 @@ def sample(raw: Tensor, vocab_size: int, mode: SamplingMode, params: RowParams) 
         if mode.logprobs:
             picked = capped.gather(1, chosen[:, None]).squeeze(1)
             logprobs = picked - capped[:, :vocab_size].exp_().sum(dim=1).log()
-    return chosen.masked_fill(~best.isfinite(), -1), logprobs
+    return torch.where(best.isfinite(), chosen, -1), logprobs
 
 
 def top_values(raw: Tensor, count: int) -> tuple[Tensor, Tensor]:

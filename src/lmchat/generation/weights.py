@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmchat.model.gpt import GPT, Linear, SelfAttention
+from lmchat.model.gpt import GPT, Linear, SelfAttention, norm, rotate
 
 PACKED_ROWS = 128
 """Rows that packed weights are optimized for; the same for all batches, since it affects the order of summation."""
@@ -119,18 +119,21 @@ class PackedProjection:
 
     def pack(self, attention: SelfAttention) -> None:
         """Takes new weights."""
-        weights = [attention.c_q.weight, attention.c_k.weight, attention.c_v.weight]
-        self.has_gate = hasattr(attention, "ve_gate")
-        if self.has_gate:
+        q, k, v = attention.c_q.weight, attention.c_k.weight, attention.c_v.weight
+        weights = [q, k, v]
+        if hasattr(attention, "ve_gate"):
             gate = attention.ve_gate.weight
-            weights.append(F.pad(gate, (0, weights[0].size(1) - gate.size(1))))  # it reads the first channels only
-        self.sizes = [len(weight) for weight in weights]
+            weights.append(F.pad(gate, (0, q.size(1) - gate.size(1))))  # it reads the first channels only
+        self.head_dim = attention.head_dim
+        self.heads = [len(q) // self.head_dim, len(k) // self.head_dim]
+        self.sizes = [len(q) + len(k), *map(len, weights[2:])]
         self._packed = _pack(torch.cat([weight.detach() for weight in weights]), self.dtype)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """See `SelfAttention.project`."""
-        q, k, v, *gate = _product(x, self._packed).split(self.sizes, dim=-1)
-        return q, k, v, gate[0] if gate else None
+        heads, v, *gate = _product(x, self._packed).split(self.sizes, dim=-1)
+        q, k = norm(rotate(heads.unflatten(-1, (-1, self.head_dim)), cos, sin)).split(self.heads, dim=2)
+        return q, k, v.unflatten(-1, (-1, self.head_dim)), gate[0] if gate else None
 
 
 def _pack(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -122,28 +122,23 @@ class SelfAttention(nn.Module):
             only: (M,) int64 positions whose output is needed; None is all.
             starts: ``document_starts`` of a `lmchat.types.Batch`, to attend within documents only.
         """
-        batch, length, _ = x.shape
-        q, k, v, gate = self.project(x)
-        q = q.view(batch, length, -1, self.head_dim)
-        k = k.view(batch, length, -1, self.head_dim)
-        v = v.view(batch, length, -1, self.head_dim)
+        q, k, v, gate = self.project(x, cos, sin)
         if value_embedding is not None:
             assert gate is not None
             v = v + (2 * torch.sigmoid(gate)).unsqueeze(-1) * value_embedding.view_as(v)
-        q = norm(rotate(q, cos, sin))
-        k = norm(rotate(k, cos, sin))
         if only is not None:
             q = q[:, only]
         if kv_cache is None:
             out = self.attend(q, k, v, self.window, starts)
         else:
             out = kv_cache.attend(self.layer, q, k, v, self.window)
-        return self.c_proj(out.reshape(batch, q.size(1), -1))
+        return self.c_proj(out.flatten(2))
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Queries, keys and values (B, T, heads · head_dim), and the gate logits (B, T, n_kv_head)."""
-        q, k, v = self.c_q(x), self.c_k(x), self.c_v(x)
-        return q, k, v, self.ve_gate(x[..., :GATE_CHANNELS]) if hasattr(self, "ve_gate") else None
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Rotated, normed queries and keys, and values (B, T, heads, head_dim); gate logits (B, T, n_kv_head)."""
+        q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)) for linear in (self.c_q, self.c_k, self.c_v))
+        gate = self.ve_gate(x[..., :GATE_CHANNELS]) if hasattr(self, "ve_gate") else None
+        return norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin)), v, gate
 
 
 class MLP(nn.Module):
