@@ -438,7 +438,7 @@ def test_a_missing_package_is_named_with_its_remedy(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for name in [name for name in sys.modules if name.split(".")[0] == package]:
+    for name in [package, *(name for name in sys.modules if name.startswith(f"{package}."))]:
         monkeypatch.setitem(sys.modules, name, None)
     error = refused([str(checkpoint), "--output", str(base / "out")], capsys)
     assert f"{purpose}" in error and f"needs {package}" in error and "pip install 'lmchat[hf]'" in error
