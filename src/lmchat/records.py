@@ -14,7 +14,7 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -100,10 +100,14 @@ def _decompressed(path: Path, raw: BinaryIO) -> Any:
 
 
 def _encoding_of(head: bytes) -> tuple[int, str]:
-    """Length of the byte order mark, and the encoding. Without a mark, zero bytes indicate UTF-16."""
+    """Length of the byte order mark, and the encoding. Without a mark, zero bytes indicate UTF-16 or UTF-32."""
     for mark, encoding in _BOMS.items():
         if head.startswith(mark):
             return len(mark), encoding
+    for first, second, encoding in ((3, 2, "utf-32-le"), (0, 1, "utf-32-be")):
+        highest, planes = head[first::4], head[second::4]
+        if len(head) >= 8 and not any(highest) and max(planes) <= 16 and _is_printed(head, encoding):
+            return 0, encoding
     even, odd = head[0::2], head[1::2]
     for high, low, encoding in ((odd, even, "utf-16-le"), (even, odd, "utf-16-be")):
         # Spaces and line breaks have one in any script; all characters of Latin text do.
@@ -117,7 +121,7 @@ def _encoding_of(head: bytes) -> tuple[int, str]:
 def _is_printed(head: bytes, encoding: str) -> bool:
     if sum(32 <= byte < 127 for byte in head) > 0.7 * len(head):  # ASCII with zero bytes
         return False
-    text = head[: len(head) // 2 * 2].decode(encoding, "replace")
+    text = head[: len(head) // 4 * 4].decode(encoding, "replace")
     return sum(character.isprintable() or character in "\r\n\t\f" for character in text) > 0.98 * len(text)
 
 
@@ -157,7 +161,7 @@ def lines(file: BinaryIO, max_bytes: int) -> Iterator[tuple[int, bytes | None]]:
 
 
 def json_values(file: BinaryIO, what: str, max_characters: int) -> Iterator[Any]:
-    """Yields the elements of a JSON array, or consecutive JSON values with or without line breaks between them.
+    """Yields the elements of JSON arrays, or consecutive JSON values, with or without commas or line breaks between.
 
     Args:
         file: in UTF-8.
@@ -181,8 +185,9 @@ def json_values(file: BinaryIO, what: str, max_characters: int) -> Iterator[Any]
                 array = buffer[position] == "["
                 position += array
                 continue
-            if array and buffer[position] == "]":
-                return
+            if array and buffer[position] == "]":  # another array or value may follow
+                array, position = None, position + 1
+                continue
             try:
                 value, end = decoder.raw_decode(buffer, position)
             except (ValueError, RecursionError) as error:
@@ -206,13 +211,13 @@ def json_values(file: BinaryIO, what: str, max_characters: int) -> Iterator[Any]
         buffer, ended = buffer + more, not more
 
 
-def table_rows(file: BinaryIO, what: str, column: str, max_characters: int) -> Iterator[dict[str, str]]:
+def table_rows(file: BinaryIO, what: str, column: str | None, max_characters: int) -> Iterator[dict[str, str]]:
     """Yields the rows of a CSV file by column. The delimiter may be comma, semicolon, tab or bar.
 
     Args:
         file: in UTF-8; the first line names the columns.
         what: name of the file for errors.
-        column: a required column, used to find the delimiter.
+        column: a required column; its delimiter is used. None requires none, and the commonest delimiter is used.
         max_characters: longest cell and line.
 
     Raises:
@@ -221,14 +226,13 @@ def table_rows(file: BinaryIO, what: str, column: str, max_characters: int) -> I
     """
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
     source = _bounded_lines(text, what, max_characters)
-    header = next(source, "")
-    names: Sequence[str] = []
-    for delimiter in ",;\t|":
-        names = next(csv.reader([header], delimiter=delimiter), [])
-        if column in names:
-            break
-    else:
-        names = next(csv.reader([header]), [])
+    header = next(source, None)
+    if header is None:
+        return
+    headers = {delimiter: next(csv.reader([header], delimiter=delimiter), []) for delimiter in ",;\t|"}
+    delimiter = max(headers, key=lambda delimiter: (column in headers[delimiter], len(headers[delimiter])))
+    names = headers[delimiter]
+    if column is not None and column not in names:
         raise UserError(
             f"{what} has no column `{column}` (its first line has: {', '.join(names) or 'nothing'}); name the column "
             "with --text_field"

@@ -195,6 +195,9 @@ FORMS = {
     "indented.json": json.dumps(RECORDS, indent=2),
     "lines.json": JSON_LINES,
     "strings.json": json.dumps(EXPECTED),
+    "two_arrays.json": json.dumps(RECORDS[:2]) + "\n" + json.dumps(RECORDS[2:]),
+    "array_and_record.json": f"{json.dumps(RECORDS[:2])} {json.dumps(RECORDS[2])}",
+    "comma.json": json.dumps(RECORDS)[:-1] + ",]",
     "a.ndjson": JSON_LINES,
     "a.csv": as_csv(","),
     "semicolons.csv": as_csv(";"),
@@ -209,7 +212,9 @@ COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("name", FORMS)
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize(
+    "encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"]
+)
 def test_formats_and_encodings_are_recognized(tmp_path: Path, name: str, encoding: str) -> None:
     (tmp_path / name).write_bytes(FORMS[name].encode(encoding))
     report = import_folder(tmp_path / name, tmp_path / "out", progress=False)

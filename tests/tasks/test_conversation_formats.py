@@ -90,6 +90,8 @@ def test_forms_are_recognized_by_their_fields(row: Any, form: str, messages: lis
         ),
         ([SYSTEM, SYSTEM, USER, ANSWER], [{**SYSTEM, "content": "be brief\n\nbe brief"}, USER, ANSWER], None),
         ([USER, ANSWER, SYSTEM], [USER, ANSWER], "a system message at the end left out"),
+        ([{**SYSTEM, "content": ""}, USER, ANSWER], [USER, ANSWER], "an empty system message left out"),
+        ([{**USER, "role": "User "}, ANSWER], [USER, ANSWER], "role User read as user"),
         ([USER, ANSWER, USER], [USER, ANSWER, USER], "a last user message without an answer receives no loss"),
         ([USER, {**ANSWER, "name": "Bo"}], [USER, ANSWER], "field name of a message not used"),
         (

@@ -136,9 +136,9 @@ def test_missing_and_useless_paths(tmp_path: Path) -> None:
         len(Texts(str(tmp_path / "nowhere")))
     with pytest.raises(UserError, match=r"holds no test\.jsonl"):
         len(Texts(str(tmp_path)))
-    (tmp_path / "rows.csv").write_text("text\na\n")
+    (tmp_path / "rows.xlsx").write_text("text\na\n")
     with pytest.raises(UserError, match="is none of"):
-        len(Texts(str(tmp_path / "rows.csv")))
+        len(Texts(str(tmp_path / "rows.xlsx")))
     (tmp_path / "rows.jsonl").write_text("\n")
     with pytest.raises(UserError, match="holds no rows"):
         len(Texts(str(tmp_path / "rows.jsonl")))
@@ -196,6 +196,39 @@ def zstd(content: bytes) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
+PAIR = [{"text": "a"}, {"text": "b"}]
+CONVERSATION = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".json"])
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('{"text": "a"},\n{"text": "b"},\n', PAIR),
+        ('[{"text": "a"}, {"text": "b"},]', PAIR),
+        ('[\n{"text": "a"},\n{"text": "b"}\n]\n', PAIR),
+        ('[{"text": "a"}]\n[{"text": "b"}]', [PAIR[:1], PAIR[1:]]),
+        ('{"text":\n"a"\n}\n{"text":\n"b"\n}', PAIR),
+        (json.dumps(CONVERSATION), [CONVERSATION]),
+        (json.dumps([CONVERSATION] * 2, indent=1), [CONVERSATION] * 2),
+    ],
+)
+def test_json_is_read_however_it_is_broken_into_lines(
+    tmp_path: Path, kind: str, content: str, expected: list[Any]
+) -> None:
+    (tmp_path / f"rows{kind}").write_text(content)
+    assert list(read_rows(tmp_path / f"rows{kind}")) == expected  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_tables_are_read(tmp_path: Path, delimiter: str) -> None:
+    table = f'prompt{delimiter}answer\r\n"two\nlines"{delimiter}"a ""b"", c; d"\r\n'
+    (tmp_path / "rows.csv").write_text(table, newline="")
+    rows = read_rows(tmp_path / "rows.csv")
+    assert list(rows) == [{"prompt": "two\nlines", "answer": 'a "b", c; d'}]  # type: ignore[call-overload]
+    assert rows.location(0).endswith("rows.csv, row 0")
+
+
 @pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
 @pytest.mark.parametrize("kind", [".jsonl", ".ndjson", ".json"])
 def test_reads_lines_and_arrays_compressed_or_not(tmp_path: Path, kind: str, packing: str) -> None:
@@ -208,8 +241,15 @@ def test_a_json_file_may_hold_lines_or_one_row(tmp_path: Path) -> None:
     lines = "\n".join(map(json.dumps, ROWS))
     assert len(read_rows(packed(tmp_path / "lines.json", lines.encode()))) == len(ROWS)
     assert len(read_rows(packed(tmp_path / "one.json", b'{\n"text":\n"a"}'))) == 1
-    with pytest.raises(UserError, match="is not JSON"):
-        read_rows(packed(tmp_path / "broken.json", b'[{"text": "a"},'))
+    for content, problem in (
+        (b'[{"text": "a"},', "ends within its array, after value 1"),
+        (b'[{"text": "a"}, {"text": ]', "value 2 is not valid JSON"),
+        (b'[{"text": "\xe9"}]', "is not JSON .*save it in UTF-8"),
+    ):
+        with pytest.raises(UserError, match=rf"broken\.json.* {problem}"):
+            read_rows(packed(tmp_path / "broken.json", content))
+    with pytest.raises(UserError, match=r"quotes\.csv, line 2: unexpected end of data"):
+        read_rows(packed(tmp_path / "quotes.csv", b'text\n"open'))
     rows = read_rows(packed(tmp_path / "array.json", b'[{"text": "a"}, 3]'))
     assert rows.location(1).endswith("array.json, element 1")
 

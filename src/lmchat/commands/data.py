@@ -70,7 +70,7 @@ def import_(
 ) -> None:
     r"""Make shards from the text files under a folder.
 
-    Reads .txt .md .rst .html .htm .jsonl .ndjson .json .csv .tsv .warc files and .xml exports of MediaWiki, also
+    Reads .txt .md .rst .tex .html .jsonl .ndjson .json .csv .tsv .warc files and .xml exports of MediaWiki, also
     compressed (.gz .zst .bz2 .xz), and .parquet. Encodings are detected, and reported if not UTF-8. Documents are
     shuffled and exact duplicates dropped. Files and folders that begin with a dot are left out; links are followed.
 

@@ -31,7 +31,7 @@ from lmchat.records import (
 )
 from lmchat.types import UserError
 
-PLAIN_SUFFIXES = (".txt", ".md", ".rst")
+PLAIN_SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst", ".adoc", ".org", ".tex", ".log")
 SUFFIXES = (
     *PLAIN_SUFFIXES, *HTML_SUFFIXES, *JSON_LINES_SUFFIXES, *JSON_SUFFIXES, *TABLE_SUFFIXES, *WARC_SUFFIXES,
     *WIKI_SUFFIXES,

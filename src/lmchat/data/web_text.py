@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 from lmchat.data.encodings import SAMPLE_BYTES, browser_encoding, detect_encoding
 from lmchat.types import UserError
 
-HTML_SUFFIXES = (".html", ".htm")
+HTML_SUFFIXES = (".html", ".htm", ".xhtml")
 WARC_SUFFIXES = (".warc",)
 
 _HIDDEN = ("script", "style", "noscript", "template", "head", "svg", "iframe")

@@ -167,6 +167,7 @@ class _Builder:
             raise MalformedRow(f"{what} must be an object with role and content, not {message!r:.100}")
         message = {name: value for name, value in message.items() if value is not None}
         given = message.get("role", message.get("from"))
+        given = given.strip() if isinstance(given, str) else given
         role = _ROLES.get(str(given).lower())
         if role is None:
             raise MalformedRow(f"{what} has unknown role {given!r}: use user, assistant, system or tool")
@@ -185,6 +186,9 @@ class _Builder:
         self._after_tool = role in ("tool", "call")
 
     def _add_system(self, text: str) -> None:
+        if not text:
+            self.notes.add("an empty system message left out")
+            return
         if self.turns:
             self.notes.add("a system message in the middle joined to the next user message")
         self._system.append(text)

@@ -61,8 +61,7 @@ class JSONLConversations(RowTask):
         """Name the file.
 
         Args:
-            path: a file of JSON lines, a JSON array or parquet (.jsonl, .ndjson, .json, each also .gz or .zst, or
-                .parquet), or a folder of such files.
+            path: a file of `lmchat.tasks.row_files.SUFFIXES`, or a folder of such files.
             shuffle_seed: seed of the order; null keeps the order of the file.
             skip_malformed: leave out malformed records with a warning, instead of raising an error.
             format: format of the records; null detects it by their fields.

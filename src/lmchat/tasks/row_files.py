@@ -1,8 +1,9 @@
-"""Reads rows of JSON lines, JSON arrays and parquet, compressed or not, from a file or a folder."""
+"""Reads rows of JSON lines, JSON arrays, CSV and parquet, compressed or not, from a file or a folder."""
 
 from __future__ import annotations
 
 import bisect
+import io
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -11,14 +12,23 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lmchat.paths import expand_user
-from lmchat.records import COMPRESSION_SUFFIXES, JSON_LINES_SUFFIXES, JSON_SUFFIXES, kind_of, open_text
+from lmchat.records import (
+    COMPRESSION_SUFFIXES,
+    JSON_LINES_SUFFIXES,
+    JSON_SUFFIXES,
+    TABLE_SUFFIXES,
+    json_values,
+    kind_of,
+    open_text,
+    table_rows,
+)
 from lmchat.types import UserError
 
-TABLE_SUFFIX = ".parquet"
-SUFFIXES = (*JSON_LINES_SUFFIXES, *JSON_SUFFIXES, TABLE_SUFFIX)
-"""Supported kinds of files; JSON may be compressed (`COMPRESSION_SUFFIXES`)."""
+PARQUET_SUFFIX = ".parquet"
+SUFFIXES = (*JSON_LINES_SUFFIXES, *JSON_SUFFIXES, *TABLE_SUFFIXES, PARQUET_SUFFIX)
+"""Supported kinds of files; all but parquet may be compressed (`COMPRESSION_SUFFIXES`)."""
 
-_KINDS = f"{', '.join(SUFFIXES)} (JSON also with {', '.join(COMPRESSION_SUFFIXES)})"
+_KINDS = f"{', '.join(SUFFIXES)} (all but parquet also with {', '.join(COMPRESSION_SUFFIXES)})"
 
 
 class MalformedRow(ValueError):
@@ -41,8 +51,9 @@ class Rows(Protocol):
         """File and line (or row) for error messages."""
 
 
-class JSONRows:
-    """The non-blank lines of a JSON lines file, which are parsed on access, or the elements of a JSON array."""
+class TextRows:
+    """The non-blank lines of a JSON lines file, which are parsed on access, the values of another JSON file, or the
+    rows of a CSV file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -54,28 +65,40 @@ class JSONRows:
         self.notes = [] if encoding == "utf-8" else [f"{path} is {encoding.upper()}"]
         self.unit = "line"
         self.rows: list[tuple[int, Any]] = list(_lines(content))
-        if kind_of(path)[0] in JSON_SUFFIXES:
-            self._read_whole(content)
+        kind = kind_of(path)[0]
+        if kind in TABLE_SUFFIXES:
+            self.unit = "row"
+            self.rows = list(enumerate(table_rows(io.BytesIO(content), str(path), None, len(content))))
+        elif self.rows and not self._is_by_line(kind):
+            self._read_values(content, kind)
 
-    def _read_whole(self, content: bytes) -> None:
-        """Parses a .json file: an array of rows, one row, or JSON lines."""
+    def _is_by_line(self, kind: str) -> bool:
+        first = self.rows[0][1]
+        is_one_row = kind in JSON_LINES_SUFFIXES and not first.startswith(b"[")
+        return _is_json(first) and (len(self.rows) > 1 or is_one_row)
+
+    def _read_values(self, content: bytes, kind: str) -> None:
+        """Parses an array of rows, one row, or several. Where that fails, lines are left as they are."""
         try:
-            document = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            if len(self.rows) < 2 or not all(line.strip().startswith(b"{") for _, line in self.rows):
-                raise UserError(
-                    f"{self.path} is not JSON ({error}); correct it, or convert it to JSON lines"
-                ) from error
-            return
-        self.unit = "element"
-        self.rows = list(enumerate(document if isinstance(document, list) else [document]))
+            values = list(json_values(io.BytesIO(content), str(self.path), len(content)))
+        except (UserError, UnicodeDecodeError) as error:
+            are_objects = len(self.rows) > 1 and all(row.startswith(b"{") for _, row in self.rows)
+            if are_objects or kind in JSON_LINES_SUFFIXES:
+                return
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{self.path} is not JSON ({error}); save it in UTF-8") from error
+        values = [values] if _are_messages(values) else values
+        if kind in JSON_SUFFIXES or len(values) != len(self.rows):
+            self.unit = "element"
+            self.rows = list(enumerate(values))
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Any:
         row = self.rows[index][1]
-        if self.unit == "element":
+        if self.unit != "line":
             return row
         try:
             return json.loads(row)
@@ -87,7 +110,21 @@ class JSONRows:
 
 
 def _lines(content: bytes) -> Iterator[tuple[int, bytes]]:
-    return ((number, line) for number, line in enumerate(content.split(b"\n"), 1) if line.strip())
+    stripped = (line.strip().rstrip(b",") for line in content.split(b"\n"))
+    return ((number, line) for number, line in enumerate(stripped, 1) if line)
+
+
+def _is_json(content: Any) -> bool:
+    try:
+        json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _are_messages(values: list[Any]) -> bool:
+    """Whether the values are the messages of one conversation."""
+    return bool(values) and all(isinstance(value, dict) and value.keys() & {"role", "from"} for value in values)
 
 
 class TableRows:
@@ -178,7 +215,7 @@ def _files_below(folder: Path) -> Iterator[Path]:
 
 def _has_rows(file: Path) -> bool:
     kind, compression = kind_of(file)
-    return kind in SUFFIXES and not (kind == TABLE_SUFFIX and compression)
+    return kind in SUFFIXES and not (kind == PARQUET_SUFFIX and compression)
 
 
 def _matches(file: Path, split: str | None) -> bool:
@@ -191,8 +228,8 @@ def _matches(file: Path, split: str | None) -> bool:
 def _read_file(path: Path) -> Rows:
     if not _has_rows(path):
         raise UserError(f"{path} is none of {_KINDS}; convert it to JSON lines")
-    if kind_of(path)[0] != TABLE_SUFFIX:
-        return JSONRows(path)
+    if kind_of(path)[0] != PARQUET_SUFFIX:
+        return TextRows(path)
     import pyarrow.parquet as parquet
 
     try:
