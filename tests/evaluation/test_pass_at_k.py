@@ -51,7 +51,7 @@ class Letters(Task):
         return 0.0
 
 
-def evaluator_after(task: Letters, batch_size: int) -> PassAtKEvaluator:
+def evaluator_after(task: Letters, batch_size: int, ranks: int = 1) -> PassAtKEvaluator:
     tokenizer = Tokenizer({bytes([byte]): byte for byte in range(256)})
 
     def generate(prompts: list[list[int]], sampling: SamplingParams) -> Any:
@@ -61,9 +61,14 @@ def evaluator_after(task: Letters, batch_size: int) -> PassAtKEvaluator:
     engine, net = SimpleNamespace(generate=generate), SimpleNamespace(device=torch.device("cpu"))
     policy: Any = SimpleNamespace(tokenizer=tokenizer, engine=engine, net=net)
     evaluator = PassAtKEvaluator(task, SamplingParams(num_samples=NUM_SAMPLES), batch_size)
-    for batch in evaluator.batches(0, 1):
-        evaluator.update(policy, batch)
+    for rank in range(ranks):
+        for batch in evaluator.batches(rank, ranks):
+            evaluator.update(policy, batch)
     return evaluator
+
+
+def test_a_rank_without_questions_counts_nothing() -> None:
+    assert evaluator_after(Letters([NUM_SAMPLES, 0]), batch_size=1, ranks=3).compute()["pass@1"] == 0.5
 
 
 def test_questions_have_equal_weight_and_means_intervals() -> None:

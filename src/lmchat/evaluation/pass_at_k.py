@@ -65,6 +65,7 @@ class PassAtKEvaluator(Evaluator):
                 sum(self.grader.evaluate(conversation, policy.tokenizer.decode(sample.content)) for sample in group)
                 for conversation, group in zip(batch, samples, strict=True)
             ],
+            dtype=torch.int64,  # a rank may have no questions
             device=policy.net.device,
         )
         self._questions.to(policy.net.device).update(torch.bincount(correct, minlength=self.sampling.num_samples + 1))
