@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import re
+from inspect import cleandoc
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmchat.demo.prose import dedent_docstring, paragraphs
+from lmchat.demo.prose import paragraphs
 
 
 def prose(text: str) -> list[str]:
@@ -39,7 +40,7 @@ def test_only_sentences_of_a_numpy_docstring_are_kept() -> None:
 
     .. [1] A. Author, "The sets that we have to know about", 1999.
     """
-    assert prose(dedent_docstring(docstring)) == [
+    assert prose(cleandoc(docstring)) == [
         "Return the values of an array that are not in another one.",
         "The values to choose from, in any order and of any shape.",
         "If True, both arrays are assumed to be free of duplicates, which is faster.",
@@ -57,7 +58,7 @@ def test_a_google_docstring_gives_one_line_per_argument() -> None:
         Returns:
             The open file, which the caller has to close.
         """
-    assert prose(dedent_docstring(docstring)) == [
+    assert prose(cleandoc(docstring)) == [
         "Opens a file that was written by this class.",
         "Where the file is to be found, which may be on another machine.",
         "How the file is to be opened.",
@@ -100,7 +101,7 @@ def test_text_that_is_not_prose_is_left_out(text: str) -> None:
 
 @given(st.text(alphabet=st.sampled_from("aZ the of. :`*_>()[]\n\t-=#0|'\"\\"), max_size=300))
 def test_any_text_gives_clean_lines(text: str) -> None:
-    for line in paragraphs(dedent_docstring(text)):
+    for line in paragraphs(cleandoc(text)):
         assert line.isascii() and "\n" not in line and line == line.strip()
         assert re.search(r"[.!?][\"')]?$", line)
         assert not re.search(r"[{}\[\]`<>|]", line)

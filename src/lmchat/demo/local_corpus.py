@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from importlib import metadata
+from inspect import cleandoc
 from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,7 +26,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from lmchat.data.parquet_text import TEXT_COLUMN
-from lmchat.demo.prose import dedent_docstring, paragraphs
+from lmchat.demo.prose import paragraphs
 from lmchat.files import new_folder
 from lmchat.progress import ProgressBar
 from lmchat.types import UserError
@@ -192,7 +193,7 @@ def _read(path: Path) -> list[str]:
 
         return list(chain.from_iterable(paragraphs(topics[name]) for name in sorted(topics)))
     docstrings = (match[2] for match in _TRIPLE_QUOTED.finditer(text))
-    return list(chain.from_iterable(paragraphs(dedent_docstring(docstring)) for docstring in docstrings))
+    return list(chain.from_iterable(paragraphs(cleandoc(docstring)) for docstring in docstrings))
 
 
 def _without_repetition(found: Iterable[str], seen: set[bytes]) -> Iterator[str]:

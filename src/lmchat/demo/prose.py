@@ -72,13 +72,6 @@ def paragraphs(text: str) -> Iterator[str]:
             yield paragraph
 
 
-def dedent_docstring(text: str) -> str:
-    """Removes the indentation of all lines but the first, which has none."""
-    lines = text.expandtabs().split("\n")
-    margin = min((_indent(line) for line in lines[1:] if line.strip()), default=0)
-    return "\n".join([lines[0].lstrip(), *(line[margin:] for line in lines[1:])])
-
-
 def _indent(line: str) -> int:
     return len(line) - len(line.lstrip(" "))
 

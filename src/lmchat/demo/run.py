@@ -52,10 +52,6 @@ class Demo:
         return self.output / "tokenizer"
 
     @property
-    def vocab_size(self) -> int:
-        return VOCAB_SIZE
-
-    @property
     def words(self) -> Path:
         return self.output / "words.txt"
 
@@ -74,7 +70,7 @@ class Demo:
         """Settings that the results depend on; only runs with an equal recipe are resumed."""
         return {
             "text": str(self.text.resolve()) if self.text else "this machine's documentation",
-            "vocab_size": str(self.vocab_size),
+            "vocab_size": str(VOCAB_SIZE),
             **{f"config of {name}": hashlib.sha256(self.config(name).read_bytes()).hexdigest()[:16] for name in STAGES},
         }
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
-from lmchat.demo.run import Demo, Metrics
+from lmchat.demo.run import VOCAB_SIZE, Demo, Metrics
 
 VALIDATION_SHARE = 0.05
 FEW_FILES = 20
@@ -91,12 +91,12 @@ def train_tokenizer(run: Demo) -> Metrics:
     from lmchat.data.tokenizer_text import train_tokenizer as train
     from lmchat.tokenizer.bpe import TooFewMerges
 
-    vocab_size = run.vocab_size
+    vocab_size = VOCAB_SIZE
     try:
         trained = train(run.data_dir, run.tokenizer_dir, vocab_size=vocab_size)
     except TooFewMerges as error:
         vocab_size = error.possible_vocab_size
-        print(f"this text is too small for {run.vocab_size:,} entries; the tokenizer gets {vocab_size:,}")
+        print(f"this text is too small for {VOCAB_SIZE:,} entries; the tokenizer gets {vocab_size:,}")
         trained = train(run.data_dir, run.tokenizer_dir, vocab_size=vocab_size)
     print(trained)
     return {"vocab_size": vocab_size}

@@ -89,7 +89,8 @@ class _Draft:
             link = self.rng.choice(LINKS)
             if subject and subject == self.subject:
                 link, sentence = self.rng.choice(CONJUNCTIONS), sentence.removeprefix("{who} ")
-            self.story[-1] = self.story[-1].removesuffix(".") + link + self.text(_lower(sentence), **numbers)
+            continued = self.text(sentence[0].lower() + sentence[1:], **numbers)
+            self.story[-1] = self.story[-1].removesuffix(".") + link + continued
         else:
             if subject and self._draw_pronoun():
                 sentence = PRONOUNS[subject] + sentence.removeprefix("{who}")
@@ -269,10 +270,6 @@ class Arithmetic(NumericAnswerTask):
         if not choices[step.op]:
             raise _Impossible
         return choices[step.op]
-
-
-def _lower(sentence: str) -> str:
-    return sentence[0].lower() + sentence[1:]
 
 
 def _check_range(name: str, limits: tuple[int, int], min: int, max: int) -> None:
