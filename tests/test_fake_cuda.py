@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,9 @@ from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT
 from lmchat.optim.muon_adamw import MuonAdamW
 from lmchat.optim.param_groups import build_param_groups
-from lmchat.rl.shared_prompt import SharedPrompt
+from lmchat.stages.base import StageModule
+from lmchat.stages.rl import GRPOModule
+from lmchat.stages.sft import SFTModule
 
 CONFIG = GPTConfig(sequence_len=64, vocab_size=300, n_layer=4, n_head=4, n_kv_head=2, n_embd=64)
 
@@ -101,11 +104,35 @@ def test_a_training_step_does_not_wait_for_the_device(fused: bool, monkeypatch: 
         assert waits.count == 0
 
 
+def padded_batch() -> dict[str, Any]:
+    ids = torch.zeros(2, 64, dtype=torch.int64, device="cuda")
+    return {"inputs": ids, "targets": ids, "loss_tokens": 100}
+
+
+def samples_behind_a_prompt() -> dict[str, Any]:
+    ids = torch.zeros(1, 40, dtype=torch.int64, device="cuda")
+    numbers = torch.ones(1, 40, device="cuda")
+    prompt = {"prompt_tokens": 10, "sample_tokens": [12, 3, 15], "group_tokens": 30, "loss_tokens": 60}
+    return {"inputs": ids, "targets": ids, "advantages": numbers, "logprobs": numbers, **prompt}
+
+
+@pytest.mark.parametrize(("stage", "make_batch", "options"), [
+    (SFTModule, padded_batch, {}),
+    (GRPOModule, samples_behind_a_prompt, {"normalization": "step"}),
+    (GRPOModule, samples_behind_a_prompt, {"normalization": "group"}),
+])  # fmt: skip
 @torch.no_grad()
-def test_samples_behind_a_shared_prompt_do_not_wait_for_the_device() -> None:
+def test_the_losses_of_chat_stages_do_not_wait_for_the_device(
+    stage: type[StageModule], make_batch: Any, options: dict[str, str]
+) -> None:
+    module = stage(**options)
+    trainer = SimpleNamespace(accumulate_grad_batches=2, world_size=1)
+    module.trainer = trainer
     with fake_cuda() as waits:
-        net = network()
+        module.net = network()
         waits.count = 0
-        ids = torch.zeros(1, 40, dtype=torch.int64, device="cuda")
-        assert net.hidden(ids, SharedPrompt(10, [12, 3, 15], ids.device)).shape == (1, 40, 64)
+        for _ in range(2):
+            loss = module.training_step(make_batch(), 0)
+        assert loss.is_cuda and module.pop_step_loss().is_cuda
+        assert all(metric.is_cuda for metric in module.pop_step_metrics().values())
         assert waits.count == 0
