@@ -13,6 +13,7 @@ import torch
 from lmchat.__main__ import main
 from lmchat.callbacks.fp8 import FP8
 from lmchat.checkpoint.load import find_checkpoint, load_model_state, load_rank_state
+from lmchat.demo.tasks import Arithmetic
 from lmchat.model import fp8
 from lmchat.types import UserError
 from tiny_fit import same
@@ -32,6 +33,24 @@ samples: {max_new_tokens: 2, prompts: [The]}
 scaling_laws: {lr_scale: 0.3}
 monitor: {every_n_steps: 1}
 checkpoint: {every_n_steps: 2}
+fp8: {enabled: true, emulate: true}
+"""
+
+RL = """
+trainer: {accelerator: cpu, devices: 1, max_steps: 1}
+model:
+  class_path: GRPOModule
+  init_args: {compute_dtype: fp32}
+data:
+  class_path: RolloutDataModule
+  init_args:
+    train: [{task: {class_path: lmchat.demo.tasks.Arithmetic, init_args: {split: train, size: 2}}}]
+    eval_task: {class_path: lmchat.demo.tasks.Arithmetic, init_args: {split: test, size: 1}}
+    questions_per_step: 2
+    num_samples: 3
+    eval_num_samples: 1
+    max_new_tokens: 5
+samples: {max_new_tokens: 0}
 fp8: {enabled: true, emulate: true}
 """
 
@@ -91,6 +110,18 @@ def test_resuming_is_exact_and_a_checkpoint_does_not_depend_on_fp8(base: Path) -
     fit(base, "fp32", "--ckpt_path", start, "--fp8.enabled", "false")
     middle = str(base / "base_checkpoints" / "fp32" / "meta_000004.json")
     fit(base, "back", "--ckpt_path", middle, "--trainer.max_steps", "5")
+
+
+def test_reinforcement_learning_trains_in_fp8_and_samples_without(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any number of tokens in a micro-batch, a prompt with its samples."""
+    long_rows = ["--model.sequence_len", "256", "--model.global_batch_tokens", "1024", "--data.eval_tokens", "1024"]
+    fit(base, "tiny", *long_rows, "--trainer.max_steps", "1", "--fp8.enabled", "false")
+    monkeypatch.setattr(Arithmetic, "reward", lambda task, conversation, completion: float(len(completion)))
+    products = Products(monkeypatch)
+    config = base / "rl.yaml"
+    config.write_text(RL)
+    assert main(["fit", "--config", str(config), "--ckpt_path", str(base / "base_checkpoints" / "tiny")]) == 0
+    assert products.count == 2 * 12, "questions × layers: neither samples nor evaluations have any"
 
 
 @pytest.mark.slow
