@@ -5,21 +5,28 @@ from __future__ import annotations
 import json
 import random
 import re
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from byte_tokenizer import ByteTokenizer
 from lmchat.commands.data import check
-from lmchat.data.evaluation_overlap import EvaluationOverlap, evaluation_files
-from lmchat.data.health import check_text
+from lmchat.data.evaluation_overlap import EvaluationOverlap, evaluation_files, strings_of
+from lmchat.data.health import check_mixtures, check_shards
+from lmchat.data.mixture import Mixture, MixturePart
 from lmchat.data.near_duplicates import NearDuplicates
 from lmchat.data.packing import BestFitPacker
 from lmchat.data.tokenize import prepare_token_shards
 from lmchat.data.word_grams import word_hashes
+from lmchat.tasks import JSONLConversations
+from lmchat.tokenizer.bpe import Tokenizer
+from lmchat.tokenizer.render import render_conversation
 from lmchat.types import UserError
 
 WriteShards = Callable[..., Path]
@@ -60,7 +67,7 @@ def test_duplicates_equal_brute_force_over_all_pairs(write_shards: WriteShards) 
         else:
             first[text] = number
             expected["near_duplicates"][shard] += any(value >= 0.8 for value in similarities)
-    health = check_text(write_shards(texts[:45], texts[45:]), progress=False)
+    health = check_shards(write_shards(texts[:45], texts[45:]), progress=False)
     for name, counts in expected.items():
         assert [getattr(shard, name) for shard in health.shards] == counts
         assert getattr(health.total, name) == sum(counts)
@@ -111,13 +118,41 @@ def test_overlap_equals_sets_of_tuples(tmp_path: Path) -> None:
         assert report["checked"] == sum(map(bool, grams[part])) and report["overlapping"] == sum(found[part])
 
 
+def test_a_zip_file_is_compared_like_its_folder(tmp_path: Path) -> None:
+    text = " ".join(_text(random.Random(2), 40))
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text(json.dumps({"question": text}))
+    pq.write_table(pa.table({"question": [text, "short"]}), folder / "b.parquet")
+    (folder / "notes.txt").write_text(text)
+    with zipfile.ZipFile(tmp_path / "bundle.zip", "w") as archive:
+        for path in folder.iterdir():
+            archive.write(path, f"bundle/{path.name}")
+    reports = []
+    for source in (folder, tmp_path / "bundle.zip"):
+        overlap = EvaluationOverlap(evaluation_files(source), progress=False)
+        assert overlap.count([word_hashes(text)]) == [28]
+        reports.append([{**each, "file": Path(each["file"]).name} for each in overlap.report()])
+    assert reports[0] == reports[1] and len(reports[0]) == 2
+    (tmp_path / "bad.zip").write_text("no zip")
+    with pytest.raises(UserError, match=r"cannot read the evaluation set .*bad\.zip"):
+        evaluation_files(tmp_path / "bad.zip")
+
+
+def test_strings_are_found_at_any_depth_in_order() -> None:
+    value: object = ["a", {"name": "b", "n": 1, "c": None}, [["c"], "d"]]
+    for _ in range(50_000):
+        value = [value, "e"]
+    assert "".join(strings_of(value)) == "abcd" + 50_000 * "e"
+
+
 def test_cropped_and_split_tokens_equal_one_epoch_of_packing(write_shards: WriteShards) -> None:
     rng = random.Random(5)
     texts = ["a" * int(rng.lognormvariate(3, 1)) + "b" for _ in range(3000)]
     folder = write_shards(texts[:2000], texts[2000:2900], texts[2900:])
-    assert check_text(folder, progress=False).tokens == []
+    assert check_shards(folder, progress=False).tokens == []
     prepare_token_shards(folder, ByteTokenizer(), num_threads=1, progress=False)
-    (report,) = check_text(folder, sequence_len=63, progress=False).tokens
+    (report,) = check_shards(folder, sequence_len=63, progress=False).tokens
     lengths = [len(text) + 1 for text in texts]  # with BOS
     assert [shard["tokens"] for shard in report["shards"]] == [
         sum(lengths[part]) for part in (slice(0, 2000), slice(2000, 2900), slice(2900, None))
@@ -135,6 +170,12 @@ def test_cropped_and_split_tokens_equal_one_epoch_of_packing(write_shards: Write
     tokens = sum(int(train[document]) for document, _ in placed)
     kept = sum(taken for _, taken in placed)
     assert report["packed"]["cropped"] == pytest.approx(1 - kept / tokens) and kept < tokens
+    assert report["packed"]["padded"] == report["packed"]["masked_rows"] == 0
+    for shard, part in zip(report["shards"], (range(2000), range(2000, 2900)), strict=False):
+        own = [(length, int(train[document])) for document, length in placed if document in part]
+        assert shard["cropped"] == pytest.approx(1 - sum(kept for kept, _ in own) / sum(length for _, length in own))
+        assert shard["padded"] == shard["masked_rows"] == 0
+    assert 0 < report["shards"][2]["cropped"] < 1  # validation, packed by itself
     packer = BestFitPacker(train, row_tokens=64, policy="split")
     pieces: list[list[int]] = []  # per placed document, tokens of each piece
     last = False
@@ -151,6 +192,39 @@ def test_cropped_and_split_tokens_equal_one_epoch_of_packing(write_shards: Write
     assert report["packed"]["split_documents"] == sum(len(each) > 1 for each in pieces) / len(pieces) > 0
     later = sum(sum(each[1:]) for each in pieces) / sum(map(sum, pieces))
     assert report["packed"]["split_tokens"] == pytest.approx(later, abs=0.01)
+
+
+def _chat(path: Path, *exchanges: tuple[str, str]) -> JSONLConversations:
+    roles = ("user", "assistant")
+    rows = [[{"role": r, "content": text} for r, text in zip(roles, each, strict=True)] for each in exchanges]
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    return JSONLConversations(str(path))
+
+
+def test_a_mixture_is_checked_task_by_task(tmp_path: Path) -> None:
+    rng = random.Random(8)
+    texts = [
+        (" ".join(_text(rng, rng.choice([2, 9, 30]))), " ".join(_text(rng, rng.choice([1, 20])))) for _ in range(40)
+    ]
+    first, second = _chat(tmp_path / "first.jsonl", *texts[:25]), _chat(tmp_path / "second.jsonl", *texts[25:])
+    held_out = _chat(tmp_path / "val.jsonl", texts[3], ("new", "answer"))
+    tokenizer = Tokenizer({bytes([byte]): byte for byte in range(256)})
+    mixture = Mixture([MixturePart(first, 2), MixturePart(second)])
+    health = check_mixtures({"train": mixture, "val": Mixture([MixturePart(held_out)])}, tokenizer, sequence_len=80)
+    assert [(shard.documents, shard.exact_duplicates) for shard in health.shards] == [(25, 0), (15, 0), (2, 1)]
+    assert health.shards[2].shard == f"val: {held_out.name}"
+    assert sum(shard.characters for shard in health.shards[:2]) == sum(len(q) + len(a) + 2 for q, a in texts)
+    train, val = health.tokens
+    lengths = [[len(render_conversation(tokenizer, each, None)[0]) for each in task] for task in (first, second)]
+    for part, own in zip(train["shards"], ([*lengths[0], *lengths[0]], lengths[1]), strict=True):
+        assert part["documents"] == len(own) and part["tokens"] == sum(own)
+        assert part["longer_than_a_row"] == sum(length > 80 for length in own)
+        assert part["cropped"] == pytest.approx(sum(max(0, length - 80) for length in own) / sum(own))
+    kept = [min(80, length) for length in [*lengths[0], *lengths[0], *lengths[1]]]
+    packed = train["packed"]
+    assert packed["padded"] == pytest.approx(1 - sum(kept) / (81 * packed["rows"]))
+    assert 0 < packed["masked_rows"] < packed["rows"] and 0 < packed["cropped"] < 1
+    assert val["packed"]["masked_rows"] == 0
 
 
 def test_the_command_writes_tables_and_json(
@@ -172,6 +246,18 @@ def test_the_command_writes_tables_and_json(
     ]
     assert [each["row"] for each in report["longest"]] == [1, 0, 1, 2, 0]
     assert Counter(each["characters"] for each in report["longest"])[5] == 3
+
+
+def test_the_command_checks_conversations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _chat(tmp_path / "chat.jsonl", ("question", "answer"), ("x" * 60, "no"))
+    Tokenizer({bytes([byte]): byte for byte in range(256)}).save(tmp_path / "tokenizer")
+    options = {"mixture": tmp_path / "chat.jsonl", "tokenizer": tmp_path / "tokenizer", "sequence_len": 40}
+    check(**options, output=tmp_path / "report.json")  # type: ignore[arg-type]
+    assert "masked" in capsys.readouterr().out
+    (tokens,) = json.loads((tmp_path / "report.json").read_text())["tokens"]
+    assert tokens["packed"]["masked_rows"] == 1 and tokens["packed"]["rows"] == 2
+    with pytest.raises(UserError, match="give one of them"):
+        check(**options, data_dir=tmp_path)  # type: ignore[arg-type]
 
 
 def test_unreadable_files_are_named(write_shards: WriteShards, tmp_path: Path) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from lmchat.paths import tokenizer_dir
 from lmchat.types import UserError
+
+if TYPE_CHECKING:
+    from lmchat.data.mixture import Mixture
 
 
 def show(
@@ -44,23 +47,23 @@ def show(
     check_count("", 1, max_tokens=max_tokens, limit=limit)
     check_count("", 0, start=start, rows=rows)
     encoder = Tokenizer.load(tokenizer or tokenizer_dir())
-    mixture = _mixture(source, overlay or [], split)
+    mixture = mixtures(source, overlay or [], split)[split]
     show_conversations(mixture, encoder, max_tokens=max_tokens, start=start, rows=rows, only=only, limit=limit)
 
 
-def _mixture(source: Path, overlay: list[Path], split: str) -> Any:
-    """The `Mixture` of a config, or the conversations of a file in order."""
+def mixtures(source: Path, overlay: list[Path], split: str = "train") -> dict[str, Mixture]:
+    """The mixtures of a config by split, among them ``split``, or the conversations of a file, in order."""
     from lmchat.data.mixture import Mixture, MixturePart
     from lmchat.tasks import JSONLConversations
 
     if source.suffix in (".yaml", ".yml"):
-        return _mixture_of_configs([source, *overlay], split)
+        return _mixtures_of_configs([source, *overlay], split)
     if overlay:
         raise UserError(f"--overlay {overlay[0]} goes over a config, and {source} is none; leave it out")
-    return Mixture([MixturePart(JSONLConversations(str(source)))], shuffle_seed=None)
+    return {split: Mixture([MixturePart(JSONLConversations(str(source)))], shuffle_seed=None)}
 
 
-def _mixture_of_configs(configs: list[Path], split: str) -> Any:
+def _mixtures_of_configs(configs: list[Path], split: str) -> dict[str, Mixture]:
     from lmchat.cli.lean_imports import lean_imports
 
     with lean_imports():
@@ -73,4 +76,4 @@ def _mixture_of_configs(configs: list[Path], split: str) -> Any:
             f"{', '.join(map(str, configs))}: {type(data).__name__} has no mixture data.init_args.{split}; give a "
             "config like configs/sft.yaml"
         )
-    return data.mixtures[split]
+    return data.mixtures

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from lmchat.commands.conversations import show
+from lmchat.commands.conversations import mixtures, show
 from lmchat.paths import base_data_dir, eval_bundle_dir, tokenizer_dir
 from lmchat.types import UserError
 
@@ -128,34 +129,47 @@ def tokenize(data_dir: Path | None = None, tokenizer: Path | None = None, num_th
 
 def check(
     data_dir: Path | None = None,
+    mixture: Path | None = None,
+    tokenizer: Path | None = None,
     evaluation: list[Path] | None = None,
     similarity: float = 0.8,
     sequence_len: int = 2048,
     output: Path | None = None,
 ) -> None:
-    """Report duplicates, overlap with evaluation sets, and lengths of the documents in shards.
+    """Report duplicates, overlap with evaluation sets, lengths, and cropped and padded tokens of shards or a mixture.
 
     Near duplicates are found by MinHash of word 5-grams, overlap by word 13-grams.
 
     Args:
         data_dir: folder of parquet shards; default is $LMCHAT_BASE_DIR/base_data.
-        evaluation: file or folder of evaluation sets (JSON lines, JSON or parquet); may be given several times.
-            Default is $LMCHAT_BASE_DIR/eval_bundle, if it exists.
+        mixture: check conversations in place of shards: those of a fine-tuning config, e.g. configs/sft.yaml, or of a
+            file or folder.
+        tokenizer: folder of the tokenizer for --mixture; default is $LMCHAT_BASE_DIR/tokenizer.
+        evaluation: file, folder or zip file of evaluation sets (JSON lines, JSON or parquet); may be given several
+            times. Default is $LMCHAT_BASE_DIR/eval_bundle, if it exists.
         similarity: Jaccard similarity from which on documents are near duplicates, between 0 and 1.
-        sequence_len: sequence length for the share of tokens that packing crops, if there are token files.
+        sequence_len: sequence length for the shares of tokens that packing crops and pads; of shards only if there are
+            token files.
         output: JSON file to write the report to, as well.
     """
     from lmchat.data.evaluation_overlap import evaluation_files
-    from lmchat.data.health import check_text
+    from lmchat.data.health import check_mixtures, check_shards
     from lmchat.data.health_tables import print_health, write_health
     from lmchat.option_checks import check_count
+    from lmchat.tokenizer.bpe import Tokenizer
 
     check_count("", 1, sequence_len=sequence_len)
     if not 0 <= similarity <= 1:
         raise UserError(f"--similarity is {similarity}; it must be a number from 0 to 1")
     folders = evaluation or [folder for folder in [eval_bundle_dir()] if folder.exists()]
     files = [file for folder in folders for file in evaluation_files(folder)]
-    health = check_text(data_dir or base_data_dir(), files, similarity=similarity, sequence_len=sequence_len)
+    options: Any = {"similarity": similarity, "sequence_len": sequence_len}
+    if mixture is None:
+        health = check_shards(data_dir or base_data_dir(), files, **options)
+    elif data_dir is None:
+        health = check_mixtures(mixtures(mixture, []), Tokenizer.load(tokenizer or tokenizer_dir()), files, **options)
+    else:
+        raise UserError(f"--data_dir {data_dir} and --mixture {mixture} are two things to check; give one of them")
     print_health(health)
     if output:
         write_health(health, output)

@@ -54,7 +54,7 @@ def show_conversations(
         plan = PaddedPlan(rendered, max_tokens, rows_per_step=1)
         for index in _matching(rendered, only, start)[:rows]:
             ids, mask = (array.tolist() for array in rendered[index])
-            cut = ", truncated" if rendered.truncated[index] else ""
+            cut = ", truncated" if rendered.cut_tokens[index] else ""
             name = mixture.locate(index)[0].name
             console.print(f"conversation {index}, {name}: {len(ids)} tokens, {sum(mask)} with loss{cut}", style="bold")
             console.print(marked_tokens(tokenizer, ids, mask))
@@ -73,7 +73,7 @@ def _matching(rendered: RenderedConversations, only: Filter | None, start: int) 
     """Indices of the conversations that match ``only``, from ``start`` on."""
     if only is None:
         return range(start, len(rendered))
-    wanted = rendered.truncated if only == "truncated" else rendered.loss_tokens == 0
+    wanted = rendered.cut_tokens > 0 if only == "truncated" else rendered.loss_tokens == 0
     return [index for index in wanted.nonzero()[0].tolist() if index >= start]
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -14,25 +15,39 @@ from lmchat.progress import ProgressBar
 from lmchat.records import DAMAGE, JSON_LINES_SUFFIXES, JSON_SUFFIXES, json_values, kind_of, open_text
 from lmchat.types import UserError
 
+EvaluationFile = Path | zipfile.Path
+
 GRAM_WORDS = 13
 _KINDS = (*JSON_LINES_SUFFIXES, *JSON_SUFFIXES, ".parquet")
 _MAX_CHARACTERS = 10_000_000
 _FILTER_BITS = 26
 
 
-def evaluation_files(path: Path) -> list[Path]:
-    """The evaluation sets in a folder and its subfolders, or ``path`` itself.
+def evaluation_files(path: Path) -> list[EvaluationFile]:
+    """The evaluation sets in a folder and its subfolders or in a zip file, or ``path`` itself.
 
     Raises:
         UserError: there are none.
     """
     if not path.exists():
         raise UserError(f"no evaluation set {path}; give files or folders of {' '.join(_KINDS)} with --evaluation")
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    found = [file for file in files if kind_of(file)[0] in _KINDS]
+    files: Sequence[EvaluationFile] = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+    elif path.suffix.lower() == ".zip":
+        try:
+            archive = zipfile.ZipFile(path)
+        except (OSError, zipfile.BadZipFile) as error:
+            raise UserError(f"cannot read the evaluation set {path} ({error}); restore it or leave it out") from error
+        files = [zipfile.Path(archive, name) for name in sorted(archive.namelist()) if not name.endswith("/")]
+    found = [file for file in files if _kind(file) in _KINDS]
     if not found:
         raise UserError(f"{path} has no evaluation set; the kinds are {' '.join(_KINDS)}, JSON also compressed")
     return found
+
+
+def _kind(file: EvaluationFile) -> str:
+    return kind_of(Path(file.name))[0]
 
 
 class EvaluationOverlap:
@@ -46,7 +61,7 @@ class EvaluationOverlap:
         UserError: a file cannot be read.
     """
 
-    def __init__(self, files: Sequence[Path], progress: bool = True) -> None:
+    def __init__(self, files: Sequence[EvaluationFile], progress: bool = True) -> None:
         self.files = list(files)
         self._examples = [0] * len(self.files)
         parts: list[Hashes] = [np.empty(0, np.uint64)]
@@ -105,30 +120,33 @@ class EvaluationOverlap:
         ]
 
 
-def read_records(path: Path) -> Iterator[Any]:
+def read_records(path: EvaluationFile) -> Iterator[Any]:
     """Yields the records of a JSON or parquet file. Raises `UserError` if it cannot be read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        if kind_of(path)[0] == ".parquet":
-            with pq.ParquetFile(path) as parquet:
-                for batch in parquet.iter_batches(batch_size=1024):
-                    yield from batch.to_pylist()
-            return
-        with path.open("rb") as raw, open_text(path, raw) as (file, _):
-            yield from json_values(file, str(path), _MAX_CHARACTERS)
+        with path.open("rb") as raw:
+            if _kind(path) == ".parquet":
+                with pq.ParquetFile(raw) as parquet:
+                    for batch in parquet.iter_batches(batch_size=1024):
+                        yield from batch.to_pylist()
+                return
+            with open_text(Path(str(path)), cast(BinaryIO, raw)) as (file, _):
+                yield from json_values(file, str(path), _MAX_CHARACTERS)
     except UserError:
         raise
-    except (OSError, ValueError, RecursionError, pa.ArrowException, *DAMAGE) as error:
+    except (OSError, ValueError, RecursionError, pa.ArrowException, zipfile.BadZipFile, *DAMAGE) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"cannot read the evaluation set {path} ({reason}); restore it or leave it out") from error
 
 
 def strings_of(value: Any) -> Iterator[str]:
     """The strings in a JSON value, in order, without the names of fields."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from strings_of(part)
+    pending = [value]  # no recursion: values may be deeply nested
+    while pending:
+        value = pending.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict | list):
+            pending += reversed(list(value.values()) if isinstance(value, dict) else value)

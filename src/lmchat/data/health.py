@@ -1,22 +1,26 @@
-"""Health of a data folder: duplicates, overlap with evaluation sets, and lengths, shard by shard and over all."""
+"""Health of data: duplicates, overlap with evaluation sets, and lengths, of each shard or task and over all."""
 
 from __future__ import annotations
 
 import hashlib
 import heapq
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lmchat.data.evaluation_overlap import EvaluationOverlap
+from lmchat.data.evaluation_overlap import EvaluationFile, EvaluationOverlap
+from lmchat.data.mixture import Mixture
 from lmchat.data.near_duplicates import NearDuplicates
 from lmchat.data.parquet_text import list_shards, open_parquet, read_documents
-from lmchat.data.token_health import check_tokens
+from lmchat.data.token_health import check_mixture, check_tokens
 from lmchat.data.word_grams import Hashes, word_hashes
 from lmchat.progress import ProgressBar
+from lmchat.tasks.base import Task, message_text
+from lmchat.tokenizer.bpe import Tokenizer
 
 LISTED = 10
 _BEGINNING = 80
@@ -26,10 +30,10 @@ _BATCH_CHARACTERS = 1 << 18
 
 @dataclass
 class ShardHealth:
-    """Numbers of a shard.
+    """Numbers of a shard, or of a task of a mixture.
 
     Attributes:
-        shard: file name.
+        shard: file name, or split and task.
         documents: rows, including empty ones.
         empty: rows that are null or blank.
         characters: total length.
@@ -55,14 +59,15 @@ class ShardHealth:
 
 @dataclass
 class DataHealth:
-    """Result of `check_text`.
+    """Result of `check_shards` and `check_mixtures`.
 
     Attributes:
         shards: numbers of each shard.
         evaluation: examples of each evaluation set, and how many of them were found.
         longest: the longest documents: shard, row, characters, beginning.
         most_frequent: the documents with the most copies: shard and row of the first, copies, beginning.
-        tokens: lengths and packing for each tokenizer with token files; see `check_tokens`.
+        tokens: lengths and packing for each tokenizer with token files, or each mixture; see
+            `lmchat.data.token_health`.
     """
 
     shards: list[ShardHealth]
@@ -79,9 +84,24 @@ class DataHealth:
         return {**asdict(self), "total": asdict(self.total)}
 
 
-def check_text(
+@dataclass(frozen=True)
+class TextSource:
+    """A shard, or a task of a mixture.
+
+    Attributes:
+        name: name in the report.
+        documents: number of documents.
+        read: yields them; None is an empty one.
+    """
+
+    name: str
+    documents: int
+    read: Callable[[], Iterator[str | None]]
+
+
+def check_shards(
     data_dir: Path,
-    evaluation: Sequence[Path] = (),
+    evaluation: Sequence[EvaluationFile] = (),
     *,
     similarity: float = 0.8,
     sequence_len: int = 2048,
@@ -99,16 +119,53 @@ def check_text(
     Raises:
         UserError: a shard, token file or evaluation set cannot be read.
     """
-    shards = list_shards(data_dir)
+    shards, sources = list_shards(data_dir), []
     tokens = check_tokens(data_dir, shards, sequence_len, progress=progress)
-    overlap = EvaluationOverlap(evaluation, progress)
-    checker = _Checker(shards, overlap, similarity)
-    total = 0
     for shard in shards:
         with open_parquet(shard) as parquet:
-            total += parquet.metadata.num_rows
+            sources.append(TextSource(shard.name, parquet.metadata.num_rows, partial(read_documents, shard)))
+    return _check(sources, evaluation, similarity, tokens, progress)
+
+
+def check_mixtures(
+    mixtures: Mapping[str, Mixture],
+    tokenizer: Tokenizer,
+    evaluation: Sequence[EvaluationFile] = (),
+    *,
+    similarity: float = 0.8,
+    sequence_len: int = 2048,
+    progress: bool = True,
+) -> DataHealth:
+    """Like `check_shards` for mixtures by split; a document is the text of a conversation, repetitions left out.
+
+    Raises:
+        UserError: a conversation is malformed, or an evaluation set cannot be read.
+    """
+    tokens = [check_mixture(split, mixture, tokenizer, sequence_len) for split, mixture in mixtures.items()]
+    sources = [
+        TextSource(f"{split}: {part.task.name}", len(part.task), partial(_texts, part.task))
+        for split, mixture in mixtures.items()
+        for part in mixture.parts
+    ]
+    return _check(sources, evaluation, similarity, tokens, progress)
+
+
+def _texts(task: Task) -> Iterator[str]:
+    return ("\n\n".join(map(message_text, conversation["messages"])) for conversation in task)
+
+
+def _check(
+    sources: Sequence[TextSource],
+    evaluation: Sequence[EvaluationFile],
+    similarity: float,
+    tokens: list[dict[str, Any]],
+    progress: bool,
+) -> DataHealth:
+    checker = _Checker(sources, EvaluationOverlap(evaluation, progress), similarity)
+    total = sum(source.documents for source in sources)
+    rows = ((number, *row) for number, source in enumerate(sources) for row in enumerate(source.read()))
     with ProgressBar("Checking documents", total, unit="documents", enabled=progress) as bar:
-        for number, row, text in bar.track(_rows(shards)):
+        for number, row, text in bar.track(rows):
             checker.add(number, row, text)
         bar.set(total, description="Comparing signatures")
         health = checker.finish()
@@ -116,18 +173,12 @@ def check_text(
     return health
 
 
-def _rows(shards: Sequence[Path]) -> Iterator[tuple[int, int, str | None]]:
-    for number, shard in enumerate(shards):
-        for row, text in enumerate(read_documents(shard)):
-            yield number, row, text
-
-
 class _Checker:
     """Takes documents one by one; hashes are compared in batches."""
 
-    def __init__(self, shards: Sequence[Path], overlap: EvaluationOverlap, similarity: float) -> None:
-        self._paths = shards
-        self._shards = [ShardHealth(shard.name) for shard in shards]
+    def __init__(self, sources: Sequence[TextSource], overlap: EvaluationOverlap, similarity: float) -> None:
+        self._sources = sources
+        self._shards = [ShardHealth(source.name) for source in sources]
         self._overlap = overlap
         self._near = NearDuplicates(similarity)
         self._places: dict[bytes, tuple[int, int]] = {}
@@ -186,12 +237,11 @@ class _Checker:
                     "shard": self._shards[shard].shard,
                     "row": row,
                     "copies": copies,
-                    "beginning": _beginning(self._paths[shard], row),
+                    "beginning": self._beginning(shard, row),
                 }
                 for shard, row, copies in frequent
             ],
         )
 
-
-def _beginning(shard: Path, row: int) -> str:
-    return (next(islice(read_documents(shard), row, None)) or "")[:_BEGINNING]
+    def _beginning(self, shard: int, row: int) -> str:
+        return (next(islice(self._sources[shard].read(), row, None)) or "")[:_BEGINNING]

@@ -30,11 +30,11 @@ def print_health(health: DataHealth) -> None:
 
 def shard_table(health: DataHealth) -> Table:
     """One line per shard, their sum, and the shares of all documents."""
-    duplicates = ("exact\nduplicates", "near\nduplicates")
+    duplicates = ("exact\ncopies", "near\ncopies")
     names = ("documents", "million\ncharacters", "empty", *duplicates, "evaluation\n13-grams")
-    table = _table("Documents", "shard", *names)
+    table = _table("Documents", "source", *names)
     for number, shard in enumerate(health.shards):
-        table.add_row(Path(shard.shard).stem, *_cells(shard), end_section=number == len(health.shards) - 1)
+        table.add_row(_name(shard.shard), *_cells(shard), end_section=number == len(health.shards) - 1)
     table.add_row("all", *_cells(health.total))
     return table
 
@@ -55,27 +55,32 @@ def evaluation_table(health: DataHealth) -> Table:
 
 
 def token_tables(health: DataHealth) -> list[Table]:
-    """For each tokenizer the lengths of documents and what packing does to them, and the histogram."""
+    """For each tokenizer or mixture the lengths of documents and what packing does to them, and the histogram."""
     tables = []
     for each in health.tokens:
-        name, row = Path(each["folder"]).name, each["sequence_len"]
-        table = _table(
-            f"Tokens (tokenizer {name})", "shard", "documents", "tokens", "longest", f"longer than\na row of {row:,}"
-        )
-        for part in [*each["shards"], {"shard": "all", **each["total"]}]:
-            counts = (f"{part[key]:,}" for key in ("documents", "tokens", "longest", "longer_than_a_row"))
-            table.add_row(Path(part["shard"]).stem, *counts)
-        if each["packed"]:
-            table.caption = (
-                f"packed in training: crop discards {each['packed']['cropped']:.2%} of the tokens; split cuts "
-                f"{each['packed']['split_documents']:.2%} of the documents"
-            )
-        lengths = _table(f"Documents by length (tokenizer {name})", "tokens", "documents", "share")
+        title = f"Tokens in rows of {each['sequence_len']:,} ({each['name']})"
+        packed = ("cropped", "padded", "masked\nrows")
+        table = _table(title, "source", "documents", "tokens", "longer than\na row", *packed)
+        for part in [*each["shards"], {"shard": "all", **each["total"]}, {"shard": "in training", **each["packed"]}]:
+            counts = [_cell(part, key, ",") for key in ("documents", "tokens", "longer_than_a_row")]
+            shares = [_cell(part, key, ".2%") for key in ("cropped", "padded")]
+            table.add_row(_name(part["shard"]), *counts, *shares, _cell(part, "masked_rows", ","))
+        if "split_documents" in each["packed"]:
+            table.caption = f"--data.long_documents split cuts {each['packed']['split_documents']:.2%} of the documents"
+        lengths = _table(f"Lengths ({each['name']})", "tokens", "documents", "share")
         for start, count in each["total"]["histogram"].items():
             share = count / each["total"]["documents"]
             lengths.add_row(f"{int(start):,} to {2 * int(start) - 1:,}", f"{count:,}", f"{share:.2%}")
         tables += [table, lengths]
     return tables
+
+
+def _name(shard: str) -> str:
+    return shard.removesuffix(".parquet")
+
+
+def _cell(numbers: dict[str, Any], key: str, form: str) -> str:
+    return format(numbers[key], form) if key in numbers else ""
 
 
 def document_tables(health: DataHealth) -> list[Table]:
@@ -85,20 +90,20 @@ def document_tables(health: DataHealth) -> list[Table]:
         ("Longest documents", "characters", health.longest),
         ("Most frequent documents", "copies", health.most_frequent),
     ):
-        table = _table(title, "shard", "row", unit)
+        table = _table(title, "source", "row", unit)
         table.add_column("beginning", no_wrap=True, overflow="ellipsis")
         for each in documents:
             # Control characters of the text must not reach the terminal.
             visible = "".join(character if character.isprintable() else " " for character in each["beginning"])
             beginning = " ".join(visible.split())[:_SHOWN_CHARACTERS]
-            table.add_row(Path(each["shard"]).stem, f"{each['row']:,}", f"{each[unit]:,}", Text(beginning))
+            table.add_row(_name(each["shard"]), f"{each['row']:,}", f"{each[unit]:,}", Text(beginning))
         tables.append(table)
     return tables
 
 
 def _table(title: str, name: str, *numbers: str) -> Table:
     table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column(name, no_wrap=True)
+    table.add_column(name, overflow="fold")
     for number in numbers:
         table.add_column(number, justify="right", no_wrap=True)
     return table

@@ -65,14 +65,14 @@ def render_all(
         UserError: a conversation is malformed (the message has its index), or there is none.
     """
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    tokens, masks, truncated, checksums = [], [], [], []
+    tokens, masks, cut_tokens, checksums = [], [], [], []
     with ProgressBar(title, len(conversations), unit="conversations") as bar:
         for index in bar.track(range(len(conversations))):
             try:
-                ids, mask = render_conversation(tokenizer, conversations[index], max_tokens + 1)
+                ids, mask = render_conversation(tokenizer, conversations[index], None)
             except UserError as error:
                 raise UserError(f"conversation {index}: {error}") from error
-            truncated.append(len(ids) > max_tokens)
+            cut_tokens.append(max(0, len(ids) - max_tokens))
             tokens.append(np.array(ids[:max_tokens], dtype=dtype))
             masks.append(np.array(mask[:max_tokens], dtype=bool))
             checksums.append(zlib.crc32(masks[-1].tobytes(), zlib.crc32(tokens[-1].tobytes())))
@@ -86,7 +86,7 @@ def render_all(
         "mask": np.concatenate(masks),
         "offsets": np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
         "supervised": loss_tokens,
-        "truncated": np.array(truncated),
+        "cut_tokens": np.array(cut_tokens, dtype=np.int64),
         "checksums": np.array(checksums, dtype=np.uint32),
     }
     for name, array in arrays.items():
@@ -97,7 +97,7 @@ def render_all(
         conversations=len(tokens),
         tokens=int(lengths.sum()),
         loss_tokens=int(loss_tokens.sum()),
-        truncated=sum(truncated),
+        truncated=sum(cut > 0 for cut in cut_tokens),
         no_loss_tokens=int((loss_tokens == 0).sum()),
     )
 
@@ -111,7 +111,7 @@ class RenderedConversations:
     Attributes:
         lengths: (conversations,) int64, number of tokens.
         loss_tokens: (conversations,) int64, number of tokens that receive loss.
-        truncated: (conversations,) bool, whether the conversation was cut off.
+        cut_tokens: (conversations,) int64, number of tokens that were cut off.
         checksums: (conversations,) uint32, CRC-32 of tokens and mask.
     """
 
@@ -120,7 +120,7 @@ class RenderedConversations:
         self._mask = np.load(folder / "mask.npy", mmap_mode="r")
         self._offsets = np.load(folder / "offsets.npy")
         self.loss_tokens: npt.NDArray[np.int64] = np.load(folder / "supervised.npy")
-        self.truncated: npt.NDArray[np.bool_] = np.load(folder / "truncated.npy")
+        self.cut_tokens: npt.NDArray[np.int64] = np.load(folder / "cut_tokens.npy")
         self.checksums: npt.NDArray[np.uint32] = np.load(folder / "checksums.npy")
         self.lengths: npt.NDArray[np.int64] = np.diff(self._offsets)
 

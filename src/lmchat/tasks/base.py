@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol, runtime_checkable
 
-from lmchat.types import Conversation, UserError
+from lmchat.types import Conversation, Message, UserError
 
 UNSEEN_WORDS_REWARD = 0.5
 """Reward of a correct answer with words in neither question nor reference."""
@@ -163,7 +163,12 @@ def _words(text: str) -> set[str]:
 
 def answer_text(conversation: Conversation) -> str:
     """Text of the reference answer, including tool calls and their results."""
-    content = conversation["messages"][-1]["content"]
+    return message_text(conversation["messages"][-1])
+
+
+def message_text(message: Message) -> str:
+    """Text of a message, including tool calls and their results."""
+    content = message["content"]
     return content if isinstance(content, str) else " ".join(part["text"] for part in content)
 
 

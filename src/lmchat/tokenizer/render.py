@@ -20,9 +20,9 @@ _MARKED_PARTS = {"python": ("python_start", "python_end", 1), "python_output": (
 
 
 def render_conversation(
-    tokenizer: Tokenizer, conversation: Conversation, max_tokens: int = 2048
+    tokenizer: Tokenizer, conversation: Conversation, max_tokens: int | None = 2048
 ) -> tuple[list[int], list[int]]:
-    """Token ids of a conversation and its loss mask (0 or 1 per id), both cut to ``max_tokens``.
+    """Token ids of a conversation and its loss mask (0 or 1 per id), both cut to ``max_tokens``, if it is given.
 
     Raises:
         UserError: the conversation violates `lmchat.messages.check_messages`.
