@@ -25,6 +25,7 @@ from lmchat.model.gpt import GPT
 from lmchat.report.charts import MAX_POINTS, line_chart, number, ticks
 from lmchat.report.page import html_page, markdown_page
 from lmchat.report.runs import AXES, Run, StageRun, read_run
+from lmchat.report.summary import final_metrics
 from lmchat.scaling import flops_per_token
 from tiny_fit import config_options
 
@@ -132,7 +133,7 @@ def test_the_command_writes_page_and_markdown(base: Path, tmp_path: Path, monkey
     assert not [tag for tag, _ in page.tags if tag in ("script", "link", "img", "iframe", "object", "base", "form")]
     references = [value for _, attrs in page.tags for name, value in attrs.items() if name in ("src", "href", "action")]
     assert not references and "url(" not in output.read_text() and "@import" not in output.read_text()
-    for text in ("0.500 (0.150 to 0.850)", "0.250 (0.125 to 0.375)", "acc 0.625", "failed", "2,048"):
+    for text in ("0.500 (0.150 to 0.850)", "0.250 (0.125 to 0.375)", "acc 0.625 (0.429 to 0.821)", "failed", "2,048"):
         assert text in page.texts and text in markdown
     assert "a < b" in page.texts
     assert any(text.endswith(" (1.125 to 9.875)") for text in page.texts)
@@ -235,3 +236,11 @@ def test_in_a_browser(browser: Any, base: Path, tmp_path: Path, width: int, sche
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert background == {"light": "rgb(255, 255, 255)", "dark": "rgb(13, 17, 23)"}[scheme]
     page.context.close()
+
+
+def test_a_task_of_core_is_shown_once() -> None:
+    records = {4: {"val/core": 0.2, "val/core/copa": 0.1, "val/core/piqa": 0.3}}
+    result = {"copa": {"accuracy": 0.55, "interval_95": [0.5, 0.6]}}
+    stage = StageRun("pretrain", records, results=result, intervals={4: {"val/core": [0.1, 0.3]}})
+    rows = dict(final_metrics([Run("a", {"pretrain": stage})]).rows)  # type: ignore[arg-type]
+    assert rows == {"CORE": "0.200 (0.100 to 0.300)", "core/piqa": "0.3", "copa, evaluated": "0.550 (0.500 to 0.600)"}

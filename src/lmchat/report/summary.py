@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lmchat.evaluation.intervals import Z_95
 from lmchat.evaluation.results import Result
 from lmchat.progress import clock_time
 from lmchat.report.charts import number
@@ -16,6 +18,7 @@ METRICS = {
     "val/bpb": "bits per byte, held out",
     "val/pass@1": "pass@1, held out",
     "val/core": "CORE",
+    "val/chat_core": "ChatCORE",
     "train/loss_ema": "training loss (moving average), nats",
     "train/reward": "mean reward",
     "train/pass@1": "share of full rewards, training",
@@ -63,9 +66,15 @@ def charted_metrics(stages: Sequence[StageRun]) -> list[str]:
 
 
 def final_metrics(runs: Sequence[Run]) -> Table:
-    """Last value of each evaluation metric, and results of evaluations with their 95 % intervals."""
+    """Last value of each evaluation metric, and results of evaluations, with their 95 % intervals."""
     shown = columns(runs)
-    logged = {metric for _, stage in shown for metric in stage.metrics if metric.startswith("val/")}
+    logged = {
+        metric
+        for _, stage in shown
+        for metric in stage.metrics
+        # A task of CORE and ChatCORE is shown once, as a result.
+        if metric.startswith("val/") and not (metric.count("/") == 2 and metric.rpartition("/")[2] in stage.results)
+    }
     ordered = [metric for metric in METRICS if metric in logged] + sorted(logged - METRICS.keys())
     rows = [[label(metric), *(_final(stage, metric) for _, stage in shown)] for metric in ordered]
     tasks = dict.fromkeys(task for _, stage in shown for task in stage.results)
@@ -124,7 +133,10 @@ def _data(data: object) -> str:
 
 def _final(stage: StageRun, metric: str) -> str:
     value = stage.final(metric)
-    return "" if value is None else f"{number(value)}{_interval(stage.final_interval(metric))}"
+    if value is None:
+        return ""
+    interval = stage.final_interval(metric)
+    return f"{value:.3f}{_interval(interval)}" if interval else number(value)
 
 
 def _interval(interval: Sequence[float] | None) -> str:
@@ -145,5 +157,11 @@ def _result(stage: StageRun, task: str) -> str:
 
 def _harness_result(result: Result) -> str:
     """The metrics of a task of lm-evaluation-harness, whose keys are ``METRIC,FILTER``."""
-    metrics = {key.partition(",")[0]: value for key, value in result.items() if "," in key and "_stderr" not in key}
-    return ", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if isinstance(value, float))
+    shown = []
+    for key, value in result.items():
+        name, comma, kind = key.partition(",")
+        if comma and not name.endswith("_stderr") and isinstance(value, float):
+            error = result.get(f"{name}_stderr,{kind}")
+            half = Z_95 * error if isinstance(error, float) else math.nan
+            shown.append(f"{name} {value:.3f}{'' if math.isnan(half) else _interval((value - half, value + half))}")
+    return ", ".join(shown)
