@@ -81,12 +81,13 @@ def evaluate(
             evaluations.run_harness(subject, harness.split(","), include_path, options)
             return
         if core:
-            chosen = evaluations.core_tasks(core, tasks)
-            limits = {"max_per_task": limit, "max_tokens": max_tokens}
-            if model:
-                evaluations.run_core(evaluations.load_hf_subject(model, output), chosen, **limits)
-            else:
-                evaluations.run_core(evaluations.load_subject(checkpoint, tokenizer, output), chosen, **limits)
+            chosen, mean_name = evaluations.core_tasks(core, tasks)
+            subject = (
+                evaluations.load_hf_subject(model, output)
+                if model
+                else evaluations.load_subject(checkpoint, tokenizer, output)
+            )
+            evaluations.run_core(subject, chosen, mean_name, max_per_task=limit, max_tokens=max_tokens)
             return
         if model:
             raise UserError("models of transformers are evaluated on CORE; add --core eval_bundle.zip")

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,26 +23,23 @@ from lmchat.evaluation.evaluator import ranks
 from lmchat.evaluation.hf_model import HFModel
 from lmchat.evaluation.named import evaluate_core, evaluate_tasks
 from lmchat.evaluation.results import Result, read_results, results_file, write_results
-from lmchat.evaluation.sandbox import Sandbox
 from lmchat.generation.policy import Policy
 from lmchat.paths import eval_bundle_dir, expand_user
-from lmchat.tasks.base import Task
+from lmchat.tasks import Task
 from lmchat.types import UserError
-
-Model = TypeVar("Model", Policy, HFModel)
 
 
 @dataclass(frozen=True)
-class Subject(Generic[Model]):
+class Subject:
     """A model to evaluate, and where its results go.
 
     Attributes:
-        policy: the model.
+        model: the model.
         path: file of the results.
         identity: distinguishes its results from those of other weights.
     """
 
-    policy: Model
+    model: Any
     path: Path
     identity: Result
 
@@ -65,7 +62,7 @@ def joined_processes() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def load_hf_subject(model: str, output: Path | None) -> Subject[HFModel]:
+def load_hf_subject(model: str, output: Path | None) -> Subject:
     """The model that ``hf:PATH`` stands for.
 
     Raises:
@@ -84,7 +81,7 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load_subject(checkpoint: Path | None, tokenizer: Path | None, output: Path | None) -> Subject[Policy]:
+def load_subject(checkpoint: Path | None, tokenizer: Path | None, output: Path | None) -> Subject:
     """The model of a checkpoint, by default the newest."""
     found = find_model(checkpoint)
     print(f"{found.stage} {found.meta['tag']}, step {found.step}")
@@ -103,33 +100,14 @@ def core_tasks(bundle: str, names: list[str] | None) -> tuple[list[CoreTask], st
     return chosen, "CORE" if len(chosen) == len(found) else None
 
 
-def run_core(
-    subject: Subject[Policy] | Subject[HFModel],
-    tasks: tuple[list[CoreTask], str | None],
-    *,
-    max_per_task: int | None,
-    max_tokens: int | None,
-) -> None:
+def run_core(subject: Subject, tasks: list[CoreTask], mean_name: str | None, **limits: int | None) -> None:
     """Evaluates on CORE tasks and reports."""
-    limits = {"max_per_task": max_per_task, "max_tokens": max_tokens}
-    report(
-        evaluate_core(subject.policy, tasks[0], subject.path, identity=subject.identity, **limits), subject, tasks[1]
-    )
+    report(evaluate_core(subject.model, tasks, subject.path, identity=subject.identity, **limits), subject, mean_name)
 
 
-def run_chat(
-    subject: Subject[Policy], tasks: Mapping[str, Task], *, batch_size: int, max_new_tokens: int, sandbox: Sandbox
-) -> None:
+def run_chat(subject: Subject, tasks: Mapping[str, Task], **options: Any) -> None:
     """Evaluates on chat benchmarks and reports."""
-    running = evaluate_tasks(
-        subject.policy,
-        tasks,
-        subject.path,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        sandbox=sandbox,
-        identity=subject.identity,
-    )
+    running = evaluate_tasks(subject.model, tasks, subject.path, identity=subject.identity, **options)
     report(running, subject, "ChatCORE" if set(tasks) == set(CHAT_CORE) else None)
 
 
@@ -141,15 +119,13 @@ def require_harness() -> None:
         raise UserError("--harness needs lm-evaluation-harness; pip install 'lmchat[harness]'")
 
 
-def run_harness(
-    subject: Subject[Policy], tasks: Sequence[str], include_path: Path | None, options: Mapping[str, Any]
-) -> None:
+def run_harness(subject: Subject, tasks: Sequence[str], include_path: Path | None, options: Mapping[str, Any]) -> None:
     """Evaluates tasks of the harness; prints its table and saves the results of each task."""
     from lm_eval.utils import make_table
 
     from lmchat.evaluation.harness import evaluate_harness
 
-    found = evaluate_harness(subject.policy, tasks, include_path=include_path, **options)
+    found = evaluate_harness(subject.model, tasks, include_path=include_path, **options)
     results = {
         f"harness/{name}": {**options, **subject.identity, **metrics} for name, metrics in found["results"].items()
     }
@@ -158,9 +134,7 @@ def run_harness(
     print(f"Results are in {subject.path}")
 
 
-def report(
-    running: Iterator[tuple[str, Result]], subject: Subject[Policy] | Subject[HFModel], mean_name: str | None
-) -> None:
+def report(running: Iterator[tuple[str, Result]], subject: Subject, mean_name: str | None) -> None:
     """Prints results as they come, then all of them; the mean goes into the file under its name, if it has one."""
     console, results = Console(), {}
     for name, result in running:

@@ -15,7 +15,6 @@ from lmchat.evaluation.core_evaluator import CoreEvaluator
 from lmchat.evaluation.evaluator import evaluate, ranks
 from lmchat.evaluation.hf_model import HFModel
 from lmchat.evaluation.results import Result, read_results, write_results
-from lmchat.evaluation.sandbox import Sandbox
 from lmchat.generation.policy import Policy
 from lmchat.tasks import Task
 from lmchat.types import UserError
@@ -26,10 +25,8 @@ def evaluate_tasks(
     tasks: Mapping[str, Task],
     results_file: Path,
     *,
-    batch_size: int = 32,
-    max_new_tokens: int = 256,
-    sandbox: Sandbox | None = None,
     identity: Result | None = None,
+    **options: Any,
 ) -> Iterator[tuple[str, Result]]:
     """Evaluates tasks one by one, saves each result to ``results_file`` and yields its name and result.
 
@@ -40,19 +37,10 @@ def evaluate_tasks(
         policy: the model.
         tasks: tasks by name.
         results_file: JSON file of the results.
-        batch_size, max_new_tokens, sandbox: see `ChatCoreEvaluator`.
         identity: further settings that the results depend on, such as a digest of the weights.
+        options: see `ChatCoreEvaluator`.
     """
-    evaluators = (
-        ChatCoreEvaluator(
-            {name: task},
-            batch_size=batch_size,
-            max_new_tokens=max_new_tokens,
-            sandbox=sandbox,
-            device=policy.device,
-        )
-        for name, task in tasks.items()
-    )
+    evaluators = (ChatCoreEvaluator({name: task}, device=policy.device, **options) for name, task in tasks.items())
     yield from _evaluate_each(evaluators, policy, results_file, identity or {})
 
 
