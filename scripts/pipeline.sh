@@ -11,6 +11,8 @@ DEPTH=${DEPTH:-26}
 SHARDS=${SHARDS:-160}                                  # to download: 160 × 250 M characters are one epoch of d26
 DEVICES=${DEVICES:-auto}
 STRATEGY=${STRATEGY:-zero2_muon}
+BUNDLE=$BASE/eval_bundle                               # evaluates CORE after pretraining, if it is there
+[ -d "$BUNDLE" ] || BUNDLE=
 TOKENIZER_SHARDS=8                                     # the 2 G characters for the tokenizer and the word list
 export LMCHAT_BASE_DIR=$BASE
 
@@ -61,7 +63,10 @@ stage() {
 
 case ${1:-} in
   tokenizer) tokenizer ;;
-  pretrain) stage pretrain base_checkpoints --config "${PRETRAIN:-configs/d26_pretrain.yaml}" --model.depth "$DEPTH" ;;
+  pretrain)
+    stage pretrain base_checkpoints --config "${PRETRAIN:-configs/d26_pretrain.yaml}" --model.depth "$DEPTH" \
+      ${BUNDLE:+--core.bundle "$BUNDLE"}
+    ;;
   sft) stage sft chatsft_checkpoints --config "${SFT:-configs/sft.yaml}" ;;
   rl) stage rl chatrl_checkpoints --config "${RL:-configs/grpo.yaml}" ;;
   *) echo "usage: scripts/pipeline.sh tokenizer|pretrain|sft|rl" >&2; exit 2 ;;
