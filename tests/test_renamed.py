@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import yaml
 
+from lmchat.__main__ import main
 from lmchat.cli.fit import read_data_module
 from lmchat.cli.renamed import CLASSES, rename_arguments
 from lmchat.demo.tasks import Arithmetic
 from lmchat.types import UserError
+from tiny_fit import config_options
 
 DATA = """
 data:
@@ -43,6 +45,30 @@ def test_former_names_in_arguments_are_accepted() -> None:
         f"--trainer.callbacks+={CLASSES[former]}",
         CLASSES[former],
     ]
+
+
+def bomb() -> str:
+    """The ninth power of nine values, by aliases."""
+    levels = ["a0: &a0 [1]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
+    return "\n".join(levels)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (bomb(), "its aliases stand for more than 1,000,000 values"),
+        ("trainer: {max_steps: " + "9" * 5000 + "}", "value has 5000 digits"),
+        ("trainer: {max_steps: 1}\nmodel: {}\ntrainer: {max_steps: 2}", "gives trainer twice, again in line 3"),
+        ("model: {init_args: {depth: 2, depth: 3}}", "gives depth twice, again in line 1"),
+        ("seed_everything: null", "--seed_everything is None; it must be a number"),
+        ("model: {class_path: PretrainModule, init_args: {depth: 1}, dict_kwargs: {x: 1}}", "PretrainModule cannot be"),
+    ],
+)
+def test_a_config_that_cannot_be_meant(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", *config_options(tmp_path, text)]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_recursive_alias_is_refused(tmp_path: Path) -> None:

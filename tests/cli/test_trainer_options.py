@@ -130,3 +130,37 @@ def test_a_missing_metric_is_reported(
     assert fit(tmp_path / "base", tiny_base, "callbacks", value, monkeypatch) == 2
     message = capsys.readouterr().err
     assert "val_loss" in message and "val/bpb" in message and message.strip().count("\n") == 0
+
+
+UNUSABLE = {
+    "EarlyStopping, init_args: {monitor: val/bpb, mode: sideways}": "EarlyStopping cannot be created: `mode` can be",
+    "EarlyStopping, init_args: {patience: x}": "--trainer.callbacks.patience is x; it must be int",
+    "LearningRateMonitor, init_args: {logging_interval: bad}": "logging_interval is bad; it must be step, epoch",
+    "LearningRateFinder": "--trainer.callbacks: LearningRateFinder failed: When using the learning rate finder",
+    "BackboneFinetuning": "--trainer.callbacks: BackboneFinetuning failed: 'PretrainModule' object has no attribute",
+    "OnExceptionCheckpoint, init_args: {dirpath: .}": "OnExceptionCheckpoint is not supported",
+}
+
+
+@pytest.mark.parametrize("callback", UNUSABLE)
+def test_a_callback_that_does_not_work_is_named(
+    callback: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    value = f"[{{class_path: lightning.pytorch.callbacks.{callback}}}]"
+    assert fit(tmp_path / "base", tiny_base, "callbacks", value, monkeypatch) == 2
+    assert UNUSABLE[callback] in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("devices", "-1"), ("devices", "[0, 0]"), ("devices", "4096"), ("accelerator", "tpu")]
+)
+def test_a_device_that_is_not_there(
+    option: str,
+    value: str,
+    tiny_base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert fit(tmp_path / "base", tiny_base, option, value, monkeypatch) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("lmchat: --trainer")

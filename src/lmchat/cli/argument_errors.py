@@ -30,6 +30,8 @@ def explain(message: str, args: Sequence[str]) -> str:
         args: command line, starting with the name of the command.
     """
     command = f"lmchat {args[0]}"
+    if (rejected := _REJECTED.search(message)) and len(_KEY.findall(before := message[: rejected.start()])) > 1:
+        message = before  # the option of another class; it is refused by the base class too
     option = ".".join(_KEY.findall(message))
     if path := _PATH.search(message):
         return f"--{option} {path[2]} is {_PATH_PROBLEMS[path[1]]}; give the path of a YAML file"

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from lmchat.cli.argument_errors import config_paths
@@ -30,18 +31,35 @@ DECIDED_BY = {
 }
 """Trainer options that the stages replace, and what to use instead."""
 
+MAX_DEVICES = 1024
 _DEVICES = re.compile(r"auto|-?\d+(,\s*\d+)*")
 
 
-def check_encoding(args: list[str]) -> None:
-    """Raises UserError for a config that is not UTF-8 text."""
+def check_config_files(args: list[str]) -> None:
+    """Raises UserError for a config that is not UTF-8 text, or that gives a key twice, of which YAML takes the last."""
     for path in map(Path, config_paths(args)):
         try:
-            path.read_text(encoding="utf-8")
+            root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
         except UnicodeDecodeError as error:
             raise UserError(f"--config {path} is not text in UTF-8 ({error.reason}); save it as UTF-8") from error
-        except OSError:
+        except (OSError, yaml.YAMLError, RecursionError):
             continue  # reported by the parser
+        waiting, seen = [root], set()
+        while waiting:
+            node = waiting.pop()
+            if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+                continue
+            seen.add(id(node))
+            if isinstance(node, yaml.MappingNode):
+                _check_keys(path, [key for key, _ in node.value])
+            waiting += [child for item in node.value for child in (item if isinstance(item, tuple) else [item])]
+
+
+def _check_keys(path: Path, keys: list[yaml.Node]) -> None:
+    names = [str(key.value) for key in keys if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+    if twice := [name for name in names if names.count(name) > 1]:
+        line = max(key.start_mark.line for key in keys if key.value == twice[0]) + 1
+        raise UserError(f"--config {path} gives {twice[0]} twice, again in line {line}; remove one")
 
 
 def check_groups(config: Namespace, parser: ArgumentParser) -> None:
@@ -65,9 +83,9 @@ def check_environment(subcommand: str, parser: ArgumentParser) -> None:
         )
 
 
-def check_seed(seed: int) -> None:
+def check_seed(seed: int | None) -> None:
     """Raises UserError for a seed that torch or NumPy would refuse."""
-    if not 0 <= seed < 2**32:
+    if seed is None or not 0 <= seed < 2**32:
         raise UserError(f"--seed_everything is {seed}; it must be a number from 0 to {2**32 - 1}")
 
 
@@ -82,6 +100,10 @@ def check_trainer_options(trainer: Mapping[str, Any] | Namespace, parser: Argume
         raise UserError(
             f"--trainer.devices is {trainer['devices']}; it must be auto, a number of devices, or some like 0,1"
         )
+    if isinstance(trainer["devices"], int | str) and any(
+        int(number) > MAX_DEVICES for number in re.findall(r"\d+", str(trainer["devices"]))
+    ):
+        raise UserError(f"--trainer.devices is {trainer['devices']}; no machine has more than {MAX_DEVICES}")
     if trainer["limit_train_batches"] == 0 and subcommand == "fit":
         raise UserError("--trainer.limit_train_batches is 0, which trains nothing; use lmchat validate to evaluate")
     if trainer["max_steps"] == 0 or trainer["max_steps"] < -1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -27,12 +26,13 @@ from lmchat.callbacks.save_config import SaveConfig
 from lmchat.callbacks.training_plan import TrainingPlan
 from lmchat.cli.checks import (
     ENV_PREFIX,
-    check_encoding,
+    check_config_files,
     check_environment,
     check_groups,
     check_seed,
     check_trainer_options,
 )
+from lmchat.cli.class_errors import check_callbacks, explain_class_error
 from lmchat.cli.exit_status import exit_with_signal_status, translate_out_of_memory, translate_peer_failure
 from lmchat.cli.loggers import RunCSVLogger, RunTensorBoardLogger
 from lmchat.cli.renamed import accept_former_names, rename_arguments
@@ -71,8 +71,6 @@ SUPPRESSED_WARNINGS = [
 """Lightning's warnings that do not apply: packed batches load fast and know their length; a run with a time budget may
 continue without one; the DataModule saves the data position; the monitor logs at its own interval; a run may have no
 evaluation; all ranks log the same step, and metrics that the evaluators have reduced over the ranks."""
-
-_NOT_INSTALLED = re.compile(r"class_path '(?:[\w.]+\.)?(\w+)':\s+Requirement '([^']+)' not met")
 
 
 class LMChatCLI(LightningCLI):
@@ -126,6 +124,7 @@ class LMChatCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         assert self.subcommand is not None
         check_trainer_options(self._option("trainer"), self._options, self.subcommand)
+        check_callbacks(subcommand_option(self, self.config_init, "trainer")["callbacks"])
         self.checkpoint = find_start(
             self._option("ckpt_path"),
             self.model.stage,
@@ -151,7 +150,7 @@ class LMChatCLI(LightningCLI):
             ]
         try:
             return super().instantiate_trainer(**kwargs)
-        except (ValueError, MisconfigurationException) as error:
+        except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
             raise UserError(f"--trainer: {error}") from error
 
     def _is_finished(self) -> bool:
@@ -231,7 +230,7 @@ def main(args: list[str], cli: type[LMChatCLI] = LMChatCLI) -> LMChatCLI:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip:" not in record.getMessage()
     )
-    check_encoding(args)
+    check_config_files(args)
     accept_former_names()
     args = rename_arguments(args)
     options = {"exit_on_error": False, "allow_abbrev": False}
@@ -255,14 +254,11 @@ def main(args: list[str], cli: type[LMChatCLI] = LMChatCLI) -> LMChatCLI:
         )
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
-    except RuntimeError as error:
-        if not str(error).startswith("Early stopping conditioned on metric"):
-            raise
-        raise UserError(str(error)) from None
-    except ValueError as error:
-        if lacking := _NOT_INSTALLED.search(str(error)):
-            raise UserError(f"{lacking[1]} needs {lacking[2]}; install it: pip install '{lacking[2]}'") from None
-        if (user_error := _user_error_in(error)) is None:
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        user_error = _user_error_in(error) if isinstance(error, ValueError) else None
+        if (user_error := user_error or explain_class_error(error)) is None:
             raise
         raise user_error from None
 

@@ -25,17 +25,36 @@ GROUPS = {"non_finite_loss": "non_finite_guard"}
 """Option groups by their former names."""
 
 
+MAX_VALUES = 1_000_000
+"""Values of a config with all its aliases written out."""
+
+
 def accept_former_names() -> None:
     """Makes jsonargparse replace former names in configs, with a warning for each."""
     load_yaml = get_loader("yaml")
 
     def load(text: str) -> Any:
         try:
-            return _rename(load_yaml(text), at_top=True)
+            value = load_yaml(text)
+            if _expanded_size(value, {}) > MAX_VALUES:
+                raise yaml.YAMLError(f"its aliases stand for more than {MAX_VALUES:,} values")
+            return _rename(value, at_top=True)
         except RecursionError:
             raise yaml.YAMLError("an alias refers to the value that contains it") from None
+        except ValueError as error:  # a number of thousands of digits
+            raise yaml.YAMLError(str(error)) from None
 
     set_loader("yaml", load, exceptions=(yaml.YAMLError,))
+
+
+def _expanded_size(value: Any, known: dict[int, int]) -> int:
+    """Number of values with aliases written out; ``known`` has that of mappings and lists by id."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        children = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_expanded_size(child, known) for child in children)
+    return known[id(value)]
 
 
 def rename_arguments(args: list[str]) -> list[str]:

@@ -1,0 +1,61 @@
+"""Turns errors of classes that the user has named, such as Lightning's callbacks and loggers, into one message."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch.callbacks
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+
+import lmchat
+from lmchat.types import UserError
+
+_NOT_INSTALLED = re.compile(r"class_path '(?:[\w.]+\.)?(\w+)':\s+Requirement '([^']+)' not met")
+_CREATED = re.compile(r"Given value: \[?Namespace\(class_path='(?:[\w.]+\.)?(\w+)'")
+_CALLBACKS = Path(lightning.pytorch.callbacks.__file__).parent
+_OWN = Path(lmchat.__file__).parent
+
+
+def check_callbacks(callbacks: Any) -> None:
+    """Raises UserError for a callback of Lightning that saves checkpoints in its own format."""
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        if isinstance(callback, ModelCheckpoint | OnExceptionCheckpoint):
+            name, monitor = type(callback).__name__, getattr(callback, "monitor", None)
+            raise UserError(
+                f"--trainer.callbacks: {name}{f' of {monitor}' if monitor else ''} is not supported: leave it out and "
+                "use --checkpoint.every_n_steps and --checkpoint.keep_last (an interrupted run is always saved); "
+                "val/bpb of every evaluation is in the logs"
+            )
+
+
+def explain_class_error(error: Exception) -> UserError | None:
+    """The message for an error of a class that the user has named; None for other errors."""
+    text = str(error)
+    if lacking := _NOT_INSTALLED.search(text):
+        return UserError(f"{lacking[1]} needs {lacking[2]}; install it: pip install '{lacking[2]}'")
+    if isinstance(error, ValueError) and (created := _CREATED.search(text)):
+        return UserError(f"{created[1]} cannot be created: {_root(error)}; correct its options, or leave it out")
+    if (name := _failed_callback(error)) is not None:
+        return UserError(f"--trainer.callbacks: {name} failed: {error}; correct its options, or leave it out")
+    return None
+
+
+def _root(error: BaseException) -> str:
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return str(error)
+
+
+def _failed_callback(error: BaseException) -> str | None:
+    """The class of the callback of Lightning's in which ``error`` was raised; None if lmchat's code raised it."""
+    name, traceback = None, error.__traceback__
+    while traceback is not None:
+        path, scope = Path(traceback.tb_frame.f_code.co_filename), traceback.tb_frame.f_locals
+        if path.parent == _CALLBACKS:
+            name = type(scope["self"]).__name__ if "self" in scope else path.stem
+        elif path.is_relative_to(_OWN):
+            name = None
+        traceback = traceback.tb_next
+    return name
