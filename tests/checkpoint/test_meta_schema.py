@@ -259,6 +259,9 @@ WRONG_LOOPS: list[tuple[Change, str]] = [
     (put(*FIT_LOOP, "epoch_loop.batch_progress", "is_last_batch", value=0), "is_last_batch is 0"),
     (put(*FIT_LOOP, "epoch_loop.batch_progress", value={}), "batch_progress.total is missing"),
     (put(*FIT_LOOP, UPDATES, "optimizer", "step", "total", "completed", value=7), "step.total.completed is 7"),
+    (put("lightning", "pytorch-lightning_version", value="1.9.0"), "pytorch-lightning_version is '1.9.0'"),
+    (put("lightning", "pytorch-lightning_version", value="2.x"), "must be a version of Lightning such as 2.6.5"),
+    (put(*FIT_LOOP, UPDATES, "optimizer", "zero_grad", value={"total": {}}), "zero_grad.current is missing"),
     (put(*FIT_LOOP, UPDATES, value={}), "optim_progress.optimizer is missing"),
     (put("lightning", "loops", "validate_loop", "batch_progress", "total", "ready", value=True), "ready is True"),
 ]

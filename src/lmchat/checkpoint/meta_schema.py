@@ -29,6 +29,7 @@ LEARNING_RATES = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_LIGHTNING_2 = re.compile(r"2\.\d+\.\d+(rc\d+|\.(post|dev)\d+)?")
 
 Check = Callable[[Any], str | None]
 """Returns None for a valid value, otherwise a description of valid values."""
@@ -88,6 +89,11 @@ def folder_name(value: Any) -> str | None:
 def sha256(value: Any) -> str | None:
     """A SHA-256 in hexadecimal."""
     return None if type(value) is str and _SHA256.fullmatch(value) else "a SHA-256 in hexadecimal"
+
+
+def lightning_version(value: Any) -> str | None:
+    """A version of Lightning 2. The states of older versions would be migrated."""
+    return None if type(value) is str and _LIGHTNING_2.fullmatch(value) else "a version of Lightning such as 2.6.5"
 
 
 _COUNT = integer(1, MAX_COUNT)
@@ -263,7 +269,7 @@ def _check_model(model: Mapping[str, Any], weights_bytes: int) -> None:
 
 def _check_lightning(lightning: Mapping[str, Any], step: int) -> None:
     fields = {"epoch": integer(0, MAX_COUNT), "global_step": integer(0, MAX_COUNT), "loops": mapping}
-    _check_fields(lightning, {**fields, "pytorch-lightning_version": text}, {}, "lightning.")
+    _check_fields(lightning, {**fields, "pytorch-lightning_version": lightning_version}, {}, "lightning.")
     if lightning["global_step"] != step:
         raise UserError(f"lightning.global_step is {lightning['global_step']}, and step is {step}")
     _check_fields(lightning["loops"], {"fit_loop": mapping, "validate_loop": mapping}, {}, "lightning.loops.")
@@ -287,7 +293,7 @@ def _check_loops(loops: Mapping[str, Any], place: str) -> None:
         check = flag if name == "is_last_batch" else COUNTER if name in _COUNTERS else mapping
         _check_fields(loops, {name: check}, {}, place)
         if check is mapping:
-            if name.endswith("progress") and not name.endswith("optim_progress"):
+            if name in ("step", "zero_grad") or (name.endswith("progress") and not name.endswith("optim_progress")):
                 _check_fields(value, {"total": mapping, "current": mapping}, {}, f"{place}{name}.")
             _check_loops(value, f"{place}{name}.")
 
