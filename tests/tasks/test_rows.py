@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -285,3 +286,22 @@ def test_a_folder_is_read_with_its_subfolders_but_without_hidden_files(tmp_path:
     assert any("3 file(s) of other kinds passed over, such as lost.jsonl" in note for note in rows.notes)
     with pytest.raises(UserError, match="is no regular file"):
         read_rows(tmp_path / "data" / "pipe.jsonl")
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.json.gz", "rows.csv.gz"])
+def test_a_line_without_end_does_not_fill_the_memory(tmp_path: Path, name: str) -> None:
+    with gzip.open(tmp_path / name, "wb", compresslevel=1) as file:
+        file.write(b'{"text": "')
+        for _ in range(600):
+            file.write(b"a" * 2**20)
+    tracemalloc.start()
+    with pytest.raises(UserError, match="line of more than 134,217,728 bytes"):
+        read_rows(tmp_path / name)
+    assert tracemalloc.get_traced_memory()[1] < 3 * 2**27
+    tracemalloc.stop()
+
+
+def test_a_row_in_another_encoding_says_so(tmp_path: Path) -> None:
+    rows = read_rows(packed(tmp_path / "rows.jsonl", '{"text": "a"}\n{"text": "é"}'.encode("latin-1")))
+    with pytest.raises(MalformedRow, match=r"not UTF-8 .*0xe9"):
+        rows[1]

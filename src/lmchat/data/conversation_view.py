@@ -47,7 +47,7 @@ def show_conversations(
     from rich.console import Console
 
     chosen = mixture if limit is None else [mixture[index] for index in range(min(limit, len(mixture)))]
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     with tempfile.TemporaryDirectory() as folder:
         report = render_all(chosen, tokenizer, max_tokens, Path(folder), title="Rendering")
         rendered = RenderedConversations(Path(folder))

@@ -133,4 +133,4 @@ class JSONLConversations(RowTask):
             return list(self.rows.notes)
         notes = [*self.rows.notes, f"{self.path}: {read:,} of {rows:,} records read"]
         notes += [f"{self.path}: {count:,} × {what}" for what, count in sorted(self._counts.items())]
-        return notes
+        return [note if note.isprintable() else ascii(note) for note in notes]

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from lmchat.paths import expand_user
 from lmchat.records import (
@@ -27,6 +27,9 @@ from lmchat.types import UserError
 PARQUET_SUFFIX = ".parquet"
 SUFFIXES = (*JSON_LINES_SUFFIXES, *JSON_SUFFIXES, *TABLE_SUFFIXES, PARQUET_SUFFIX)
 """Supported kinds of files; all but parquet may be compressed (`COMPRESSION_SUFFIXES`)."""
+
+MAX_LINE_BYTES = 2**27
+"""Limit of a line, which may be a whole array, so that no compressed file without line breaks fills the memory."""
 
 _KINDS = f"{', '.join(SUFFIXES)} (all but parquet also with {', '.join(COMPRESSION_SUFFIXES)})"
 
@@ -59,7 +62,7 @@ class TextRows:
         self.path = path
         try:
             with path.open("rb") as raw, open_text(path, raw) as (file, encoding):
-                content = file.read()
+                content = b"".join(_bounded_lines(path, file))
         except OSError as error:
             raise UserError(f"cannot read {path}: {error}; copy or download it again") from error
         self.notes = [] if encoding == "utf-8" else [f"{path} is {encoding.upper()}"]
@@ -102,11 +105,20 @@ class TextRows:
             return row
         try:
             return json.loads(row)
+        except UnicodeDecodeError as error:
+            raise MalformedRow(f"not UTF-8 ({error}): save the file as UTF-8") from None
         except (ValueError, RecursionError) as error:
             raise MalformedRow(f"not JSON: {error}") from None
 
     def location(self, index: int) -> str:
         return f"{self.path}, {self.unit} {self.rows[index][0]}"
+
+
+def _bounded_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        if len(line) > MAX_LINE_BYTES:
+            raise UserError(f"{path} has a line of more than {MAX_LINE_BYTES:,} bytes; save each row as one line")
+        yield line
 
 
 def _lines(content: bytes) -> Iterator[tuple[int, bytes]]:
