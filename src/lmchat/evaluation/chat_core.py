@@ -20,7 +20,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "ARC-Challenge": lambda **options: ARC("ARC-Challenge", "test", **options),
     "MMLU": lambda **options: MMLU("test", skip_malformed=True, **options),
     "GSM8K": lambda **options: GSM8K("test", **options),
-    "HumanEval": lambda **options: HumanEval(**options),
+    "HumanEval": HumanEval,
     "SpellingBee": lambda path=None, **options: SpellingBee("test", 256, path, **options),
     "SimpleSpelling": lambda path=None, **options: SimpleSpelling("test", 256, path, **options),
 }

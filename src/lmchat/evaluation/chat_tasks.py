@@ -23,22 +23,20 @@ class ChatTaskEvaluator(Evaluator):
         task: a task that grades answers.
         batch_size: questions answered together.
         max_new_tokens: maximum number of new tokens of an answer.
-        sandbox: where programs are run, for tasks that are graded by tests.
     """
 
-    def __init__(self, task: Task, batch_size: int, max_new_tokens: int = 256, sandbox: Sandbox | None = None) -> None:
+    def __init__(self, task: Task, batch_size: int, max_new_tokens: int) -> None:
         self.task = task
         self.name = task.name
         self.batch_size = batch_size
         self.max_new_tokens = max_new_tokens
-        self.sandbox = sandbox
         self._counts = Counts(2)  # questions, correct
 
     def batches(self, rank: int, world_size: int) -> Iterator[list[Conversation]]:
         return question_batches(self.task, self.batch_size, rank, world_size)
 
     def update(self, policy: Policy, batch: list[Conversation]) -> None:
-        correct = grade(policy.engine, self.task, batch, max_new_tokens=self.max_new_tokens, sandbox=self.sandbox)
+        correct = grade(policy.engine, self.task, batch, max_new_tokens=self.max_new_tokens)
         self._counts.to(policy.net.device).update([len(correct), sum(correct)])
 
     def compute(self) -> Metrics:

@@ -9,30 +9,29 @@ import numpy as np
 
 Z_95 = 1.959963984540054
 """97.5th percentile of the standard normal distribution."""
+REPLICATES = 10_000
+"""Bootstrap samples; the same random numbers at every call."""
 
 
-def wilson_interval(successes: float, trials: int, z: float = Z_95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (Wilson 1927, doi:10.1080/01621459.1927.10502953).
+def wilson_interval(successes: float, trials: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a proportion (Wilson 1927, doi:10.1080/01621459.1927.10502953).
 
     Args:
         successes: number of successes, 0 … trials.
         trials: number of trials; 0 gives (0, 1).
-        z: quantile of the normal distribution; the default gives 95 %.
 
     Returns:
         Lower and upper bound, in 0 … 1.
     """
     if trials == 0:
         return 0.0, 1.0
-    share, spread = successes / trials, z * z / trials
+    share, spread = successes / trials, Z_95 * Z_95 / trials
     center = (share + spread / 2) / (1 + spread)
-    half_width = z / (1 + spread) * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
+    half_width = Z_95 / (1 + spread) * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
     return max(0.0, center - half_width), min(1.0, center + half_width)
 
 
-def mean_with_interval(
-    values: Sequence[float], counts: Sequence[int], replicates: int = 10_000
-) -> tuple[float, tuple[float, float]]:
+def mean_with_interval(values: Sequence[float], counts: Sequence[int]) -> tuple[float, tuple[float, float]]:
     """A mean over questions, of which ``counts[i]`` have the value ``values[i]``, and its 95 % interval.
 
     A share, where all values are 0 or 1, has Wilson's interval, another mean the percentile bootstrap interval.
@@ -40,7 +39,6 @@ def mean_with_interval(
     Args:
         values: distinct values, in 0 … 1.
         counts: number of questions with each value.
-        replicates: bootstrap samples; the same random numbers at every call.
 
     Returns:
         The mean, NaN without questions; lower and upper bound.
@@ -51,13 +49,13 @@ def mean_with_interval(
     mean = math.fsum(value * count for value, count in zip(values, counts, strict=True)) / total
     if all(value in (0, 1) for value, count in zip(values, counts, strict=True) if count):
         return mean, wilson_interval(mean * total, total)
-    drawn = np.random.default_rng(0).multinomial(total, np.array(counts) / total, size=replicates)
+    drawn = np.random.default_rng(0).multinomial(total, np.array(counts) / total, size=REPLICATES)
     low, high = np.quantile(drawn @ np.array(values) / total, [0.025, 0.975])
     return mean, (float(low), float(high))
 
 
 def bootstrap_interval(
-    correct: Sequence[int], trials: Sequence[int], baselines: Sequence[float], replicates: int = 10_000
+    correct: Sequence[int], trials: Sequence[int], baselines: Sequence[float], replicates: int = REPLICATES
 ) -> tuple[float, float]:
     """95 % percentile bootstrap interval of a mean of centered accuracies (Efron 1979, doi:10.1214/aos/1176344552).
 
@@ -67,7 +65,7 @@ def bootstrap_interval(
         correct: correct answers of each task.
         trials: questions of each task, at least one.
         baselines: accuracy of each task that stands for 0.
-        replicates: bootstrap samples; the same random numbers at every call.
+        replicates: number of bootstrap samples.
 
     Returns:
         2.5th and 97.5th percentile of the mean.

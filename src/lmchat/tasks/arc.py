@@ -15,7 +15,6 @@ class ARC(MultipleChoiceTask):
         self,
         subset: Literal["ARC-Easy", "ARC-Challenge"] = "ARC-Easy",
         split: Literal["train", "validation", "test"] = "test",
-        path: str | None = None,
         **options: Any,
     ) -> None:
         """Choose subset and split.
@@ -23,10 +22,9 @@ class ARC(MultipleChoiceTask):
         Args:
             subset: which questions.
             split: part of the data set.
-            path: a local copy of the subset, see `RowTask`.
             options: see `RowTask`.
         """
-        super().__init__(hub=HubDataset("allenai/ai2_arc", subset, split), path=path, **options)
+        super().__init__(hub=HubDataset("allenai/ai2_arc", subset, split), **options)
         self.subset = subset
 
     @property

@@ -132,7 +132,6 @@ class GSM8K(NumericAnswerTask, RowTask):
     def __init__(
         self,
         split: Literal["train", "test"] = "train",
-        path: str | None = None,
         answer_rule: AnswerRule = "number",
         **options: Any,
     ) -> None:
@@ -140,11 +139,10 @@ class GSM8K(NumericAnswerTask, RowTask):
 
         Args:
             split: part of the data set.
-            path: a local copy, see `RowTask`.
             answer_rule: how answers are compared, see `answers_match`.
             options: see `RowTask`.
         """
-        super().__init__(hub=HubDataset("openai/gsm8k", "main", split), path=path, **options)
+        super().__init__(hub=HubDataset("openai/gsm8k", "main", split), **options)
         self.answer_rule = answer_rule
 
     def conversation(self, row: Any) -> Conversation:

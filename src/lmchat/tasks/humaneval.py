@@ -23,14 +23,13 @@ class CodeConversation(Conversation):
 class HumanEval(RowTask, GradedByTests):
     """164 functions."""
 
-    def __init__(self, path: str | None = None, **options: Any) -> None:
+    def __init__(self, **options: Any) -> None:
         """Choose the source.
 
         Args:
-            path: a local copy, see `RowTask`.
             options: see `RowTask`.
         """
-        super().__init__(hub=HubDataset("openai/openai_humaneval", None, "test"), path=path, **options)
+        super().__init__(hub=HubDataset("openai/openai_humaneval", None, "test"), **options)
 
     def conversation(self, row: Any) -> CodeConversation:
         prompt, solution = field(row, "prompt", str), field(row, "canonical_solution", str)

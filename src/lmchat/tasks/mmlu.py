@@ -15,17 +15,15 @@ class MMLU(MultipleChoiceTask):
     def __init__(
         self,
         split: Literal["auxiliary_train", "dev", "validation", "test"] = "test",
-        path: str | None = None,
         **options: Any,
     ) -> None:
         """Choose the split.
 
         Args:
             split: part of the data set.
-            path: a local copy, see `RowTask`.
             options: see `RowTask`.
         """
-        super().__init__(hub=HubDataset("cais/mmlu", "all", split), path=path, **options)
+        super().__init__(hub=HubDataset("cais/mmlu", "all", split), **options)
 
     def conversation(self, row: Any) -> MultipleChoiceConversation:
         if isinstance(row, dict) and set(row) == {"train"}:  # in the Hub's file of auxiliary_train rows are wrapped

@@ -83,7 +83,7 @@ class RowTask(Task):
     def __init__(
         self,
         hub: HubDataset | None,
-        path: str | None,
+        path: str | None = None,
         skip_malformed: bool = False,
         shuffle_seed: int | None = REFERENCE_SHUFFLE_SEED,
         **slice: Any,

@@ -12,15 +12,14 @@ from lmchat.types import Conversation
 class SmolTalk(RowTask):
     """The small variant of SmolTalk: 460 K conversations to train on, 24 K to test."""
 
-    def __init__(self, split: Literal["train", "test"] = "train", path: str | None = None, **options: Any) -> None:
+    def __init__(self, split: Literal["train", "test"] = "train", **options: Any) -> None:
         """Choose the split.
 
         Args:
             split: part of the data set.
-            path: a local copy, see `RowTask`.
             options: see `RowTask`.
         """
-        super().__init__(hub=HubDataset("HuggingFaceTB/smol-smoltalk", None, split), path=path, **options)
+        super().__init__(hub=HubDataset("HuggingFaceTB/smol-smoltalk", None, split), **options)
 
     def conversation(self, row: Any) -> Conversation:
         return parse_messages(field(row, "messages", list))
