@@ -12,6 +12,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -49,6 +50,25 @@ def kind_of(path: Path) -> tuple[str, str]:
     # Parts of Wikipedia's dumps are called enwiki-20260101-pages-articles1.xml-p1p41242.bz2.
     *_, before, last = ["", "", *(re.sub(r"^\.xml-p\d+p\d+$", ".xml", suffix.lower()) for suffix in path.suffixes)]
     return (before, last) if last in COMPRESSION_SUFFIXES else (last, "")
+
+
+def visible_files(folder: Path) -> tuple[list[Path], int]:
+    """The files below a folder, sorted, and the number of hidden files and folders, which are left out.
+
+    Links to folders are followed, each folder once.
+    """
+    files: list[Path] = []
+    hidden, visited = 0, set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(root)) in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        visible = {name for name in (*folders, *names) if not name.startswith(".")}
+        hidden += len(folders) + len(names) - len(visible)
+        folders[:] = sorted(visible.intersection(folders))
+        files += [Path(root, name) for name in names if name in visible]
+    return sorted(files), hidden
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import json
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from lmchat.records import (
     lines,
     open_text,
     table_rows,
+    visible_files,
 )
 from lmchat.types import UserError
 
@@ -76,11 +76,9 @@ def find_files(source: Path) -> FoundFiles:
     if not source.exists():
         raise UserError(f"nothing to import: {source} does not exist")
     found = FoundFiles()
-    if source.is_file():
-        _sort_in(source, found)
-    else:
-        _walk(source, found)
-        found.files.sort()
+    files, found.hidden = ([source], 0) if source.is_file() else visible_files(source)
+    for file in files:
+        _sort_in(file, found)
     if not found.files:
         there = ", ".join(f"{count} {suffix}" for suffix, count in found.others.most_common(5))
         raise UserError(
@@ -88,24 +86,6 @@ def find_files(source: Path) -> FoundFiles:
             f"{f' (there are: {there}); convert them to one of these' if there else ''}"
         )
     return found
-
-
-def _walk(source: Path, found: FoundFiles) -> None:
-    visited = set()  # links may form cycles
-    for folder, folders, names in os.walk(source, followlinks=True):
-        status = Path(folder).stat()
-        if (status.st_dev, status.st_ino) in visited:
-            folders.clear()
-            continue
-        visited.add((status.st_dev, status.st_ino))
-        visible = [name for name in folders if not name.startswith(".")]
-        found.hidden += len(folders) - len(visible)
-        folders[:] = sorted(visible)
-        for name in names:
-            if name.startswith("."):
-                found.hidden += 1
-            else:
-                _sort_in(Path(folder, name), found)
 
 
 def _sort_in(path: Path, found: FoundFiles) -> None:

@@ -6,6 +6,7 @@ puts equal documents next to each other. Sorting uses buckets on disk, each with
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import hashlib
 import shutil
@@ -169,16 +170,10 @@ class _Writers(contextlib.ExitStack):
         self.buckets = buckets
         spill_bytes = min(_MAX_SPILL_BYTES, _SPILL_BYTES // len(buckets))
         self._files = [self.enter_context(_BucketWriter(bucket.path, spill_bytes)) for bucket in buckets]
-        self._first, self._span = buckets[0].first, buckets[-1].end - buckets[0].first
+        self._firsts = [bucket.first for bucket in buckets]
 
     def add(self, digest: bytes, text: bytes) -> None:
-        value = int.from_bytes(digest[:8], "big")
-        index = (value - self._first) * len(self.buckets) // self._span
-        # The edges of ranges are rounded down.
-        while value < self.buckets[index].first:
-            index -= 1
-        while value >= self.buckets[index].end:
-            index += 1
+        index = bisect.bisect_right(self._firsts, int.from_bytes(digest[:8], "big")) - 1
         self.buckets[index].cost += len(text) + _DOCUMENT_BYTES
         self._files[index].add(digest, text)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import io
 import json
-import os
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -21,6 +20,7 @@ from lmchat.records import (
     kind_of,
     open_text,
     table_rows,
+    visible_files,
 )
 from lmchat.types import UserError
 
@@ -200,29 +200,19 @@ def read_rows(path: str | Path, split: str | None = None) -> Rows:
         raise UserError(f"{path} is no regular file; save its content to one")
     if path.is_file():
         return ChainedRows([_read_file(path)])
-    found = sorted(_files_below(path) if split is None else path.iterdir())
-    visible = [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    visible, hidden = visible_files(path)
+    if split is not None:
+        visible = [file for file in visible if file.parent == path]
     files = [file for file in visible if _matches(file, split)]
     if not files:
         wanted = " or ".join(f"{split or '*'}{suffix}" for suffix in SUFFIXES)
         raise UserError(f"folder {path} holds no {wanted}; give the path of the file itself or of another folder")
     notes = []
-    if hidden := len(found) - len(visible):
-        notes.append(f"{path}: {hidden} hidden file(s) passed over")
+    if hidden:
+        notes.append(f"{path}: {hidden} hidden files and folders passed over")
     if split is None and (others := sorted(set(visible) - set(files))):
         notes.append(f"{path}: {len(others)} file(s) of other kinds passed over, such as {others[0].name}")
     return ChainedRows([_read_file(file) for file in files], notes)
-
-
-def _files_below(folder: Path) -> Iterator[Path]:
-    """All files below a folder; links to folders are followed, each folder once."""
-    seen = set()
-    for root, folders, names in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(root)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        yield from (Path(root) / name for name in names)
 
 
 def _has_rows(file: Path) -> bool:
