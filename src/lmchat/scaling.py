@@ -76,16 +76,6 @@ class Plan:
     steps: int
     flops_per_token: int
 
-    @property
-    def total_tokens(self) -> int:
-        """Tokens the run trains on."""
-        return self.steps * self.global_batch_tokens
-
-    @property
-    def total_flops(self) -> int:
-        """Floating-point operations of the whole run."""
-        return self.total_tokens * self.flops_per_token
-
 
 def config_for_depth(
     depth: int,

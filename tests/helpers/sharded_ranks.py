@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lmchat.optim import collectives
-from lmchat.optim.collectives import maximum_over
 from lmchat.optim.muon_adamw import MuonAdamW
 from lmchat.optim.param_groups import build_param_groups
 from lmchat.optim.sharded import ShardedMuonAdamW
@@ -238,7 +237,13 @@ def second_backward(groups: Groups) -> dict[str, Any]:
 
 
 def new_groups(ranks: list[int]) -> Groups:
-    return maximum_over(dist.new_group(ranks)), dist.new_group(ranks)
+    agreement = dist.new_group(ranks)
+
+    def maximum(flags: Tensor) -> Tensor:
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=agreement)
+        return flags
+
+    return maximum, dist.new_group(ranks)
 
 
 def main(rank: int, folder: Path) -> None:

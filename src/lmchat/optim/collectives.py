@@ -82,13 +82,3 @@ class Collectives:
         tensor = torch.tensor(numbers, device=self.device)
         dist.broadcast(tensor, group=self.process_group, group_src=0)
         return tensor.tolist()
-
-
-def maximum_over(process_group: dist.ProcessGroup | None) -> Callable[[Tensor], Tensor]:
-    """Returns a function that reduces a tensor in place to its maximum over the ranks of a group."""
-
-    def maximum(tensor: Tensor) -> Tensor:
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=process_group)
-        return tensor
-
-    return maximum

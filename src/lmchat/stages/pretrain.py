@@ -67,12 +67,16 @@ class PretrainModule(StageModule):
         check_count("model", 1, sequence_len=sequence_len, aspect_ratio=aspect_ratio, head_dim=head_dim)
         self.depth = depth
         self.sequence_len = sequence_len
-        self.aspect_ratio = aspect_ratio
-        self.head_dim = head_dim
-        self.n_kv_head = n_kv_head
-        self.window_pattern = window_pattern
-        self.value_embeddings = value_embeddings
-        self.residual_mix = residual_mix
+        self._shape = {
+            "depth": depth,
+            "sequence_len": sequence_len,
+            "aspect_ratio": aspect_ratio,
+            "head_dim": head_dim,
+            "n_kv_head": n_kv_head,
+            "window_pattern": window_pattern,
+            "value_embeddings": value_embeddings,
+            "residual_mix": residual_mix,
+        }
         self.warmup_ratio = warmup_ratio
         self.warmdown_ratio = warmdown_ratio
         self.final_lr_fraction = final_lr_fraction
@@ -80,17 +84,7 @@ class PretrainModule(StageModule):
     @property
     def shape(self) -> dict[str, Any]:
         """The arguments of `lmchat.scaling.config_for_depth`."""
-        return {
-            "depth": self.depth,
-            "vocab_size": self.tokenizer.vocab_size,
-            "sequence_len": self.sequence_len,
-            "aspect_ratio": self.aspect_ratio,
-            "head_dim": self.head_dim,
-            "n_kv_head": self.n_kv_head,
-            "window_pattern": self.window_pattern,
-            "value_embeddings": self.value_embeddings,
-            "residual_mix": self.residual_mix,
-        }
+        return {"vocab_size": self.tokenizer.vocab_size, **self._shape}
 
     @cached_property
     def config(self) -> GPTConfig:
