@@ -90,7 +90,7 @@ def tiny_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for stage, config in (("pretrain", PRETRAIN), ("sft", SFT), ("rl", GRPO)):
         (tmp_path / "configs" / f"{stage}.yaml").write_text(config % FAMILY_LISTS)
     monkeypatch.setattr(demo_run, "CONFIGS", tmp_path / "configs")
-    monkeypatch.setattr(demo_run, "VOCAB_SIZE", 300)
+    monkeypatch.setattr(demo_text, "VOCAB_SIZE", 300)
 
 
 @pytest.fixture
@@ -238,7 +238,7 @@ def test_ctrl_c_waits_for_the_checkpoint(text: Path, tmp_path: Path) -> None:
 def test_one_small_file_is_enough(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, newline: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo_run, "VOCAB_SIZE", 4096)
+    monkeypatch.setattr(demo_text, "VOCAB_SIZE", 4096)
     (tmp_path / "book").mkdir()
     paragraphs = [f"Paragraph {number}.{newline}Its second line says {number**2}." for number in range(60)]
     (tmp_path / "book" / "it.txt").write_bytes((newline * 2).join(paragraphs).encode())

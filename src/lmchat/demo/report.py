@@ -31,7 +31,8 @@ def result_tables(run: Demo, summary: dict[str, Any]) -> Iterator[Table]:
 
     runs = [read_run(str(run.output))]
     for title, content in (("Training", effort(runs)), ("Final metrics", final_metrics(runs))):
-        table = Table(content.header[0], title=title)
+        table = Table(title=title)
+        table.add_column(content.header[0], no_wrap=True)
         for column in content.header[1:]:
             table.add_column(column, justify="right")
         for row in content.rows:
