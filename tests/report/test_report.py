@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from headless import browser  # noqa: F401  (a fixture)
 from lmchat.__main__ import main
-from lmchat.evaluation.results import results_file, write_results
+from lmchat.evaluation.results import read_results, results_file, write_results
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT
 from lmchat.report.charts import MAX_POINTS, line_chart, number, ticks
@@ -27,6 +27,7 @@ from lmchat.report.page import html_page, markdown_page
 from lmchat.report.runs import AXES, Run, StageRun, read_run
 from lmchat.report.summary import final_metrics
 from lmchat.scaling import flops_per_token
+from lmchat.types import UserError
 from tiny_fit import config_options
 
 OWN = """
@@ -37,7 +38,6 @@ monitor: {every_n_steps: 1}
 checkpoint: {every_n_steps: 3}
 samples: {max_new_tokens: 4, prompts: ["a < b", "c"]}
 """
-
 
 RESULTS: dict[str, Any] = {
     "ARC-Easy": {"accuracy": 0.5, "questions": 4, "interval_95": [0.15, 0.85]},
@@ -159,6 +159,45 @@ def test_a_damaged_record_is_named(
     record.write_text(content)
     assert main(["report", str(tmp_path)]) == 2
     assert str(record) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("run.json", '{"versions": [1]}'),
+        ("run.json", "\xff"),
+        ("intervals.jsonl", '{"step": "1", "intervals": {}}'),
+        ("samples.jsonl", '{"samples": 7}'),
+        ("csv/metrics.csv", "train/loss\n1\n"),
+        ("csv/metrics.csv", "step,train/loss\n1e999,1\n"),
+        ("csv/metrics.csv", "step,train/loss\n-1,2\n"),
+    ],
+)
+def test_wrong_values_are_named(
+    name: str, content: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(base / "logs", tmp_path / "logs")
+    record = tmp_path / "logs" / "pretrain" / "reported" / "version_0" / name
+    record.write_bytes(content.encode("latin-1"))
+    assert main(["report", str(tmp_path)]) == 2
+    assert str(record) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("result", ['"x"', '{"accuracy": "x"}', '{"interval_95": 7}', '{"interval_95": [0.1]}'])
+def test_wrong_results_of_evaluations_are_refused(result: str, tmp_path: Path) -> None:
+    path = tmp_path / "eval_000020.json"
+    path.write_text(f'{{"ARC-Easy": {result}}}')
+    with pytest.raises(UserError, match=r"eval_000020\.json is not a file of results"):
+        read_results(path)
+
+
+def test_metrics_without_finite_values_have_no_chart(base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base / "logs", tmp_path / "logs")
+    version = tmp_path / "logs" / "pretrain" / "reported" / "version_0"
+    rows = "".join(f"{step},nan,1,64,0.5\n{step},inf,1,64,0.5\n" for step in range(1, 4))
+    (version / "csv" / "metrics.csv").write_text("step,train/loss_ema,train/step_ms,train/tokens,val/bpb\n" + rows)
+    (version / "config.yaml").write_bytes(b"\xff")
+    assert main(["report", str(tmp_path), "--output", str(tmp_path / "report.html")]) == 0
 
 
 def hostile_run(name: str) -> Run:

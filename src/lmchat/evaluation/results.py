@@ -31,9 +31,16 @@ def read_results(path: Path) -> dict[str, Result]:
         return {}
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a file of results ({error}); move it away") from error
-    if not isinstance(results, dict) or not all(isinstance(result, dict) for result in results.values()):
+    if not isinstance(results, dict) or not all(map(_is_result, results.values())):
         raise UserError(f"{path} is not a file of results; move it away")
     return results
+
+
+def _is_result(result: Any) -> bool:
+    if not isinstance(result, dict) or not isinstance(interval := result.get("interval_95") or [0, 0], list):
+        return False
+    numbers = (result.get("accuracy", 0), result.get("centered", 0), *interval)
+    return len(interval) == 2 and all(isinstance(number, int | float | None) for number in numbers)
 
 
 def write_results(path: Path, results: Mapping[str, Result]) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ class StageRun:
 
     def has_curve(self, metric: str) -> bool:
         """Whether a metric was logged more than once."""
-        return sum(metric in record for record in self.records.values()) > 1
+        return sum(math.isfinite(record.get(metric, math.nan)) for record in self.records.values()) > 1
 
     def final(self, metric: str) -> float | None:
         """The last value of a metric."""
@@ -176,16 +177,17 @@ def _read_stage(base: Path, stage: str, tag: str) -> StageRun:
             new = _read_metrics(path)
             # Former versions of ``lmchat validate`` logged at step 0.
             _merge(records, new if version in trained else [record for record in new if record["step"]])
-        for record in _read_json_lines(version / "intervals.jsonl", "step", "intervals"):
+        for record in _read_json_lines(version / "intervals.jsonl", {"step": int, "intervals": dict}):
             intervals.setdefault(record["step"], {}).update(record["intervals"])
         if version not in trained:
             continue
         if (version / "run.json").exists():
-            starts.append(_read_json((version / "run.json").read_text(), version / "run.json"))
+            start = version / "run.json"
+            starts.append(_read_json(start.read_bytes(), start, {"versions": dict}))
         if (version / "config.yaml").exists():
-            config = (version / "config.yaml").read_text()
-        for record in _read_json_lines(version / "samples.jsonl", "samples"):
-            samples = record["samples"]
+            config = (version / "config.yaml").read_text(encoding="utf-8", errors="replace")
+        for record in _read_json_lines(version / "samples.jsonl", {"samples": dict}):
+            samples = {prompt: str(text) for prompt, text in record["samples"].items()}
     checkpoints = base / STAGES[stage].checkpoints / tag
     meta, results = None, {}
     if steps := committed_steps(checkpoints):
@@ -206,24 +208,29 @@ def _merge(records: dict[int, dict[str, float]], new: Sequence[dict[str, float]]
 
 def _read_metrics(path: Path) -> list[dict[str, float]]:
     try:
-        with path.open(newline="") as file:
-            rows = csv.DictReader(file)
-            return [{key: float(value) for key, value in row.items() if key and value} for row in rows]
+        with path.open(newline="", encoding="utf-8") as file:
+            records = [{key: float(text) for key, text in row.items() if key and text} for row in csv.DictReader(file)]
     except (ValueError, csv.Error) as error:
         raise UserError(f"{path} is no log of metrics ({error}); move it away") from error
+    if not all(0 <= record.get("step", -1) < 2**62 for record in records):
+        raise UserError(f"{path} is no log of metrics (a row has no step); move it away")
+    return records
 
 
-def _read_json_lines(path: Path, *fields: str) -> list[dict[str, Any]]:
-    """Records that have the given fields; none if there is no such file."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [_read_json(line, path, *fields) for line in lines]
+def _read_json_lines(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
+    """Records, checked for the given fields and their types; none if there is no such file."""
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    return [_read_json(line, path, fields) for line in lines]
 
 
-def _read_json(text: str, path: Path, *fields: str) -> dict[str, Any]:
+def _read_json(text: bytes, path: Path, fields: Mapping[str, type]) -> dict[str, Any]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); move it away") from error
-    if not isinstance(content, dict) or not content.keys() >= set(fields):
-        raise UserError(f"{path} is damaged; move it away")
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it holds a {type(content).__name__}, not an object; move it away")
+    for name, kind in fields.items():
+        if not isinstance(content.get(name), kind):
+            raise UserError(f"{path} is damaged: {name} is not of type {kind.__name__}; move it away")
     return content
