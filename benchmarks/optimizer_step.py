@@ -20,8 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lmchat.model.gpt import GPT
-from lmchat.optim.muon import POLAR_EXPRESS_COEFFICIENTS, second_moment_shape
-from lmchat.optim.muon_adamw import MuonAdamW
+from lmchat.optim.muon_adamw import POLAR_EXPRESS_COEFFICIENTS, MuonAdamW, second_moment_shape
 from lmchat.optim.param_groups import build_param_groups
 from lmchat.scaling import config_for_depth
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lmchat.optim.muon import muon_update, polar_express, reduce_variance, second_moment_shape
+from lmchat.optim.muon_adamw import muon_update, polar_express, reduce_variance, second_moment_shape
 
 SHAPES = ["64x256", "256x64"]
 

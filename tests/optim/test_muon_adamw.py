@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from forked import exit_statuses, python, start
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT
-from lmchat.optim.muon import muon_update, second_moment_shape
-from lmchat.optim.muon_adamw import MuonAdamW, adamw_update
+from lmchat.optim.muon_adamw import MuonAdamW, adamw_update, muon_update, second_moment_shape
 from lmchat.optim.param_groups import build_param_groups
 from lmchat.types import UserError
 

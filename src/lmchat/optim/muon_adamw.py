@@ -1,4 +1,9 @@
-"""MuonAdamW: Muon for the blocks' matrices, AdamW for everything else, in one torch optimizer."""
+"""MuonAdamW: Muon for the blocks' matrices, AdamW for everything else, in one torch optimizer.
+
+Muon is Nesterov momentum, made nearly orthogonal by Polar Express (arXiv:2505.16932), with NorMuon's variance reduction
+(arXiv:2510.05491) and cautious weight decay. The matrices of a stack are independent: norms and products run over the
+last two dimensions only, so splitting a stack, over calls or ranks, does not change the result.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +16,21 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-from lmchat.optim.muon import muon_update, second_moment_shape
+from lmchat.optim.saved_state import check_same_parameters, restore, saved_group
 from lmchat.precision import default_compute_dtype
 from lmchat.types import UserError
+
+POLAR_EXPRESS_COEFFICIENTS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+"""(a, b, c) of each step X ← aX + bXXᵀX + c(XXᵀ)²X."""
+
+NORM_MARGIN = 1.02
+"""Safety factor by which singular values start below 1, so that rounding does not push them above."""
 
 MAX_STACK_SHAPES = 64
 """Recompile limit of Muon's update: one graph per stack shape. Beyond torch's default of 8, they would run eagerly."""
@@ -199,7 +216,7 @@ class MuonAdamW(Optimizer):
                 self._names[param]: {**state, "row_start": self._first_row(param)}
                 for param, state in self.state.items()
             },
-            "param_groups": [_saved_group(group) for group in self.param_groups],
+            "param_groups": [saved_group(group) for group in self.param_groups],
         }
 
     @torch.no_grad()
@@ -222,7 +239,7 @@ class MuonAdamW(Optimizer):
 
     def _load(self, parts: list[StateDict]) -> None:
         saved_groups = {group["name"]: group for group in parts[0]["param_groups"]}
-        _check_same_parameters(self.param_groups, saved_groups)
+        check_same_parameters(self.param_groups, saved_groups)
         for group in self.param_groups:
             settings = saved_groups[group["name"]].items()
             group.update({key: value for key, value in settings if key not in ("param_names", "param_shapes")})
@@ -231,9 +248,9 @@ class MuonAdamW(Optimizer):
             name = self._names[param]
             pieces = [part["state"][name] for part in parts if name in part["state"]]
             for key, tensor in state.items():
-                _restore(tensor, pieces, key, self._first_row(param), name)
+                restore(tensor, pieces, key, self._first_row(param), name)
             if pieces and "param" in pieces[0]:
-                _restore(self._own_part(param), pieces, "param", self._first_row(param), name)
+                restore(self._own_part(param), pieces, "param", self._first_row(param), name)
 
     def _allocate_state(self) -> None:
         for group in self.param_groups:
@@ -250,6 +267,80 @@ class MuonAdamW(Optimizer):
     def _own_part(self, param: Tensor) -> Tensor:
         """The part of ``param`` whose state is kept here."""
         return param
+
+
+def polar_express(matrices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Approximates the nearest (semi-)orthogonal matrices; singular values end between about 0.86 and 1.14.
+
+    Args:
+        matrices: (K, rows, cols).
+        dtype: dtype of the iteration and of the result; default is that of ``matrices``.
+    """
+    norms = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True)
+    x = (matrices * (NORM_MARGIN * norms + 1e-6).reciprocal()).to(dtype or matrices.dtype)
+    tall = x.size(-2) > x.size(-1)
+    for a, b, c in POLAR_EXPRESS_COEFFICIENTS:
+        gram = x.mT @ x if tall else x @ x.mT
+        # In this order each product is rounded once, which is three times as accurate in bf16 as term by term.
+        square = torch.baddbmm(gram, gram, gram, beta=b / c)
+        left, right = (x, square) if tall else (square, x)
+        x = torch.baddbmm(x, left, right, beta=a, alpha=c)
+    return x
+
+
+def second_moment_shape(rows: int, cols: int) -> tuple[int, int]:
+    """Shape of a matrix's second moment: one value per row, or per column if the matrix is wide."""
+    return (rows, 1) if rows >= cols else (1, cols)
+
+
+def reduce_variance(update: Tensor, second_moment: Tensor, beta2: float | Tensor) -> Tensor:
+    """NorMuon: divides each row (column, if wide) by its running root mean square, keeping the Frobenius norm.
+
+    Args:
+        update: (K, rows, cols).
+        second_moment: (K, rows, 1) or (K, 1, cols), updated in place; no bias correction.
+        beta2: decay of the second moment.
+    """
+    axis = -1 if second_moment.size(-1) == 1 else -2
+    mean_square = update.square().mean(dim=axis, keepdim=True)
+    second_moment.lerp_(mean_square, 1 - beta2)
+    scale = second_moment.clamp_min(1e-10).rsqrt()
+    norm = mean_square.sum(dim=(-2, -1), keepdim=True).sqrt()
+    scaled_norm = (mean_square * scale.square()).sum(dim=(-2, -1), keepdim=True).sqrt()
+    return update * (scale * (norm / scaled_norm.clamp_min(1e-10)))
+
+
+def muon_update(
+    params: Tensor,
+    grads: Tensor,
+    momentum_buffers: Tensor,
+    second_moments: Tensor,
+    *,
+    lr: float | Tensor,
+    momentum: float | Tensor,
+    weight_decay: float | Tensor,
+    beta2: float | Tensor = 0.95,
+    polar_dtype: torch.dtype | None = None,
+) -> None:
+    """Takes one step, in place on ``params``, ``momentum_buffers`` and ``second_moments``.
+
+    The learning rate is multiplied by √max(1, rows / cols). Weight decay applies where update and parameter have the
+    same sign, in the same subtraction as the update. Everything but the orthogonalisation is computed in the dtype of
+    the parameters, including hyperparameters; nanochat rounds lr, weight decay and beta2 to bf16 with the update.
+
+    Args:
+        params: (K, rows, cols), like ``grads`` and ``momentum_buffers``.
+        second_moments: (K, *second_moment_shape(rows, cols)).
+        lr, momentum, weight_decay, beta2: numbers, or 0-dim tensors if the call is compiled.
+        polar_dtype: dtype of `polar_express`; default is that of ``params``.
+    """
+    rows, cols = params.shape[-2:]
+    momentum_buffers.lerp_(grads, 1 - momentum)
+    nesterov = grads.lerp(momentum_buffers, momentum)
+    update = polar_express(nesterov, polar_dtype).to(params.dtype)
+    update = reduce_variance(update, second_moments, beta2)
+    decay = weight_decay * params * (update * params >= 0)
+    params.sub_((update + decay) * (lr * max(1, rows / cols) ** 0.5))
 
 
 def adamw_update(
@@ -301,50 +392,3 @@ def _laid_out_as(param: Tensor, grad: Tensor) -> Tensor:
 def are_finite(sums: Sequence[Tensor]) -> list[bool]:
     """Whether the tensors with these sums are finite; a sum over an infinity or NaN never is."""
     return torch.stack(list(sums)).isfinite().tolist() if sums else []
-
-
-def _restore(tensor: Tensor, pieces: Sequence[dict[str, Any]], key: str, start: int, name: str) -> None:
-    """Fills ``tensor``, rows of state ``key`` of parameter ``name`` from ``start`` on, from saved pieces.
-
-    Pieces may overlap. Only the needed rows are read from memory-mapped files.
-    """
-    if tensor.ndim == 0 and pieces:
-        tensor.copy_(pieces[0][key])
-        return
-    done, rows = 0, len(tensor) if tensor.ndim else 1
-    for piece in sorted(pieces, key=lambda piece: piece["row_start"]):
-        first = start + done - piece["row_start"]
-        if first < 0:
-            break
-        found = piece[key][first : first + rows - done]
-        tensor[done : done + len(found)] = found
-        done += len(found)
-    if done < rows:
-        raise UserError(
-            f"rows {start + done} to {start + rows} of {key} of {name} are not in the saved optimizer state; "
-            "give the files of all ranks"
-        )
-
-
-def _check_same_parameters(groups: Sequence[dict[str, Any]], saved_groups: dict[str, dict[str, Any]]) -> None:
-    here, saved = _identities(map(_saved_group, groups)), _identities(saved_groups.values())
-    if here != saved:
-        group, name, shape = min(here ^ saved)
-        where = "in the model but not saved" if (group, name, shape) in here else "saved but not in the model"
-        raise UserError(
-            f"optimizer state does not fit: parameter {name} of shape {shape} in group {group} is {where}; "
-            "resume with the model that was saved"
-        )
-
-
-def _identities(saved_groups: Iterable[dict[str, Any]]) -> set[tuple[str, str, tuple[int, ...]]]:
-    return {
-        (group["name"], name, tuple(shape))
-        for group in saved_groups
-        for name, shape in zip(group["param_names"], group["param_shapes"], strict=True)
-    }
-
-
-def _saved_group(group: dict[str, Any]) -> dict[str, Any]:
-    shapes = [tuple(param.shape) for param in group["params"]]
-    return {key: value for key, value in group.items() if key != "params"} | {"param_shapes": shapes}

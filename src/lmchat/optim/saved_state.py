@@ -1,0 +1,59 @@
+"""Saved optimizer state: tensors by parameter name, restored from the pieces that any number of ranks saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lmchat.types import UserError
+
+
+def restore(tensor: Tensor, pieces: Sequence[dict[str, Any]], key: str, start: int, name: str) -> None:
+    """Fills ``tensor``, rows of state ``key`` of parameter ``name`` from ``start`` on, from saved pieces.
+
+    Pieces may overlap. Only the needed rows are read from memory-mapped files.
+    """
+    if tensor.ndim == 0 and pieces:
+        tensor.copy_(pieces[0][key])
+        return
+    done, rows = 0, len(tensor) if tensor.ndim else 1
+    for piece in sorted(pieces, key=lambda piece: piece["row_start"]):
+        first = start + done - piece["row_start"]
+        if first < 0:
+            break
+        found = piece[key][first : first + rows - done]
+        tensor[done : done + len(found)] = found
+        done += len(found)
+    if done < rows:
+        raise UserError(
+            f"rows {start + done} to {start + rows} of {key} of {name} are not in the saved optimizer state; "
+            "give the files of all ranks"
+        )
+
+
+def check_same_parameters(groups: Sequence[dict[str, Any]], saved_groups: dict[str, dict[str, Any]]) -> None:
+    """Raises UserError unless the parameters of ``groups`` have the saved names, groups and shapes."""
+    here, saved = _identities(map(saved_group, groups)), _identities(saved_groups.values())
+    if here != saved:
+        group, name, shape = min(here ^ saved)
+        where = "in the model but not saved" if (group, name, shape) in here else "saved but not in the model"
+        raise UserError(
+            f"optimizer state does not fit: parameter {name} of shape {shape} in group {group} is {where}; "
+            "resume with the model that was saved"
+        )
+
+
+def _identities(saved_groups: Iterable[dict[str, Any]]) -> set[tuple[str, str, tuple[int, ...]]]:
+    return {
+        (group["name"], name, tuple(shape))
+        for group in saved_groups
+        for name, shape in zip(group["param_names"], group["param_shapes"], strict=True)
+    }
+
+
+def saved_group(group: dict[str, Any]) -> dict[str, Any]:
+    """A parameter group as it is saved: with ``param_shapes`` instead of parameters."""
+    shapes = [tuple(param.shape) for param in group["params"]]
+    return {key: value for key, value in group.items() if key != "params"} | {"param_shapes": shapes}
