@@ -1,4 +1,4 @@
-"""Base class of the stages' LightningModules: network, optimizer, schedules and the loss of a step."""
+"""Base class of the stages' LightningModules: network, training step, optimizer and schedules."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Schedule:
 
 
 class StageModule(L.LightningModule):
-    """A GPT trained by MuonAdamW with stateless schedules. Subclasses add ``training_step`` and `schedule`.
+    """A GPT trained by MuonAdamW with stateless schedules. Subclasses add `schedule`, and their loss if it is another.
 
     Args:
         tokenizer_dir: folder of the tokenizer; null is ``$LMCHAT_BASE_DIR/tokenizer``.
@@ -296,6 +296,12 @@ class StageModule(L.LightningModule):
         on_gpu = self.net.device.type == "cuda"  # on a CPU Muon's matrix products dominate
         polar_dtype: Any = COMPUTE_DTYPES.get(self.polar_dtype, "auto")
         return MuonAdamW(groups, polar_dtype=polar_dtype, compile=on_gpu and self._compiles(pays=True))
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        """Mean cross-entropy of the next token in a `Batch`; stages with another loss override it."""
+        loss = self.net.loss(batch["inputs"], batch["targets"], document_starts=batch.get("document_starts"))
+        self.track_loss(loss)
+        return loss
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         now = self.schedule(self.trainer.global_step)

@@ -21,7 +21,7 @@ from lmchat.scaling import DEFAULT_SEQUENCE_LEN, config_for_depth
 from lmchat.schedules import linear_warmdown, muon_momentum, weight_decay_multiplier
 from lmchat.stages.base import Schedule, StageModule
 from lmchat.stages.data_module import StageDataModule
-from lmchat.types import Batch, UserError
+from lmchat.types import UserError
 
 
 class PretrainModule(StageModule):
@@ -116,11 +116,6 @@ class PretrainModule(StageModule):
             momentum=muon_momentum(step),
             weight_decay=self.plan.weight_decay * weight_decay_multiplier(step, steps),
         )
-
-    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        loss = self.net.loss(batch["inputs"], batch["targets"], document_starts=batch.get("document_starts"))
-        self.track_loss(loss)
-        return loss
 
     def checkpoint_meta(self) -> dict[str, Any]:
         return {**super().checkpoint_meta(), "mask_documents": self.plan.mask_documents}
