@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 import pytest
 
+from lmchat.tasks.conversation_formats import convert
 from lmchat.tasks.identity import OPENERS, SHORTHAND, TOPICS, Identity, mentions, questions, shorten, vary
-from lmchat.tasks.jsonl import parse_messages
 from lmchat.types import UserError
 
 
@@ -122,7 +122,7 @@ def test_whole_words_are_mentioned() -> None:
 def test_conversations_are_valid_repeatable_and_of_one_to_three_turns() -> None:
     task = Identity(size=300)
     for conversation in task:
-        assert parse_messages(list(conversation["messages"]))["messages"] == conversation["messages"]
+        assert convert(list(conversation["messages"])).conversation == {"messages": conversation["messages"]}
     assert {len(conversation["messages"]) for conversation in task} == {2, 4, 6}
     assert list(task) == list(Identity(size=300))
     assert list(Identity(size=300, start=100, stop=200)) == list(task)[100:200]

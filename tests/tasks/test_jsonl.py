@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from lmchat.tasks.jsonl import JSONLConversations, parse_messages
-from lmchat.tasks.row_files import MalformedRow
+from lmchat.tasks.conversation_formats import convert
+from lmchat.tasks.jsonl import JSONLConversations
 from lmchat.tasks.smoltalk import SmolTalk
 from lmchat.types import UserError
 
@@ -30,26 +30,7 @@ TOOL = {
 
 @pytest.mark.parametrize("messages", [[USER, ASSISTANT], [SYSTEM, USER, TOOL], [USER, ASSISTANT, USER, TOOL, USER]])
 def test_good_conversations_pass_unchanged(messages: list[Any]) -> None:
-    assert parse_messages(messages) == {"messages": messages}
-
-
-@pytest.mark.parametrize(
-    ("messages", "complaint"),
-    [
-        ([], "at least one user message"),
-        ([USER], "no assistant message"),
-        ([SYSTEM, USER], "no assistant message"),
-        ([ASSISTANT, USER], "message 0 has role 'assistant' where 'user' is due"),
-        ([USER, SYSTEM, ASSISTANT], "message 1 has role 'system' where 'assistant' is due"),
-        ([USER, {"role": "tool", "content": "x"}], "message 1 has unknown role 'tool'"),
-        ([USER, {"role": "assistant", "content": []}], "message 1 .assistant. is empty"),
-        ([USER, {"role": "assistant", "content": "\ud83d"}], "message 1 holds half a surrogate pair"),
-        (["hello", ASSISTANT], "message 0 must be an object"),
-    ],
-)
-def test_bad_conversations_are_malformed_rows(messages: list[Any], complaint: str) -> None:
-    with pytest.raises(MalformedRow, match=complaint):
-        parse_messages(messages)
+    assert convert(messages).conversation == {"messages": messages}
 
 
 def test_rows_are_lists_or_objects_in_the_order_of_the_file(tmp_path: Path) -> None:
@@ -58,8 +39,6 @@ def test_rows_are_lists_or_objects_in_the_order_of_the_file(tmp_path: Path) -> N
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert list(JSONLConversations(str(path))) == [{"messages": [USER, ASSISTANT]}, {"messages": [SYSTEM, USER, TOOL]}]
     assert JSONLConversations(str(path)).name == "JSONLConversations/chat"
-    with pytest.warns(UserWarning, match="1 of 2 rows"):
-        assert len(SmolTalk(path=str(path), skip_malformed=True)) == 1  # which has objects only
 
 
 def test_parquet_holds_conversations_too(tmp_path: Path) -> None:

@@ -150,11 +150,6 @@ class TestEncode:
         assert tokenizer.decode(ids) == text
         assert tokenizer.encode_to_numpy(text).tolist() == ids
 
-    def test_batch(self, tokenizer: Tokenizer) -> None:
-        documents = random_documents(seed=5)
-        for threads in (1, 3, None):
-            assert tokenizer.encode_batch(documents, threads) == [tokenizer.encode(text) for text in documents]
-
     def test_decode_names_special_tokens_and_replaces_half_characters(self, tokenizer: Tokenizer) -> None:
         assert tokenizer.decode([tokenizer.bos_id, *tokenizer.encode("Hi")]) == "<|bos|>Hi"
         assert tokenizer.decode_bytes([0xF0, 0x9F]) == b"\xf0\x9f"

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
 
 from lmchat.messages import check_messages
-from lmchat.tasks.row_files import MalformedRow
+from lmchat.tasks.row_files import MalformedRow, checked_text
 from lmchat.types import Conversation, Message, Part, UserError
 
 Format = Literal["messages", "sharegpt", "alpaca", "prompt_completion"]
@@ -120,10 +120,10 @@ def _from_alpaca(row: dict[str, Any]) -> tuple[Format, list[Any], set[str]] | No
     answer = next((name for name in _COMPLETIONS if name in row), None)
     if "instruction" not in row or answer is None:
         return None
-    question = _text(row["instruction"], "field 'instruction'")
+    question = checked_text(row["instruction"], "field 'instruction'")
     context = next((name for name in _CONTEXTS if row.get(name)), "input")
     if extra := row.get(context):
-        question = "\n\n".join(filter(None, [question, _text(extra, f"field {context!r}")]))
+        question = "\n\n".join(filter(None, [question, checked_text(extra, f"field {context!r}")]))
     messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
     for turn in row.get("history", []):
         if not isinstance(turn, list) or len(turn) != 2:
@@ -271,7 +271,7 @@ def _content(message: dict[str, Any], what: str, is_call: bool = False) -> list[
     if is_call:
         return [Part(type="python", text=_call_text(content, what))]
     if isinstance(content, str):
-        return [Part(type="text", text=_text(content, what))]
+        return [Part(type="text", text=checked_text(content, what))]
     if not isinstance(content, list):
         raise MalformedRow(
             f"{what} has content of type {type(content).__name__}: it must be a string or a list of parts"
@@ -281,23 +281,12 @@ def _content(message: dict[str, Any], what: str, is_call: bool = False) -> list[
 
 def _part(part: Any, what: str) -> Part:
     if isinstance(part, str):
-        return Part(type="text", text=_text(part, what))
+        return Part(type="text", text=checked_text(part, what))
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     if kind not in (*_TEXT_PARTS, *_TOOL_PARTS):
         raise MalformedRow(f"{what} has a part of type {kind}, and lmchat's models read text only")
-    text = _text(part.get("text"), what)
+    text = checked_text(part.get("text"), what)
     return Part(type="text", text=text) if kind in _TEXT_PARTS else cast(Part, {"type": kind, "text": text})
-
-
-def _text(text: Any, what: str) -> str:
-    """Checks that ``text`` is a string that UTF-8 can encode, and returns it."""
-    if not isinstance(text, str):
-        raise MalformedRow(f"{what} is {type(text).__name__}, not a string")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise MalformedRow(f"{what} holds half a surrogate pair, which is no character") from None
-    return text
 
 
 def _joined(parts: list[Part], what: str) -> str:
@@ -328,7 +317,7 @@ def _weight(message: dict[str, Any], what: str) -> int:
 def _call_text(call: Any, what: str) -> str:
     """Input of the calculator: the call's expression, or the whole call if it has none."""
     if isinstance(call, str):
-        return _text(call, what)
+        return checked_text(call, what)
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise MalformedRow(f"{what} has a tool call without a name: {call!r:.100}")
@@ -337,9 +326,9 @@ def _call_text(call: Any, what: str) -> str:
         try:
             arguments = json.loads(arguments)
         except (ValueError, RecursionError):
-            return _text(arguments, what)
+            return checked_text(arguments, what)
     if isinstance(arguments, dict):
         for name in _EXPRESSIONS:
             if isinstance(expression := arguments.get(name), str):
-                return _text(expression, what)
-    return _text(f"{function['name']}({json.dumps(arguments, ensure_ascii=False)})", what)
+                return checked_text(expression, what)
+    return checked_text(f"{function['name']}({json.dumps(arguments, ensure_ascii=False)})", what)

@@ -11,35 +11,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lmchat.messages import check_messages
 from lmchat.tasks.conversation_formats import FORMATS, Format, convert
-from lmchat.tasks.row_files import MalformedRow
-from lmchat.tasks.rows import RowTask, checked_text
-from lmchat.types import Conversation, Message, UserError
-
-
-def parse_messages(messages: list[Any]) -> Conversation:
-    """Converts ``messages`` to a conversation to train on; drops other fields of the messages and parts.
-
-    Raises:
-        MalformedRow: they violate `lmchat.messages.check_messages`, there is no assistant message, or UTF-8 cannot
-            encode their text.
-    """
-    try:
-        check_messages(messages)
-    except UserError as error:
-        raise MalformedRow(str(error)) from None
-    if len(messages) - (messages[0]["role"] == "system") < 2:
-        raise MalformedRow("there is no assistant message to learn from")
-    return {"messages": [_message(message, f"message {index}") for index, message in enumerate(messages)]}
-
-
-def _message(message: Any, what: str) -> Message:
-    content = message["content"]
-    if isinstance(content, list):
-        content = [{"type": part["type"], "text": part["text"]} for part in content]
-    checked_text(content if isinstance(content, str) else "".join(part["text"] for part in content), what)
-    return {"role": message["role"], "content": content}
+from lmchat.tasks.rows import RowTask
+from lmchat.types import Conversation, UserError
 
 
 class JSONLConversations(RowTask):

@@ -8,7 +8,7 @@ from typing import cast
 
 from lmchat.tasks.base import MultipleChoice, exchange, reference_answer
 from lmchat.tasks.row_files import MalformedRow
-from lmchat.tasks.rows import RowTask, checked_text
+from lmchat.tasks.rows import RowTask, nonempty_text
 from lmchat.types import Conversation
 
 
@@ -36,11 +36,11 @@ class MultipleChoiceTask(RowTask, MultipleChoice):
     ) -> MultipleChoiceConversation:
         """The conversation of a question. Raises `MalformedRow` if choices, letters and answer do not match."""
         for letter in letters:
-            checked_text(letter, "a choice's letter")
+            nonempty_text(letter, "a choice's letter")
         if len(choices) < 2 or len(choices) != len(set(letters)):
             raise MalformedRow(f"{len(choices)} choices with the letters {', '.join(letters)}")
         for letter, choice in zip(letters, choices, strict=True):
-            checked_text(choice, f"choice {letter}")
+            nonempty_text(choice, f"choice {letter}")
         if answer not in letters:
             raise MalformedRow(f"the answer {answer} is none of the letters {', '.join(letters)}")
         messages = exchange(render_multiple_choice(question, letters, choices), answer)["messages"]

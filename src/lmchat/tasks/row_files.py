@@ -38,6 +38,17 @@ class MalformedRow(ValueError):
     """A row is not a valid example of its task. The message says why."""
 
 
+def checked_text(text: Any, what: str) -> str:
+    """Returns ``text`` after checking that it is a string that UTF-8 can encode."""
+    if not isinstance(text, str):
+        raise MalformedRow(f"{what} is {type(text).__name__}, not str")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise MalformedRow(f"{what} holds half a surrogate pair, which is no character") from None
+    return text
+
+
 class Rows(Protocol):
     """A sequence of rows that knows the location of each row."""
 

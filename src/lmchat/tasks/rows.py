@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from lmchat.tasks.base import Task
-from lmchat.tasks.row_files import MalformedRow, Rows, TableRows, read_rows
+from lmchat.tasks.row_files import MalformedRow, Rows, TableRows, checked_text, read_rows
 from lmchat.types import Conversation, UserError
 
 REFERENCE_SHUFFLE_SEED = 42
@@ -36,21 +36,15 @@ def field(row: Any, name: str, kind: type[T]) -> T:
     if not isinstance(value, kind) or isinstance(value, bool):
         raise MalformedRow(f"field '{name}' is {type(value).__name__}, not {kind.__name__}")
     if isinstance(value, str):
-        checked_text(value, f"field '{name}'")
+        nonempty_text(value, f"field '{name}'")
     return value
 
 
-def checked_text(text: Any, what: str) -> str:
-    """Returns ``text`` after checking that it is a non-empty string that UTF-8 can encode."""
-    if not isinstance(text, str):
-        raise MalformedRow(f"{what} is {type(text).__name__}, not str")
-    if not text:
+def nonempty_text(text: Any, what: str) -> str:
+    """`checked_text` that also refuses an empty string."""
+    if text == "":
         raise MalformedRow(f"{what} is empty")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise MalformedRow(f"{what} holds half a surrogate pair, which is no character") from None
-    return text
+    return checked_text(text, what)
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from lmchat.tasks.jsonl import parse_messages
-from lmchat.tasks.rows import HubDataset, RowTask, field
+from lmchat.tasks.conversation_formats import convert
+from lmchat.tasks.rows import HubDataset, RowTask
 from lmchat.types import Conversation
 
 
@@ -22,4 +22,4 @@ class SmolTalk(RowTask):
         super().__init__(hub=HubDataset("HuggingFaceTB/smol-smoltalk", None, split), **options)
 
     def conversation(self, row: Any) -> Conversation:
-        return parse_messages(field(row, "messages", list))
+        return convert(row, "messages").conversation

@@ -13,7 +13,8 @@ from lmchat.tasks.split import Split, in_split
 from lmchat.types import UserError
 
 # Not part of a longer word, compound or contraction.
-_LOWER_CASE_WORD = re.compile(r"(?<![\w'’-])[a-z]+(?![\w'’-])")
+_LOWER_CASE_WORD = re.compile(r"(?<![\w'’-])[a-z]{3,20}(?![\w'’-])")
+_MAX_WORDS = 100_000
 
 
 def default_words_path() -> Path:
@@ -21,25 +22,20 @@ def default_words_path() -> Path:
     return base_dir() / "words.txt"
 
 
-def words_from_text(
-    texts: Iterable[str], *, max_words: int = 100_000, min_count: int = 3, min_letters: int = 3, max_letters: int = 20
-) -> list[str]:
-    """The words of a text by decreasing frequency, equally frequent ones in alphabetical order.
+def words_from_text(texts: Iterable[str], min_count: int = 3) -> list[str]:
+    """The 100,000 most frequent words of a text in that order, equally frequent ones in alphabetical order.
 
-    Only words of lower-case ASCII letters count, which excludes names, numbers and most foreign words.
+    Only words of 3 to 20 lower-case ASCII letters count, which excludes names, numbers and most foreign words.
 
     Args:
         texts: documents.
-        max_words: maximum length of the list.
         min_count: minimum number of occurrences of a word; misspelled words are rare.
-        min_letters: minimum length of a word.
-        max_letters: maximum length of a word.
     """
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(_LOWER_CASE_WORD.findall(text))
-    words = [word for word, count in counts.items() if count >= min_count and min_letters <= len(word) <= max_letters]
-    return sorted(words, key=lambda word: (-counts[word], word))[:max_words]
+    words = [word for word, count in counts.items() if count >= min_count]
+    return sorted(words, key=lambda word: (-counts[word], word))[:_MAX_WORDS]
 
 
 def write_words(words: Iterable[str], path: str | Path | None = None) -> Path:

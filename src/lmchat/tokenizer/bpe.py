@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -199,11 +197,6 @@ class Tokenizer:
             # As in tiktoken's encode_ordinary: surrogate pairs are joined, lone ones replaced.
             return self.encode_to_numpy(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-
-    def encode_batch(self, texts: Sequence[str], num_threads: int | None = None) -> list[list[int]]:
-        """`encode` of each text on ``num_threads`` threads (default: one per core); tiktoken releases the GIL."""
-        with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
-            return list(pool.map(self.encode, texts))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``, special tokens by name; bytes that are not UTF-8 become U+FFFD."""
