@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from lmchat.paths import tokenizer_dir
-from lmchat.types import UserError
-
-if TYPE_CHECKING:
-    from lmchat.data.mixture import Mixture
 
 
 def show(
@@ -40,6 +36,7 @@ def show(
             unsupervised).
         limit: maximum number of conversations to render and count; default is all.
     """
+    from lmchat.commands.mixtures import mixtures
     from lmchat.data.conversation_view import show_conversations
     from lmchat.option_checks import check_count
     from lmchat.tokenizer.bpe import Tokenizer
@@ -49,31 +46,3 @@ def show(
     encoder = Tokenizer.load(tokenizer or tokenizer_dir())
     mixture = mixtures(source, overlay or [], split)[split]
     show_conversations(mixture, encoder, max_tokens=max_tokens, start=start, rows=rows, only=only, limit=limit)
-
-
-def mixtures(source: Path, overlay: list[Path], split: str = "train") -> dict[str, Mixture]:
-    """The mixtures of a config by split, among them ``split``, or the conversations of a file, in order."""
-    from lmchat.data.mixture import Mixture, MixturePart
-    from lmchat.tasks import JSONLConversations
-
-    if source.suffix in (".yaml", ".yml"):
-        return _mixtures_of_configs([source, *overlay], split)
-    if overlay:
-        raise UserError(f"--overlay {overlay[0]} goes over a config, and {source} is none; leave it out")
-    return {split: Mixture([MixturePart(JSONLConversations(str(source)))], shuffle_seed=None)}
-
-
-def _mixtures_of_configs(configs: list[Path], split: str) -> dict[str, Mixture]:
-    from lmchat.cli.lean_imports import lean_imports
-
-    with lean_imports():
-        from lmchat.cli.fit import read_data_module
-    from lmchat.stages.chat import ChatDataModule
-
-    data = read_data_module(configs)
-    if not isinstance(data, ChatDataModule) or split not in data.mixtures:
-        raise UserError(
-            f"{', '.join(map(str, configs))}: {type(data).__name__} has no mixture data.init_args.{split}; give a "
-            "config like configs/sft.yaml"
-        )
-    return data.mixtures

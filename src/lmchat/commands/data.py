@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lmchat.commands.conversations import mixtures, show
+from lmchat.commands.conversations import show
 from lmchat.paths import base_data_dir, eval_bundle_dir, tokenizer_dir
 from lmchat.types import UserError
 
@@ -152,6 +152,7 @@ def check(
             token files.
         output: JSON file to write the report to, as well.
     """
+    from lmchat.commands.mixtures import mixtures
     from lmchat.data.evaluation_overlap import evaluation_files
     from lmchat.data.health import check_mixtures, check_shards
     from lmchat.data.health_tables import print_health, write_health

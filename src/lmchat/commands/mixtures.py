@@ -1,0 +1,33 @@
+"""The mixtures of conversations that a command is given: by a fine-tuning config, or by a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lmchat.cli.lean_imports import lean_imports
+from lmchat.data.mixture import Mixture, MixturePart
+from lmchat.tasks import JSONLConversations
+from lmchat.types import UserError
+
+
+def mixtures(source: Path, overlay: list[Path], split: str = "train") -> dict[str, Mixture]:
+    """The mixtures of a config by split, among them ``split``, or the conversations of a file, in order."""
+    if source.suffix in (".yaml", ".yml"):
+        return _mixtures_of_configs([source, *overlay], split)
+    if overlay:
+        raise UserError(f"--overlay {overlay[0]} goes over a config, and {source} is none; leave it out")
+    return {split: Mixture([MixturePart(JSONLConversations(str(source)))], shuffle_seed=None)}
+
+
+def _mixtures_of_configs(configs: list[Path], split: str) -> dict[str, Mixture]:
+    with lean_imports():
+        from lmchat.cli.fit import read_data_module
+    from lmchat.stages.chat import ChatDataModule
+
+    data = read_data_module(configs)
+    if not isinstance(data, ChatDataModule) or split not in data.mixtures:
+        raise UserError(
+            f"{', '.join(map(str, configs))}: {type(data).__name__} has no mixture data.init_args.{split}; give a "
+            "config like configs/sft.yaml"
+        )
+    return data.mixtures
