@@ -69,19 +69,22 @@ def saved_bytes(run: Callable[[], Any], tokens: int) -> int:
     return sum(x.untyped_storage().nbytes() for x in kept.values() if x.is_floating_point())
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize(("mode", "n_kv_head"), [("eager", 4), ("eager", 2), ("compiled", 2), ("recomputing", 2)])
-def test_saved_activations_of_a_block_match_the_estimate(mode: Mode, n_kv_head: int) -> None:
+def test_saved_activations_of_a_block_match_the_estimate(mode: Mode, n_kv_head: int, checkpointed: bool) -> None:
     """The growth with the depth, to 2 %; of the two layers more, one has value embeddings."""
     rows, totals = 3, []
     for layers in (1, 3):
         config = replace(CONFIG, n_kv_head=n_kv_head, n_layer=layers)
         net, ids = model(config, mode), torch.zeros(rows, 64, dtype=torch.int64)
+        net.checkpoint_blocks = checkpointed
         hidden: list[Tensor] = []
         counted = saved_bytes(lambda net=net, ids=ids, hidden=hidden: hidden.append(net.hidden(ids)), rows * 64)
-        totals.append((counted, training_memory(config, rows, mode=mode, on_gpu=False).activations))
+        memory = training_memory(config, rows, mode=mode, checkpoint_blocks=checkpointed, on_gpu=False)
+        totals.append((counted, memory.activations))
         torch._dynamo.reset()
     counted, expected = (b - a for a, b in zip(*totals, strict=True))
-    cast_weights = 2 * 2 * (10 * 128**2 + 2 * 128 * n_kv_head * 32)
+    cast_weights = 0 if checkpointed else 2 * 2 * (10 * 128**2 + 2 * 128 * n_kv_head * 32)
     assert counted == pytest.approx(expected - cast_weights, rel=0.02)
 
 

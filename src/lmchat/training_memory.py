@@ -8,7 +8,8 @@ Activations saved by autograd per token and block, in the compute dtype, with mo
   and after the squared ReLU (8 D);
 - recomputing: 8 D + 2 K, without what follows elementwise from the rest;
 - eager: 19 D + 4 K;
-- checkpointed: D, and in the backward pass the above for one block at a time.
+- checkpointed: D, or 2 D if eager (before and after the residual mix), and in the backward pass the above for one block
+  at a time.
 
 Layers with value embeddings save K more. Everything else is estimated; nothing was measured on a GPU so far.
 """
@@ -111,7 +112,8 @@ def _saved_bytes(config: GPTConfig, tokens: int, mode: Mode, checkpoint_blocks: 
     cast_weights = 0 if element_bytes == 4 else 2 * (10 * width**2 + 2 * width * kv_width)
     block, blocks = tokens * per_block + cast_weights, config.n_layer
     value_rows = len(config.value_embedding_layers) * tokens * kv_width * element_bytes
-    saved = block + blocks * tokens * width * element_bytes if checkpoint_blocks else blocks * block
+    inputs = 2 if mode == "eager" and config.residual_mix else 1
+    saved = block + blocks * inputs * tokens * width * element_bytes if checkpoint_blocks else blocks * block
     ends = 5 * tokens * width * element_bytes  # embedding, its norm, the last norm, hidden states and their gradient
     return saved + value_rows + ends
 
