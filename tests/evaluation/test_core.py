@@ -190,6 +190,14 @@ def test_two_processes_share_the_examples_and_get_the_same_results(
     assert "--harness evaluates in one process" in (tmp_path / "output_rank0.txt").read_text()
 
 
+@pytest.mark.parametrize("baseline", ["100", "nan", "-1", "x"])
+def test_an_impossible_baseline_is_refused(baseline: str, tmp_path: Path) -> None:
+    write_bundle(tmp_path / "bundle", broken=False)
+    (tmp_path / "bundle" / "eval_meta_data.csv").write_text(f"Eval Task,Random baseline\ncapitals,0\nsums,{baseline}\n")
+    with pytest.raises(UserError, match="is not an evaluation bundle"):
+        read_bundle(tmp_path / "bundle")
+
+
 def test_an_invalid_bundle_is_reported(tmp_path: Path) -> None:
     (tmp_path / "x.zip").write_text("no zip")
     for path in (tmp_path, tmp_path / "x.zip"):

@@ -136,11 +136,11 @@ def run_harness(subject: Subject, tasks: Sequence[str], include_path: Path | Non
 
 def report(running: Iterator[tuple[str, Result]], subject: Subject, mean_name: str | None) -> None:
     """Prints results as they come, then all of them; the mean goes into the file under its name, if it has one."""
-    console, results = Console(), {}
+    console, results = Console(markup=False), {}
     for name, result in running:
         results[name] = result
         shown = f"{result['accuracy']:.1%}" if "accuracy" in result else f"failed: {result['error']}"
-        console.print(f"  {name}: {shown}", highlight=False, soft_wrap=True)
+        console.print(f"  {name}: {shown if shown.isprintable() else ascii(shown)}", highlight=False, soft_wrap=True)
     table = Table("task", "questions", "accuracy", "95 % interval", "centered", "seconds")
     for name, result in results.items():
         if "accuracy" in result:

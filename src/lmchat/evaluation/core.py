@@ -125,7 +125,7 @@ def read_bundle(path: Path) -> list[CoreTask]:
         config, table = folder / "core.yaml", folder / "eval_meta_data.csv"
         rows = csv.DictReader(table.read_text(encoding="utf-8").splitlines())
         baselines = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in rows}
-        return [
+        tasks = [
             CoreTask(
                 name=task["label"],
                 kind=task["icl_task_type"],
@@ -136,11 +136,15 @@ def read_bundle(path: Path) -> list[CoreTask]:
             )
             for task in yaml.safe_load(config.read_text(encoding="utf-8"))["icl_tasks"]
         ]
+        for task in tasks:
+            if not 0 <= task.baseline < 1 or not task.name.isprintable():
+                raise ValueError(f"task {task.name!r} has the random baseline {task.baseline:.0%}")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError, zipfile.BadZipFile) as error:
         raise UserError(
             f"{path} is not an evaluation bundle ({type(error).__name__}: {error}); it has core.yaml, "
             "eval_meta_data.csv and eval_data/"
         ) from error
+    return tasks
 
 
 def choose(tasks: Sequence[CoreTask], names: Sequence[str] | None) -> list[CoreTask]:
