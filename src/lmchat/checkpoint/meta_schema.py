@@ -175,6 +175,18 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         _check_fields(settings["learning_rates"], dict.fromkeys(LEARNING_RATES, number), {}, "learning_rates.")
 
 
+def check_model_shape(model: Mapping[str, Any]) -> None:
+    """Checks the hyperparameters of a model.
+
+    Raises:
+        UserError: one is missing, unknown or wrong; the message names it.
+    """
+    if unknown := sorted(model.keys() - MODEL.keys()):
+        raise UserError(f"model.{shown(unknown[0])} is unknown to this version of lmchat")
+    required = {name: MODEL[name] for name in _MODEL_REQUIRED}
+    _check_fields(model, required, {name: MODEL[name] for name in MODEL.keys() - required.keys()}, "model.")
+
+
 def check_resumable(meta: Mapping[str, Any]) -> None:
     """Raises UserError unless ``meta``, checked by `check_meta`, has all values that the trainer restores."""
     for name in ("lightning", "compute_dtype", "total_steps"):
@@ -254,10 +266,7 @@ def _check_files(files: Mapping[str, Any], paths: CheckpointPaths, world_size: i
 
 
 def _check_model(model: Mapping[str, Any], weights_bytes: int) -> None:
-    if unknown := sorted(model.keys() - MODEL.keys()):
-        raise UserError(f"model.{shown(unknown[0])} is unknown to this version of lmchat")
-    required = {name: MODEL[name] for name in _MODEL_REQUIRED}
-    _check_fields(model, required, {name: MODEL[name] for name in MODEL.keys() - required.keys()}, "model.")
+    check_model_shape(model)
     GPTConfig(**model)
     at_least = 10 * model["n_layer"] * model["n_embd"] ** 2 + 2 * model["vocab_size"] * model["n_embd"]
     if at_least > weights_bytes:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from lmchat.checkpoint.imported import DEFAULT_LEARNING_RATES, ImportedModel
+from lmchat.checkpoint.meta_schema import check_model_shape
 from lmchat.model.config import GPTConfig
 from lmchat.tokenizer.bpe import SPECIAL_TOKENS, Tokenizer
 from lmchat.types import UserError
@@ -99,12 +100,17 @@ def _config(shape: dict[str, Any], state: Mapping[str, torch.Tensor], path: Path
     if missing or unknown:
         what = f"lacks {', '.join(missing)}" if missing else f"has {', '.join(unknown)}, which lmchat does not know"
         raise UserError(f"the model_config of {path} {what}; it is of another version of nanochat")
-    return GPTConfig(
-        # Before windows were introduced, every layer attended to the whole context.
-        **{"window_pattern": "L", **shape},
-        value_embeddings=any(name.startswith("value_embeds.") for name in state),
-        residual_mix="resid_lambdas" in state,
-    )
+    fields = {
+        "window_pattern": "L",  # before windows were introduced, every layer attended to the whole context
+        **shape,
+        "value_embeddings": any(name.startswith("value_embeds.") for name in state),
+        "residual_mix": "resid_lambdas" in state,
+    }
+    try:
+        check_model_shape(fields)
+    except UserError as error:
+        raise UserError(f"the model_config of {path}: {error}; copy it again") from error
+    return GPTConfig(**fields)
 
 
 def _settings(meta: dict[str, Any]) -> dict[str, Any]:

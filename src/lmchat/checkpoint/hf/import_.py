@@ -12,6 +12,7 @@ from lmchat.checkpoint.hf import format as form
 from lmchat.checkpoint.hf.export import need
 from lmchat.checkpoint.hf.tokenizer import read_tokenizer
 from lmchat.checkpoint.imported import ImportedModel
+from lmchat.checkpoint.meta_schema import check_model_shape
 from lmchat.checkpoint.tensors import check_tensors, shapes, shapes_of
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import EPS
@@ -31,9 +32,11 @@ def read_hf(folder: Path) -> ImportedModel:
     content = _read_json(folder / "config.json", missing=_no_model(folder))
     try:
         config = form.from_config(content)
+        check_model_shape(config.to_dict())
+        eps = float(content.get("rms_norm_eps", 1e-6))
     except UserError as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from error
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"{folder / 'config.json'} lacks or garbles {error}; {_REMEDY}") from error
     state = _read_tensors(folder)
     if content["model_type"] == "nanochat":
@@ -44,7 +47,6 @@ def read_hf(folder: Path) -> ImportedModel:
         raise UserError(
             f"{folder / 'tokenizer.json'} is another tokenizer than {form.META_FILE} names; copy the model's own"
         )
-    eps = content.get("rms_norm_eps", 1e-6)
     notes = (f"its norms have eps {eps:g}, lmchat's {EPS:.3g}: outputs differ a little",) if eps != EPS else ()
     return ImportedModel(
         source=folder,
