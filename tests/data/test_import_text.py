@@ -268,6 +268,13 @@ def test_typographic_quotes_are_windows_1252(tmp_path: Path) -> None:
     assert (list(reader.read(tmp_path / "a.txt")), list(reader.recoded)) == ([text], ["CP1252"])
 
 
+def test_serbian_is_not_read_as_hebrew(tmp_path: Path) -> None:
+    text = "Није могуће да се прочита датотека из наведеног директоријума, проверите да ли имате право приступа.\n" * 2
+    (tmp_path / "a.txt").write_bytes(text.encode("cp1251"))
+    reader = DocumentReader()
+    assert (list(reader.read(tmp_path / "a.txt")), list(reader.recoded)) == ([text], ["CP1251"])
+
+
 def test_an_unknown_encoding_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").touch()
     with pytest.raises(UserError, match="--encoding is klingon, which Python does not know"):
