@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 import lmchat.strategies.zero2_muon  # noqa: F401  (registers the strategy)
+from forked import free_port
 from lmchat.checkpoint.load import find_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -98,9 +98,7 @@ def test_two_nodes_of_two_processes(base: Path, tmp_path_factory: pytest.TempPat
     command = shrunk(TORCHRUN, base)
     port = "29500"
     if not nodes[0][0]:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = str(listener.getsockname()[1])
+        port = str(free_port())
     command = command.replace("29500", port)
     processes = []
     for rank, (prefix, interface) in enumerate(nodes):

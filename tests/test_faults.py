@@ -5,12 +5,11 @@ from __future__ import annotations
 import csv
 import os
 import re
-import socket
 from pathlib import Path
 
 import pytest
 
-from forked import start
+from forked import free_port, start
 from killable_fit import _fit, start_fit
 from lmchat.checkpoint.layout import CheckpointPaths, committed_steps
 from lmchat.checkpoint.load import find_checkpoint, load_model_state, load_rank_state
@@ -114,9 +113,7 @@ def test_a_slurm_signal_saves_and_ends_the_run(unbroken: Path, tiny_base: Path, 
     fault = "{class_path: faults.Fault, init_args: {deed: SIGUSR1, rank: 1, hook: on_train_batch_start, count: 3}}"
     config = tmp_path / "tiny.yaml"
     config.write_text(CONFIG.format(fault=fault, every_n_steps=100))
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     job = {"SLURM_JOB_ID": "4242", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
     job |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LMCHAT_BASE_DIR": str(tmp_path)}
     ranks = []

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import multiprocessing
 import os
 import signal
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from multiprocessing.forkserver import ensure_running
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -24,6 +26,7 @@ import pytest
 fork_server = multiprocessing.get_context("forkserver")
 fork_server.set_forkserver_preload(["fork_server_imports"])
 PR_SET_PDEATHSIG = 1
+_PORTS = itertools.count(97 * os.getpid())
 
 
 def start(
@@ -64,6 +67,15 @@ def _run(function: Callable[..., Any], args: Sequence[Any], variables: dict[str,
     sys.exit(function(*args))
 
 
+def free_port() -> int:
+    """A free port. Parallel test processes begin at different ones, outside the range of outgoing connections."""
+    while True:
+        port = 20_000 + next(_PORTS) % 12_000
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
+
+
 def start_ranks(
     world_size: int,
     function: Callable[..., Any],
@@ -72,9 +84,7 @@ def start_ranks(
     environment: Mapping[str, str] | None = None,
 ) -> list[BaseProcess]:
     """`start` for every rank, with torchrun's variables where there are several; output is in ``folder``."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     ranks = []
     for rank in range(world_size):
         torchrun = {

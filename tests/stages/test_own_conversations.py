@@ -58,7 +58,7 @@ def test_a_folder_of_mixed_formats_is_trained_on(start: str, base: Path, capfd: 
     printed = capfd.readouterr().out
     for expected in (
         "a.json is UTF-16",
-        "1 hidden file(s) passed over",
+        "hidden files and folders passed over: 1",
         "39 of 40 records read",
         "20 × records of the format messages",
         "19 × records of the format alpaca",

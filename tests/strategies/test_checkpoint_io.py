@@ -16,7 +16,7 @@ from lmchat.strategies.checkpoint_io import LMChatCheckpointIO
 from lmchat.types import UserError
 
 COUNTS = {"ready": 15, "started": 15, "processed": 15, "completed": 14}
-STEPS = {"optimizer": {"step": {"total": {"ready": 5, "completed": 5}}}}
+STEPS = {"optimizer": {"step": {part: {"ready": 5, "completed": 5} for part in ("total", "current")}}}
 
 
 def dump(rank: int = 0) -> dict[str, Any]:

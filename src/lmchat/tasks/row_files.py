@@ -220,7 +220,7 @@ def read_rows(path: str | Path, split: str | None = None) -> Rows:
         raise UserError(f"folder {path} holds no {wanted}; give the path of the file itself or of another folder")
     notes = []
     if hidden:
-        notes.append(f"{path}: {hidden} hidden files and folders passed over")
+        notes.append(f"{path}: hidden files and folders passed over: {hidden}")
     if split is None and (others := sorted(set(visible) - set(files))):
         notes.append(f"{path}: {len(others)} file(s) of other kinds passed over, such as {others[0].name}")
     return ChainedRows([_read_file(file) for file in files], notes)
