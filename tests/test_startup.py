@@ -6,10 +6,12 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from typing import Any
 
 import pytest
 
+from lmchat import __main__ as entry
 from lmchat.cli.overview import CLASSES, GROUPS, OPTIONS
 
 HELP_THEN_CHAT = """
@@ -111,3 +113,18 @@ def test_the_short_help_names_the_groups_classes_and_options_of_the_parser(full_
     assert len(examples) >= len(GROUPS)
     for option in examples:
         assert option in listed or option.startswith(("model.", "data.")), option
+
+
+def test_warnings_show_their_message_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With control characters escaped, and not where in the code they were raised."""
+    shown = []
+
+    def warn(args: list[str]) -> int:
+        shown.append(warnings.formatwarning("of rows:\n  \x1b[31mred", UserWarning, "rows.py", 7))
+        return 0
+
+    usual_format = warnings.formatwarning
+    monkeypatch.setattr(entry, "_run", warn)
+    assert entry.main([]) == 0
+    assert shown == ["lmchat: warning: of rows:\n  \\x1b[31mred\n"]
+    assert warnings.formatwarning is usual_format

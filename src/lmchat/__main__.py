@@ -7,6 +7,7 @@ import errno
 import json
 import keyword
 import sys
+import warnings
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -85,6 +86,7 @@ def main(args: list[str] | None = None) -> int:
     )
 
     prepare_standard_streams()
+    usual_format, warnings.formatwarning = warnings.formatwarning, _format_warning
     try:
         try:
             return _run(sys.argv[1:] if args is None else args)
@@ -96,6 +98,8 @@ def main(args: list[str] | None = None) -> int:
             raise
         discard_output()
         return BROKEN_PIPE_STATUS
+    finally:
+        warnings.formatwarning = usual_format
 
 
 def _run(args: list[str]) -> int:
@@ -176,9 +180,20 @@ def _concerns(filename: str, folder: Path) -> bool:
 
 
 def _fail(message: str, status: int = 2) -> int:
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(message.split()))
-    print(f"lmchat: {line}", file=sys.stderr)
+    print(f"lmchat: {_printable(' '.join(message.split()))}", file=sys.stderr)
     return status
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning without its place in the code, which ``python -W error`` shows."""
+    return "lmchat: warning: " + "\n".join(map(_printable, str(message).splitlines())) + "\n"
+
+
+def _printable(line: str) -> str:
+    """The line with control characters as escapes; file contents may have some."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 if __name__ == "__main__":
