@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -138,3 +139,13 @@ def base(new_base: Callable[[], Path], monkeypatch: pytest.MonkeyPatch) -> Path:
     base = new_base()
     monkeypatch.setenv("LMCHAT_BASE_DIR", str(base))
     return base
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_is_left() -> Iterator[None]:
+    """Lightning keeps the process group of a strategy, and its variables, until the process ends."""
+    yield
+    if (distributed := sys.modules.get("torch.distributed")) and distributed.is_initialized():
+        distributed.destroy_process_group()
+        for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK"):
+            os.environ.pop(name, None)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import lightning as L
 import pytest
-import torch.distributed as dist
 
 from lmchat.__main__ import main
 from lmchat.checkpoint.layout import committed_steps
@@ -63,17 +60,6 @@ REFUSED = {
     "barebones": ("true", "--trainer.logger false"),
     "accumulate_grad_batches": ("2", "--model.global_batch_tokens"),
 }
-
-
-@pytest.fixture(autouse=True)
-def no_process_group_is_left() -> Iterator[None]:
-    """Lightning keeps the process group of a strategy and its environment variables until the process ends."""
-    environment = dict(os.environ)
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    os.environ.clear()
-    os.environ.update(environment)
 
 
 def fit(base: Path, tiny_base: Path, option: str, value: str, monkeypatch: pytest.MonkeyPatch) -> int:
