@@ -5,11 +5,13 @@ from __future__ import annotations
 import bz2
 import csv
 import gzip
+import hashlib
 import io
 import json
 import lzma
 import os
 import re
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -71,7 +73,6 @@ def test_every_file_format_is_imported(source: Path, tmp_path: Path) -> None:
     seed=st.integers(0, 2),
     fraction=st.floats(0.01, 0.9),
     shard_characters=st.integers(1, 300),
-    buckets=st.integers(1, 5),
 )
 def test_documents_are_kept_once_and_split(
     tmp_path_factory: pytest.TempPathFactory,
@@ -79,18 +80,16 @@ def test_documents_are_kept_once_and_split(
     seed: int,
     fraction: float,
     shard_characters: int,
-    buckets: int,
 ) -> None:
     unique = {text for text in texts if text.strip()}
     output = tmp_path_factory.mktemp("import") / "out"
     options = {"seed": seed, "validation_fraction": fraction, "shard_characters": shard_characters}
-    expected_bytes = (buckets - 1) * shard_writer.BUCKET_BYTES
     if len(unique) < 2:
         with pytest.raises(UserError, match="at least 2 are needed"):
-            write_shards(texts, output, expected_bytes=expected_bytes, **options)
+            write_shards(texts, output, **options)
         assert not output.exists()
         return
-    report = write_shards(texts, output, expected_bytes=expected_bytes, **options)
+    report = write_shards(texts, output, **options)
     *train, validation = _read(output)
     documents = [text for shard in (*train, validation) for text in shard]
     assert sorted(documents) == sorted(unique)
@@ -99,7 +98,7 @@ def test_documents_are_kept_once_and_split(
     assert all(sum(map(len, shard)) >= shard_characters for shard in train[:-1])
     assert all(sum(map(len, shard[:-1])) < shard_characters for shard in train)
 
-    # Neither the order of the input nor the number of buckets matters.
+    # The order of the input does not matter.
     write_shards(reversed(texts), output.with_name("again"), **options)
     assert _read(output.with_name("again")) == [*train, validation]
 
@@ -405,10 +404,23 @@ def test_malformed_tables_and_arrays_are_named(tmp_path: Path, name: str, conten
         import_folder(tmp_path / name, tmp_path / "out", max_document_characters=40, progress=False)
 
 
-def test_buckets_that_are_too_large_are_divided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_are_in_the_order_of_their_documents_hashes(tmp_path: Path) -> None:
     texts = [f"document {number}" for number in range(300)] + ["again"] * 300
-    write_shards(texts, tmp_path / "one", seed=5)
-    monkeypatch.setattr(shard_writer, "BUCKET_BYTES", 2000)
-    report = write_shards(texts, tmp_path / "many", seed=5)
-    assert _read(tmp_path / "many") == _read(tmp_path / "one")
+    report = write_shards(texts, tmp_path / "out", seed=5, shard_characters=1000)
+    found = [text for shard in _read(tmp_path / "out") for text in shard]
+    assert found == sorted(
+        set(texts), key=lambda text: hashlib.blake2b(text.encode(), digest_size=16, key=b"5").digest()
+    )
     assert (report.train_documents + report.validation_documents, report.duplicates) == (301, 299)
+
+
+def test_a_full_disk_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_writer, "_CACHE_KILOBYTES", 1)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limit[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot sort the documents \(.*\); make room, or choose another --output"):
+            write_shards((f"{number} " * 1000 for number in range(1000)), tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not list(tmp_path.iterdir())

@@ -12,10 +12,8 @@ from lmchat.data.parquet_text import TEXT_COLUMN
 from lmchat.data.shard_writer import WrittenShards, write_shards
 from lmchat.option_checks import check_count
 from lmchat.progress import ProgressBar
-from lmchat.records import kind_of
 from lmchat.types import UserError
 
-_COMPRESSION_RATIO = 5
 _LISTED = 10
 
 
@@ -96,8 +94,8 @@ def import_folder(
         )
     pattern = parse_separator(separator)
     found = find_files(source)
-    sizes = {path: path.stat().st_size for path in found.files}
-    with ProgressBar("Reading text", sum(sizes.values()), unit="B", enabled=progress) as bar:
+    size = sum(path.stat().st_size for path in found.files)
+    with ProgressBar("Reading text", size, unit="B", enabled=progress) as bar:
         reader = DocumentReader(text_field, pattern, encoding, max_document_characters, bar)
         try:
             shards = write_shards(
@@ -106,9 +104,6 @@ def import_folder(
                 validation_fraction=validation_fraction,
                 shard_characters=shard_characters,
                 seed=seed,
-                expected_bytes=sum(
-                    size * (_COMPRESSION_RATIO if kind_of(path)[1] else 1) for path, size in sizes.items()
-                ),
             )
         except UserError as error:
             left_out = "; ".join(
