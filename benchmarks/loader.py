@@ -87,7 +87,7 @@ def measure(documents: int, batches: int, spread: float) -> None:
     lengths = web_like_lengths(documents, spread)
     with tempfile.TemporaryDirectory() as name:
         token_lists = write_corpus(Path(name), lengths)
-        prepare_token_shards(Path(name), ByteTokenizer(), progress=False)
+        prepare_token_shards(Path(name), ByteTokenizer())
         train, _ = TokenShards.open_split(Path(name), ByteTokenizer())
         packer = BestFitPacker(lengths, row_tokens=SEQUENCE_LEN + 1, buffer_size=BUFFER, refill=REFILL)
         ours = iter(PackedBatches(train, sequence_len=SEQUENCE_LEN, micro_batch_size=ROWS, buffer_size=BUFFER))

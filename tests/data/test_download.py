@@ -110,9 +110,7 @@ def fetch(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
     def run(
         repo_id: str = REPO, num_shards: int = 3, pattern: str = "shard_*.parquet", **options: Any
     ) -> DownloadReport:
-        return download.download_shards(
-            repo_id, tmp_path, num_shards=num_shards, pattern=pattern, progress=False, **options
-        )
+        return download.download_shards(repo_id, tmp_path, num_shards=num_shards, pattern=pattern, **options)
 
     return run
 

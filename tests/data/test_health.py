@@ -67,7 +67,7 @@ def test_duplicates_equal_brute_force_over_all_pairs(write_shards: WriteShards) 
         else:
             first[text] = number
             expected["near_duplicates"][shard] += any(value >= 0.8 for value in similarities)
-    health = check_shards(write_shards(texts[:45], texts[45:]), progress=False)
+    health = check_shards(write_shards(texts[:45], texts[45:]))
     for name, counts in expected.items():
         assert [getattr(shard, name) for shard in health.shards] == counts
         assert getattr(health.total, name) == sum(counts)
@@ -104,7 +104,7 @@ def test_overlap_equals_sets_of_tuples(tmp_path: Path) -> None:
         quoted = rng.choice([text for each in strings for text in each]).split()[:words]
         documents.append(" ".join(_text(rng, 20)) + " " + ", ".join(quoted).upper() + ". " + " ".join(_text(rng, 5)))
 
-    overlap = EvaluationOverlap(evaluation_files(tmp_path), progress=False)
+    overlap = EvaluationOverlap(evaluation_files(tmp_path))
     half = len(documents) // 2
     counts = [*overlap.count([word_hashes(text) for text in documents[:half]])]
     counts += [*overlap.count([word_hashes(text) for text in documents[half:]])]
@@ -130,7 +130,7 @@ def test_a_zip_file_is_compared_like_its_folder(tmp_path: Path) -> None:
             archive.write(path, f"bundle/{path.name}")
     reports = []
     for source in (folder, tmp_path / "bundle.zip"):
-        overlap = EvaluationOverlap(evaluation_files(source), progress=False)
+        overlap = EvaluationOverlap(evaluation_files(source))
         assert overlap.count([word_hashes(text)]) == [28]
         reports.append([{**each, "file": Path(each["file"]).name} for each in overlap.report()])
     assert reports[0] == reports[1] and len(reports[0]) == 2
@@ -150,9 +150,9 @@ def test_cropped_and_split_tokens_equal_one_epoch_of_packing(write_shards: Write
     rng = random.Random(5)
     texts = ["a" * int(rng.lognormvariate(3, 1)) + "b" for _ in range(3000)]
     folder = write_shards(texts[:2000], texts[2000:2900], texts[2900:])
-    assert check_shards(folder, progress=False).tokens == []
-    prepare_token_shards(folder, ByteTokenizer(), num_threads=1, progress=False)
-    (report,) = check_shards(folder, sequence_len=63, progress=False).tokens
+    assert check_shards(folder).tokens == []
+    prepare_token_shards(folder, ByteTokenizer(), num_threads=1)
+    (report,) = check_shards(folder, sequence_len=63).tokens
     lengths = [len(text) + 1 for text in texts]  # with BOS
     assert [shard["tokens"] for shard in report["shards"]] == [
         sum(lengths[part]) for part in (slice(0, 2000), slice(2000, 2900), slice(2900, None))

@@ -55,7 +55,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def test_every_file_format_is_imported(source: Path, tmp_path: Path) -> None:
-    report = import_folder(source, tmp_path / "out", progress=False)
+    report = import_folder(source, tmp_path / "out")
     *train, validation = _read(tmp_path / "out")
     documents = {"plain text", "# mark\ndown", "json one", "json two", "zipped ? 😀", "from parquet"}
     assert sorted(sum(train, []) + validation) == sorted(documents)  # noqa: RUF017
@@ -115,7 +115,7 @@ def test_the_seed_decides_the_order(tmp_path: Path) -> None:
 def test_a_separator_cuts_plain_text(tmp_path: Path) -> None:
     path = tmp_path / "book.txt"
     path.write_text("one<|end|>two<|end|>\n")
-    report = import_folder(path, tmp_path / "out", separator="<|end|>", progress=False)
+    report = import_folder(path, tmp_path / "out", separator="<|end|>")
     assert sorted(text for shard in _read(tmp_path / "out") for text in shard) == ["one", "two"]
     assert report.shards.blank == 1
 
@@ -124,7 +124,7 @@ def test_another_field_and_column(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jsonl").write_text(json.dumps({"content": "one"}))
     pq.write_table(pa.table({"content": ["two"]}), tmp_path / "in" / "b.parquet")
-    import_folder(tmp_path / "in", tmp_path / "out", text_field="content", progress=False)
+    import_folder(tmp_path / "in", tmp_path / "out", text_field="content")
     assert sorted(text for shard in _read(tmp_path / "out") for text in shard) == ["one", "two"]
 
 
@@ -147,30 +147,30 @@ def test_malformed_input_is_named(tmp_path: Path, name: str, content: bytes, mes
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
-        import_folder(tmp_path / "in", tmp_path / "out", progress=False)
+        import_folder(tmp_path / "in", tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 
 
 def test_user_mistakes_are_named(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     with pytest.raises(UserError, match=r"nothing to import: .*nowhere does not exist"):
-        import_folder(tmp_path / "nowhere", output, progress=False)
+        import_folder(tmp_path / "nowhere", output)
     with pytest.raises(UserError, match="lies inside the source"):
-        import_folder(source, source / "deep" / "out", progress=False)
+        import_folder(source, source / "deep" / "out")
     latin = tmp_path / "latin.txt"
     latin.write_bytes("Größe".encode("latin-1"))
     with pytest.raises(
         UserError, match=r"found 0 document.* \(left out: 1 no text in a known encoding.*, such as .*latin.txt"
     ):
-        import_folder(latin, output, progress=False)
+        import_folder(latin, output)
     with pytest.raises(UserError, match=r"validation_fraction is 1\.0"):
-        import_folder(source, output, validation_fraction=1.0, progress=False)
+        import_folder(source, output, validation_fraction=1.0)
     with pytest.raises(UserError, match="shard_characters is 0"):
-        import_folder(source, output, shard_characters=0, progress=False)
+        import_folder(source, output, shard_characters=0)
     output.mkdir()
     (output / "shard_00000.parquet").touch()
     with pytest.raises(UserError, match="out is not empty; choose another with --output"):
-        import_folder(source, output, progress=False)
+        import_folder(source, output)
 
 
 def texts_in(folder: Path) -> list[str]:
@@ -216,7 +216,7 @@ COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
 )
 def test_formats_and_encodings_are_recognized(tmp_path: Path, name: str, encoding: str) -> None:
     (tmp_path / name).write_bytes(FORMS[name].encode(encoding))
-    report = import_folder(tmp_path / name, tmp_path / "out", progress=False)
+    report = import_folder(tmp_path / name, tmp_path / "out")
     assert texts_in(tmp_path / "out") == EXPECTED
     assert len(report.reader.recoded) == (not encoding.startswith("utf-8"))
 
@@ -239,7 +239,7 @@ def test_other_encodings_are_detected_or_named(
 ) -> None:
     (tmp_path / name).write_bytes(content.encode(encoding))
     separator = "|" if name == "a.txt" else None
-    report = import_folder(tmp_path / name, tmp_path / "out", separator=separator, encoding=named, progress=False)
+    report = import_folder(tmp_path / name, tmp_path / "out", separator=separator, encoding=named)
     assert texts_in(tmp_path / "out") == sorted([RUSSIAN, "еще"])
     assert list(report.reader.recoded) == [encoding.replace("koi8-", "koi8_").upper()]
 
@@ -277,7 +277,7 @@ def test_serbian_is_not_read_as_hebrew(tmp_path: Path) -> None:
 def test_an_unknown_encoding_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").touch()
     with pytest.raises(UserError, match="--encoding is klingon, which Python does not know"):
-        import_folder(tmp_path / "a.txt", tmp_path / "out", encoding="klingon", progress=False)
+        import_folder(tmp_path / "a.txt", tmp_path / "out", encoding="klingon")
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv", "a.txt"])
@@ -289,7 +289,7 @@ def test_compressed_files(tmp_path: Path, name: str, suffix: str) -> None:
     # Several streams one after the other, as parallel compressors write them.
     (tmp_path / f"{name}{suffix}").write_bytes(compress(content[:half]) + compress(content[half:]))
     separator = "|" if name == "a.txt" else None
-    import_folder(tmp_path / f"{name}{suffix}", tmp_path / "out", separator=separator, progress=False)
+    import_folder(tmp_path / f"{name}{suffix}", tmp_path / "out", separator=separator)
     assert texts_in(tmp_path / "out") == EXPECTED
 
 
@@ -307,7 +307,7 @@ def test_realistic_files_are_imported(tmp_path: Path) -> None:
     (source / "scan.PDF").write_bytes(b"%PDF")
     (source / "notes").write_text("no suffix")
     os.mkfifo(source / "pipe.txt")
-    report = import_folder(source, tmp_path / "out", progress=False)
+    report = import_folder(source, tmp_path / "out")
     assert texts_in(tmp_path / "out") == ["linked", "plain"]
     assert report.found.others == {".pdf": 1, "without a suffix": 1, "no regular file": 1}
     shown = str(report)
@@ -330,7 +330,7 @@ def test_realistic_files_are_imported(tmp_path: Path) -> None:
 )
 def test_separators_are_unescaped(tmp_path: Path, content: str, separator: str) -> None:
     (tmp_path / "a.txt").write_bytes(content.encode())
-    import_folder(tmp_path / "a.txt", tmp_path / "out", separator=separator, progress=False)
+    import_folder(tmp_path / "a.txt", tmp_path / "out", separator=separator)
     assert texts_in(tmp_path / "out") == ["one", "three", "two"]
 
 
@@ -339,12 +339,12 @@ def test_a_separator_without_occurrence_is_reported(tmp_path: Path) -> None:
     (tmp_path / "in" / "a.txt").write_text("one\ntwo")
     (tmp_path / "in" / "b.txt").write_text("three\nfour")
     with pytest.raises(UserError, match=r"--separator '===' occurs in none of the 2 plain text files"):
-        import_folder(tmp_path / "in", tmp_path / "out", separator="===", progress=False)
+        import_folder(tmp_path / "in", tmp_path / "out", separator="===")
     with pytest.raises(UserError, match="--separator is empty"):
-        import_folder(tmp_path / "in", tmp_path / "out", separator="", progress=False)
+        import_folder(tmp_path / "in", tmp_path / "out", separator="")
     assert not (tmp_path / "out").exists()
     (tmp_path / "in" / "c.txt").write_text("five===six")
-    report = import_folder(tmp_path / "in", tmp_path / "out", separator="===", progress=False)
+    report = import_folder(tmp_path / "in", tmp_path / "out", separator="===")
     assert "without the separator: 2 plain text files" in str(report)
 
 
@@ -378,7 +378,7 @@ def test_long_documents_are_divided_at_words_and_long_lines_left_out(tmp_path: P
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.txt").write_text("word " * 30)
     (tmp_path / "in" / "b.jsonl").write_text(json.dumps({"text": "line " * 200}) + '\n{"text": "short"}\n')
-    report = import_folder(tmp_path / "in", tmp_path / "out", max_document_characters=50, progress=False)
+    report = import_folder(tmp_path / "in", tmp_path / "out", max_document_characters=50)
     assert texts_in(tmp_path / "out") == ["short", "word " * 10]  # three equal pieces, once
     shown = str(report)
     assert "divided: 1 documents longer than 50 characters" in shown
@@ -401,7 +401,7 @@ def test_long_documents_are_divided_at_words_and_long_lines_left_out(tmp_path: P
 def test_malformed_tables_and_arrays_are_named(tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
-        import_folder(tmp_path / name, tmp_path / "out", max_document_characters=40, progress=False)
+        import_folder(tmp_path / name, tmp_path / "out", max_document_characters=40)
 
 
 def test_shards_are_in_the_order_of_their_documents_hashes(tmp_path: Path) -> None:

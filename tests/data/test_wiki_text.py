@@ -96,7 +96,7 @@ def test_the_report_counts_what_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "in" / "dump.xml").write_text(export(page("A", "a"), page("B", "b"), redirect, long))
     (tmp_path / "in" / "feed.xml").write_text("<rss><item>no</item></rss>")
     (tmp_path / "in" / "empty.xml").touch()
-    shown = str(import_folder(tmp_path / "in", tmp_path / "out", max_document_characters=50, progress=False))
+    shown = str(import_folder(tmp_path / "in", tmp_path / "out", max_document_characters=50))
     assert "1 documents for training" in shown and "  1 redirects" in shown
     assert f"{TOO_LONG}: {tmp_path / 'in' / 'dump.xml'}: page 'Long'" in shown
     assert f"{NOT_AN_EXPORT}: {tmp_path / 'in' / 'feed.xml'}" in shown and "empty.xml" in shown

@@ -89,7 +89,6 @@ def download_shards(
     revision: str = "main",
     pattern: str = "*.parquet",
     num_workers: int = 8,
-    progress: bool = True,
 ) -> DownloadReport:
     """Downloads the first ``num_shards`` training shards of a dataset, and its last shard, for validation.
 
@@ -102,7 +101,6 @@ def download_shards(
         revision: branch, tag or commit; resolved once, so that all shards are from the same commit.
         pattern: glob pattern of the files that are shards.
         num_workers: number of parallel transfers.
-        progress: show a progress bar on stderr.
 
     Raises:
         UserError: no such repository, revision or shards; a file is damaged at every attempt; the disk is full; or
@@ -113,7 +111,7 @@ def download_shards(
     shards = _choose(hub.list_shards(pattern), num_shards, repo_id)
     with _claim(output, repo_id):
         missing = [shard for shard in shards if not _is_present(output / shard.name, shard)]
-        _fetch_all(hub, missing, output, num_workers, progress)
+        _fetch_all(hub, missing, output, num_workers)
         shutil.rmtree(output / _STAGING, ignore_errors=True)
     return DownloadReport(output, len(shards), len(shards) - len(missing), sum(shard.size for shard in shards))
 
@@ -321,7 +319,7 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def _fetch_all(hub: _Hub, shards: Sequence[Shard], output: Path, num_workers: int, progress: bool) -> None:
+def _fetch_all(hub: _Hub, shards: Sequence[Shard], output: Path, num_workers: int) -> None:
     """Downloads in parallel until all are done or one fails; in daemon threads, so that Ctrl-C does not wait."""
     waiting: queue.SimpleQueue[Shard] = queue.SimpleQueue()
     done: queue.SimpleQueue[Shard | Exception] = queue.SimpleQueue()
@@ -342,17 +340,17 @@ def _fetch_all(hub: _Hub, shards: Sequence[Shard], output: Path, num_workers: in
     for _ in range(min(num_workers, len(shards))):
         threading.Thread(target=work, daemon=True).start()
     try:
-        _watch(hub, shards, done, progress)
+        _watch(hub, shards, done)
     finally:
         stop.set()
 
 
-def _watch(hub: _Hub, shards: Sequence[Shard], done: queue.SimpleQueue[Shard | Exception], progress: bool) -> None:
+def _watch(hub: _Hub, shards: Sequence[Shard], done: queue.SimpleQueue[Shard | Exception]) -> None:
     """Shows progress until all shards are done. Raises the first failure."""
     leftover = hub.staged_bytes()
     left, complete = len(shards), 0
     size = sum(shard.size for shard in shards)
-    with ProgressBar("Downloading", size, unit="B", enabled=progress) as bar:
+    with ProgressBar("Downloading", size, unit="B") as bar:
         while left:
             with contextlib.suppress(queue.Empty):
                 result = done.get(timeout=_POLL_SECONDS)

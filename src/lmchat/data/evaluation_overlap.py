@@ -55,19 +55,18 @@ class EvaluationOverlap:
 
     Args:
         files: the evaluation sets.
-        progress: show a progress bar on stderr.
 
     Raises:
         UserError: a file cannot be read.
     """
 
-    def __init__(self, files: Sequence[EvaluationFile], progress: bool = True) -> None:
+    def __init__(self, files: Sequence[EvaluationFile]) -> None:
         self.files = list(files)
         self._examples = [0] * len(self.files)
         parts: list[Hashes] = [np.empty(0, np.uint64)]
         lengths: list[int] = [0]
         self._set_of: list[int] = [0]
-        with ProgressBar("Reading evaluation sets", len(self.files), unit="files", enabled=progress) as bar:
+        with ProgressBar("Reading evaluation sets", len(self.files), unit="files") as bar:
             for number, path in enumerate(bar.track(self.files)):
                 for record in read_records(path):
                     grams, _ = gram_hashes([word_hashes(text) for text in strings_of(record)], GRAM_WORDS)

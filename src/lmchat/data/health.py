@@ -105,7 +105,6 @@ def check_shards(
     *,
     similarity: float = 0.8,
     sequence_len: int = 2048,
-    progress: bool = True,
 ) -> DataHealth:
     """Reads all shards of a folder once. Memory grows by about 1 kB per document.
 
@@ -114,17 +113,16 @@ def check_shards(
         evaluation: files of evaluation sets.
         similarity: Jaccard similarity of word 5-grams from which on documents are near duplicates.
         sequence_len: sequence length of the rows that token files are packed into.
-        progress: show a progress bar on stderr.
 
     Raises:
         UserError: a shard, token file or evaluation set cannot be read.
     """
     shards, sources = list_shards(data_dir), []
-    tokens = check_tokens(data_dir, shards, sequence_len, progress=progress)
+    tokens = check_tokens(data_dir, shards, sequence_len)
     for shard in shards:
         with open_parquet(shard) as parquet:
             sources.append(TextSource(shard.name, parquet.metadata.num_rows, partial(read_documents, shard)))
-    return _check(sources, evaluation, similarity, tokens, progress)
+    return _check(sources, evaluation, similarity, tokens)
 
 
 def check_mixtures(
@@ -134,7 +132,6 @@ def check_mixtures(
     *,
     similarity: float = 0.8,
     sequence_len: int = 2048,
-    progress: bool = True,
 ) -> DataHealth:
     """Like `check_shards` for mixtures by split; a document is the text of a conversation, repetitions left out.
 
@@ -147,7 +144,7 @@ def check_mixtures(
         for split, mixture in mixtures.items()
         for part in mixture.parts
     ]
-    return _check(sources, evaluation, similarity, tokens, progress)
+    return _check(sources, evaluation, similarity, tokens)
 
 
 def _texts(task: Task) -> Iterator[str]:
@@ -159,12 +156,11 @@ def _check(
     evaluation: Sequence[EvaluationFile],
     similarity: float,
     tokens: list[dict[str, Any]],
-    progress: bool,
 ) -> DataHealth:
-    checker = _Checker(sources, EvaluationOverlap(evaluation, progress), similarity)
+    checker = _Checker(sources, EvaluationOverlap(evaluation), similarity)
     total = sum(source.documents for source in sources)
     rows = ((number, *row) for number, source in enumerate(sources) for row in enumerate(source.read()))
-    with ProgressBar("Checking documents", total, unit="documents", enabled=progress) as bar:
+    with ProgressBar("Checking documents", total, unit="documents") as bar:
         for number, row, text in bar.track(rows):
             checker.add(number, row, text)
         bar.set(total, description="Comparing signatures")

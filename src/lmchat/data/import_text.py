@@ -66,7 +66,6 @@ def import_folder(
     validation_fraction: float = 0.01,
     shard_characters: int = 250_000_000,
     seed: int = 0,
-    progress: bool = True,
 ) -> ImportReport:
     """Writes parquet shards from all text files under a folder; see `lmchat.data.documents` for the kinds.
 
@@ -79,7 +78,6 @@ def import_folder(
         separator: splits plain text files into documents; see `parse_separator`.
         encoding: encoding of files that are not Unicode and do not declare theirs; default is to detect it.
         max_document_characters: longer documents are split.
-        progress: show a progress bar on stderr.
 
     Raises:
         UserError: there is nothing to import, a line or file is malformed, the separator occurs nowhere, or ``output``
@@ -95,7 +93,7 @@ def import_folder(
     pattern = parse_separator(separator)
     found = find_files(source)
     size = sum(path.stat().st_size for path in found.files)
-    with ProgressBar("Reading text", size, unit="B", enabled=progress) as bar:
+    with ProgressBar("Reading text", size, unit="B") as bar:
         reader = DocumentReader(text_field, pattern, encoding, max_document_characters, bar)
         try:
             shards = write_shards(

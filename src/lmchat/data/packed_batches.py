@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset
 
 from lmchat.data.packing import BestFitPacker, PackedRow
 from lmchat.data.token_shards import TokenShards
@@ -76,15 +76,7 @@ class PackedBatches(IterableDataset[Batch]):
         self.num_batches = num_batches
         self.mask_documents = mask_documents
 
-    def __len__(self) -> int:
-        """Batches per iteration. Raises TypeError, like objects without a length, if they are endless."""
-        if self.num_batches is None:
-            raise TypeError("the training batches are endless")
-        return self.num_batches
-
     def __iter__(self) -> Iterator[Batch]:
-        if (worker := get_worker_info()) is not None and worker.num_workers > 1:
-            raise UserError(f"num_workers is {worker.num_workers}; packed batches have one order: use 0 or 1")
         packer = BestFitPacker(
             self.shards.lengths,
             row_tokens=self.sequence_len + 1,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator
-from typing import Any, Literal, Protocol, overload
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -28,16 +28,6 @@ _LAST_ARRIVAL = (1 << _ARRIVAL_BITS) - 1
 _LONGEST = (1 << (62 - _ARRIVAL_BITS)) - 1
 
 
-class Lengths(Protocol):
-    """Document lengths in tokens, including BOS: an int array, or a view of one on disk."""
-
-    def __len__(self) -> int: ...
-    @overload
-    def __getitem__(self, index: int) -> Any: ...
-    @overload
-    def __getitem__(self, index: slice) -> npt.NDArray[np.integer]: ...
-
-
 class BestFitPacker(Iterator[PackedRow]):
     """Packs documents, read in order and repeatedly, into rows of ``row_tokens`` tokens; the algorithm is nanochat's.
 
@@ -53,7 +43,7 @@ class BestFitPacker(Iterator[PackedRow]):
     refilled. Buffered documents are part of ``state`` (nanochat loses them when training stops).
 
     Args:
-        lengths: document lengths in tokens.
+        lengths: (documents,) document lengths in tokens, including BOS.
         row_tokens: capacity of a row; sequence length + 1 if targets are the inputs shifted by one.
         buffer_size: documents to choose from.
         refill: documents added to the buffer at a time.
@@ -69,7 +59,7 @@ class BestFitPacker(Iterator[PackedRow]):
 
     def __init__(
         self,
-        lengths: Lengths,
+        lengths: npt.NDArray[np.integer[Any]],
         *,
         row_tokens: int,
         buffer_size: int = 1000,
@@ -192,7 +182,7 @@ class BestFitPacker(Iterator[PackedRow]):
         self._next = count_in(state, "next", self._end)
         arrivals = self._checked_buffer(state.get("buffer"))
         self._cut = self._checked_cut(state["cut"], arrivals) if "cut" in state else None
-        lengths = np.array([self.lengths[int(d)] for d in arrivals % len(self.lengths)], dtype=np.int64)
+        lengths = self.lengths[arrivals % len(self.lengths)]
         self._keys = sorted(self._to_keys(lengths, arrivals)) if len(arrivals) else []
 
     def _checked_buffer(self, buffer: Any) -> npt.NDArray[np.int64]:

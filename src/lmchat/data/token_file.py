@@ -13,29 +13,18 @@ import os
 import stat
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from lmchat.paths import base_dir
+from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.types import UserError
 
 _FORMAT = "lmchat tokens 1"
 HEADER_BYTES = 4096
 _DTYPES = ("uint16", "uint32")
-
-
-class TextTokenizer(Protocol):
-    """The part of a tokenizer that token files need."""
-
-    @property
-    def fingerprint(self) -> str: ...
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def bos_id(self) -> int: ...
-    def encode_to_numpy(self, text: str) -> npt.NDArray[np.uint32]: ...
 
 
 @dataclass(frozen=True)
@@ -99,7 +88,7 @@ class Header:
         return header if size == header.file_bytes else None
 
 
-def token_dir(data_dir: Path, tokenizer: TextTokenizer) -> Path:
+def token_dir(data_dir: Path, tokenizer: Tokenizer) -> Path:
     """Folder of the token files: in the data folder, or in the base folder if the data folder is read-only."""
     beside, elsewhere = (folder / tokenizer.fingerprint[:12] for folder in token_dirs(data_dir))
     # Root can write anywhere, but a folder without any write bit should stay unchanged.
@@ -118,7 +107,7 @@ def token_path(directory: Path, shard: Path) -> Path:
     return directory / f"{shard.stem}.tokens"
 
 
-def read_header(path: Path, tokenizer: TextTokenizer) -> Header:
+def read_header(path: Path, tokenizer: Tokenizer) -> Header:
     header = Header.read(path)
     if header is None or header.tokenizer != tokenizer.fingerprint:
         state = "damaged" if path.exists() else "missing"

@@ -24,9 +24,7 @@ FULL_ROWS = {"padded": 0.0, "masked_rows": 0}
 """Rows of pretraining have no padding, and all of their tokens receive loss."""
 
 
-def check_tokens(
-    data_dir: Path, shards: Sequence[Path], sequence_len: int, *, progress: bool = True
-) -> list[dict[str, Any]]:
+def check_tokens(data_dir: Path, shards: Sequence[Path], sequence_len: int) -> list[dict[str, Any]]:
     """For each tokenizer with token files of the shards: numbers per shard, and of packing the training shards.
 
     Token files that are missing or of another format are left out.
@@ -35,18 +33,15 @@ def check_tokens(
         data_dir: folder of the shards.
         shards: the shards; the last is for validation, and packed by itself.
         sequence_len: T; packed rows have T + 1 tokens.
-        progress: show a progress bar on stderr.
 
     Raises:
         UserError: a token file has wrong offsets.
     """
     folders = [folder for parent in token_dirs(data_dir) for folder in sorted(parent.glob("*")) if folder.is_dir()]
-    return [
-        report for folder in folders if (report := _check_folder(folder, shards, sequence_len, progress)) is not None
-    ]
+    return [report for folder in folders if (report := _check_folder(folder, shards, sequence_len)) is not None]
 
 
-def _check_folder(folder: Path, shards: Sequence[Path], sequence_len: int, progress: bool) -> dict[str, Any] | None:
+def _check_folder(folder: Path, shards: Sequence[Path], sequence_len: int) -> dict[str, Any] | None:
     lengths: dict[str, Lengths] = {}
     for shard in shards:
         path = token_path(folder, shard)
@@ -55,9 +50,9 @@ def _check_folder(folder: Path, shards: Sequence[Path], sequence_len: int, progr
     if not lengths:
         return None
     train = [name for name in lengths if name != shards[-1].name]
-    packed, cropped = packing_losses([lengths[name] for name in train], sequence_len, progress=progress)
+    packed, cropped = packing_losses([lengths[name] for name in train], sequence_len)
     if len(train) < len(lengths):
-        cropped += packing_losses([lengths[shards[-1].name]], sequence_len, progress=progress)[1]
+        cropped += packing_losses([lengths[shards[-1].name]], sequence_len)[1]
     return {
         "name": f"tokenizer {folder.name}",
         "sequence_len": sequence_len,
@@ -122,15 +117,12 @@ def length_histogram(lengths: Lengths) -> dict[str, int]:
     return {str(1 << int(e)): int(count) for e, count in zip(*np.unique(exponents, return_counts=True), strict=True)}
 
 
-def packing_losses(
-    shards: Sequence[Lengths], sequence_len: int, *, progress: bool = True
-) -> tuple[dict[str, float], list[float]]:
+def packing_losses(shards: Sequence[Lengths], sequence_len: int) -> tuple[dict[str, float], list[float]]:
     """What training does to the documents that it packs until each has been placed once, with the default buffer.
 
     Args:
         shards: lengths of each shard's documents, which are packed as one stream.
         sequence_len: T; packed rows have T + 1 tokens.
-        progress: show a progress bar on stderr.
 
     Returns:
         ``cropped``: share of the tokens that ``--data.long_documents crop`` discards. ``split_documents``,
@@ -138,9 +130,9 @@ def packing_losses(
         And for each shard the share of its tokens that ``crop`` discards.
     """
     lengths = np.concatenate([np.zeros(0, np.int64), *shards])
-    placed, _, cropped = _cuts(lengths, sequence_len, "crop", progress)
+    placed, _, cropped = _cuts(lengths, sequence_len, "crop")
     tokens, starts = placed * lengths, np.cumsum([len(shard) for shard in shards])[:-1]
-    times, cuts, after = _cuts(lengths, sequence_len, "split", progress)
+    times, cuts, after = _cuts(lengths, sequence_len, "split")
     return {
         "cropped": _share(cropped, tokens),
         "split_documents": _share(cuts, times),
@@ -148,13 +140,13 @@ def packing_losses(
     }, [_share(*each) for each in zip(np.split(cropped, starts), np.split(tokens, starts), strict=True)]
 
 
-def _cuts(lengths: Lengths, sequence_len: int, policy: Any, progress: bool) -> npt.NDArray[np.int64]:
+def _cuts(lengths: Lengths, sequence_len: int, policy: Any) -> npt.NDArray[np.int64]:
     """(3, documents): how often each document was placed, how often cut, and its tokens after the first cut."""
     found = np.zeros((len(lengths), 3), dtype=np.int64)
     if not len(lengths):
         return found.T
     packer = BestFitPacker(lengths, row_tokens=sequence_len + 1, policy=policy)
-    with ProgressBar(f"Packing ({policy})", len(lengths), unit="documents", enabled=progress) as bar:
+    with ProgressBar(f"Packing ({policy})", len(lengths), unit="documents") as bar:
         while packer.placed < len(lengths):
             row = next(packer)
             # A row that begins inside of a document continues one that has been counted.

@@ -10,7 +10,6 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -20,13 +19,13 @@ from lmchat.data.parquet_text import list_shards
 from lmchat.data.token_file import (
     HEADER_BYTES,
     Header,
-    TextTokenizer,
     check_offsets,
     read_header,
     read_offsets,
     token_dir,
     token_path,
 )
+from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.types import UserError
 
 
@@ -53,17 +52,20 @@ class TokenShard:
 
 
 class TokenShards:
-    """The documents of several token files as one sequence. Files are opened and verified on first use.
+    """The documents of several token files as one sequence. Tokens are opened and verified on first use.
 
     Args:
         paths: token files in the order of their documents.
         tokenizer: the tokenizer that the files were made with.
 
+    Attributes:
+        lengths: (documents,) int32, tokens of each document.
+
     Raises:
         UserError: a file is missing or damaged, or there are no documents.
     """
 
-    def __init__(self, paths: Sequence[Path], tokenizer: TextTokenizer) -> None:
+    def __init__(self, paths: Sequence[Path], tokenizer: Tokenizer) -> None:
         self.paths = list(paths)
         self._headers = [read_header(path, tokenizer) for path in self.paths]
         self._opened: list[TokenShard | None] = [None] * len(self.paths)
@@ -73,10 +75,11 @@ class TokenShards:
         if not len(self):
             raise UserError(f"there is no text in {', '.join(path.stem for path in self.paths)}; import some more")
         self.dtype = np.dtype(self._headers[0].dtype)
-        self.lengths = DocumentLengths(self)
+        offsets = [read_offsets(path, header) for path, header in zip(self.paths, self._headers, strict=True)]
+        self.lengths = np.concatenate([np.diff(each) for each in offsets], dtype=np.int32, casting="same_kind")
 
     @classmethod
-    def open_split(cls, data_dir: Path, tokenizer: TextTokenizer) -> tuple[TokenShards, TokenShards]:
+    def open_split(cls, data_dir: Path, tokenizer: Tokenizer) -> tuple[TokenShards, TokenShards]:
         """The training shards and the validation shard, after `prepare_token_shards`."""
         directory = token_dir(data_dir, tokenizer)
         paths = [token_path(directory, shard) for shard in list_shards(data_dir)]
@@ -99,19 +102,11 @@ class TokenShards:
 
     def share_beyond(self, max_tokens: int) -> float:
         """Share of the tokens that come after the first ``max_tokens`` of their document."""
-        offsets = (read_offsets(path, header) for path, header in zip(self.paths, self._headers, strict=True))
-        return sum(int((np.diff(each) - max_tokens).clip(min=0).sum()) for each in offsets) / self.tokens
+        return int((self.lengths - max_tokens).clip(min=0).sum(dtype=np.int64)) / self.tokens
 
     def shard_of(self, document: int) -> int:
         """Index of the shard that contains a document."""
         return bisect_right(self._firsts, document) - 1
-
-    def open(self, shard: int) -> tuple[TokenShard, int]:
-        """Opens a shard; returns it and the index of its first document."""
-        opened = self._opened[shard]
-        if opened is None:
-            opened = self._opened[shard] = TokenShard(self.paths[shard], self._headers[shard])
-        return opened, self._firsts[shard]
 
     def check_in_background(self) -> None:
         """Verifies the checksums of all files in a thread; the next `copy` after a wrong one raises UserError."""
@@ -137,33 +132,9 @@ class TokenShards:
         """
         if self._damage:
             raise self._damage[0]
-        shard, first = self.open(self.shard_of(document))
-        start += int(shard.offsets[document - first])
+        number = self.shard_of(document)
+        shard = self._opened[number]
+        if shard is None:
+            shard = self._opened[number] = TokenShard(self.paths[number], self._headers[number])
+        start += int(shard.offsets[document - self._firsts[number]])
         into[:] = shard.tokens[start : start + len(into)]
-
-
-class DocumentLengths:
-    """Document lengths of `TokenShards` as a sequence; a slice reads only the part of the files that it covers."""
-
-    def __init__(self, shards: TokenShards) -> None:
-        self._shards = shards
-
-    def __len__(self) -> int:
-        return len(self._shards)
-
-    @overload
-    def __getitem__(self, index: int) -> int: ...
-    @overload
-    def __getitem__(self, index: slice) -> npt.NDArray[np.int64]: ...
-    def __getitem__(self, index: int | slice) -> int | npt.NDArray[np.int64]:
-        if isinstance(index, int):
-            return int(self[index : index + 1][0])
-        start, stop, step = index.indices(len(self))
-        assert step == 1
-        parts = []
-        while start < stop:
-            shard, first = self._shards.open(self._shards.shard_of(start))
-            end = min(stop, first + len(shard.offsets) - 1)
-            parts.append(np.diff(shard.offsets[start - first : end - first + 1]))
-            start = end
-        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)

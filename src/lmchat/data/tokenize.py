@@ -18,9 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from lmchat.data.parquet_text import check_text_column, list_shards, open_parquet, read_documents
-from lmchat.data.token_file import HEADER_BYTES, Header, Source, TextTokenizer, read_header, token_dir, token_path
+from lmchat.data.token_file import HEADER_BYTES, Header, Source, read_header, token_dir, token_path
 from lmchat.files import locked, synced_file
 from lmchat.progress import ProgressBar
+from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.types import UserError
 
 _CHUNK_CHARACTERS = 1 << 18
@@ -47,9 +48,7 @@ class TokenReport:
     skipped: int
 
 
-def prepare_token_shards(
-    data_dir: Path, tokenizer: TextTokenizer, *, num_threads: int | None = None, progress: bool = True
-) -> TokenReport:
+def prepare_token_shards(data_dir: Path, tokenizer: Tokenizer, *, num_threads: int | None = None) -> TokenReport:
     """Tokenizes the shards of a folder that have no up-to-date token file, on all cores.
 
     If several processes call this for the same folder, one works and the others wait. A token file appears when it is
@@ -58,7 +57,6 @@ def prepare_token_shards(
     Args:
         data_dir: folder of parquet shards with a string column ``text``; null and empty texts are skipped.
         num_threads: number of threads; None is one per core.
-        progress: show a progress bar on stderr.
 
     Raises:
         UserError: the folder is missing or has fewer than two shards, a shard cannot be read, or a token file cannot be
@@ -75,7 +73,7 @@ def prepare_token_shards(
                 stale = [
                     shard for shard in _stale(stale, directory, tokenizer) if not _restamp(directory, shard, tokenizer)
                 ]
-                _tokenize_all(stale, directory, tokenizer, num_threads or os.cpu_count() or 1, progress)
+                _tokenize_all(stale, directory, tokenizer, num_threads or os.cpu_count() or 1)
         except OSError as error:
             raise UserError(
                 f"cannot write token files to {directory} ({error.strerror}); make room or give it write permission"
@@ -91,11 +89,11 @@ def prepare_token_shards(
     )
 
 
-def _stale(shards: Iterable[Path], directory: Path, tokenizer: TextTokenizer) -> list[Path]:
+def _stale(shards: Iterable[Path], directory: Path, tokenizer: Tokenizer) -> list[Path]:
     return [shard for shard in shards if not _is_current(token_path(directory, shard), shard, tokenizer)]
 
 
-def _is_current(path: Path, shard: Path, tokenizer: TextTokenizer) -> bool:
+def _is_current(path: Path, shard: Path, tokenizer: Tokenizer) -> bool:
     header, status = Header.read(path), shard.stat()
     return (
         header is not None
@@ -105,7 +103,7 @@ def _is_current(path: Path, shard: Path, tokenizer: TextTokenizer) -> bool:
     )
 
 
-def _restamp(directory: Path, shard: Path, tokenizer: TextTokenizer) -> bool:
+def _restamp(directory: Path, shard: Path, tokenizer: Tokenizer) -> bool:
     """Updates the time stamp in the header if only that has changed, as in a copy; returns whether it did."""
     path = token_path(directory, shard)
     header = Header.read(path)
@@ -136,16 +134,14 @@ def _identify(shard: Path) -> Source:
     return Source(status.st_size, status.st_mtime_ns, _footer_digest(shard), sha256)
 
 
-def _tokenize_all(
-    shards: Sequence[Path], directory: Path, tokenizer: TextTokenizer, num_threads: int, progress: bool
-) -> None:
+def _tokenize_all(shards: Sequence[Path], directory: Path, tokenizer: Tokenizer, num_threads: int) -> None:
     """Tokenizes shards one by one with a pool of threads; tiktoken and pyarrow release the GIL."""
     if not shards:
         return
     total = sum(_count_rows(shard) for shard in shards)
     with (
         ThreadPoolExecutor(num_threads) as pool,
-        ProgressBar("Tokenizing", total, unit="documents", enabled=progress) as bar,
+        ProgressBar("Tokenizing", total, unit="documents") as bar,
     ):
         for shard in shards:
             encode = _OrderedEncoder(pool, tokenizer, look_ahead=2 * num_threads)
@@ -172,7 +168,7 @@ class _Chunk:
 class _OrderedEncoder:
     """Encodes texts to chunks of tokens, in order, with a bounded number of chunks in progress."""
 
-    def __init__(self, pool: ThreadPoolExecutor, tokenizer: TextTokenizer, look_ahead: int) -> None:
+    def __init__(self, pool: ThreadPoolExecutor, tokenizer: Tokenizer, look_ahead: int) -> None:
         self.pool = pool
         self.tokenizer = tokenizer
         self.look_ahead = look_ahead
