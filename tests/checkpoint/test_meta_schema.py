@@ -15,13 +15,15 @@ import torch
 from checkpoint_meta import META
 from lmchat.checkpoint.layout import CheckpointPaths, checkpoint_dir
 from lmchat.checkpoint.load import (
+    Checkpoint,
     DamagedCheckpoint,
+    check_can_resume,
     find_checkpoint,
     load_model_state,
     load_rank_state,
     open_checkpoint,
 )
-from lmchat.checkpoint.meta_schema import COUNTER, check_meta, check_resumable, check_settings, check_state
+from lmchat.checkpoint.meta_schema import COUNTER, check_meta, check_settings, check_state
 from lmchat.checkpoint.writer import json_digest
 from lmchat.types import UserError
 
@@ -243,7 +245,7 @@ def test_a_meta_of_the_first_release_is_accepted(fixtures: Path) -> None:
         "meta_sha256"
     )
     check_meta(meta, CheckpointPaths(Path("d2"), 2))
-    check_resumable(meta)
+    check_can_resume(Checkpoint(CheckpointPaths(Path("d2"), 2), meta))
 
 
 FIT_LOOP = ("lightning", "loops", "fit_loop")

@@ -328,7 +328,7 @@ class TestBackgroundWriter:
             raise UserError("no space left")
 
         background.start(fail)
-        while background._thread.is_alive():
+        while not background._job.done():
             time.sleep(0.001)
         with pytest.raises(UserError, match="no space left"):
             getattr(background, surface)(*([lambda: None] if surface == "start" else []))

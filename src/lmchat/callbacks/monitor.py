@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lmchat.callbacks.step import StepCallback
-from lmchat.checkpoint.meta_schema import COUNTER, check_state, finite
+from lmchat.checkpoint.meta_schema import COUNTER, FINITE, check_state
 from lmchat.hardware import peak_flops, peak_memory_bytes
 from lmchat.option_checks import check_count
 from lmchat.progress import ProgressBar, clock_time, print_line
@@ -226,6 +226,6 @@ class Monitor(StepCallback):
         return {**self.loss_ema.state(), "tokens": self.tokens}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        check_state(type(self), state_dict, {"loss_ema": finite, "ema_steps": COUNTER, "tokens": COUNTER})
+        check_state(type(self), state_dict, {"loss_ema": FINITE, "ema_steps": COUNTER, "tokens": COUNTER})
         self.loss_ema.load(state_dict)
         self.tokens = state_dict["tokens"]

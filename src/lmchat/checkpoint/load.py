@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from lmchat.checkpoint.layout import CheckpointPaths, committed_steps, files_by_step
-from lmchat.checkpoint.meta_schema import check_meta, check_resumable, read_limited, shown
-from lmchat.checkpoint.tensors import check_tensors, shapes, shapes_of
+from lmchat.checkpoint.meta_schema import check_meta, read_limited, shown
+from lmchat.checkpoint.tensors import check_tensors, shapes
 from lmchat.checkpoint.writer import FORMAT, json_digest
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT, default_compute_dtype
@@ -222,7 +222,7 @@ def load_network_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """
     state = load_model_state(checkpoint)
     try:
-        check_tensors(shapes_of(state), shapes(GPTConfig(**checkpoint.meta["model"])), str(checkpoint.paths.model))
+        check_tensors(state, shapes(GPTConfig(**checkpoint.meta["model"])), str(checkpoint.paths.model))
     except UserError as error:
         raise DamagedCheckpoint(f"{error}; {_REMEDY}") from error
     return state
@@ -304,10 +304,11 @@ _RANK_STATE: dict[str, type] = {"optimizer_states": list, "rng": dict, "callback
 
 def check_can_resume(checkpoint: Checkpoint) -> None:
     """Raises DamagedCheckpoint if ``meta`` lacks values that the trainer restores."""
-    try:
-        check_resumable(checkpoint.meta)
-    except UserError as error:
-        raise DamagedCheckpoint(f"{checkpoint.paths.meta}: {error}; {_REMEDY}") from error
+    for name in ("lightning", "compute_dtype", "total_steps"):
+        if name not in checkpoint.meta:
+            raise DamagedCheckpoint(
+                f"{checkpoint.paths.meta}: {name} is missing, so that no run can be resumed from it; {_REMEDY}"
+            )
 
 
 def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> GPT:

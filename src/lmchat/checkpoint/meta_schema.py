@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lmchat.checkpoint.layout import CheckpointPaths
 from lmchat.model.config import GPTConfig
@@ -28,74 +28,45 @@ MAX_RANKS = 2**20
 LEARNING_RATES = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_LIGHTNING_2 = re.compile(r"2\.\d+\.\d+(rc\d+|\.(post|dev)\d+)?")
 
-Check = Callable[[Any], str | None]
-"""Returns None for a valid value, otherwise a description of valid values."""
+
+class Check(NamedTuple):
+    """A check of a value: whether it is accepted, and a description of valid values."""
+
+    accepts: Callable[[Any], bool]
+    valid: str
 
 
 def integer(low: int, high: int) -> Check:
     """A check for integers from ``low`` to ``high``."""
-
-    def check(value: Any) -> str | None:
-        if type(value) is int and low <= value <= high:
-            return None
-        return f"a whole number from {low} to {high}"
-
-    return check
-
-
-def number(value: Any) -> str | None:
-    """A finite number, 0 or more."""
-    return None if type(value) in (int, float) and 0 <= value < math.inf else "a number, 0 or more"
-
-
-def finite(value: Any) -> str | None:
-    """A finite number."""
-    return None if type(value) in (int, float) and math.isfinite(value) else "a finite number"
-
-
-def flag(value: Any) -> str | None:
-    """True or False."""
-    return None if type(value) is bool else "true or false"
-
-
-def text(value: Any) -> str | None:
-    """A string of at most 1,000 characters."""
-    return None if type(value) is str and len(value) <= 1000 else "a string of at most 1000 characters"
-
-
-def mapping(value: Any) -> str | None:
-    """A JSON object."""
-    return None if type(value) is dict else "an object"
+    return Check(lambda value: type(value) is int and low <= value <= high, f"a whole number from {low} to {high}")
 
 
 def one_of(*names: str) -> Check:
     """A check for one of the given strings."""
-    return lambda value: None if type(value) is str and value in names else f"one of {', '.join(names)}"
+    return Check(lambda value: type(value) is str and value in names, f"one of {', '.join(names)}")
 
 
 def optional(check: Check) -> Check:
     """A check for null or values that ``check`` accepts."""
-    return lambda value: None if value is None else check(value)
+    return Check(lambda value: value is None or check.accepts(value), check.valid)
 
 
-def folder_name(value: Any) -> str | None:
-    """A folder name, e.g. a tag."""
-    return None if type(value) is str and is_folder_name(value) else "the name of a folder, without slashes"
+def _string(accepts: Callable[[str], Any], valid: str) -> Check:
+    return Check(lambda value: type(value) is str and bool(accepts(value)), valid)
 
 
-def sha256(value: Any) -> str | None:
-    """A SHA-256 in hexadecimal."""
-    return None if type(value) is str and _SHA256.fullmatch(value) else "a SHA-256 in hexadecimal"
-
-
-def lightning_version(value: Any) -> str | None:
-    """A version of Lightning 2. The states of older versions would be migrated."""
-    return None if type(value) is str and _LIGHTNING_2.fullmatch(value) else "a version of Lightning such as 2.6.5"
-
-
+NUMBER = Check(lambda value: type(value) in (int, float) and 0 <= value < math.inf, "a number, 0 or more")
+FINITE = Check(lambda value: type(value) in (int, float) and math.isfinite(value), "a finite number")
+FLAG = Check(lambda value: type(value) is bool, "true or false")
+MAPPING = Check(lambda value: type(value) is dict, "an object")
+TEXT = _string(lambda value: len(value) <= 1000, "a string of at most 1000 characters")
+FOLDER_NAME = _string(is_folder_name, "the name of a folder, without slashes")
+SHA256 = _string(re.compile("[0-9a-f]{64}").fullmatch, "a SHA-256 in hexadecimal")
+# The states of older versions of Lightning would be migrated.
+LIGHTNING_2 = _string(
+    re.compile(r"2\.\d+\.\d+(rc\d+|\.(post|dev)\d+)?").fullmatch, "a version of Lightning such as 2.6.5"
+)
 _COUNT = integer(1, MAX_COUNT)
 COUNTER = integer(0, 2**62)
 _COUNTERS = ("ready", "started", "processed", "completed", "_batches_that_stepped")
@@ -105,28 +76,28 @@ REQUIRED: dict[str, Check] = {
     "stage": one_of(*_STAGE_NAMES),
     "step": integer(0, MAX_COUNT),
     "world_size": integer(1, MAX_RANKS),
-    "files": mapping,
-    "tag": folder_name,
-    "model": mapping,
-    "tokenizer_fingerprint": text,
-    "learning_rates": mapping,
+    "files": MAPPING,
+    "tag": FOLDER_NAME,
+    "model": MAPPING,
+    "tokenizer_fingerprint": TEXT,
+    "learning_rates": MAPPING,
     "global_batch_tokens": optional(_COUNT),
 }
 OPTIONAL: dict[str, Check] = {
-    "lmchat_version": text,
-    "saved_at": text,
-    "attempt": text,
+    "lmchat_version": TEXT,
+    "saved_at": TEXT,
+    "attempt": TEXT,
     "compute_dtype": one_of("bf16", "fp32", "fp64"),
     "polar_dtype": one_of("bf16", "fp32", "fp64"),
-    "attention": text,
+    "attention": TEXT,
     "micro_batch_size": optional(_COUNT),
     "total_steps": _COUNT,
-    "lr_scale": number,
-    "weight_decay": number,
-    "mask_documents": flag,
-    "weights_only": flag,
-    "imported": mapping,
-    "lightning": mapping,
+    "lr_scale": NUMBER,
+    "weight_decay": NUMBER,
+    "mask_documents": FLAG,
+    "weights_only": FLAG,
+    "imported": MAPPING,
+    "lightning": MAPPING,
 }
 MODEL: dict[str, Check] = {
     "sequence_len": integer(1, 2**24),
@@ -135,9 +106,9 @@ MODEL: dict[str, Check] = {
     "n_head": integer(1, 2**16),
     "n_kv_head": integer(1, 2**16),
     "n_embd": integer(1, 2**20),
-    "window_pattern": text,
-    "value_embeddings": flag,
-    "residual_mix": flag,
+    "window_pattern": TEXT,
+    "value_embeddings": FLAG,
+    "residual_mix": FLAG,
 }
 _MODEL_REQUIRED = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
 
@@ -157,7 +128,7 @@ def check_meta(meta: Any, paths: CheckpointPaths) -> None:
     if meta["step"] != paths.step:
         raise UserError(f"step is {meta['step']}, and the file's name says {paths.step}")
     _check_files(meta["files"], paths, meta["world_size"])
-    _check_fields(meta["learning_rates"], dict.fromkeys(LEARNING_RATES, number), {}, "learning_rates.")
+    _check_fields(meta["learning_rates"], dict.fromkeys(LEARNING_RATES, NUMBER), {}, "learning_rates.")
     _check_model(meta["model"], meta["files"][paths.model.name]["bytes"])
     if "lightning" in meta:
         _check_lightning(meta["lightning"], meta["step"])
@@ -172,7 +143,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     _check_plain(settings)
     _check_fields(settings, {}, {**REQUIRED, **OPTIONAL}, "")
     if "learning_rates" in settings:
-        _check_fields(settings["learning_rates"], dict.fromkeys(LEARNING_RATES, number), {}, "learning_rates.")
+        _check_fields(settings["learning_rates"], dict.fromkeys(LEARNING_RATES, NUMBER), {}, "learning_rates.")
 
 
 def check_model_shape(model: Mapping[str, Any]) -> None:
@@ -187,13 +158,6 @@ def check_model_shape(model: Mapping[str, Any]) -> None:
     _check_fields(model, required, {name: MODEL[name] for name in MODEL.keys() - required.keys()}, "model.")
 
 
-def check_resumable(meta: Mapping[str, Any]) -> None:
-    """Raises UserError unless ``meta``, checked by `check_meta`, has all values that the trainer restores."""
-    for name in ("lightning", "compute_dtype", "total_steps"):
-        if name not in meta:
-            raise UserError(f"{name} is missing, so that no run can be resumed from it")
-
-
 def check_state(owner: type, state: Any, fields: Mapping[str, Check]) -> None:
     """Checks what a callback restores from a checkpoint.
 
@@ -201,7 +165,7 @@ def check_state(owner: type, state: Any, fields: Mapping[str, Check]) -> None:
         UserError: a value is missing or wrong.
     """
     try:
-        _check_fields({"state": state}, {"state": mapping}, {}, "")
+        _check_fields({"state": state}, {"state": MAPPING}, {}, "")
         _check_fields(state, fields, {}, "")
     except UserError as error:
         raise UserError(
@@ -246,8 +210,8 @@ def _check_fields(
         if name not in fields:
             if name in required:
                 raise UserError(f"{prefix}{name} is missing")
-        elif problem := check(fields[name]):
-            raise UserError(f"{prefix}{name} is {shown(fields[name])}; it must be {problem}")
+        elif not check.accepts(fields[name]):
+            raise UserError(f"{prefix}{name} is {shown(fields[name])}; it must be {check.valid}")
 
 
 def _check_files(files: Mapping[str, Any], paths: CheckpointPaths, world_size: int) -> None:
@@ -260,9 +224,8 @@ def _check_files(files: Mapping[str, Any], paths: CheckpointPaths, world_size: i
     if unknown := sorted(files.keys() - expected):
         raise UserError(f"files names {shown(unknown[0])}, which is no file of this checkpoint")
     for name, record in files.items():
-        if problem := mapping(record):
-            raise UserError(f"files.{name} is {shown(record)}; it must be {problem}")
-        _check_fields(record, {"bytes": integer(0, 2**63), "sha256": sha256}, {}, f"files.{name}.")
+        _check_fields(files, {name: MAPPING}, {}, "files.")
+        _check_fields(record, {"bytes": integer(0, 2**63), "sha256": SHA256}, {}, f"files.{name}.")
 
 
 def _check_model(model: Mapping[str, Any], weights_bytes: int) -> None:
@@ -277,21 +240,21 @@ def _check_model(model: Mapping[str, Any], weights_bytes: int) -> None:
 
 
 def _check_lightning(lightning: Mapping[str, Any], step: int) -> None:
-    fields = {"epoch": integer(0, MAX_COUNT), "global_step": integer(0, MAX_COUNT), "loops": mapping}
-    _check_fields(lightning, {**fields, "pytorch-lightning_version": lightning_version}, {}, "lightning.")
+    fields = {"epoch": integer(0, MAX_COUNT), "global_step": integer(0, MAX_COUNT), "loops": MAPPING}
+    _check_fields(lightning, {**fields, "pytorch-lightning_version": LIGHTNING_2}, {}, "lightning.")
     if lightning["global_step"] != step:
         raise UserError(f"lightning.global_step is {lightning['global_step']}, and step is {step}")
-    _check_fields(lightning["loops"], {"fit_loop": mapping, "validate_loop": mapping}, {}, "lightning.loops.")
+    _check_fields(lightning["loops"], {"fit_loop": MAPPING, "validate_loop": MAPPING}, {}, "lightning.loops.")
     _check_loops(lightning["loops"], "lightning.loops.")
     place, fit_loop = "lightning.loops.fit_loop.", lightning["loops"]["fit_loop"]
     batches, updates = "epoch_loop.batch_progress", "epoch_loop.automatic_optimization.optim_progress"
-    _check_fields(fit_loop, {batches: mapping, updates: mapping}, {}, place)
+    _check_fields(fit_loop, {batches: MAPPING, updates: MAPPING}, {}, place)
     for name in ("total", "current"):
         counters = dict.fromkeys(("ready", "started", "processed", "completed"), COUNTER)
         _check_fields(fit_loop[batches][name], counters, {}, f"{place}{batches}.{name}.")
     progress: Any = fit_loop[updates]
     for name in ("optimizer", "step", "total"):
-        _check_fields(progress, {name: mapping}, {}, f"{place}{updates}.")
+        _check_fields(progress, {name: MAPPING}, {}, f"{place}{updates}.")
         progress = progress[name]
     _check_fields(progress, {"completed": integer(step, step)}, {}, f"{place}{updates}.optimizer.step.total.")
 
@@ -299,11 +262,11 @@ def _check_lightning(lightning: Mapping[str, Any], step: int) -> None:
 def _check_loops(loops: Mapping[str, Any], place: str) -> None:
     """Checks that the state of Lightning's loops holds objects and counters where its classes have them."""
     for name, value in loops.items():
-        check = flag if name == "is_last_batch" else COUNTER if name in _COUNTERS else mapping
+        check = FLAG if name == "is_last_batch" else COUNTER if name in _COUNTERS else MAPPING
         _check_fields(loops, {name: check}, {}, place)
-        if check is mapping:
+        if check is MAPPING:
             if name in ("step", "zero_grad") or (name.endswith("progress") and not name.endswith("optim_progress")):
-                _check_fields(value, {"total": mapping, "current": mapping}, {}, f"{place}{name}.")
+                _check_fields(value, {"total": MAPPING, "current": MAPPING}, {}, f"{place}{name}.")
             _check_loops(value, f"{place}{name}.")
 
 

@@ -18,25 +18,19 @@ def shapes(config: GPTConfig) -> dict[str, torch.Size]:
         return {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
 
 
-def shapes_of(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    """Names and shapes of all tensors of a state dict."""
-    return {name: tensor.shape for name, tensor in state.items()}
-
-
-def check_tensors(found: Mapping[str, torch.Size], expected: Mapping[str, torch.Size], where: str) -> None:
-    """Raises UserError unless ``found`` and ``expected`` have the same names and shapes."""
-    unknown, missing = sorted(found.keys() - expected.keys()), sorted(expected.keys() - found.keys())
-    different = [name for name in sorted(found.keys() & expected.keys()) if found[name] != expected[name]]
+def check_tensors(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size], where: str) -> None:
+    """Raises UserError unless the tensors of a state dict have the expected names and shapes."""
+    unknown, missing = sorted(state.keys() - expected.keys()), sorted(expected.keys() - state.keys())
     if unknown:
         raise UserError(f"{where} holds {_some(unknown)}, for which this architecture has no place")
     if missing:
         raise UserError(f"{where} lacks {_some(missing)}; it is incomplete or of another architecture")
-    if different:
-        name = different[0]
-        raise UserError(
-            f"{where} holds {name} of shape {tuple(found[name])}, and its config asks for {tuple(expected[name])}; "
-            "they are not of one model"
-        )
+    for name in sorted(state):
+        if state[name].shape != expected[name]:
+            raise UserError(
+                f"{where} holds {name} of shape {tuple(state[name].shape)}, and its config asks for "
+                f"{tuple(expected[name])}; they are not of one model"
+            )
 
 
 def _some(names: list[str]) -> str:

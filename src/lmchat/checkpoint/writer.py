@@ -14,9 +14,9 @@ import json
 import logging
 import os
 import socket
-import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent import futures
 from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Any, BinaryIO, TypedDict, cast
@@ -309,30 +309,22 @@ class BackgroundWriter:
     """Runs one write at a time in a thread. The interpreter does not exit before it is done."""
 
     def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._pool = futures.ThreadPoolExecutor(1, "checkpoint writer")
+        self._job: futures.Future[None] | None = None
 
     def start(self, job: Callable[[], None]) -> None:
         """Waits for the previous job, raises its error, if any, and starts ``job``."""
         self.wait()
-        self._thread = threading.Thread(target=self._run, args=(job,), name="checkpoint writer")
-        self._thread.start()
-
-    def _run(self, job: Callable[[], None]) -> None:
-        try:
-            job()
-        except BaseException as error:
-            self._error = error
+        self._job = self._pool.submit(job)
 
     def check(self) -> None:
         """Raises the error of a finished job; does not wait."""
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        if self._job is not None and self._job.done():
+            self.wait()
 
     def wait(self) -> None:
         """Waits for the job in progress and raises its error."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        self.check()
+        if self._job is not None:
+            futures.wait([self._job])
+            job, self._job = self._job, None
+            job.result()

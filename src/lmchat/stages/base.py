@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lmchat.checkpoint.load import Checkpoint, load_network_state
-from lmchat.checkpoint.tensors import check_tensors, shapes, shapes_of
+from lmchat.checkpoint.tensors import check_tensors, shapes
 from lmchat.evaluation.evaluator import EvalBatch, update_within_memory
 from lmchat.generation.policy import Policy
 from lmchat.model.allocator import tune_malloc
@@ -237,9 +237,7 @@ class StageModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         weights = {name.removeprefix("net."): tensor for name, tensor in checkpoint["state_dict"].items()}
         try:
-            check_tensors(
-                shapes_of(weights), shapes(self.config), f"the model file of step {checkpoint['global_step']}"
-            )
+            check_tensors(weights, shapes(self.config), f"the model file of step {checkpoint['global_step']}")
         except UserError as error:
             raise UserError(f"{error}; use an older checkpoint") from error
 

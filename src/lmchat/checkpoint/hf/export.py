@@ -15,7 +15,7 @@ from lmchat.checkpoint.hf import format as form
 from lmchat.checkpoint.hf.model_card import model_card
 from lmchat.checkpoint.hf.tokenizer import write_tokenizer
 from lmchat.checkpoint.load import Checkpoint, load_model_state
-from lmchat.checkpoint.tensors import check_tensors, shapes, shapes_of
+from lmchat.checkpoint.tensors import check_tensors, shapes
 from lmchat.model.config import GPTConfig
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.types import UserError
@@ -90,7 +90,7 @@ def write_export(
     if native:
         tensors, padding = form.to_native(state, config)
     else:
-        check_tensors(shapes_of(state), shapes(config), "the checkpoint")
+        check_tensors(state, shapes(config), "the checkpoint")
         tensors, padding = dict(state), {}
     for name, part in ((form.MODEL_FILE, tensors), (form.PADDING_FILE, padding)):
         if part:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmchat.checkpoint.tensors import check_tensors, shapes, shapes_of
+from lmchat.checkpoint.tensors import check_tensors, shapes
 from lmchat.losses import LOGIT_SOFTCAP
 from lmchat.model.config import GATE_CHANNELS, GPTConfig
 from lmchat.model.gpt import EPS, ROTARY_BASE, ROTARY_ROWS
@@ -56,7 +56,7 @@ def to_native(state: Mapping[str, Tensor], config: GPTConfig) -> tuple[dict[str,
     """
     names = native_names(config)
     expected = shapes(config)
-    check_tensors(shapes_of(state), {name: expected[name] for name in names}, "the checkpoint")
+    check_tensors(state, {name: expected[name] for name in names}, "the checkpoint")
     tokens = config.vocab_size
     model = {names[name]: tensor[:tokens] if name in _TABLES else tensor for name, tensor in state.items()}
     padding = {name: state[name][tokens:] for name in _TABLES if tokens < config.padded_vocab_size}

@@ -13,7 +13,7 @@ from lmchat.checkpoint.hf.export import need
 from lmchat.checkpoint.hf.tokenizer import read_tokenizer
 from lmchat.checkpoint.imported import ImportedModel
 from lmchat.checkpoint.meta_schema import check_model_shape
-from lmchat.checkpoint.tensors import check_tensors, shapes, shapes_of
+from lmchat.checkpoint.tensors import check_tensors, shapes
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import EPS
 from lmchat.stage_table import STAGES
@@ -29,7 +29,11 @@ def read_hf(folder: Path) -> ImportedModel:
     Raises:
         UserError: a file is missing or damaged, or the architecture is another one.
     """
-    content = _read_json(folder / "config.json", missing=_no_model(folder))
+    content = _read_json(
+        folder / "config.json",
+        missing=f"there is no config.json in {folder}; give the folder of an export (lmchat export hf), or of a "
+        "download (hf download NAME --local-dir FOLDER)",
+    )
     try:
         config = form.from_config(content)
         check_model_shape(config.to_dict())
@@ -42,7 +46,8 @@ def read_hf(folder: Path) -> ImportedModel:
     if content["model_type"] == "nanochat":
         state = _from_native(folder, state, config)
     tokenizer = read_tokenizer(folder)
-    meta = _read_meta(folder)
+    path = folder / form.META_FILE  # of exports of lmchat only
+    meta = _read_json(path, missing="") if path.exists() else {}
     if meta.get("tokenizer_fingerprint", tokenizer.fingerprint) != tokenizer.fingerprint:
         raise UserError(
             f"{folder / 'tokenizer.json'} is another tokenizer than {form.META_FILE} names; copy the model's own"
@@ -62,13 +67,6 @@ def read_hf(folder: Path) -> ImportedModel:
     )
 
 
-def _no_model(folder: Path) -> str:
-    return (
-        f"there is no config.json in {folder}; give the folder of an export (lmchat export hf), or of a download "
-        "(hf download NAME --local-dir FOLDER)"
-    )
-
-
 def _read_json(path: Path, missing: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -79,12 +77,6 @@ def _read_json(path: Path, missing: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object; {_REMEDY}")
     return content
-
-
-def _read_meta(folder: Path) -> dict[str, Any]:
-    """Metadata of the run in an export of lmchat; empty for other models."""
-    path = folder / form.META_FILE
-    return _read_json(path, missing="") if path.exists() else {}
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -118,5 +110,5 @@ def _from_native(folder: Path, model: dict[str, Tensor], config: GPTConfig) -> d
     expected = {
         native: form.native_shape(name, whole[name], config) for name, native in form.native_names(config).items()
     }
-    check_tensors(shapes_of(model), expected, str(folder))
+    check_tensors(model, expected, str(folder))
     return form.from_native(model, padding, config)
