@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +13,10 @@ import pytest
 
 from lmchat.evaluation import chat_core
 from lmchat.evaluation.benchmark import summary
-from lmchat.evaluation.chat_core import make_task
+from lmchat.evaluation.chat_core import ChatCoreEvaluator, make_task
 from lmchat.evaluation.chat_tasks import grade
 from lmchat.evaluation.intervals import Z_95, bootstrap_interval, wilson_interval
-from lmchat.evaluation.named import evaluate_tasks
+from lmchat.evaluation.named import evaluate_each
 from lmchat.evaluation.sandbox import Sandbox
 from lmchat.generation.sampling import SamplingParams
 from lmchat.tasks.base import Graded, Task, exchange
@@ -49,6 +50,10 @@ class Echo(Task, Graded):
 
 def policy(engine: str | None = None) -> Any:
     return SimpleNamespace(engine=engine, device="cpu")
+
+
+def evaluate_tasks(policy: Any, tasks: dict[str, Task], path: Path) -> Iterator[tuple[str, Any]]:
+    return evaluate_each((ChatCoreEvaluator({name: task}) for name, task in tasks.items()), policy, path, {})
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from lmchat.model.gpt import GPT
 from lmchat.serve.app import Server
 from lmchat.serve.http_server import open_socket, uvicorn_config
 from lmchat.serve.limits import Limits
-from lmchat.serve.model_card import ModelCard
+from lmchat.serve.load import ModelCard
 from lmchat.tokenizer.bpe import Tokenizer
 
 TOKENIZER = Tokenizer({bytes([byte]): byte for byte in range(256)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 
@@ -72,31 +73,25 @@ def evaluate(
     from lmchat.option_checks import check_count
     from lmchat.types import UserError
 
+    if model and (harness or not core):
+        raise UserError("models of transformers are evaluated on CORE; add --core eval_bundle.zip")
     check_count("", 1, batch_size=batch_size, max_new_tokens=max_new_tokens, limit=limit, max_tokens=max_tokens)
+    load = partial(evaluations.load_subject, checkpoint, tokenizer, output)
+    if model:
+        load = partial(evaluations.load_hf_subject, model, output)
     with evaluations.joined_processes():
         if harness:
             evaluations.require_harness()
-            subject = evaluations.load_subject(checkpoint, tokenizer, output)
             options = {"limit": limit, "num_fewshot": num_fewshot, "chat_template": chat_template}
-            evaluations.run_harness(subject, harness.split(","), include_path, options)
-            return
-        if core:
-            chosen, mean_name = evaluations.core_tasks(core, tasks)
-            subject = (
-                evaluations.load_hf_subject(model, output)
-                if model
-                else evaluations.load_subject(checkpoint, tokenizer, output)
+            evaluations.run_harness(load(), harness.split(","), include_path, options)
+        elif core:
+            evaluations.run_core(core, tasks, load, limit, max_tokens)
+        else:
+            isolation = Sandbox(sandbox.allow_weak, Limits(seconds=sandbox.seconds))
+            questions = make_tasks(tasks, limit, isolation)
+            evaluations.run_chat(
+                load(), questions, batch_size=batch_size, max_new_tokens=max_new_tokens, sandbox=isolation
             )
-            evaluations.run_core(subject, chosen, mean_name, max_per_task=limit, max_tokens=max_tokens)
-            return
-        if model:
-            raise UserError("models of transformers are evaluated on CORE; add --core eval_bundle.zip")
-        isolation = Sandbox(sandbox.allow_weak, Limits(seconds=sandbox.seconds))
-        questions = make_tasks(tasks, limit, isolation)
-        subject = evaluations.load_subject(checkpoint, tokenizer, output)
-        evaluations.run_chat(
-            subject, questions, batch_size=batch_size, max_new_tokens=max_new_tokens, sandbox=isolation
-        )
 
 
 COMMANDS = evaluate

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,12 +16,13 @@ from rich.console import Console
 from rich.table import Table
 
 from lmchat.checkpoint.load import find_model, load_model, load_tokenizer
-from lmchat.evaluation.benchmark import summary
-from lmchat.evaluation.chat_core import CHAT_CORE
-from lmchat.evaluation.core import CoreTask, choose, read_bundle
+from lmchat.evaluation.benchmark import Benchmark, summary
+from lmchat.evaluation.chat_core import CHAT_CORE, ChatCoreEvaluator
+from lmchat.evaluation.core import choose, read_bundle
+from lmchat.evaluation.core_evaluator import CoreEvaluator
 from lmchat.evaluation.evaluator import ranks
 from lmchat.evaluation.hf_model import HFModel
-from lmchat.evaluation.named import evaluate_core, evaluate_tasks
+from lmchat.evaluation.named import evaluate_each
 from lmchat.evaluation.results import Result, read_results, results_file, write_results
 from lmchat.generation.policy import Policy
 from lmchat.paths import eval_bundle_dir, expand_user
@@ -93,22 +94,26 @@ def load_subject(checkpoint: Path | None, tokenizer: Path | None, output: Path |
     )
 
 
-def core_tasks(bundle: str, names: list[str] | None) -> tuple[list[CoreTask], str | None]:
-    """The CORE tasks of these names, by default all; and the name of their mean, if they are all."""
+def run_core(
+    bundle: str, names: list[str] | None, load: Callable[[], Subject], max_per_task: int | None, max_tokens: int | None
+) -> None:
+    """Evaluates on the CORE tasks of these names, by default all, and reports."""
     found = read_bundle(eval_bundle_dir() if bundle == "default" else expand_user(bundle))
-    chosen = choose(found, names)
-    return chosen, "CORE" if len(chosen) == len(found) else None
-
-
-def run_core(subject: Subject, tasks: list[CoreTask], mean_name: str | None, **limits: int | None) -> None:
-    """Evaluates on CORE tasks and reports."""
-    report(evaluate_core(subject.model, tasks, subject.path, identity=subject.identity, **limits), subject, mean_name)
+    tasks = choose(found, names)
+    subject = load()
+    model, limit = subject.model, min(max_tokens or subject.model.context_limit, subject.model.context_limit)
+    evaluators = (
+        CoreEvaluator([task], model.tokenizer, max_tokens=limit, max_per_task=max_per_task, device=model.device)
+        for task in tasks
+    )
+    _report(evaluators, subject, "CORE" if len(tasks) == len(found) else None)
 
 
 def run_chat(subject: Subject, tasks: Mapping[str, Task], **options: Any) -> None:
-    """Evaluates on chat benchmarks and reports."""
-    running = evaluate_tasks(subject.model, tasks, subject.path, identity=subject.identity, **options)
-    report(running, subject, "ChatCORE" if set(tasks) == set(CHAT_CORE) else None)
+    """Evaluates on chat benchmarks and reports; for ``options`` see `ChatCoreEvaluator`."""
+    device = subject.model.device
+    evaluators = (ChatCoreEvaluator({name: task}, device=device, **options) for name, task in tasks.items())
+    _report(evaluators, subject, "ChatCORE" if set(tasks) == set(CHAT_CORE) else None)
 
 
 def require_harness() -> None:
@@ -134,10 +139,10 @@ def run_harness(subject: Subject, tasks: Sequence[str], include_path: Path | Non
     print(f"Results are in {subject.path}")
 
 
-def report(running: Iterator[tuple[str, Result]], subject: Subject, mean_name: str | None) -> None:
-    """Prints results as they come, then all of them; the mean goes into the file under its name, if it has one."""
+def _report(evaluators: Iterable[Benchmark], subject: Subject, mean_name: str | None) -> None:
+    """Evaluates and prints results, then all together; the mean goes into the file under its name, if it has one."""
     console, results = Console(markup=False), {}
-    for name, result in running:
+    for name, result in evaluate_each(evaluators, subject.model, subject.path, subject.identity):
         results[name] = result
         shown = f"{result['accuracy']:.1%}" if "accuracy" in result else f"failed: {result['error']}"
         console.print(f"  {name}: {shown if shown.isprintable() else ascii(shown)}", highlight=False, soft_wrap=True)

@@ -47,22 +47,6 @@ class BitsPerByte(Metric):
         return torch.where(self.num_bytes > 0, self.nats / (math.log(2) * self.num_bytes.double()), math.inf)
 
 
-def bits_per_byte(nll: Tensor, targets: Tensor, token_bytes: Tensor) -> Tensor:
-    """Bits per byte of one batch.
-
-    Args:
-        nll: (...) losses in nats.
-        targets: (...) int64; `IGNORE_INDEX` is ignored.
-        token_bytes: (vocab_size,) integers, bytes of each token.
-
-    Returns:
-        A float64 scalar.
-    """
-    metric = BitsPerByte(token_bytes)
-    metric.update(nll, targets)
-    return metric.compute()
-
-
 class BitsPerByteEvaluator(Evaluator):
     """Bits per byte of held-out text; the metric is ``bpb``.
 

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 
 from lmchat.evaluation.benchmark import Benchmark
 from lmchat.evaluation.core import CoreTask, Example, PromptTokenizer, examples
-from lmchat.evaluation.core_scoring import OptionScore, batches_by_length, is_correct, max_batch_tokens, score
+from lmchat.evaluation.core_scoring import batches_by_length, is_correct, max_batch_tokens, score
+from lmchat.evaluation.hf_model import HFModel
 from lmchat.evaluation.results import Result
 
 CHUNK_EXAMPLES = 512
 """Number of examples that are tokenized together and sorted by length."""
-
-
-@runtime_checkable
-class CoreModel(Protocol):
-    """A model that scores examples itself, unlike `lmchat.generation.policy.Policy`."""
-
-    def score(self, questions: Sequence[Example]) -> list[list[OptionScore]]:
-        """Scores of each example's options."""
 
 
 class CoreEvaluator(Benchmark):
@@ -72,7 +65,7 @@ class CoreEvaluator(Benchmark):
 
     def score_batch(self, policy: Any, number: int, examples: Sequence[Example]) -> tuple[int, int]:
         kind = self.tasks[number].kind
-        scores = policy.score(examples) if isinstance(policy, CoreModel) else score(policy.net, examples)
+        scores = policy.score(examples) if isinstance(policy, HFModel) else score(policy.net, examples)
         correct = sum(is_correct(kind, *pair) for pair in zip(examples, scores, strict=True))
         return correct, sum(example.cut for example in examples)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import selectors
 import signal
@@ -20,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,17 +56,6 @@ class Limits:
     processes: int = 16
     open_files: int = 64
     output_bytes: int = 1 << 20
-
-    def to_dict(self) -> dict[str, int]:
-        """The limits as input of the driver."""
-        return {
-            "cpu_seconds": math.ceil(self.seconds),
-            "memory_bytes": self.memory_bytes,
-            "file_bytes": self.file_bytes,
-            "tmp_bytes": self.tmp_bytes,
-            "processes": self.processes,
-            "open_files": self.open_files,
-        }
 
 
 @dataclass(frozen=True)
@@ -148,7 +136,7 @@ class Sandbox:
             {
                 "root": root,
                 "allow_weak": self.allow_weak,
-                "limits": self.limits.to_dict(),
+                "limits": asdict(self.limits),
                 "program": check.program,
                 "entry_point": check.entry_point,
             },

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import math
 import os
 import platform
 import resource
@@ -174,10 +175,10 @@ def drop_capabilities() -> None:
     libc.capset(header, bytes(24))
 
 
-def limit(limits: dict[str, int]) -> None:
+def limit(limits: dict[str, Any]) -> None:
     """Sets the limits of a program."""
     for name, value in {
-        "RLIMIT_CPU": limits["cpu_seconds"],
+        "RLIMIT_CPU": math.ceil(limits["seconds"]),
         "RLIMIT_AS": limits["memory_bytes"],
         "RLIMIT_FSIZE": limits["file_bytes"],
         "RLIMIT_NPROC": limits["processes"],

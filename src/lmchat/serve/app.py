@@ -18,8 +18,8 @@ from lmchat.serve.engine_worker import EngineWorker
 from lmchat.serve.errors import APIError
 from lmchat.serve.http_io import GeneratedResponse, error_response, read_body
 from lmchat.serve.limits import Admission, Limits
+from lmchat.serve.load import ModelCard
 from lmchat.serve.metrics import Metrics
-from lmchat.serve.model_card import ModelCard
 from lmchat.serve.openai_responses import ChatResponses, CompletionResponses, Responses
 from lmchat.serve.openai_schema import (
     DEFAULT_CHAT_TOKENS,

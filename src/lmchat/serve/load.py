@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lmchat.checkpoint.load import Checkpoint, load_model, load_tokenizer
 from lmchat.generation.engine import Engine
 from lmchat.scaling import parameter_counts
-from lmchat.serve.model_card import ModelCard
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """Description of the model.
+
+    Attributes:
+        name: id in the API.
+        created: time of the checkpoint, in seconds since 1970.
+        details: details shown on the page: stage, tag, step, parameters.
+    """
+
+    name: str
+    created: int
+    details: dict[str, Any]
 
 
 def load_engine(checkpoint: Checkpoint, tokenizer_folder: Path | None = None, *, max_rows: int = 128) -> Engine:
@@ -32,11 +48,6 @@ def load_engine(checkpoint: Checkpoint, tokenizer_folder: Path | None = None, *,
 def model_card(checkpoint: Checkpoint, engine: Engine) -> ModelCard:
     """Describes the model for a server."""
     tag, stage, step = checkpoint.meta["tag"], checkpoint.stage, checkpoint.step
-    details = {
-        "stage": stage,
-        "tag": tag,
-        "step": step,
-        "parameters": parameter_counts(engine.config).total,
-    }
+    details = {"stage": stage, "tag": tag, "step": step, "parameters": parameter_counts(engine.config).total}
     created = int(checkpoint.paths.meta.stat().st_mtime)
     return ModelCard(f"{tag}-{stage}-{step}", created, details)
