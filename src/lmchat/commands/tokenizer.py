@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib import resources
 from pathlib import Path
 
 from lmchat.paths import base_data_dir, tokenizer_dir
@@ -52,17 +53,18 @@ def evaluate(tokenizer: Path | None = None, data: Path | None = None) -> None:
         data: folder of shards; the last one is evaluated too, by script. Default is $LMCHAT_BASE_DIR/base_data, if it
             exists.
     """
+    import yaml
     from rich.console import Console
 
     from lmchat.data.parquet_text import list_shards
     from lmchat.data.tokenizer_text import read_beginnings
     from lmchat.tokenizer.bpe import Tokenizer
     from lmchat.tokenizer.compression import BASELINES, compression_table, load_baselines
-    from lmchat.tokenizer.samples import SAMPLES
     from lmchat.tokenizer.scripts import POOR_BYTES_PER_TOKEN, count_scripts, script_table
 
     ours = Tokenizer.load(tokenizer or tokenizer_dir())
-    texts = dict(SAMPLES)
+    samples = resources.files("lmchat.tokenizer") / "samples.yaml"
+    texts: dict[str, str] = yaml.safe_load(samples.read_text(encoding="utf-8"))
     if shards := list_shards(data) if data else sorted(base_data_dir().glob("*.parquet")):
         texts["validation shard"] = "\n".join(read_beginnings([shards[-1]], EVAL_CHARACTERS, EVAL_CHARACTERS))
     baselines = load_baselines()

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import random
 from functools import cached_property
+from importlib import resources
 from string import ascii_lowercase
 from typing import Any
+
+import yaml
 
 from lmchat.option_checks import check_count
 from lmchat.tasks.base import Graded, Task, answer_text, exchange, reference_answer, reward_in_words_of
@@ -23,43 +26,8 @@ from lmchat.types import Conversation, UserError
 ABSENT_LETTER_SHARE = 0.1
 """Share of counting questions whose letter is drawn from the alphabet instead of the word."""
 
-SPELL_QUESTIONS = (
-    "[|Please ][spell|spell out][|:| the word| the word:] {word}",
-    "[|Please ][spell|spell out][| the word] {word}[, please| please| for me| letter by letter]",
-    "[Can|Could|Would] you [|please ][spell|spell out][| the word] {word}[| for me]?",
-    "How [do you|do I|would you|can I|does one] spell[| the word] {word}?",
-    "How is[| the word] {word} [spelled|spelt|written]?",
-    "[Tell me|Give me|List|Show me|Say|Name] [the|all] letters [of|in][| the word] {word}",
-    "What [are the letters of|is the spelling of][| the word] {word}?",
-    "[Tell me|Give me|I need|Show me] the spelling of[| the word] {word}",
-    "[Which|What] letters [is {word} made of|are in {word}|does {word} have]?",
-    "[Write|Say][| the word] {word} [one letter at a time|letter by letter]",
-    "[Split|Divide|Break][| the word] {word} into its letters",
-    "[Spelling|Letters|Spelling of|Letters of][|:] {word}",
-)
-"""Patterns, see `patterns`."""
-
-COUNT_QUESTIONS = (
-    "How many [|letters |letter |of the letter ]{letter} [are|are there] in[| the word] {word}?",
-    "How many {letter}[s|'s] [are|are there] in[| the word] {word}?",
-    "How many [|letters |letter ]{letter} [does|does the word] {word} [have|contain]?",
-    "How many [instances|occurrences] of[| the letter] {letter} are[| there] in[| the word] {word}?",
-    "How [many times|often] does[| the letter] {letter} [appear|occur|show up] in[| the word] {word}?",
-    "How [many times|often] is[| the letter] {letter} [used|found|there] in[| the word] {word}?",
-    "[Please tell|Tell] me how many {letter} [are|there are] in[| the word] {word}",
-    "Can you tell me how [many {letter} are|many {letter} there are|often {letter} is] in[| the word] {word}?",
-    "[Find|Tell me] how [often|many times] {letter} [is|appears] in[| the word] {word}",
-    "[|Please ]count [the|the letter|every|all] {letter} in[| the word] {word}",
-    "[Can|Could] you count [the|the letter|every|all] {letter} in[| the word] {word}[|, please]?",
-    "[|Please ]count [how many {letter} there are|how often {letter} is|the number of {letter}] in[| the word] {word}",
-    "What is the [number|count] of [|the letter ]{letter} in[| the word] {word}?",
-    "[Tell me|Find|Give me] the [number|count] of [|the letter ]{letter} in[| the word] {word}",
-    "[Number|Count] of {letter} in[| the word] {word}",
-    "In[| the word] {word}, how many {letter} [are there|do you see|can you find]?",
-    "In[| the word] {word}, how [many times|often] [is {letter} there|does {letter} appear|does {letter} occur]?",
-    "In[| the word] {word}, count [the|the letter] {letter}",
-    "{word}: how many {letter}?",
-)
+_QUESTIONS = yaml.safe_load((resources.files(__package__) / "spelling.yaml").read_text(encoding="utf-8"))
+SPELL_QUESTIONS, COUNT_QUESTIONS = tuple(_QUESTIONS["spell"]), tuple(_QUESTIONS["count"])
 """Patterns, see `patterns`."""
 
 MAX_TRIES = 100

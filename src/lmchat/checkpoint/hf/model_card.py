@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from string import Template
 from typing import Any
 
 from lmchat.model.config import GPTConfig
@@ -14,35 +16,28 @@ _STAGES = {
 }
 
 
+_PROMPT = 'tokenizer("The sky is", return_tensors="pt")'
+_CHAT_PROMPT = (
+    'tokenizer.apply_chat_template([{"role": "user", "content": "Why is the sky blue?"}], '
+    'add_generation_prompt=True, return_dict=True, return_tensors="pt")'
+)
+
+
 def model_card(meta: dict[str, Any], config: GPTConfig, native: bool, dtype: str) -> str:
     """Markdown with the front matter for the Hugging Face Hub."""
-    tags = ["lmchat", "nanochat", *([] if native else ["custom_code"])]
-    return "\n".join(
-        [
-            "---",
-            "library_name: transformers",
-            "pipeline_tag: text-generation",
-            "tags:",
-            *(f"- {tag}" for tag in tags),
-            "---",
-            "",
-            f"# {meta['tag']} ({meta['stage']})",
-            "",
-            f"A small language model of nanochat's architecture, trained with lmchat: {_STAGES[meta['stage']]}.",
-            "",
-            "| | |",
-            "|---|---|",
-            *(f"| {name} | {value} |" for name, value in _facts(meta, config, dtype).items()),
-            "",
-            "## Use",
-            "",
-            "```python",
-            *_example(native, chat=meta["stage"] != "pretrain"),
-            "```",
-            "",
-            _limits(config, native),
-            "",
-        ]
+    context = f"Attention windows slide beyond {config.sequence_len:,} tokens; the limit is ten times that."
+    if native:
+        context = f"Contexts beyond {config.sequence_len:,} tokens were not trained on."
+    template = Path(__file__).parent / "files" / "model_card.md"
+    return Template(template.read_text(encoding="utf-8")).substitute(
+        custom_code="" if native else "\n- custom_code",
+        tag=meta["tag"],
+        stage=meta["stage"],
+        training=_STAGES[meta["stage"]],
+        facts="\n".join(f"| {name} | {value} |" for name, value in _facts(meta, config, dtype).items()),
+        remote="" if native else ", trust_remote_code=True",
+        prompt=_PROMPT if meta["stage"] == "pretrain" else _CHAT_PROMPT,
+        context=context,
     )
 
 
@@ -74,35 +69,3 @@ def _history(meta: dict[str, Any]) -> dict[str, str]:
     return {
         "optimizer steps": f"{meta['step']:,}" + (f" of {meta['total_steps']:,}" if meta.get("total_steps") else "")
     }
-
-
-def _example(native: bool, chat: bool) -> list[str]:
-    remote = "" if native else ", trust_remote_code=True"
-    prompt = (
-        'prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Why is the sky blue?"}], '
-        'add_generation_prompt=True, return_dict=True, return_tensors="pt")'
-        if chat
-        else 'prompt = tokenizer("The sky is", return_tensors="pt")'
-    )
-    return [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'folder = "."  # or this repository\'s name on the Hub',
-        f"tokenizer = AutoTokenizer.from_pretrained(folder{remote})",
-        f"model = AutoModelForCausalLM.from_pretrained(folder{remote})",
-        prompt,
-        "out = model.generate(**prompt, max_new_tokens=100, do_sample=True, temperature=0.6, top_k=50)",
-        'print(tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))',
-    ]
-
-
-def _limits(config: GPTConfig, native: bool) -> str:
-    context = (
-        f"Contexts beyond {config.sequence_len:,} tokens were not trained on."
-        if native
-        else f"Attention windows slide beyond {config.sequence_len:,} tokens; the limit is ten times that."
-    )
-    return (
-        f"{context} The model may call a calculator (`<|python_start|>` expression `<|python_end|>`) and expects its "
-        "answer after `<|output_start|>`; transformers does not give it, `lmchat chat` does."
-    )
