@@ -16,7 +16,7 @@ from lmchat.checkpoint.rng import capture_rng, restore_rng
 from lmchat.evaluation.evaluator import Evaluator, is_due
 from lmchat.option_checks import check_count
 from lmchat.strategies.lightning_internals import run_validation
-from lmchat.strategies.reduce_numbers import reduce_numbers
+from lmchat.strategies.zero2_muon import reduce_numbers
 
 INTERVALS_FILE = "intervals.jsonl"
 

@@ -17,7 +17,7 @@ from lmchat.option_checks import check_count
 from lmchat.progress import ProgressBar, clock_time, print_line
 from lmchat.scaling import flops_per_token
 from lmchat.stages.base import StageModule
-from lmchat.strategies.reduce_numbers import reduce_numbers
+from lmchat.strategies.zero2_muon import reduce_numbers
 
 EMA_DECAY = 0.9
 

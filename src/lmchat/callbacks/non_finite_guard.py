@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lmchat.checkpoint.meta_schema import COUNTER, check_state
 from lmchat.optim.muon_adamw import MuonAdamW, are_finite
-from lmchat.strategies.reduce_numbers import reduce_numbers
+from lmchat.strategies.zero2_muon import reduce_numbers
 from lmchat.types import UserError
 
 NOWHERE = 2**62

@@ -62,12 +62,23 @@ def train_tokenizer(
         raise UserError(f"there is no file {missing[0]}; name files that exist with --data")
     total_documents = sum(map(_count_documents, files))
     check_writable(output)
-    started = time.perf_counter()
+    started, documents, characters = time.perf_counter(), 0, 0
     with ProgressBar("Reading text", 1.0) as bar:
-        texts = _Reading(read_beginnings(files, max_chars, doc_cap), bar, total_documents, max_chars)
-        tokenizer = Tokenizer.train(texts, vocab_size)
+
+        def texts() -> Iterator[str]:
+            nonlocal documents, characters
+            for text in read_beginnings(files, max_chars, doc_cap):
+                documents += 1
+                characters += len(text)
+                if documents % 100 == 0:
+                    bar.set(max(documents / total_documents, characters / max_chars))
+                yield text
+            bar.total = None
+            bar.set(0, description="Computing merges")
+
+        tokenizer = Tokenizer.train(texts(), vocab_size)
     tokenizer.save(output)
-    return TrainedTokenizer(tokenizer, output, texts.documents, texts.characters, time.perf_counter() - started)
+    return TrainedTokenizer(tokenizer, output, documents, characters, time.perf_counter() - started)
 
 
 def training_files(data: list[Path] | Path) -> list[Path]:
@@ -116,24 +127,3 @@ def _documents(file: Path) -> Iterator[str]:
 
 def _count_documents(file: Path) -> int:
     return 1 if file.suffix == ".txt" else open_parquet(file).metadata.num_rows
-
-
-class _Reading:
-    """Iterates over documents, counts them and updates the progress bar."""
-
-    def __init__(self, texts: Iterable[str], bar: ProgressBar, total_documents: int, max_chars: int) -> None:
-        self.documents = self.characters = 0
-        self._texts = texts
-        self._bar = bar
-        self._total_documents = total_documents
-        self._max_chars = max_chars
-
-    def __iter__(self) -> Iterator[str]:
-        for text in self._texts:
-            self.documents += 1
-            self.characters += len(text)
-            if self.documents % 100 == 0:
-                self._bar.set(max(self.documents / self._total_documents, self.characters / self._max_chars))
-            yield text
-        self._bar.total = None
-        self._bar.set(0, description="Computing merges")

@@ -24,7 +24,7 @@ from lmchat.run_plan import RunPlan
 from lmchat.schedules import rl_lr_multiplier
 from lmchat.stages.base import Schedule
 from lmchat.stages.chat import ChatDataModule, ChatModule, sum_over_step
-from lmchat.strategies.reduce_numbers import reduce_numbers
+from lmchat.strategies.zero2_muon import reduce_numbers
 from lmchat.tasks.base import Task, graded
 from lmchat.types import IGNORE_INDEX, Rollout, UserError
 
