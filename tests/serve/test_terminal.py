@@ -3,14 +3,14 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 from lmchat.generation.engine import Engine
+from lmchat.generation.sampling import SamplingParams
 from lmchat.generation.sequence import StreamedToken
-from lmchat.serve.terminal import TerminalChat, answer, oldest_turns_to_forget
+from lmchat.serve.terminal import TerminalChat
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.tokenizer.render import render_for_completion
 from lmchat.types import Message, UserError
@@ -19,26 +19,24 @@ TOKENIZER = Tokenizer({bytes([byte]): byte for byte in range(256)})
 MAX_NEW_TOKENS = 10
 
 
-def engine(context_limit: int = 1000) -> Engine:
-    """What the chat needs of an engine."""
-    return cast(Engine, SimpleNamespace(tokenizer=TOKENIZER, context_limit=context_limit))
-
-
 class Terminal:
-    """A chat whose answers are ``ok``; records the prompts and seeds of its answers."""
+    """A chat whose answers are ``ok``; records the prompts and seeds of its answers. It is its own engine."""
 
-    def __init__(self, context_limit: int = 1000, **options: Any) -> None:
+    tokenizer = TOKENIZER
+
+    def __init__(self, context_limit: int = 1000, seed: int = 42, system: str | None = None) -> None:
         self.prompts: list[str] = []
         self.seeds: list[int] = []
-        self.chat = TerminalChat(engine(context_limit), self.stream, max_new_tokens=MAX_NEW_TOKENS, **options)
-        self.limit = context_limit
+        self.tokens = [StreamedToken(1, "o", "text"), StreamedToken(2, "k", "text")]
+        self.context_limit = context_limit
+        self.chat = TerminalChat(cast(Engine, self), SamplingParams(max_new_tokens=MAX_NEW_TOKENS, seed=seed), system)
 
-    def stream(self, prompt: list[int], seed: int) -> Iterator[StreamedToken]:
-        if len(prompt) + MAX_NEW_TOKENS > self.limit:
+    def stream(self, prompt: list[int], params: SamplingParams) -> Iterator[StreamedToken]:
+        if len(prompt) + MAX_NEW_TOKENS > self.context_limit:
             raise UserError("passes the limit")
         self.prompts.append(TOKENIZER.decode(prompt))
-        self.seeds.append(seed)
-        return iter([StreamedToken(1, "o", "text"), StreamedToken(2, "k", "text")])
+        self.seeds.append(params.seed)
+        return iter(self.tokens)
 
     def run(self, monkeypatch: pytest.MonkeyPatch, *lines: str, terminal: bool = False) -> None:
         stdin = io.StringIO("".join(line + "\n" for line in lines))
@@ -56,8 +54,10 @@ def test_answer_shows_calculator_calls_in_brackets(capsys: pytest.CaptureFixture
         StreamedToken(5, "3", "python_output"),
         StreamedToken(6, ".", "text"),
     ]
-    messages: list[Message] = []
-    assert answer(engine(), messages, "1+2?", lambda _: iter(pieces)) == "It is 1+23."
+    terminal = Terminal()
+    terminal.tokens = pieces
+    assert terminal.chat.ask("1+2?") == "It is 1+23."
+    messages = terminal.chat.messages
     assert capsys.readouterr().out == "It is [1+2 = 3].\n"
     assert messages[0] == {"role": "user", "content": "1+2?"}
     assert [part["type"] for part in cast(list[Any], messages[1]["content"])] == [
@@ -69,9 +69,10 @@ def test_answer_shows_calculator_calls_in_brackets(capsys: pytest.CaptureFixture
 
 
 def test_an_empty_answer_does_not_change_the_conversation() -> None:
-    messages: list[Message] = []
-    assert answer(engine(), messages, "Hi", lambda _: iter([])) == ""
-    assert messages == []
+    terminal = Terminal()
+    terminal.tokens = []
+    assert terminal.chat.ask("Hi") == ""
+    assert terminal.chat.messages == []
 
 
 def test_a_conversation_is_kept_until_it_is_reset(
@@ -105,8 +106,10 @@ def test_only_as_many_turns_as_needed_are_dropped(system: bool, forgotten: int) 
     messages = conversation(4, system)
     kept = [*messages[:system], *messages[system + 2 * forgotten :], {"role": "user", "content": "Hi"}]
     limit = len(render_for_completion(TOKENIZER, {"messages": kept}))  # type: ignore[typeddict-item]
-    assert oldest_turns_to_forget(engine(), messages, "Hi", limit) == forgotten
-    assert oldest_turns_to_forget(engine(), messages, "Hi" * 1000, limit) == 0
+    chat = Terminal(context_limit=limit + MAX_NEW_TOKENS).chat
+    chat.messages = messages
+    assert chat.turns_to_forget("Hi") == forgotten
+    assert chat.turns_to_forget("Hi" * 1000) == 0
 
 
 def test_the_oldest_turns_are_dropped_with_a_message(
@@ -136,13 +139,13 @@ def test_a_terminal_asks_before_dropping_turns(
 def test_ctrl_c_stops_an_answer_in_a_terminal(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(prompt: list[int], seed: int) -> Iterator[StreamedToken]:
+    def interrupted(prompt: list[int], params: SamplingParams) -> Iterator[StreamedToken]:
         yield StreamedToken(1, "o", "text")
         raise KeyboardInterrupt
 
     monkeypatch.setenv("LMCHAT_BASE_DIR", str(tmp_path))
     terminal = Terminal()
-    terminal.chat.stream = interrupted
+    terminal.stream = interrupted  # type: ignore[method-assign]
     terminal.run(monkeypatch, "Hi", terminal=True)
     assert terminal.chat.messages == [] and "stopped" in capsys.readouterr().err
     with pytest.raises(KeyboardInterrupt):

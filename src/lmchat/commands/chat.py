@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from lmchat.cli.lean_imports import paused_gc
@@ -41,14 +40,8 @@ def chat(
         found = find_model(checkpoint)
         engine = load_engine(found, tokenizer)
     print(f"{found.stage} {found.meta['tag']}, step {found.step}: {found.paths.meta}", file=sys.stderr)
-    params = SamplingParams(temperature=temperature, top_k=top_k, max_new_tokens=max_new_tokens)
-    terminal = TerminalChat(
-        engine,
-        lambda prompt, seed: engine.stream(prompt, replace(params, seed=seed)),
-        max_new_tokens=max_new_tokens,
-        system=system,
-        seed=seed,
-    )
+    params = SamplingParams(temperature=temperature, top_k=top_k, max_new_tokens=max_new_tokens, seed=seed)
+    terminal = TerminalChat(engine, params, system)
     if prompt is not None:
         terminal.ask(prompt)
     else:

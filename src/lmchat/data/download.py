@@ -8,17 +8,17 @@ import fnmatch
 import hashlib
 import json
 import logging
-import queue
 import re
 import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import TypeVar
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import (
@@ -254,23 +254,12 @@ def _within_limits(action: Callable[[], T], what: str) -> T:
     """
     import resource
 
-    outcome: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
-
-    def work() -> None:
-        try:
-            outcome.put((action(), None))
-        except BaseException as error:  # handed to the main thread
-            outcome.put((None, error))
-
-    threading.Thread(target=work, daemon=True).start()
+    future = _in_thread(action)
     unit = 1 if sys.platform == "darwin" else 1024
     deadline, before = time.monotonic() + LISTING_SECONDS, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     while True:
-        with contextlib.suppress(queue.Empty):
-            result, error = outcome.get(timeout=_POLL_SECONDS)
-            if error is not None:
-                raise error
-            return cast(T, result)
+        if futures.wait([future], _POLL_SECONDS).done:
+            return future.result()
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
         if time.monotonic() > deadline or grown > LISTING_BYTES:
             raise UserError(
@@ -319,44 +308,37 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def _fetch_all(hub: _Hub, shards: Sequence[Shard], output: Path, num_workers: int) -> None:
-    """Downloads in parallel until all are done or one fails; in daemon threads, so that Ctrl-C does not wait."""
-    waiting: queue.SimpleQueue[Shard] = queue.SimpleQueue()
-    done: queue.SimpleQueue[Shard | Exception] = queue.SimpleQueue()
-    for shard in shards:
-        waiting.put(shard)
-    stop = threading.Event()
+def _in_thread(action: Callable[[], T]) -> futures.Future[T]:
+    """Runs ``action`` in a daemon thread, so that Ctrl-C does not wait for it."""
+    future: futures.Future[T] = futures.Future()
 
     def work() -> None:
-        with contextlib.suppress(queue.Empty):
-            while not stop.is_set():
-                shard = waiting.get_nowait()
-                try:
-                    hub.fetch(shard, output)
-                    done.put(shard)
-                except Exception as error:  # handed to the main thread
-                    done.put(error)
+        try:
+            future.set_result(action())
+        except BaseException as error:
+            future.set_exception(error)
 
-    for _ in range(min(num_workers, len(shards))):
-        threading.Thread(target=work, daemon=True).start()
+    threading.Thread(target=work, daemon=True).start()
+    return future
+
+
+def _fetch_all(hub: _Hub, shards: Sequence[Shard], output: Path, num_workers: int) -> None:
+    """Downloads in parallel until all are done or one fails."""
+    waiting, done, stop = iter(shards), list[Shard](), threading.Event()
+
+    def work() -> None:
+        while not stop.is_set() and (shard := next(waiting, None)):
+            hub.fetch(shard, output)
+            done.append(shard)
+
+    leftover = hub.staged_bytes()
+    workers = [_in_thread(work) for _ in range(min(num_workers, len(shards)))]
     try:
-        _watch(hub, shards, done)
+        with ProgressBar("Downloading", sum(shard.size for shard in shards), unit="B") as bar:
+            while len(done) < len(shards):
+                for worker in futures.wait(workers, _POLL_SECONDS, futures.FIRST_EXCEPTION).done:
+                    worker.result()
+                received = sum(shard.size for shard in done) + max(0, hub.staged_bytes() - leftover)
+                bar.set(received, description=f"Downloading {len(done)} of {len(shards)} shards")
     finally:
         stop.set()
-
-
-def _watch(hub: _Hub, shards: Sequence[Shard], done: queue.SimpleQueue[Shard | Exception]) -> None:
-    """Shows progress until all shards are done. Raises the first failure."""
-    leftover = hub.staged_bytes()
-    left, complete = len(shards), 0
-    size = sum(shard.size for shard in shards)
-    with ProgressBar("Downloading", size, unit="B") as bar:
-        while left:
-            with contextlib.suppress(queue.Empty):
-                result = done.get(timeout=_POLL_SECONDS)
-                if isinstance(result, Exception):
-                    raise result
-                left -= 1
-                complete += result.size
-            received = complete + max(0, hub.staged_bytes() - leftover)
-            bar.set(received, description=f"Downloading {len(shards) - left} of {len(shards)} shards")

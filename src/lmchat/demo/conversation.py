@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
 
 from lmchat.demo.run import Demo, Metrics
-from lmchat.types import Conversation, Message
+from lmchat.types import Conversation
 
 if TYPE_CHECKING:
     from lmchat.tasks.base import Task
@@ -18,19 +17,18 @@ def converse(run: Demo) -> Metrics:
     from lmchat.checkpoint.load import find_checkpoint
     from lmchat.generation.sampling import SamplingParams
     from lmchat.serve.load import load_engine
-    from lmchat.serve.terminal import answer
+    from lmchat.serve.terminal import TerminalChat
     from lmchat.tasks.base import graded
 
     engine = load_engine(find_checkpoint(run.checkpoints("rl")))
-    stream = partial(engine.stream, params=SamplingParams(temperature=0))
     marks = []
     for chat in script(run):
         print()
-        talk: list[Message] = []
+        terminal = TerminalChat(engine, SamplingParams(temperature=0))
         for task, example in chat:
             question = str(example["messages"][0]["content"])
             print(f"> {question}")
-            marks.append(graded(task).evaluate(example, answer(engine, talk, question, stream)))
+            marks.append(graded(task).evaluate(example, terminal.ask(question)))
             print("✓" if marks[-1] else "✗")
     print(f"\n{sum(marks)} of {len(marks)} answers are correct; no question was in the training data")
     return {"questions": len(marks), "right": sum(marks)}

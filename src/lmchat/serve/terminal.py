@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from lmchat.generation.engine import Engine
-from lmchat.generation.sequence import StreamedToken
+from lmchat.generation.sampling import SamplingParams
 from lmchat.paths import base_dir
 from lmchat.tokenizer.render import render_for_completion
 from lmchat.types import Message, Part, UserError
@@ -19,28 +20,19 @@ HELP = (
 )
 HISTORY_LINES = 1000
 
-Stream = Callable[[list[int], int], Iterator[StreamedToken]]
-"""Function from the token ids of a prompt and a seed to the tokens of the answer."""
-
 
 class TerminalChat:
     """One chat with a model.
 
     Args:
         engine: the model and its tokenizer.
-        stream: generates an answer; see `Stream`.
-        max_new_tokens: maximum number of tokens that ``stream`` generates.
+        params: sampling parameters of the first answer; each further one adds 1 to the seed.
         system: system prompt.
-        seed: seed of the first answer; each further one adds 1.
     """
 
-    def __init__(
-        self, engine: Engine, stream: Stream, *, max_new_tokens: int, system: str | None = None, seed: int = 42
-    ) -> None:
+    def __init__(self, engine: Engine, params: SamplingParams, system: str | None = None) -> None:
         self.engine = engine
-        self.stream = stream
-        self.max_new_tokens = max_new_tokens
-        self.seed = seed
+        self.params = params
         self.reset(system)
 
     def reset(self, system: str | None) -> None:
@@ -67,13 +59,30 @@ class TerminalChat:
                     self._take(line)
 
     def ask(self, question: str) -> str:
-        """Prints and returns the answer to ``question``.
+        """Prints the answer to ``question`` as it is generated and returns its text.
+
+        Calculator calls and their results are shown in brackets.
 
         Raises:
-            UserError: the question does not fit into the model's context.
+            UserError: the question does not fit into the model's context; the conversation is unchanged.
         """
-        seed, self.seed = self.seed, self.seed + 1
-        return answer(self.engine, self.messages, question, lambda prompt: self.stream(prompt, seed))
+        asked: Message = {"role": "user", "content": question}
+        prompt = render_for_completion(self.engine.tokenizer, {"messages": [*self.messages, asked]})
+        params, self.params = self.params, replace(self.params, seed=self.params.seed + 1)
+        parts: list[Part] = []
+        for token in self.engine.stream(prompt, params):
+            if not token.text:
+                continue
+            if not parts or parts[-1]["type"] != token.role:
+                print(_mark(parts[-1]["type"] if parts else "text", token.role), end="")
+                parts.append({"type": token.role, "text": ""})
+            parts[-1]["text"] += token.text
+            print(token.text, end="", flush=True)
+        print(_mark(parts[-1]["type"], "text") if parts else "", flush=True)
+        # An empty answer cannot be rendered in the next prompt, so question and answer are left out.
+        if parts:
+            self.messages += [asked, {"role": "assistant", "content": parts}]
+        return "".join(part["text"] for part in parts)
 
     def _take(self, question: str) -> None:
         """Answers a line of the user; on errors the conversation does not change."""
@@ -90,8 +99,7 @@ class TerminalChat:
 
     def _make_room(self, question: str) -> bool:
         """Removes the oldest turns if the conversation exceeds the context; False if the user declines."""
-        limit = self.engine.context_limit - self.max_new_tokens
-        turns = oldest_turns_to_forget(self.engine, self.messages, question, limit)
+        turns = self.turns_to_forget(question)
         if not turns:
             return True
         notice = f"the conversation exceeds the model's context of {self.engine.context_limit} tokens"
@@ -105,53 +113,19 @@ class TerminalChat:
         print(f"({notice}; the oldest {_count(turns, 'turn')} forgotten)", file=sys.stderr)
         return True
 
+    def turns_to_forget(self, question: str) -> int:
+        """Number of oldest turns (question and answer) to remove, so that the context has room for an answer.
 
-def answer(
-    engine: Engine, messages: list[Message], question: str, stream: Callable[[list[int]], Iterator[StreamedToken]]
-) -> str:
-    """Prints the answer to ``question`` as it is generated and returns its text.
-
-    Calculator calls and their results are shown in brackets.
-
-    Args:
-        engine: whose tokenizer renders the prompt.
-        messages: the conversation so far; question and answer are appended.
-        question: the user's message.
-        stream: function from the token ids of the prompt to the tokens of the answer.
-
-    Raises:
-        UserError: the prompt does not fit into the model's context; ``messages`` is unchanged.
-    """
-    asked: Message = {"role": "user", "content": question}
-    prompt = render_for_completion(engine.tokenizer, {"messages": [*messages, asked]})
-    parts: list[Part] = []
-    for token in stream(prompt):
-        if not token.text:
-            continue
-        if not parts or parts[-1]["type"] != token.role:
-            print(_mark(parts[-1]["type"] if parts else "text", token.role), end="")
-            parts.append({"type": token.role, "text": ""})
-        parts[-1]["text"] += token.text
-        print(token.text, end="", flush=True)
-    print(_mark(parts[-1]["type"], "text") if parts else "", flush=True)
-    # An empty answer cannot be rendered in the next prompt, so question and answer are left out.
-    if parts:
-        messages += [asked, {"role": "assistant", "content": parts}]
-    return "".join(part["text"] for part in parts)
-
-
-def oldest_turns_to_forget(engine: Engine, messages: list[Message], question: str, limit: int) -> int:
-    """Number of oldest turns (question and answer) to remove so that the prompt has at most ``limit`` tokens.
-
-    The system prompt is kept. Returns 0 if the question alone does not fit.
-    """
-    first = 1 if messages and messages[0]["role"] == "system" else 0
-    asked: Message = {"role": "user", "content": question}
-    for turns in range((len(messages) - first) // 2 + 1):
-        kept = [*messages[:first], *messages[first + 2 * turns :], asked]
-        if len(render_for_completion(engine.tokenizer, {"messages": kept})) <= limit:
-            return turns
-    return 0
+        The system prompt is kept. Returns 0 if the question alone does not fit.
+        """
+        limit = self.engine.context_limit - self.params.max_new_tokens
+        first = 1 if self.messages and self.messages[0]["role"] == "system" else 0
+        asked: Message = {"role": "user", "content": question}
+        for turns in range((len(self.messages) - first) // 2 + 1):
+            kept = [*self.messages[:first], *self.messages[first + 2 * turns :], asked]
+            if len(render_for_completion(self.engine.tokenizer, {"messages": kept})) <= limit:
+                return turns
+        return 0
 
 
 def _mark(before: str, after: str) -> str:

@@ -159,22 +159,15 @@ def out_of_memory(module: StageModule, error: BaseException) -> UserError:
         return UserError(f"{what}; {smaller_model(module)}")
     if plan.global_batch_tokens is None:
         return UserError(f"{what}; use a smaller --data.num_samples or --data.max_new_tokens")
-    rows = largest_that_should_fit(module, limit)
-    if rows is None:
+    smaller = [rows for rows in divisors(plan.micro_batch_size) if rows < plan.micro_batch_size]
+    if limit is not None:
+        smaller = [rows for rows in smaller if estimate(module, rows, recompute=True).total <= limit]
+    if not smaller:
         return UserError(f"{what}; {smaller_model(module)}")
     return UserError(
         f"{what}; of micro-batches smaller than the {plan.micro_batch_size} rows in use the largest that should fit is "
-        f"{rows}: use --data.micro_batch_size {rows}, which leaves the global batch as it is"
+        f"{smaller[-1]}: use --data.micro_batch_size {smaller[-1]}, which leaves the global batch as it is"
     )
-
-
-def largest_that_should_fit(module: StageModule, limit: float | None) -> int | None:
-    """The largest proper divisor of the micro-batch in use that fits by the memory model; None if none does."""
-    rows = module.plan.micro_batch_size
-    smaller = [number for number in divisors(rows) if number < rows]
-    if limit is not None:
-        smaller = [number for number in smaller if estimate(module, number, recompute=True).total <= limit]
-    return max(smaller, default=None)
 
 
 def smaller_model(module: StageModule) -> str:
