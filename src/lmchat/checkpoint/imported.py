@@ -29,12 +29,8 @@ class ImportedModel:
     Attributes:
         source: folder it was read from.
         kind: format it was read from: "hf" or "nanochat".
-        config: hyperparameters.
         state: state dict of the GPT, in any floating-point dtype.
-        tokenizer: tokenizer of the model.
-        stage: name of the training stage; None if unknown.
-        tag: name of the run; None if unknown.
-        step: optimizer steps taken; None if unknown.
+        stage, tag, step: stage, name and optimizer steps of the run; None if unknown.
         settings: settings of the training run that later stages use.
         notes: remarks for the user.
     """

@@ -15,12 +15,9 @@ from lmchat.stage_table import STAGES
 def find_start(path: str | None, stage: str, tag: str, dirpath: str | None) -> Checkpoint | None:
     """The checkpoint that a run starts from; None starts from initial weights.
 
-    Args:
-        path: ``--ckpt_path``. ``last`` is the run's newest checkpoint. ``auto`` is the same, else the newest one of the
-            nearest earlier stage with the same tag, else None.
-        stage: name of the run's stage.
-        tag: name of the run.
-        dirpath: folder of the run's checkpoints; None is the default one.
+    ``path`` is ``--ckpt_path``. ``last`` is the newest checkpoint of the run (its folder is ``dirpath``, by default
+    that of stage and tag). ``auto`` is the same, else the newest one of the nearest earlier stage with the same tag,
+    else None.
 
     Raises:
         UserError: the checkpoint does not exist or is damaged.

@@ -33,16 +33,14 @@ def show_conversations(
     only: Filter | None = None,
     limit: int | None = None,
 ) -> None:
-    """Prints conversations of a mixture, then counts all of them.
+    """Prints conversations of a mixture, then counts all of them, at most ``limit``.
 
     Args:
         mixture: the conversations.
         tokenizer: tokenizer to render them with.
         max_tokens: length that longer conversations are cut to.
-        start: index of the first conversation to print.
-        rows: number of conversations to print.
+        start, rows: index of the first conversation to print, and how many.
         only: print only truncated conversations, or only those without loss tokens (no_loss_tokens).
-        limit: maximum number of conversations to render and count.
     """
     from rich.console import Console
 

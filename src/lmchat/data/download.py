@@ -90,17 +90,10 @@ def download_shards(
     pattern: str = "*.parquet",
     num_workers: int = 8,
 ) -> DownloadReport:
-    """Downloads the first ``num_shards`` training shards of a dataset, and its last shard, for validation.
+    """Downloads the first ``num_shards`` training shards of a dataset (-1: all), and its last shard, for validation.
 
     A file appears in ``output`` once its size and checksum are verified; a later run downloads the rest. Failed
-    transfers are retried with exponential backoff.
-
-    Args:
-        repo_id: dataset on the Hub (``HF_ENDPOINT`` sets another server).
-        num_shards: number of training shards; -1 is all.
-        revision: branch, tag or commit; resolved once, so that all shards are from the same commit.
-        pattern: glob pattern of the files that are shards.
-        num_workers: number of parallel transfers.
+    transfers are retried with exponential backoff. All shards are from one commit.
 
     Raises:
         UserError: no such repository, revision or shards; a file is damaged at every attempt; the disk is full; or

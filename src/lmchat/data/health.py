@@ -36,7 +36,6 @@ class ShardHealth:
         shard: file name, or split and task.
         documents: rows, including empty ones.
         empty: rows that are null or blank.
-        characters: total length.
         exact_duplicates: documents equal to an earlier one of any shard.
         near_duplicates: other documents that resemble an earlier one.
         overlapping: documents with a 13-gram of an evaluation set.
@@ -86,13 +85,7 @@ class DataHealth:
 
 @dataclass(frozen=True)
 class TextSource:
-    """A shard, or a task of a mixture.
-
-    Attributes:
-        name: name in the report.
-        documents: number of documents.
-        read: yields them; None is an empty one.
-    """
+    """A shard, or a task of a mixture; ``read`` yields its documents, None for an empty one."""
 
     name: str
     documents: int

@@ -69,15 +69,8 @@ def import_folder(
 ) -> ImportReport:
     """Writes parquet shards from all text files under a folder; see `lmchat.data.documents` for the kinds.
 
-    A plain text file is one document, or several with a ``separator``. Memory stays below 1 GB.
-
-    Args:
-        source: a folder, or one file.
-        output: folder to create; see `write_shards` for this and the other arguments.
-        text_field: field of JSON records, or column of tables, with the text.
-        separator: splits plain text files into documents; see `parse_separator`.
-        encoding: encoding of files that are not Unicode and do not declare theirs; default is to detect it.
-        max_document_characters: longer documents are split.
+    A plain text file is one document, or several with a ``separator``. Memory stays below 1 GB. For the options see
+    `DocumentReader` and `write_shards`.
 
     Raises:
         UserError: there is nothing to import, a line or file is malformed, the separator occurs nowhere, or ``output``

@@ -74,13 +74,9 @@ class PaddedBatches(IterableDataset[Batch]):
     """The micro-batches of one rank: micro-batch k of the plan belongs to rank k mod W, as in pretraining.
 
     Each batch has the number of tokens with loss in its optimizer step (``loss_tokens``), the divisor of its loss.
+    Padding is ``bos_id``, without loss.
 
     Args:
-        plan: rows of the epoch.
-        bos_id: token id used as padding, which receives no loss.
-        micro_batch_size: rows per micro-batch.
-        rank: this rank.
-        world_size: number of ranks.
         fingerprint: fingerprint of the plan's data; part of the state.
         state: state of the batch to continue after, with any number of ranks; None is the beginning.
         num_batches: number of batches; None is one epoch plus one batch, which is prefetched and never trained on.

@@ -26,15 +26,7 @@ class Conversations(Protocol):
 
 @dataclass(frozen=True)
 class RenderReport:
-    """Statistics of `render_all`.
-
-    Attributes:
-        conversations: number of conversations.
-        tokens: number of tokens.
-        loss_tokens: number of tokens that receive loss.
-        truncated: number of conversations that were cut off.
-        no_loss_tokens: number of conversations without loss tokens, truncated ones included.
-    """
+    """Counts of `render_all`; ``no_loss_tokens`` conversations have none, truncated ones included."""
 
     conversations: int
     tokens: int
@@ -54,12 +46,7 @@ def render_all(
 ) -> RenderReport:
     """Renders ``conversations`` into ``folder``, to be opened with `RenderedConversations`.
 
-    Args:
-        conversations: conversations to render.
-        tokenizer: tokenizer of the model.
-        max_tokens: length that longer conversations are cut to.
-        folder: folder to write to; created if missing.
-        title: title of the progress bar on stderr.
+    Conversations longer than ``max_tokens`` are cut. ``title`` is that of the progress bar.
 
     Raises:
         UserError: a conversation is malformed (the message has its index), or there is none.
@@ -105,13 +92,8 @@ def render_all(
 class RenderedConversations:
     """The conversations that `render_all` wrote, in memory-mapped arrays.
 
-    Args:
-        folder: folder that `render_all` wrote to.
-
     Attributes:
-        lengths: (conversations,) int64, number of tokens.
-        loss_tokens: (conversations,) int64, number of tokens that receive loss.
-        cut_tokens: (conversations,) int64, number of tokens that were cut off.
+        lengths, loss_tokens, cut_tokens: (conversations,) int64, tokens of each; those with loss; those cut off.
         checksums: (conversations,) uint32, CRC-32 of tokens and mask.
     """
 

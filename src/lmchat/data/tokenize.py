@@ -31,13 +31,7 @@ _CHUNK_CHARACTERS = 1 << 18
 class TokenReport:
     """Result of `prepare_token_shards`.
 
-    Attributes:
-        directory: folder of the token files.
-        shards: number of shards.
-        made: number of shards that this call tokenized.
-        documents: number of documents.
-        tokens: number of tokens.
-        skipped: number of null and empty texts.
+    ``made`` shards were tokenized by this call; ``skipped`` texts are null or empty.
     """
 
     directory: Path

@@ -82,11 +82,7 @@ class EvalBatch:
 class EvaluatorBatches(IterableDataset[EvalBatch]):
     """The batches of one evaluator on one rank, as a dataset for Lightning's validation loop.
 
-    Args:
-        evaluator: the evaluator.
-        rank: rank of this process.
-        world_size: number of ranks.
-        is_due: called at the start of each iteration; if it returns False, the iteration has no batches.
+    ``is_due`` is called at the start of each iteration; if it returns False, the iteration has no batches.
     """
 
     def __init__(self, evaluator: Evaluator, rank: int, world_size: int, is_due: Callable[[Evaluator], bool]) -> None:
@@ -102,13 +98,9 @@ class EvaluatorBatches(IterableDataset[EvalBatch]):
 
 
 def is_due(evaluator: Evaluator, step: int, last_step: int, default_every_n_steps: int) -> bool:
-    """Whether an evaluator runs at an optimizer step of a training run.
+    """Whether an evaluator runs after ``step`` of the ``last_step`` optimizer steps of a training run.
 
-    Args:
-        evaluator: the evaluator.
-        step: optimizer steps taken.
-        last_step: optimizer steps of the run.
-        default_every_n_steps: interval of evaluators without their own; 0 is at the start and the end only.
+    ``default_every_n_steps`` is the interval of evaluators without their own; 0 is at the start and the end only.
     """
     every = default_every_n_steps if evaluator.every_n_steps is None else evaluator.every_n_steps
     if step == 0:

@@ -158,18 +158,14 @@ def evaluate_harness(
     num_fewshot: int | None = None,
     chat_template: bool = False,
 ) -> dict[str, Any]:
-    """Evaluates tasks of the harness.
+    """Evaluates tasks of the harness, by default with their own ``num_fewshot``; returns `lm_eval.simple_evaluate`'s
+    result.
 
     Args:
-        policy: the model.
         tasks: names of tasks or groups.
         include_path: folder with additional tasks.
         limit: maximum number of documents per task.
-        num_fewshot: number of solved examples in each prompt; default is the task's.
         chat_template: render contexts by the chat template.
-
-    Returns:
-        The result of `lm_eval.simple_evaluate`.
 
     Raises:
         UserError: there is no such task.

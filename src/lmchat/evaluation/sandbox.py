@@ -37,16 +37,8 @@ MISSING = {
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a program.
-
-    Args:
-        seconds: wall-clock time, and CPU time of a process.
-        memory_bytes: address space of a process.
-        file_bytes: size of a file.
-        tmp_bytes: size of the private /tmp.
-        processes: number of processes and threads.
-        open_files: number of open files of a process.
-        output_bytes: size of the printed output.
+    """Limits of a program: wall-clock time (and CPU time of a process); memory, file size and open files of a process;
+    size of the private /tmp; processes and threads; printed output.
     """
 
     seconds: float = 5.0

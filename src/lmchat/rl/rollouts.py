@@ -33,12 +33,9 @@ class Rollouts(IterableDataset[Rollout]):
     Args:
         mixture: the questions.
         engine: returns an engine on the current policy; called once per step.
-        sampling: sampling parameters of every question; their seed is replaced.
+        sampling: sampling parameters of every question; their seed follows from ``seed``.
         questions_per_step: number of questions over all ranks, a multiple of ``world_size``.
         steps: optimizer steps of the whole run.
-        seed: seed of the samples.
-        rank: rank of this process.
-        world_size: number of ranks.
         all_reduce: sums a float64 tensor over the ranks.
         fingerprint: fingerprint of the questions; part of the state.
         state: state of the batch to continue after.

@@ -60,18 +60,9 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
 
 
 class GeneratedResponse(Response):
-    """Runs a plan and sends its answers, as one JSON object or as a stream of events.
+    """Runs a plan and sends its answers, as one JSON object or as a stream of events, which may end with its usage.
 
     The run is cancelled if the client disconnects or the time limit is exceeded.
-
-    Args:
-        worker: worker of the engine.
-        admission: limits of running completions.
-        metrics: metrics to update.
-        plan: what to generate.
-        responses: format of the answers.
-        stream: stream the answers.
-        usage: end a stream with its usage.
     """
 
     def __init__(

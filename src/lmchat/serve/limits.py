@@ -13,15 +13,7 @@ from lmchat.types import UserError
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a server.
-
-    Attributes:
-        max_running: maximum number of completions generated together.
-        max_queued: maximum number of waiting completions.
-        max_prompt_tokens: maximum length of a prompt; None is the model's limit.
-        max_new_tokens: maximum length of a completion; None is the model's limit.
-        max_body_bytes: maximum size of a request body.
-        max_seconds: time limit of a request, including waiting.
+    """Limits of a server; None is the model's limit. A request takes ``max_seconds`` at most, including waiting.
 
     Raises:
         UserError: a value is out of range.

@@ -15,13 +15,7 @@ from lmchat.scaling import parameter_counts
 
 @dataclass(frozen=True)
 class ModelCard:
-    """Description of the model.
-
-    Attributes:
-        name: id in the API.
-        created: time of the checkpoint, in seconds since 1970.
-        details: details shown on the page: stage, tag, step, parameters.
-    """
+    """Description of a model: its id in the API, the time of the checkpoint (Unix), and details shown on the page."""
 
     name: str
     created: int
@@ -29,13 +23,7 @@ class ModelCard:
 
 
 def load_engine(checkpoint: Checkpoint, tokenizer_folder: Path | None = None, *, max_rows: int = 128) -> Engine:
-    """Creates an engine for a checkpoint's model, on the GPU if there is one.
-
-    Args:
-        checkpoint: the model to load.
-        tokenizer_folder: default is the ``tokenizer`` folder beside the checkpoint folders, or else
-            ``$LMCHAT_BASE_DIR/tokenizer``.
-        max_rows: maximum number of sequences decoded together.
+    """An engine for a checkpoint's model, on the GPU if there is one; for its tokenizer see `load_tokenizer`.
 
     Raises:
         UserError: the tokenizer is missing, or is not the model's.

@@ -10,12 +10,7 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
 
 
 class Metrics:
-    """The metrics of one server.
-
-    Args:
-        running: number of sequences in the batch.
-        waiting: number of sequences that wait.
-    """
+    """The metrics of a server; ``running`` and ``waiting`` return numbers of sequences in the batch and before it."""
 
     def __init__(self, running: Callable[[], int], waiting: Callable[[], int]) -> None:
         self.registry = registry = CollectorRegistry()

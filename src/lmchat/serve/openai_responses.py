@@ -16,12 +16,7 @@ Top = Sequence[tuple[int, float]]
 
 
 class Responses:
-    """Formats the answers of one request.
-
-    Args:
-        tokenizer: of the model.
-        model: name of the model that answers.
-    """
+    """Formats the answers of one request; ``model`` is the name of the model that answers."""
 
     prefix: str
     whole_object: str
@@ -121,8 +116,6 @@ class CompletionResponses(Responses):
     """Responses of ``/v1/completions``. Log-probabilities include the stop token, unlike the text; lm-eval needs it.
 
     Args:
-        tokenizer: tokenizer of the model.
-        model: name of the model that answers.
         added: number of tokens at the beginning of each prompt that the client did not send and does not get back.
     """
 

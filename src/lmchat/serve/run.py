@@ -44,11 +44,6 @@ class Plan:
 class Run:
     """A running request.
 
-    Args:
-        worker: worker of the engine.
-        plan: the request.
-        metrics: metrics to update.
-
     Attributes:
         answers: the completions, samples of the first prompt first.
         scores: log-probabilities of prompt and completion, for each completion; only if the plan needs them.

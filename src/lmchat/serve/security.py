@@ -45,8 +45,7 @@ class Gate:
     """ASGI middleware: checks Host, Origin and bearer token, adds headers, counts responses, handles other exceptions.
 
     Args:
-        app: the application.
-        metrics: metrics that count responses.
+        app, metrics: the application, and the metrics that count its responses.
         public: paths that need no token.
         counted: paths that are counted by name.
         api_key: token that requests must have; None for none.

@@ -28,13 +28,7 @@ _OF_THE_FILES = ("files", "lightning", "format", "world_size")
 
 @dataclass(frozen=True)
 class Export:
-    """Result of `write_export`.
-
-    Attributes:
-        tensors: number of tensors in the weights file.
-        parameters: number of their elements.
-        padding: number of elements of padding rows, which are in a separate file.
-    """
+    """Result of `write_export`: numbers of tensors, of their elements, and of elements of padding rows, kept apart."""
 
     tensors: int
     parameters: int
@@ -75,9 +69,7 @@ def write_export(
     """Writes weights, configs, tokenizer, chat template and model card into the empty ``folder``.
 
     Args:
-        checkpoint: checkpoint of any stage.
-        tokenizer: tokenizer of the checkpoint.
-        folder: an existing empty folder.
+        checkpoint, tokenizer: of any stage, and its own.
         native: export as `NanoChatForCausalLM` instead of with lmchat's modelling file.
         dtype: dtype of the stored weights. bf16 halves the file; the factors of the residual mix stay fp32.
 
