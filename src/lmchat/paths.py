@@ -42,7 +42,6 @@ def base_dir() -> Path:
 
 
 def tokenizer_dir() -> Path:
-    """The folder of the trained tokenizer."""
     return base_dir() / "tokenizer"
 
 

@@ -41,7 +41,6 @@ class ParameterCounts:
 
     @property
     def total(self) -> int:
-        """All parameters."""
         return self.wte + self.value_embeds + self.lm_head + self.transformer_matrices + self.scalars
 
     @property

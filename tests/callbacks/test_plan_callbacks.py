@@ -42,7 +42,7 @@ def train(
     torch.manual_seed(1)
     module = PretrainModule(**SMALL, global_batch_tokens=batch)
     data = FineWebDataModule(micro_batch_size=micro_batch_size, eval_tokens=256)
-    data.attach(module.spec())
+    data.spec = module.spec()
     run = L.Trainer(
         accelerator="cpu",
         max_epochs=-1,
@@ -196,7 +196,7 @@ def test_depth_alone_decides_the_plan(base: Path, monkeypatch: pytest.MonkeyPatc
     trainer.strategy.connect(module)
     data.trainer = module.trainer = trainer
     trainer.datamodule = data
-    data.attach(module.spec())
+    data.spec = module.spec()
     TrainingPlan(tokens_per_parameter=8).setup(trainer, module, "fit")
     plan = make_plan(**SMALL, vocab_size=512, ratio=8)
     assert trainer.max_steps == plan.steps > 0

@@ -58,7 +58,6 @@ class TrainingPlan(Callback):
         )
 
     def plan(self, trainer: L.Trainer, module: Any) -> RunPlan:
-        """The plan of the run."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         laws = self.scale(module, trainer.max_steps) if module.scales_with_depth else None
         batch = laws.global_batch_tokens if laws else module.global_batch_tokens

@@ -117,7 +117,8 @@ def _settings(meta: dict[str, Any]) -> dict[str, Any]:
     """Settings in nanochat's meta that later stages use."""
     options = meta.get("user_config")
     options = options if isinstance(options, dict) else {}
-    given = {name: options[name] for name in DEFAULT_LEARNING_RATES if _is_positive(options.get(name))}
+    numbers = {name: value for name, value in options.items() if isinstance(value, int | float) and value > 0}
+    given = {name: numbers[name] for name in DEFAULT_LEARNING_RATES if name in numbers}
     settings: dict[str, Any] = {"learning_rates": {**DEFAULT_LEARNING_RATES, **given}}
     batch, rows = options.get("total_batch_size"), meta.get("device_batch_size", options.get("device_batch_size"))
     if isinstance(batch, int) and batch > 0:
@@ -125,10 +126,6 @@ def _settings(meta: dict[str, Any]) -> dict[str, Any]:
     if isinstance(rows, int) and rows > 0:
         settings["micro_batch_size"] = rows
     return settings
-
-
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and value > 0
 
 
 def _find_tokenizer(folder: Path, given: Path | None) -> Path:

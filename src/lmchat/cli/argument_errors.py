@@ -99,6 +99,5 @@ def _configs(args: Sequence[str]) -> str:
 
 
 def config_paths(args: Sequence[str]) -> list[str]:
-    """The files given with ``--config``."""
     joined = [arg.removeprefix("--config=") for arg in args if arg.startswith("--config=")]
     return [after for flag, after in pairwise(args) if flag in ("--config", "-c")] + joined

@@ -136,7 +136,7 @@ class LMChatCLI(LightningCLI):
         elif isinstance(self.model, ChatModule):
             # Before its data sets are downloaded.
             raise self.model.checkpoint_missing()
-        self.datamodule.attach(self.model.spec())
+        self.datamodule.spec = self.model.spec()
         if subcommand_option(self, self.config_init, "trainer")["logger"] in (None, True):
             folder = log_dir(STAGES[self.model.stage].logs, self.model.tag)
             tensorboard = RunTensorBoardLogger(folder.parent, name=folder.name)

@@ -48,7 +48,6 @@ class PaddedPlan:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the epoch."""
         return -(-len(self.rows) // self.rows_per_step)
 
     def row(self, index: int) -> PackedRow:

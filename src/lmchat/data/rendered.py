@@ -110,6 +110,5 @@ class RenderedConversations:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> tuple[npt.NDArray[np.unsignedinteger], npt.NDArray[np.bool_]]:
-        """Tokens and mask of a conversation."""
         span = slice(self._offsets[index], self._offsets[index + 1])
         return self._tokens[span], self._mask[span]

@@ -86,7 +86,6 @@ class TokenShards:
         return cls(paths[:-1], tokenizer), cls(paths[-1:], tokenizer)
 
     def __len__(self) -> int:
-        """Number of documents."""
         return self._firsts[-1]
 
     @cached_property
@@ -97,7 +96,6 @@ class TokenShards:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens."""
         return sum(header.tokens for header in self._headers)
 
     def share_beyond(self, max_tokens: int) -> float:
@@ -105,7 +103,6 @@ class TokenShards:
         return int((self.lengths - max_tokens).clip(min=0).sum(dtype=np.int64)) / self.tokens
 
     def shard_of(self, document: int) -> int:
-        """Index of the shard that contains a document."""
         return bisect_right(self._firsts, document) - 1
 
     def check_in_background(self) -> None:

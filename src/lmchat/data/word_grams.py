@@ -15,14 +15,12 @@ _WORD = re.compile(r"\w+")
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
-def words_of(text: str) -> list[str]:
-    """The words of a text in lower case, without punctuation. Text without spaces (Chinese) has long words."""
-    return _WORD.findall(text.lower())
-
-
 def word_hashes(text: str) -> Hashes:
-    """(words,) uint64 hashes of the words of a text; the same in every process."""
-    words = "\n".join(words_of(text)).encode("utf-8", "surrogatepass").splitlines()
+    """(words,) uint64 hashes of the words of a text in lower case, without punctuation; the same in every process.
+
+    Text without spaces (Chinese) has long words.
+    """
+    words = "\n".join(_WORD.findall(text.lower())).encode("utf-8", "surrogatepass").splitlines()
     return mix(np.fromiter(map(zlib.crc32, words), np.uint64, len(words)))
 
 

@@ -64,7 +64,6 @@ class Benchmark(Evaluator):
 
     @property
     def device(self) -> torch.device:
-        """Device of the model."""
         return self._counts.device
 
     @abstractmethod

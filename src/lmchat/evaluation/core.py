@@ -207,7 +207,6 @@ def make_example(
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
-    """Length of the common prefix of all sequences."""
     shortest = min(map(len, sequences))
     return next((i for i in range(shortest) if len({sequence[i] for sequence in sequences}) > 1), shortest)
 

@@ -24,7 +24,6 @@ LOGITS_CHUNK = {"cpu": 1 << 6, "cuda": 1 << 13}
 
 
 def max_batch_tokens(device: torch.device) -> int:
-    """Tokens per batch on a device."""
     return MAX_BATCH_TOKENS["cpu" if device.type == "cpu" else "cuda"]
 
 

@@ -179,7 +179,6 @@ class Counts(Metric):
         self.counts[index] += torch.as_tensor(numbers, device=self.counts.device)
 
     def compute(self) -> Tensor:
-        """The counters."""
         return self.counts
 
     def pop(self) -> Any:

@@ -45,7 +45,6 @@ class HFModel:
 
     @property
     def tokenizer(self) -> HFModel:
-        """The model's tokenizer."""
         return self
 
     @property

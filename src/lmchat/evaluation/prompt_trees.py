@@ -50,7 +50,6 @@ class PromptTree:
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens to read."""
         return len(self.prefix) + sum(map(len, self.branches))
 
 
@@ -111,7 +110,6 @@ class PackedTrees:
         self._masks: dict[tuple[int, bool], Tensor] = {}
 
     def context_end(self, length: int) -> int:
-        """The length of the longest option."""
         return self._end
 
     def positions(self, length: int) -> Tensor:

@@ -155,7 +155,6 @@ def mount_root(root: str, tmp_bytes: int) -> None:
 
 
 def mount(source: str | None, target: str, kind: str | None, flags: int, options: str | None = None) -> None:
-    """mount(2)."""
     texts = [None if text is None else os.fsencode(text) for text in (source, target, kind, options)]
     call("mount", *texts[:3], ctypes.c_ulong(flags), texts[3])
 
@@ -168,7 +167,6 @@ def drop_capabilities() -> None:
 
 
 def limit(limits: dict[str, Any]) -> None:
-    """Sets the limits of a program."""
     for name, value in {
         "RLIMIT_CPU": math.ceil(limits["seconds"]),
         "RLIMIT_AS": limits["memory_bytes"],
@@ -205,7 +203,6 @@ def _read(descriptor: int, length: int) -> bytes:
 
 
 def write_message(descriptor: int, message: Any) -> None:
-    """Writes a message."""
     data = json.dumps(message).encode()
     data = struct.pack("I", len(data)) + data
     while data:

@@ -10,7 +10,7 @@ from string import Template
 
 from lmchat.files import replacing
 from lmchat.report.charts import NUM_COLORS, line_chart
-from lmchat.report.runs import AXES, Points, Run, StageRun
+from lmchat.report.runs import AXES, Run, StageRun
 from lmchat.report.summary import (
     TITLES,
     Table,
@@ -75,16 +75,12 @@ def _charts(runs: Sequence[Run], stage: str) -> str:
     for metric in charted_metrics(list(stages.values())):
         charts = []
         for axis, x_label in AXES.items():
-            series = {run.name: _curve(run, stage, metric, axis) for run in runs}
+            series = {run.name: run.stages.get(stage, StageRun(stage, {})).curve(metric, axis) for run in runs}
             known = any(len(x) for x, _ in series.values())
             chart = line_chart(series, x_label, label(metric)) if known else f"<p>{x_label} are not known</p>"
             charts.append(f'<div class="x x-{axis}">{chart}</div>')
         figures.append(f"<figure><h3>{escape(label(metric))}</h3>{''.join(charts)}</figure>")
     return f'<h3>{TITLES[stage]}</h3><div class="grid-of-charts">{"".join(figures)}</div>'
-
-
-def _curve(run: Run, stage: str, metric: str, axis: str) -> Points:
-    return run.stages.get(stage, StageRun(stage, {})).curve(metric, axis)
 
 
 def _axis_choice() -> str:

@@ -52,7 +52,6 @@ def columns(runs: Sequence[Run]) -> list[tuple[str, StageRun]]:
 
 
 def label(metric: str) -> str:
-    """Label of a metric."""
     return METRICS.get(metric, metric.removeprefix("val/").removeprefix("train/"))
 
 

@@ -102,15 +102,12 @@ class Rollouts(IterableDataset[Rollout]):
         questions = [(task, task[index]) for task, index in located]
         engine = self.engine()
         prompts = [render_for_completion(engine.tokenizer, conversation) for _, conversation in questions]
-        params = [replace(self.sampling, seed=self._seed(number)) for number in numbers]
+        # A different seed for every question of the run.
+        params = [replace(self.sampling, seed=(self.seed << 32) + number) for number in numbers]
         return [
             Group(prompt, completions, _rewards(engine, *question, completions))
             for prompt, completions, question in zip(prompts, engine.generate(prompts, params), questions, strict=True)
         ]
-
-    def _seed(self, number: int) -> int:
-        """A different seed for every question of the run."""
-        return (self.seed << 32) + number
 
 
 def _rewards(engine: Engine, task: Task, conversation: Conversation, completions: Sequence[Completion]) -> Tensor:

@@ -44,7 +44,6 @@ class Delta:
         return "".join(part["text"] for part in self.parts if part["type"] == "text")
 
     def add(self, other: Delta) -> None:
-        """Appends another delta."""
         for part in other.parts:
             append_part(self.parts, part)
         self.tokens += other.tokens
@@ -116,7 +115,6 @@ class Answer:
 
     @property
     def done(self) -> bool:
-        """Whether it has ended."""
         return self.whole.finish_reason is not None
 
     def take(self, event: TokenEvent) -> Delta:

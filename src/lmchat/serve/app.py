@@ -187,11 +187,9 @@ class Server:
         return JSONResponse({"bos_token": "<|bos|>", "eos_token": "<|bos|>"})
 
     async def models(self) -> Response:
-        """``GET /v1/models``."""
         return JSONResponse({"object": "list", "data": [self._model()]})
 
     async def model(self, name: str) -> Response:
-        """``GET /v1/models/NAME``."""
         self._check_model(name)
         return JSONResponse(self._model())
 

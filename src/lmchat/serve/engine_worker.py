@@ -64,7 +64,6 @@ class Generation:
             self._worker.cancel(self._requests[prompt], sample)
 
     def close(self) -> None:
-        """Cancels all completions."""
         if self.remaining:
             self.remaining = set()
             for request in self._requests:

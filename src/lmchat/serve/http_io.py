@@ -28,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 
 def error_response(error: APIError) -> Response:
-    """Converts an error to a response."""
     return JSONResponse(error.body, status_code=error.status, headers=error.headers)
 
 

@@ -91,7 +91,6 @@ class _Uvicorn(uvicorn.Server):
 
 
 def uvicorn_config(server: Server) -> uvicorn.Config:
-    """uvicorn's settings."""
     return uvicorn.Config(
         server.app,
         http=_Protocol,

@@ -36,5 +36,4 @@ class Metrics:
         self.duration = Histogram("lmchat_request_seconds", "Time of a request", buckets=_SECONDS, registry=registry)
 
     def text(self) -> bytes:
-        """All metrics."""
         return generate_latest(self.registry)

@@ -46,8 +46,6 @@ Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 
 class StreamOptions(BaseModel):
-    """``stream_options``."""
-
     model_config = ConfigDict(strict=True)
     include_usage: bool = False
 
@@ -69,7 +67,6 @@ class GenerationRequest(BaseModel):
 
     @property
     def stops(self) -> list[str]:
-        """The stop strings."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     @property

@@ -63,16 +63,13 @@ class Run:
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Tokens of all prompts."""
         return sum(map(len, self.plan.prompts))
 
     @property
     def num_generated_tokens(self) -> int:
-        """Tokens of all completions."""
         return sum(answer.num_tokens for answer in self.answers)
 
     def prompt_of(self, number: int) -> Sequence[int]:
-        """The prompt of a completion."""
         return self.plan.prompts[number // self.plan.num_samples]
 
     async def start(self) -> None:

@@ -21,13 +21,12 @@ from lmchat.types import UserError
 class StageDataModule(L.LightningDataModule):
     """Micro-batches for training, and evaluators.
 
-    `attach` must be called before the trainer runs; ``lmchat fit`` does it.
-
     Args:
         micro_batch_size: rows per micro-batch and rank; null takes that of the checkpoint the stage starts from, "auto"
             the largest that fits the device's memory. The global batch does not depend on it.
 
     Attributes:
+        spec: settings of the stage; must be set before the trainer runs, as ``lmchat fit`` does.
         chooses_micro_batch: whether the run's plan must call `set_micro_batch_size`.
         evaluators: evaluators of the run, in order; complete after `setup`. Callbacks may add their own.
         position: state of the data after the last micro-batch that was trained on.
@@ -49,10 +48,6 @@ class StageDataModule(L.LightningDataModule):
         self.max_steps: int | None = None
         self.is_due: Callable[[Evaluator], bool] = lambda evaluator: True
         self._copy_stream: torch.cuda.Stream | None = None
-
-    def attach(self, spec: StageSpec) -> None:
-        """Sets the stage's spec."""
-        self.spec = spec
 
     @property
     def micro_batch_size(self) -> int:

@@ -9,7 +9,7 @@ from lightning.fabric.plugins import CheckpointIO
 
 from lmchat.checkpoint.attempt import Attempt
 from lmchat.checkpoint.layout import CheckpointPaths
-from lmchat.checkpoint.load import Checkpoint, check_can_resume, load_model_state, load_rank_state, open_checkpoint
+from lmchat.checkpoint.load import check_can_resume, load_model_state, load_rank_state, open_checkpoint
 from lmchat.checkpoint.writer import PEER_TIMEOUT_SECONDS, BackgroundWriter, snapshot, write_checkpoint
 from lmchat.types import UserError
 
@@ -103,7 +103,8 @@ class LMChatCheckpointIO(CheckpointIO):
         for former, name in _FORMER_CALLBACKS.items():
             if former in state.get("callbacks", {}):
                 state["callbacks"][name] = state["callbacks"].pop(former)
-        return {"state_dict": _module_state(checkpoint), **checkpoint.meta["lightning"], **state}
+        weights = {_NETWORK + name: tensor for name, tensor in load_model_state(checkpoint).items()}
+        return {"state_dict": weights, **checkpoint.meta["lightning"], **state}
 
     def remove_checkpoint(self, path: Any) -> None:
         raise NotImplementedError("checkpoints are pruned by keep_last, after a newer one is complete")
@@ -118,7 +119,3 @@ class LMChatCheckpointIO(CheckpointIO):
 
     def teardown(self) -> None:
         self.wait()
-
-
-def _module_state(checkpoint: Checkpoint) -> dict[str, Any]:
-    return {_NETWORK + name: tensor for name, tensor in load_model_state(checkpoint).items()}

@@ -85,7 +85,6 @@ def set_batch_progress(fit_loop: dict[str, Any], micro_batches: int) -> None:
 
 
 def subcommand_parser(cli: LightningCLI) -> Any:
-    """The parser of the subcommand in use."""
     assert cli.subcommand is not None
     return cli._subcommand_parsers[cli.subcommand]
 

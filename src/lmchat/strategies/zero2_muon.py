@@ -115,7 +115,6 @@ class Zero2MuonStrategy(DDPStrategy):
 
     @property
     def optimizer(self) -> ShardedMuonAdamW:
-        """The one optimizer."""
         (optimizer,) = self.optimizers
         assert isinstance(optimizer, ShardedMuonAdamW)
         return optimizer

@@ -242,7 +242,6 @@ class _Builder:
         return [Part(type="python", text=_call_text(call, what)) for call in calls]
 
     def finish(self) -> Conversation:
-        """Returns the checked conversation."""
         if self._system:
             if self.turns:
                 self.notes.add("a system message at the end left out")
@@ -264,7 +263,6 @@ def _meaning(role: str) -> str:
 
 
 def _content(message: dict[str, Any], what: str, is_call: bool = False) -> list[Part]:
-    """Converts the content of a message to parts."""
     content = message.get("content", message.get("value", message.get("text")))
     if content is None and (message.keys() & {"tool_calls", "function_call"}):
         return []

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from string import ascii_uppercase
 from typing import Any, Literal
 
-from lmchat.tasks.multiple_choice import MultipleChoiceConversation, MultipleChoiceTask, letters_for
+from lmchat.tasks.multiple_choice import MultipleChoiceConversation, MultipleChoiceTask
 from lmchat.tasks.row_files import MalformedRow
 from lmchat.tasks.rows import HubDataset, field
 
@@ -29,7 +30,7 @@ class MMLU(MultipleChoiceTask):
         if isinstance(row, dict) and set(row) == {"train"}:  # in the Hub's file of auxiliary_train rows are wrapped
             row = row["train"]
         question, choices = field(row, "question", str), field(row, "choices", list)
-        letters, answer = letters_for(choices), field(row, "answer", int)
+        letters, answer = ascii_uppercase[: len(choices)], field(row, "answer", int)
         if not 0 <= answer < len(letters):
             raise MalformedRow(f"the answer {answer} is no index into {len(choices)} choices")
         return self.question(question, letters, choices, letters[answer])

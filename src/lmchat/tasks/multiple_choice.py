@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from string import ascii_uppercase
 from typing import cast
 
 from lmchat.tasks.base import MultipleChoice, exchange, reference_answer
@@ -52,8 +51,3 @@ class MultipleChoiceTask(RowTask, MultipleChoice):
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         """Whether the completion is the correct letter and nothing else."""
         return completion.strip() == reference_answer(conversation)
-
-
-def letters_for(choices: Sequence[str]) -> str:
-    """A, B, C, ... for each of the choices."""
-    return ascii_uppercase[: len(choices)]

@@ -146,7 +146,6 @@ def _is_json(content: Any) -> bool:
 
 
 def _are_messages(values: list[Any]) -> bool:
-    """Whether the values are the messages of one conversation."""
     return bool(values) and all(isinstance(value, dict) and value.keys() & {"role", "from"} for value in values)
 
 

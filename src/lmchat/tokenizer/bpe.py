@@ -144,7 +144,7 @@ class Tokenizer:
                 f"no tokenizer in {directory} ({_FILE} is missing): train one with `lmchat tokenizer train`"
             )
         try:
-            return cls(*files.read_hugging_face(path, SPECIAL_TOKENS))
+            return cls(*files.from_hugging_face(files.read_object(path), SPECIAL_TOKENS))
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"the tokenizer {path} is damaged or not an lmchat tokenizer ({error}): "

@@ -106,13 +106,7 @@ def hugging_face(ranks: Mapping[bytes, int], pattern: str, special_tokens: Seque
     return tokenizer
 
 
-def read_hugging_face(path: Path, special_tokens: Sequence[str]) -> tuple[dict[bytes, int], str]:
-    """Ranks and split pattern of a ``tokenizer.json`` that holds a byte-level BPE with these special tokens."""
-    return from_hugging_face(read_object(path), special_tokens)
-
-
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except RecursionError as error:
@@ -123,7 +117,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def from_hugging_face(content: dict[str, Any], special_tokens: Sequence[str]) -> tuple[dict[bytes, int], str]:
-    """Ranks and split pattern of a parsed ``tokenizer.json``."""
+    """Ranks and split pattern of a parsed ``tokenizer.json`` of a byte-level BPE with these special tokens."""
     added = {entry["content"]: entry["id"] for entry in content.get("added_tokens") or []}
     vocab: dict[str, int] = content["model"]["vocab"] | added
     n_ranks = len(vocab) - len(special_tokens)
