@@ -1,9 +1,9 @@
-"""CORE's examples per second: batched with shared prefixes, against one option at a time with all logits.
+"""CORE's examples per second: batched with shared prefixes, compared with one option at a time with all logits.
 
     python benchmarks/core_eval.py --bundle eval_bundle.zip --examples 8 --threads 1
 
-Times are CPU seconds (user + system) with tokens prepared before, so that other work on the machine matters little. A
-random model of the given depth: what it answers does not change the cost.
+Times are CPU seconds (user + system) without tokenization, so that other load matters little. The model is random and
+of the given depth: its answers do not change the cost.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ POOL = 200
 
 
 def random_net(depth: int, sequence_len: int, vocab_size: int, dtype: torch.dtype) -> GPT:
-    """A model whose weights are all random, so that options differ."""
+    """A model with random weights, so that options differ."""
     net = GPT(config_for_depth(depth=depth, vocab_size=vocab_size, sequence_len=sequence_len), compute_dtype=dtype)
     net.init_weights(torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -41,13 +41,13 @@ def random_net(depth: int, sequence_len: int, vocab_size: int, dtype: torch.dtyp
 
 
 def cpu_seconds(run: Callable[[], list[list[OptionScore]]]) -> tuple[list[list[OptionScore]], float]:
-    """The result and the CPU seconds it took."""
+    """Result of a call, and its CPU seconds."""
     started = time.process_time()
     return run(), time.process_time() - started
 
 
 def compare(net: GPT, task: CoreTask, found: Sequence[Example]) -> tuple[float, float]:
-    """CPU seconds of both ways; prints them and the largest difference."""
+    """CPU seconds of both methods; prints them and the largest difference."""
     score_in_batches(net, found[:2])
     plain, plain_seconds = cpu_seconds(lambda: score_plainly(net, found))
     batched, seconds = cpu_seconds(lambda: score_in_batches(net, found))

@@ -1,17 +1,17 @@
-"""Decode throughput of the generation engine against plain loops over the same model, and the engine before it.
+"""Decode throughput of the engine compared with plain loops over the same model, and with the reference engine.
 
     python benchmarks/decode.py [--depth 4] [--rows 1 16 64] [--prompt 64] [--new 128] [--top-k 50]
 
-The plain loop serves one prompt, all rows in step: a contiguous cache with a single position, slices in place of masks,
-`torch.multinomial` in place of per-row random numbers, no tools, no row that ends early. Without a cache, every token
-costs a pass over the whole context.
+The plain loop decodes one prompt with all rows at the same position: a contiguous cache, slices instead of masks,
+`torch.multinomial` instead of per-row random numbers, no tools, and no row that ends early. Without a cache, every
+token needs a pass over the whole context.
 
 The rollouts are 16 questions of 100 to 150 tokens with 8 samples each of 20 to 256 tokens, most of them short. The
 engine decodes them together; the loop takes one question at a time until its longest sample ends; the reference engine,
 `tests/helpers/reference_engine.py`, starts them together and decodes the rows that are left. Useful tokens count.
 
-All take turns, so that other load meets them alike; CPU time of this process is measured, on one thread unless
---threads says otherwise, and wall time in the rollouts. The last line counts the operators of one decode step.
+All variants are run in turn, so that other load affects them equally. CPU time of this process is measured, on one
+thread by default (--threads), and wall time in the rollouts. The last line counts the operators of one decode step.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ QUESTIONS, SAMPLES = 16, 8
 
 
 class PlainCache:
-    """Keys and values of rows that are all at one position."""
+    """KV cache of rows that are all at the same position."""
 
     def __init__(self, model: GPT, rows: int, max_len: int) -> None:
         config = model.config
@@ -90,7 +90,7 @@ def plain_loop(model: GPT, prompt: list[int], rows: int, new: int, top_k: int, c
 
 
 class CountOperators(TorchDispatchMode):
-    """Counts what reaches the dispatcher."""
+    """Counts the operators that are dispatched."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class CountOperators(TorchDispatchMode):
 
 
 def operators_per_step(run: Callable[[int], object]) -> float:
-    """Of `run(new tokens)`: the difference between a longer and a shorter run, over the steps between them."""
+    """Operators per step of ``run(new tokens)``, from the difference between a longer and a shorter run."""
     counts = []
     for new in (4, 12):
         with CountOperators() as counter:
@@ -112,7 +112,7 @@ def operators_per_step(run: Callable[[int], object]) -> float:
 
 
 def best_seconds(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """CPU seconds of each, taking turns; the best of the repeats."""
+    """CPU seconds of each function: the best of several repeats, called in turn."""
     seconds = dict.fromkeys(runs, float("inf"))
     for _ in range(repeats):
         for name, run in runs.items():
@@ -181,7 +181,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     model = GPT(config_for_depth(options.depth, VOCAB_SIZE, 256), compute_dtype=getattr(torch, options.dtype))
     model.init_weights(torch.Generator().manual_seed(0))
-    # Two-byte ranks fill the vocabulary up; nothing is decoded to text here.
+    # Two-byte ranks fill up the vocabulary; nothing is decoded to text here.
     ranks = [bytes([i]) for i in range(256)] + [bytes(divmod(i, 256)) for i in range(VOCAB_SIZE - 256)]
     tokenizer = Tokenizer({token: rank for rank, token in enumerate(ranks[: VOCAB_SIZE - len(SPECIAL_TOKENS)])})
     prompt = torch.randint(0, VOCAB_SIZE - 9, (options.prompt,), generator=torch.Generator().manual_seed(1)).tolist()

@@ -1,10 +1,10 @@
-"""Eight minutes on one card, without a network: `make bench-gpu`. Never run on a GPU so far; rehearsed with --toy.
+"""The GPU benchmark: eight minutes on one card, without a network (`make bench-gpu`). Never run on a GPU so far.
 
     python benchmarks/gpu_run.py [--toy] [--output runs/gpu] [--parts attention d12 ...]
 
-Each part is a process under a time limit of its own and appends its figures to OUTPUT/results.jsonl as they come; the
-table OUTPUT/results.md is written after each part. A part that fails or runs out of time loses only what it had not yet
-measured, and the next one starts. --toy runs the same code on a CPU with small shapes: its figures mean nothing.
+Each part is a process with a time limit, which appends each result to OUTPUT/results.jsonl; the table OUTPUT/results.md
+is written after each part. After a failure or a timeout the next part starts, and earlier results are kept. --toy tests
+the same code on a CPU with small shapes.
 
 Needs a torch image with lightning, numpy, pyarrow, tiktoken and tokenizers, and the wheels that `make gpu-wheels`
 unpacks; one cache folder of the compiler serves all parts.
@@ -42,16 +42,16 @@ LIMITS = {
     "decode": 40,
     "fit": 100,
 }
-"""Seconds per part, its start included. In this order: what decides most comes before what takes longest."""
+"""Seconds per part, including its start, in the order of the parts: the most important first."""
 
 SLOWER_CPU = 6
-"""Factor on the limits in a rehearsal, where compilers take longest."""
+"""Factor on the limits with ``--toy``, where compilation takes longest."""
 
 Report = Callable[..., None]
 
 
 class Shapes:
-    """What is measured: shapes of d12, d20 and d26 on a GPU, tiny ones in a rehearsal."""
+    """Shapes to measure: d12, d20 and d26 on a GPU, tiny ones with ``--toy``."""
 
     def __init__(self, toy: bool) -> None:
         self.toy = toy
@@ -92,7 +92,7 @@ def synchronize() -> None:
 
 
 def milliseconds(run: Callable[[], Any], repeats: int) -> float:
-    """The median duration of ``run``, after one call that does not count."""
+    """Median duration of ``run``, after a warmup call."""
     run()
     times = []
     for _ in range(repeats):
@@ -183,7 +183,7 @@ def attention(shapes: Shapes, report: Report) -> None:
 
 
 def tests(shapes: Shapes, report: Report) -> None:
-    """The GPU tests; in a rehearsal they skip themselves."""
+    """The GPU tests; skipped with ``--toy``."""
     command = [sys.executable, "-m", "pytest", "-q", "-rf", "-o", "addopts=--import-mode=importlib", "-m", "gpu"]
     done = subprocess.run([*command, "tests/test_gpu.py"], cwd=REPOSITORY, capture_output=True, text=True)
     print(done.stdout[-4000:], done.stderr[-2000:])
@@ -209,7 +209,7 @@ def _micro_batches(net: Any, rows: int, count: int) -> list[float]:
 
 
 def d12(shapes: Shapes, report: Report) -> None:
-    """Compilation, micro-batches, optimizer steps, the costliest kernels; attention chosen by timing, and all flash."""
+    """Compilation, micro-batches, optimizer steps, slowest kernels; attention chosen by timing, and flash only."""
     import torch
 
     from lmchat.hardware import peak_flops, peak_memory_bytes
@@ -277,7 +277,7 @@ def memory(shapes: Shapes, report: Report) -> None:
 
 
 def fp8(shapes: Shapes, report: Report) -> None:
-    """Micro-batches of d26 in bf16, whose compiled blocks the part before left in the cache, and with FP8 products."""
+    """Micro-batches of d26 in bf16, with the compiled blocks of the previous part, and with FP8 products."""
     import torch
 
     from lmchat.model.compile import compile_blocks
@@ -332,7 +332,7 @@ def write_random_text(folder: Path, shards: int, documents: int) -> None:
 
 
 def fit(shapes: Shapes, report: Report) -> None:
-    """Twenty steps of d12 by the real command: tokens/s, utilisation, memory, losses."""
+    """Twenty steps of d12 with ``lmchat fit``: tokens/s, MFU, memory, losses."""
     steps = "4" if shapes.toy else "20"
     small = "--model.depth 2 --model.sequence_len 64 --model.head_dim 32 --model.global_batch_tokens 512 "
     small += "--data.micro_batch_size 2 --data.eval_tokens 512 --model.compile false --trainer.accelerator cpu "
@@ -364,7 +364,7 @@ PARTS: dict[str, Callable[[Shapes, Report], None]] = {
 
 
 def run_part(name: str, output: Path, toy: bool) -> None:
-    """Runs one part in this process; every figure is appended and flushed at once."""
+    """Runs one part in this process; appends and flushes each result."""
 
     def report(**values: Any) -> None:
         with (output / "results.jsonl").open("a") as file:
@@ -375,7 +375,7 @@ def run_part(name: str, output: Path, toy: bool) -> None:
 
 
 def start_part(name: str, output: Path, toy: bool) -> dict[str, Any]:
-    """Runs one part in a process of its own under its time limit; how it ended."""
+    """Runs one part in a subprocess with its time limit; returns how it ended."""
     variables = dict(os.environ)
     variables.setdefault("TORCHINDUCTOR_CACHE_DIR", str(output / "kernels"))
     command = [sys.executable, __file__, "--part", name, "--output", str(output), *(["--toy"] if toy else [])]
@@ -399,11 +399,11 @@ def start_part(name: str, output: Path, toy: bool) -> dict[str, Any]:
 
 def table(results: Path) -> Iterator[str]:
     """The results as a table in Markdown."""
-    yield "| part | figures |\n|---|---|"
+    yield "| part | results |\n|---|---|"
     for line in results.read_text().splitlines():
         values = json.loads(line)
-        figures = ", ".join(f"{name} {value}" for name, value in values.items() if name != "part")
-        yield f"| {values['part']} | {figures.replace('|', '/')} |"
+        results = ", ".join(f"{name} {value}" for name, value in values.items() if name != "part")
+        yield f"| {values['part']} | {results.replace('|', '/')} |"
 
 
 def main() -> None:

@@ -2,9 +2,9 @@
 
     python benchmarks/loader.py [--documents 60000] [--batches 300] [--spread 1.0]
 
-The plain loader holds token lists in memory and searches its buffer from end to end. Both yield the same rows, which
-is checked; they take turns, so that other load meets them alike. CPU time of this process is measured; documents have
-lognormal lengths with a mean of 1,000 tokens and the given spread.
+The plain loader has token lists in memory and searches its whole buffer. Both are checked to yield the same rows, and
+run in turn, so that other load affects them equally. CPU time of this process is measured. Documents have lognormal
+lengths with a mean of 1,000 tokens and the given spread.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MEAN_TOKENS = 1000
 
 
 class ByteTokenizer:
-    """Bytes as ids: quick to make, and as good as any for a loader."""
+    """A tokenizer whose ids are bytes."""
 
     fingerprint, vocab_size, bos_id = "bytes", 257, 256
 
@@ -40,13 +40,13 @@ class ByteTokenizer:
 
 
 def web_like_lengths(documents: int, spread: float) -> np.ndarray:
-    """Document lengths in tokens, the BOS included."""
+    """Document lengths in tokens, including BOS."""
     lengths = np.random.default_rng(0).lognormal(np.log(MEAN_TOKENS) - spread**2 / 2, spread, documents)
     return np.maximum(2, lengths.astype(np.int64))
 
 
 def write_corpus(folder: Path, lengths: np.ndarray) -> list[list[int]]:
-    """Two shards of documents of these lengths; the token lists of the first, which is the training shard."""
+    """Writes two shards with documents of these lengths; returns the token lists of the training shard."""
     letters = np.random.default_rng(1).integers(97, 123, lengths.max(), dtype=np.uint8).tobytes().decode()
     texts = [letters[: length - 1] for length in lengths]
     pq.write_table(pa.table({"text": texts}), folder / "shard_00000.parquet")
@@ -55,7 +55,7 @@ def write_corpus(folder: Path, lengths: np.ndarray) -> list[list[int]]:
 
 
 def plain_batches(documents: list[list[int]]) -> Iterator[torch.Tensor]:
-    """Best fit on token lists, by search; rows of SEQUENCE_LEN + 1 tokens."""
+    """Plain best-fit packing of token lists into rows of SEQUENCE_LEN + 1 tokens."""
     stream = itertools.cycle(documents)
     buffer: list[list[int]] = []
     while True:

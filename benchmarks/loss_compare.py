@@ -77,7 +77,7 @@ PREDECESSOR = {"sft": "pretrain", "rl": "sft"}
 
 
 def write_text(folder: Path) -> None:
-    """The language reference that every Python carries, one file a topic."""
+    """Writes Python's language reference, one file per topic."""
     folder.mkdir()
     for name, text in topics.topics.items():
         (folder / f"{name}.txt").write_text(text)

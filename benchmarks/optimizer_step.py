@@ -1,10 +1,10 @@
-"""One optimizer step of MuonAdamW against a plain implementation, one parameter after the other.
+"""One optimizer step of MuonAdamW compared with a plain implementation that updates one parameter at a time.
 
     python benchmarks/optimizer_step.py [--depth 4] [--vocab-size 8192] [--threads 1] [--rounds 7] [--compile]
 
-The plain one writes each formula down as the papers do, with a temporary for every operation. Both use the same dtypes
-and take turns, so that other load meets them alike; the least CPU time of each is reported (on a GPU, elapsed time).
-The floor is what the matrix products of Polar Express alone take.
+The plain implementation follows the papers' formulas, with a temporary for every operation. Both use the same dtypes
+and run in turn, so that other load affects them equally; the minimum CPU time of each is reported (on a GPU, elapsed
+time). The lower bound is the time of Polar Express's matrix products.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lmchat.scaling import config_for_depth
 
 
 class Plain:
-    """The same rules without stacking, fusing or compiling."""
+    """The same update rules without stacking, fusing or compiling."""
 
     def __init__(self, groups: list[dict[str, Any]], polar_dtype: torch.dtype) -> None:
         self.groups, self.polar_dtype = groups, polar_dtype
@@ -70,7 +70,7 @@ class Plain:
 
 
 def products_only(groups: list[dict[str, Any]], dtype: torch.dtype) -> Callable[[], None]:
-    """The matrix products of one step, stacked, into memory that is there."""
+    """The matrix products of one step only, stacked, into preallocated memory."""
     stacks = []
     for group in groups:
         if group["kind"] == "muon":
@@ -88,9 +88,9 @@ def products_only(groups: list[dict[str, Any]], dtype: torch.dtype) -> Callable[
     return run
 
 
-def least_seconds(runs: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, float]:
-    """The least time of each, all taking turns after a first round that does not count."""
-    least = dict.fromkeys(runs, float("inf"))
+def min_seconds(runs: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, float]:
+    """Minimum time of each function, called in turn after a warmup round."""
+    fastest = dict.fromkeys(runs, float("inf"))
     for round_number in range(rounds + 1):
         for name, run in runs.items():
             if device.type == "cuda":
@@ -101,8 +101,8 @@ def least_seconds(runs: dict[str, Callable[[], None]], rounds: int, device: torc
             if device.type == "cuda":
                 torch.cuda.synchronize()
             if round_number:
-                least[name] = min(least[name], clock() - start)
-    return least
+                fastest[name] = min(fastest[name], clock() - start)
+    return fastest
 
 
 def main() -> None:
@@ -133,7 +133,7 @@ def main() -> None:
     for kind in kinds:
         runs[f"ours {kind}"] = step_of(kind)
         runs[f"plain {kind}"] = lambda kind=kind: plain.step(kind)
-    seconds = least_seconds(runs, args.rounds, device)
+    seconds = min_seconds(runs, args.rounds, device)
 
     table = Table(title=f"optimizer step, depth {args.depth}, {device.type}, {args.threads} thread(s), {polar_dtype}")
     for column in ("part", "parameters", "ours ms", "plain ms", "plain / ours"):

@@ -1,4 +1,4 @@
-"""Rollouts on a GPU: sampled tokens/s of the engine beside the bound by memory bandwidth.
+"""Rollouts on a GPU: sampled tokens/s of the engine, compared with the bound by memory bandwidth.
 
     python benchmarks/rollouts.py [--depth 20] [--questions 16] [--samples 16] [--toy]
 
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=256)
     parser.add_argument("--vocab", type=int, default=32768)
     parser.add_argument("--top-k", type=int, default=50)
-    parser.add_argument("--output", type=Path, help="JSON file of the figures")
+    parser.add_argument("--output", type=Path, help="JSON file of the results")
     parser.add_argument("--toy", action="store_true", help="depth 2, 4 × 4 sequences of 32 tokens, vocabulary 1,024")
     options = parser.parse_args()
     if options.toy:
@@ -99,18 +99,18 @@ def main() -> None:
     }
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     table = Table("answers", "tokens/s", "bound", "share", title=f"{name}, depth {options.depth}, {rows} sequences")
-    figures = {"device": name, "torch": torch.__version__, "depth": options.depth, "sequences": rows}
+    results = {"device": name, "torch": torch.__version__, "depth": options.depth, "sequences": rows}
     for workload, lengths in workloads.items():
         rate = measure(engine, prompts, lengths, options.top_k)
-        # With a long tail fewer sequences share a step: on average as many as tokens per step.
+        # With a long tail, fewer sequences share a step: on average, the number of tokens per step.
         bound = roofline(engine, options.prompt, float(lengths.mean()), lengths.sum() / lengths.max())
         table.add_row(
             workload, f"{rate:,.0f}", f"{bound:,.0f}" if bound else "", f"{rate / bound:.0%}" if bound else ""
         )
-        figures[workload] = {"tokens_per_second": round(rate), "bound": bound and round(bound)}
+        results[workload] = {"tokens_per_second": round(rate), "bound": bound and round(bound)}
     Console().print(table)
     if options.output:
-        options.output.write_text(json.dumps(figures, indent=2) + "\n")
+        options.output.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

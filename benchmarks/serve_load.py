@@ -1,4 +1,4 @@
-"""Load on `lmchat serve`: clients that stream answers, some of which leave. Every answer is compared with the engine's.
+"""Load test of `lmchat serve`: clients stream answers, some disconnect, and all answers are compared with the engine's.
 
     python benchmarks/serve_load.py --seconds 120
 
@@ -24,7 +24,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-# fp32, in which an answer does not depend on what else runs; CPUs with bf16 units would use these. For the server too.
+# fp32, in which answers do not depend on the batch, also on CPUs with bf16 units; the server inherits this.
 os.environ["ATEN_CPU_CAPABILITY"] = "avx2"
 os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"
 
@@ -70,7 +70,7 @@ def small_checkpoint(base: Path) -> Path:
 
 @dataclass(frozen=True)
 class Question:
-    """A request and the text that the engine alone gives."""
+    """A request and the engine's own answer to it."""
 
     body: dict[str, Any]
     expected: str
@@ -86,7 +86,7 @@ def questions(checkpoint: Path, count: int) -> list[Question]:
         max_tokens, top_k = rng.choice([10, 40, 40, 160]), rng.choice([10, 50])
         params = SamplingParams(max_new_tokens=max_tokens, top_k=top_k, seed=seed, calculator=False, **options)
         [[completion]] = engine.generate([[engine.tokenizer.bos_id, *engine.tokenizer.encode(prompt)]], params)
-        # Special tokens have no text, and end a character that is not complete.
+        # Special tokens have no text and end an incomplete character.
         is_text = engine.tokenizer.token_bytes > 0
         runs = groupby(completion.content, key=lambda token: bool(is_text[token]))
         text = "".join(engine.tokenizer.decode(list(tokens)) for has_text, tokens in runs if has_text)
@@ -97,7 +97,7 @@ def questions(checkpoint: Path, count: int) -> list[Question]:
 
 @dataclass
 class Record:
-    """What the clients have seen."""
+    """Measurements of the clients."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     first: list[float] = field(default_factory=list)
@@ -198,7 +198,7 @@ async def load(
 
 
 def report(record: Record, memory: list[float], seconds: float, cpu: float) -> bool:
-    """Prints the figures; whether all is well."""
+    """Prints the results; returns whether there were no errors."""
     print(f"requests: {sum(record.outcomes.values())} in {seconds:g} s: {dict(record.outcomes)}")
     print(f"events: {record.events / seconds:,.0f} per second; server: {cpu / seconds:.2f} CPU cores")
     print("seconds          p50     p90     p99     max")

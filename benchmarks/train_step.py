@@ -1,10 +1,10 @@
-"""Forward and backward of one training step on the CPU: lmchat against a plain implementation of the same model.
+"""Forward and backward pass of a training step on the CPU: lmchat compared with a plain implementation of the model.
 
     python benchmarks/train_step.py [--depth 4] [--rows 16] [--seconds 60]
 
-The plain one is what a careful newcomer writes: eager, an explicit mask in every layer, the whole table of logits, the
-default allocator. All variants take turns in one process, so that other load meets them alike; the allocator is set
-for the last ones only, since that cannot be undone. Prints the median time of each and its ratio to the plain one.
+The plain implementation is straightforward: eager, an explicit mask in every layer, all logits in memory, the default
+allocator. All variants run in turn in one process, so that other load affects them equally; the allocator is set for
+the last ones only, since that cannot be undone. Prints the median time of each and its ratio to the plain one.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python docs/make_performance_tables.py
 
-`tests/test_performance_page.py` compares the page with what this script makes of it. The memory model is
-`lmchat.training_memory`, which its own tests tie to what autograd keeps.
+`tests/test_performance_page.py` checks that the page is up to date. The memory model is `lmchat.training_memory`, whose
+tests compare it with the tensors that autograd saves.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def tables() -> dict[str, str]:
 
 
 def fill(page: str) -> str:
-    """The page with its tables made anew."""
+    """The page with new tables."""
     for name, table in tables().items():
         start, end = f"<!-- {name} -->\n", "<!-- end -->"
         page = re.sub(f"{start}.*?{end}", f"{start}\n{table}\n\n{end}", page, flags=re.S)

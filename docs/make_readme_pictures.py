@@ -1,9 +1,9 @@
-"""Makes the README's pictures from a finished demo: the training curves and the closing conversation.
+"""Draws the README's pictures from a finished demo: the training curves and the final conversation.
 
     make demo && .venv/bin/python docs/make_readme_pictures.py runs/demo
 
-Writes docs/images/curves.png and docs/images/chat.svg. The conversation takes place again; decoding is greedy, so it is
-the one that the demo printed.
+Writes docs/images/curves.png and docs/images/chat.svg. The conversation is repeated with greedy decoding, so it is the
+one that the demo printed.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python docs/make_scaling_tables.py
 
-`tests/test_scaling_page.py` compares the forms with the optimizer's buckets, with the state they allocate and with what
-a backward pass keeps, and the page with what this script makes of it.
+`tests/test_scaling_page.py` compares the closed forms with the optimizer's buckets, the allocated state and the tensors
+saved for a backward pass, and checks that the page is up to date.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ACTIVATION_BYTES = 51
 
 
 def matrices(config: GPTConfig) -> Counter[tuple[int, int]]:
-    """How many Muon matrices there are of each shape (rows, cols)."""
+    """Number of Muon matrices of each shape (rows, cols)."""
     width, kv_width = config.n_embd, config.n_kv_head * config.head_dim
     shapes: Counter[tuple[int, int]] = Counter()
     per_layer = [(width, width)] * 2 + [(kv_width, width)] * 2 + [(4 * width, width), (width, 4 * width)]
@@ -50,20 +50,20 @@ def matrices(config: GPTConfig) -> Counter[tuple[int, int]]:
 
 
 def tables(config: GPTConfig) -> Counter[tuple[int, int]]:
-    """How many AdamW tensors there are of each shape (rows, cols), those without rows apart."""
+    """Number of token tables of each shape (rows, cols)."""
     shapes = Counter({(config.padded_vocab_size, config.n_embd): 2})
     shapes[config.padded_vocab_size, config.n_kv_head * config.head_dim] += len(config.value_embedding_layers)
     return shapes
 
 
 def padded_elements(config: GPTConfig, ranks: int) -> int:
-    """Elements of all messages: every rank has as many matrices of a shape, and rows of a table, as the fullest."""
+    """Elements of all messages, with matrices of a shape and rows of a table padded to a multiple of the ranks."""
     rounds = sum(-(-count // ranks) * ranks * rows * cols for (rows, cols), count in matrices(config).items())
     return rounds + sum(count * -(-rows // ranks) * ranks * cols for (rows, cols), count in tables(config).items())
 
 
 def bytes_sent(config: GPTConfig, ranks: int) -> tuple[float, float, float]:
-    """By one rank in one step: gradients reduced and scattered in fp32, parameters gathered in bf16, scalars summed."""
+    """Bytes sent by a rank in a step: reduce-scattered fp32 gradients, gathered bf16 parameters, summed scalars."""
     share = (ranks - 1) / ranks
     elements = padded_elements(config, ranks)
     return share * elements * FP32, share * elements * BF16, 2 * share * parameter_counts(config).scalars * FP32
@@ -85,7 +85,7 @@ def state_bytes(config: GPTConfig, ranks: int) -> list[float]:
 
 
 def activation_bytes(config: GPTConfig, rows: int) -> float:
-    """What one micro-batch keeps for its backward pass, and the bf16 copies of the matrices it multiplied by."""
+    """Activations that a micro-batch saves for its backward pass, and the bf16 copies of the matrices."""
     tokens = rows * config.sequence_len
     copies = BF16 * parameter_counts(config).transformer_matrices
     return ACTIVATION_BYTES * tokens * config.n_layer * config.n_embd + copies
@@ -93,7 +93,7 @@ def activation_bytes(config: GPTConfig, rows: int) -> float:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the fullest rank, and the rows of its micro-batch (0: not even one fits)."""
+    """Bytes on the rank with the most, and the rows of its micro-batch (0 if no row fits)."""
 
     weights: float
     gradients: float
@@ -121,7 +121,7 @@ def memory(config: GPTConfig, ranks: int, batch_tokens: int) -> Memory:
 
 
 def cell(depth: int, gpus: int) -> tuple[str, str]:
-    """Of the memory table and of the communication table."""
+    """A cell of the memory table and of the communication table."""
     plan = make_plan(depth, vocab_size=VOCAB_SIZE, sequence_len=SEQUENCE_LEN)
     config, batch = plan.config, plan.global_batch_tokens
     if batch % (SEQUENCE_LEN * gpus):
@@ -159,7 +159,7 @@ def make_tables() -> str:
 
 
 def with_tables(page: str) -> str:
-    """The page with what stands between its markers made anew."""
+    """The page with new tables between its markers."""
     block = f"<!-- tables -->\n\n{make_tables()}\n\n<!-- end of tables -->"
     return re.sub(r"<!-- tables -->.*<!-- end of tables -->", lambda _: block, page, flags=re.DOTALL)
 

@@ -15,21 +15,21 @@ import pytest
 
 # Set before torch is imported: tests, and the processes they start, use one thread each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# All x86 CPUs run the AVX2 kernels, so that bounds on rounding errors mean the same on each of them.
+# All x86 CPUs run the AVX2 kernels, so that rounding errors are the same on each of them.
 os.environ.update(ATEN_CPU_CAPABILITY="avx2", MKL_CBWR="AVX2", ONEDNN_MAX_CPU_ISA="AVX2")
-# Compiled kernels depend on that choice, which torch's cache of them does not know: tests have a cache of their own.
+# Compiled kernels depend on that choice, which is not part of torch's cache key: tests have a separate cache.
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / f"lmchat_test_kernels_avx2_{os.getuid()}")
-# Stand-ins for the hub listen on the loopback interface, so these tests also run offline.
+# Mock Hubs listen on the loopback interface, so these tests also run offline.
 for _offline in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
     os.environ.pop(_offline, None)
-# transformers copies the modelling files of exports here: not into the user's cache, nor into one that workers share.
+# transformers copies the modelling files of exports here, not into the user's cache or one that workers share.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="lmchat_hf_modules_")
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[Any]:
-    """Collection imports Lightning without what only metrics that nobody uses need."""
+    """Imports Lightning without the packages of unused metrics, for a faster collection."""
     from lmchat.cli.lean_imports import lean_imports
 
     with lean_imports():
@@ -48,7 +48,7 @@ def _shared(folder: str, variable: str) -> Path:
 
 @pytest.fixture(scope="session")
 def oracles() -> Path:
-    """Measured inputs and outputs of the reference implementation."""
+    """Recorded inputs and outputs of the reference implementation."""
     return _shared("oracles", "LMCHAT_ORACLES")
 
 
@@ -66,7 +66,7 @@ def fixtures() -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def default_base(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Tests that set no base folder use one of this worker, never the user's."""
+    """Tests without a base folder use one of the worker, never the user's."""
     os.environ["LMCHAT_BASE_DIR"] = str(tmp_path_factory.mktemp("default_base"))
 
 
@@ -75,9 +75,9 @@ MakeOnce = Callable[[str, Callable[[Path], object]], Path]
 
 @pytest.fixture(scope="session")
 def make_once(tmp_path_factory: pytest.TempPathFactory) -> MakeOnce:
-    """Makes a folder once for all workers of a test run: ``make_once(name, fill)`` calls ``fill(folder)`` in the first.
+    """Creates a folder once for all workers of a test run: ``make_once(name, fill)`` calls ``fill(folder)`` once.
 
-    Whoever uses the folder must not change it.
+    Tests must not change the folder.
     """
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -122,7 +122,7 @@ def tiny_base(make_once: MakeOnce) -> Path:
 
 @pytest.fixture(scope="session")
 def new_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
-    """Makes further base folders with the tokenizer and shards of `tiny_base`."""
+    """Creates more base folders with the tokenizer and shards of `tiny_base`."""
 
     def make() -> Path:
         base = tmp_path_factory.mktemp("base")
@@ -135,7 +135,7 @@ def new_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
 
 @pytest.fixture
 def base(new_base: Callable[[], Path], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A base folder of the test's own as `LMCHAT_BASE_DIR`."""
+    """A separate base folder, set as `LMCHAT_BASE_DIR`."""
     base = new_base()
     monkeypatch.setenv("LMCHAT_BASE_DIR", str(base))
     return base

@@ -1,4 +1,4 @@
-"""Dependencies run one way: a part may import itself and the parts of lower layers, nothing else."""
+"""A part may import only itself and the parts of lower layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A user's mistake ends in one message that names the thing, the value and the remedy, without a traceback."""
+"""A user error gives one message with the option, the value and the remedy, without a traceback."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def config(base: Path) -> Path:
 
 
 def own_data(base: Path) -> Path:
-    """A copy of the shards that a test may spoil."""
+    """A copy of the shards that a test may damage."""
     data = base / "own"
     shutil.copytree(base / "base_data", data, ignore=shutil.ignore_patterns("tokens"))
     return data
@@ -126,7 +126,7 @@ def base_is_a_file(base: Path) -> None:
     folders = {"model": f"tokenizer_dir: {base / 'tokenizer'}", "data": f"data_dir: {base / 'own'}"}
     text = TINY.replace("{depth", f"{{{folders['model']}, depth").replace("{micro", f"{{{folders['data']}, micro")
     config.write_text(text)
-    os.environ["LMCHAT_BASE_DIR"] = str(config)  # The fixture puts it back.
+    os.environ["LMCHAT_BASE_DIR"] = str(config)  # The fixture restores it.
 
 
 def nothing(base: Path) -> None:
@@ -136,7 +136,7 @@ def nothing(base: Path) -> None:
 OWN = ["--data.data_dir", "{base}/own"]
 OVER = ["--config", "{base}/own.yaml"]
 CASES: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
-    # case: (what is wrong in the base folder, arguments after the config, what the message must hold)
+    # case: (what is wrong in the base folder, arguments after the config, parts of the message)
     "unknown key": (nothing, ["--model.dept", "3"], ["no option 'dept'", "`lmchat fit --model.help PretrainModule`"]),
     "unknown callback option": (
         nothing,
@@ -159,7 +159,7 @@ CASES: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
         ["--config", "nowhere.yaml"],
         ["nowhere.yaml is not there", "give the path of a YAML file"],
     ),
-    "broken yaml": (broken_yaml, [], ["tiny.yaml is no valid YAML", "line 2, column 1"]),
+    "broken yaml": (broken_yaml, [], ["tiny.yaml is not valid YAML", "line 2, column 1"]),
     "unknown key in a config": (
         with_config("modell: {depth: 3}"),
         OVER,
@@ -188,7 +188,7 @@ CASES: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
     "tokenizer that is a file": (
         nothing,
         ["--model.tokenizer_dir", "{base}/tiny.yaml"],
-        ["tiny.yaml is a file; give the folder that holds the tokenizer"],
+        ["tiny.yaml is a file; give the folder that contains the tokenizer"],
     ),
     "damaged tokenizer": (
         damaged_tokenizer,
@@ -210,7 +210,7 @@ CASES: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
     "parquet with numbers": (
         text_of_numbers,
         OWN,
-        ["column `text`", "shard_00001.parquet holds int64", "`lmchat data import FOLDER --text_field COLUMN`"],
+        ["column `text`", "shard_00001.parquet contains int64", "`lmchat data import FOLDER --text_field COLUMN`"],
     ),
     "shard that is a broken link": (
         link_to_a_lost_shard,
@@ -347,7 +347,7 @@ CASES: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
     "no checkpoint at all": (
         nothing,
         ["--ckpt_path", "{base}/tiny.yaml"],
-        ["tiny.yaml is not a checkpoint", "give its folder, a model_005000.pt"],
+        ["tiny.yaml is not an lmchat checkpoint", "give its folder, a model_005000.pt"],
     ),
     "truncated checkpoint": (
         altered_checkpoint,
@@ -459,7 +459,7 @@ def assert_one_line(error: str, wanted: list[str]) -> None:
         (["test"], ["unknown command 'test'", "the commands are"]),
         (["predict"], ["unknown command 'predict'", "the commands are"]),
         (["fit"], ["model missing", "--config configs/d12_pretrain.yaml"]),
-        (["fit", "--config=broken.yaml"], ["broken.yaml is no valid YAML", "line 2, column 1"]),
+        (["fit", "--config=broken.yaml"], ["broken.yaml is not valid YAML", "line 2, column 1"]),
         (["validate", "--config", "tiny.yaml"], ["give one with --ckpt_path"]),
         (["tokenizer"], ["one of {train,"]),
         (["tokenizer", "train", "--vocab_sizes", "3"], ["--vocab_sizes", "`lmchat tokenizer --help` lists them"]),
@@ -506,12 +506,12 @@ def test_an_unknown_environment_variable_is_refused(
     assert main(["fit", "--config", str(config)]) == 2
     assert_one_line(
         capfd.readouterr().err,
-        ["the environment variable LMCHAT_FIT__EVAL__EVERY_STEPS names no option", "`lmchat fit --help_all`"],
+        ["the environment variable LMCHAT_FIT__EVAL__EVERY_STEPS is not an option", "`lmchat fit --help_all`"],
     )
 
 
 def test_a_checkpoint_is_validated(base: Path, config: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Its metrics are logged at its step, and the report keeps the curves of training."""
+    """Metrics are logged at the checkpoint's step, and the report keeps the curves of training."""
     finished_run(base)
     trained = read_run(str(base)).stages["pretrain"]
     capfd.readouterr()
@@ -524,7 +524,7 @@ def test_a_checkpoint_is_validated(base: Path, config: Path, capfd: pytest.Captu
 
 
 def test_a_finished_run_is_reported(base: Path, config: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Not a mistake: a scheduler that starts a run again until it is done must see that it is."""
+    """Not an error: a scheduler that restarts a run until it succeeds must get status 0."""
     caplog.set_level("INFO")
     finished_run(base)
     assert "nothing to train" not in caplog.text
@@ -548,7 +548,7 @@ def test_files_of_the_user_are_not_changed(base: Path, config: Path, monkeypatch
 
 
 def test_tilde_is_expanded(base: Path, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a config the shell does not."""
+    """The shell does not expand it in a config."""
     monkeypatch.setenv("HOME", str(base))
     (base / "home.yaml").write_text(
         "model: {init_args: {tokenizer_dir: ~/tokenizer}}\n"
@@ -564,7 +564,7 @@ def test_tilde_is_expanded(base: Path, config: Path, monkeypatch: pytest.MonkeyP
 def test_auto_continues_a_finished_run_if_more_steps_are_requested(
     base: Path, config: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A finished run is left alone, unless the steps asked for, or the ratio, are more than it has taken."""
+    """A finished run is skipped, unless more steps are requested than it has taken, directly or by the ratio."""
     caplog.set_level("INFO")
     small = ["--scaling_laws.tokens_per_parameter", "0.001"]
     fit = ["fit", "--config", str(config), "--ckpt_path", "auto", "--trainer.max_steps", "-1"]
@@ -580,7 +580,7 @@ def test_auto_continues_a_finished_run_if_more_steps_are_requested(
 def test_a_mistake_removes_nothing(base: Path, config: Path) -> None:
     finished_run(base)
     kept = (path for path in base.rglob("base_checkpoints/d1/*") if path.is_file() and path.name != ".attempt")
-    before = {path: path.read_bytes() for path in kept}  # but for the identity of the newest start
+    before = {path: path.read_bytes() for path in kept}  # except the name of the latest attempt
     assert main(["fit", "--config", str(config)]) == 2
     assert {path: path.read_bytes() for path in before} == before
     assert any(json.loads(data)["stage"] == "pretrain" for path, data in before.items() if path.suffix == ".json")

@@ -99,7 +99,7 @@ def test_the_config_of_chat_models_evaluates_six_benchmarks(
     assert results.keys() == {*sources, "ChatCORE"}, capsys.readouterr().out
     assert results["HumanEval"]["accuracy"] == 0 and results["HumanEval"]["questions"] == 2
     written = (paths.directory / "eval_000007.json").read_text()
-    assert main(command) == 0  # everything is there
+    assert main(command) == 0  # all data is available
     assert (paths.directory / "eval_000007.json").read_text() == written
 
 

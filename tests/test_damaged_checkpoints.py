@@ -1,4 +1,4 @@
-"""`lmchat fit` on damaged checkpoints of two ranks: the file is named, `last` falls back, a named step is refused."""
+"""`lmchat fit` on damaged checkpoints of two ranks: `last` falls back to an older step, an explicit step is refused."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_damaged_checkpoint(file: str, damage: Callable[[Path], None], finishe
 
     statuses, output = fit(base, 2, "--ckpt_path", "last")
     assert statuses == [0, 0], output
-    warning, remedy = (output.index(said) for said in ("passing over the checkpoint of step 4", "falling back to"))
+    warning, remedy = (output.index(said) for said in ("skipping the checkpoint of step 4", "falling back to"))
     assert file in output[warning:remedy]
     assert "meta_000002.json" in output[remedy:].splitlines()[0]
     again, first = (find_checkpoint(folder / "base_checkpoints" / "d2") for folder in (base, finished))

@@ -1,4 +1,4 @@
-"""The commands of docs/distributed.md, shrunk: two nodes by torchrun, and a SLURM job under a stand-in for srun."""
+"""The commands of docs/distributed.md at small size: two nodes with torchrun, and a SLURM job with a mock srun."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ Nodes = list[tuple[list[str], str]]
 
 
 def shrunk(command: str, base: Path) -> str:
-    """The printed command with the tiny config in place of the model's, and 2 processes per node instead of 8."""
+    """The printed command with the tiny config, and 2 processes per node instead of 8."""
     (base / "tiny.yaml").write_text(TINY)
     assert command.count("devices 8") == 1
     command = re.sub(r"configs/d\d+_pretrain.yaml", str(base / "tiny.yaml"), command)
@@ -63,7 +63,7 @@ def losses(base: Path) -> list[float]:
 
 @pytest.fixture
 def nodes() -> Iterator[Nodes]:
-    """Two network namespaces joined by a cable, as prefix of a command and interface; this machine twice without."""
+    """Command prefix and interface of two connected network namespaces; this machine twice if they are not allowed."""
     names = [f"lmchat{os.getpid()}{end}" for end in "ab"]
     commands = [f"netns add {name}" for name in names]
     commands += [f"link add {names[0]} netns {names[0]} type veth peer name {names[1]} netns {names[1]}"]
@@ -86,7 +86,7 @@ def test_torchrun_is_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = {"RANK": 3, "LOCAL_RANK": 1, "GROUP_RANK": 1, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": 29500}
     for name, value in {**ranks, "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "none"}.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(rank_zero_only, "rank", 0, raising=False)  # the Trainer sets it, for all later tests
+    monkeypatch.setattr(rank_zero_only, "rank", 0, raising=False)  # the Trainer sets it, which would affect later tests
     trainer = L.Trainer(accelerator="cpu", strategy="zero2_muon", num_nodes=2, devices=2, logger=False)
     assert isinstance(trainer.strategy.cluster_environment, TorchElasticEnvironment)
     assert (trainer.world_size, trainer.global_rank, trainer.node_rank, trainer.local_rank) == (4, 3, 1, 1)

@@ -1,9 +1,10 @@
-"""What the documentation shows runs as printed."""
+"""The examples of the documentation run as printed."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
@@ -11,11 +12,13 @@ import pytest
 from lmchat.__main__ import COMMANDS, TRAINER_COMMANDS, main
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+DOCS = REPOSITORY / "docs"
+PAGES = [*REPOSITORY.glob("*.md"), *sorted(DOCS.glob("[a-z]*.md"))]
 
 
 def test_the_functions_page_runs_from_top_to_bottom() -> None:
     names: dict[str, Any] = {}
-    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "functions.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "functions.md").read_text(), re.DOTALL)
     assert len(blocks) >= 6
     for block in blocks:
         exec(block, names)
@@ -23,16 +26,21 @@ def test_the_functions_page_runs_from_top_to_bottom() -> None:
     assert names["logits"].shape == (2, 256, 512)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_python_name_exists(page: Path) -> None:
+    for name in re.findall(r"`(lmchat(?:\.\w+)+)[`(]", page.read_text()):
+        resolve_name(name)
+
+
 def test_every_make_target_that_is_named_exists() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
-    for page in ("README.md", "CONTRIBUTING.md"):
-        text = (REPOSITORY / page).read_text()
-        assert set(re.findall(r"`make ([a-z-]+)", text)) <= targets
+    for page in PAGES:
+        assert set(re.findall(r"`make ([a-z-]+)", page.read_text())) <= targets, page
 
 
 def test_every_lmchat_command_that_is_named_exists() -> None:
-    for page in (REPOSITORY / "README.md", *(REPOSITORY / "configs").glob("*.yaml")):
-        named = set(re.findall(r"^\s*(?:# Run: )?lmchat ([a-z]+)", page.read_text(), re.MULTILINE))
+    for page in (*PAGES, *(REPOSITORY / "configs").glob("*.yaml")):
+        named = set(re.findall(r"(?:^\s*(?:# Run: )?|`)lmchat ([a-z]+)", page.read_text(), re.MULTILINE))
         assert named <= {*COMMANDS, *TRAINER_COMMANDS}, page
 
 
@@ -40,9 +48,10 @@ def test_the_readme_has_no_gaps() -> None:
     assert not re.search(r"TODO|TBD|XXX", (REPOSITORY / "README.md").read_text())
 
 
-def test_every_path_in_the_readme_exists() -> None:
-    for path in re.findall(r"`((?:src|docs|configs|tests)/[\w./]+)`", (REPOSITORY / "README.md").read_text()):
-        assert (REPOSITORY / path).exists(), path
+def test_every_path_exists() -> None:
+    for page in PAGES:
+        for path in re.findall(r"`((?:src|docs|configs|tests|benchmarks)/[\w./]+)`", page.read_text()):
+            assert (REPOSITORY / path).exists(), path
 
 
 def test_help_lists_every_command_at_once(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""What holds on a GPU without having one: no mixed devices, and the CPU waits for the device only where it must."""
+"""GPU behaviour on a fake CUDA device: no mixed devices, and no avoidable device syncs."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class NoFloat64(TorchDispatchMode):
 
 
 def test_a_training_step_needs_no_float64() -> None:
-    """Which Apple's GPUs do not have."""
+    """Apple's GPUs have no float64."""
     net = GPT(CONFIG)
     for block in net.blocks:
         block.attn.attend = attend_banded
@@ -77,7 +77,7 @@ def test_a_training_step_needs_no_float64() -> None:
 @pytest.mark.parametrize("fused", [False, True])
 @torch.no_grad()
 def test_a_training_step_does_not_wait_for_the_device(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the backward pass of torch's own operators, which needs a torch built for CUDA."""
+    """Without the backward pass of torch's operators, which needs a CUDA build of torch."""
     for module in (losses, gpt):
         monkeypatch.setattr(module, "compiled", lambda function: function)
     with fake_cuda() as waits:

@@ -1,4 +1,4 @@
-"""Real runs of two processes in which something goes wrong on one: none hangs, the status tells, nothing is lost."""
+"""Runs of two processes with a fault on one: both exit with the right status, and no step is lost."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ def unbroken(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_saved(base: Path, step: int, unbroken: Path, newest: bool = True) -> None:
-    """The checkpoint of that step, by default the newest, is the unbroken run's."""
+    """Asserts that the checkpoint of a step, by default the newest, equals that of the undisturbed run."""
     folder = base / "base_checkpoints" / "d2"
     assert step in committed_steps(folder)[-1 if newest else 0 :], output(base)
     ours, theirs = (find_checkpoint(CheckpointPaths(each, step).meta) for each in (folder, unbroken))
     assert same(load_model_state(ours), load_model_state(theirs))
     for rank in range(RANKS):
         states = [load_rank_state(checkpoint, rank) for checkpoint in (ours, theirs)]
-        # Of the optimizer not the settings: a step that was begun has set them already, as every step does.
+        # Without the optimizer's settings, which the interrupted step has already set.
         moments = [state["optimizer_states"][0]["state"] for state in states]
         assert same(*moments)
         for name in ("rng", "FineWebDataModule"):
@@ -78,7 +78,7 @@ def assert_saved(base: Path, step: int, unbroken: Path, newest: bool = True) -> 
 
 
 FAULTS = {
-    # what, on which rank, in which hook, at which call of it; the exit statuses, and the step that is saved
+    # fault, rank, hook, number of the call; exit statuses, and saved step
     "preemption": ("SIGTERM", 1, "on_train_batch_start", 5, [143, 143], 3),
     "SLURM's warning": ("SIGUSR1", 0, "on_before_backward", 3, [143, 143], 2),
     "Ctrl-C": ("SIGINT", 0, "on_train_batch_start", 2, [130, 130], 2),
@@ -107,7 +107,7 @@ def test_a_fault_on_one_rank_ends_all_ranks_without_losing_a_step(
 
 @pytest.mark.slow
 def test_a_slurm_signal_saves_and_ends_the_run(unbroken: Path, tiny_base: Path, tmp_path: Path) -> None:
-    """As srun starts it. Lightning alone would save from within the handler, elsewhere, and call scontrol."""
+    """In srun's environment. Lightning alone would save within the handler, elsewhere, and call scontrol."""
     for name in ("base_data", "tokenizer"):
         (tmp_path / name).symlink_to(tiny_base / name)
     fault = "{class_path: faults.Fault, init_args: {deed: SIGUSR1, rank: 1, hook: on_train_batch_start, count: 3}}"
@@ -130,7 +130,7 @@ def test_a_slurm_signal_saves_and_ends_the_run(unbroken: Path, tiny_base: Path, 
 FULL_DISK = r"optim_00000[23]_rank{rank}.pt: File too large; free some space|model_00000[23].pt: File too large; free"
 READ_ONLY = r"{file}: Read-only file system; make the folder writable or choose another one"
 UNWRITABLE = {
-    # what, on which rank, in which hook, at which call of it; the exit statuses, and the message
+    # fault, rank, hook, number of the call; exit statuses, and message
     ("full disk", 0, "on_train_batch_start", 5): ([2, 1], FULL_DISK.format(rank=0)),
     ("full disk", 1, "on_train_batch_start", 5): ([1, 2], FULL_DISK.format(rank=1)),
     ("read-only folder", 0, "on_train_batch_start", 5): ([2, 1], READ_ONLY.format(file=r"0000[23]_rank0\.pt")),
@@ -166,7 +166,7 @@ def test_a_rank_that_cannot_write_ends_all_and_keeps_older_checkpoints(
 LOSS = "the loss is not finite at step 3, in micro-batch 1 (from 0) of rank 1"
 GRADIENT = "the gradient is not finite at step 3, of transformer.h.1.mlp.c_fc.weight, though every loss is"
 NON_FINITE = {
-    # what, and what is said of it
+    # fault, and message
     "{class_path: faults.NaNLoss, init_args: {rank: 1, micro_batch: 5}}": LOSS,
     "{class_path: faults.InfiniteGradient, init_args: "
     "{rank: 1, micro_batch: 4, parameter: transformer.h.1.mlp.c_fc.weight}}": GRADIENT,

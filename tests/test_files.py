@@ -1,4 +1,4 @@
-"""Files and folders appear whole or not at all, and a lock admits one process."""
+"""Files and folders are written atomically, and a lock is held by one process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lmchat.types import UserError
 
 
 def fill(path: Path, target: Any) -> None:
-    """Writes to what a helper for ``path`` yields, and sees that nothing is at ``path`` yet."""
+    """Writes to the temporary path that a helper yields, and asserts that ``path`` does not exist yet."""
     if hasattr(target, "write"):
         target.write(b"new")
     elif target.is_dir():

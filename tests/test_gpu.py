@@ -1,6 +1,6 @@
-"""The CPU is the reference for a GPU: `make test-gpu` on a machine with a card. Never run on one so far.
+"""A GPU compared with the CPU: `make test-gpu` on a machine with a card. Never run so far.
 
-Needs no more than torch, lightning, numpy, pyarrow, tokenizers, tiktoken and pytest, which an image for GPUs brings.
+Needs only torch, lightning, numpy, pyarrow, tokenizers, tiktoken and pytest, which GPU images include.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CONFIG = GPTConfig(sequence_len=256, vocab_size=512, n_layer=4, n_head=2, n_kv_h
 
 
 def network(device: str, dtype: torch.dtype = torch.float32) -> GPT:
-    # In fp32 flash does not run, and FlexAttention would be compiled for every shape: minutes.
+    # flash does not support fp32, and compiling FlexAttention for every shape would take minutes.
     net = GPT(CONFIG, compute_dtype=dtype, attention="banded" if dtype == torch.float32 else "auto")
     net.init_weights(torch.Generator().manual_seed(0))
     return net.to(device)
@@ -73,7 +73,7 @@ def test_compiled_blocks_give_the_same_losses() -> None:
 
 
 def test_batches_are_copied_during_computation() -> None:
-    """The copy is done while the stream that computes still has a second of work before it."""
+    """The copy ends while the compute stream still has a second of work queued."""
     ids = torch.arange(1 << 20).view(64, -1)
     batch, device = Batch(inputs=ids.pin_memory(), targets=ids.pin_memory()), torch.device("cuda", 0)
     data = StageDataModule(micro_batch_size=64)

@@ -1,4 +1,4 @@
-"""The benchmark for a GPU runs on a CPU at toy size, and a part that fails or takes too long loses nothing."""
+"""The GPU benchmark on a CPU at toy size; a part that fails or takes too long does not affect the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The peak that utilisation is measured against belongs to the card at hand, not to one whose name its own contains."""
+"""Peak FLOP/s by the name of the device, memory limits, and out-of-memory errors."""
 
 from __future__ import annotations
 

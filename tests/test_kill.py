@@ -1,6 +1,6 @@
-"""Real runs of one and of two processes, killed by SIGKILL again and again: not one loss differs from the unbroken run.
+"""Runs of one and two processes that are killed repeatedly have the same losses as an uninterrupted run.
 
-The seed is printed; LMCHAT_KILL_SEED repeats its choices, LMCHAT_KILLS sets the number of kills in all.
+The seed is printed; LMCHAT_KILL_SEED sets it, LMCHAT_KILLS sets the total number of kills.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Records = dict[tuple[int, int], str]
 
 @dataclass
 class Run:
-    """A run in a base folder of its own, resumed as often as it is started."""
+    """A run in a separate base folder; each start resumes it."""
 
     base: Path
     strategy: str
@@ -58,18 +58,18 @@ class Run:
         return ranks
 
     def newest_step(self) -> int:
-        """Of complete checkpoints; 0 where there is none."""
+        """The last step with a complete checkpoint; 0 if there is none."""
         return (committed_steps(self.checkpoints) or [0])[-1]
 
     def records(self, rank: int) -> list[tuple[tuple[int, int], str]]:
-        """Step and micro-batch, and the loss, of every micro-batch in the order of time."""
+        """Step and micro-batch, and the loss, of every micro-batch in chronological order."""
         path = self.base / f"losses_rank{rank}.txt"
         lines = path.read_text().splitlines() if path.exists() else []
         fields = [line.split() for line in lines]
         return [((int(step), int(micro_batch)), loss) for step, micro_batch, loss in fields]
 
     def unfinished_files(self) -> list[Path]:
-        """Files of checkpoints that are being written, or were when the run was killed."""
+        """Files of checkpoints that are being written, or whose write was killed."""
         committed = set(committed_steps(self.checkpoints))
         return [
             path
@@ -89,7 +89,7 @@ class Run:
 
 
 def join(ranks: list[BaseProcess]) -> None:
-    """Waits until all have ended; a rank that does not is an error."""
+    """Waits until all ranks have ended; fails if one does not."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     for rank in ranks:
         rank.join(max(0.0, deadline - time.monotonic()))
@@ -101,7 +101,7 @@ def join(ranks: list[BaseProcess]) -> None:
 
 
 def wait_until(condition: Callable[[], bool], ranks: list[BaseProcess]) -> None:
-    """Returns when it holds, or a rank has ended."""
+    """Waits until the condition is true or a rank has ended."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition() and all(rank.is_alive() for rank in ranks):
         assert time.monotonic() < deadline, "the run does not get on"
@@ -109,7 +109,7 @@ def wait_until(condition: Callable[[], bool], ranks: list[BaseProcess]) -> None:
 
 
 class Killer:
-    """Kills runs at moments drawn from a seed, and checks what each kill left behind."""
+    """Kills runs at random times and checks the files after each kill."""
 
     def __init__(self, unbroken: Run, seed: int) -> None:
         self.expected = [dict(unbroken.records(rank)) for rank in range(unbroken.world_size)]
@@ -117,14 +117,14 @@ class Killer:
         self.kills = self.while_saving = self.of_one_rank = 0
 
     def start_and_kill(self, run: Run) -> bool:
-        """Starts or resumes the run and kills it, or one of its ranks; False where the run has ended before that."""
+        """Starts or resumes the run and kills it, or one of its ranks; False if the run has ended before."""
         kept, old = committed_steps(run.checkpoints), [len(run.records(rank)) for rank in range(run.world_size)]
         ranks = run.start()
         self._wait_for_the_moment(run, ranks)
         if len(run.records(0)) > old[0]:
             victims = self.random.choice([*[ranks] * 4, *([rank] for rank in ranks)])
         else:
-            victims = ranks  # before the ranks are connected only the launcher can notice that one is gone
+            victims = ranks  # before the ranks are connected, only the launcher can detect that one has exited
         ended = not all(rank.is_alive() for rank in ranks)
         for rank in [] if ended else victims:
             rank.kill()
@@ -138,14 +138,14 @@ class Killer:
             return False
         assert 0 not in [rank.exitcode for rank in ranks] or run.newest_step() == STEPS, "a lost rank went unnoticed"
         self.kills += 1
-        self.while_saving += bool(new[0] and run.unfinished_files())  # those of earlier runs are gone by now
+        self.while_saving += bool(new[0] and run.unfinished_files())  # those of earlier runs have been deleted
         self.of_one_rank += len(victims) < run.world_size
         if new[0]:
             self._check_steps(run, kept, first=new[0][0][0][0], last=new[0][-1][0][0])
         return True
 
     def _wait_for_the_moment(self, run: Run, ranks: list[BaseProcess]) -> None:
-        """Half of the moments are when a temporary file is there, the others any, some before training has begun."""
+        """Half of the kills are while a temporary file exists, the others at any time, some before training."""
         begin, micro_batches = len(run.records(0)), self.random.randrange(12)
         moment = self.random.choice(["saving", "saving", "saving", "training", "training", "starting"])
         if moment == "starting":
@@ -162,15 +162,15 @@ class Killer:
     def _check_steps(run: Run, kept: list[int], first: int, last: int) -> None:
         before = (kept or [0])[-1]
         assert first == before, f"the newest checkpoint was of step {before}, the run went on from {first}"
-        # Of two checkpoints that were begun, the older one is complete: the writer takes one at a time.
+        # The older of two started checkpoints is complete, since the writer writes one at a time.
         assert run.newest_step() >= (last // run.every_n_steps - 1) * run.every_n_steps
         steps = {path: int(path.name.split("_")[1].split(".")[0]) for path in run.unfinished_files()}
-        # Of those that were kept, one may just have been about to make place for a newer one.
+        # One of the kept checkpoints may be about to be deleted for a newer one.
         stale = [path for path, step in steps.items() if step <= before and step not in kept]
         assert not stale, "the resumed run did not remove what the killed one had left"
 
     def check_result(self, run: Run, unbroken: Run) -> None:
-        """The finished run has every loss of the unbroken one, its weights, its state, and no file too many."""
+        """The finished run has the losses, weights and state of the uninterrupted run, and no other files."""
         for rank in range(run.world_size):
             assert dict(run.records(rank)) == self.expected[rank]
         checkpoints = [find_checkpoint(each.checkpoints) for each in (unbroken, run)]
@@ -199,7 +199,7 @@ def new_run(new_base: Callable[[], Path]) -> Iterator[Callable[..., Run]]:
 
 
 def kill_and_compare(new_run: Callable[..., Run], kills: int, *shape: object) -> None:
-    """Kills runs of the shape, finished ones making place for new ones, and compares all with an unbroken one."""
+    """Kills runs on a number of ranks, starts new ones when they finish, and compares all with an uninterrupted run."""
     seed = int(os.environ.get("LMCHAT_KILL_SEED") or time.time_ns())
     print(f"\nseed {seed}, {shape}:", end=" ")
     begin = time.monotonic()

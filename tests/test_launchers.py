@@ -1,4 +1,4 @@
-"""Two ranks under torchrun and under Lightning's own launcher: all end, what was done is saved, the status tells."""
+"""Two ranks under torchrun and Lightning's launcher: all exit with the right status and save their progress."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ ERROR = "{class_path: faults.Fault, init_args: {deed: error, rank: 1, hook: on_t
 
 
 def processes(base: Path, *variables: str) -> list[int]:
-    """Those of the run in ``base``, by their environment: torchrun gives its processes sessions of their own."""
+    """Processes of the run in ``base``, found by their environment, since torchrun starts new sessions."""
     wanted, found = {f"LMCHAT_BASE_DIR={base}".encode(), *map(str.encode, variables)}, []
     for environment in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
@@ -54,7 +54,7 @@ def _kill_rank_1(launcher: int, base: Path) -> None:
 
 Deed = Callable[[int, Path], None]
 EVENTS: dict[str, tuple[Deed | None, int, str | None]] = {
-    # what is done to the launcher, Lightning's exit status (torchrun's is 1), and what is said of it
+    # action on the launcher, Lightning's exit status (torchrun's is 1), and message
     "SIGTERM": (lambda launcher, _: os.kill(launcher, signal.SIGTERM), 143, None),
     "Ctrl-C": (lambda launcher, _: os.killpg(launcher, signal.SIGINT), 130, None),
     "SIGKILL of a rank": (_kill_rank_1, 1, "lmchat: rank 0 lost the connection to another rank"),
@@ -63,7 +63,7 @@ EVENTS: dict[str, tuple[Deed | None, int, str | None]] = {
 
 
 def start(launcher: str, base: Path, *options: str, fault: str = "") -> subprocess.Popen[bytes]:
-    """A run in a session of its own, in which Ctrl-C works, and the folder of whose output is ``base``."""
+    """Starts a run in a new session, in which Ctrl-C works; its output folder is ``base``."""
     (base / "own.yaml").write_text(CONFIG % fault)
     path = f"{Path(__file__).parent / 'helpers'}:{os.environ.get('PYTHONPATH', '')}"
     with (base / "output.txt").open("wb") as output:
@@ -118,4 +118,4 @@ def test_mistakes_are_reported_without_a_traceback(launcher: str, base: Path) ->
     assert run.wait(250) == (2 if launcher == "Lightning" else 1)
     text = (base / "output.txt").read_text()
     assert "lmchat: global_batch_tokens 100 is not a multiple" in text
-    assert "lmchat/__main__.py" not in text, text  # torchrun has a traceback of its own
+    assert "lmchat/__main__.py" not in text, text  # torchrun prints its own traceback

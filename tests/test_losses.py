@@ -1,4 +1,4 @@
-"""The chunked head against the plain one: values, gradients, masks, weights and memory."""
+"""The chunked loss compared with the plain one: values, gradients, masks, weights and memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def one_thread() -> Iterator[None]:
 def plain(
     hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, reduction: str, weights: Tensor | None
 ) -> Tensor:
-    """The whole table of logits at once, by the definition."""
+    """The loss by its definition, with all logits in memory."""
     logits = 15 * torch.tanh((hidden @ weight.T)[..., :vocab_size] / 15)
     losses = F.cross_entropy(
         logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
@@ -159,7 +159,7 @@ def test_half_precision_input_keeps_an_fp32_loss_and_gradient() -> None:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor any operator returns."""
+    """Number of elements of the largest tensor that any operator returns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -197,7 +197,7 @@ def test_without_gradients_nothing_is_saved() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_loss_scale_is_applied_to_both_gradients_in_fp32(dtype: torch.dtype) -> None:
-    """1/6 in bf16 is off by 0.2 %: in the gradient of one of the two it would tilt them against each other."""
+    """1/6 rounded to bf16 is off by 0.2 %, which must not affect only one of the two gradients."""
     gradients = []
     for scale in (1.0, 1 / 6):
         hidden, weight, targets = problem((2, 40), 8, 50, 5, torch.float32)

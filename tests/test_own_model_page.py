@@ -1,4 +1,4 @@
-"""docs/own_model.md: from texts and chats to transformers, as printed, with further options that make it small."""
+"""docs/own_model.md runs as printed, with additional options that make it small."""
 
 from __future__ import annotations
 

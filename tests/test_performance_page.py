@@ -1,4 +1,4 @@
-"""docs/performance.md holds the tables that the memory model and the closed forms give."""
+"""The tables of docs/performance.md equal those of the memory model and the closed forms."""
 
 from __future__ import annotations
 

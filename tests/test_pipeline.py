@@ -1,4 +1,4 @@
-"""The make targets of the full pipeline, shrunk: what is finished is left alone, what was killed goes on."""
+"""The make targets of the full pipeline at small size: finished stages are skipped, killed ones resume."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ LAST = "shard_00009.parquet"
 
 
 class Pipeline:
-    """A base folder, and make with everything shrunk: on a folder of text, or on shards from a hub."""
+    """A base folder, and small make targets, on a folder of text or on shards from a mock Hub."""
 
     def __init__(self, folder: Path, hub: HubServer | None = None) -> None:
         self.base = folder / "base"
@@ -95,7 +95,7 @@ class Pipeline:
         self.variables = [f"{name}={value}" for name, value in {**variables, **configs}.items()]
 
     def start(self, target: str) -> subprocess.Popen[str]:
-        # The test itself may run under make, which would pass on its flags.
+        # The test may run under make, whose flags must not be inherited.
         environment = {name: value for name, value in os.environ.items() if "MAKE" not in name and name != "MFLAGS"}
         if self.hub:
             environment |= {"HF_ENDPOINT": self.hub.endpoint, "HF_HUB_DISABLE_XET": "1"}
@@ -121,14 +121,14 @@ class Pipeline:
         return process.returncode, printed
 
     def files(self) -> dict[str, int]:
-        """Every file of the stages with its time of change."""
+        """Modification time of each file of the stages."""
         folders = ("tokenizer", "base_checkpoints", "chatsft_checkpoints", "chatrl_checkpoints", "evaluations", "logs")
         paths = [path for folder in folders for path in (self.base / folder).rglob("*") if path.is_file()]
         return {str(path): path.stat().st_mtime_ns for path in paths if path.name != ".lock"}
 
 
 def wait_until(condition: Callable[[], object], process: subprocess.Popen[str], seconds: float = 300) -> None:
-    """Until ``condition`` holds while ``process`` runs; fails with what it printed."""
+    """Waits until ``condition`` is true while ``process`` runs; fails with the process's output."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()[0]
@@ -181,7 +181,7 @@ def hub() -> Iterator[HubServer]:
 
 
 def downloading(base: Path) -> int:
-    """The number of the process that downloads into ``base``."""
+    """Id of the process that downloads into ``base``."""
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             command = (entry / "cmdline").read_bytes().split(b"\0")

@@ -1,4 +1,4 @@
-"""The compute dtype follows what a CPU proves, not what it claims."""
+"""The compute dtype depends on measured bf16 products, not on the CPU's feature flags alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def fresh_choice() -> Iterator[None]:
 
 
 def claim(monkeypatch: pytest.MonkeyPatch, amx: bool = False, avx512: bool = False, speedup: float = 4.0) -> None:
-    """Pretend this CPU reports the units, and that products on them are `speedup` times faster."""
+    """Mocks a CPU that reports bf16 units, on which products are ``speedup`` times as fast."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)

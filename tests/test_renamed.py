@@ -1,4 +1,4 @@
-"""Former names of classes and option groups are accepted, with a line that names the new one."""
+"""Former names of classes and option groups are accepted, with a warning that has the new name."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ def bomb() -> str:
     [
         (bomb(), "its aliases stand for more than 1,000,000 values"),
         ("trainer: {max_steps: " + "9" * 5000 + "}", "value has 5000 digits"),
-        ("trainer: {max_steps: 1}\nmodel: {}\ntrainer: {max_steps: 2}", "gives trainer twice, again in line 3"),
-        ("model: {init_args: {depth: 2, depth: 3}}", "gives depth twice, again in line 1"),
+        ("trainer: {max_steps: 1}\nmodel: {}\ntrainer: {max_steps: 2}", "twice, the second time in line 3"),
+        ("model: {init_args: {depth: 2, depth: 3}}", "sets depth twice, the second time in line 1"),
         ("seed_everything: null", "--seed_everything is None; it must be a number"),
         ("model: {class_path: PretrainModule, init_args: {depth: 1}, dict_kwargs: {x: 1}}", "PretrainModule cannot be"),
     ],
 )
-def test_a_config_that_cannot_be_meant(
+def test_invalid_configs_are_refused(
     text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["fit", *config_options(tmp_path, text)]) == 2

@@ -1,4 +1,4 @@
-"""A run that is cut short and resumed through the command line repeats the unbroken run bit for bit."""
+"""A run that is killed and resumed through the command line equals an uninterrupted one bit for bit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lmchat.checkpoint.load import find_checkpoint, load_model_state, load_rank_
 from tiny_fit import config_options, same
 
 STEPS = 30
-LATEST_KILL = 12  # far enough from the end that a run cannot finish before the signal
+LATEST_KILL = 12  # long before the end, so that a run cannot finish before the signal
 CONFIG = f"""
 trainer: {{max_steps: {STEPS}}}
 model: {{init_args: {{global_batch_tokens: 384}}}}
@@ -30,7 +30,7 @@ checkpoint: {{every_n_steps: 1}}
 
 
 def run(base: Path, *options: str, kill_at_step: int | None = None) -> None:
-    """`lmchat fit` in a process of its own; with ``kill_at_step``, SIGKILL once that step's checkpoint is there."""
+    """`lmchat fit` in a subprocess; with ``kill_at_step``, SIGKILL when that step's checkpoint exists."""
     output = base / "output.txt"
     arguments = ["fit", *config_options(base, CONFIG), *options]
     process = start(lmchat, *arguments, output=output, environment={"LMCHAT_BASE_DIR": str(base)})
@@ -47,7 +47,7 @@ def run(base: Path, *options: str, kill_at_step: int | None = None) -> None:
 
 
 def losses(base: Path) -> dict[int, str]:
-    """Loss by step as written, of all runs in order: later ones repeat what an earlier one had not saved."""
+    """Logged losses by step, of all runs in order; later runs repeat steps that an earlier one did not save."""
     found: dict[int, str] = {}
     for path in sorted(base.rglob("metrics.csv"), key=lambda path: path.stat().st_mtime):
         with path.open() as file:
@@ -77,7 +77,7 @@ def test_a_killed_run_resumes_exactly(earliest_kill: int, unbroken: Path, new_ba
     run(base, "--ckpt_path", "last")
     expected = losses(unbroken)
     assert sorted(expected) == list(range(1, STEPS + 1))
-    # A killed logger may have lost its last lines; what there is must agree, and the resumed part must be there.
+    # A killed logger may lose its last lines; the others must agree, and the resumed part must be complete.
     resumed = losses(base)
     assert resumed.items() <= expected.items()
     assert set(range(last + 1, STEPS + 1)) <= set(resumed)

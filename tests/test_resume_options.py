@@ -1,4 +1,4 @@
-"""Every option of a stage that is changed on resume is applied or refused, and the checkpoint holds what was used."""
+"""Every stage option that is changed on resume is applied or refused, and the checkpoint records the value in use."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_the_tables_have_every_option() -> None:
 
 @pytest.fixture(scope="module")
 def runs(make_once: Callable[..., Path], tiny_base: Path) -> Path:
-    """A finished run of every stage, each in a folder of its own, with its last checkpoint kept aside."""
+    """A finished run of every stage, each in a separate folder, with a copy of its last checkpoint."""
 
     def fill(folder: Path) -> None:
         shutil.copytree(tiny_base, folder / "base")

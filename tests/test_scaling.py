@@ -1,4 +1,4 @@
-"""Plans against those of the reference implementation, and the laws' own properties."""
+"""Plans compared with the reference implementation, and properties of the scaling laws."""
 
 from __future__ import annotations
 
@@ -141,6 +141,6 @@ def test_batches_are_the_nearest_powers_of_two(factor: float) -> None:
         ({"window_pattern": "SX"}, "window_pattern is 'SX'"),
     ],
 )
-def test_mistakes_are_named(changes: dict, message: str) -> None:
+def test_mistakes_are_reported(changes: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_plan(**({"depth": 12} | D12 | changes))

@@ -1,6 +1,6 @@
-"""docs/scaling.md: its closed forms against the optimizer's own buckets, allocations and kept activations.
+"""The closed forms of docs/scaling.md compared with the optimizer's buckets, allocations and saved activations.
 
-What the buckets say they send is compared with counted bytes in tests/optim/test_sharded.py.
+tests/optim/test_sharded.py compares the buckets' bytes with counted ones.
 """
 
 from __future__ import annotations

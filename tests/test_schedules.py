@@ -1,4 +1,4 @@
-"""Schedules against the values the reference implementation used at every step."""
+"""Schedules compared with the reference implementation's values at every step."""
 
 from __future__ import annotations
 

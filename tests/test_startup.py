@@ -1,4 +1,4 @@
-"""What starts quickly imports little: help without torch, a chat without torch.compile, a run without SciPy."""
+"""Imports at startup: help without torch, a chat without torch.compile, a run without SciPy."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_the_short_help_names_the_groups_classes_and_options_of_the_parser(full_
 
 
 def test_warnings_show_their_message_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With control characters escaped, and not where in the code they were raised."""
+    """With escaped control characters, and without the location in the code."""
     shown = []
 
     def warn(args: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""The memory model against what autograd keeps and what a step holds, both counted tensor by tensor."""
+"""The memory model compared with the tensors that autograd saves and with a step's peak memory."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def saved_bytes(run: Callable[[], Any], tokens: int) -> int:
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize(("mode", "n_kv_head"), [("eager", 4), ("eager", 2), ("compiled", 2), ("recomputing", 2)])
 def test_saved_activations_of_a_block_match_the_estimate(mode: Mode, n_kv_head: int, checkpointed: bool) -> None:
-    """The growth with the depth, to 2 %; of the two layers more, one has value embeddings."""
+    """The increase by two layers, one of them with value embeddings, within 2 %."""
     rows, totals = 3, []
     for layers in (1, 3):
         config = replace(CONFIG, n_kv_head=n_kv_head, n_layer=layers)
@@ -102,7 +102,7 @@ def test_checkpointing_gives_the_same_gradients(mode: Mode) -> None:
 
 
 class PeakMemory(TorchDispatchMode):
-    """The most bytes of storage alive at a time, of what operators return."""
+    """Peak bytes of live storage among the results of operators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class PeakMemory(TorchDispatchMode):
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("rows", [2, 12])
 def test_peak_memory_of_a_step_matches_the_estimate(rows: int, checkpointed: bool) -> None:
-    """Eager on a CPU, to a fifth: two micro-batches and the optimizer, weights included."""
+    """Two micro-batches and the optimizer, weights included, eager on a CPU, within a fifth."""
     config = replace(CONFIG, n_layer=4)
     net = model(config)
     net.checkpoint_blocks = checkpointed

@@ -1,4 +1,4 @@
-"""A run that goes on with other numbers of processes, 4 → 2 → 1 → 3, is the unbroken run of one process."""
+"""A run continued on 4, 2, 1 and 3 processes equals an uninterrupted run of one process."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def fit(base: Path, tiny_base: Path, world_size: int, steps: int, stop_after: in
 
 
 def diary(base: Path) -> dict[tuple[int, int], tuple[str, float]]:
-    """What was in each micro-batch and its loss, by step and place in the step; of all runs in ``base``."""
+    """Contents and loss of each micro-batch of all runs in ``base``, by step and position in the step."""
     entries: dict[tuple[int, int], tuple[str, float]] = {}
     for path in base.glob("diary_*.txt"):
         for line in path.read_text().splitlines():
@@ -81,7 +81,7 @@ def test_a_run_resumes_on_another_number_of_processes(
     fit(changing, tiny_base, worlds[-1][0], steps)
     expected, found = diary(unbroken), diary(changing)
     assert found.keys() == expected.keys() == {(s, k) for s in range(steps) for k in range(MICRO_BATCHES)}
-    # Some documents of the small corpus are alike, so some rows are; most places can be told apart all the same.
+    # Some documents of the small corpus are equal, and so are some rows, but most positions can be identified.
     assert len({content for content, _ in expected.values()}) > len(expected) / 3
     for place, (content, loss) in expected.items():
         assert found[place][0] == content

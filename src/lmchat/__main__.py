@@ -18,14 +18,14 @@ TRAINER_COMMANDS = {
 }
 COMMANDS = {
     "tokenizer": "train, evaluate, show or import a tokenizer",
-    "data": "download shards, import your own text, tokenize it, show conversations",
-    "eval": "accuracy of a checkpoint on chat benchmarks",
+    "data": "download, import, check and tokenize text, show conversations",
+    "eval": "evaluate a checkpoint on chat benchmarks, CORE or tasks of lm-eval",
     "chat": "talk to a model in the terminal",
     "serve": "chat page and OpenAI-compatible API of a model",
-    "report": "what runs were and what came out of them, on one page",
+    "report": "one page about one or more runs: curves, metrics, samples, origin",
     "export": "write a model for the transformers library",
     "import": "read a model of the transformers library or of nanochat",
-    "demo": "the pipeline on this machine's own documentation, offline",
+    "demo": "the whole pipeline at small scale, on this machine's documentation, offline",
 }
 
 
@@ -146,13 +146,13 @@ def _run(args: list[str]) -> int:
 
 
 def _out_of_memory(error: Exception) -> int:
-    """Reports an error for want of memory; raises any other."""
-    from lmchat.hardware import is_out_of_memory  # imported before: now there may be no memory for it
+    """Reports an out-of-memory error; raises any other error."""
+    from lmchat.hardware import is_out_of_memory  # already imported: there may be no memory for an import
 
     if not is_out_of_memory(error):
         raise error
     if (dynamo := sys.modules.get("torch._dynamo.utils")) is not None:
-        atexit.unregister(dynamo.dump_compile_times)  # needs memory, and would end in a traceback
+        atexit.unregister(dynamo.dump_compile_times)  # needs memory, and would print a traceback
     reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
     return _fail(f"out of memory ({reason:.200}); close other programs, raise `ulimit -v`, or use a smaller model")
 

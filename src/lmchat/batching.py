@@ -1,4 +1,4 @@
-"""Gradient accumulation: how many micro-batches make up the global batch, and which values would fit if none do."""
+"""Gradient accumulation: number of micro-batches in the global batch, and the nearest valid values for errors."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ LOGIT_SOFTCAP = 15.0
 
 
 def softcap(logits: Tensor, cap: float = LOGIT_SOFTCAP) -> Tensor:
-    """Bound logits smoothly to ±cap (Gemma 2, arXiv:2408.00118)."""
+    """Bounds logits smoothly to ±cap (Gemma 2, arXiv:2408.00118)."""
     return cap * torch.tanh(logits / cap)
 
 
@@ -48,7 +48,7 @@ def linear_cross_entropy(
         targets: (...) integer ids, `IGNORE_INDEX` where no loss is computed.
         vocab_size: number of tokens.
         softcap: bound of the logits; at most 30, so that exp(2 softcap) cannot overflow.
-        reduction: "sum", "mean" or "none". "mean" divides by the number of targets not ignored, whatever their weights.
+        reduction: "sum", "mean" or "none". "mean" divides by the number of targets not ignored, not by their weights.
         weights: (...) constant factor per token, for policy gradients.
         token_losses: (...) fp32, receives the losses that "sum" or "mean" add up, without gradient.
         chunk_tokens: tokens per chunk; default is that of the device in `CHUNK_TOKENS`.

@@ -24,8 +24,8 @@ def check_messages(messages: list[Any]) -> None:
         expected = _TURNS[(index - has_system) % 2]
         if message["role"] != expected:
             raise UserError(
-                f"message {index} has role {message['role']!r} where {expected!r} is due: after an optional system "
-                "message, user and assistant take turns"
+                f"message {index} has role {message['role']!r} where {expected!r} is expected: after an optional "
+                "system message, user and assistant take turns"
             )
     if len(messages) == has_system:
         raise UserError("a conversation needs at least one user message")

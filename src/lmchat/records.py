@@ -95,7 +95,7 @@ def open_text(path: Path, raw: BinaryIO, encoding: str | None = None) -> Iterato
         else:
             yield io.BufferedReader(cast(Any, _ToUTF8(content, encoding)), _CHUNK_BYTES), encoding
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no valid {error.encoding} text ({error.reason}); save it as UTF-8") from error
+        raise UserError(f"{path} is not valid {error.encoding} text ({error.reason}); save it as UTF-8") from error
     except DAMAGE as error:
         raise UserError(f"{path} is damaged ({error}); copy or make it again") from error
 

@@ -104,7 +104,7 @@ def config_for_depth(
 
 
 def parameter_counts(config: GPTConfig) -> ParameterCounts:
-    """Count the parameters of a model without building it."""
+    """Counts the parameters of a model without building it."""
     width, kv_width = config.n_embd, config.n_kv_head * config.head_dim
     attention = 2 * width * width + 2 * width * kv_width
     mlp = 2 * width * 4 * width

@@ -127,7 +127,7 @@ def check_fits(
         config: shape of the model.
         device: the device, for the message.
         limit: its memory in bytes.
-        estimate: memory of training with micro-batches of so many rows; None if the model is not trained.
+        estimate: memory of training with a given number of rows per micro-batch; None if the model is not trained.
         rows: rows per micro-batch, if known.
     """
     weights = 4 * parameter_counts(config).total

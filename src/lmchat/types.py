@@ -68,8 +68,8 @@ class Batch(TypedDict):
             prefetch, and a checkpoint needs the position of the last batch that was trained on.
         loss_tokens: targets with loss in the whole optimizer step, over all micro-batches and ranks; absent if all
             micro-batches have equally many.
-        document_starts: (n + 1,) int32, where documents begin in the flattened ``inputs``: in order, every row's begin
-            among them, then rows · sequence_len as often as needed. Absent if attention may cross documents.
+        document_starts: (n + 1,) int32, where documents start in the flattened ``inputs``, in ascending order and
+            including each row's start; padded with rows · sequence_len. Absent if attention may cross documents.
     """
 
     inputs: Tensor

@@ -1,4 +1,4 @@
-"""CORE and ChatCORE in training: when they run, what they write, and that training goes on as if they had not run."""
+"""CORE and ChatCORE in training: when they run, what they write, and that they do not change training."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CHAT_TASKS = ("ARC-Easy", "GSM8K")
 
 
 def chat_core(base: Path) -> list[str]:
-    """Options of ChatCORE on local questions, which are written into ``base``."""
+    """Options of ChatCORE for local questions, which are written to ``base``."""
     arc = [{"question": f"{i}?", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "AB"[i % 2]}
            for i in range(9)]  # fmt: skip
     gsm8k = [{"question": f"{i} + 1?", "answer": f"It is {i + 1}.\n#### {i + 1}"} for i in range(3)]
@@ -141,7 +141,7 @@ def test_core_is_logged_and_does_not_change_training(
 
 
 def out_of_memory_from(rows: int) -> Callable[..., Any]:
-    """Replaces an `update`: more than ``rows`` rows or examples do not fit into the memory."""
+    """Mocks `update` so that more than ``rows`` rows or examples are out of memory."""
 
     def patch(original: Callable[..., None]) -> Callable[..., None]:
         def update(self: Any, policy: Any, batch: Any) -> None:
@@ -167,8 +167,8 @@ def test_out_of_memory_makes_batches_smaller_or_skips_the_evaluation(
     assert not metrics(base, "val/core")
     result = json.loads((base / "base_checkpoints" / "d2" / "eval_000002.json").read_text())["sums"]
     assert "out of memory with the smallest batch" in result["error"]
-    assert "bpb: out of memory, going on with 1/2 of its batch" in caplog.text
-    assert "chat_core: out of memory, going on with 1/4 of its batch" in caplog.text
+    assert "bpb: out of memory, continuing with 1/2 of its batch" in caplog.text
+    assert "chat_core: out of memory, continuing with 1/4 of its batch" in caplog.text
     results = json.loads((base / "base_checkpoints" / "d2" / "eval_000005.json").read_text())
     assert {name: results[name]["accuracy"] for name in CHAT_TASKS} == expected_chat_results(base, 5)
 
@@ -185,7 +185,7 @@ def test_an_error_in_one_task_does_not_affect_the_others(base: Path, monkeypatch
     assert main(["fit", *config_options(base, OWN), *CORE]) == 0
     results = json.loads((base / "base_checkpoints" / "d2" / "eval_000005.json").read_text())
     assert results["sums"]["error"] == "ZeroDivisionError: of the test"
-    assert "is not of the kind schema" in results["broken"]["error"]
+    assert "is not valid for a schema task" in results["broken"]["error"]
     assert 0 <= results["capitals"]["accuracy"] <= 1
     assert metrics(base, "val/core/capitals") and not metrics(base, "val/core")
 

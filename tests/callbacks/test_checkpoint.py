@@ -1,4 +1,4 @@
-"""Resuming repeats the unbroken run bit for bit, whatever interrupted it; what stands in the way is said beforehand."""
+"""A resumed run equals an uninterrupted one bit for bit, after any interruption; errors are reported early."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Data(L.LightningDataModule):
 
 
 class Module(L.LightningModule):
-    """Noise from every generator enters the loss, so a lost random state or a lost batch shows."""
+    """A module whose loss has noise from every generator, so a lost RNG state or batch changes it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class Module(L.LightningModule):
 
 
 class Interrupt(Callback):
-    """Raises, or does what ``how`` does, in ``hook`` once ``micro_batches`` have been counted there."""
+    """Raises, or calls ``how``, in ``hook`` after ``micro_batches`` calls of it."""
 
     def __init__(self, hook: str, count: int, how: Any) -> None:
         self.left = count
@@ -123,7 +123,7 @@ def send_sigterm() -> None:
 
 
 class SizedStream(Stream):
-    """The micro-batches of a whole run, as sampled answers are."""
+    """A stream with a length: the micro-batches of a whole run, as in reinforcement learning."""
 
     def __init__(self, position: int, length: int) -> None:
         super().__init__(position)
@@ -150,7 +150,7 @@ def train(
     data: type[Data] = Data,
     **options: Any,
 ) -> Module:
-    """One run; the module is returned also when it was interrupted."""
+    """Trains, and returns the module even if the run was interrupted."""
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002
     module = Module()
@@ -177,7 +177,7 @@ def train(
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> None:
-    """Threads do not survive a fork, and their sums may differ."""
+    """Uses one thread: threads do not survive a fork, and their sums may differ."""
     torch.set_num_threads(1)
 
 
@@ -198,14 +198,14 @@ def tensors_of(tree: Any) -> list[torch.Tensor]:
 
 
 def loop_counters(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Without the validation loop's: an evaluation that a resumed run does not repeat is not counted."""
+    """Counters of the loops without the validation loop, since a resumed run does not repeat an evaluation."""
     loop = checkpoint.meta["lightning"]["loops"]["fit_loop"]
     assert loop["epoch_loop.batch_progress"]["total"]["ready"] == checkpoint.step * ACCUMULATE
     return {name: counters for name, counters in loop.items() if "val_loop" not in name}
 
 
 def assert_same_end(folder: Path, unbroken: Module) -> None:
-    """Weights, optimizer state, random states and data position are those of the unbroken run."""
+    """Weights, optimizer state, RNG states and data position equal those of the uninterrupted run."""
     ours, theirs = find_checkpoint(folder), find_checkpoint(unbroken.folder)
     assert ours.step == theirs.step == STEPS
     assert loop_counters(ours) == loop_counters(theirs)
@@ -216,7 +216,7 @@ def assert_same_end(folder: Path, unbroken: Module) -> None:
     assert load_rank_state(ours, 0)["Data"] == load_rank_state(theirs, 0)["Data"] == {"position": STEPS * ACCUMULATE}
 
 
-# Where it happens, what, at which count there, and the last step that is whole.
+# Hook, action, number of calls before it, and last complete step.
 INTERRUPTIONS = {
     "error in the forward pass": ("on_train_batch_start", raise_error, 8, 2),
     "Ctrl-C before the backward pass that ends an accumulation": ("on_before_backward", raise_interrupt, 9, 2),
@@ -255,7 +255,7 @@ def test_a_partial_step_is_not_saved(tmp_path: Path, caplog: pytest.LogCaptureFi
 
 @pytest.mark.parametrize("kill_at", [0, 1])
 def test_periodic_checkpoints_resume_within_an_epoch(kill_at: int, tmp_path: Path, unbroken: Module) -> None:
-    """Only what is on disk counts: the newest checkpoint is removed, as if the run had been killed before it."""
+    """The newest checkpoint is deleted, as if the run had been killed before it."""
     train(tmp_path, Interrupt("on_train_batch_start", 20, raise_error), every_n_steps=2)
     assert committed_steps(tmp_path) == [2, 4, 6]
     for step in committed_steps(tmp_path)[1 + kill_at :]:
@@ -269,7 +269,7 @@ def test_periodic_checkpoints_resume_within_an_epoch(kill_at: int, tmp_path: Pat
 
 
 class LogLosses(Callback):
-    """Writes each micro-batch's place in the run and its loss to a file, at once."""
+    """Writes the position and loss of each micro-batch to a file, unbuffered."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -280,7 +280,7 @@ class LogLosses(Callback):
 
 
 def test_a_run_killed_at_random_times_resumes_exactly(tmp_path: Path, unbroken: Module) -> None:
-    """SIGKILL, also while saving. Every loss ever computed is the unbroken run's at the same place."""
+    """SIGKILL, also while saving. Every computed loss equals that of the uninterrupted run at the same position."""
     processes = multiprocessing.get_context("fork")
     generator = random.Random(1)
     log = tmp_path / "losses"

@@ -113,7 +113,7 @@ def test_resuming_is_exact_and_a_checkpoint_does_not_depend_on_fp8(base: Path) -
 
 
 def test_reinforcement_learning_trains_in_fp8_and_samples_without(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any number of tokens in a micro-batch, a prompt with its samples."""
+    """Micro-batches, a prompt with its samples, have any number of tokens."""
     long_rows = ["--model.sequence_len", "256", "--model.global_batch_tokens", "1024", "--data.eval_tokens", "1024"]
     fit(base, "tiny", *long_rows, "--trainer.max_steps", "1", "--fp8.enabled", "false")
     monkeypatch.setattr(Arithmetic, "reward", lambda task, conversation, completion: float(len(completion)))
@@ -134,8 +134,8 @@ def test_fifty_steps_at_depth_4_end_within_half_a_percent_of_fp32(base: Path) ->
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_does(base: Path) -> None:
-    """A micro-batch has scales of its own, so that the number of processes changes no more than the sums' order."""
+def test_two_processes_train_the_same_as_one(base: Path) -> None:
+    """Scales are per micro-batch, so the number of processes changes only the order of summation."""
     import os
     import subprocess
     import sys

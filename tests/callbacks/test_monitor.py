@@ -1,4 +1,4 @@
-"""What the monitor computes by itself; its records within real runs are in test_plan_callbacks."""
+"""Unit tests of the monitor; test_plan_callbacks tests its records in real runs."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def test_utilization_is_never_above_one() -> None:
     monitor = Monitor()
     monitor._peak = 100e12
     assert monitor._mfu(57e12) == 0.57
-    with pytest.warns(UserWarning, match="MFU is left out: this device reaches 168 TFLOP/s, more than the 100"):
+    with pytest.warns(UserWarning, match="MFU is not logged: this device reaches 168 TFLOP/s, more than the 100"):
         assert monitor._mfu(168e12) is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert monitor._mfu(57e12) is None  # The peak is known to be wrong.
+        assert monitor._mfu(57e12) is None  # The assumed peak is too low.

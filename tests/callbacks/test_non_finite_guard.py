@@ -1,4 +1,4 @@
-"""A loss that is not finite: the step is not taken, and the run ends as it was before it, or goes on without it."""
+"""Steps with a non-finite loss are not taken: the run stops before them or skips them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def train(
     *options: str,
     module: str = "PretrainModule",
 ) -> int:
-    """Exit status of 4 steps of 2 micro-batches; in number 5, counted from 0, the loss or its gradient is NaN."""
+    """Exit status of 4 steps of 2 micro-batches; the loss or gradient of micro-batch 5 (from 0) is NaN."""
     compute, calls = GPT.loss, iter(range(100))
 
     def loss(self: GPT, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The callbacks that plan, evaluate and measure a run, watched from within real runs."""
+"""The callbacks that plan, evaluate and measure a run, in real runs."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def train(
 
 
 def records(run: L.Trainer) -> list[dict[str, str]]:
-    """Of the training steps."""
+    """Log records of the training steps."""
     with (Path(run.loggers[0].log_dir) / "metrics.csv").open() as file:
         return [row for row in csv.DictReader(file) if row["train/loss"]]
 
 
 class Watch(Callback):
-    """Notes the step of every validation, the micro-batches of every step, the collector's state after them."""
+    """Records the step of every validation, the micro-batches of every step, and the collector's state after them."""
 
     def __init__(self) -> None:
         self.validated: list[int] = []
@@ -94,7 +94,7 @@ def test_evaluation_runs_at_the_start_at_intervals_and_at_the_end(
 
 
 def test_the_final_evaluation_does_not_depend_on_the_interval(base: Path) -> None:
-    """Step 4 is on the schedule, but the loop was kept from evaluating it."""
+    """Step 4 is on the schedule, but the loop was prevented from evaluating it."""
 
     class NoEvaluationInTheLoop(Callback):
         def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
@@ -107,7 +107,7 @@ def test_the_final_evaluation_does_not_depend_on_the_interval(base: Path) -> Non
 
 @pytest.mark.parametrize(("before", "after"), [(8, 2), (2, 8)])
 def test_a_run_resumed_with_another_micro_batch_size_takes_the_same_steps(before: int, after: int, base: Path) -> None:
-    """A step is 8 rows. Losses differ by the order of sums only, over steps that each depend on all before."""
+    """A step has 8 rows. Losses differ only by the order of summation, which accumulates over the steps."""
     unbroken_watch, watch = Watch(), Watch()
     options: dict[str, Any] = {"batch": 256, "max_steps": 8}
     unbroken = train(base, Monitor(1), Evaluate(2), unbroken_watch, **options, micro_batch_size=before, log="a")
@@ -260,7 +260,7 @@ def test_the_monitor_follows_changes_of_max_steps(base: Path, capfd: pytest.Capt
 
 def test_time_after_an_evaluation_is_not_training_time(base: Path) -> None:
     class Slow(Callback):
-        """Set up after the monitor, as the samples are."""
+        """A slow callback, set up after the monitor, like `Samples`."""
 
         def on_validation_end(self, *_: Any) -> None:
             time.sleep(2)

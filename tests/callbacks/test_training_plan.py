@@ -1,4 +1,4 @@
-"""The scaling laws decide what the user leaves open, and nothing else."""
+"""The scaling laws set the options that the user leaves unset, and no others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small checkpoint, and folders that refuse to be written."""
+"""Fixtures: a small checkpoint, and folders that cannot be written."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Save = Callable[..., CheckpointPaths]
 
 
 def save_step(directory: Path, step: int, **options: Any) -> CheckpointPaths:
-    """A checkpoint whose every tensor is filled with its step."""
+    """Saves a checkpoint in which every tensor is filled with the step."""
     paths = CheckpointPaths(directory, step)
     write_checkpoint(
         paths,
@@ -44,7 +44,7 @@ def save() -> Save:
 
 @pytest.fixture
 def mount_tmpfs(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """Mounts a memory file system with the options given; skips where that is not allowed."""
+    """Mounts a tmpfs with the given options; skips the test if that is not allowed."""
     mounted = []
 
     def mount(options: str) -> Path:

@@ -1,4 +1,4 @@
-"""A rank of an earlier attempt, at whatever point it was held up, changes nothing in the folder of a later one."""
+"""A rank of an earlier attempt that was delayed at any point does not change the folder of a later attempt."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lmchat.types import UserError
 
 
 def run(target: Callable[[], object]) -> int | None:
-    """Exit code of ``target`` in a process of its own: locks of one process do not exclude one another."""
+    """Exit code of ``target`` in a separate process, since a process does not exclude itself from its locks."""
     process = multiprocessing.get_context("fork").Process(target=target)
     process.start()
     process.join(60)
@@ -27,7 +27,7 @@ def run(target: Callable[[], object]) -> int | None:
 
 
 def begin(directory: Path) -> Attempt:
-    """The attempt of a run that has begun; its lock has been given up, as by a process that was killed."""
+    """A new attempt whose lock was released, as after a kill."""
     lock = RunLock(directory)
     lock.release()
     return lock.attempt
@@ -45,7 +45,7 @@ def test_the_newest_attempt_writes(tmp_path: Path, save) -> None:
     save(tmp_path, 2, attempt=second)
     assert open_checkpoint(CheckpointPaths(tmp_path, 2)).step == 2
     first_files = contents(tmp_path)
-    with pytest.raises(Superseded, match="another attempt of this run writes to"):
+    with pytest.raises(Superseded, match="another attempt of this run is now writing to"):
         save(tmp_path, 2, attempt=first)
     with pytest.raises(Superseded):
         save(tmp_path, 3, rank=1, world_size=2, attempt=first)
@@ -53,7 +53,7 @@ def test_the_newest_attempt_writes(tmp_path: Path, save) -> None:
 
 
 def hold_up(at: str, monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], None]) -> None:
-    """Runs ``meanwhile`` once, when the orphan writes a file whose name holds ``at``, between writing and renaming."""
+    """Runs ``meanwhile`` once between writing and renaming a file whose name contains ``at``."""
     done = threading.Event()
     writing = Attempt.writing
 
@@ -107,14 +107,14 @@ def test_an_orphan_writes_no_meta_and_prunes_nothing(tmp_path: Path, save) -> No
 
 
 def test_no_attempt_starts_during_a_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that is stopped at that very moment is reported."""
+    """A process that is suspended during a rename is reported."""
     begin(tmp_path)
     monkeypatch.setattr(module, "TAKEOVER_TIMEOUT_SECONDS", 0.1)
     with (tmp_path / ATTEMPT_NAME).open("rb") as file:
         fcntl.lockf(file, fcntl.LOCK_SH)
 
         def other_process() -> None:
-            with pytest.raises(UserError, match="stopped in the middle of a write"):
+            with pytest.raises(UserError, match="suspended while writing"):
                 Attempt.begin(tmp_path)
 
         assert run(other_process) == 0
@@ -124,6 +124,6 @@ def test_no_attempt_starts_during_a_rename(tmp_path: Path, monkeypatch: pytest.M
 def test_a_removed_folder_ends_the_attempt(tmp_path: Path) -> None:
     attempt = begin(tmp_path)
     (tmp_path / ATTEMPT_NAME).unlink()
-    with pytest.raises(Superseded, match="is gone"):
+    with pytest.raises(Superseded, match="is missing"):
         write_file(tmp_path / "file", lambda file: file.write(b"x"), attempt)
     assert not (tmp_path / "file").exists()

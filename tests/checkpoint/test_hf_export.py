@@ -1,4 +1,4 @@
-"""Exports for transformers: what it computes from the folder, against lmchat itself."""
+"""Exports loaded with transformers, compared with lmchat."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SHAPES = {
     "value embeddings alone": {"residual_mix": False, "window_pattern": "L"},
     "short windows alone": {**NATIVE, "window_pattern": "S"},
 }
-# 300 tokens in tables of 320 rows: the padding must not show.
+# 300 tokens in tables of 320 rows: padding must have no effect.
 VOCAB_SIZE = 300
 
 
@@ -49,7 +49,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def exported(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, GPT]]:
-    """The folder of an export, made and checked once, and lmchat's model with the same weights."""
+    """Folder of an export, written and checked once, and lmchat's model with the same weights."""
     made: dict[str, tuple[Path, GPT]] = {}
 
     def export(name: str) -> tuple[Path, GPT]:
@@ -95,7 +95,7 @@ def test_logits_equal_lmchat(name: str, exported: Callable[[str], tuple[Path, GP
     folder, net = exported(name)
     model = load(folder)
     assert type(model).__name__ == ("NanoChatForCausalLM" if name.startswith("native") else "LMChatForCausalLM")
-    # A native model has no windows: within the training context that is the same, beyond it is not.
+    # A native model has no windows, which makes a difference only beyond the training context.
     length = net.config.sequence_len + (0 if net.config.is_native else 20)
     ids = random_ids(length)
     with torch.inference_mode():
@@ -123,7 +123,7 @@ def test_logits_in_bf16(name: str, exported: Callable[[str], tuple[Path, GPT]]) 
 def test_cached_generation_equals_lmchat(
     name: str, exported: Callable[[str], tuple[Path, GPT]], tokenizer: Tokenizer
 ) -> None:
-    """Greedy, beyond all windows, in a batch of prompts of two lengths."""
+    """Greedy decoding beyond all windows, of a batch of prompts of two lengths."""
     folder, net = exported(name)
     context = net.config.sequence_len
     length = context // 2 if net.config.is_native else context - 3
@@ -167,7 +167,7 @@ def test_a_context_beyond_lmchats_limit_is_refused(exported: Callable[[str], tup
 
 
 def test_the_modelling_file_trains(exported: Callable[[str], tuple[Path, GPT]]) -> None:
-    """Loss and gradients of labels are those of lmchat's loss."""
+    """Loss and gradients with ``labels`` equal those of lmchat."""
     folder, net = exported("full")
     ids = random_ids(20)
     model = load(folder).train()
@@ -184,7 +184,7 @@ def test_the_modelling_file_trains(exported: Callable[[str], tuple[Path, GPT]]) 
 
 # Tokenizer and chat template ------------------------------------------------------------------------------------------
 
-# Pieces that a template could mistake: special tokens and halves of them, the template's own escapes, white space.
+# Text that a template could misread: whole and partial special tokens, the template's escapes, white space.
 SPECIAL_LOOKING = [*SPECIAL_TOKENS, "<|user_end|", "<|", "|>", "<", "|", "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"]
 ORDINARY = [
     "the ",
@@ -235,7 +235,7 @@ def test_the_chat_template_renders_lmchats_ids(
         assert list(prompt["input_ids"]) == render_for_completion(tokenizer, {"messages": messages})  # type: ignore[typeddict-item]
 
 
-def test_the_chat_template_marks_what_the_assistant_says(exported_tokenizer: Any, tokenizer: Tokenizer) -> None:
+def test_the_chat_template_masks_assistant_tokens(exported_tokenizer: Any, tokenizer: Tokenizer) -> None:
     for conversation in CONVERSATIONS:
         rendered = exported_tokenizer.apply_chat_template(
             conversation["messages"], return_dict=True, return_assistant_tokens_mask=True
@@ -253,7 +253,7 @@ def test_text_is_encoded_as_a_document(exported_tokenizer: Any, tokenizer: Token
 
 
 def test_content_may_be_a_list_of_texts(exported_tokenizer: Any) -> None:
-    """As servers with the OpenAI interface send it."""
+    """Content in the form that OpenAI-compatible servers send."""
     plain = [
         {"role": "system", "content": "a"},
         {"role": "user", "content": "b"},
@@ -268,17 +268,17 @@ def test_content_may_be_a_list_of_texts(exported_tokenizer: Any) -> None:
     ("messages", "message"),
     [
         ([{"role": "system", "content": "a"}], "at least one user message"),
-        ([{"role": "assistant", "content": "a"}], "role assistant where user is due"),
-        ([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], "role user where assistant is due"),
+        ([{"role": "assistant", "content": "a"}], "role assistant where user is expected"),
+        ([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], "role user where assistant is expected"),
         ([{"role": "user", "content": ""}], "user message is empty"),
-        ([{"role": "user", "content": [{"type": "image", "text": ""}]}], "text only, not image"),
+        ([{"role": "user", "content": [{"type": "image", "text": ""}]}], "contain text, not image"),
         (
             [{"role": "user", "content": "a"}, {"role": "assistant", "content": [{"type": "tool", "text": "b"}]}],
             "unknown type tool",
         ),
     ],
 )
-def test_the_chat_template_refuses_what_lmchat_refuses(
+def test_the_chat_template_refuses_the_same_conversations(
     exported_tokenizer: Any, messages: list[dict[str, Any]], message: str
 ) -> None:
     with pytest.raises(Exception, match=message):
@@ -340,7 +340,7 @@ def test_weights_in_bf16_halve_the_file(base: Path, tokenizer: Tokenizer, capsys
 
 @pytest.fixture
 def checkpoint(base: Path, tokenizer: Tokenizer) -> Path:
-    """A native checkpoint below a base folder with its own tokenizer."""
+    """A native checkpoint in a base folder with its tokenizer."""
     (base / "tokenizer").unlink()
     tokenizer.save(base / "tokenizer")
     return save_random_checkpoint(tokenizer, **NATIVE).meta
@@ -369,7 +369,10 @@ def test_an_export_with_a_modelling_file_can_be_asked_for(checkpoint: Path, base
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: state.update({"transformer.h.0.attn.bias": torch.zeros(3)}), "holds transformer.h.0.attn.bias"),
+        (
+            lambda state: state.update({"transformer.h.0.attn.bias": torch.zeros(3)}),
+            "contains transformer.h.0.attn.bias",
+        ),
         (lambda state: state.pop("transformer.h.1.mlp.c_fc.weight"), "lacks transformer.h.1.mlp.c_fc.weight"),
         (lambda state: state.update({"lm_head.weight": torch.zeros(64, 64)}), "of shape (64, 64)"),
     ],
@@ -397,10 +400,10 @@ def test_every_tensor_is_accounted_for(
     ("options", "messages"),
     [
         (["nowhere"], ["there is no checkpoint in nowhere"]),
-        (["model.safetensors"], ["model.safetensors is not a checkpoint of lmchat"]),
+        (["model.safetensors"], ["model.safetensors is not an lmchat checkpoint"]),
         (["CHECKPOINT", "--output", "TAKEN"], ["is not empty", "--output"]),
         (["CHECKPOINT", "--tokenizer", "nowhere"], ["no tokenizer in nowhere"]),
-        (["CHECKPOINT", "--tokenizer", "OTHER"], ["trained with another tokenizer", "--tokenizer"]),
+        (["CHECKPOINT", "--tokenizer", "OTHER"], ["trained with a different tokenizer", "--tokenizer"]),
         (["FULL", "--native", "true"], ["cannot express value embeddings (--model.value_embeddings false)"]),
         (["CHECKPOINT", "--dtype", "fp8"], ["dtype"]),
     ],
@@ -430,7 +433,7 @@ def test_mistakes_give_one_message(
 @pytest.mark.parametrize(
     ("package", "purpose"), [("transformers", "the check of an export"), ("safetensors", "an export")]
 )
-def test_a_missing_package_is_named_with_its_remedy(
+def test_a_missing_package_is_reported_with_the_remedy(
     package: str,
     purpose: str,
     checkpoint: Path,

@@ -1,4 +1,4 @@
-"""Models of other programs as checkpoints: exports and back, transformers' own, nanochat's, and what is refused."""
+"""Imports: round trips of exports, models of transformers and of nanochat, and files that are refused."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def tokenizer(tiny_base: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def odd_tokenizer() -> Tokenizer:
-    """Whose tables have padding rows."""
+    """A tokenizer whose models have padding rows in their token tables."""
     from pydoc_data.topics import topics
 
     return Tokenizer.train([text for _, text in sorted(topics.items())], 300)
 
 
 def imported(base: Path, *options: str) -> Checkpoint:
-    """Runs ``lmchat import`` with an own base folder and opens what it wrote."""
+    """Runs ``lmchat import`` with a separate base folder and opens the checkpoint."""
     assert main(["import", *options]) == 0
     (meta,) = base.glob("*_checkpoints/*/meta_000000.json")
     return find_checkpoint(meta)
@@ -84,7 +84,7 @@ def test_export_and_import_round_trip(
 def test_a_model_that_transformers_saved(
     tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In several files, in bf16, with the tokenizer as transformers converts tiktoken's."""
+    """In several files, in bf16, with a tokenizer that transformers converted from tiktoken."""
     from transformers import NanoChatConfig, NanoChatForCausalLM, PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
@@ -107,7 +107,7 @@ def test_a_model_that_transformers_saved(
     monkeypatch.setenv("LMCHAT_BASE_DIR", str(tmp_path / "base"))
     checkpoint = imported(tmp_path / "base", "hf", str(folder))
     printed = capsys.readouterr().out
-    assert "taken as pretrained" in printed and "note" not in printed
+    assert "imported as a pretrained model" in printed and "note" not in printed
     assert (checkpoint.stage, checkpoint.meta["tag"]) == ("pretrain", "their_model")
     assert load_tokenizer(checkpoint).fingerprint == tokenizer.fingerprint
     ids = torch.randint(VOCAB_SIZE, (2, 64), generator=torch.Generator().manual_seed(0))
@@ -119,7 +119,7 @@ def test_a_model_that_transformers_saved(
 
 @pytest.fixture
 def export(base: Path, odd_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An unchecked native export, with a new base folder in use."""
+    """An unchecked native export; sets a new base folder."""
     odd_tokenizer.save(base / "own")
     paths = save_random_checkpoint(odd_tokenizer, **NATIVE)
     options = ["--tokenizer", str(base / "own"), "--output", str(base / "out"), "--check", "false"]
@@ -145,19 +145,19 @@ def change_json(path: Path, **changes: Any) -> None:
     [
         (lambda f: (f / "config.json").unlink(), "there is no config.json in"),
         (lambda f: (f / "config.json").write_text("{"), "config.json is damaged"),
-        (lambda f: (f / "config.json").write_text("[]"), "config.json holds no JSON object"),
-        (lambda f: (f / "config.json").write_text('{"model_type": "nanochat"}'), "lacks or garbles"),
+        (lambda f: (f / "config.json").write_text("[]"), "config.json is not a JSON object"),
+        (lambda f: (f / "config.json").write_text('{"model_type": "nanochat"}'), "has no valid"),
         (lambda f: change_json(f / "config.json", model_type="llama"), "its model_type is 'llama'"),
         (lambda f: change_json(f / "config.json", attention_bias=True), "its attention_bias is True"),
-        (lambda f: change_json(f / "config.json", num_hidden_layers=2), "for which this architecture has no place"),
+        (lambda f: change_json(f / "config.json", num_hidden_layers=2), "which this architecture does not have"),
         (lambda f: change_json(f / "config.json", num_hidden_layers=4), "lacks model.layers.3"),
-        (lambda f: change_json(f / "config.json", num_key_value_heads=4), "and its config asks for (64, 64)"),
+        (lambda f: change_json(f / "config.json", num_key_value_heads=4), "but its config requires (64, 64)"),
         (lambda f: change_json(f / "config.json", num_hidden_layers=1.5), "n_layer is 1.5; it must be a whole number"),
         (lambda f: change_json(f / "config.json", max_position_embeddings=None), "sequence_len is None"),
-        (lambda f: change_json(f / "config.json", rms_norm_eps="x"), "lacks or garbles"),
-        (lambda f: change_json(f / "config.json", rope_parameters=[1]), "lacks or garbles"),
-        (lambda f: change_json(f / "config.json", num_attention_heads=0, head_dim=None), "lacks or garbles"),
-        (lambda f: change_json(f / "config.json", vocab_size=299), "and its config asks for (299, 64)"),
+        (lambda f: change_json(f / "config.json", rms_norm_eps="x"), "has no valid"),
+        (lambda f: change_json(f / "config.json", rope_parameters=[1]), "has no valid"),
+        (lambda f: change_json(f / "config.json", num_attention_heads=0, head_dim=None), "has no valid"),
+        (lambda f: change_json(f / "config.json", vocab_size=299), "but its config requires (299, 64)"),
         (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
         (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), "model.safetensors is damaged"),
         (
@@ -165,9 +165,9 @@ def change_json(path: Path, **changes: Any) -> None:
             "model.safetensors is damaged",
         ),
         (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing"),
-        (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json is damaged or no tokenizer"),
+        (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json is damaged, or not the tokenizer"),
         (lambda f: change_json(f / "tokenizer.json", normalizer={"type": "NFC"}), "its normalizer changes text"),
-        (lambda f: change_json(f / "lmchat_meta.json", tokenizer_fingerprint="0"), "is another tokenizer than"),
+        (lambda f: change_json(f / "lmchat_meta.json", tokenizer_fingerprint="0"), "is not the tokenizer that"),
     ],
 )
 def test_damaged_exports_are_refused(
@@ -189,12 +189,12 @@ def test_existing_tags_and_other_tokenizers_are_refused(
     export: Path, tokenizer: Tokenizer, base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(["import", "hf", str(export)]) == 0
-    assert "holds a run already; choose another name with --tag" in refused(["hf", str(export)], capsys)
+    assert "already contains a run; choose another name with --tag" in refused(["hf", str(export)], capsys)
     assert main(["import", "hf", str(export), "--tag", "other", "--stage", "pretrain"]) == 0
     assert (base / "new" / "base_checkpoints" / "other" / "meta_000000.json").exists()
     tokenizer.save(base / "third" / "tokenizer")
     monkeypatch.setenv("LMCHAT_BASE_DIR", str(base / "third"))
-    assert "holds another tokenizer than the model's; set LMCHAT_BASE_DIR" in refused(["hf", str(export)], capsys)
+    assert "contains a tokenizer that differs from the model's; set" in refused(["hf", str(export)], capsys)
 
 
 def test_another_eps_is_reported(export: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -219,7 +219,7 @@ def save_nanochat(
     config: dict[str, Any],
     folder: str = "base_checkpoints",
 ) -> Path:
-    """A checkpoint and a tokenizer as nanochat lays them out: compiled, with its tables in bf16."""
+    """Saves a checkpoint and a tokenizer as nanochat does: compiled, with token tables in bf16."""
     checkpoints = base / folder / "d3"
     checkpoints.mkdir(parents=True)
     stored = {
@@ -291,7 +291,7 @@ def test_an_imported_model_computes_what_nanochat_does(
 def test_an_older_nanochat_is_the_native_variant(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of October 2025: no windows, no value embeddings, no residual mix; all files in one folder."""
+    """nanochat of October 2025: no windows, value embeddings or residual mix; all files in one folder."""
     monkeypatch.setenv("LMCHAT_BASE_DIR", str(tmp_path / "base"))
     config = {name: value for name, value in CONFIG.items() if name != "window_pattern"}
     state = random_state(GPTConfig(**{**CONFIG, **NATIVE}))
@@ -318,11 +318,11 @@ def test_the_stage_follows_from_nanochats_folder(
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: shutil.rmtree(f), "there is no checkpoint of nanochat in"),
+        (lambda f: shutil.rmtree(f), "there is no nanochat checkpoint in"),
         (lambda f: (f / "meta_001000.json").unlink(), "meta_001000.json is missing"),
         (lambda f: (f / "meta_001000.json").write_text("{"), "meta_001000.json is damaged"),
         (lambda f: (f / "meta_001000.json").write_text("{}"), "has no model_config"),
-        (lambda f: (f / "meta_001000.json").write_text('{"meta_sha256": 1}'), "is of lmchat itself"),
+        (lambda f: (f / "meta_001000.json").write_text('{"meta_sha256": 1}'), "is an lmchat checkpoint"),
         (lambda f: change_json(f / "meta_001000.json", model_config={"n_layer": 3}), "lacks n_embd"),
         (lambda f: change_json(f / "meta_001000.json", model_config={**CONFIG, "moe": 8}), "has moe, which lmchat"),
         (lambda f: change_json(f / "meta_001000.json", model_config={**CONFIG, "n_layer": 5}), "lacks transformer.h.3"),
@@ -331,8 +331,8 @@ def test_the_stage_follows_from_nanochats_folder(
             "n_head is '4'",
         ),
         (lambda f: (f / "model_001000.pt").write_bytes(b"x"), "model_001000.pt is damaged"),
-        (lambda f: torch.save({"model": 3}, f / "model_001000.pt"), "is no state dict of tensors"),
-        (lambda f: torch.save({"smear_gate": torch.ones(3)}, f / "model_001000.pt"), "holds smear_gate"),
+        (lambda f: torch.save({"model": 3}, f / "model_001000.pt"), "is not a state dict of tensors"),
+        (lambda f: torch.save({"smear_gate": torch.ones(3)}, f / "model_001000.pt"), "contains smear_gate"),
         (lambda f: (f.parent.parent / "tokenizer" / "tokenizer.pkl").unlink(), "no tokenizer.pkl in"),
     ],
 )
@@ -354,7 +354,7 @@ def test_a_tokenizer_of_another_size_is_refused(
 
 
 class Runs:
-    """Runs code where it is unpickled."""
+    """Runs code when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -370,7 +370,7 @@ def test_a_pickle_cannot_run_code(protocol: int, tmp_path: Path, tokenizer: Toke
     hidden._pat_str = Runs(proof)  # type: ignore[assignment]
     for value in (Runs(proof), hidden, {"a": [Runs(proof)]}):
         path.write_bytes(pickle.dumps(value, protocol=protocol))
-        with pytest.raises(UserError, match="is no tokenizer of nanochat"):
+        with pytest.raises(UserError, match="is not a nanochat tokenizer"):
             read_pickled_tokenizer(path)
         assert not proof.exists()
     pickle.loads(pickle.dumps(Runs(proof), protocol=protocol))
@@ -392,7 +392,7 @@ def test_a_pickle_cannot_run_code(protocol: int, tmp_path: Path, tokenizer: Toke
 )
 def test_hostile_and_damaged_pickles_give_one_message(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.pkl").write_bytes(content)
-    with pytest.raises(UserError, match="is no tokenizer of nanochat"):
+    with pytest.raises(UserError, match="is not a nanochat tokenizer"):
         read_pickled_tokenizer(tmp_path / "tokenizer.pkl")
 
 
@@ -458,7 +458,7 @@ def trainable(base: Path, tokenizer: Tokenizer, tmp_path: Path) -> Checkpoint:
 
 @pytest.mark.parametrize("stage", FITS)
 def test_an_imported_model_trains_on(stage: str, trainable: Checkpoint, base: Path) -> None:
-    """With learning rates of 0, the weights after a step are those that the stage started from."""
+    """With learning rates of 0, a step does not change the imported weights."""
     if stage == "rl":
         (base / "words.txt").write_text("\n".join("abcdefghijklmnop"))
     (base / "fit.yaml").write_text(FITS[stage])
@@ -468,7 +468,7 @@ def test_an_imported_model_trains_on(stage: str, trainable: Checkpoint, base: Pa
     trained = find_checkpoint(meta)
     assert trained.stage == stage and not trained.weights_only
     assert equal(load_model_state(trained), load_model_state(trainable))
-    if stage == "pretrain":  # it resumes like any other
+    if stage == "pretrain":  # it can be resumed
         assert main(["fit", "--config", str(base / "fit.yaml"), *own[:2], "--ckpt_path", "auto"]) == 0
 
 

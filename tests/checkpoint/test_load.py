@@ -32,7 +32,7 @@ def truncate(path: Path) -> None:
 
 def alter(path: Path) -> None:
     content = bytearray(path.read_bytes())
-    # In meta.json this lies within a value: the result is still JSON.
+    # In meta.json this is within a value: the result is still JSON.
     position = content.index(b'"n_layer": 4') + 11 if path.suffix == ".json" else len(content) // 2
     content[position] ^= 1
     path.write_bytes(content)
@@ -58,7 +58,7 @@ def test_only_the_requested_files_are_read(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("file", "how"), CASES)
-def test_a_damaged_file_is_named(file: str, how: str, folder: Path) -> None:
+def test_a_damaged_file_is_reported(file: str, how: str, folder: Path) -> None:
     DAMAGE[how](folder / file)
     with pytest.raises(DamagedCheckpoint, match=rf"{file} is .*{how}.*use an older checkpoint"):
         find_checkpoint(CheckpointPaths(folder, 2).model)
@@ -113,7 +113,7 @@ def test_no_checkpoint_is_reported(tmp_path: Path) -> None:
             find_checkpoint("last", directory=path)
     with pytest.raises(UserError, match=r"no checkpoint of step 7 in .*there is none"):
         find_checkpoint(tmp_path / "model_000007.pt")
-    with pytest.raises(UserError, match=r"epoch=3.ckpt is not a checkpoint of lmchat"):
+    with pytest.raises(UserError, match=r"epoch=3.ckpt is not an lmchat checkpoint"):
         find_checkpoint(tmp_path / "epoch=3.ckpt")
     with pytest.raises(UserError, match="`last` needs a run"):
         find_checkpoint("last")
@@ -122,7 +122,7 @@ def test_no_checkpoint_is_reported(tmp_path: Path) -> None:
 def test_only_damaged_checkpoints_are_reported(folder: Path) -> None:
     for step in (1, 2):
         truncate(CheckpointPaths(folder, step).model)
-    with pytest.raises(DamagedCheckpoint, match=r"holds no complete checkpoint: .*model_000002.pt is truncated"):
+    with pytest.raises(DamagedCheckpoint, match=r"has no complete checkpoint: .*model_000002.pt is truncated"):
         find_checkpoint(folder, warn=lambda message: None)
 
 
@@ -144,7 +144,7 @@ def test_loading_runs_no_code_from_the_file(folder: Path, tmp_path: Path) -> Non
     ):
         torch.save({"state": Hostile()}, path)
         with pytest.raises(
-            DamagedCheckpoint, match=rf"{path.name} holds more than tensors.*nothing in it was executed"
+            DamagedCheckpoint, match=rf"{path.name} contains more than tensors.*nothing in it was executed"
         ):
             load()
     assert not (tmp_path / "owned").exists()

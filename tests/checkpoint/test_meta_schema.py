@@ -1,4 +1,4 @@
-"""A hostile or damaged meta or weights file ends in one message that names the file, before anything is built."""
+"""A malicious or damaged meta or weights file gives one message that names the file, before anything is built."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def remove(name: str) -> Change:
 
 
 def rewrite(paths: CheckpointPaths, change: Change) -> None:
-    """Changes a meta and makes its checksum right again."""
+    """Changes a meta and updates its checksum."""
     meta = json.loads(paths.meta.read_text())
     del meta["meta_sha256"]
     change(meta)
@@ -59,9 +59,9 @@ WRONG: list[tuple[Change, str]] = [
     (put("tag", value=""), "tag is ''"),
     (put("tag", value="x" * 300), "tag is 'xxx"),
     (put("tag", value=["d4"]), r"tag is \['d4'\]"),
-    (put("tag", value="\x1b[2Jd4"), r"'tag' holds control characters: '\\x1b\[2Jd4'"),
-    (put("tag", value="a\u202eb"), "'tag' holds control characters"),
-    (put("unknown", value={"\x1b]0;": 1}), "'a name' holds control characters"),
+    (put("tag", value="\x1b[2Jd4"), r"'tag' contains control characters: '\\x1b\[2Jd4'"),
+    (put("tag", value="a\u202eb"), "'tag' contains control characters"),
+    (put("unknown", value={"\x1b]0;": 1}), "'a name' contains control characters"),
     (put("stage", value="mystery"), "stage is 'mystery'; it must be one of pretrain, sft, rl, grpo"),
     (put("stage", value={}), "stage is {}"),
     (put("step", value=3), "step is 3, and the file's name says 2"),
@@ -109,7 +109,7 @@ def folder(tmp_path: Path, save) -> Path:
 
 
 @pytest.mark.parametrize(("change", "message"), WRONG, ids=[message[:40] for _, message in WRONG])
-def test_a_wrong_value_is_named(change: Change, message: str, folder: Path) -> None:
+def test_a_wrong_value_is_reported(change: Change, message: str, folder: Path) -> None:
     paths = CheckpointPaths(folder, 2)
     rewrite(paths, change)
     with pytest.raises(DamagedCheckpoint, match=message) as caught:
@@ -151,7 +151,7 @@ def test_a_folder_instead_of_a_file_is_refused(folder: Path) -> None:
     for name in ("model_000002.pt", "meta_000002.json"):
         (folder / name).unlink()
         (folder / name).mkdir()
-        with pytest.raises(DamagedCheckpoint, match=rf"{name} is (no regular file|damaged: it is a folder)"):
+        with pytest.raises(DamagedCheckpoint, match=rf"{name} is (not a regular file|damaged: it is a folder)"):
             find_checkpoint(folder / "meta_000002.json")
 
 
@@ -191,7 +191,7 @@ def test_a_file_without_weights_is_refused(kind: str, folder: Path) -> None:
         (checkpoint.paths.optimizer(0), lambda: load_rank_state(checkpoint, 0)),
     ):
         FOREIGN[kind](path)
-        with pytest.raises(DamagedCheckpoint, match=rf"{path.name} (is|holds) .*use an older checkpoint") as caught:
+        with pytest.raises(DamagedCheckpoint, match=rf"{path.name} (is|contains) .*use an older checkpoint") as caught:
             load()
         assert str(caught.value).isprintable()
 
@@ -200,11 +200,11 @@ def test_weights_that_are_not_tensors_are_refused(folder: Path) -> None:
     checkpoint = find_checkpoint(folder)
     for content in ({"a": 1}, {1: torch.ones(2)}, {"a": torch.ones(2, dtype=torch.int64)}):
         torch.save(content, checkpoint.paths.model)
-        with pytest.raises(DamagedCheckpoint, match="no floating-point tensor"):
+        with pytest.raises(DamagedCheckpoint, match="not a floating-point tensor"):
             load_model_state(checkpoint)
     for tensor in (torch.ones(2).to_sparse(), torch.ones(2, device="meta")):
         torch.save({"a": tensor}, checkpoint.paths.model)
-        with pytest.raises(DamagedCheckpoint, match="no dense tensor with values"):
+        with pytest.raises(DamagedCheckpoint, match="not a dense tensor"):
             load_model_state(checkpoint)
 
 
@@ -212,20 +212,20 @@ RANK_STATE: dict[str, Any] = {"optimizer_states": [{}], "rng": {}, "callbacks": 
 
 
 @pytest.mark.parametrize("name", RANK_STATE)
-def test_a_missing_part_of_a_rank_is_named(name: str, folder: Path) -> None:
-    """Without it the run would go on with a new optimizer, other random numbers or other averages."""
+def test_a_missing_part_of_a_rank_is_reported(name: str, folder: Path) -> None:
+    """Otherwise the run would continue with a new optimizer, other random numbers or other averages."""
     checkpoint = find_checkpoint(folder)
     path = checkpoint.paths.optimizer(0)
     torch.save({key: value for key, value in RANK_STATE.items() if key != name}, path)
     with pytest.raises(DamagedCheckpoint, match=rf"{path.name} lacks {name}"):
         load_rank_state(checkpoint, 0)
     torch.save(RANK_STATE | {"optimizer_states": []}, path)
-    with pytest.raises(DamagedCheckpoint, match=rf"{path.name} holds no optimizer state"):
+    with pytest.raises(DamagedCheckpoint, match=rf"{path.name} has no optimizer state"):
         load_rank_state(checkpoint, 0)
 
 
 @pytest.mark.parametrize("state", [7, {}, {"steps": "x"}, {"steps": -1}, {"steps": True}])
-def test_a_damaged_state_of_a_callback_is_named(state: Any) -> None:
+def test_a_damaged_state_of_a_callback_is_reported(state: Any) -> None:
     with pytest.raises(UserError, match=r"the state of Path in the checkpoint is damaged: .*; use an older checkpoint"):
         check_state(Path, state, {"steps": COUNTER})
     check_state(Path, {"steps": 3}, {"steps": COUNTER})
@@ -233,13 +233,13 @@ def test_a_damaged_state_of_a_callback_is_named(state: Any) -> None:
 
 def test_a_tag_cannot_leave_the_base_folder() -> None:
     for tag in ("../x", "/etc", ".", "..", "", "a/b", "a\\b", "a\nb", "\0"):
-        with pytest.raises(UserError, match="names no folder"):
+        with pytest.raises(UserError, match="is not a folder name"):
             checkpoint_dir("pretrain", tag)
     assert checkpoint_dir("pretrain", META["tag"]).name == "tiny"
 
 
 def test_a_meta_of_the_first_release_is_accepted(fixtures: Path) -> None:
-    """Written by the program of November 2026, before there was a schema."""
+    """Written by lmchat of November 2026, before the schema existed."""
     meta = json.loads((fixtures / "meta_format_1.json").read_text())
     assert json_digest({name: value for name, value in meta.items() if name != "meta_sha256"}) == meta.pop(
         "meta_sha256"
@@ -270,7 +270,7 @@ WRONG_LOOPS: list[tuple[Change, str]] = [
 
 
 @pytest.mark.parametrize(("change", "message"), WRONG_LOOPS, ids=[message[:40] for _, message in WRONG_LOOPS])
-def test_wrong_progress_of_a_loop_is_named(change: Change, message: str, fixtures: Path) -> None:
+def test_wrong_progress_of_a_loop_is_reported(change: Change, message: str, fixtures: Path) -> None:
     meta = json.loads((fixtures / "meta_format_1.json").read_text())
     change(meta)
     with pytest.raises(UserError, match=message):

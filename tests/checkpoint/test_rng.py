@@ -11,7 +11,7 @@ from lmchat.checkpoint.rng import capture_rng, restore_rng
 
 
 def draw() -> list[float]:
-    # A single normal draw leaves a second one in numpy's and Python's generators.
+    # A single normal draw caches a second one in NumPy's and Python's generators.
     numbers = [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn()]  # noqa: NPY002
     numbers += [torch.rand(()).item(), torch.randn(3).sum().item()]
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Whatever stops a write, the checkpoint before it stays whole and the new one is whole or absent."""
+"""After any interrupted write, the previous checkpoint is intact and the new one is complete or absent."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from lmchat.checkpoint.load import load_model_state, load_rank_state, open_check
 from lmchat.checkpoint.writer import BackgroundWriter, RunLock, snapshot, write_file
 from lmchat.types import UserError
 
-# A fork starts at once and has torch loaded.
+# A fork starts quickly, with torch imported.
 processes = multiprocessing.get_context("fork")
 
 
 def run(target: Callable[[], None]) -> int | None:
-    """Exit code of ``target`` in a process of its own."""
+    """Exit code of ``target`` in a separate process."""
     process = processes.Process(target=target)
     process.start()
     process.join(60)
@@ -39,7 +39,7 @@ def run(target: Callable[[], None]) -> int | None:
 
 
 def assert_whole(directory: Path) -> int:
-    """The newest checkpoint is complete and is that of its step; returns the step."""
+    """Asserts that the newest checkpoint is complete and has the data of its step; returns the step."""
     checkpoint = open_checkpoint(CheckpointPaths(directory, committed_steps(directory)[-1]))
     value = torch.full((64, 16), float(checkpoint.step))
     assert torch.equal(load_model_state(checkpoint)["transformer.wte.weight"], value)
@@ -49,7 +49,7 @@ def assert_whole(directory: Path) -> int:
     return checkpoint.step
 
 
-def test_meta_lists_what_is_on_disk(tmp_path: Path, save) -> None:
+def test_meta_lists_the_files_on_disk(tmp_path: Path, save) -> None:
     paths = save(tmp_path, 7)
     meta = json.loads(paths.meta.read_text())
     assert meta["stage"] == "pretrain" and meta["step"] == 7 and meta["world_size"] == 1
@@ -61,7 +61,7 @@ def test_meta_lists_what_is_on_disk(tmp_path: Path, save) -> None:
 
 
 def dies_after(operations: int, directory: Path, save) -> Callable[[], None]:
-    """Saves step 2, pruning step 1, in a process that dies before its so-manyeth change to the disk."""
+    """Saves step 2 and prunes step 1 in a process that dies before its n-th change to the disk."""
 
     def target() -> None:
         left = operations
@@ -121,7 +121,7 @@ def test_overwriting_a_step_makes_it_incomplete_until_the_end(
 
 
 def test_killed_at_random_moments(tmp_path: Path, save) -> None:
-    """SIGKILL while one checkpoint after the other is written: nothing that was complete is lost."""
+    """SIGKILL while checkpoints are written: no complete checkpoint is lost."""
     generator = random.Random(0)
     step = 0
     for _ in range(25):
@@ -136,7 +136,7 @@ def test_killed_at_random_moments(tmp_path: Path, save) -> None:
 
         process = processes.Process(target=write_on)
         process.start()
-        reported = [receiver.recv()]  # it is under way
+        reported = [receiver.recv()]  # it is in progress
         time.sleep(generator.uniform(0, 0.03))
         os.kill(process.pid, signal.SIGKILL)
         process.join()
@@ -151,7 +151,7 @@ def test_killed_at_random_moments(tmp_path: Path, save) -> None:
 
 @pytest.mark.parametrize("name", ["model_000002.pt", "optim_000002_rank0.pt", "meta_000002.json"])
 def test_a_full_disk_keeps_older_checkpoints(name: str, tmp_path: Path, save, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The system call itself refuses: file sizes are limited to less than the file's."""
+    """The system call fails, since the file size limit is below the size of the file."""
     save(tmp_path, 1)
     size = (tmp_path / name.replace("2", "1")).stat().st_size
     write = writer.write_file
@@ -265,7 +265,7 @@ def test_every_rank_writes_its_own_and_rank_0_completes(tmp_path: Path, save) ->
     assert not list(tmp_path.glob("receipt_*"))
 
 
-def test_a_rank_that_never_writes_is_named(tmp_path: Path, save) -> None:
+def test_a_rank_that_never_writes_is_reported(tmp_path: Path, save) -> None:
     save(tmp_path, 1)
     with pytest.raises(UserError, match=r"receipt_000002_rank1.json did not appear"):
         save(tmp_path, 2, world_size=2, peer_timeout_seconds=lambda: 0.1)
@@ -280,7 +280,7 @@ def test_a_snapshot_is_a_copy() -> None:
     assert copy["state"][1] == tree["state"][1]
     assert torch.equal(copy["state"][0]["a"], torch.zeros(3))
     assert not copy["state"][0]["a"].requires_grad
-    # A view is saved without what it is a view of.
+    # A view is saved without its base tensor.
     assert copy[3].untyped_storage().nbytes() == 8
 
 
@@ -299,7 +299,7 @@ def test_errors_other_than_the_disk_are_not_hidden(tmp_path: Path) -> None:
 
 
 class TestBackgroundWriter:
-    def test_training_goes_on_while_a_job_runs(self) -> None:
+    def test_training_continues_during_a_write(self) -> None:
         background, release = BackgroundWriter(), threading.Event()
         background.start(lambda: None if release.wait(10) else pytest.fail("blocked"))
         background.check()
@@ -321,7 +321,7 @@ class TestBackgroundWriter:
         assert most == [1] * 5
 
     @pytest.mark.parametrize("surface", ["start", "check", "wait"])
-    def test_an_error_comes_up_once(self, surface: str) -> None:
+    def test_an_error_is_raised_once(self, surface: str) -> None:
         background = BackgroundWriter()
 
         def fail() -> None:

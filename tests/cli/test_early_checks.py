@@ -1,4 +1,4 @@
-"""Sizes that no machine has are refused in a second, before torch is imported."""
+"""Impossible sizes are refused within a second, before torch is imported."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_options_by_environment_are_left_to_the_parser(config: list[str], monkey
     check_sizes(["fit", *config, "--model.depth", "1000000"])
 
 
-# Compared with `lmchat fit --print_config`; by "depth: 3" in one of these forms over `TINY`.
+# Compared with `lmchat fit --print_config`, for different forms of "depth: 3" that override `TINY`.
 FORMS = [
     "model: {init_args: {depth: 3}}",
     "model: {depth: 3}",

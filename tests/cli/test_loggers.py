@@ -1,4 +1,4 @@
-"""A run whose log folder is removed says so once and trains on."""
+"""A run whose log folder is removed warns once and continues."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands as a shell runs them: in pipes that close early, with closed streams, in terminals without Unicode."""
+"""Commands in pipes that close early, with closed streams, and in terminals without Unicode."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shell(base: Path, command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs a bash command, in which ``lmchat`` stands for the program; the status is that of lmchat."""
+    """Runs a bash command that calls ``lmchat``; returns lmchat's exit status."""
     script = f"set -o pipefail; {command.replace('lmchat', LMCHAT, 1)}"
     return subprocess.run(
         ["bash", "-c", script],
@@ -44,7 +44,7 @@ def test_a_closed_pipe_ends_the_command_silently(base: Path) -> None:
 @pytest.mark.parametrize("command", ["--help", "data import --help", "tokenizer show hi", "fit --help"])
 def test_a_pipe_without_a_reader_ends_the_command_silently(base: Path, command: str) -> None:
     done = shell(base, f"lmchat {command} | exec true")
-    assert (done.returncode, done.stderr) in [(141, ""), (0, "")]  # 0 if true has not ended before
+    assert (done.returncode, done.stderr) in [(141, ""), (0, "")]  # 0 if ``true`` has not exited yet
 
 
 def test_a_closed_standard_input_is_empty(base: Path) -> None:
@@ -83,5 +83,5 @@ def test_invalid_input_is_replaced(base: Path) -> None:
 
 
 def test_only_broken_pipes_of_standard_streams_are_silent() -> None:
-    assert not is_broken_output(BrokenPipeError())  # of a socket, say
+    assert not is_broken_output(BrokenPipeError())  # e.g. of a socket
     assert not is_broken_output(SystemExit(1))

@@ -1,4 +1,4 @@
-"""Every option of Lightning's Trainer either works or is refused with what to use instead."""
+"""Every option of Lightning's Trainer either works or is refused with a message that names the alternative."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_works(option: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("option", REFUSED)
-def test_is_refused_with_what_to_use_instead(
+def test_is_refused_with_the_alternative(
     option: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     value, remedy = REFUSED[option]
@@ -143,7 +143,7 @@ UNUSABLE = {
 
 
 @pytest.mark.parametrize("callback", UNUSABLE)
-def test_a_callback_that_does_not_work_is_named(
+def test_a_callback_that_does_not_work_is_reported(
     callback: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     value = f"[{{class_path: lightning.pytorch.callbacks.{callback}}}]"
@@ -154,7 +154,7 @@ def test_a_callback_that_does_not_work_is_named(
 @pytest.mark.parametrize(
     ("option", "value"), [("devices", "-1"), ("devices", "[0, 0]"), ("devices", "4096"), ("accelerator", "tpu")]
 )
-def test_a_device_that_is_not_there(
+def test_a_missing_device_is_reported(
     option: str,
     value: str,
     tiny_base: Path,

@@ -1,4 +1,4 @@
-"""``lmchat data`` as a user types it."""
+"""``lmchat data`` through the command line."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_folder_of_text_becomes_token_files(base: Path, tmp_path: Path, capsys
         (["download", "--num_shards", "0"], "num_shards is 0"),
         (["show", "nowhere.jsonl"], "no file or folder nowhere.jsonl"),
         (["show", "nowhere.yaml"], "nowhere.yaml is not there"),
-        (["show", "nowhere.jsonl", "--overlay", "mine.yaml"], "nowhere.jsonl is none"),
+        (["show", "nowhere.jsonl", "--overlay", "mine.yaml"], "nowhere.jsonl is not a config"),
         (["show", str(CONFIGS / "grpo.yaml"), "--split", "val"], "no mixture data.init_args.val"),
         (["show", str(CONFIGS / "d12_pretrain.yaml")], "no mixture data.init_args.train"),
         (["show", "nowhere.jsonl", "--rows", "-1"], "--rows is -1"),
@@ -190,7 +190,7 @@ USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "conte
 @pytest.mark.parametrize(
     ("row", "complaint"),
     [
-        ([ASSISTANT, USER], "where 'user' is due"),
+        ([ASSISTANT, USER], "where 'user' is expected"),
         ([USER, {"role": "assistant", "content": ""}], "message 1 (assistant) is empty"),
         ([USER, {"role": "assistant", "content": [{"type": "image", "text": "x"}]}], "a part of type image"),
         ([USER, {"role": "critic", "content": "x"}], "unknown role 'critic'"),

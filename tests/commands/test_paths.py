@@ -1,4 +1,4 @@
-"""Every path on the command line may begin with the home folder."""
+"""Every path on the command line may start with ``~``."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PATHS = [
 
 
 def parsed(command: Command, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the command's function would be called with."""
+    """Arguments that the command's function would be called with."""
     given: dict[str, Any] = {}
     function = functions()[command]
 

@@ -1,4 +1,4 @@
-"""Downloads from a stand-in hub over real HTTP: faults, resuming after a kill, and the user's mistakes."""
+"""Downloads from a mock Hub over HTTP: faults, resuming after a kill, and user errors."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_the_first_and_last_shards_are_downloaded_despite_faults(hub: HubServer,
     _assert_complete(hub, tmp_path, 0, 1, 2, 5)
     assert not any(hub.faults.values())
 
-    # More later: what is there is not fetched again.
+    # Downloading more later does not fetch existing files again.
     hub.gets.clear()
     status, printed = _download(hub, tmp_path, num_shards=-1)
     assert status == 0, printed
@@ -86,7 +86,7 @@ def test_the_first_and_last_shards_are_downloaded_despite_faults(hub: HubServer,
 def test_a_killed_download_resumes(hub: HubServer, tmp_path: Path) -> None:
     hub.faults["shard_00001.parquet"] = ["stall"]
     process = _start(hub, tmp_path, num_workers=2)
-    hub.wait_for_gets(4)  # the others are through the second worker, or on their way
+    hub.wait_for_gets(4)  # the others are complete or in progress in the second worker
     while len(list(tmp_path.glob("*.parquet"))) < 3:
         assert process.poll() is None
         time.sleep(0.02)
@@ -103,7 +103,7 @@ def test_a_killed_download_resumes(hub: HubServer, tmp_path: Path) -> None:
 
 @pytest.fixture
 def fetch(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., DownloadReport]:
-    """`download_shards` from the stand-in hub, in this process."""
+    """`download_shards` from the mock Hub, in this process."""
     monkeypatch.setattr(download, "HfApi", partial(download.HfApi, endpoint=hub.endpoint))
     monkeypatch.setattr(download, "_FIRST_PAUSE_SECONDS", 0.01)
 
@@ -115,7 +115,7 @@ def fetch(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
     return run
 
 
-def test_a_broken_shard_is_named_and_the_others_are_kept(
+def test_a_broken_shard_is_reported_and_the_others_are_kept(
     hub: HubServer, tmp_path: Path, fetch: Callable[..., DownloadReport]
 ) -> None:
     hub.faults["shard_00002.parquet"] = ["corrupt"] * 99
@@ -128,7 +128,7 @@ def test_a_broken_shard_is_named_and_the_others_are_kept(
     )
 
 
-def test_a_shard_that_is_not_parquet_is_named(hub: HubServer, fetch: Callable[..., DownloadReport]) -> None:
+def test_a_shard_that_is_not_parquet_is_reported(hub: HubServer, fetch: Callable[..., DownloadReport]) -> None:
     hub.files["shard_00005.parquet"] = b"something else"
     with pytest.raises(UserError, match=r"cannot read .*shard_00005\.parquet, truncated or not a parquet file"):
         fetch()
@@ -137,7 +137,7 @@ def test_a_shard_that_is_not_parquet_is_named(hub: HubServer, fetch: Callable[..
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"repo_id": "no/such"}, "no/such at revision main: there is no such data set on the hub"),
+        ({"repo_id": "no/such"}, "no/such at revision main: there is no such data set on the Hub"),
         ({"revision": "nowhere"}, "cannot download some/shards at revision nowhere"),
         ({"repo_id": "a/b/c"}, "Repo id must be in the form"),
         ({"num_shards": 6}, "num_shards is 6; some/shards has 5 training shards"),
@@ -145,7 +145,7 @@ def test_a_shard_that_is_not_parquet_is_named(hub: HubServer, fetch: Callable[..
         ({"pattern": "other/*.parquet"}, r"has 1 file\(s\) that match 'other/\*\.parquet'"),
     ],
 )
-def test_user_mistakes_are_named(
+def test_user_mistakes_are_reported(
     fetch: Callable[..., DownloadReport], options: dict[str, object], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
@@ -162,7 +162,7 @@ def test_offline_mode_makes_no_requests(hub: HubServer, tmp_path: Path, monkeypa
 
 def test_shards_of_two_repositories_are_not_mixed(tmp_path: Path, fetch: Callable[..., DownloadReport]) -> None:
     (tmp_path / "source.json").write_text(json.dumps({"repo_id": "other/shards"}))
-    with pytest.raises(UserError, match="holds shards of other/shards, not of some/shards; choose another folder"):
+    with pytest.raises(UserError, match="contains shards of other/shards, not of some/shards; choose another folder"):
         fetch()
 
 
@@ -183,7 +183,7 @@ def test_a_damaged_source_record_is_reported(
     tmp_path: Path, fetch: Callable[..., DownloadReport], content: str
 ) -> None:
     (tmp_path / "source.json").write_text(content)
-    with pytest.raises(UserError, match=r"source\.json, .* is damaged; delete it if they are those of some/shards"):
+    with pytest.raises(UserError, match=r"source\.json, .* is damaged; delete it if that is some/shards"):
         fetch()
     (tmp_path / "source.json").unlink()
     fetch()
@@ -193,14 +193,14 @@ def test_a_damaged_source_record_is_reported(
 @pytest.mark.parametrize(
     ("listing", "message"),
     [
-        (b"<html>Sign in</html>", "the hub's answer about some/shards is no list of files"),
-        (b"[" * 100_000, "is no list of files"),
-        (b"[1, 2]", "is no list of files"),
-        (b'{"error": 3}', "is no list of files"),
-        (b'[{"type": "file"}]', "is no list of files"),
+        (b"<html>Sign in</html>", "the Hub's response for some/shards is not a list of files"),
+        (b"[" * 100_000, "is not a list of files"),
+        (b"[1, 2]", "is not a list of files"),
+        (b'{"error": 3}', "is not a list of files"),
+        (b'[{"type": "file"}]', "is not a list of files"),
         (b'[{"type": "file", "path": 3, "oid": "", "size": 3}]', "unsafe name 3"),
         *[
-            (json.dumps([{"type": "file", "path": path, "oid": "", "size": 3}]).encode(), "a file of the unsafe name")
+            (json.dumps([{"type": "file", "path": path, "oid": "", "size": 3}]).encode(), "a file with the unsafe name")
             for path in ("../up.parquet", "/etc/a.parquet", "a/../../b.parquet", "nul\0.parquet", "\x1b[2J.parquet", "")
         ],
         (b'[{"type": "file", "path": "a.parquet", "oid": "", "size": "big"}]', "with the size 'big'"),
@@ -226,7 +226,7 @@ def test_an_endless_listing_is_refused(
 ) -> None:
     monkeypatch.setattr(download, "LISTING_SECONDS", 0.5)
     hub.endless = True
-    with pytest.raises(UserError, match="list of the files of some/shards at revision main does not end"):
+    with pytest.raises(UserError, match="file list of some/shards at revision main does not end"):
         fetch()
     monkeypatch.setattr(download, "LISTING_SECONDS", 60.0)
     monkeypatch.setattr(download, "MAX_FILES", 500)

@@ -1,4 +1,4 @@
-"""A run is not resumed on other conversations than it began with."""
+"""A run is not resumed on different conversations."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def take(mixture: Mixture, **settings: object) -> dict[str, str]:
 
 @pytest.fixture
 def make(tmp_path: Path) -> Callable[..., Mixture]:
-    """Makes a mixture whose parts a test can change."""
+    """Creates a mixture whose parts a test can change."""
 
     def make(size: int = 12, epochs: int = 2, answer: str = "Hi.", seed: int = 42, others: Any = ()) -> Mixture:
         last = [{"role": "user", "content": "Bye"}, {"role": "assistant", "content": answer}]
@@ -49,7 +49,9 @@ def make(tmp_path: Path) -> Callable[..., Mixture]:
         ({"others": [MixturePart(Arithmetic(size=1))]}, {"Arithmetic/train"}),
     ],
 )
-def test_only_changed_parts_are_named(make: Callable[..., Mixture], changes: dict[str, Any], named: set[str]) -> None:
+def test_only_changed_parts_are_reported(
+    make: Callable[..., Mixture], changes: dict[str, Any], named: set[str]
+) -> None:
     before = take(make())
     check_fingerprint(before, take(make()))
     with pytest.raises(UserError, match=r"another --model\.tag") as caught:
@@ -68,7 +70,7 @@ def test_fingerprinting_is_cheap_compared_with_rendering() -> None:
     size = 200_000
     mixture = Mixture([MixturePart(Arithmetic(size=size)), MixturePart(Identity(size=size))])
     checksums = np.random.default_rng(0).integers(0, 1 << 32, len(mixture), dtype=np.uint32)
-    assert len(mixture.part_numbers) == 2 * size  # makes the order, which is needed anyhow
+    assert len(mixture.part_numbers) == 2 * size  # computes the order, which is needed anyway
     started = time.process_time()
     fingerprint(mixture, checksums)
     assert time.process_time() - started < 1

@@ -1,4 +1,4 @@
-"""`lmchat data check` against brute force: all pairs of documents, and sets of tuples of words."""
+"""`lmchat data check` compared with brute force: all pairs of documents, and sets of word tuples."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _text(rng: random.Random, words: int) -> list[str]:
 
 
 def _corpus(rng: random.Random) -> list[str]:
-    """Documents of 0 to 300 words, a third of them copies with none, two or 40 % of the words changed."""
+    """Documents of 0 to 300 words, a third of them copies with no, two or 40 % of the words changed."""
     documents = [_text(rng, rng.choice([0, 1, 4, 5, 6, 40, 300, 300])) for _ in range(60)]
     for original in rng.choices(documents, k=30):
         changed = rng.sample(range(len(original)), min(len(original), rng.choice([0, 2, 2, len(original) * 2 // 5])))
@@ -183,12 +183,12 @@ def test_cropped_and_split_tokens_equal_one_epoch_of_packing(write_shards: Write
         last = packer.placed >= len(train)
         row = next(packer)
         if pieces and pieces[-1] == [1] and not packer.start:
-            pieces.pop()  # a row ended with a BOS, which the next row repeats; every text has a second token
+            pieces.pop()  # a row ended with a BOS, which the next row repeats; every text has at least one token
         if packer.start:
             pieces[-1].append(row[0][1] - 1)
         if not last:
             pieces += [[taken] for _, taken in row[packer.start > 0 :]]
-    # The row after the last shows whether that cut a document, but not all of its other tokens.
+    # The next row shows whether the last one cut a document, but not all of its remaining tokens.
     assert report["packed"]["split_documents"] == sum(len(each) > 1 for each in pieces) / len(pieces) > 0
     later = sum(sum(each[1:]) for each in pieces) / sum(map(sum, pieces))
     assert report["packed"]["split_tokens"] == pytest.approx(later, abs=0.01)
@@ -260,12 +260,12 @@ def test_the_command_checks_conversations(tmp_path: Path, capsys: pytest.Capture
         check(**options, data_dir=tmp_path)  # type: ignore[arg-type]
 
 
-def test_unreadable_files_are_named(write_shards: WriteShards, tmp_path: Path) -> None:
+def test_unreadable_files_are_reported(write_shards: WriteShards, tmp_path: Path) -> None:
     folder = write_shards(["a"], ["b"])
     with pytest.raises(UserError, match=r"no evaluation set .*absent"):
         check(folder, evaluation=[tmp_path / "absent"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"empty has no evaluation set; the kinds are \.jsonl"):
+    with pytest.raises(UserError, match=r"empty contains no evaluation set; the kinds are \.jsonl"):
         check(folder, evaluation=[tmp_path / "empty"])
     (tmp_path / "bad.jsonl").write_text('{"question": ')
     with pytest.raises(UserError, match=r"bad\.jsonl"):

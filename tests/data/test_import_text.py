@@ -1,4 +1,4 @@
-"""Text, JSON lines and parquet to shards: nothing lost, nothing twice, the same every time."""
+"""Import of text files to shards: complete, without duplicates, deterministic."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_another_field_and_column(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "one"}\n{"text": \n', r"a\.jsonl:2 is not valid JSON"),
         ("a.jsonl", b'{"text": "one"}\n[1]\n', r"a\.jsonl:2 has no field `text` but a list"),
         ("a.jsonl", b'{"messages": [], "id": 3}', r"a\.jsonl:1 has no field `text` but the fields messages, id"),
-        ("a.jsonl", b'{"text": 3}', r"a\.jsonl:1: field `text` holds a int, not a string"),
+        ("a.jsonl", b'{"text": 3}', r"a\.jsonl:1: field `text` contains a int, not a string"),
         ("a.jsonl", b'\n{"text": "\xff"}', r"a\.jsonl:2 is not valid JSON"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "one"}\n' * 9, mtime=0)[:-12], r"a\.jsonl\.gz is damaged"),
         ("a.jsonl.gz", b'{"text": "one"}\n', r"a\.jsonl\.gz is damaged"),
@@ -143,7 +143,7 @@ def test_another_field_and_column(tmp_path: Path) -> None:
         ("a.docx", b"word", r"has no file of the kinds \.txt"),
     ],
 )
-def test_malformed_input_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_malformed_input_is_reported(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
@@ -151,11 +151,11 @@ def test_malformed_input_is_named(tmp_path: Path, name: str, content: bytes, mes
     assert not list(tmp_path.glob("out*"))
 
 
-def test_user_mistakes_are_named(source: Path, tmp_path: Path) -> None:
+def test_user_mistakes_are_reported(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     with pytest.raises(UserError, match=r"nothing to import: .*nowhere does not exist"):
         import_folder(tmp_path / "nowhere", output)
-    with pytest.raises(UserError, match="lies inside the source"):
+    with pytest.raises(UserError, match="is inside the source"):
         import_folder(source, source / "deep" / "out")
     latin = tmp_path / "latin.txt"
     latin.write_bytes("Größe".encode("latin-1"))
@@ -234,7 +234,7 @@ RUSSIAN = "Широкая электрификация южных губерни
     ],
 )
 @pytest.mark.parametrize(("encoding", "named"), [("cp1251", None), ("koi8-r", None), ("mac-cyrillic", "mac-cyrillic")])
-def test_other_encodings_are_detected_or_named(
+def test_other_encodings_are_detected_or_given(
     tmp_path: Path, name: str, content: str, encoding: str, named: str | None
 ) -> None:
     (tmp_path / name).write_bytes(content.encode(encoding))
@@ -253,7 +253,7 @@ def test_other_encodings_are_detected_or_named(
         "ja".encode("utf-16")[:-1],
     ],
 )
-def test_what_is_no_text_is_left_out(tmp_path: Path, content: bytes) -> None:
+def test_files_that_are_not_text_are_left_out(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.txt").write_bytes(content)
     reader = DocumentReader()
     assert list(reader.read(tmp_path / "a.txt")) == []
@@ -294,7 +294,7 @@ def test_compressed_files(tmp_path: Path, name: str, suffix: str) -> None:
 
 
 def test_realistic_files_are_imported(tmp_path: Path) -> None:
-    """A folder of text that a link points to, a link in a circle, a link to nowhere, and what a Mac leaves behind."""
+    """A folder with links to a folder, in a circle and to a missing file, and with files that macOS creates."""
     source, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
     source.mkdir()
     elsewhere.mkdir()
@@ -309,7 +309,7 @@ def test_realistic_files_are_imported(tmp_path: Path) -> None:
     os.mkfifo(source / "pipe.txt")
     report = import_folder(source, tmp_path / "out")
     assert texts_in(tmp_path / "out") == ["linked", "plain"]
-    assert report.found.others == {".pdf": 1, "without a suffix": 1, "no regular file": 1}
+    assert report.found.others == {".pdf": 1, "without a suffix": 1, "not a regular file": 1}
     shown = str(report)
     assert "1 .pdf" in shown and "1 hidden files" in shown
     assert f"a link that points nowhere: {source / 'lost.txt'}" in shown
@@ -357,7 +357,7 @@ def test_a_separator_without_occurrence_is_reported(tmp_path: Path) -> None:
 def test_streaming_equals_reading_the_whole_text(
     tmp_path_factory: pytest.TempPathFactory, parts: list[str], chunk: int, most: int
 ) -> None:
-    """Cut at separators as if the text were split at once; longer parts are divided without loss, within the limit."""
+    """Equals splitting the whole text at the separators; long parts are divided without loss, within the limit."""
     text = "\n\n".join(parts)
     path = tmp_path_factory.mktemp("text") / "a.txt"
     path.write_bytes(text.encode())
@@ -398,7 +398,7 @@ def test_long_documents_are_divided_at_words_and_long_lines_left_out(tmp_path: P
         ("a.json", '{"data": [{"text": "a"}]}', r"value 1 has no field `text` but the fields data"),
     ],
 )
-def test_malformed_tables_and_arrays_are_named(tmp_path: Path, name: str, content: str, message: str) -> None:
+def test_malformed_tables_and_arrays_are_reported(tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
         import_folder(tmp_path / name, tmp_path / "out", max_document_characters=40)

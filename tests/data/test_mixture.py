@@ -13,7 +13,7 @@ from lmchat.types import Conversation, UserError
 
 
 class Labelled(Task):
-    """Conversations that say which task and example they are."""
+    """Conversations that contain the names of their task and example."""
 
     def __init__(self, label: int, size: int, **slice: Any) -> None:
         super().__init__(**slice)

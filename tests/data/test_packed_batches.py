@@ -43,7 +43,7 @@ def _batches(shards: TokenShards, **options: Any) -> PackedBatches:
 
 
 def _rows(batch: Batch) -> list[list[int]]:
-    """The packed rows again, T + 1 tokens each."""
+    """The packed rows of the batches, T + 1 tokens each."""
     assert torch.equal(batch["inputs"][:, 1:], batch["targets"][:, :-1])
     return torch.cat([batch["inputs"], batch["targets"][:, -1:]], dim=1).tolist()
 
@@ -113,7 +113,7 @@ def test_works_with_a_torch_data_loader(shards: tuple[TokenShards, TokenShards],
     assert torch.equal(loaded[-1]["state"]["buffer"], direct[-1]["state"]["buffer"])
 
 
-def test_user_mistakes_are_named(shards: tuple[TokenShards, TokenShards], tmp_path: Path) -> None:
+def test_user_mistakes_are_reported(shards: tuple[TokenShards, TokenShards], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="micro_batch_size is 0"):
         _batches(shards[0], micro_batch_size=0)
 
@@ -121,7 +121,7 @@ def test_user_mistakes_are_named(shards: tuple[TokenShards, TokenShards], tmp_pa
 def test_a_position_is_refused_for_other_documents(
     write_shards: Callable[..., Path], texts: list[list[str]], shards: tuple[TokenShards, TokenShards], tmp_path: Path
 ) -> None:
-    """A copy under other names is the same data; as many documents of the same lengths in other words are not."""
+    """A copy with other file names is the same data; other documents of the same lengths are not."""
     state = next(iter(_batches(shards[0])))["state"]
     expected = _rows(list(islice(_batches(shards[0]), 2))[1])
     copies = [Path(shutil.copy(path, tmp_path / f"{path.stem}.copy")) for path in shards[0].paths]
@@ -141,7 +141,7 @@ def test_a_position_is_refused_for_other_documents(
 def test_split_documents_are_read_to_their_end(
     shards: tuple[TokenShards, TokenShards], texts: list[list[str]], world_size: int
 ) -> None:
-    """All ranks' rows, end to end, are the documents; a run that stopped goes on with the rest of its document."""
+    """The concatenated rows of all ranks are the documents; a resumed run continues with the rest of its document."""
     documents = {tuple(ByteTokenizer().document(text)) for shard in texts[:-1] for text in shard if text}
     assert max(map(len, documents)) > 2 * T
     ranks = [
@@ -151,7 +151,7 @@ def test_split_documents_are_read_to_their_end(
     rows = [row for batches in zip(*ranks, strict=True) for batch in batches for row in _rows(batch)]
     bos = ByteTokenizer().bos_id
     tokens: list[int] = []
-    for row in rows:  # one that continues a document begins with the last token again
+    for row in rows:  # a row that continues a document repeats the last token
         tokens += row if row[0] == bos and tokens[-1:] != [bos] else row[1:]
     starts = [at for at, token in enumerate(tokens) if token == bos]
     assert {tuple(tokens[start:end]) for start, end in pairwise(starts)} <= documents

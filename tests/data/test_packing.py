@@ -1,4 +1,4 @@
-"""The packer against the reference's measured rows, against a brute-force twin, and its state."""
+"""The packer compared with recorded rows of the reference and with a brute-force implementation; its state."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_sft_rows_match_the_reference(fixtures: Path) -> None:
 
 
 def _brute_force(lengths, row_tokens, buffer_size, refill, policy, epochs):  # type: ignore[no-untyped-def]
-    """The rules read out aloud: lists, scanned from the front."""
+    """The packing rules on plain lists."""
     stream = [document for _ in range(epochs) for document in range(len(lengths))]
     buffer: list[int] = []
     rows = []
@@ -106,7 +106,7 @@ def test_equals_brute_force(case: dict) -> None:
 
 @given(packings)
 def test_splitting_makes_a_target_of_each_token_once(case: dict) -> None:
-    """Tokens are pairs of document and position; a document may only be cut at the end, with the run."""
+    """Tokens are pairs of document and position; only the last document may be cut."""
     lengths = [max(2, length) for length in case.pop("lengths")]
     packer = BestFitPacker(np.array(lengths), **{**case, "policy": "split", "row_tokens": case["row_tokens"] - 9})
     read: list[tuple[int, int]] = []
@@ -117,7 +117,7 @@ def test_splitting_makes_a_target_of_each_token_once(case: dict) -> None:
             for position in range(packer.start if index == 0 else 0, (packer.start if index == 0 else 0) + count)
         ]
         assert len(tokens) == case["row_tokens"] - 9
-        if read and tokens[0] == read[-1]:  # a continued row begins with the last token
+        if read and tokens[0] == read[-1]:  # a row that continues a document starts with the last token
             tokens = tokens[1:]
         assert read == [] or tokens[0][1] == 0 or tokens[0][1] == read[-1][1] + 1
         read += tokens
@@ -170,7 +170,7 @@ def test_the_state_is_small() -> None:
     assert (np.diff(buffer) > 0).all()
 
 
-def test_user_mistakes_are_named() -> None:
+def test_user_mistakes_are_reported() -> None:
     with pytest.raises(UserError, match="buffer_size is 0"):
         BestFitPacker(np.array([1]), row_tokens=4, buffer_size=0)
     with pytest.raises(UserError, match="epochs is 0"):
@@ -180,7 +180,7 @@ def test_user_mistakes_are_named() -> None:
             list(BestFitPacker(np.array([3, 1, wrong]), row_tokens=4, epochs=1))
     with pytest.raises(UserError, match="no documents"):
         BestFitPacker(np.array([], dtype=int), row_tokens=4)
-    with pytest.raises(UserError, match="document 1 has 9 tokens, a row holds 4"):
+    with pytest.raises(UserError, match="document 1 has 9 tokens, but a row has 4"):
         next(BestFitPacker(np.array([2, 9]), row_tokens=4, policy="pad"))
 
 

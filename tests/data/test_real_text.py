@@ -1,4 +1,4 @@
-"""Real text in many scripts and encodings: message catalogues of this machine, and CPython's files for its codecs."""
+"""Real text in many scripts and encodings: message catalogues of this machine, and CPython's codec tests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from lmchat.__main__ import main
 from lmchat.data.encodings import UnknownEncoding, detect_encoding, legacy_encoding
 from lmchat.data.parquet_text import list_shards
 from lmchat.tokenizer.bpe import Tokenizer
-from lmchat.tokenizer.samples import SAMPLES
 from lmchat.tokenizer.scripts import count_scripts
 
 LOCALES = [Path("/usr/share/locale"), *(Path(folder) for folder in site.getsitepackages())]
@@ -48,7 +47,7 @@ UNICODE = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"]
 
 @cache
 def messages(language: str) -> list[str]:
-    """Translated messages of a language that are not ASCII."""
+    """Translated non-ASCII messages of a language."""
     pattern = f"{language}/LC_MESSAGES/*.mo"
     files = [*LOCALES[0].glob(pattern), *(file for folder in LOCALES[1:] for file in folder.glob(f"**/{pattern}"))]
     found: set[str] = set()
@@ -61,7 +60,7 @@ def messages(language: str) -> list[str]:
 
 
 def text_in(language: str, encoding: str, characters: int, seed: int = 0) -> str:
-    """Some text of a language, of which an encoding has every character."""
+    """Some text of a language that an encoding can encode."""
     rng = random.Random(f"{language} {encoding} {characters} {seed}")
     texts, size, chosen = messages(language), 0, []
     while size < characters:
@@ -85,7 +84,7 @@ def test_enough_scripts_are_here() -> None:
 def test_import_of_a_script(
     script: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Text in every encoding is imported unchanged, its encoding is told, and a poor tokenizer for it is warned of."""
+    """Text in every encoding is imported unchanged, its encoding is reported, and a poor tokenizer gives a warning."""
     if script not in FOUND:
         pytest.skip(f"no text in {script}")
     monkeypatch.setenv("LMCHAT_BASE_DIR", str(tmp_path))
@@ -101,7 +100,7 @@ def test_import_of_a_script(
     for encoding in texts:
         told = re.search(rf"read as \S+: .*{encoding}\.txt|read as \S+: [2-9] files", report)
         assert told or encoding.startswith("utf-8")
-    Tokenizer.train(SAMPLES.values(), 400).save(tmp_path / "tokenizer")
+    Tokenizer.train([Path(random.__file__).read_text()], 400).save(tmp_path / "tokenizer")
     main(["tokenizer", "eval"])
     shown = capsys.readouterr().out
     assert re.search(rf"{script}.*: fewer than", shown.replace("\n", " "))
@@ -113,20 +112,20 @@ def test_import_of_a_script(
     "name", ["big5", "euc_jp", "gb18030", "gb2312", "gbk", "iso2022_jp", "iso2022_kr", "shift_jis", "cp949", "johab"]
 )
 def test_files_of_cpython(name: str) -> None:
-    """Each is read as its copy in UTF-8, or left out by name."""
+    """Each is read as its copy in UTF-8, or reported as left out."""
     if not CODECS.is_dir():
         pytest.skip("CPython's test package is not installed")
     path = CODECS / f"{name}.txt"
     try:
         encoding = legacy_encoding(path)
     except UnknownEncoding:
-        assert name in ("cp949", "johab")  # six lines of rare syllables
+        assert name in ("cp949", "johab")  # except six lines of rare syllables
         return
     assert encoding and path.read_bytes().decode(encoding) == (CODECS / f"{name}-utf8.txt").read_text()
 
 
 def detections(characters: int) -> Iterator[tuple[bool, bool]]:
-    """Whether an encoding was told, and whether the text is right, of texts in all languages and encodings."""
+    """For texts in all languages and encodings: whether an encoding was detected, and whether the text is correct."""
     languages = {LANGUAGES[script][0]: LANGUAGES[script][1] for script in FOUND} | LATIN
     for language, encodings in languages.items():
         for encoding in encodings if len(messages(language)) >= 500 else ():

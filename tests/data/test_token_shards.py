@@ -1,4 +1,4 @@
-"""Token files: what is in them, when they are made again, and what goes wrong."""
+"""Token files: contents, when they are written again, and errors."""
 
 from __future__ import annotations
 
@@ -241,7 +241,7 @@ def test_mapped_shards_keep_no_file_descriptors(write_shards: WriteShards) -> No
     assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
 
 
-def test_user_mistakes_are_named(write_shards: WriteShards, tmp_path: Path) -> None:
+def test_user_mistakes_are_reported(write_shards: WriteShards, tmp_path: Path) -> None:
     tokenizer = ByteTokenizer()
 
     def fails(folder: Path, message: str) -> None:
@@ -260,7 +260,7 @@ def test_user_mistakes_are_named(write_shards: WriteShards, tmp_path: Path) -> N
     with pytest.raises(UserError, match="there is no text in shard_00000"):
         TokenShards.open_split(folder, tokenizer)
     pq.write_table(pa.table({"text": [1, 2]}), folder / "shard_00001.parquet")
-    fails(folder, r"column `text` of .*shard_00001\.parquet holds int64, not strings")
+    fails(folder, r"column `text` of .*shard_00001\.parquet contains int64, not strings")
     path = folder / "shard_00001.parquet"
     for broken in (path.read_bytes()[:-20], b"", b"no parquet"):
         path.write_bytes(broken)
@@ -287,7 +287,7 @@ def test_a_header_with_a_flipped_bit_is_read_correctly_or_rejected(write_shards:
 
 
 def test_a_flipped_bit_is_detected_in_the_background(write_shards: WriteShards) -> None:
-    """Also in a file that the run has not come to yet."""
+    """Also in a file that the run has not read yet."""
     tokenizer = ByteTokenizer()
     folder = write_shards(*TEXTS)
     _prepare(folder, tokenizer)

@@ -115,14 +115,16 @@ def test_warc(tmp_path: Path, compressed: bool) -> None:
     assert [read(found) for found in find_files(tmp_path).files] == [["café", "plain text", TEXT]]
 
 
-def test_a_damaged_warc_file_is_named(tmp_path: Path) -> None:
+def test_a_damaged_warc_file_is_reported(tmp_path: Path) -> None:
     (tmp_path / "bad.warc").write_bytes(b"not a warc file\n\n")
     with pytest.raises(UserError, match=r"bad\.warc"):
         read(tmp_path / "bad.warc")
 
 
 @pytest.mark.parametrize(("suffix", "module"), [("html", "selectolax.lexbor"), ("warc", "warcio.archiveiterator")])
-def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, module: str) -> None:
+def test_a_missing_library_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, module: str
+) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     (tmp_path / f"page.{suffix}").write_text("<p>x")
     with pytest.raises(UserError, match=r"pip install 'lmchat\[web\]'"):

@@ -125,21 +125,21 @@ def test_other_xml_is_left_out(tmp_path: Path, xml: str) -> None:
         (f'<mediawiki><page a="{"x" * 3_000_000}"/></mediawiki>', "a tag longer than 1,048,576 bytes"),
     ],
 )
-def test_damaged_exports_are_named(tmp_path: Path, xml: str, message: str) -> None:
+def test_damaged_exports_are_reported(tmp_path: Path, xml: str, message: str) -> None:
     (tmp_path / "a.xml").write_text(xml)
     with pytest.raises(UserError, match=message):
         read(tmp_path / "a.xml")
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-30], lambda data: data[:60] + b"\0" * 20 + data[80:]])
-def test_damaged_bz2_is_named(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+def test_damaged_bz2_is_reported(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     (tmp_path / "a.xml.bz2").write_bytes(damage(bz2.compress(export(page("A", "a")).encode())))
     with pytest.raises(UserError, match=r"a\.xml\.bz2"):
         read(tmp_path / "a.xml.bz2")
 
 
 def test_memory_is_bounded(tmp_path: Path) -> None:
-    """A page of a hundred times the limit is passed over without being held."""
+    """A page of a hundred times the limit is skipped without loading it."""
     with gzip.open(tmp_path / "a.xml.gz", "wt", compresslevel=1) as file:
         before, after = export(page("Huge", "@"), page("A", "a")).split("@")
         file.write(before)
@@ -160,7 +160,7 @@ def test_any_wikitext_gives_text(text: str) -> None:
     assert isinstance(wiki_text(text, {"file"}), str)
 
 
-def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mwparserfromhell", None)
     (tmp_path / "a.xml").write_text(export(page("A", "a")))
     with pytest.raises(UserError, match=r"pip install 'lmchat\[web\]'"):

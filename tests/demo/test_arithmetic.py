@@ -34,14 +34,14 @@ def calls(problem: WordProblem) -> list[tuple[str, str]]:
 
 
 def numbers_told(question: str) -> Counter[int]:
-    """Every number of a story, those in words included."""
+    """All numbers of a story, including those in words."""
     found = re.findall(r"\d+|\b(?:half|twice|doubles)\b", question.lower())
     return Counter(NUMBER_WORDS[number] if number in NUMBER_WORDS else int(number) for number in found)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_solutions_use_the_numbers_of_the_story(family: str) -> None:
-    """Each calculation goes on from a result and takes one new number from the story, which has no other numbers."""
+    """Each calculation uses the previous result and one new number from the story, which has no other numbers."""
     for problem in problems(400, families=[family]):
         told, used = numbers_told(problem.question), Counter[int]()
         quantities: list[int] = []
@@ -61,7 +61,7 @@ def test_the_calculator_gives_the_results_of_the_solutions() -> None:
     for problem in problems(2_000):
         for expression, result in calls(problem):
             assert calculate(expression) == result
-            value = eval(expression)  # an independent calculator, on text that this test made
+            value = eval(expression)  # an independent calculator, on text of this test
             assert isinstance(value, int)
             assert value == int(result)
             if "//" in expression:
@@ -90,7 +90,7 @@ def test_a_conversation_has_calls_as_parts() -> None:
         assert task.reward(conversation, mumbled) == 0.5
 
 
-# How to work out a story sentence by sentence, written without the generator's tables.
+# A solver that reads a story sentence by sentence, independent of the generator's tables.
 Rule = tuple[str, Callable[[dict[str, int], list[Any]], None]]
 
 
@@ -163,7 +163,7 @@ def test_answers_follow_from_the_text(family: str, rules: list[Rule]) -> None:
 
 
 def test_no_calculation_is_in_both_splits() -> None:
-    """Whatever the other options: RL problems of another difficulty cannot repeat a test problem either."""
+    """For all other options: RL problems of another difficulty cannot repeat a test problem either."""
     train = {problem.calculation for problem in problems(6_000, operands=(2, 9), steps=(1, 2))}
     train |= {problem.calculation for problem in problems(6_000, steps=(2, 4), seed=7, families=["bus", "ages"])}
     test = {problem.calculation for problem in problems(1_000, split="test", operands=(2, 9), steps=(1, 2))}
@@ -196,7 +196,7 @@ def test_every_family_has_stories_of_every_length(family: str, steps: int) -> No
 
 
 def regex(pattern: str) -> str:
-    """What a pattern's sentences look like, in a sentence of their own or after an "and"."""
+    """Regular expression for a pattern's sentences, alone or after an "and"."""
     start = r"(?:\w+|(?<=and)|(?<=then)) " if pattern.startswith("{who} ") else ""
     text = re.escape(pattern.removeprefix("{who} ").removesuffix(".").removesuffix("?"))
     text = re.sub(r"\\\[(.*?)\\\]", lambda found: f"(?:{found[1].replace(chr(92) + '|', '|')})", text)
@@ -221,7 +221,7 @@ def test_every_operation_and_template_occurs() -> None:
 
 
 def test_persons_named_before_become_pronouns_or_are_left_out() -> None:
-    """The pronoun is the person's own, says who is meant, and comes after the name; both kinds of links occur."""
+    """The pronoun is the person's, is unambiguous and comes after the name; pronouns and omissions both occur."""
     found: Counter[str] = Counter()
     for problem in problems(4_000):
         names = re.findall(rf"\b(?:{'|'.join(PRONOUNS)})\b", problem.question)
@@ -305,7 +305,7 @@ def test_mistakes_are_refused(bad: dict[str, Any], complaint: str) -> None:
 
 
 def test_ranges_without_a_problem_are_refused() -> None:
-    """The one calculation that these ranges leave is 100//2, and it is in one split only."""
+    """The only calculation in these ranges is 100//2, which is in one split only."""
     options: dict[str, Any] = {"operands": (100, 100), "factors": (90, 99), "max_value": 100, "families": ["bus"]}
     mine, other = ("train", "test") if in_split("100//2", "train") else ("test", "train")
     assert problems(1, split=mine, steps=(1, 1), **options)[0].calculation == "100//2"

@@ -23,7 +23,7 @@ def grams(documents: list[str], length: int) -> Iterator[bytes]:
 
 
 class SlowKneserNey:
-    """The same model from dictionaries of byte strings, in the words of the formula."""
+    """The formula of the model, on dictionaries of byte strings."""
 
     def __init__(self, documents: list[str], context_bytes: int) -> None:
         longest = Counter(grams(documents, context_bytes + 1))
@@ -79,7 +79,7 @@ def test_a_longer_context_improves_predictions() -> None:
         for n in (0, 2, 6)
     ]
     assert bits[0] > bits[1] > bits[2]
-    # Seven bytes hold one choice among eight words.
+    # Seven bytes encode one of eight words.
     assert bits[2] == pytest.approx(math.log2(8) / 7, rel=0.05)
 
 

@@ -137,7 +137,7 @@ def test_a_user_trains_on_a_folder_of_text(text: Path, tmp_path: Path, capfd: py
     output = tmp_path / "a run"
     demo(text=text, output=output)
     first_out = capfd.readouterr().out
-    assert "gzip, xz and an n-gram model are reading the text" in first_out
+    assert "measuring gzip, xz and an n-gram model on the text" in first_out
     summary = json.loads((output / "summary.json").read_text())
     stages = summary["stages"]
     assert list(stages) == list(command.STAGES)
@@ -182,7 +182,7 @@ def test_metrics_of_the_last_step_are_evaluated_if_not_logged(
     steps, bits = header.split(",").index("step"), header.split(",").index("val/bpb")
     evaluations = [row for row in rows if row.split(",")[bits]]
     assert [row.split(",")[steps] for row in evaluations] == ["0", "4"]
-    # The evaluations are lost, and the last step is not the last that was recorded.
+    # Without the evaluations, the last record is not that of the last step.
     kept = [row for row in rows if row not in evaluations and row.split(",")[steps] != "4"]
     stale = evaluations[0].split(",")
     stale[steps], stale[bits] = "2", "9.0"
@@ -196,7 +196,7 @@ def test_metrics_of_the_last_step_are_evaluated_if_not_logged(
 
 
 def test_ctrl_c_waits_for_the_checkpoint(text: Path, tmp_path: Path) -> None:
-    """Both processes get the signal, as in a terminal; the trainer takes longer than Python's patience of 0.25 s."""
+    """Both processes get the signal, as in a terminal; the trainer takes longer than subprocess's 0.25 s."""
     trainer, driver = tmp_path / "trainer.sh", tmp_path / "driver.py"
     trainer.write_text(
         "#!/bin/sh\ncd " + shlex.quote(str(tmp_path)) + "\n"
@@ -210,7 +210,7 @@ def test_ctrl_c_waits_for_the_checkpoint(text: Path, tmp_path: Path) -> None:
         f"sys.executable = {str(trainer)!r}\n"
         f"sys.exit(main(['demo', '--output', {str(tmp_path / 'run')!r}]))\n"
     )
-    # A shell's background job ignores the signal, and would hand that on.
+    # A shell's background job ignores the signal, and its children inherit that.
     interruptible = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(
         [sys.executable, str(driver)],
@@ -246,7 +246,7 @@ def test_one_small_file_is_enough(
     assert demo_text.collect_text(run)["documents"] == 60
     size = demo_text.train_tokenizer(run)["vocab_size"]
     assert 265 < size < 4096
-    assert f"the tokenizer gets {size}" in capfd.readouterr().out
+    assert f"the tokenizer has {size}" in capfd.readouterr().out
     assert demo_text.tokenize(run)["validation_tokens"] > 0
 
 
@@ -263,7 +263,7 @@ def test_separators_depend_on_number_and_length_of_files(text: Path, tmp_path: P
 def test_make_derives_the_output_folder_from_the_text() -> None:
     def command_line(*variables: str) -> list[str]:
         root = Path(__file__).resolve().parents[2]
-        # The test itself may run under make, which would pass on its flags.
+        # The test may run under make, whose flags must not be inherited.
         environment = {name: value for name, value in os.environ.items() if "MAKE" not in name and name != "MFLAGS"}
         shown = subprocess.run(
             ["make", "-n", "-o", ".venv/.installed", "demo", *variables],
@@ -312,9 +312,9 @@ def test_a_folder_with_other_files_is_refused(text: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"recipe": 1}'])
-def test_a_damaged_summary_is_named(content: str, text: Path, tmp_path: Path) -> None:
+def test_a_damaged_summary_is_reported(content: str, text: Path, tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text(content)
-    with pytest.raises(UserError, match=r"summary.json is damaged or not of a demo .*; delete .*--output"):
+    with pytest.raises(UserError, match=r"summary.json is damaged or was not written by a demo .*; delete .*--output"):
         demo(text, tmp_path)
 
 

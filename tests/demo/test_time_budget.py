@@ -13,7 +13,7 @@ ACCUMULATION = 2
 
 
 class Line(L.LightningModule):
-    """A regression whose every micro-batch takes as long as the clock says."""
+    """A regression whose micro-batches advance a mock clock."""
 
     def __init__(self, clock: Clock) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ def test_the_initial_evaluation_is_not_part_of_the_forecast(
 
 
 def test_steps_so_far_stay_in_the_constant_phase(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five steps are 40 % of twelve: with fewer, the learning rate should have fallen already."""
+    """Five steps are 40 % of twelve: with fewer steps, the learning rate would have fallen already."""
     budget = TimeBudget(minutes=1, check_every_n_steps=5, until=0.4)
     with pytest.warns(UserWarning, match="enough for 12 of 100 steps"):
         assert steps_taken(monkeypatch, 30.0, budget) == 12

@@ -1,4 +1,4 @@
-"""A built wheel holds all that the demo needs: it runs where there is no clone of the repository."""
+"""A built wheel contains everything the demo needs: it runs without a clone of the repository."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ print(Arithmetic("test")[0]["messages"][0]["content"], Identity("test")[0]["mess
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of the repository as it is."""
+    """The wheel of the working tree."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         (source / name).symlink_to(REPOSITORY / name)
-    # A copy: building writes into it, maybe while another worker builds too.
+    # A copy, since a build writes to the tree, and another worker may build too.
     shutil.copytree(REPOSITORY / "src", source / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     command = "from setuptools import build_meta; import sys; print(build_meta.build_wheel(sys.argv[1]))"
     subprocess.run([sys.executable, "-c", command, str(folder)], cwd=source, check=True, capture_output=True)
@@ -47,7 +47,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_wheel_holds_texts_configs_and_the_page(wheel: Path) -> None:
+def test_the_wheel_contains_texts_configs_and_the_page(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     source = REPOSITORY / "src"

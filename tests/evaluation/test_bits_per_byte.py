@@ -1,4 +1,4 @@
-"""Bits per byte against the reference implementation's, and its defining properties."""
+"""Bits per byte compared with the reference implementation, and their defining properties."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The evaluation bundle is fetched from a server, here a local stand-in."""
+"""Download of the evaluation bundle, from a local mock server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lmchat.evaluation.core import read_bundle
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """Serves files; drops the connection in the middle of the first download of each that is named ``once``."""
+    """Serves files; drops the first connection for files named ``once``."""
 
     dropped: bool = False
 
@@ -30,7 +30,7 @@ class Handler(SimpleHTTPRequestHandler):
         super().copyfile(source, outputfile)
 
     def log_message(self, *_: object) -> None:
-        """Silent."""
+        """Logs nothing."""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Answers to questions with letters, against a full forward pass of each question by itself."""
+"""Multiple-choice answers compared with a separate forward pass of each question."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TOKENIZER = Tokenizer({bytes([byte]): byte for byte in range(256)})
 
 
 class Letters(Task, MultipleChoice):
-    """Questions of many lengths with three or four letters; a text is right if it is its reference answer."""
+    """Questions of many lengths with three or four letters; an answer is correct if it equals the reference answer."""
 
     def num_examples(self) -> int:
         return 9
@@ -48,7 +48,7 @@ def model() -> GPT:
 
 
 def alone(model: GPT, task: Letters, conversation: Conversation) -> str:
-    """The likeliest letter after the question, which no other question is read with."""
+    """The most likely letter after a question that is evaluated alone."""
     with torch.no_grad():
         logits = model(torch.tensor([render_for_completion(TOKENIZER, conversation)]))[0, -1]
     return max(task.letters(conversation), key=lambda letter: float(logits[TOKENIZER.encode(letter)[0]]))
@@ -64,7 +64,7 @@ def test_batching_does_not_change_the_most_probable_letter(model: GPT) -> None:
 
 
 def test_answering_questions_compiles_nothing(model: GPT) -> None:
-    """Each length would compile the blocks anew, until torch gives up and trains without it."""
+    """Each length would recompile the blocks, until torch gives up and runs them eagerly."""
     for block in model.blocks:
         block.compile(backend=lambda *_: pytest.fail("a question was compiled"))
     task = Letters()

@@ -1,4 +1,4 @@
-"""CORE against the oracle's prompts, tokens and spans, and against scoring one option at a time."""
+"""CORE compared with the oracle's prompts, tokens and spans, and with scoring one option at a time."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_long_prompts_are_truncated_on_the_left_and_cut_answers_counted() -> Non
     ]  # fmt: skip
 
 
-def test_ranks_share_the_items_and_bad_items_are_named(tmp_path: Path) -> None:
+def test_ranks_share_the_items_and_bad_items_are_reported(tmp_path: Path) -> None:
     path = tmp_path / "items.jsonl"
     items = [{"context": f"number {index} is", "continuation": str(index)} for index in range(11)]
     path.write_text("\n".join(map(json.dumps, items)))
@@ -132,7 +132,7 @@ def test_ranks_share_the_items_and_bad_items_are_named(tmp_path: Path) -> None:
     shares = [list(examples(task, BYTES, max_items=9, rank=rank, world_size=2)) for rank in range(2)]
     assert (whole[::2], whole[1::2]) == tuple(shares)
     path.write_text('{"context": "a"}\n' * 3)
-    with pytest.raises(UserError, match="an item is not of the kind language_modeling"):
+    with pytest.raises(UserError, match="an item is not valid for a language_modeling task"):
         list(examples(task, BYTES))
 
 

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on tasks with local data, against the project's own scores and engine."""
+"""lm-evaluation-harness on tasks with local data, compared with lmchat's own scores and engine."""
 
 from __future__ import annotations
 

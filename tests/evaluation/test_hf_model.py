@@ -1,4 +1,4 @@
-"""CORE of a model of the transformers library: a tiny random GPT-2, against a direct implementation."""
+"""CORE of a Hugging Face model, a tiny random GPT-2, compared with a direct implementation."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_an_invalid_model_is_reported(tmp_path: Path, capsys: pytest.CaptureFixt
     write_bundle(tmp_path / "eval_bundle")
     core = ["--core", str(tmp_path / "eval_bundle")]
     for model, options, message in (
-        (f"hf:{tmp_path}", core, "holds no causal language model"),
+        (f"hf:{tmp_path}", core, "has no causal language model"),
         ("gpt2", core, "give hf:PATH"),
         (f"hf:{tmp_path}", [], "are evaluated on CORE"),
     ):

@@ -1,4 +1,4 @@
-"""Evaluation by name: intervals against their definition, results that survive, failures that stay with their task."""
+"""Evaluation by task name: intervals compared with their definition, saved results, and failures of single tasks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_wilson_bounds_solve_their_equation(successes: int, trials: int) -> None
 
 
 class Echo(Task, Graded):
-    """Questions that are answered by their number; the answer of `answers` is right."""
+    """Questions answered by their number; the answer of `answers` is correct."""
 
     def num_examples(self) -> int:
         return 5
@@ -58,7 +58,7 @@ def evaluate_tasks(policy: Any, tasks: dict[str, Task], path: Path) -> Iterator[
 
 @pytest.fixture
 def graded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Replaces the engine's answers by a fixed one; notes which questions were asked."""
+    """Mocks the engine with a fixed answer; records the questions."""
     asked: list[str] = []
 
     def grade(engine: Any, task: Task, conversations: list[Conversation], **options: Any) -> list[bool]:
@@ -86,7 +86,7 @@ def test_results_are_kept_task_by_task_and_continued(tmp_path: Path, graded: lis
     assert dict(evaluate_tasks(policy(), tasks, path)) == results
     assert not graded
     dict(evaluate_tasks(policy(), {"second": Echo(stop=4)}, path))
-    assert graded == list("0123")  # other settings are another result
+    assert graded == list("0123")  # other settings give another result
 
 
 def test_the_mean_is_centered_by_chance_and_has_an_interval() -> None:
@@ -125,7 +125,7 @@ def test_answers_that_are_programs_are_run(shared_data: Path) -> None:
 
     engine: Any = SimpleNamespace(generate=generate, tokenizer=tokenizer)
     assert grade(engine, task, list(task), sandbox=Sandbox(allow_weak=True)) == [True, False, True]
-    with pytest.raises(UserError, match="are programs; evaluate on it with lmchat eval"):
+    with pytest.raises(UserError, match="are programs; use lmchat eval"):
         check_graded(task)
 
 
@@ -134,5 +134,5 @@ def test_mistakes(tmp_path: Path) -> None:
         make_task("GSM9K")
     for text in ("[1]", '{"a": 1}', "{", "[" * 100_000):
         (tmp_path / "eval.json").write_text(text)
-        with pytest.raises(UserError, match="not a file of results"):
+        with pytest.raises(UserError, match="not a results file"):
             list(evaluate_tasks(policy(), {"a": Echo()}, tmp_path / "eval.json"))

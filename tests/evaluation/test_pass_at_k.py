@@ -1,4 +1,4 @@
-"""pass@k against all choices of k samples, one by one; its interval against drawing the questions anew."""
+"""pass@k compared with all choices of k samples; its interval compared with resampling the questions."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_pass_at_k_equals_brute_force_over_choices(k: int) -> None:
 
 
 class Letters(Task):
-    """The model answers with the letters of the question, one per sample; r is right."""
+    """The model answers with the letters of the question, one per sample; r is correct."""
 
     def __init__(self, num_correct: list[int]) -> None:
         super().__init__()

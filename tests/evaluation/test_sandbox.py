@@ -39,7 +39,7 @@ def run(program: str, tests: str = TESTS) -> Verdict:
 
 
 def descendants_named(marker: str) -> list[str]:
-    """Processes whose command line or name holds the marker."""
+    """Processes whose command line or name contains the marker."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -326,7 +326,7 @@ def test_hostile_programs_are_contained_and_fail(monkeypatch: pytest.MonkeyPatch
         }
         settings = "".join(f"{name} = {value!r}\n" for name, value in values.items())
         started = time.monotonic()
-        # Each has the right function too, where it gets as far: what fails is the deed, not the missing function.
+        # Each program also has the correct function, so that it fails because of the attack.
         verdicts = Sandbox(limits=FAST, max_parallel=8).run(
             [check(settings + ("" if "def square" in deed else SOLUTION) + deed) for deed in HOSTILE.values()]
         )
@@ -343,7 +343,7 @@ def test_hostile_programs_are_contained_and_fail(monkeypatch: pytest.MonkeyPatch
 
 def test_a_program_may_use_its_tmp() -> None:
     assert run(SOLUTION + "open('/tmp/x', 'w').write('1')\nassert open('/tmp/x').read() == '1'\n").passed
-    assert not run(SOLUTION + "open('/tmp/x').read()\n").passed  # not that of the one before
+    assert not run(SOLUTION + "open('/tmp/x').read()\n").passed  # not the previous program's
 
 
 def test_programs_run_at_the_same_time() -> None:
@@ -375,9 +375,9 @@ FLAGS = {"user": "CLONE_NEWUSER", "mount": "CLONE_NEWNS", "pid": "CLONE_NEWPID",
 
 
 @pytest.mark.parametrize(("name", "flag"), FLAGS.items())
-def test_a_refused_namespace_is_named_and_needs_consent(name: str, flag: str, tmp_path: Path) -> None:
+def test_a_refused_namespace_is_reported_and_needs_an_option(name: str, flag: str, tmp_path: Path) -> None:
     driver = tmp_path / "driver.py"
-    # The kernel refuses a flag that there is not.
+    # The kernel refuses an unknown flag.
     driver.write_text(DRIVER.read_text().replace("\nMS_RDONLY", f"\n{flag} = 1 << 20\nMS_RDONLY", 1))
     sandbox = Sandbox(limits=FAST, driver=driver)
     with pytest.raises(UserError, match=rf"refuses .*{re.escape(MISSING[name])}.*--sandbox.allow_weak true"):

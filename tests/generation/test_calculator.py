@@ -1,4 +1,4 @@
-"""The calculator against Python's own arithmetic, the reference's answers, and input that means harm."""
+"""The calculator compared with Python's arithmetic and the reference's answers, and on malicious input."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ REFERENCE = {
     "10%3": None,
 }
 
-# Where the reference answers otherwise: its answer, ours.
+# Differences from the reference: its answer, lmchat's.
 DELIBERATE_DIFFERENCES = {
     "(1,2)": ("12", None),  # no thousands group
     "'a,b'.count(',')": ("3", "1"),  # the comma is part of the string
     "()": ("()", None),  # not a number
-    "'x'.count('__')": (None, "0"),  # a string is data: none is refused for the words in it
+    "'x'.count('__')": (None, "0"),  # strings are data: none is refused for its words
     "'file'.count('f')": (None, "1"),
     "'eval'.count('e')": (None, "1"),
 }
@@ -131,7 +131,7 @@ def _larger(parts: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
 @settings(deadline=None)
 @given(st.recursive(NUMBERS, _larger, max_leaves=12))
 def test_valid_arithmetic_equals_python(expression: str) -> None:
-    """Every expression here is valid Python once the thousands commas are gone, and no longer than the limits."""
+    """Without thousands commas, every expression here is valid Python, within the limits."""
     try:
         value = eval(expression.replace(",", ""))
         expected = str(value) if math.isfinite(value) else None
@@ -157,7 +157,7 @@ def test_any_text_gives_a_string_or_nothing(text: str) -> None:
 
 
 def _hostile(rng: random.Random) -> str:
-    """One piece of hostile input, of one of many kinds."""
+    """One malicious input, of one of many kinds."""
     size = rng.choice([1, 5, 30, 300, 3000, 100_000])
     pieces = [
         "1",
@@ -202,7 +202,7 @@ def _hostile(rng: random.Random) -> str:
 
 
 def test_hostile_input_is_harmless() -> None:
-    """12,000 pieces: nothing raises, hangs, imports, opens anything or answers at length."""
+    """12,000 inputs: none raises, hangs, imports or opens anything, or has a long result."""
     rng = random.Random(0)
     pieces = [_hostile(rng) for _ in range(12_000)]
     events: list[str] = []
@@ -250,6 +250,6 @@ def test_results_beyond_the_limits_are_refused() -> None:
     # Grouping thousands costs no digits.
     grouped = f"{int('9' * MAX_DIGITS):,}"
     assert calculate(grouped) == "9" * MAX_DIGITS
-    # Floats overflow to nothing rather than to "inf".
+    # Floats that overflow have no value, instead of "inf".
     large = "9" * (MAX_DIGITS - 1) + "."
     assert calculate("*".join([large] * 4)) is None

@@ -1,4 +1,4 @@
-"""Decode steps on a CUDA device without values: no mixed devices, and the host does not wait for the device."""
+"""Decode steps on a fake CUDA device: no mixed devices, and no device sync."""
 
 from __future__ import annotations
 

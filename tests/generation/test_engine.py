@@ -1,4 +1,4 @@
-"""The engine against the reference's recorded runs, plain full forward passes, and a model that follows a script."""
+"""The engine compared with recorded runs of the reference and full forward passes, and with a scripted model."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def one_thread() -> Iterator[None]:
 
 
 def _model(compute_dtype: torch.dtype = torch.float64, seed: int = 0) -> GPT:
-    """All weights random, none zero; short windows; in float64 so that no rounding decides between tokens."""
+    """A model with random, non-zero weights and short windows, in float64 to avoid ties by rounding."""
     config = GPTConfig(
         sequence_len=32,
         vocab_size=TOKENIZER.vocab_size,
@@ -92,7 +92,7 @@ def _greedy_without_cache(model: GPT, prompt: Sequence[int], count: int) -> list
 
 
 def test_greedy_equals_the_full_forward_pass() -> None:
-    """Prompts of many lengths together, well past the length the windows are made for."""
+    """Prompts of many lengths in one batch, far beyond the windows."""
     model = _model()
     prompts = _prompts(1, 7, 32, 33, 90)
     completions = _generate(
@@ -133,7 +133,7 @@ def test_logprobs_equal_the_full_forward_pass(compute_dtype: torch.dtype, tolera
 
 @pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16])
 def test_casting_weights_once_changes_nothing(compute_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The inference copy against a model that casts at every use; packed products sum in another order."""
+    """The inference copy compared with a model that casts at every use; packed products sum in another order."""
     model, [prompt] = _model(compute_dtype), _prompts(50)
     with torch.no_grad():
         expected = model(torch.tensor([prompt]))
@@ -157,7 +157,7 @@ def test_a_row_of_a_matrix_product_does_not_depend_on_other_rows() -> None:
 
 
 class _AnyTokenizer:
-    """Stands in for the tokenizer of an oracle model, whose vocabulary has no special tokens."""
+    """Mock tokenizer of an oracle model, whose vocabulary has no special tokens."""
 
     bos_id = -3
 
@@ -199,7 +199,7 @@ def test_reference_continuations(oracles: Path, name: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Samples and who shares the batch
+# Samples do not depend on the rest of the batch
 
 
 def test_a_sample_does_not_depend_on_the_batch() -> None:
@@ -256,9 +256,9 @@ def test_first_tokens_follow_the_model() -> None:
 
 
 class _ScriptedModel(nn.Module):
-    """Says ``scripts[i][step]`` after a prompt that ends in i, then stops; remembers the rows of every decode step.
+    """Generates ``scripts[i][step]`` after a prompt that ends in i, then stops; records the rows of each decode step.
 
-    The script's number is kept in the KV pool, so that a row that is moved must take its slot along.
+    The number of the script is stored in the KV pool, so a row that moves must move its slot too.
     """
 
     def __init__(self, scripts: Sequence[Sequence[int]], prompt_length: int) -> None:
@@ -304,7 +304,7 @@ def _tool_cases(fixtures: Path) -> dict[str, Any]:
 
 
 def test_tool_use_as_the_reference(fixtures: Path) -> None:
-    """Each recorded case, its rows side by side; ours keeps the token that ends a row."""
+    """Each recorded case, its rows in one batch; lmchat also returns the stop token."""
     for name, case in _tool_cases(fixtures).items():
         scripts = list(zip(*case["sampled_by_step"], strict=True))
         completions, _ = _run_scripts(scripts, max_new_tokens=case["max_tokens"])
@@ -327,7 +327,7 @@ def test_tool_use_of_all_cases_in_one_batch(fixtures: Path) -> None:
     expected = [tokens[3:] for case in cases for tokens in case["batch_tokens"]]
     completions, model = _run_scripts(scripts, max_new_tokens=60)
     assert [completion.content for completion in completions] == expected
-    # Every row is decoded until it ends and no longer, after one prefill of all prompts but their last tokens.
+    # Every row is decoded until it ends, after one prefill of all prompts without their last tokens.
     assert model.prefilled == [2 * len(scripts)]
     lengths = [len(completion.ids) for completion in completions]
     assert model.decoded == [sum(n > step for n in lengths) for step in range(max(lengths))]
@@ -347,13 +347,13 @@ def _script(text: str) -> list[int]:
         ("<()>ok|", "<()>ok|"),
         ("<>ok|", "<>ok|"),
         ("<9*9>....<1+1>...|", "<9*9>[81]<1+1>[2]|"),
-        ("[7]<1+1>...|", "[7]<1+1>[2]|"),  # output tokens the model makes up are its own
+        ("[7]<1+1>...|", "[7]<1+1>[2]|"),  # output tokens that the model samples itself
         ("<'a,b'.count(',')>...|", "<'a,b'.count(',')>[1]|"),
     ],
 )
 def test_calculator_calls_and_results(says: str, becomes: str) -> None:
     [completion], _ = _run_scripts([_script(says)], max_new_tokens=60)
-    # A forced token takes the place of what the script would say at that step.
+    # A forced token replaces the script's token of that step.
     assert completion.ids == _script(becomes)
     forced = [token for token, sampled in zip(completion.ids, completion.mask, strict=True) if not sampled]
     assert len(forced) == sum(a != b for a, b in zip(says, becomes, strict=True))
@@ -400,7 +400,7 @@ def test_stream_equals_generate() -> None:
 
 
 def _stream_script(script: list[int], **options: Any) -> list[tuple[str, str]]:
-    """(role, text) of each run of pieces of one role."""
+    """(role, text) of each run of tokens with the same role."""
     model = _ScriptedModel([script], prompt_length=3)
     stream = _stream(_scripted_engine(model), [BOS, 65, 0], temperature=0, max_new_tokens=80, **options)
     return [
@@ -434,7 +434,7 @@ def test_stream_ends_within_a_character(limit: int) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The model is left as it was
+# The model is not modified
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -456,7 +456,7 @@ def test_model_is_restored(training: bool) -> None:
 
 
 def test_training_continues_after_generation() -> None:
-    """Nothing made in inference mode may stay behind in the model."""
+    """No inference-mode tensor may remain in the model."""
     model = _model(torch.float32)
     _generate(Engine(model, TOKENIZER), _prompts(5, 40), max_new_tokens=4)
     ids = torch.tensor([_prompts(33)[0]])
@@ -478,7 +478,7 @@ def test_refresh_copies_new_weights_in_place(compute_dtype: torch.dtype) -> None
     assert _generate(engine, prompts, **options) == expected
     assert [weight.data_ptr() for weight in engine.runner.net.parameters()] == addresses
     for weight, new in zip(model.parameters(), _model(compute_dtype).parameters(), strict=True):
-        weight.data = new.data  # as an optimizer does that keeps its weights in one buffer
+        weight.data = new.data  # like an optimizer with all weights in one buffer
     engine.refresh()
     assert _generate(engine, prompts, **options) == before
 
@@ -495,7 +495,7 @@ def test_model_is_restored_after_an_error() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Mistakes
+# Errors
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The engine against the reference engine, token for token, on random requests."""
+"""The engine compared with the reference engine, token by token, on random requests."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ params = st.builds(
 
 
 def expected_ids(prompt: list[int], options: dict[str, Any]) -> list[tuple[list[int], list[int], bool]]:
-    """The reference engine's samples of one prompt, by itself."""
+    """The reference engine's samples of one prompt alone."""
     [samples] = reference_engine.Engine(model(), TOKENIZER).generate([prompt], **options)
     return [(sample.ids, sample.mask, sample.finished) for sample in samples]
 
@@ -80,7 +80,7 @@ def test_mixed_requests_in_one_batch(requests: list[tuple[list[int], dict[str, A
 @QUICK
 @given(st.data())
 def test_requests_that_arrive_and_finish_at_different_times(data: st.DataObject) -> None:
-    """Requests arrive while others run, some begin like an earlier one, some are cancelled."""
+    """Requests arrive while others run; some share a prefix with an earlier one, some are cancelled."""
     engine = Engine(model(), TOKENIZER, max_rows=data.draw(st.integers(1, 6)))
     requests: dict[int, tuple[list[int], dict[str, Any]]] = {}
     yielded: dict[tuple[int, int], list[int]] = {}

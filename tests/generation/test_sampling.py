@@ -1,4 +1,4 @@
-"""Sampling against the softmax it must follow, and the independence of its random numbers."""
+"""Sampled frequencies compared with the softmax, and the independence of the random numbers."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_each_token_owns_its_share_of_the_unit_interval() -> None:
     uniforms = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     observed = np.bincount(_sample(logits.expand(count, 80), params, uniforms)[0].numpy(), minlength=80)
     expected = _expected_probabilities(logits[0].numpy(), params) * count
-    # The weights are fp32, and of 80 roundings some add up.
+    # The weights are fp32, and 80 rounding errors add up.
     assert np.abs(observed - expected).max() <= 1 + 1e-6 * count
 
 
@@ -165,7 +165,7 @@ def test_uniforms_belong_to_seed_and_sample() -> None:
 
 
 def test_uniforms_are_the_same_everywhere() -> None:
-    """Rollouts of one seed must repeat on another machine and in another year."""
+    """Rollouts with the same seed must be equal on all machines and versions."""
     assert sample_uniforms(42, 0, 2).tolist() == [0.7739560485559633, 0.4388784397520523]
 
 

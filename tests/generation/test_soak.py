@@ -1,4 +1,4 @@
-"""Random requests that come and go: none is lost, none is mixed up with another, and nothing is left behind."""
+"""Random requests that arrive and are cancelled: none is lost or mixed up, and no memory leaks."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _random_request(rng: random.Random) -> tuple[list[int], dict[str, object]]:
 
 
 def _tensor_bytes() -> int:
-    """Bytes of all tensors there are, but for packed weights, which do not tell theirs."""
+    """Bytes of all live tensors, except packed weights, whose size is unknown."""
     gc.collect()
     tensors = [each for each in gc.get_objects() if type(each) is torch.Tensor and each.layout is torch.strided]
     return sum(each.untyped_storage().nbytes() for each in tensors)
@@ -71,7 +71,7 @@ def test_random_requests(count: int) -> None:
     ended: dict[int, set[int]] = {}
     finished, added, memory, tensors = [], 0, 0, 0
     while added < count or open_requests:
-        # Without the limit requests arrive faster than they are served, and it is the queue that grows.
+        # Without the limit, requests arrive faster than they are served, and the queue grows.
         while added < count and engine.num_waiting < 40 and rng.random() < 0.6:
             prompt, options = _random_request(rng)
             if rng.random() < 0.1:
@@ -102,7 +102,7 @@ def test_random_requests(count: int) -> None:
     assert len(engine.prefixes) <= engine.runner.pool.num_slots
     if count >= 10_000:
         assert _tensor_bytes() < tensors + 1_000_000
-        # Not flat: oneDNN keeps code for up to 1,024 shapes of products, and every length of a prompt is one.
+        # Not constant: oneDNN caches code for up to 1,024 product shapes, and each prompt length is one.
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < memory + 150_000, "kilobytes"
     alone = _engine()
     for request, prompt, options in rng.sample(finished, 60):
@@ -172,7 +172,7 @@ def test_a_conversation_reuses_the_cache_of_earlier_turns() -> None:
 
 
 def test_reused_prefixes_do_not_change_answers() -> None:
-    """Prompts that branch off at random places of each other, so that slots are cut back and wrap around again."""
+    """Prompts that diverge from each other at random positions, so that slots are truncated and wrap around again."""
     rng, warm, cold = random.Random(0), _engine(), _engine()
     base = [rng.randrange(256) for _ in range(250)]
     reused = 0

@@ -1,4 +1,4 @@
-"""A tokenizer with nothing to learn: ids are UTF-8 bytes."""
+"""A tokenizer without training, whose ids are UTF-8 bytes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 
 class ByteTokenizer:
-    """Bytes as ids; ``encoded`` collects what was encoded, ``fails_on`` makes one text raise."""
+    """A tokenizer whose ids are bytes; ``encoded`` collects the encoded texts, the text ``fails_on`` raises."""
 
     bos_id = 256
 
@@ -24,5 +24,5 @@ class ByteTokenizer:
         return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32)
 
     def document(self, text: str) -> list[int]:
-        """What a document of this text must be in a token file."""
+        """Expected tokens of a document with this text in a token file."""
         return [self.bos_id, *text.encode()]

@@ -1,4 +1,4 @@
-"""The part of a checkpoint's ``meta`` that a stage gives, for checkpoints whose weights are no GPT's."""
+"""The stage's part of a checkpoint's ``meta``, for checkpoints whose weights are not those of a GPT."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A CUDA device without one: tensors that have a shape, a dtype and a device, but no values.
+"""A fake CUDA device: tensors with a shape, dtype and device, but no values.
 
-Operators run as shape functions: mixed devices raise, and so does whatever must read a value, such as `item`. Works
-with a torch that was built for CPUs only.
+Operators compute shapes only. Mixed devices raise, as do operators that read a value, such as `item`. Works with a
+CPU-only build of torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class _WithoutDriver(TorchFunctionMode):
-    """What asks for a CUDA driver even for fake tensors: indexing is spelled out as operators, a copy checks shapes."""
+    """Replaces operations that need a CUDA driver even for fake tensors: indexing and copies."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__getitem__:
@@ -76,6 +76,6 @@ class WaitsForTheDevice(TorchDispatchMode):
 
 @contextmanager
 def fake_cuda() -> Iterator[WaitsForTheDevice]:
-    """Within it, ``device="cuda"`` exists; yields the count of blocking copies to the CPU."""
+    """Context manager in which ``device="cuda"`` exists; yields a counter of blocking copies to the CPU."""
     with FakeTensorMode(), WaitsForTheDevice() as waits, _WithoutDriver():
         yield waits

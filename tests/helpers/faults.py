@@ -1,4 +1,4 @@
-"""Callbacks for runs of `lmchat fit` in processes of their own: what goes wrong in them, and what they were fed."""
+"""Callbacks that inject faults into runs of `lmchat fit` or record their batches."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def _signal(name: str) -> Any:
 
 
 def _fill_disk() -> None:
-    """The system call itself refuses, in this process, a file of 20 kB or more."""
+    """Makes writes fail, in this process, for files of 20 kB or more."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 
 
 def _make_read_only() -> None:
-    """The folder of checkpoints, for this process alone: in a mount namespace of its own."""
+    """Makes the checkpoint folder read-only for this process, in a separate mount namespace."""
     folder = Path(os.environ["LMCHAT_BASE_DIR"]) / "base_checkpoints" / "d2"
     folder.mkdir(parents=True, exist_ok=True)
     path, libc = os.fsencode(folder), ctypes.CDLL(None, use_errno=True)
@@ -58,7 +58,7 @@ DEEDS = {
 
 
 class Fault(Callback):
-    """Does ``deed`` on one rank, in the named hook, at its ``count``-th call from 0."""
+    """Calls ``deed`` on one rank, in the named hook, at its ``count``-th call from 0."""
 
     def __init__(self, deed: str, rank: int, hook: str, count: int) -> None:
         self.deed, self.rank, self.left = DEEDS[deed], rank, count
@@ -102,13 +102,13 @@ class InfiniteGradient(Callback):
 
 
 def _row_digest(inputs: Any, targets: Any) -> str:
-    """Digest of a row up to its last target, however it is padded."""
+    """Digest of a row up to its last target, independent of padding."""
     end = sum((targets >= 0).nonzero()[-1:].flatten().tolist()) + 1
     return hashlib.sha256(inputs[:end].numpy().tobytes() + targets[:end].numpy().tobytes()).hexdigest()
 
 
 class Diary(Callback):
-    """A line per micro-batch in a file of the rank's: step, place in the step over all ranks, its rows, its loss."""
+    """Writes a line per micro-batch to a file per rank: step, position in the step over all ranks, rows, loss."""
 
     def __init__(self, directory: str) -> None:
         self.directory = Path(directory)

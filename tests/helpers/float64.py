@@ -1,4 +1,4 @@
-"""Fine-tuning and reinforcement learning in double precision, where equal means equal to the last digits."""
+"""Fine-tuning and reinforcement learning in double precision, so that results can be compared to the last digits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class _Float64:
         if not is_new:
             return
         self.net.compute_dtype = torch.float64
-        # Weights that are still zero get gradients of rounding errors, which Adam and Muon would blow up.
+        # The gradients of weights that are still zero are rounding errors, which Adam and Muon would amplify.
         generator = torch.Generator().manual_seed(0)
         for param in self.net.double().parameters():
             param.data += 0.02 * torch.randn(param.shape, generator=generator, dtype=torch.float64)
@@ -44,7 +44,7 @@ class Float64GRPO(_Float64, GRPOModule):
 
 
 class Whims(Arithmetic):
-    """Answers of an untrained model are rewarded by their letters; every third question by nothing."""
+    """Rewards an untrained model's answers by their letters; every third question has reward 0."""
 
     def reward(self, conversation: Conversation, completion: str) -> float:
         question = str(conversation["messages"][-2]["content"])

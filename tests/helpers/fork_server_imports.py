@@ -1,4 +1,4 @@
-"""What the fork server imports for its children, see `forked`."""
+"""Modules that the fork server imports for its children, see `forked`."""
 
 from lmchat.cli.lean_imports import lean_imports
 

@@ -1,7 +1,7 @@
-"""Processes that start at once: forked from one that has torch and Lightning imported.
+"""Processes that start quickly, forked from a server that has imported torch and Lightning.
 
-A test process has one such server. Functions that its children run are in modules of this folder, which the children
-import under the same name.
+A test process has one such server. The functions that its children run are in modules of this folder, which the
+children import under the same name.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _PORTS = itertools.count(97 * os.getpid())
 def start(
     function: Callable[..., Any], *args: Any, output: Path, environment: Mapping[str, str] | None = None
 ) -> BaseProcess:
-    """Calls ``function(*args)`` in a session of its own, which ends at the latest with the fork server.
+    """Calls ``function(*args)`` in a process with its own session, which ends at the latest with the fork server.
 
     Args:
         function: the exit status is what it returns, 0 for None.
@@ -48,7 +48,7 @@ def start(
 
 
 def _ensure_server() -> None:
-    """Before Python 3.13 the server does not look for modules where its parent does, but for PYTHONPATH."""
+    """Starts the server. Before Python 3.13 it finds modules by PYTHONPATH, not by the parent's path."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
         ensure_running()
@@ -62,13 +62,13 @@ def _run(function: Callable[..., Any], args: Sequence[Any], variables: dict[str,
     os.dup2(file, 2)
     os.environ.clear()
     os.environ.update(variables)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by the jobs of a shell in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by background jobs of a shell
     gc.freeze()
     sys.exit(function(*args))
 
 
 def free_port() -> int:
-    """A free port. Parallel test processes begin at different ones, outside the range of outgoing connections."""
+    """A free port, outside the range of outgoing connections. Parallel test processes search different ranges."""
     while True:
         port = 20_000 + next(_PORTS) % 12_000
         with socket.socket() as listener, suppress(OSError):

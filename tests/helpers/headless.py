@@ -17,7 +17,7 @@ FLAGS = [
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Playwright's handle of a browser; skips where there is none."""
+    """Playwright's browser; skips the test if there is none."""
     if CHROMIUM is None:
         pytest.skip("there is no browser; install one with apt-get install chromium")
     playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")

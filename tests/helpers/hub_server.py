@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub: the few endpoints a download uses, over real HTTP, with faults on order."""
+"""A mock Hugging Face Hub over HTTP: the endpoints that a download uses, with injected faults."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class HubServer:
 
 class _Server(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that was killed is no error here."""
+        """Ignores errors of killed clients."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
@@ -77,7 +77,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     @property
     def hub(self) -> HubServer:
-        """The data set that is asked for; the first if it is none of them."""
+        """The requested data set; the first one if it is unknown."""
         return next((hub for hub in self.hubs if f"/{hub.repo_id}/" in self.path), self.hubs[0])
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -108,7 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self._serve_file(body=True)
 
     def _entries(self, folder: str, recursive: bool) -> list[dict[str, Any]]:
-        """What is in a folder ("" is the top), and in its folders if asked for."""
+        """Entries of a folder ("" is the root), and of its subfolders if requested."""
         inside = folder and f"{folder}/"
         files = [path for path in self.hub.files if path.startswith(inside)]
         if recursive:

@@ -1,4 +1,4 @@
-"""Runs of `lmchat fit` that start at once and can be killed, in processes forked from one that has torch imported."""
+"""Runs of `lmchat fit` that start quickly and can be killed, in forked processes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from lmchat.callbacks import checkpoint
 
 
 class LossRecorder(Callback):
-    """Appends ``step micro-batch loss`` of every micro-batch to a file of the rank's, the loss in full precision.
+    """Appends ``step micro-batch loss`` of every micro-batch to a file per rank, the loss in full precision.
 
-    Each record is one write to an unbuffered file, so that a killed process leaves all of them behind.
+    Each record is one unbuffered write, so a killed process loses none.
     """
 
     def __init__(self, directory: str) -> None:
@@ -37,12 +37,12 @@ class LossRecorder(Callback):
 def _fit(args: list[str]) -> int:
     """One rank: `lmchat fit ARGS`."""
     torch.set_num_threads(1)
-    checkpoint.INTERRUPTED_PEER_TIMEOUT_SECONDS = 3.0  # it is waited for whenever rank 1 is killed in a save
+    checkpoint.INTERRUPTED_PEER_TIMEOUT_SECONDS = 3.0  # rank 0 waits this long if rank 1 is killed in a save
     return main(["fit", *args])
 
 
 def start_fit(args: list[str], base: Path, world_size: int) -> list[BaseProcess]:
-    """The ranks of a run, in the environment that torchrun gives them; what they print is in ``base``."""
+    """Starts the ranks of a run with torchrun's environment variables; their output is in ``base``."""
     return start_ranks(world_size, _fit, args, folder=base, environment={"LMCHAT_BASE_DIR": str(base)})
 
 

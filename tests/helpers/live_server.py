@@ -1,4 +1,4 @@
-"""A server in a thread of the test's process, on an untrained model in which every weight shows in the output."""
+"""A server in a thread of the test process, on an untrained model in which every weight affects the output."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def live_server(engine: Engine, limits: Limits | None = None, **options: Any) ->
 
 
 def wait_for(condition: Any, seconds: float = 20) -> None:
-    """Waits until ``condition()`` holds."""
+    """Waits until ``condition()`` is true."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "the condition did not become true"

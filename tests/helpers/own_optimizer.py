@@ -1,4 +1,4 @@
-"""What the README says of adding an optimizer: a stage that trains with torch's own AdamW."""
+"""A stage with another optimizer, torch's AdamW, as the README describes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lmchat.stages.pretrain import PretrainModule
 
 
 class AdamWModule(PretrainModule):
-    """Pretraining with one group of AdamW, whose learning rate the stage's schedule drives."""
+    """Pretraining with one AdamW group, whose learning rate the stage's schedule sets."""
 
     def configure_optimizers(self) -> Any:
         group = {"params": list(self.net.parameters()), "kind": "adamw", "lr": 1e-3, "initial_lr": 1e-3}

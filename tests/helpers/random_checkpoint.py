@@ -1,4 +1,4 @@
-"""Checkpoints of untrained models in which every weight shows in the output."""
+"""Checkpoints of untrained models in which every weight affects the output."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NATIVE = {"window_pattern": "L", "value_embeddings": False, "residual_mix": Fals
 
 
 def random_state(config: GPTConfig, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Weights with no zeros, scaled so that logits spread over several units."""
+    """Random non-zero weights, scaled so that logits differ by several units."""
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
         shapes = {name: weight.shape for name, weight in GPT(config).state_dict().items()}

@@ -1,4 +1,4 @@
-"""CORE's scores by the plain method: one option at a time, with all logits. Works with any causal model."""
+"""Reference implementation of CORE's scores: one option at a time, with all logits. Works with any causal model."""
 
 from __future__ import annotations
 

@@ -201,7 +201,7 @@ class Engine:
                 raise UserError(f"prompt {index} is empty; begin it with <|bos|>")
             if min(prompt) < 0 or max(prompt) >= vocab_size:
                 raise UserError(
-                    f"prompt {index} holds ids {min(prompt)} to {max(prompt)}, the model knows 0 to {vocab_size - 1}; "
+                    f"prompt {index} has ids {min(prompt)} to {max(prompt)}, the model's are 0 to {vocab_size - 1}; "
                     "encode it with the model's tokenizer"
                 )
             if len(prompt) + max_new_tokens > limit:

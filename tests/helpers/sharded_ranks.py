@@ -1,6 +1,6 @@
-"""What each of four gloo processes does for test_sharded.py.
+"""The code that each of four gloo processes runs for test_sharded.py.
 
-Smaller worlds are subgroups of the four. Results go to files: processes only measure, the test judges.
+Smaller world sizes use subgroups of the four. The processes write results to files, which the test checks.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def loss_of(params: Params, step: int, micro_batch: int, absent: Collection[str]
 
 
 def sparse_loss_of(params: Params, step: int, micro_batch: int) -> Tensor:
-    """Some parameters get gradients from some micro-batches only, or from none; in step 1 nothing gets any."""
+    """Some parameters have gradients in some micro-batches only, or in none; in step 1 no parameter has any."""
     absent = {"transformer.h.2.attn.c_q.weight", "lm_head.weight", "x0_lambdas"} if step == 2 else set()
     if micro_batch % 2:
         absent |= {"value_embeds.4.weight", "transformer.h.1.mlp.c_fc.weight", "resid_lambdas"}
@@ -100,7 +100,7 @@ def copies(params: Params) -> dict[str, Tensor]:
 
 
 class CountedCollectives:
-    """Counts the bytes that a rank hands to torch's collectives, with gloo's algorithms in mind."""
+    """Counts the bytes that a rank sends by torch's collectives with gloo's algorithms."""
 
     PLACES: ClassVar = {"all_to_all_single": dist, "all_gather": collectives, "all_reduce": dist}
 
@@ -150,7 +150,7 @@ def sparse_gradients(rank: int, world_size: int, groups: Groups) -> dict[str, An
 
 
 def dropped_step(rank: int, world_size: int, groups: Groups) -> dict[str, Any]:
-    """Steps that are dropped for the last rank's gradient, once under way and once not, and good ones after them."""
+    """Skipped steps, because of the last rank's gradient, with and without reductions in flight, then normal ones."""
     params = make_params()
     optimizer = ShardedMuonAdamW(groups_of(params), *groups)
     found = []
@@ -203,7 +203,7 @@ def traffic(rank: int, world_size: int, groups: Groups) -> dict[str, Any]:
 
 
 def resharding(rank: int, groups: dict[int, Groups], folder: Path) -> dict[str, Any]:
-    """One step on each of 4, 2, 3 and 1 ranks, each from the files that the one before wrote."""
+    """One step on each of 4, 2, 3 and 1 ranks, each from the previous one's files."""
     previous = None
     for step, world_size in enumerate((4, 2, 3, 1)):
         if rank < world_size:

@@ -1,4 +1,4 @@
-"""What runs of a tiny pretraining share: the config to lay one's own over, and the comparison of what they saved."""
+"""A tiny pretraining run: its config, to be overridden, and a comparison of checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ samples: {max_new_tokens: 0}
 
 
 def config_options(base: Path, own: str) -> list[str]:
-    """Options of `lmchat fit` for the tiny config with one's own YAML over it, both written into ``base``."""
+    """Options of `lmchat fit` for the tiny config and an overriding YAML, both written to ``base``."""
     paths = {base / "tiny.yaml": CONFIG, base / "own.yaml": own}
     for path, text in paths.items():
         path.write_text(text)

@@ -1,4 +1,4 @@
-"""A short run with `zero2_muon`: each rank writes what it saw to a folder."""
+"""A short run with `zero2_muon`; each rank writes its records to a folder."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class Module(L.LightningModule):
 
     def configure_model(self) -> None:
         self.net = GPT(CONFIG, compute_dtype=torch.float64).double()
-        # Each rank its own weights: the strategy must make them one. None zero, as c_proj would be: a gradient that is
-        # 0 up to rounding is a whole step to Adam.
+        # Each rank has different weights, which the strategy must synchronize. None is zero, as c_proj would be, since
+        # Adam takes a whole step for a gradient that is 0 up to rounding.
         generator = torch.Generator().manual_seed(self.global_rank)
         with torch.no_grad():
             for param in self.net.parameters():

@@ -1,4 +1,4 @@
-"""Large blocks are reused: counted in page faults of a process of its own."""
+"""Large blocks are reused, measured by the page faults of a separate process."""
 
 from __future__ import annotations
 

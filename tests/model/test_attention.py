@@ -1,4 +1,4 @@
-"""Attention backends against recorded outputs and a brute-force twin; the probe against broken kernels."""
+"""Attention backends compared with recorded outputs and brute force; the probe on broken kernels."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def fresh_choice() -> Iterator[None]:
 
 
 def brute_force(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """One query, one head at a time."""
+    """Attention for one query and one head at a time."""
     out = torch.zeros_like(q)
     group = q.size(2) // k.size(2)
     for batch in range(q.size(0)):
@@ -89,7 +89,7 @@ def test_every_window_and_length_against_brute_force(length: int, window: int, k
 
 @pytest.mark.parametrize(("length", "window"), [(300, 10), (300, 130), (257, 128), (256, 255), (200, 64)])
 def test_bands_of_many_blocks(length: int, window: int) -> None:
-    """Long enough for several blocks, whose gradients meet in shared keys."""
+    """Several blocks, whose gradients add up in shared keys."""
     qkv = random_qkv(length, 2, 1, 8, 5, batch=1)
     upstream = torch.randn(1, length, 2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     outputs = [backend(*qkv, window) for backend in (attend_banded, attend_masked)]
@@ -103,7 +103,7 @@ def test_bands_of_many_blocks(length: int, window: int) -> None:
 def test_flash_packs_rows_as_the_kernel_defines_them(
     monkeypatch: pytest.MonkeyPatch, grouped: bool, torch_version: str
 ) -> None:
-    """The kernel needs a GPU: here its documented contract is written out and stands in for it.
+    """The kernel needs a GPU; a mock that follows its documentation replaces it.
 
     In torch 2.11 it has no `enable_gqa`, and as many key heads as query heads.
     """
@@ -155,7 +155,7 @@ def test_cudnn_is_excluded_and_allowed_again() -> None:
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_flex_sees_the_same_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uncompiled and forward only, which is all that FlexAttention does on a CPU."""
+    """Uncompiled and forward only, since FlexAttention on a CPU supports nothing else."""
     from torch.nn.attention.flex_attention import flex_attention as uncompiled
 
     from lmchat.model import attention_cuda

@@ -1,4 +1,4 @@
-"""The fastest correct backend is chosen per window, and remembered; kernels and clock are stand-ins."""
+"""The fastest correct backend is chosen per window and remembered; kernels and clock are mocks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CONFIG = GPTConfig(sequence_len=32, vocab_size=70, n_layer=3, n_head=2, n_kv_hea
 
 @pytest.fixture
 def timed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, bool]]:
-    """What was timed: backend, window, documents. flash takes 2 ms, cuDNN 1, flex 3, and 1 within documents."""
+    """Records what is timed: backend, window, documents. flash takes 2 ms, cuDNN 1, flex 3, and 1 with documents."""
     calls: list[tuple[str, int, bool]] = []
 
     def kernel(name: str):  # type: ignore[no-untyped-def]

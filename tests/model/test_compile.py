@@ -1,4 +1,4 @@
-"""What is compiled, and what its backward pass keeps: counted, with torch's own partitioner, without a compiler."""
+"""What is compiled, and what its backward pass saves, counted with torch's partitioner and without a compiler."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def fresh_compiler() -> Iterator[None]:
 
 
 def saved_elements(backend: object) -> int:
-    """Of an MLP with a squared ReLU, for 8 tokens: elements the backward pass keeps, weights aside."""
+    """Elements that an MLP with a squared ReLU saves for the backward pass of 8 tokens, without weights."""
     block = GPT(CONFIG).blocks[0]
     torch.nn.init.normal_(block.mlp.c_fc.weight)
     torch.nn.init.normal_(block.mlp.c_proj.weight)
@@ -48,7 +48,7 @@ def saved_elements(backend: object) -> int:
 
 
 def test_recomputing_keeps_fewer_activations() -> None:
-    """The ReLU's output and its square, 4 widths each, against the former alone."""
+    """The ReLU's output and its square, 4 widths each, or only the former."""
     before = torch._functorch.config.ban_recompute_materialized_backward
     kept, recomputed = (saved_elements(backend) for backend in (PARTITION_ONLY, recomputing(PARTITION_ONLY)))
     assert kept == (1 + 4 + 4) * 8 * 64

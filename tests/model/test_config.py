@@ -1,4 +1,4 @@
-"""Shapes of models, and what is said of impossible ones."""
+"""Shapes of models, and errors for impossible ones."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_config_survives_json(options: dict) -> None:
         ({}, ["value_embeddings false", "residual_mix false", "window_pattern L"]),
     ],
 )
-def test_features_that_transformers_lacks_are_named(options: dict, obstacles: list[str]) -> None:
+def test_features_that_transformers_lacks_are_reported(options: dict, obstacles: list[str]) -> None:
     config = GPTConfig(**SMALL | options)
     assert [text.split("--model.")[1].rstrip(")") for text in config.native_obstacles] == obstacles
     assert config.is_native is (not obstacles)

@@ -1,4 +1,4 @@
-"""With document starts, every document in a packed row gives what it gives alone."""
+"""With document starts, each document of a packed row gives the same output as alone."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_loss_and_gradients_equal_those_of_separate_documents(checkpoint_blocks:
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_flex_sees_the_same_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uncompiled and forward only, which is all that FlexAttention does on a CPU."""
+    """Uncompiled and forward only, since FlexAttention on a CPU supports nothing else."""
     from torch.nn.attention.flex_attention import flex_attention as uncompiled
 
     from lmchat.model import attention_cuda
@@ -87,6 +87,6 @@ def test_flex_sees_the_same_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = (torch.randn(2, LENGTH, heads, 8, generator=generator) for heads in (4, 2, 2))
     one_each = torch.arange(0, 321, 8, dtype=torch.int32)
     for starts in (STARTS, one_each):
-        for window in (5, LENGTH, 5):  # the last mask is found again
+        for window in (5, LENGTH, 5):  # the last mask is reused
             actual, expected = (attend(q, k, v, window, starts) for attend in (attend_flex, attend_masked))
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""FP8 layers, emulated by torchao: which are converted, how exact they are, and that nothing else changes."""
+"""FP8 layers, emulated by torchao: which are converted, their accuracy, and that nothing else changes."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_the_probe_measures_the_error_of_a_product(recipe: Recipe) -> None:
     assert 0.01 < product_error(torch.device("cpu"), recipe, emulate=True) < 0.08
 
 
-def test_which_layers_are_converted_and_why_others_are_not() -> None:
+def test_unconverted_layers_have_a_reason() -> None:
     net = model()
     conversion = convert_linears(net, emulate=True)
     converted = {name for name, module in net.named_modules() if isinstance(module, Linear) and module.fp8}
@@ -133,7 +133,7 @@ def test_any_number_of_tokens_with_padding() -> None:
     ((8, 9), "rowwise", "its compute capability 8.9 is below 9.0"),
     ((9, 0), "rowwise", "a product is off by 0.5"),
 ])  # fmt: skip
-def test_unsupported_hardware_is_named(
+def test_unsupported_hardware_is_reported(
     capability: tuple[int, int], recipe: Recipe, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     missing_hardware.cache_clear()
@@ -144,7 +144,7 @@ def test_unsupported_hardware_is_named(
     missing_hardware.cache_clear()
 
 
-def test_compiled_blocks_take_fp8_without_breaks_and_without_recompiling_after_an_evaluation() -> None:
+def test_compiled_fp8_blocks_have_no_graph_breaks_or_recompilation() -> None:
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()

@@ -1,4 +1,4 @@
-"""The GPT against the reference implementation, against a twin written from the paper formulas, and in its habits."""
+"""The GPT compared with the reference implementation and with the formulas of the papers, and its properties."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def one_thread() -> Iterator[None]:
 
 
 def random_model(config: GPTConfig = SMALL, seed: int = 0, **options: Any) -> GPT:
-    """No weight at zero, so that every part shows in the output."""
+    """A model with random, non-zero weights, so that every part affects the output."""
     model = GPT(config, **options)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -122,7 +122,7 @@ def test_reference_hidden_states(recorded: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("name", "prompt_length"), [("kv2", 5), ("kv2", 136), ("l5", 5), ("l5", 40)])
 def test_reference_decoding(oracles: Path, name: str, prompt_length: int) -> None:
-    """Logits after the prompt and each of 8 cached steps, then the greedy tokens, beyond the training length too."""
+    """Logits after the prompt and each of 8 cached steps, then greedy tokens, also beyond the training length."""
     with np.load(oracles / f"c05_gpt_{name}.npz") as arrays:
         recorded = {key: torch.from_numpy(arrays[key]) for key in arrays if key == "ids" or key.startswith("w/")}
     recorded["config"] = json.loads((oracles / "c05_gpt.json").read_text())[name]["config"]
@@ -148,7 +148,7 @@ def rms(x: Tensor) -> Tensor:
 
 
 def turn(x: Tensor, position: int) -> Tensor:
-    """Rotate each pair of channels (j, j + half) by -position / 10000^(2j / head_dim), as complex numbers."""
+    """Rotates each pair of channels (j, j + half) by -position / 10000^(2j / head_dim), as complex numbers."""
     half = x.size(-1) // 2
     pairs = torch.complex(x[..., :half], x[..., half:])
     angles = position / 10000 ** (torch.arange(half, dtype=torch.float64) * 2 / x.size(-1))
@@ -273,7 +273,7 @@ def test_a_seed_decides_the_weights() -> None:
 
 
 def test_from_the_meta_device() -> None:
-    """Nothing is allocated on the meta device; afterwards tables and attention are as in a model built at once."""
+    """Nothing is allocated on the meta device; tables and attention are then as in a model built directly."""
     with torch.device("meta"):
         model = GPT(SMALL)
     assert model.device.type == "meta" and {p.device.type for p in model.parameters()} == {"meta"}
@@ -310,7 +310,7 @@ def test_rotary_tables_are_rounded_as_in_nanochat_or_in_transformers() -> None:
     assert GPT(NATIVE, rotary_dtype=torch.bfloat16).cos.equal(exact.bfloat16().float())
 
 
-def test_weights_stay_fp32_and_so_do_their_gradients_in_bf16() -> None:
+def test_weights_and_gradients_are_fp32_with_bf16_compute() -> None:
     model, exact = random_model(compute_dtype=torch.bfloat16), random_model()
     ids, targets = random_tokens()
     assert model.hidden(ids).dtype == torch.bfloat16
@@ -389,7 +389,7 @@ def test_a_context_beyond_the_tables_is_refused() -> None:
 
 
 def test_a_named_attention_is_that_of_the_first_device() -> None:
-    """Lightning moves the model to the CPU when a run on a GPU ends, and no backend of a GPU works there."""
+    """Lightning moves the model to the CPU when a run on a GPU ends, where GPU backends do not work."""
     model = GPT(SMALL, attention="masked")
     assert model.to(torch.float32).attention_backend == "masked"
     model.attention, model._first_device = "flash", "cuda"

@@ -1,4 +1,4 @@
-"""AdamW's update against measured steps of the reference, a float64 recurrence and torch's own optimizer."""
+"""AdamW's update compared with recorded steps of the reference, a float64 recurrence and torch's optimizer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lmchat.optim.muon_adamw import adamw_update
 
 
 class Moments:
-    """The state of one tensor, stepped by the function under test."""
+    """A tensor and its state, updated by the function under test."""
 
     def __init__(self, param: Tensor) -> None:
         self.param = param.clone()

@@ -1,4 +1,4 @@
-"""Muon's update against measured steps of the reference, in every intermediate, and against its own properties."""
+"""Muon's update compared with recorded steps of the reference, intermediate values included, and its properties."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHAPES = ["64x256", "256x64"]
 
 
 class Stack:
-    """A stack of matrices with its state, stepped by the function under test."""
+    """A stack of matrices and its state, updated by the function under test."""
 
     def __init__(self, params: Tensor) -> None:
         self.params, self.buffers = params.clone(), torch.zeros_like(params)
@@ -33,7 +33,7 @@ def random_stack(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0)
 
 
 def assert_params_match(actual: NDArray, expected: NDArray, decay: float) -> None:
-    """Within 1e-6, but for entries whose update is 0 up to rounding: the sign decides if they decay, by ``decay``."""
+    """Within 1e-6, except entries whose update is 0 up to rounding: its sign decides if they decay, by ``decay``."""
     difference = np.abs(actual - expected)
     assert np.sort(difference, axis=None)[-4] < 1e-6
     assert (difference < 1e-6 + 1.01 * decay * np.abs(expected)).all()

@@ -1,4 +1,4 @@
-"""The optimizer as a whole: groups, schedules, state, and twelve measured training steps of the reference."""
+"""The whole optimizer: groups, schedules, state, and twelve recorded training steps of the reference."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_groups_are_ordered_as_in_the_reference() -> None:
     assert sorted(name for group in groups for name in group["param_names"]) == sorted(SHAPES)
 
 
-def test_groups_of_a_gpt_hold_every_parameter_once() -> None:
+def test_groups_of_a_gpt_have_every_parameter_once() -> None:
     with torch.device("meta"):
         net = GPT(GPTConfig(sequence_len=64, vocab_size=96, n_layer=5, n_head=4, n_kv_head=2, n_embd=64))
     groups = build_param_groups(net.named_parameters(), n_embd=64)
@@ -274,7 +274,7 @@ def test_compiled_update_follows_schedules_without_recompiling() -> None:
 
 
 def test_works_with_a_disabled_compiler(tmp_path: Path) -> None:
-    """In a process of its own: torch remembers which functions it did not compile."""
+    """In a separate process, since torch caches which functions it did not compile."""
     code = """if True:
         import torch
         torch._dynamo.config.disable = True  # as TORCH_COMPILE_DISABLE=1 sets it
@@ -318,7 +318,7 @@ def test_twelve_reference_training_steps(case: str, dtype: torch.dtype, oracles:
         losses.append(loss.item())
     if dtype == torch.float64:
         np.testing.assert_allclose(losses, settings["train_losses_fp64"], rtol=0, atol=1e-6)
-    # In float32 rounding decides some signs that cautious decay looks at, each worth up to 1e-4 in a late loss.
+    # In float32, rounding decides some signs for cautious decay, each of which changes a late loss by up to 1e-4.
     np.testing.assert_allclose(losses, trained["losses_fp32polar"], rtol=0, atol=2e-4)
     assert np.median(np.abs(losses - trained["losses_fp32polar"])) < 5e-6
     weights = net.state_dict()
@@ -326,6 +326,6 @@ def test_twelve_reference_training_steps(case: str, dtype: torch.dtype, oracles:
         if key.startswith("w_after_fp32polar/"):
             name = key.removeprefix("w_after_fp32polar/")
             difference = np.abs(weights[name].numpy() - trained[key])
-            # Adam turns a gradient's rounding error into a whole step where a table row was hardly ever used.
+            # Adam takes a whole step for a gradient's rounding error if a table row was rarely used.
             assert np.quantile(difference, 0.99) < (1e-3 if ".h." in name else 1e-2), name
             assert difference.mean() < 5e-4, name

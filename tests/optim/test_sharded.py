@@ -1,4 +1,4 @@
-"""ZeRO-2 on real gloo processes: equal to one process, no byte more than needed, state that moves between worlds."""
+"""ZeRO-2 on real gloo processes: equality with one process, bytes sent, and state across world sizes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Results = list[dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """What the four processes measured, by rank."""
+    """Results of the four processes, by rank."""
     folder = tmp_path_factory.mktemp("ranks")
     logs = [folder / f"output_rank{rank}.txt" for rank in range(worker.RANKS)]
     processes = [start(worker.main, rank, folder, output=log) for rank, log in enumerate(logs)]
@@ -62,7 +62,7 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 1
 
 
 def assert_trained_the_same(outcomes: list[dict[str, Any]], params: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Every rank's parameters and the state of all together are those of one process."""
+    """Every rank's parameters, and the state of all ranks together, equal those of one process."""
     for outcome in outcomes:
         assert_same(outcome["params"], params)
         assert_same(outcome["params"], outcomes[0]["params"], tolerance=0)
@@ -103,14 +103,14 @@ def test_state_continues_on_another_world_size(ranks: Results, one_process: list
             assert_same(outcome["params"], one_process[step][0])
 
 
-def test_missing_ranks_are_named(ranks: Results) -> None:
+def test_missing_ranks_are_reported(ranks: Results) -> None:
     outcomes = [ranks[rank]["equivalence_3_True"]["optimizer"] for rank in range(3)]
     with pytest.raises(UserError, match="are not in the saved optimizer state; give the files of all ranks"):
         MuonAdamW(worker.groups_of(worker.make_params())).load_state_dict(outcomes[:2])
 
 
 def expected_bytes(world_size: int) -> dict[str, float]:
-    """Closed form: fp32 gradients and bf16 parameters, whole matrices and rows rounded up to fill every rank."""
+    """Closed form: fp32 gradients and bf16 parameters, matrices and rows padded to a multiple of the ranks."""
     elements, small = 0, 0
     by_shape: dict[tuple[int, ...], int] = {}
     for name, shape in worker.SHAPES.items():
@@ -145,7 +145,7 @@ def test_reductions_start_in_the_last_backward_pass(world_size: int, ranks: Resu
         *accumulating, last = traffic["calls_after_micro_batches"]
         assert not any(accumulating)
         assert last == traffic["buckets"]
-        # Small tensors are not gathered; once the ranks agree which parameters have gradients.
+        # Small tensors are not gathered; the ranks agree once on which parameters have gradients.
         assert traffic["calls"] == 2 * traffic["buckets"]
 
 

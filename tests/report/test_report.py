@@ -1,4 +1,4 @@
-"""The report of a run that was trained, continued and evaluated by commands, and of runs with hostile names."""
+"""Reports of a run that was trained, continued and evaluated, and of runs with malicious names."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_an_unknown_run_is_reported(
 
 @pytest.mark.parametrize("name", ["run.json", "intervals.jsonl", "samples.jsonl"])
 @pytest.mark.parametrize("content", ["[" * 5000, "[]", "{", "\x00"])
-def test_a_damaged_record_is_named(
+def test_a_damaged_record_is_reported(
     base: Path, tmp_path: Path, content: str, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(base / "logs", tmp_path / "logs")
@@ -173,7 +173,7 @@ def test_a_damaged_record_is_named(
         ("csv/metrics.csv", "step,train/loss\n-1,2\n"),
     ],
 )
-def test_wrong_values_are_named(
+def test_wrong_values_are_reported(
     name: str, content: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(base / "logs", tmp_path / "logs")
@@ -187,7 +187,7 @@ def test_wrong_values_are_named(
 def test_wrong_results_of_evaluations_are_refused(result: str, tmp_path: Path) -> None:
     path = tmp_path / "eval_000020.json"
     path.write_text(f'{{"ARC-Easy": {result}}}')
-    with pytest.raises(UserError, match=r"eval_000020\.json is not a file of results"):
+    with pytest.raises(UserError, match=r"eval_000020\.json is not a results file"):
         read_results(path)
 
 

@@ -1,4 +1,4 @@
-"""Micro-batches of groups: the samples of the reference, each once, behind their prompt."""
+"""Micro-batches of groups: the reference's samples, each once, after their prompt."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_every_sample_with_an_advantage_follows_the_prompt(samples: int, max_tok
 
 
 def test_samples_of_a_group_match_the_reference(oracles: Path) -> None:
-    """Its rows have prompts of their own; here they are forced tokens after a prompt of one token."""
+    """The reference's rows have different prompts; here these are forced tokens after a prompt of one token."""
     with np.load(oracles / "c09_rl.npz") as arrays:
         ids, mask = arrays["ids"].tolist(), arrays["mask"].tolist()
         measured = {name: torch.from_numpy(arrays[name]) for name in ("inputs", "targets", "rewards", "advantages")}

@@ -1,4 +1,4 @@
-"""Sampled answers: groups, metrics counted one by one, any number of ranks, resuming."""
+"""Rollouts: groups, metrics compared with plain counts, several ranks, resuming."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STEPS, QUESTIONS, SAMPLES, SEED = 3, 4, 5, 7
 
 
 class Guess(Task, Graded):
-    """Seven questions, fewer than the steps ask for; an answer is worth its number of a's, at most 1."""
+    """Seven questions, fewer than the run needs; the reward is the number of a's, at most 1."""
 
     def num_examples(self) -> int:
         return 7
@@ -41,7 +41,7 @@ class Guess(Task, Graded):
 
 
 class Monkey:
-    """Types a's and b's, of which some were forced on it; the prompt and the seed decide which."""
+    """Generates a's and b's, some of them forced, determined by prompt and seed."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer

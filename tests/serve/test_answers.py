@@ -1,4 +1,4 @@
-"""Stop strings and the text of answers, against searches in the whole text."""
+"""Stop strings and the text of answers, compared with searches in the whole text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_stop_strings_are_found_across_any_pieces(pieces: list[str], stops: list
         if ends:
             assert shown == text[: min(ends)]
             return
-        # Nothing is shown that may turn out to be a stop string, and all else is.
+        # All text is shown except a possible start of a stop string.
         held = text[len(shown) :]
         assert text.startswith(shown)
         assert not held or any(stop.startswith(held) for stop in stops)

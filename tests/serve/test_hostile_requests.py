@@ -84,7 +84,7 @@ def test_invalid_json_bodies_are_refused(client: httpx.Client, path: str) -> Non
         check(post(client, path, bytes(damaged)))
 
 
-def test_unknown_and_unsupported_options_are_named(client: httpx.Client) -> None:
+def test_unknown_and_unsupported_options_are_reported(client: httpx.Client) -> None:
     for name, value in {
         "temprature": 1,
         "tools": [{}],
@@ -172,7 +172,7 @@ POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
 
 @pytest.fixture
 def raw(live: LiveServer) -> Iterator[socket.socket]:
-    """A connection for bytes that no HTTP client sends."""
+    """A raw connection, for bytes that HTTP clients do not send."""
     host, port = live.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=20) as connection:
         yield connection

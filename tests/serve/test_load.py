@@ -1,4 +1,4 @@
-"""The load benchmark, for some seconds."""
+"""A short run of the load benchmark."""
 
 from __future__ import annotations
 

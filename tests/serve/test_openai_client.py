@@ -1,4 +1,4 @@
-"""The server through the official client: answers equal the engine's, in one piece and streamed."""
+"""The server through OpenAI's client: answers equal the engine's, whole and streamed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def client_of(live: LiveServer) -> openai.OpenAI:
 
 
 def expected_chat(calculator: bool = True, **options: Any) -> list[str]:
-    """What the engine alone says, without calculator calls and results."""
+    """The engine's own answer, without calculator calls and results."""
     engine = tiny_engine()
     prompt = render_for_completion(TOKENIZER, {"messages": MESSAGES})
     [completions] = engine.generate([prompt], SamplingParams(calculator=calculator, **options))

@@ -1,4 +1,4 @@
-"""The chat page in headless Chromium, against a real server; hostile answers are put in its place."""
+"""The chat page in headless Chromium, with a real server; malicious answers are mocked."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Open = Callable[..., Any]
 
 @pytest.fixture
 def open_page(browser: Any, live: LiveServer) -> Iterator[Open]:  # noqa: F811
-    """Opens the page. At the end nothing has failed in it, and no request has left for another address."""
+    """Opens the page; at the end asserts that there were no errors and no requests to other servers."""
     problems: list[str] = []
     contexts = []
 
@@ -44,7 +44,7 @@ def open_page(browser: Any, live: LiveServer) -> Iterator[Open]:  # noqa: F811
 
 
 def is_problem(message: Any) -> bool:
-    """Whether a message of the console is an error; the browser also notes every response that is one."""
+    """Whether a console message is an error other than a response's status, which the browser also logs."""
     return message.type == "error" and not message.text.startswith("Failed to load resource")
 
 
@@ -65,7 +65,7 @@ def stored(page: Any) -> list[dict[str, Any]]:
 
 
 def answer_with(page: Any, *parts: tuple[str, str], reason: str = "stop") -> list[dict[str, Any]]:
-    """Lets the page receive these parts instead of the server's answer; returns the bodies of its requests."""
+    """Mocks the server's answer to the page; returns the bodies of its requests."""
     chunks: list[dict[str, Any]] = [
         {"choices": [{"index": 0, "delta": {"parts": [{"type": kind, "text": text}]}, "finish_reason": None}]}
         for kind, text in parts

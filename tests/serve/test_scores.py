@@ -1,4 +1,4 @@
-"""Log-probabilities of the API against the network's own logits."""
+"""Log-probabilities of the API compared with the network's logits."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_chat_logprobs_whole_and_streamed(live: LiveServer) -> None:
 
 
 def lm_eval_score(choice: Any, context: int) -> tuple[float, bool]:
-    """How lm-eval's local-completions reads a continuation's score: the last token is the one that was generated."""
+    """The continuation's score as lm-eval's local-completions computes it, without the last, generated token."""
     logprobs = choice.logprobs.token_logprobs[context:-1]
     tops = choice.logprobs.top_logprobs[context:-1]
     return sum(logprobs), all(own == max(top.values()) for own, top in zip(logprobs, tops, strict=True))

@@ -1,4 +1,4 @@
-"""Clients that leave, answers that stop early, signals, metrics, and an engine that fails."""
+"""Disconnecting clients, stop strings, signals, metrics, and a failing engine."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ENDLESS = {"prompt": "x", "max_tokens": 500, "seed": 1, "top_k": 5, "temperature
 
 
 def slow(live: LiveServer, seconds: float, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Makes steps of the engine slow; returns a list that has the number of sequences decoded in each."""
+    """Slows down the engine's steps; returns a list with the number of sequences decoded in each."""
     step, sizes = live.server.engine.step, []
 
     def slow_step() -> list[TokenEvent]:

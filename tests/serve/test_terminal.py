@@ -121,7 +121,7 @@ def test_the_oldest_turns_are_dropped_with_a_message(
     assert "bb" in terminal.prompts[2]
     errors = capsys.readouterr().err
     assert "exceeds the model's context of 100 tokens; the oldest 1 turn forgotten" in errors
-    assert "passes the limit; this message is left out" in errors
+    assert "passes the limit; this message is ignored" in errors
 
 
 @pytest.mark.parametrize("reply, answers", [("", 2), ("y", 2), ("n", 1)])
@@ -132,7 +132,7 @@ def test_a_terminal_asks_before_dropping_turns(
     terminal = Terminal(context_limit=100)
     terminal.run(monkeypatch, "a" * 50, "b" * 50, reply, terminal=True)
     assert len(terminal.prompts) == answers
-    assert len(terminal.chat.messages) == 2  # of the second question, or still of the first
+    assert len(terminal.chat.messages) == 2  # of the second question, or of the first
     assert ("a" * 50 in str(terminal.chat.messages)) == (answers == 1)
 
 

@@ -1,4 +1,4 @@
-"""What every stage does: its data module with a batch, its module with the attention of a GPU."""
+"""Behaviour common to all stages: copying batches, and timing attention on a GPU."""
 
 from __future__ import annotations
 

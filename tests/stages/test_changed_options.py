@@ -1,4 +1,4 @@
-"""Options that are changed when a run is resumed take effect, and the checkpoint records what was used."""
+"""Options that are changed when a run is resumed take effect and are recorded in the checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fine-tuning and reinforcement learning, through the command line and in their plans."""
+"""Fine-tuning and reinforcement learning: through the command line, and their plans."""
 
 from __future__ import annotations
 
@@ -273,7 +273,7 @@ def test_padding_and_masked_rows_equal_those_of_the_batches(tmp_path: Path, tiny
 
 
 @pytest.mark.parametrize(("rows", "world"), [(8, 1), (4, 2), (2, 1), (1, 4)])
-def test_batches_hold_the_same_rows_for_every_split(
+def test_batches_have_the_same_rows_for_every_split(
     rows: int, world: int, rendered: tuple[Mixture, Tokenizer, RenderedConversations]
 ) -> None:
     mixture, tokenizer, conversations = rendered
@@ -318,7 +318,7 @@ def test_a_position_is_valid_for_any_number_of_ranks(
     def inputs(batches: list[Batch]) -> torch.Tensor:
         return torch.cat([batch["inputs"] for batch in batches])[: 8 * plan.steps]
 
-    # Two steps of 8 rows are four rounds of two ranks with 2 rows each.
+    # Two steps of 8 rows are four micro-batches of 2 rows on two ranks.
     states = [batch["state"] for batch in batches(2, 2)[6:8]]
     assert states[0] == states[1]
     unbroken, resumed = inputs(batches(8, 1)), inputs(batches(rows, world, state=states[0]))
@@ -350,7 +350,7 @@ def test_the_split_into_micro_batches_does_not_change_the_weights(
     assert meta["step"] == 2
     for name, expected in weights[0].items():
         scale = float(expected.abs().max()) or 1.0
-        # In the mean: Adam makes whole steps of gradients that are rounding errors, so single elements may differ.
+        # On average: Adam takes whole steps for gradients that are rounding errors, so single elements may differ.
         assert float((weights[1][name] - expected).square().mean().sqrt()) < 2e-4 * scale, name
 
 
@@ -379,7 +379,7 @@ def test_chat_uses_the_tokenizer_of_the_model(
     Tokenizer({bytes([byte]): byte for byte in range(256)}).save(tmp_path)
     capfd.readouterr()
     assert main([*ask, str(tmp_path)]) == 2
-    assert f"another tokenizer than the one in {tmp_path}; give the folder of its own with" in capfd.readouterr().err
+    assert f"a different tokenizer from the one in {tmp_path}; give its own with" in capfd.readouterr().err
 
 
 def test_chat_keeps_the_conversation_until_it_is_reset(

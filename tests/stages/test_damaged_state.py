@@ -1,4 +1,4 @@
-"""What the trainer restores from a checkpoint fits the run, or ends in one message."""
+"""State restored from a checkpoint must fit the run; otherwise there is one message."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def test_a_damaged_position_does_not_restart_the_data(state: Any, tmp_path: Path
         FineWebDataModule(str(tmp_path)).load_state_dict(state)
 
 
-def test_weights_of_another_model_are_named(base: Path) -> None:
+def test_weights_of_another_model_are_reported(base: Path) -> None:
     module = PretrainModule(depth=1, head_dim=32)
     wrong = {"net.lm_head.weight": torch.ones(2), "net.x\x1b[2J": torch.ones(2)}
-    with pytest.raises(UserError, match=r"the model file of step 3 holds x.* no place; use an older checkpoint"):
+    with pytest.raises(UserError, match=r"the model file of step 3 contains x.* not have; use an older checkpoint"):
         module.on_load_checkpoint({"state_dict": wrong, "global_step": 3})

@@ -1,4 +1,4 @@
-"""A micro-batch that fits is found, a model that cannot fit is refused at once, out of memory names what would fit."""
+"""Choice of the micro-batch, refusal of models that cannot fit, and messages for out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def set_memory(monkeypatch: pytest.MonkeyPatch, size: float) -> None:
 def test_auto_takes_the_largest_micro_batch_that_fits(
     new_base: Callable[[], Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The memory is what 4 of the step's 8 rows need; a resumed run keeps its micro-batch whatever the memory."""
+    """The memory suffices for 4 of the step's 8 rows; a resumed run keeps its micro-batch for any memory."""
     results = []
     for size in ("2", "auto"):
         base = new_base()
@@ -68,7 +68,7 @@ def test_auto_takes_the_largest_micro_batch_that_fits(
 
 
 def test_a_gpu_tries_the_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The largest that runs is taken, and of those that may fit the ones without recomputing come first."""
+    """The largest size that runs is chosen; candidates without recomputation are tried first."""
     net = GPT(CONFIG)
     largest = 0
 
@@ -90,7 +90,7 @@ def test_a_gpu_tries_the_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class StandIn:
-    """A module of depth 12 on one GPU, with a small network in place of its own."""
+    """A mock module of depth 12 on one GPU, with a small network."""
 
     config = config_for_depth(12, 32768, 2048)
     sequence_len = 2048
@@ -146,17 +146,17 @@ def test_a_run_that_cannot_fit_is_refused_at_once(
 
 
 class RunsOut(Callback):
-    """Memory runs out in the forward pass of the first step."""
+    """A module that runs out of memory in the first forward pass."""
 
     def on_train_batch_start(self, *_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
 
 @pytest.mark.parametrize(("share", "expected"), [(1.001, 4), (0.9, None)])
-def test_out_of_memory_names_what_would_fit(
+def test_out_of_memory_names_the_largest_size_that_fits(
     share: float, expected: int | None, base: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """With the memory that 4 rows need, or less than 1 row needs, which the check before training does not see."""
+    """With enough memory for 4 rows, or for less than 1 row, which the check before training does not detect."""
     monkeypatch.setattr("lmchat.cli.fit.check_model_fits", lambda *args, **kwargs: None)
     set_memory(monkeypatch, share * (bytes_of(4) if expected else bytes_of(1)))
     option = f"{__name__}.RunsOut"
@@ -181,7 +181,7 @@ def test_checkpointed_blocks_train_the_same(new_base: Callable[[], Path], monkey
 
 @pytest.mark.parametrize(("name", "depth"), [("d12_pretrain", 12), ("d20_pretrain", 20), ("d26_pretrain", 26)])
 def test_a_shipped_config_fits_the_cards_it_names(name: str, depth: int) -> None:
-    """One card of 80 GB, and 8 of them that share the optimizer's state, without recomputing."""
+    """On one card of 80 GB, and on 8 with sharded optimizer state, without recomputation."""
     options = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     config = config_for_depth(depth, 32768, 2048)
     for shards in (1, 8):

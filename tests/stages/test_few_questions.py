@@ -1,4 +1,4 @@
-"""Evaluation on fewer questions or rows than ranks: no rank waits for one that had nothing to do."""
+"""Evaluation on fewer questions or rows than ranks does not hang."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ data:
 
 
 def evaluations(logs: Path) -> list[dict[str, float]]:
-    """What was measured on held-out data, in order."""
+    """Evaluation metrics in order."""
     (path,) = logs.rglob("metrics.csv")
     with path.open() as file:
         rows = list(csv.DictReader(file))

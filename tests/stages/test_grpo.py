@@ -1,4 +1,4 @@
-"""The policy loss against the reference implementation's, and against sums over its recorded log-probabilities."""
+"""The policy loss compared with the reference implementation, and with sums over its recorded log-probabilities."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ REFERENCE_MICRO_BATCHES = 4
 
 
 class Recorded(nn.Module):
-    """A network whose log-probabilities are those that were recorded; its inputs are their indices."""
+    """A mock network that returns recorded log-probabilities; its inputs are their indices."""
 
     def __init__(self, logp: Tensor, targets: Tensor) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ def module(net: nn.Module, normalization: Any, micro_batches: int, world_size: i
 
 
 def micro_batch(inputs: Tensor, targets: Tensor, rewards: Tensor, rows: slice, loss_tokens: int) -> Rollout:
-    """Rows of one group, of which those without advantage stay: the reference has them."""
+    """Rows of one group, including those without advantage, as in the reference."""
     count, width = targets[rows].shape
     return Rollout(
         inputs=inputs[rows].reshape(1, -1),
@@ -123,7 +123,7 @@ def test_logprob_gap_is_the_mean_distance_to_the_engine(recorded: dict[str, Tens
 def test_batched_gradients_equal_those_of_single_samples(
     normalization: Any, window_pattern: str, checkpoint_blocks: bool
 ) -> None:
-    """Shared prompts in fp64, some longer than a window, against single samples with plain log-softmax."""
+    """Shared prompts in fp64, some longer than a window, compared with single samples and a plain log-softmax."""
     config = GPTConfig(
         sequence_len=32, vocab_size=50, n_layer=2, n_head=2, n_kv_head=1, n_embd=32, window_pattern=window_pattern
     )

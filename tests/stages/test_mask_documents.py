@@ -21,7 +21,7 @@ checkpoint: {every_n_steps: 2}
 
 @pytest.fixture
 def short_documents(base: Path) -> Path:
-    """In place of the base's text, whose documents fill whole rows."""
+    """Replaces the text, whose documents fill whole rows, by short documents."""
     texts = base / "base_data"
     shards = sorted(texts.glob("*.parquet"))
     documents = [[text[:60] for text in pq.read_table(path)["text"].to_pylist()] * 8 for path in shards]

@@ -1,4 +1,4 @@
-"""Fine-tuning on own conversations through the command line: what is read, held out, reported and refused."""
+"""Fine-tuning on your own conversations through the command line: reading, validation split, report, errors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def chats(count: int, question: str = "How many?") -> list[Any]:
 
 @pytest.fixture
 def start(base: Path) -> str:
-    """A pretrained model of the base folder."""
+    """A pretrained model in the base folder."""
     tokenizer = Tokenizer.load(base / "tokenizer")
     return str(save_random_checkpoint(tokenizer, stage="pretrain", sequence_len=64, n_layer=1).directory)
 
@@ -90,7 +90,7 @@ def test_conversations_cut_before_the_answer_are_refused(
     assert "--model.sequence_len" in error
 
 
-def test_many_conversations_without_loss_are_warned_of(start: str, base: Path) -> None:
+def test_many_conversations_without_loss_give_a_warning(start: str, base: Path) -> None:
     rows = [*chats(9), *chats(3, question="word " * 200)]
     (base / "some.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (base / "val.jsonl").write_text("\n".join(map(json.dumps, chats(1))))
@@ -122,7 +122,7 @@ def test_messages_of_weight_0_receive_no_loss(base: Path, capsys: pytest.Capture
     [
         ([], "train"),
         (["--data.train", "nowhere.jsonl"], "there is no file or folder nowhere.jsonl"),
-        (["--data.train", "EMPTY"], "holds no rows"),
+        (["--data.train", "EMPTY"], "contains no rows"),
         (["--data.train", "CHATS", "--data.format", "alpaca"], "has the format messages, not alpaca"),
         (["--data.train", "CHATS", "--data.val_fraction", "0"], "val_fraction is 0"),
     ],

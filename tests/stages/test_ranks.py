@@ -65,7 +65,7 @@ def pretrained(new_base: Callable[[], Path]) -> Path:
 
 
 def diary(base: Path, world_size: int) -> dict[tuple[int, int], tuple[str, float]]:
-    """What was in each micro-batch and its loss, by step and place in the step over all ranks."""
+    """Contents and loss of each micro-batch, by step and position in the step over all ranks."""
     entries = {}
     for rank in range(world_size):
         for line in (base / f"diary_{world_size}_{rank}.txt").read_text().splitlines():
@@ -100,7 +100,7 @@ def train(stage: str, world_size: int, pretrained: Path) -> dict[str, torch.Tens
 
 
 def figures(pretrained: Path, world_size: int) -> list[dict[str, float]]:
-    """What is logged of the samples of each step."""
+    """Logged metrics of the samples of each step."""
     (path,) = (pretrained / "logs" / "grpo" / str(world_size)).rglob("metrics.csv")
     names = ["reward", "pass@1", "length", "truncated", "entropy", "no_signal", "sampled_tokens", "tokens"]
     with path.open() as file:
@@ -129,7 +129,7 @@ def test_two_ranks_train_the_same_as_one(stage: str, pretrained: Path) -> None:
     for world_size in (2, 3):
         assert entries[world_size].keys() == entries[1].keys()
         if stage == "grpo":
-            # A rank sorts its own rows into micro-batches. A loss is scaled by the number of those that share the step.
+            # Each rank divides its own rows into micro-batches. Losses are scaled by the micro-batches per step.
             for step, (rows, total) in by_step(entries[1]).items():
                 assert by_step(entries[world_size])[step] == (rows, pytest.approx(total, abs=1e-9))
             for shared, alone in zip(figures(pretrained, world_size), figures(pretrained, 1), strict=True):

@@ -1,4 +1,4 @@
-"""What fine-tuning takes over from a pretraining checkpoint, here one that two ranks wrote."""
+"""What fine-tuning loads from a pretraining checkpoint that two ranks wrote."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def base(new_base: Callable[[], Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def warm_and_cold(base: Path) -> tuple[Checkpoint, Checkpoint]:
-    """Fine-tuned for one step, with and without the pretraining's moments."""
+    """Runs fine-tuned for one step, with and without the moments of pretraining."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("LMCHAT_BASE_DIR", str(base))
         return fine_tune(base, "warm", "--model.warm_start_optimizer", "true"), fine_tune(base, "cold")
@@ -74,7 +74,7 @@ def optimizer_state(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def whole(checkpoint: Checkpoint, name: str, key: str, like: Tensor) -> Tensor:
-    """State ``key`` of a parameter, its rows put together from the files of all ranks."""
+    """State ``key`` of a parameter, concatenated from the files of all ranks."""
     found = torch.full_like(like, torch.nan)
     for rank in range(checkpoint.world_size):
         (state,) = load_rank_state(checkpoint, rank)["optimizer_states"]
@@ -99,7 +99,7 @@ def test_moments_are_carried_over_from_all_ranks(base: Path, warm_and_cold: tupl
     warm, cold = (optimizer_state(checkpoint)["state"] for checkpoint in warm_and_cold)
     assert warm.keys() == cold.keys()
     for name, state in warm.items():
-        # Weights and batch are the same, so the gradient is: of the moments β · before is all that differs.
+        # Weights and batch are equal, so the gradient is too: the moments differ only by β · (loaded moment).
         key, beta = ("momentum_buffer", 0.85) if "momentum_buffer" in state else ("exp_avg", 0.8)
         beta = 0.96 if name == "x0_lambdas" else beta
         before = whole(start, name, key, state[key])
@@ -121,7 +121,7 @@ def test_learning_rates_come_from_the_new_stage(warm_and_cold: tuple[Checkpoint,
     assert all(group["weight_decay"] == 0 for group in warm)
 
 
-def test_a_missing_optimizer_file_is_named(
+def test_a_missing_optimizer_file_is_reported(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("LMCHAT_BASE_DIR", str(base))

@@ -1,4 +1,4 @@
-"""Numbers of ranks that cannot share a step out evenly are refused, with the nearest choices that can."""
+"""World sizes that do not divide a step are refused, with the nearest valid values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The dictionary Lightning hands over comes back equal, also from several ranks."""
+"""Round trip of Lightning's checkpoint dictionary, with one and several ranks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STEPS = {"optimizer": {"step": {part: {"ready": 5, "completed": 5} for part in (
 
 
 def dump(rank: int = 0) -> dict[str, Any]:
-    """What Lightning and `StepCheckpoint` hand over, with values that depend on the rank where they may."""
+    """A checkpoint dictionary as from Lightning and `StepCheckpoint`, with values that depend on the rank."""
     return {
         "epoch": 0,
         "global_step": 5,
@@ -98,7 +98,7 @@ def test_another_world_size_loads_all_parts(world_size: int, paths: CheckpointPa
 
 def test_a_strategy_that_cannot_combine_shards_is_refused(paths: CheckpointPaths) -> None:
     save(paths, 3)
-    with pytest.raises(UserError, match=r"3 shards and this run expects 1; use --trainer.strategy zero2_muon"):
+    with pytest.raises(UserError, match=r"3 shards, but this run expects 1; use --trainer.strategy zero2_muon"):
         LMChatCheckpointIO().load_checkpoint(paths.meta)
 
 
@@ -111,7 +111,7 @@ def test_damaged_files_of_other_ranks_are_ignored(paths: CheckpointPaths) -> Non
 
 
 def test_training_continues_during_a_background_write(paths: CheckpointPaths, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file holds the state at the call, although it is written after the state has changed."""
+    """The file contains the state at the time of the call, although it is written after the state has changed."""
     changed = threading.Event()
     torch_save = torch.save
 

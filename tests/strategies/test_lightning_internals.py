@@ -1,4 +1,4 @@
-"""Contracts with Lightning: each private attribute exists and does what its function relies on."""
+"""Contract tests: each private attribute of Lightning exists and behaves as expected."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_between_batches_and_counters(tmp_path: Path) -> None:
 
 
 def test_states_of_rank_0_are_broadcast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over a group of one rank; the values that are sent are counted."""
+    """In a group of one rank; the sent values are counted."""
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     try:
         sent: list[int] = []
@@ -168,7 +168,7 @@ def test_the_hooks_of_the_command_line_exist() -> None:
 
 
 def test_private_attributes_are_used_in_one_file() -> None:
-    """Attributes that begin with an underscore, of anything that is not self or cls or one of lmchat's modules."""
+    """Attributes with a leading underscore, of objects other than self, cls and lmchat's modules."""
     own = {"_version", "_parameters", "_buffers", "_foreach_copy_", "_fields", "_replace"}
     found = []
     for path in SOURCE.rglob("*.py"):

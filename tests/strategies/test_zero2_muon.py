@@ -1,4 +1,4 @@
-"""`zero2_muon` in real Trainer runs of one and more processes: the same numbers, quiet accumulation, preemption."""
+"""`zero2_muon` in Trainer runs of one or more processes: equal results, silent accumulation, preemption."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def results(folder: Path, devices: int) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
-    """What every rank saw in undisturbed runs, by the number of processes."""
+    """Records of every rank in undisturbed runs, by number of processes."""
     seen = {}
     for devices in (1, 3):
         folder = tmp_path_factory.mktemp(f"fit{devices}")
@@ -54,7 +54,7 @@ def test_is_registered() -> None:
 
 
 def test_overridden_methods_exist_in_lightning() -> None:
-    """An attribute that another version names otherwise would be set, and change nothing."""
+    """Setting an attribute that another version has renamed would have no effect."""
     trainer = L.Trainer(accelerator="cpu", devices=1, logger=False)
     assert callable(trainer._signal_connector._sigterm_notifier_fn)
     assert callable(trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor)
@@ -168,14 +168,14 @@ def test_parameters_are_gathered_in_the_compute_dtype_by_default(
 @pytest.mark.parametrize(
     ("device", "exception", "expected"),
     [
-        # By the time of the teardown, what is saved on an exception is saved.
+        # The checkpoint of the exception is saved before the teardown.
         ("cuda", RuntimeError(), ["destroy control", "abort", "teardown"]),
         ("cuda", KeyboardInterrupt(), ["destroy control", "abort", "teardown"]),
         ("cuda", SIGTERMException(), ["teardown"]),
         ("cpu", RuntimeError(), ["destroy control", "destroy default", "teardown"]),
     ],
 )
-def test_a_failed_run_leaves_no_collective_behind(
+def test_a_failed_run_leaves_no_pending_collective(
     device: str, exception: BaseException, expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []

@@ -1,4 +1,4 @@
-"""Tasks in a config: short class names, options checked, nothing loaded."""
+"""Tasks in a config: short class names, checked options, lazy loading."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records in the forms that people keep conversations in: what becomes of them, and what is said."""
+"""Conversion of records in common conversation formats, and its notes and errors."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def text(*texts: str) -> list[dict[str, str]]:
         ),
     ],
 )
-def test_forms_are_recognized_by_their_fields(row: Any, form: str, messages: list[Any]) -> None:
+def test_formats_are_recognized_by_their_fields(row: Any, form: str, messages: list[Any]) -> None:
     converted = convert(row)
     assert converted.format == form
     assert converted.conversation == {"messages": messages}
@@ -177,7 +177,7 @@ def test_an_exact_record_is_not_reported() -> None:
         ({"messages": []}, "at least one user message"),
         ({"messages": [USER]}, "no assistant message"),
         ({"messages": [SYSTEM]}, "at least one user message"),
-        ({"messages": [ANSWER, USER, ANSWER]}, "message 0 has role 'assistant' where 'user' is due"),
+        ({"messages": [ANSWER, USER, ANSWER]}, "message 0 has role 'assistant' where 'user' is expected"),
         ({"messages": [USER, SYSTEM, ANSWER]}, "message 2 follows a system message in the middle"),
         ({"messages": ["a", ANSWER]}, "message 0 must be an object"),
         ({"messages": [USER, {"role": "critic", "content": "x"}]}, "message 1 has unknown role 'critic'"),
@@ -203,6 +203,6 @@ def test_unmappable_records_are_refused(row: Any, complaint: str) -> None:
         convert(row)
 
 
-def test_a_named_form_refuses_the_others() -> None:
+def test_a_given_format_refuses_the_others() -> None:
     with pytest.raises(MalformedRow, match="has the format messages, not alpaca"):
         convert([USER, ANSWER], "alpaca")

@@ -12,7 +12,7 @@ from lmchat.tasks.base import exchange
 from lmchat.tasks.gsm8k import GSM8K, answer_number, answers_match, extract_answer, parse_answer, word_problem
 from lmchat.types import UserError
 
-# Measured on the reference implementation.
+# Recorded from the reference implementation.
 EXTRACTED = {
     "#### 10": "10",
     "####10": None,
@@ -120,7 +120,7 @@ def test_calculator_calls_become_parts() -> None:
         {"type": "text", "text": "42.\n#### 42"},
     ]
     assert parse_answer("a<<1=1=1>>b<<7>>")[1:6] == [
-        {"type": "python", "text": "1=1"},  # the last sign of equality separates
+        {"type": "python", "text": "1=1"},  # split at the last equals sign
         {"type": "python_output", "text": "1"},
         {"type": "text", "text": "b"},
         {"type": "python", "text": "7"},

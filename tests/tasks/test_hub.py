@@ -1,4 +1,4 @@
-"""The tasks of hub data sets, loaded by `datasets` over HTTP from a stand-in for the hub."""
+"""Tasks on Hub datasets, loaded by `datasets` over HTTP from a mock Hub."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SUM = "It is 1+1 = <<1+1=2>>2.\n#### 2"
 CHECK = "def check(f):\n    assert f() == 1\n"
 CHOICES = ["one", "two", "three", "four"]
 ROWS: dict[str, tuple[str, str, str, dict[str, Any], str]] = {
-    # task: (options, repository, folder of the files, a row as the hub has it, what the last answer begins with)
+    # task: (options, repository, folder of the files, a row as on the Hub, start of the last answer)
     "SmolTalk": ("split='test'", "HuggingFaceTB/smol-smoltalk", "data", {"messages": TALK, "source": "x"}, "Me."),
     "GSM8K": ("split='test'", "openai/gsm8k", "main", {"question": "1 + 1?", "answer": SUM}, "It is"),
     "MMLU": (
@@ -54,7 +54,7 @@ ROWS: dict[str, tuple[str, str, str, dict[str, Any], str]] = {
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[Any], list[str]]]:
-    """Conversations of each task and the files it fetched; all in one process: `datasets` takes long to import."""
+    """Conversations of each task and the files it fetched, all in one process, since importing `datasets` is slow."""
     hubs = {task: HubServer(row[1], repository_files(*row[2:4])) for task, row in ROWS.items()}
     first, *others = hubs.values()
     calls = "".join(f"t.{task}({row[0]}{', ' if row[0] else ''}shuffle_seed=None), " for task, row in ROWS.items())
@@ -80,7 +80,7 @@ def test_loads_from_a_hub(task: str, loaded: dict[str, tuple[list[Any], list[str
 
 
 def repository_files(folder: str, row: dict[str, Any]) -> dict[str, bytes]:
-    """A data set of one row in its test split; its card says where its configurations are, as the hub's do."""
+    """A dataset with one row in its test split, whose card lists its configurations, as on the Hub."""
     file = io.BytesIO()
     parquet.write_table(pa.Table.from_pylist([row]), file)
     path = f"{folder}/test-00000-of-00001.parquet"

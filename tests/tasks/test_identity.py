@@ -12,7 +12,7 @@ from lmchat.types import UserError
 
 
 def named(question: str) -> str:
-    """A question of a topic, as it is put to the assistant."""
+    """A question of a topic, as asked."""
     return question.format(name="lmchat")
 
 
@@ -30,7 +30,7 @@ def asked(task: Identity) -> set[str]:
 
 
 def openings(texts: Iterable[str]) -> Counter[str]:
-    """How many of the texts begin with which two words."""
+    """Number of texts by their first two words."""
     return Counter(" ".join(text.split()[:2]) for text in texts)
 
 

@@ -41,7 +41,7 @@ def test_rows_are_lists_or_objects_in_the_order_of_the_file(tmp_path: Path) -> N
     assert JSONLConversations(str(path)).name == "JSONLConversations/chat"
 
 
-def test_parquet_holds_conversations_too(tmp_path: Path) -> None:
+def test_parquet_files_may_contain_conversations(tmp_path: Path) -> None:
     rows = [{"messages": [SYSTEM, USER, ASSISTANT], "source": "x"}]
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
     assert list(SmolTalk(path=str(tmp_path))) == [{"messages": [SYSTEM, USER, ASSISTANT]}]
@@ -90,7 +90,7 @@ def test_a_split_of_few_conversations_leaves_none_empty(distinct: int, tmp_path:
     assert any("all conversations are equal" in str(warning.message) for warning in caught) is (distinct == 1)
 
 
-def test_notes_count_what_was_read_mapped_and_left_out(tmp_path: Path) -> None:
+def test_notes_count_records_read_mapped_and_left_out(tmp_path: Path) -> None:
     rows = [
         [USER, ASSISTANT],
         {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]},
@@ -113,6 +113,6 @@ def test_notes_count_what_was_read_mapped_and_left_out(tmp_path: Path) -> None:
         ({"val_fraction": 1}, "val_fraction is 1; use a number between"),
     ],
 )
-def test_options_out_of_range_are_named(options: dict[str, Any], message: str) -> None:
+def test_options_out_of_range_are_reported(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         JSONLConversations("x.jsonl", **options)

@@ -75,7 +75,7 @@ def test_arc_keeps_its_own_letters(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"answer": 3}, "the answer 3 is no index into 3 choices"),
+        ({"answer": 3}, "the answer 3 is not an index into 3 choices"),
         ({"answer": -1}, "the answer -1"),
         ({"answer": "B"}, "field 'answer' is str, not int"),
         ({"choices": ["only"], "answer": 0}, "1 choices"),
@@ -91,7 +91,7 @@ def test_bad_mmlu_rows_are_refused(tmp_path: Path, changes: dict[str, Any], comp
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"answerKey": "A"}, "the answer A is none of the letters 1, 2"),
+        ({"answerKey": "A"}, "the answer A is not one of the letters 1, 2"),
         ({"choices": {"text": ["a", "b"], "label": ["A", "A"]}, "answerKey": "A"}, "letters A, A"),
         ({"choices": {"text": ["a", "b", "c"], "label": ["1", "2"]}}, "3 choices"),
         ({"choices": ["a", "b"]}, "field 'choices' is list, not dict"),

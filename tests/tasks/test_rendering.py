@@ -1,4 +1,4 @@
-"""What the generators write, the tokenizer can render: calls are learned, their answers are not."""
+"""Generated conversations render to tokens: calculator calls receive loss, their results do not."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from lmchat.types import Conversation, UserError
 
 
 class Texts(RowTask):
-    """Rows with a text each."""
+    """A task whose rows have one text each."""
 
     def __init__(self, path: str | None = None, split: str = "test", **options: Any) -> None:
         super().__init__(hub=HubDataset("nobody/nothing", None, split), path=path, **options)
@@ -125,7 +125,7 @@ def test_malformed_parquet_rows_are_located(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.parquet"])
-def test_truncated_files_are_named(tmp_path: Path, name: str) -> None:
+def test_truncated_files_are_reported(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / name, ROWS)
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(UserError, match=f"{name}"):
@@ -135,13 +135,13 @@ def test_truncated_files_are_named(tmp_path: Path, name: str) -> None:
 def test_missing_and_useless_paths(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no file or folder"):
         len(Texts(str(tmp_path / "nowhere")))
-    with pytest.raises(UserError, match=r"holds no test\.jsonl"):
+    with pytest.raises(UserError, match=r"contains no test\.jsonl"):
         len(Texts(str(tmp_path)))
     (tmp_path / "rows.xlsx").write_text("text\na\n")
-    with pytest.raises(UserError, match="is none of"):
+    with pytest.raises(UserError, match="is not one of"):
         len(Texts(str(tmp_path / "rows.xlsx")))
     (tmp_path / "rows.jsonl").write_text("\n")
-    with pytest.raises(UserError, match="holds no rows"):
+    with pytest.raises(UserError, match="contains no rows"):
         len(Texts(str(tmp_path / "rows.jsonl")))
 
 
@@ -238,7 +238,7 @@ def test_reads_lines_and_arrays_compressed_or_not(tmp_path: Path, kind: str, pac
     assert texts(task) == [row["text"] for row in ROWS]
 
 
-def test_a_json_file_may_hold_lines_or_one_row(tmp_path: Path) -> None:
+def test_a_json_file_may_contain_lines_or_one_row(tmp_path: Path) -> None:
     lines = "\n".join(map(json.dumps, ROWS))
     assert len(read_rows(packed(tmp_path / "lines.json", lines.encode()))) == len(ROWS)
     assert len(read_rows(packed(tmp_path / "one.json", b'{\n"text":\n"a"}'))) == 1
@@ -264,7 +264,7 @@ def test_other_encodings_are_read_and_reported(tmp_path: Path, encoding: str) ->
     assert all(f"is {encoding.upper()}" in note for note in rows.notes)
 
 
-def test_damaged_files_are_named(tmp_path: Path) -> None:
+def test_damaged_files_are_reported(tmp_path: Path) -> None:
     good = zstd(b'{"text": "a"}\n' * 1000)
     for name, content in (("a.jsonl.zst", good[:-9]), ("b.jsonl.zst", b"xxxx"), ("c.jsonl", b"\xff\xfea")):
         (tmp_path / name).write_bytes(content)
@@ -284,7 +284,7 @@ def test_a_folder_is_read_with_its_subfolders_but_without_hidden_files(tmp_path:
     assert [rows[index]["text"] for index in range(len(rows))] == ["a.jsonl", "b/rows.jsonl", "linked"]
     assert any("hidden files and folders passed over: 3" in note for note in rows.notes)
     assert any("3 file(s) of other kinds passed over, such as lost.jsonl" in note for note in rows.notes)
-    with pytest.raises(UserError, match="is no regular file"):
+    with pytest.raises(UserError, match="is not a regular file"):
         read_rows(tmp_path / "data" / "pipe.jsonl")
 
 

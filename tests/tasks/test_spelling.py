@@ -26,7 +26,7 @@ def words_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def spelled(text: str) -> str:
-    """The word that a spelling says, put together from its letters."""
+    """The word of a spelling, joined from its letters."""
     word, letters = text.split(":")
     assert letters.split(",") == list(word)
     return word
@@ -125,7 +125,7 @@ def test_examples_are_the_same_at_every_call_and_differ_by_seed(words_path: str)
     assert questions() == questions()
     assert questions()[10:40:3] == questions(start=10, stop=40, step=3)
     assert questions() != questions(seed=1)
-    # one seed, longer list: the beginning stays
+    # same seed, longer list: the first words are the same
     assert questions() == [SpellingBee(words_path=words_path)[i]["messages"][0]["content"] for i in range(50)]
 
 
@@ -151,7 +151,7 @@ def test_word_files_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(UserError, match=r"2 lines are not words.*\"it's\", 'naïve'"):
         read_words(path)
     path.write_text("\n")
-    with pytest.raises(UserError, match="holds no words"):
+    with pytest.raises(UserError, match="contains no words"):
         read_words(path)
     monkeypatch.setenv("LMCHAT_BASE_DIR", str(tmp_path))
     with pytest.raises(UserError, match=r"no word list .*words\.txt; make one"):

@@ -12,7 +12,7 @@ from lmchat.tokenizer.bpe import Tokenizer
 
 @pytest.fixture(scope="session")
 def measured(fixtures: Path) -> dict[str, Any]:
-    """Ranks the reference trained (base64, in rank order) and its ids of some texts."""
+    """Ranks trained by the reference (base64, in rank order), and its ids of some texts."""
     return json.loads((fixtures / "tokenizer_777.json").read_text())
 
 

@@ -22,14 +22,14 @@ from tokenizers import Tokenizer as HuggingFaceTokenizer
 from lmchat.tokenizer.bpe import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 from lmchat.types import UserError
 
-# Pieces on which split patterns tend to disagree: contractions, case folding, digits, whitespace, marks, emoji.
+# Text on which split patterns often differ: contractions, case folding, digits, whitespace, marks, emoji.
 HARD_PIECES = [
     *("'s", "'S", "'ll", "'LL", "'ſ", "'re", "don't", "K", "ﬀ", "ß", "İ", "0", "12", "123", "١٢٣", "½", "Ⅷ"),
     *(" ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u2028", "\u3000", "\u0085", "\x1c", "\u200b", "\u180e", "\x00"),
     *("!", "...", "—", "a", "é", "e\u0301", "你好", "नमस्ते", "🌍", "👩\u200d🚀", "\U0010ffff", "_", "$x$"),
     *SPECIAL_TOKENS,
 ]
-# Unassigned characters are left out: each regex library knows another version of Unicode.
+# Without unassigned characters, since regex libraries support different versions of Unicode.
 assigned = st.text(st.characters(exclude_categories=("Cs", "Cn")), max_size=4)
 texts = st.lists(st.one_of(st.sampled_from(HARD_PIECES), assigned), max_size=30).map("".join)
 
@@ -47,7 +47,7 @@ def hugging_face(saved: Path) -> HuggingFaceTokenizer:
 
 
 def plain_encode(ranks: Mapping[bytes, int], text: str) -> list[int]:
-    """Byte-pair encoding as it is defined: in each piece merge the leftmost pair of lowest rank until none is left."""
+    """Byte-pair encoding by its definition: merges each piece's leftmost pair of lowest rank until none is left."""
     ids = []
     for piece in regex.findall(SPLIT_PATTERN, text):
         parts = [bytes([byte]) for byte in piece.encode()]
@@ -59,7 +59,7 @@ def plain_encode(ranks: Mapping[bytes, int], text: str) -> list[int]:
 
 
 def plain_train(documents: Iterable[str], n_merges: int) -> list[bytes]:
-    """Byte-pair training as it is defined: count all pairs anew for every merge; ties to the lowest ids."""
+    """Byte-pair training by its definition: recounts all pairs for every merge; ties go to the lowest ids."""
     tokens = [bytes([byte]) for byte in range(256)]
     words = Counter(tuple(piece.encode()) for text in documents for piece in regex.findall(SPLIT_PATTERN, text))
     for _ in range(n_merges):
@@ -180,7 +180,7 @@ class TestTrain:
         assert Tokenizer.train(documents, 777).fingerprint == tokenizer.fingerprint
 
     def test_exact_size_or_an_error(self) -> None:
-        # "abcd" allows three merges: a pair, then two that end in the whole word.
+        # "abcd" allows three merges: a pair, then two up to the whole word.
         assert Tokenizer.train(["abcd"], 256 + 3 + 9).vocab_size == 268
         with pytest.raises(UserError, match=r"only 3 merges, vocab_size 269 needs 4.*at most 268"):
             Tokenizer.train(["abcd"], 269)
@@ -231,7 +231,7 @@ class TestFiles:
         other_pattern = Tokenizer(tokenizer.ranks, SPLIT_PATTERN.replace("{1,2}", "{1,3}"))
         assert len({tokenizer.fingerprint, fewer.fingerprint, other_pattern.fingerprint}) == 3
 
-    def test_imports_every_form(self, tokenizer: Tokenizer, saved: Path, tmp_path: Path) -> None:
+    def test_every_format_is_imported(self, tokenizer: Tokenizer, saved: Path, tmp_path: Path) -> None:
         ranks = [[b64encode(token).decode(), rank] for token, rank in tokenizer.ranks.items()]
         as_json = tmp_path / "ranks.json"
         as_json.write_text(json.dumps({"pattern": SPLIT_PATTERN, "mergeable_ranks": ranks}))
@@ -288,7 +288,7 @@ class TestFiles:
             Tokenizer.load(tmp_path)
 
     @pytest.mark.parametrize("content", ["[]", "null", "{}", '{"mergeable_ranks": [["AA==", 0]]}', "not json"])
-    def test_imports_nothing_else(self, tmp_path: Path, content: str) -> None:
+    def test_other_formats_are_not_imported(self, tmp_path: Path, content: str) -> None:
         (tmp_path / "x.json").write_text(content)
         with pytest.raises(UserError, match=r"x\.json"):
             Tokenizer.import_file(tmp_path / "x.json")

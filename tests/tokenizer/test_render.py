@@ -21,7 +21,7 @@ def part(kind: str, text: str) -> dict[str, str]:
 
 
 def spelled(text: str) -> list[int]:
-    """Ids without merges: a byte is its own id, special tokens follow from 256 in order."""
+    """Ids without merges: bytes are their own ids, special tokens follow from 256 in order."""
     pieces = re.split("(" + "|".join(map(re.escape, SPECIAL_TOKENS)) + ")", text)
     special = {name: [256 + i] for i, name in enumerate(SPECIAL_TOKENS)}
     return [token for piece in pieces for token in special.get(piece, list(piece.encode()))]
@@ -85,7 +85,7 @@ def test_completion_prompt(byte_tokenizer: Tokenizer) -> None:
 
 @given(text=st.sampled_from(SPECIAL_TOKENS), before=st.text(max_size=5), after=st.text(max_size=5))
 @settings(max_examples=50, deadline=None)
-def test_content_never_holds_special_tokens(tokenizer: Tokenizer, text: str, before: str, after: str) -> None:
+def test_content_never_contains_special_tokens(tokenizer: Tokenizer, text: str, before: str, after: str) -> None:
     content = before + text + after
     parts = [part("text", content), part("python", content), part("python_output", content)]
     ids, _ = render_conversation(tokenizer, conversation(("user", content), ("assistant", parts)))
@@ -108,7 +108,7 @@ def test_matches_the_oracle(tokenizer: Tokenizer, c07: dict[str, Any]) -> None:
 def test_malformed_conversations_are_refused(byte_tokenizer: Tokenizer) -> None:
     case = conversation(("user", "a"), ("user", "b"))
     for render in (render_conversation, render_for_completion):
-        with pytest.raises(UserError, match="message 1 has role 'user' where 'assistant' is due"):
+        with pytest.raises(UserError, match="message 1 has role 'user' where 'assistant' is expected"):
             render(byte_tokenizer, case)
         with pytest.raises(UserError, match="a conversation is"):
             render(byte_tokenizer, {})  # type: ignore[typeddict-item]

@@ -1,4 +1,4 @@
-"""Counts by script, against counts of sentences whose script is known."""
+"""Counts by script compared with sentences of known scripts."""
 
 from __future__ import annotations
 

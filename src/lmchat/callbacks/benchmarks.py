@@ -57,7 +57,7 @@ class BenchmarkCallback(Callback):
             written = {name: settings[name] | results[name] for name in results}
             write_results(path, read_results(path) | written | ({evaluator.mean_name: mean} if mean else {}))
         except (UserError, OSError) as error:
-            rank_zero_warn(f"the results of {evaluator.mean_name} are in the logs only: {error}")
+            rank_zero_warn(f"the results of {evaluator.mean_name} are only in the logs: {error}")
 
 
 class Core(BenchmarkCallback):
@@ -105,9 +105,9 @@ class ChatCore(BenchmarkCallback):
             MMLU, GSM8K, HumanEval and SpellingBee. The mean is over these tasks.
         every_n_steps: optimizer steps between evaluations; null is at the end only.
         max_per_task: maximum number of questions of a task; null is all of them.
-        batch_size: questions of multiple choice read together.
+        batch_size: number of multiple-choice questions per batch.
         max_new_tokens: maximum number of new tokens of an answer.
-        allow_weak: run the programs of HumanEval even where this kernel refuses a protection.
+        allow_weak: run the programs of HumanEval even if this kernel refuses a protection.
     """
 
     def __init__(

@@ -187,7 +187,7 @@ class Monitor(StepCallback):
             return None
         if flops > self._peak:
             rank_zero_warn(
-                f"MFU is left out: this device reaches {flops / 1e12:.0f} TFLOP/s, more than the "
+                f"MFU is not logged: this device reaches {flops / 1e12:.0f} TFLOP/s, more than the "
                 f"{self._peak / 1e12:.0f} that lmchat.hardware.DENSE_BF16_PEAK lists for it"
             )
             self._peak = None

@@ -82,7 +82,7 @@ class NonFiniteGuard(Callback):
 
 
 def _non_finite_gradients(module: L.LightningModule, optimizer: Optimizer) -> list[str]:
-    if isinstance(optimizer, MuonAdamW):  # which may hold them elsewhere
+    if isinstance(optimizer, MuonAdamW):  # its gradients may be in buckets
         return optimizer.non_finite_gradients()
     grads = {name: param.grad for name, param in module.named_parameters() if param.grad is not None}
     finite = are_finite([grad.sum() for grad in grads.values()])

@@ -93,9 +93,9 @@ class TrainingPlan(Callback):
 
 
 def limit_train_batches(trainer: L.Trainer, accumulate: int) -> None:
-    """Makes the trainer's limit of micro-batches one of whole optimizer steps.
+    """Converts the trainer's ``limit_train_batches`` to a limit of whole optimizer steps.
 
-    ``fast_dev_run`` and ``overfit_batches`` count optimizer steps: they stand for a number of updates.
+    ``fast_dev_run`` and ``overfit_batches`` count optimizer steps, since they mean a number of updates.
 
     Raises:
         UserError: ``limit_train_batches`` cuts an optimizer step.

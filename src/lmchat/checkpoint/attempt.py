@@ -25,7 +25,7 @@ TAKEOVER_TIMEOUT_SECONDS = 10.0
 
 
 class Superseded(RankFailure):
-    """A later attempt has begun; this process must not write to the folder any more."""
+    """A later attempt has begun; this process must no longer write to the folder."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Attempt:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Blocks other attempts from beginning while the block renames or deletes files; keep it short.
+        """Context manager in which no other attempt can begin, for renaming or deleting files; keep it short.
 
         Raises:
             Superseded: another attempt has begun.
@@ -68,7 +68,7 @@ class Attempt:
             file = (self.directory / ATTEMPT_NAME).open("rb")
         except FileNotFoundError as error:
             raise Superseded(
-                f"{self.directory / ATTEMPT_NAME} is gone, so somebody has removed the run's folder or its files; this "
+                f"{self.directory / ATTEMPT_NAME} is missing, so the run's folder or its files were removed; this "
                 "process ends and writes nothing more"
             ) from error
         with file:
@@ -76,8 +76,8 @@ class Attempt:
                 fcntl.lockf(file, fcntl.LOCK_SH)
             if file.read() != self.name.encode():
                 raise Superseded(
-                    f"another attempt of this run writes to {self.directory} now; this process ends and writes nothing "
-                    "more"
+                    f"another attempt of this run is now writing to {self.directory}; this process ends and writes "
+                    "nothing more"
                 )
             yield
 
@@ -95,7 +95,7 @@ def _lock_exclusively(descriptor: int, directory: Path) -> None:
         except (BlockingIOError, PermissionError) as error:
             if time.monotonic() - begin > TAKEOVER_TIMEOUT_SECONDS:
                 raise UserError(
-                    f"a process of an earlier run is stopped in the middle of a write to {directory}; end that process "
+                    f"a process of an earlier run is suspended while writing to {directory}; end that process "
                     "and start again"
                 ) from error
             time.sleep(0.02)

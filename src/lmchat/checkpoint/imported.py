@@ -66,7 +66,7 @@ def save_imported(model: ImportedModel, *, stage: str, tag: str) -> CheckpointPa
         )
     paths = CheckpointPaths(checkpoint_dir(stage, tag), 0)
     if files_by_step(paths.directory):
-        raise UserError(f"{paths.directory} holds a run already; choose another name with --tag, or move it away")
+        raise UserError(f"{paths.directory} already contains a run; choose another name with --tag, or move it away")
     _save_tokenizer(model.tokenizer)
     paths.directory.mkdir(parents=True, exist_ok=True)
     write_checkpoint(
@@ -94,6 +94,6 @@ def _save_tokenizer(tokenizer: Tokenizer) -> None:
         tokenizer.save(folder)
     elif Tokenizer.load(folder).fingerprint != tokenizer.fingerprint:
         raise UserError(
-            f"{folder} holds another tokenizer than the model's; set LMCHAT_BASE_DIR to another folder, in which the "
-            "model is to live with its own"
+            f"{folder} contains a tokenizer that differs from the model's; set LMCHAT_BASE_DIR to a separate "
+            "folder for this model"
         )

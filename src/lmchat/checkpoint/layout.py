@@ -40,7 +40,7 @@ def checkpoint_dir(stage: str, tag: str) -> Path:
     """
     if not is_folder_name(tag):
         raise UserError(
-            f"the tag {tag!r:.100} names no folder; leave out slashes, control characters and the dot in front"
+            f"the tag {tag!r:.100} is not a folder name; leave out slashes, control characters and the dot in front"
         )
     return base_dir() / STAGES[current_stage_name(stage)].checkpoints / tag
 
@@ -63,7 +63,7 @@ class CheckpointPaths:
         match = _CHECKPOINT_NAME.fullmatch(path.name)
         if match is None:
             raise UserError(
-                f"{path} is not a checkpoint of lmchat; give its folder, a model_005000.pt, a meta_005000.json, or last"
+                f"{path} is not an lmchat checkpoint; give its folder, a model_005000.pt, a meta_005000.json, or last"
             )
         return cls(path.parent, int(match[1] or match[2]))
 

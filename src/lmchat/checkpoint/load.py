@@ -76,7 +76,7 @@ def find_checkpoint(
     """
     if str(path) == "last":
         if directory is None:
-            raise UserError("`last` needs a run; give a folder or a file of a checkpoint")
+            raise UserError("`last` needs a run; give the folder or a file of a checkpoint")
         path = directory
     path = expand_user(path)
     if path.suffix and (not path.is_dir() or path.suffix in (".json", ".pt")):
@@ -90,19 +90,19 @@ def _newest(directory: Path, warn: Callable[[str], None]) -> Checkpoint:
     for step in steps:
         paths = CheckpointPaths(directory, step)
         if not paths.meta.exists():
-            warn(f"passing over the checkpoint of step {step}: it is unfinished ({paths.meta} is missing)")
+            warn(f"skipping the checkpoint of step {step}: it is unfinished ({paths.meta} is missing)")
             continue
         try:
             checkpoint = open_checkpoint(paths)
         except DamagedCheckpoint as error:
             damage = damage or error
-            warn(f"passing over the checkpoint of step {step}: {error}")
+            warn(f"skipping the checkpoint of step {step}: {error}")
             continue
         if step != steps[0]:
             warn(f"falling back to the newest complete checkpoint, {checkpoint.paths.meta}")
         return checkpoint
     if damage is not None:
-        raise DamagedCheckpoint(f"{directory} holds no complete checkpoint: {damage}") from damage
+        raise DamagedCheckpoint(f"{directory} has no complete checkpoint: {damage}") from damage
     raise UserError(
         f"there is no checkpoint in {directory}; train one first (lmchat fit), "
         "or give the folder or file of another one"
@@ -121,7 +121,7 @@ def find_model(path: Path | None = None) -> Checkpoint:
         metas = base_dir().glob(f"{stage.checkpoints}/*/meta_*.json")
         if newest := max(metas, key=lambda meta: meta.stat().st_mtime, default=None):
             return find_checkpoint(newest.parent)
-    raise UserError(f"there is no model in {base_dir()}; train one first with `lmchat fit`, or name one: --checkpoint")
+    raise UserError(f"there is no model in {base_dir()}; train one with `lmchat fit`, or give one with --checkpoint")
 
 
 def open_checkpoint(paths: CheckpointPaths, files: Iterable[Path] | None = None) -> Checkpoint:
@@ -165,7 +165,7 @@ def _read_meta(paths: CheckpointPaths) -> dict[str, Any]:
     try:
         check_meta(meta, paths)
     except UserError as error:
-        raise DamagedCheckpoint(f"{path} describes no checkpoint of lmchat: {error}; {_REMEDY}") from error
+        raise DamagedCheckpoint(f"{path} does not describe an lmchat checkpoint: {error}; {_REMEDY}") from error
     return meta
 
 
@@ -184,7 +184,7 @@ def _absent(paths: CheckpointPaths) -> str:
 
 def _verify(path: Path, record: dict[str, Any]) -> None:
     if not path.is_file():
-        raise DamagedCheckpoint(f"{path} is {'no regular file' if path.exists() else 'missing'}; {_REMEDY}")
+        raise DamagedCheckpoint(f"{path} is {'not a regular file' if path.exists() else 'missing'}; {_REMEDY}")
     size = path.stat().st_size
     if size != record["bytes"]:
         how = "truncated" if size < record["bytes"] else "altered"
@@ -202,15 +202,15 @@ def load_model_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """The GPT's state dict on the CPU, mapped from the file: copied only where it is used.
 
     Raises:
-        DamagedCheckpoint: the file holds no state dict.
+        DamagedCheckpoint: the file is not a state dict.
     """
     path = checkpoint.paths.model
     state = _read_tensors(path, mmap=True)
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            raise DamagedCheckpoint(f"{path} holds {shown(name)}, which is no floating-point tensor; {_REMEDY}")
+            raise DamagedCheckpoint(f"{path} contains {shown(name)}, which is not a floating-point tensor; {_REMEDY}")
         if tensor.layout is not torch.strided or tensor.device.type != "cpu":
-            raise DamagedCheckpoint(f"{path} holds {shown(name)}, which is no dense tensor with values; {_REMEDY}")
+            raise DamagedCheckpoint(f"{path} contains {shown(name)}, which is not a dense tensor on the CPU; {_REMEDY}")
     return state
 
 
@@ -248,11 +248,11 @@ def _read_tensors(path: Path, *, mmap: bool = False) -> dict[Any, Any]:
     except Exception as error:  # torch raises errors of many types for other files
         reason = shown(str(error).splitlines()[0] if str(error) else type(error).__name__)
         raise DamagedCheckpoint(
-            f"{path} holds more than tensors and plain values, or is damaged ({reason}); nothing in it was executed; "
-            f"{_REMEDY}"
+            f"{path} contains more than tensors and plain values, or is damaged ({reason}); nothing in it was "
+            f"executed; {_REMEDY}"
         ) from error
     if not isinstance(content, dict):
-        raise DamagedCheckpoint(f"{path} holds a {type(content).__name__}, not named tensors; {_REMEDY}")
+        raise DamagedCheckpoint(f"{path} contains a {type(content).__name__}, not named tensors; {_REMEDY}")
     return content
 
 
@@ -275,8 +275,8 @@ def load_tokenizer(checkpoint: Checkpoint, folder: Path | None = None) -> Tokeni
     tokenizer = Tokenizer.load(folder)
     if tokenizer.fingerprint != checkpoint.meta["tokenizer_fingerprint"]:
         raise UserError(
-            f"{checkpoint.paths.meta} was trained with another tokenizer than the one in {folder}; give the folder of "
-            "its own with --tokenizer"
+            f"{checkpoint.paths.meta} was trained with a different tokenizer from the one in {folder}; "
+            "give its own with --tokenizer"
         )
     return tokenizer
 
@@ -293,9 +293,9 @@ def load_rank_state(checkpoint: Checkpoint, rank: int) -> dict[str, Any]:
         if name not in state:
             raise DamagedCheckpoint(f"{path} lacks {name}; {_REMEDY}")
         if not isinstance(state[name], kind):
-            raise DamagedCheckpoint(f"{path} holds {name} of type {type(state[name]).__name__}; {_REMEDY}")
+            raise DamagedCheckpoint(f"{path} contains {name} of type {type(state[name]).__name__}; {_REMEDY}")
     if not state["optimizer_states"]:
-        raise DamagedCheckpoint(f"{path} holds no optimizer state; {_REMEDY}")
+        raise DamagedCheckpoint(f"{path} has no optimizer state; {_REMEDY}")
     return state
 
 

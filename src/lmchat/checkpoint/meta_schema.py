@@ -186,7 +186,7 @@ def shown(value: Any) -> str:
 def _check_plain(meta: Any) -> None:
     """Refuses deep nesting, numbers that are not finite, and control characters, anywhere in ``meta``."""
     if type(meta) is not dict:
-        raise UserError(f"it holds a {type(meta).__name__}, not an object")
+        raise UserError(f"it contains a {type(meta).__name__}, not an object")
     waiting: list[tuple[Any, int, str]] = [(meta, 0, "it")]
     while waiting:
         value, depth, name = waiting.pop()
@@ -198,7 +198,7 @@ def _check_plain(meta: Any) -> None:
         elif isinstance(value, list):
             waiting += [(child, depth + 1, name) for child in value]
         elif isinstance(value, str) and _CONTROL.search(value):
-            raise UserError(f"{shown(name)} holds control characters: {shown(value)}")
+            raise UserError(f"{shown(name)} contains control characters: {shown(value)}")
         elif isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{shown(name)} is {value}; it must be finite")
 
@@ -222,7 +222,7 @@ def _check_files(files: Mapping[str, Any], paths: CheckpointPaths, world_size: i
         )
     expected = {paths.model.name, *(paths.optimizer(rank).name for rank in range(world_size))}
     if unknown := sorted(files.keys() - expected):
-        raise UserError(f"files names {shown(unknown[0])}, which is no file of this checkpoint")
+        raise UserError(f"files names {shown(unknown[0])}, which is not a file of this checkpoint")
     for name, record in files.items():
         _check_fields(files, {name: MAPPING}, {}, "files.")
         _check_fields(record, {"bytes": integer(0, 2**63), "sha256": SHA256}, {}, f"files.{name}.")
@@ -260,7 +260,7 @@ def _check_lightning(lightning: Mapping[str, Any], step: int) -> None:
 
 
 def _check_loops(loops: Mapping[str, Any], place: str) -> None:
-    """Checks that the state of Lightning's loops holds objects and counters where its classes have them."""
+    """Checks that the state of Lightning's loops has objects and counters where its classes have them."""
     for name, value in loops.items():
         check = FLAG if name == "is_last_batch" else COUNTER if name in _COUNTERS else MAPPING
         _check_fields(loops, {name: check}, {}, place)
@@ -278,7 +278,7 @@ def read_limited(path: Path) -> bytes:
         OSError: it cannot be read.
     """
     if not path.is_file():
-        raise UserError("it is no regular file" if not path.is_dir() else "it is a folder")
+        raise UserError("it is not a regular file" if not path.is_dir() else "it is a folder")
     with path.open("rb") as file:
         content = file.read(MAX_META_BYTES + 1)
     if len(content) > MAX_META_BYTES:

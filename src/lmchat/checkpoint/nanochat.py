@@ -64,7 +64,7 @@ def _find_model(path: Path) -> Path:
     found = {int(match[1]): file for file in path.glob("model_*.pt") if (match := _MODEL_NAME.fullmatch(file.name))}
     if not found:
         raise UserError(
-            f"there is no checkpoint of nanochat in {path}; give the folder that holds model_005000.pt and "
+            f"there is no nanochat checkpoint in {path}; give the folder with model_005000.pt and "
             "meta_005000.json, e.g. base_checkpoints/d20"
         )
     return found[max(found)]
@@ -78,9 +78,9 @@ def _read_meta(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); copy it again") from error
     if isinstance(meta, dict) and "meta_sha256" in meta:
-        raise UserError(f"{path} is of lmchat itself; use its folder as it is, without importing it")
+        raise UserError(f"{path} is an lmchat checkpoint; use its folder directly, without importing it")
     if not isinstance(meta, dict) or not isinstance(meta.get("model_config"), dict):
-        raise UserError(f"{path} has no model_config; it is not of a checkpoint of nanochat")
+        raise UserError(f"{path} has no model_config; it does not belong to a nanochat checkpoint")
     return meta
 
 
@@ -88,9 +88,10 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # damaged files raise errors of many types
-        raise UserError(f"{path} is damaged or no state dict ({str(error).splitlines()[0]}); copy it again") from error
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is damaged or not a state dict ({reason}); copy it again") from error
     if not isinstance(state, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise UserError(f"{path} is no state dict of tensors; give a model file of nanochat")
+        raise UserError(f"{path} is not a state dict of tensors; give a nanochat model file")
     # Prefix of the names of a compiled model.
     return {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
 
@@ -174,7 +175,7 @@ def read_pickled_tokenizer(path: Path) -> Tokenizer:
         expected = {name: len(ranks) + index for index, name in enumerate(SPECIAL_TOKENS)}
     except Exception as error:  # damaged or malicious files raise errors of many types
         raise UserError(
-            f"{path} is no tokenizer of nanochat ({error}); only a pickled tiktoken Encoding is read, since other "
+            f"{path} is not a nanochat tokenizer ({error}); only a pickled tiktoken Encoding is read, since other "
             "pickles may run code"
         ) from error
     if special != expected:

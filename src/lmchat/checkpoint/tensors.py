@@ -22,14 +22,14 @@ def check_tensors(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size
     """Raises UserError unless the tensors of a state dict have the expected names and shapes."""
     unknown, missing = sorted(state.keys() - expected.keys()), sorted(expected.keys() - state.keys())
     if unknown:
-        raise UserError(f"{where} holds {_some(unknown)}, for which this architecture has no place")
+        raise UserError(f"{where} contains {_some(unknown)}, which this architecture does not have")
     if missing:
         raise UserError(f"{where} lacks {_some(missing)}; it is incomplete or of another architecture")
     for name in sorted(state):
         if state[name].shape != expected[name]:
             raise UserError(
-                f"{where} holds {name} of shape {tuple(state[name].shape)}, and its config asks for "
-                f"{tuple(expected[name])}; they are not of one model"
+                f"{where} contains {name} of shape {tuple(state[name].shape)}, but its config requires "
+                f"{tuple(expected[name])}; they do not belong to the same model"
             )
 
 

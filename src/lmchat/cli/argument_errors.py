@@ -48,7 +48,7 @@ def explain(message: str, args: Sequence[str]) -> str:
         group = _KEY.findall(message)[-1]  # it occurs twice
         return f"--{group} is {stranger[1]}; it must be a mapping, as in {group}: {{option: value}}"
     if stranger := _MISSING_CLASS.search(message):
-        return f"--{option} is {stranger[1]}, which is no known class; see `{listing(args[0])}` for those there are"
+        return f"--{option} is {stranger[1]}, which is not a known class; `{listing(args[0])}` lists them"
     if incomplete := _INCOMPLETE.search(message):
         return (
             f"--{option}: {incomplete[1]} needs {incomplete[2]}, which {command} was not given; see "
@@ -65,7 +65,7 @@ def explain(message: str, args: Sequence[str]) -> str:
     if missing := re.search(r"arguments are required: (.*)", message):
         return _missing(missing[1].split(", "), args)
     if "Problems parsing config" in message:
-        return f"{_configs(args)} is no valid YAML: {message.split(':', 1)[1]}"
+        return f"{_configs(args)} is not valid YAML: {message.split(':', 1)[1]}"
     return message
 
 

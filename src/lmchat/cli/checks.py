@@ -59,7 +59,7 @@ def _check_keys(path: Path, keys: list[yaml.Node]) -> None:
     names = [str(key.value) for key in keys if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
     if twice := [name for name in names if names.count(name) > 1]:
         line = max(key.start_mark.line for key in keys if key.value == twice[0]) + 1
-        raise UserError(f"--config {path} gives {twice[0]} twice, again in line {line}; remove one")
+        raise UserError(f"--config {path} sets {twice[0]} twice, the second time in line {line}; remove one")
 
 
 def check_groups(config: Namespace, parser: ArgumentParser) -> None:
@@ -73,13 +73,13 @@ def check_groups(config: Namespace, parser: ArgumentParser) -> None:
 
 
 def check_environment(subcommand: str, parser: ArgumentParser) -> None:
-    """Raises UserError for an environment variable that names no option; jsonargparse ignores it."""
+    """Raises UserError for an environment variable that is not an option; jsonargparse ignores it."""
     prefix = f"{ENV_PREFIX}_{subcommand.upper()}__"
     known = {prefix + action.dest.replace(".", "__").upper() for action in parser._actions}
     if unknown := sorted(name for name in os.environ if name.startswith(prefix) and name not in known):
         raise UserError(
-            f"the environment variable {unknown[0]} names no option; unset it, or name one that "
-            f"`{listing(subcommand)}` lists, as {prefix}CHECKPOINT__KEEP_LAST does --checkpoint.keep_last"
+            f"the environment variable {unknown[0]} is not an option; unset or correct it "
+            f"({prefix}CHECKPOINT__KEEP_LAST sets --checkpoint.keep_last; `{listing(subcommand)}` lists all options)"
         )
 
 
@@ -98,7 +98,7 @@ def check_trainer_options(trainer: Mapping[str, Any] | Namespace, parser: Argume
     check_precision(trainer["precision"])
     if isinstance(trainer["devices"], str) and not _DEVICES.fullmatch(trainer["devices"]):
         raise UserError(
-            f"--trainer.devices is {trainer['devices']}; it must be auto, a number of devices, or some like 0,1"
+            f"--trainer.devices is {trainer['devices']}; it must be auto, a number of devices, or a list such as 0,1"
         )
     if isinstance(trainer["devices"], int | str) and any(
         int(number) > MAX_DEVICES for number in re.findall(r"\d+", str(trainer["devices"]))
@@ -114,7 +114,7 @@ def check_trainer_options(trainer: Mapping[str, Any] | Namespace, parser: Argume
     for name in ("limit_train_batches", "limit_val_batches", "overfit_batches"):
         if isinstance(trainer[name], float) and trainer[name] not in (0.0, 1.0):
             raise UserError(
-                f"--trainer.{name} is {trainer[name]:g}, a share of a stream without end; give a number of batches, or "
+                f"--trainer.{name} is {trainer[name]:g}, a fraction of an endless stream; give a number of batches, or "
                 f"use --{'data.eval_tokens' if name == 'limit_val_batches' else 'trainer.max_steps'}"
             )
     for name in ("max_steps", "limit_train_batches", "limit_val_batches"):

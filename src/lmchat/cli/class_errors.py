@@ -24,7 +24,7 @@ def check_callbacks(callbacks: Any) -> None:
         if isinstance(callback, ModelCheckpoint | OnExceptionCheckpoint):
             name, monitor = type(callback).__name__, getattr(callback, "monitor", None)
             raise UserError(
-                f"--trainer.callbacks: {name}{f' of {monitor}' if monitor else ''} is not supported: leave it out and "
+                f"--trainer.callbacks: {name}{f' of {monitor}' if monitor else ''} is not supported; remove it and "
                 "use --checkpoint.every_n_steps and --checkpoint.keep_last (an interrupted run is always saved); "
                 "val/bpb of every evaluation is in the logs"
             )
@@ -49,7 +49,7 @@ def _root(error: BaseException) -> str:
 
 
 def _failed_callback(error: BaseException) -> str | None:
-    """The class of the callback of Lightning's in which ``error`` was raised; None if lmchat's code raised it."""
+    """The Lightning callback class in which ``error`` was raised; None if lmchat's code raised it."""
     name, traceback = None, error.__traceback__
     while traceback is not None:
         path, scope = Path(traceback.tb_frame.f_code.co_filename), traceback.tb_frame.f_locals

@@ -1,7 +1,8 @@
 """Refuses impossible sizes of ``lmchat fit`` and ``lmchat validate`` before torch and Lightning are imported.
 
-A second instead of four. Only options that are certain to take effect are judged; anything else, such as a config that
-cannot be read or a class of the user's, is left to the same checks after parsing, which know the device and tokenizer.
+This takes one second instead of four. Only options that are certain to take effect are checked; others, such as a
+config that cannot be read or a class of the user's, are left to the same checks after parsing, which know the device
+and tokenizer.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def check_sizes(args: list[str]) -> None:
         config = config_for_depth(**{"sequence_len": DEFAULT_SEQUENCE_LEN, "vocab_size": 1} | shape)
     except UserError:
         return
-    least = partial(
+    estimate = partial(
         training_memory,
         config,
         mode="eager" if on_cpu else "recomputing",
@@ -71,7 +72,7 @@ def check_sizes(args: list[str]) -> None:
         config,
         "cpu" if on_cpu else "any device",
         host if on_cpu else max(host, LARGEST_DEVICE_BYTES),
-        least if args[0] == "fit" else None,
+        estimate if args[0] == "fit" else None,
         rows if type(rows) is int and rows > 0 else 1,
     )
 
@@ -101,7 +102,7 @@ def _pairs(args: list[str]) -> Iterator[tuple[str, str]]:
     for arg in rest:
         name, equals, value = arg.removeprefix("--").partition("=")
         if arg == "-c" or not arg.startswith("--"):
-            raise ValueError(f"{arg} is no long option")
+            raise ValueError(f"{arg} is not a long option")
         if name.startswith("print_config") or name.endswith(("help", "help_all")):
             raise ValueError(f"{arg} starts no run")
         yield name, value if equals else next(rest, "")

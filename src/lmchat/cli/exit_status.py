@@ -57,7 +57,7 @@ def translate_peer_failure(trainer: L.Trainer) -> Iterator[None]:
 
 @contextmanager
 def translate_out_of_memory(module: StageModule) -> Iterator[None]:
-    """Turns an error for want of memory into a UserError that names what would fit."""
+    """Turns an out-of-memory error into a UserError that names a size that fits."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

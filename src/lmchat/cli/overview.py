@@ -31,7 +31,7 @@ OPTIONS = {
     "previous stage, else none), a folder or a file.",
     "--seed_everything N": "seed of all random numbers.",
     "--weights_only true": "not needed: lmchat never unpickles arbitrary objects.",
-    "--print_config": "print the options in effect, and end.",
+    "--print_config": "print the options in effect and exit.",
 }
 """Options outside of groups, with a placeholder for their value."""
 

@@ -41,7 +41,7 @@ def accept_former_names() -> None:
             return _rename(value, at_top=True)
         except RecursionError:
             raise yaml.YAMLError("an alias refers to the value that contains it") from None
-        except ValueError as error:  # a number of thousands of digits
+        except ValueError as error:  # a number with thousands of digits
             raise yaml.YAMLError(str(error)) from None
 
     set_loader("yaml", load, exceptions=(yaml.YAMLError,))

@@ -30,7 +30,7 @@ def prepare_standard_streams() -> None:
 
 
 def is_broken_output(error: BaseException) -> bool:
-    """Whether ``error`` means that standard output or error has no reader any more, as after ``| head -1``."""
+    """Whether ``error`` means that the reader of standard output or error has exited, as after ``| head -1``."""
     if isinstance(error, SystemExit):
         return isinstance(error.__context__, BrokenPipeError)  # raised by rich, which has replaced the stream
     return isinstance(error, BrokenPipeError) and any(_has_no_reader(number) for number in (1, 2))

@@ -22,11 +22,11 @@ def chat(
 
     Args:
         checkpoint: folder or file of a checkpoint; default is the newest of the last stage that has one.
-        tokenizer: folder of its tokenizer; default is the one beside the folders of checkpoints, or else
+        tokenizer: folder of its tokenizer; default is the one beside the checkpoint folders, or else
             $LMCHAT_BASE_DIR/tokenizer.
-        prompt: answer this message and exit.
+        prompt: answer this message and exit; also -p.
         system: system prompt.
-        temperature: 0 for greedy decoding.
+        temperature: sampling temperature; 0 is greedy decoding.
         top_k: sample from the k most likely tokens; null is all.
         max_new_tokens: maximum number of tokens of an answer.
         seed: seed of the sampling; each answer of a conversation uses other random numbers.

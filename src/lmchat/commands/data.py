@@ -169,7 +169,7 @@ def check(
     elif data_dir is None:
         health = check_mixtures(mixtures(mixture, []), Tokenizer.load(tokenizer or tokenizer_dir()), files, **options)
     else:
-        raise UserError(f"--data_dir {data_dir} and --mixture {mixture} are two things to check; give one of them")
+        raise UserError(f"--data_dir {data_dir} and --mixture {mixture} exclude each other; give one of them")
     print_health(health)
     if output:
         write_health(health, output)

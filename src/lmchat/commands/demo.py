@@ -101,12 +101,12 @@ def _open_summary(run: Demo) -> dict[str, Any]:
         changed = [name for name, value in recipe.items() if summary["recipe"].get(name) != value]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
-            f"{run.summary} is damaged or not of a demo ({error}); delete {run.output}, or choose another folder with "
-            "--output (make demo OUTPUT=folder)"
+            f"{run.summary} is damaged or was not written by a demo ({error}); delete {run.output}, or choose another "
+            "folder with --output (make demo OUTPUT=folder)"
         ) from error
     if changed:
         raise UserError(
-            f"{run.output} holds a demo with another {', '.join(changed)}; delete it, or choose another folder with "
+            f"{run.output} contains a demo with another {', '.join(changed)}; delete it, or choose another folder with "
             "--output (make demo OUTPUT=folder)"
         )
     return summary

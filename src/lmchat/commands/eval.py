@@ -9,10 +9,10 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class SandboxOptions:
-    """Where programs of the model run (HumanEval).
+    """How generated programs are run (HumanEval).
 
     Args:
-        allow_weak: run them even where this kernel refuses a protection.
+        allow_weak: run them even if this kernel refuses a protection.
         seconds: time limit of a program.
     """
 
@@ -40,7 +40,7 @@ def evaluate(
     output: Path | None = None,
     sandbox: SandboxOptions = STRICT,
 ) -> None:
-    """Evaluate a checkpoint on chat benchmarks (ARC, MMLU, GSM8K, HumanEval, spelling) on CORE, or with the harness.
+    """Evaluate a checkpoint on chat benchmarks (ARC, MMLU, GSM8K, HumanEval, spelling), on CORE or with lm-eval.
 
     Multiple choice is scored by the most likely letter, other tasks by greedy answers. Results are saved after each
     task; the same command continues an interrupted evaluation. Several devices share the questions:
@@ -55,17 +55,17 @@ def evaluate(
         limit: maximum number of questions per task.
         core: folder or zip file of the evaluation bundle, or default for $LMCHAT_BASE_DIR/eval_bundle; evaluates its 22
             tasks in place of the chat benchmarks, or those of them that --tasks names.
-        max_tokens: longest prompt of CORE, of which the end is kept; default is the model's limit.
+        max_tokens: maximum prompt length for CORE; longer prompts keep their end. Default is the model's limit.
         harness: tasks of lm-evaluation-harness, as in arc_easy,hellaswag, in place of the chat benchmarks.
         include_path: folder with further tasks of the harness.
         num_fewshot: solved examples before each question of a harness task; default is the task's.
-        chat_template: put questions of harness tasks into the chat template.
-        batch_size: questions of multiple choice read together.
+        chat_template: render the prompts of harness tasks with the chat template.
+        batch_size: number of multiple-choice questions per batch.
         max_new_tokens: maximum number of tokens of an answer.
-        tokenizer: folder of its tokenizer; default is the one beside the folders of checkpoints, or else
+        tokenizer: folder of its tokenizer; default is the one beside the checkpoint folders, or else
             $LMCHAT_BASE_DIR/tokenizer.
         output: file of the results; default is eval_STEP.json beside the checkpoint.
-        sandbox: where programs of the model run.
+        sandbox: how generated programs are run.
     """
     from lmchat.commands import evaluations
     from lmchat.evaluation.chat_core import make_tasks
@@ -74,7 +74,7 @@ def evaluate(
     from lmchat.types import UserError
 
     if model and (harness or not core):
-        raise UserError("models of transformers are evaluated on CORE; add --core eval_bundle.zip")
+        raise UserError("Hugging Face models are evaluated on CORE only; add --core eval_bundle.zip")
     check_count("", 1, batch_size=batch_size, max_new_tokens=max_new_tokens, limit=limit, max_tokens=max_tokens)
     load = partial(evaluations.load_subject, checkpoint, tokenizer, output)
     if model:

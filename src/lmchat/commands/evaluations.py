@@ -1,4 +1,4 @@
-"""What ``lmchat eval`` does between its arguments and the evaluations: tasks by name, the model, the report."""
+"""Functions of ``lmchat eval``: load the model, choose the tasks, evaluate, print and save the results."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Subject:
 
 @contextlib.contextmanager
 def joined_processes() -> Iterator[None]:
-    """Joins the processes that torchrun started, if it did; only the first one prints."""
+    """Joins torchrun's process group, if torchrun started this process; only rank 0 prints."""
     if not dist.is_torchelastic_launched():
         yield
         return
@@ -64,14 +64,14 @@ def joined_processes() -> Iterator[None]:
 
 
 def load_hf_subject(model: str, output: Path | None) -> Subject:
-    """The model that ``hf:PATH`` stands for.
+    """Loads the model of ``hf:PATH``.
 
     Raises:
-        UserError: it is written otherwise, or there is no such model.
+        UserError: ``model`` has another form, or there is no such model.
     """
     kind, _, folder = model.partition(":")
     if kind != "hf" or not folder:
-        raise UserError(f"--model is {model}; give hf:PATH, the folder of a model of the transformers library")
+        raise UserError(f"--model is {model}; give hf:PATH, where PATH is the folder of a Hugging Face model")
     path = expand_user(folder)
     found = HFModel(path, _device())
     print(f"{type(found.net).__name__}, {path}")
@@ -83,7 +83,7 @@ def _device() -> str:
 
 
 def load_subject(checkpoint: Path | None, tokenizer: Path | None, output: Path | None) -> Subject:
-    """The model of a checkpoint, by default the newest."""
+    """Loads the model of a checkpoint, by default the newest."""
     found = find_model(checkpoint)
     print(f"{found.stage} {found.meta['tag']}, step {found.step}")
     net = load_model(found, _device())
@@ -97,7 +97,7 @@ def load_subject(checkpoint: Path | None, tokenizer: Path | None, output: Path |
 def run_core(
     bundle: str, names: list[str] | None, load: Callable[[], Subject], max_per_task: int | None, max_tokens: int | None
 ) -> None:
-    """Evaluates on the CORE tasks of these names, by default all, and reports."""
+    """Evaluates on the CORE tasks with these names, by default all, and prints the results."""
     found = read_bundle(eval_bundle_dir() if bundle == "default" else expand_user(bundle))
     tasks = choose(found, names)
     subject = load()
@@ -117,7 +117,7 @@ def run_chat(subject: Subject, tasks: Mapping[str, Task], **options: Any) -> Non
 
 
 def require_harness() -> None:
-    """Raises UserError where lm-evaluation-harness is not installed, or several processes would run it."""
+    """Raises UserError if lm-evaluation-harness is not installed, or if there are several processes."""
     if ranks()[1] > 1:
         raise UserError("--harness evaluates in one process; run it without torchrun")
     if find_spec("lm_eval") is None:
@@ -140,7 +140,7 @@ def run_harness(subject: Subject, tasks: Sequence[str], include_path: Path | Non
 
 
 def _report(evaluators: Iterable[Benchmark], subject: Subject, mean_name: str | None) -> None:
-    """Evaluates and prints results, then all together; the mean goes into the file under its name, if it has one."""
+    """Evaluates, prints each result and then a table; saves the mean as ``mean_name``, if that is given."""
     console, results = Console(markup=False), {}
     for name, result in evaluate_each(evaluators, subject.model, subject.path, subject.identity):
         results[name] = result

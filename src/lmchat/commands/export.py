@@ -22,7 +22,7 @@ def hf(
         native: export as transformers' own NanoChatForCausalLM, which loads without remote code; default is true if it
             supports the architecture. Otherwise the export has a modelling file and needs trust_remote_code=True.
         dtype: dtype of the stored weights.
-        tokenizer: folder of its tokenizer; default is the one beside the folders of checkpoints, or else
+        tokenizer: folder of its tokenizer; default is the one beside the checkpoint folders, or else
             $LMCHAT_BASE_DIR/tokenizer.
         check: load the export with transformers and compare it with lmchat: logits, greedy decoding, chat template.
     """

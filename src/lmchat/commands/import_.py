@@ -25,7 +25,7 @@ def nanochat(
     tag: str | None = None,
     stage: Literal["pretrain", "sft", "rl"] | None = None,
 ) -> None:
-    """Import a checkpoint of nanochat, with its tokenizer.
+    """Import a nanochat checkpoint with its tokenizer.
 
     Args:
         folder: folder of the checkpoints, of which the last one is imported, or one model_005000.pt.
@@ -48,7 +48,7 @@ def _save(model, tag, stage) -> None:  # type: ignore[no-untyped-def]  # types w
     count = parameter_counts(model.config).total
     print(f"imported {model.source}: {len(model.state)} tensors, {count:,} parameters, to {paths.directory}")
     if known_stage is None:
-        print("taken as pretrained; if it has been fine-tuned, import it with --stage sft")
+        print("imported as a pretrained model; if it is fine-tuned, import it with --stage sft")
     for note in model.notes:
         print(f"note: {note}")
     print(f"talk to it: lmchat chat --checkpoint {paths.directory}")

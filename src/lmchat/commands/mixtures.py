@@ -1,4 +1,4 @@
-"""The mixtures of conversations that a command is given: by a fine-tuning config, or by a file."""
+"""Mixtures of conversations from a fine-tuning config, or from a file or folder, given on the command line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def mixtures(source: Path, overlay: list[Path], split: str = "train") -> dict[st
     if source.suffix in (".yaml", ".yml"):
         return _mixtures_of_configs([source, *overlay], split)
     if overlay:
-        raise UserError(f"--overlay {overlay[0]} goes over a config, and {source} is none; leave it out")
+        raise UserError(f"--overlay {overlay[0]} overrides a config, but {source} is not a config; leave it out")
     return {split: Mixture([MixturePart(JSONLConversations(str(source)))], shuffle_seed=None)}
 
 

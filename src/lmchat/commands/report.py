@@ -1,4 +1,4 @@
-"""``lmchat report``: what a run was and what came out of it, on one page."""
+"""``lmchat report``: one page about one or more runs."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ TAKES_LIST = True
 
 
 def report(runs: list[str], output: Path | None = None) -> None:
-    """Write a report of one run or of several, overlaid: report.html, which needs no network, and report.md.
-
-    lmchat report RUN [RUN ...] [--output FILE]
+    """Write a report of runs (lmchat report RUN [RUN ...]): report.html, which needs no network, and report.md.
 
     Args:
-        runs: each a tag in $LMCHAT_BASE_DIR, a base folder with one run, or FOLDER/TAG.
-        output: the HTML file; default is report.html in the current folder. The Markdown goes beside it.
+        runs: each is a tag in $LMCHAT_BASE_DIR, a base folder with one run, or FOLDER/TAG; several are overlaid.
+        output: the HTML file; default is report.html in the current folder. report.md is written beside it.
     """
     from lmchat.report.page import write_report
     from lmchat.report.runs import read_runs

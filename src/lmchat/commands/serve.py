@@ -28,7 +28,7 @@ def serve(
 
     Args:
         checkpoint: folder or file of a checkpoint; default is the newest of the last stage that has one.
-        tokenizer: folder of its tokenizer; default is the one beside the folders of checkpoints, or else
+        tokenizer: folder of its tokenizer; default is the one beside the checkpoint folders, or else
             $LMCHAT_BASE_DIR/tokenizer.
         host: address to listen on; 0.0.0.0 is all networks of this machine, which needs an API key.
         port: port to listen on; 0 is any free port.

@@ -43,7 +43,7 @@ MAX_DOCUMENT_CHARACTERS = 10_000_000
 
 NOT_TEXT = "no text in a known encoding (name it with --encoding)"
 TOO_LONG = "a record that is too long"
-NOT_AN_EXPORT = "XML that is no MediaWiki export"
+NOT_AN_EXPORT = "XML that is not a MediaWiki export"
 
 _CHUNK_BYTES = 1 << 20
 _JSON_BYTES_PER_CHARACTER = 6  # of an escape like \u00e9
@@ -93,7 +93,7 @@ def _sort_in(path: Path, found: FoundFiles) -> None:
     if not path.exists():
         found.broken_links.append(path)
     elif not path.is_file():
-        found.others["no regular file"] += 1
+        found.others["not a regular file"] += 1
     elif kind in SUFFIXES or (kind == ".parquet" and not compression):
         found.files.append(path)
     else:
@@ -128,7 +128,7 @@ class DocumentReader:
         max_characters: longer documents are split at the end of a paragraph, line or word.
         bar: progress in bytes of the files.
         left_out: files and records that are left out, by reason.
-        left_out_pages: number of pages of wikis that are no articles, by reason.
+        left_out_pages: number of wiki pages that are not articles, by reason.
         recoded: files by encoding, if not UTF-8.
         divided: number of documents longer than ``max_characters``.
         plain_files: number of plain text files read.
@@ -240,7 +240,7 @@ class DocumentReader:
         text = record[self.text_field]
         if not isinstance(text, str | None):
             raise UserError(
-                f"{place}: field `{self.text_field}` holds a {type(text).__name__}, not a string; "
+                f"{place}: field `{self.text_field}` contains a {type(text).__name__}, not a string; "
                 "name another field with --text_field"
             )
         return text or ""

@@ -148,11 +148,11 @@ def _note_source(output: Path, repo_id: str) -> None:
         other = json.loads(source.read_text())["repo_id"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{source}, which says whose shards are there, is damaged; delete it if they are those of {repo_id}, or "
+            f"{source}, which records the source of the shards, is damaged; delete it if that is {repo_id}, or "
             "choose another folder with --output"
         ) from error
     if other != repo_id:
-        raise UserError(f"{output} holds shards of {other}, not of {repo_id}; choose another folder with --output")
+        raise UserError(f"{output} contains shards of {other}, not of {repo_id}; choose another folder with --output")
 
 
 class _Hub:
@@ -190,7 +190,7 @@ class _Hub:
             if isinstance(error, UserError | HFValidationError | OSError | HTTPError):
                 raise
             raise UserError(
-                f"the hub's answer about {self.repo_id} is no list of files ({type(error).__name__}: "
+                f"the Hub's response for {self.repo_id} is not a list of files ({type(error).__name__}: "
                 f"{_first_line(error)[:200]}); check HF_ENDPOINT and the network"
             ) from error
         if len(files) > MAX_FILES:
@@ -233,9 +233,9 @@ def _checked(entry: RepoFile) -> Shard:
     path, size, sha256 = entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None
     parts = path.split("/") if isinstance(path, str) else [""]
     if any(part in ("", ".", "..") or not part.isprintable() or "\\" in part for part in parts):
-        raise UserError(f"the hub lists a file of the unsafe name {path!r:.200}; nothing is downloaded")
+        raise UserError(f"the Hub lists a file with the unsafe name {path!r:.200}; nothing was downloaded")
     if type(size) is not int or size < 0 or not (sha256 is None or re.fullmatch("[0-9a-f]{64}", str(sha256))):
-        raise UserError(f"the hub lists {path} with the size {size!r:.50} and the checksum {sha256!r:.80}; try again")
+        raise UserError(f"the Hub lists {path} with the size {size!r:.50} and the checksum {sha256!r:.80}; try again")
     return Shard(path, size, sha256)
 
 
@@ -256,7 +256,7 @@ def _within_limits(action: Callable[[], T], what: str) -> T:
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
         if time.monotonic() > deadline or grown > LISTING_BYTES:
             raise UserError(
-                f"the hub's list of the files of {what} does not end: {grown / 1e6:.0f} MB of memory after "
+                f"the Hub's file list of {what} does not end: {grown / 1e6:.0f} MB of memory after "
                 f"{LISTING_SECONDS - max(0, deadline - time.monotonic()):.0f} s; check HF_ENDPOINT, or try again"
             )
 
@@ -280,7 +280,7 @@ def _persistently(action: Callable[[], T], what: str) -> T:
             return action()
         except RepositoryNotFoundError as error:
             raise UserError(
-                f"cannot download {what}: there is no such data set on the hub, or it is private or gated "
+                f"cannot download {what}: there is no such data set on the Hub, or it is private or gated "
                 "(`hf auth login` gives access to yours); check the name"
             ) from error
         except (RevisionNotFoundError, HFValidationError, OfflineModeIsEnabled) as error:

@@ -1,7 +1,7 @@
 """Finds the encoding of text that is not Unicode.
 
-charset-normalizer tells the script; among encodings of the same script, which differ in a few letters, the one whose
-text fits an alphabet best is chosen. How often this is right: ``docs/LOG.md``.
+charset-normalizer detects the script. Encodings of the same script differ in a few letters; the one whose text fits an
+alphabet best is chosen. ``docs/LOG.md`` has the accuracy.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _SUPERSETS = {
     "gb2312": "gb18030", "gbk": "gb18030", "big5": "big5hkscs", "shift_jis": "cp932", "euc_kr": "cp949",
 }  # fmt: skip
 
-_MIN_LATIN_BYTES, _MIN_BYTES = 8, 40  # non-ASCII ones; fewer tell too little
+_MIN_LATIN_BYTES, _MIN_BYTES = 8, 40  # minimum number of non-ASCII bytes to detect from
 _MIN_FIT, _MIN_FIT_ALONE = 0.7, 0.9  # the latter where charset-normalizer finds nothing
 _MULTIBYTE = ["gb18030", "big5hkscs", "cp932", "euc_jp", "cp949", "johab"]
 _OTHERS = ["cp1255", "iso8859_8", "cp1256", "iso8859_6", "cp874"]
 _SEVEN_BIT = ["iso2022_kr", "iso2022_jp_2"]
-_ESCAPE = b"\x1b$"  # begins two-byte characters in seven-bit encodings
+_ESCAPE = b"\x1b$"  # starts two-byte characters in seven-bit encodings
 _PUNCTUATION = "“”‘’‚„«»‹›–—…€°§·•©®™№\xa0×"
 _LATIN = [
     "äöüß", "éèêëàâæçîïôœùûÿ", "áéíóúüñ¿¡ªº", "áâãàçéêíóôõúªº", "àèéìíòóù", "åäöé", "åæøéèêóòô", "ąćęłńóśźż",
@@ -60,7 +60,7 @@ def browser_encoding(name: str) -> str | None:
 
 
 class UnknownEncoding(UserError):
-    """A file is no text, or no text in a known encoding."""
+    """A file is not text, or its encoding is unknown."""
 
 
 def legacy_encoding(path: Path, encoding: str | None = None) -> str | None:
@@ -71,7 +71,7 @@ def legacy_encoding(path: Path, encoding: str | None = None) -> str | None:
         encoding: encoding of files that are not Unicode; default is to detect it.
 
     Raises:
-        UnknownEncoding: the file has zero bytes, or is in no known encoding from its beginning to its end.
+        UnknownEncoding: the file has zero bytes, or no known encoding decodes all of it.
     """
     sample = _not_decoded(path, None)
     if sample is None:
@@ -83,7 +83,7 @@ def legacy_encoding(path: Path, encoding: str | None = None) -> str | None:
 
 
 def _not_decoded(path: Path, encoding: str | None) -> bytes | None:
-    """The beginning of what is not text in an encoding (default: Unicode); None if all is."""
+    """A sample from the first line that an encoding (default: Unicode) cannot decode; None if it can decode all."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     with path.open("rb") as raw, open_text(path, raw, encoding) as (file, on_disk):
         try:
@@ -144,7 +144,7 @@ def _decoded(sample: bytes, encoding: str) -> str | None:
 
 
 def _is_damaged_utf8(sample: bytes) -> bool:
-    """Whether most of what is not ASCII is UTF-8 all the same."""
+    """Whether most of the non-ASCII characters are valid UTF-8."""
     text = sample.decode("utf-8", "replace")
     return 2 * text.count("\ufffd") < sum(character > "\x7f" for character in text)
 

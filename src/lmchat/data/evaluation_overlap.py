@@ -30,7 +30,7 @@ def evaluation_files(path: Path) -> list[EvaluationFile]:
         UserError: there are none.
     """
     if not path.exists():
-        raise UserError(f"no evaluation set {path}; give files or folders of {' '.join(_KINDS)} with --evaluation")
+        raise UserError(f"there is no evaluation set {path}; give files of {' '.join(_KINDS)} with --evaluation")
     files: Sequence[EvaluationFile] = [path]
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
@@ -42,7 +42,7 @@ def evaluation_files(path: Path) -> list[EvaluationFile]:
         files = [zipfile.Path(archive, name) for name in sorted(archive.namelist()) if not name.endswith("/")]
     found = [file for file in files if _kind(file) in _KINDS]
     if not found:
-        raise UserError(f"{path} has no evaluation set; the kinds are {' '.join(_KINDS)}, JSON also compressed")
+        raise UserError(f"{path} contains no evaluation set; the kinds are {' '.join(_KINDS)}, JSON also compressed")
     return found
 
 

@@ -52,7 +52,7 @@ def check_fingerprint(resumed: Any, current: dict[str, str]) -> None:
         names.remove(_ORDER)  # it follows from the others
     changes = "; ".join(f"{name}: {resumed.get(name, 'none')}, now {current.get(name, 'none')}" for name in names)
     raise UserError(
-        f"the run to resume was started with other data than the config gives now ({changes}); restore that data, or "
+        f"the run to resume was started with different data ({changes}); restore that data, or "
         "start a new run with another --model.tag and --ckpt_path a checkpoint of the stage before"
     )
 

@@ -201,7 +201,7 @@ class _Checker:
             self._compare()
 
     def _compare(self) -> None:
-        """Compares the batch with the evaluation sets, and adds the signatures of documents that are no copies."""
+        """Compares the batch with the evaluation sets, and adds the signatures of documents that are not copies."""
         for shard, grams in zip(self._owners, self._overlap.count(self._words).tolist(), strict=True):
             self._shards[shard].overlapping += grams > 0
             self._shards[shard].overlapping_grams += grams

@@ -77,11 +77,11 @@ def import_folder(
             is not empty.
     """
     if output.resolve().is_relative_to(source.resolve()):
-        raise UserError(f"the output folder {output} lies inside the source {source}; choose one outside of it")
+        raise UserError(f"the output folder {output} is inside the source {source}; choose one outside it")
     check_count("", 1, max_document_characters=max_document_characters)
     if encoding is not None and browser_encoding(encoding) is None:
         raise UserError(
-            f"--encoding is {encoding}, which Python does not know; name one such as cp1251, koi8-r or gb18030"
+            f"--encoding is {encoding}, which Python does not know; use one such as cp1251, koi8-r or gb18030"
         )
     pattern = parse_separator(separator)
     found = find_files(source)

@@ -23,7 +23,7 @@ _KEY_FACTOR = np.uint64(0xD6E8FEB86659FD93)
 class NearDuplicates:
     """Collects signatures of documents, 240 bytes each, and finds the near duplicates among them.
 
-    Documents of fewer than 5 words have no signature and are no near duplicates.
+    Documents of fewer than 5 words have no signature and are never near duplicates.
 
     Args:
         threshold: Jaccard similarity, estimated with a standard error of at most 0.05, from which on documents count.
@@ -41,7 +41,7 @@ class NearDuplicates:
         """Adds documents.
 
         Args:
-            labels: a number that stands for each document in the result, e.g. that of its shard.
+            labels: a number per document that the result contains, e.g. that of its shard.
             documents: word hashes of each document.
         """
         hashes, counts = gram_hashes(documents, GRAM_WORDS)
@@ -51,7 +51,7 @@ class NearDuplicates:
             self._labels += [labels[document] for document in present.tolist()]
 
     def _signatures_of(self, hashes: Hashes, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.uint16]:
-        """(documents, 120) uint16: the low bits of the minimum of each hash function, which tell the minima apart."""
+        """(documents, 120) uint16: the low bits of the minimum of each hash function."""
         starts = np.cumsum(counts) - counts
         grams = (hashes >> np.uint64(32)).astype(np.uint32)
         values = np.empty_like(grams)

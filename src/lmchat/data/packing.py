@@ -132,7 +132,7 @@ class BestFitPacker(Iterator[PackedRow]):
         return bisect_left(self._keys, (length + 1) << _ARRIVAL_BITS) - 1
 
     def _top_up(self) -> bool:
-        """Refills the buffer; returns whether it holds ``buffer_size`` documents."""
+        """Refills the buffer; returns whether it has ``buffer_size`` documents."""
         keys, documents = self._keys, len(self.lengths)
         while len(keys) < self.buffer_size and self._next < self._end:
             stop = min(self._next + self.refill, self._end)
@@ -155,7 +155,7 @@ class BestFitPacker(Iterator[PackedRow]):
         if self.policy == "pad" and lengths.max() > self.row_tokens:
             worst = int(lengths.argmax())
             raise UserError(
-                f"document {arrivals[worst] % len(self.lengths)} has {lengths[worst]} tokens, a row holds "
+                f"document {arrivals[worst] % len(self.lengths)} has {lengths[worst]} tokens, but a row has "
                 f"{self.row_tokens}; truncate it first"
             )
         # No row is longer than _LONGEST.
@@ -190,9 +190,9 @@ class BestFitPacker(Iterator[PackedRow]):
         try:
             arrivals = np.asarray(buffer)
         except (ValueError, TypeError, RuntimeError) as error:
-            raise damaged_position(f"the buffer is no array: {error}") from error
+            raise damaged_position(f"the buffer is not an array: {error}") from error
         if arrivals.ndim != 1 or (len(arrivals) and arrivals.dtype.kind not in "iu"):
-            raise damaged_position("the buffer is no list of integers")
+            raise damaged_position("the buffer is not a list of integers")
         arrivals = arrivals.astype(np.int64)
         if (np.diff(arrivals) <= 0).any() or (len(arrivals) and not 0 <= arrivals[0] <= arrivals[-1] < self._next):
             raise damaged_position("the buffer has documents that cannot be in it")
@@ -201,7 +201,7 @@ class BestFitPacker(Iterator[PackedRow]):
     def _checked_cut(self, cut: Any, arrivals: npt.NDArray[np.int64]) -> tuple[int, int]:
         """Arrival and next token of a document that has entered, is not in the buffer and has tokens left."""
         if not isinstance(cut, list | tuple) or len(cut) != 2 or any(type(number) is not int for number in cut):
-            raise damaged_position("the document to continue is no pair of integers")
+            raise damaged_position("the document to continue is not a pair of integers")
         arrival, position = cut
         if not 0 <= arrival < self._next or arrival in arrivals:
             raise damaged_position("the document to continue has not been placed")

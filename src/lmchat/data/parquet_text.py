@@ -58,7 +58,7 @@ def check_text_column(parquet: pq.ParquetFile, path: Path, column: str = TEXT_CO
         )
     kind = schema.field(column).type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise UserError(f"column `{column}` of {path} holds {kind}, not strings; {_NAME_COLUMN}")
+        raise UserError(f"column `{column}` of {path} contains {kind}, not strings; {_NAME_COLUMN}")
 
 
 def read_documents(path: Path, column: str = TEXT_COLUMN) -> Iterator[str | None]:

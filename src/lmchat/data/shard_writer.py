@@ -115,7 +115,7 @@ class _Sorter(contextlib.ExitStack):
                 self.blank += 1
                 continue
             self.documents += 1
-            data = text.encode("utf-8", "replace")  # lone surrogates, which JSON may hold
+            data = text.encode("utf-8", "replace")  # lone surrogates, which JSON may contain
             yield hashlib.blake2b(data, digest_size=16, key=self._key).digest(), data
 
     def __iter__(self) -> Iterator[str]:

@@ -149,11 +149,11 @@ def _cuts(lengths: Lengths, sequence_len: int, policy: Any) -> npt.NDArray[np.in
     with ProgressBar(f"Packing ({policy})", len(lengths), unit="documents") as bar:
         while packer.placed < len(lengths):
             row = next(packer)
-            # A row that begins inside of a document continues one that has been counted.
+            # A row that starts inside a document continues one that has been counted.
             for document, taken in row[packer.start > 0 :]:
                 length = int(lengths[document])
                 if policy == "split" and taken == 1 < length:
-                    continue  # the next row holds this token again, so that it begins the document
+                    continue  # the next row repeats this token, so the document starts there
                 found[document] += (1, taken < length, length - taken)
             bar.set(packer.placed)
     return found.T

@@ -58,7 +58,7 @@ def train_tokenizer(
     check_count("", 1, max_chars=max_chars, doc_cap=doc_cap, max_shards=max_shards)
     files = training_files(data)[:max_shards]
     if missing := [file for file in files if not file.is_file()]:
-        raise UserError(f"there is no file {missing[0]}; name files that exist with --data")
+        raise UserError(f"there is no file {missing[0]}; give existing files with --data")
     total_documents = sum(map(_count_documents, files))
     check_writable(output)
     started, documents, characters = time.perf_counter(), 0, 0

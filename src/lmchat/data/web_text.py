@@ -40,7 +40,7 @@ def html_text(html: str) -> str:
     parts: list[str] = []
     try:
         _add_text(tree.body, parts, preformatted=False)
-    except RecursionError:  # nested deeper than any page that people read
+    except RecursionError:  # nested more deeply than real pages
         parts = [tree.body.text(separator=" ")]
     lines = [re.sub(r"[ \t\f\v\r]+", " ", line).strip() for line in "".join(parts).split("\n")]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
@@ -60,14 +60,14 @@ def _add_text(node: Any, parts: list[str], preformatted: bool) -> None:
 
 
 def _gap(tag: str) -> str:
-    """What is before and after an element."""
+    """White space before and after an element."""
     if tag in _PARAGRAPHS:
         return "\n\n"
     return "\n" if tag in _LINES else " " if tag in _CELLS else ""
 
 
 def decode_page(content: bytes, charset: str | None = None) -> str:
-    """Decodes a page by its headers' charset or its own declaration, else as what it is; wrong bytes become U+FFFD."""
+    """Decodes a page by ``charset``, its own declaration, or detection; invalid bytes become U+FFFD."""
     declared = _CHARSET.search(content[:2048])
     for name in (charset, declared[1].decode("ascii") if declared else None):
         if name and (encoding := browser_encoding(name)):
@@ -102,4 +102,4 @@ def warc_texts(file: BinaryIO, path: Path, max_bytes: int) -> Iterator[str | Non
                 content = record.content_stream().read(max_bytes + 1)
                 yield decode_page(content, charset) if len(content) <= max_bytes else None
     except (ArchiveLoadFailed, EOFError, OSError) as error:
-        raise UserError(f"{path} is no WARC file or is damaged ({error}); copy or make it again") from error
+        raise UserError(f"{path} is not a WARC file, or it is damaged ({error}); copy or make it again") from error

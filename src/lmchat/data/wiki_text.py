@@ -31,7 +31,7 @@ _MARKS = re.compile(r"'{2,}|__[A-Z]+__")  # bold and italic; behaviour switches 
 
 
 class NotAnExport(UserError):
-    """An XML file is no MediaWiki export."""
+    """An XML file is not a MediaWiki export."""
 
 
 @dataclass
@@ -41,7 +41,7 @@ class WikiPages:
     Attributes:
         path: name of the file for errors.
         max_characters: longest wikitext of a page.
-        left_out: number of pages that are no articles, by reason.
+        left_out: number of pages that are not articles, by reason.
         long_pages: titles of pages that are too long.
     """
 
@@ -67,10 +67,10 @@ class WikiPages:
         self._parser.CharacterDataHandler = self._characters
 
     def read(self, file: BinaryIO) -> Iterator[str]:
-        """Yields title and text of each article: pages of namespace 0 in wikitext that are no redirects.
+        """Yields title and text of each article: wikitext pages of namespace 0 that are not redirects.
 
         Raises:
-            NotAnExport: the file holds something else.
+            NotAnExport: the file is something else.
             UserError: mwparserfromhell is not installed, or the XML is malformed or cut off.
         """
         size = 0
@@ -80,12 +80,12 @@ class WikiPages:
                 self._parser.Parse(chunk, not chunk)
             except expat.ExpatError as error:
                 if not self._is_export:
-                    raise NotAnExport(f"{self.path} is no XML ({error})") from error
+                    raise NotAnExport(f"{self.path} is not XML ({error})") from error
                 raise UserError(f"{self.path} is damaged or cut off ({error}); copy or make it again") from error
             size += len(chunk)
             if size - self._parser.CurrentByteIndex > _MAX_TAG_BYTES:
                 raise UserError(
-                    f"{self.path} is no MediaWiki export: it has a tag longer than {_MAX_TAG_BYTES:,} bytes"
+                    f"{self.path} is not a MediaWiki export: it has a tag longer than {_MAX_TAG_BYTES:,} bytes"
                 )
             for title, text in self._ready:
                 yield f"{title}\n\n{wiki_text(text, self._media)}".strip()
@@ -99,9 +99,9 @@ class WikiPages:
     def _start(self, name: str, attributes: dict[str, str]) -> None:
         name = name.rpartition(" ")[2]
         if not self._elements and name != "mediawiki":
-            raise NotAnExport(f"{self.path} is no MediaWiki export: its first element is {name[:40]}")
+            raise NotAnExport(f"{self.path} is not a MediaWiki export: its first element is {name[:40]}")
         if len(self._elements) > _MAX_DEPTH:
-            raise UserError(f"{self.path} is no MediaWiki export: it is nested deeper than {_MAX_DEPTH} levels")
+            raise UserError(f"{self.path} is not a MediaWiki export: it is nested deeper than {_MAX_DEPTH} levels")
         self._is_export = True
         self._elements.append(name)
         if name == "page":
@@ -154,7 +154,7 @@ def wiki_text(wikitext: str, media_namespaces: set[str]) -> str:
     except ImportError as error:
         raise UserError("reading wikitext needs mwparserfromhell; install it: pip install 'lmchat[web]'") from error
     parts: list[str] = []
-    for section in _SECTION.split(wikitext):  # the parser's time and memory grow with what it parses at once
+    for section in _SECTION.split(wikitext):  # the parser's time and memory grow with the length of its input
         _add_text(mwparserfromhell.parse(section, skip_style_tags=True), media_namespaces, parts)
     lines = [re.sub(r"[ \t]+", " ", line).strip() for line in _MARKS.sub("", "".join(parts)).split("\n")]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()

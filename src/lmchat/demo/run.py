@@ -92,7 +92,7 @@ def lmchat(run: Demo, command: str, stage: str, *options: str) -> None:
         raise
     if status:
         resume = "`lmchat demo` with the same options resumes it"
-        raise UserError(f"the stage {stage} failed with exit status {status}, its message is above; {resume}")
+        raise UserError(f"the stage {stage} failed with exit status {status}, see its message above; {resume}")
 
 
 def start_from(run: Demo, stage: str, earlier: str | None = None) -> list[str]:

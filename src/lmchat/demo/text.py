@@ -78,7 +78,7 @@ def _separator(text: Path) -> str | None:
         cut = next((cut for cut in ("\r\n\r\n", "\n\n") if _count(cut, files) >= FEW_FILES), "\n")
         return cut if _count(cut, files) else None
     except OSError:
-        return None  # the import raises an error that names the file
+        return None  # the import reports the file
 
 
 def _count(cut: str, files: list[Path]) -> int:
@@ -96,7 +96,7 @@ def train_tokenizer(run: Demo) -> Metrics:
         trained = train(run.data_dir, run.tokenizer_dir, vocab_size=vocab_size)
     except TooFewMerges as error:
         vocab_size = error.possible_vocab_size
-        print(f"this text is too small for {VOCAB_SIZE:,} entries; the tokenizer gets {vocab_size:,}")
+        print(f"this text is too small for {VOCAB_SIZE:,} entries; the tokenizer has {vocab_size:,}")
         trained = train(run.data_dir, run.tokenizer_dir, vocab_size=vocab_size)
     print(trained)
     return {"vocab_size": vocab_size}
@@ -121,7 +121,7 @@ def measure_baselines(run: Demo) -> Metrics:
     from lmchat.demo.baseline import compression_baselines
 
     *train, validation = list_shards(run.data_dir)
-    print("gzip, xz and an n-gram model are reading the text", flush=True)
+    print("measuring gzip, xz and an n-gram model on the text", flush=True)
     baselines = compression_baselines(_texts(train), _texts([validation]))
     print("bits per byte: gzip {gzip:.3f}, xz {xz:.3f}, n-gram model {ngram:.3f}".format(**baselines))
     return {f"{name}_bpb": round(value, 4) for name, value in baselines.items()}

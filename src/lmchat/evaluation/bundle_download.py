@@ -42,7 +42,7 @@ def download_bundle(output: Path, url: str = BUNDLE_URL) -> int:
         read_bundle(archive)
         with zipfile.ZipFile(archive) as file, new_folder(output) as staging:
             if (size := sum(entry.file_size for entry in file.infolist())) > MAX_BYTES:
-                raise UserError(f"{url} unpacks to {size / 1e9:.1f} GB, which no evaluation bundle does")
+                raise UserError(f"{url} unpacks to {size / 1e9:.1f} GB, too much for an evaluation bundle")
             file.extractall(folder)
             shutil.copytree(Path(folder) / "eval_bundle", staging, dirs_exist_ok=True)
     return len(read_bundle(output))
@@ -70,6 +70,6 @@ def _transfer(url: str, path: Path) -> None:
                 file.write(chunk)
                 progress.advance(len(chunk))
                 if file.tell() > MAX_BYTES:
-                    raise UserError(f"{url} is longer than {MAX_BYTES / 1e9:.1f} GB, which no evaluation bundle is")
+                    raise UserError(f"{url} is larger than {MAX_BYTES / 1e9:.1f} GB, too much for an evaluation bundle")
         if size and file.tell() < size:
             raise OSError(f"the connection ended after {file.tell()} of {size} bytes")

@@ -60,8 +60,8 @@ class ChatCoreEvaluator(Benchmark):
 
     Args:
         tasks: tasks by name.
-        batch_size: questions of multiple choice read together. The other questions of a task are one request each to
-            the engine, which decides how many it decodes together.
+        batch_size: number of multiple-choice questions per batch. The other questions of a task are one request each
+            to the engine, which batches them.
         max_new_tokens: maximum number of new tokens of an answer.
         sandbox: where programs are run.
         every_n_steps, device: see `Benchmark`.

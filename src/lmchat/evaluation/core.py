@@ -141,7 +141,7 @@ def read_bundle(path: Path) -> list[CoreTask]:
                 raise ValueError(f"task {task.name!r} has the random baseline {task.baseline:.0%}")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError, zipfile.BadZipFile) as error:
         raise UserError(
-            f"{path} is not an evaluation bundle ({type(error).__name__}: {error}); it has core.yaml, "
+            f"{path} is not an evaluation bundle ({type(error).__name__}: {error}); a bundle has core.yaml, "
             "eval_meta_data.csv and eval_data/"
         ) from error
     return tasks
@@ -233,5 +233,5 @@ def examples(
             prompts = render_prompts(task.kind, item, fewshot, task.delimiter)
             gold = 0 if task.kind == "language_modeling" else int(item["gold"])
         except (LookupError, TypeError, AttributeError) as error:
-            raise UserError(f"{task.path}: an item is not of the kind {task.kind} ({error!r})") from error
+            raise UserError(f"{task.path}: an item is not valid for a {task.kind} task ({error!r})") from error
         yield make_example(task.kind, prompts, gold, tokenizer, max_tokens)

@@ -125,10 +125,10 @@ def update_within_memory(evaluator: Evaluator, policy: Policy, batch: Any) -> No
         halves = evaluator.split(pending[0], 2)
         if len(halves) == 1:
             evaluator.failure = f"out of memory with the smallest batch ({problem})"
-            logger.warning("%s: %s; going on without it", evaluator.name, evaluator.failure)
+            logger.warning("%s: %s; continuing without it", evaluator.name, evaluator.failure)
             return
         evaluator.parts *= 2
-        logger.warning("%s: out of memory, going on with 1/%d of its batch", evaluator.name, evaluator.parts)
+        logger.warning("%s: out of memory, continuing with 1/%d of its batch", evaluator.name, evaluator.parts)
         pending[:1] = halves
 
 

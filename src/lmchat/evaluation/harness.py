@@ -1,4 +1,4 @@
-"""lmchat's models in lm-evaluation-harness (lm-eval 0.4.12), which must be installed to import this module."""
+"""lmchat's models as models of lm-evaluation-harness (lm-eval 0.4.12), which this module imports."""
 
 from __future__ import annotations
 

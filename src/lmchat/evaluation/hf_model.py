@@ -31,7 +31,7 @@ class HFModel:
         try:
             from transformers import AutoModelForCausalLM, AutoTokenizer
         except ImportError as error:
-            raise UserError("models of transformers need that library; pip install 'lmchat[hf]'") from error
+            raise UserError("transformers is not installed; install it: pip install 'lmchat[hf]'") from error
         self.path = path
         self.device = torch.device(device)
         try:
@@ -39,7 +39,7 @@ class HFModel:
             net: Any = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().partition("\n")[0]
-            raise UserError(f"{path} holds no causal language model of transformers ({reason})") from error
+            raise UserError(f"{path} has no causal language model for transformers ({reason})") from error
         self.net = net.to(self.device).eval()
         self._keeps_logits = "logits_to_keep" in inspect.signature(net.forward).parameters
 

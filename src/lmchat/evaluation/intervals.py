@@ -59,12 +59,12 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """95 % percentile bootstrap interval of a mean of centered accuracies (Efron 1979, doi:10.1214/aos/1176344552).
 
-    The questions of each task are drawn anew with replacement; the number of correct ones among them is binomial.
+    The questions of each task are resampled with replacement; the number of correct ones among them is binomial.
 
     Args:
         correct: correct answers of each task.
         trials: questions of each task, at least one.
-        baselines: accuracy of each task that stands for 0.
+        baselines: accuracy of each task that is centered at 0.
         replicates: number of bootstrap samples.
 
     Returns:

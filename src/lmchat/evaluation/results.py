@@ -30,9 +30,9 @@ def read_results(path: Path) -> dict[str, Result]:
     except FileNotFoundError:
         return {}
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not a file of results ({error}); move it away") from error
+        raise UserError(f"{path} is not a results file ({error}); move it away") from error
     if not isinstance(results, dict) or not all(map(_is_result, results.values())):
-        raise UserError(f"{path} is not a file of results; move it away")
+        raise UserError(f"{path} is not a results file; move it away")
     return results
 
 

@@ -116,7 +116,7 @@ class Sandbox:
         if "missing" in message:
             lacking = ", ".join(MISSING[name] for name in message["missing"])
             raise UserError(
-                f"programs of a model cannot be run safely: this kernel refuses {lacking}; allow user namespaces, or "
+                f"generated programs cannot be run safely: this kernel refuses {lacking}; allow user namespaces, or "
                 f"accept the risk with {self.option} true"
             )
         if problem or not isinstance(message.get("passed"), bool):

@@ -1,9 +1,9 @@
 """The process that `lmchat.evaluation.sandbox` starts for each program. Standard library only, and no import of lmchat.
 
-It isolates itself and becomes two processes. The judge runs the tests. The candidate runs the program and answers the
-judge's calls of its function; it has neither the tests nor the channel of the verdict, and no object of it reaches the
-judge: arguments and results travel as JSON. The judge is process 1 of a PID namespace and the candidate of one within
-it, so that neither outlives the driver.
+It isolates itself and forks two processes. The judge runs the tests. The candidate runs the program and executes the
+judge's calls of its function; it has access to neither the tests nor the verdict. Arguments and results are passed as
+JSON, so the judge never handles an object of the candidate. The judge is process 1 of a PID namespace and the candidate
+of a nested one, so neither outlives the driver.
 
 stdin: two messages, each with its length in four bytes: limits and program, then what the judge runs. stdout: the
 verdict. stderr: what the program prints.
@@ -33,7 +33,7 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
 PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 CAPABILITIES_V3 = 0x20080522
 FIRST_UID = 0x60000000
-"""Programs of root get a user id of their own from here on, since limits on processes do not hold for root."""
+"""First user id for the programs that root tests: process limits do not apply to root."""
 NOBODY = 65534
 MAX_MESSAGE_BYTES = 1 << 24
 
@@ -41,7 +41,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def call(function: str, *args: Any) -> None:
-    """A function of libc that returns 0 or sets errno."""
+    """Calls a libc function that returns 0 or sets errno; raises OSError for an error."""
     found = getattr(libc, function, None)
     if found is None or found(*args) != 0:
         raise OSError(ctypes.get_errno(), f"{function}: {os.strerror(ctypes.get_errno())}")
@@ -52,7 +52,7 @@ def call(function: str, *args: Any) -> None:
 
 
 def isolate(root: str, tmp_bytes: int) -> list[str]:
-    """Enters new namespaces as far as the kernel allows it; returns the names of those it does not.
+    """Enters new namespaces as far as the kernel allows it; returns the names of those that it refuses.
 
     The order matters. As root, the file system is prepared with root's privileges, which are then given up; a user
     namespace without privileges outside of it comes last. Other users need that namespace first.
@@ -61,7 +61,7 @@ def isolate(root: str, tmp_bytes: int) -> list[str]:
     is_root = os.geteuid() == 0
     if not is_root and not attempt("user", enter_user_namespace, missing):
         return ["user", "mount", "pid", "net"]
-    # As root without a user namespace, the root is changed while there is the privilege to.
+    # As root without a user namespace, the root directory is changed before the privileges are dropped.
     separate_user = not is_root or in_child(enter_user_namespace_as_other)
     mounted = attempt("mount", lambda: mount_root(root, tmp_bytes), missing)
     attempt("pid", lambda: call("unshare", CLONE_NEWPID | CLONE_NEWIPC | CLONE_NEWUTS), missing)
@@ -78,14 +78,14 @@ def isolate(root: str, tmp_bytes: int) -> list[str]:
 
 
 def change_root(mounted: bool) -> None:
-    """Makes /jail the root. In a changed root, the kernel allows no further user namespace, with privileges in it."""
+    """Makes /jail the root directory, in which the kernel allows no further user namespace."""
     if mounted:
         os.chroot("/jail")
         os.chdir("/")
 
 
 def in_child(step: Callable[[], None]) -> bool:
-    """Whether a step succeeds in a child process, which ends."""
+    """Whether a step succeeds in a child process, which then exits."""
     child = os.fork()
     if child == 0:
         try:
@@ -97,7 +97,7 @@ def in_child(step: Callable[[], None]) -> bool:
 
 
 def attempt(name: str, step: Callable[[], None], missing: list[str]) -> bool:
-    """Whether a step succeeded; if not, its name is added to ``missing``."""
+    """Runs a step and returns whether it succeeded; if not, adds its name to ``missing``."""
     try:
         step()
     except OSError:
@@ -107,7 +107,7 @@ def attempt(name: str, step: Callable[[], None], missing: list[str]) -> bool:
 
 
 def enter_user_namespace() -> None:
-    """A user namespace, in which this user is nobody."""
+    """Enters a user namespace that maps this user to nobody."""
     uid, gid = os.getuid(), os.getgid()
     call("unshare", CLONE_NEWUSER)
     for name, text in (("setgroups", "deny"), ("uid_map", f"{NOBODY} {uid} 1"), ("gid_map", f"{NOBODY} {gid} 1")):
@@ -116,13 +116,13 @@ def enter_user_namespace() -> None:
 
 
 def enter_user_namespace_as_other() -> None:
-    """As root: a user namespace of a user that no other program has, without a mapping of users."""
+    """As root: enters a user namespace of an unused user id, without an id mapping."""
     give_up_root()
     call("unshare", CLONE_NEWUSER)
 
 
 def give_up_root() -> None:
-    """Becomes a user that no other program has."""
+    """Changes to an unused user id."""
     uid = FIRST_UID + os.getpid()
     os.setgroups([])
     os.setresgid(uid, uid, uid)
@@ -130,7 +130,7 @@ def give_up_root() -> None:
 
 
 def mount_root(root: str, tmp_bytes: int) -> None:
-    """A read-only root with Python's standard library and a small /tmp: /jail in an otherwise empty file system."""
+    """Mounts /jail, with Python's standard library (read-only) and a small /tmp, in an otherwise empty file system."""
     call("unshare", CLONE_NEWNS)
     mount(None, "/", None, MS_PRIVATE | MS_REC)
     mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
@@ -160,7 +160,7 @@ def mount(source: str | None, target: str, kind: str | None, flags: int, options
 
 
 def drop_capabilities() -> None:
-    """Gives up the privileges within the user namespace, and that a program could gain some."""
+    """Drops all capabilities in the user namespace, and prevents programs from gaining any."""
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     header = struct.pack("Ii", CAPABILITIES_V3, 0)
     libc.capset(header, bytes(24))
@@ -185,7 +185,7 @@ def limit(limits: dict[str, Any]) -> None:
 
 
 def read_message(descriptor: int) -> Any:
-    """The next message; EOFError at the end, ValueError for one that is too long or no JSON."""
+    """The next message; EOFError at the end, ValueError for one that is too long or not JSON."""
     (length,) = struct.unpack("I", _read(descriptor, 4))
     if length > MAX_MESSAGE_BYTES:
         raise ValueError("a result is too large")
@@ -228,7 +228,7 @@ def encoded(value: Any) -> Any:
     for kind in (list, tuple, set, frozenset):
         if isinstance(value, kind):
             return [kind.__name__, [encoded(item) for item in value]]
-    raise TypeError(f"a value of type {type(value).__name__} cannot be handed over")
+    raise TypeError(f"a value of type {type(value).__name__} cannot be passed")
 
 
 def decoded(value: Any) -> Any:
@@ -309,7 +309,7 @@ def judge(calls: int, results: int) -> str:
 
 
 def fork(function: Callable[[], None]) -> int:
-    """A child that runs ``function`` and ends, and is killed when its parent ends."""
+    """Forks a child that runs ``function`` and exits; it is killed when its parent exits."""
     child = os.fork()
     if child:
         return child
@@ -322,7 +322,7 @@ def fork(function: Callable[[], None]) -> int:
 
 
 def detach(*keep: int) -> list[int]:
-    """Starts a session with empty stdin, stdout joined with stderr, and only ``keep`` open, under new numbers."""
+    """Starts a session with empty stdin, stdout redirected to stderr, and only ``keep`` open, under new numbers."""
     os.setsid()
     os.dup2(os.pipe()[0], 0)
     os.dup2(2, 1)
@@ -333,7 +333,7 @@ def detach(*keep: int) -> list[int]:
 
 
 def reap_orphans() -> None:
-    """Lets children whose parents have ended disappear."""
+    """Reaps orphaned processes, forever."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     detach()
     while True:
@@ -363,7 +363,7 @@ def judge_candidate(request: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Isolates, judges, ends."""
+    """Isolates the process, runs the judge and waits for it."""
     request = read_message(0)
     missing = isolate(request["root"], request["limits"]["tmp_bytes"])
     if missing and not request["allow_weak"]:

@@ -166,7 +166,7 @@ class DecodeCache:
             return x.index_select(0, members).view(num_groups * kv_heads, size * per_head, -1)
 
         def to_rows(x: Tensor) -> Tensor:
-            """Back again."""
+            """The inverse of `to_groups`."""
             return x.view(-1, per_head, x.size(-1)).index_select(0, groups.places)
 
         prompt_scores = to_rows(_product(to_groups(q), prompt_keys.transpose(1, 2)))

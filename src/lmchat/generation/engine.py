@@ -335,7 +335,7 @@ class Engine:
             raise UserError(f"{name} is empty; begin it with <|bos|>")
         if min(ids) < 0 or max(ids) >= vocab_size:
             raise UserError(
-                f"{name} holds ids {min(ids)} to {max(ids)}, the model knows 0 to {vocab_size - 1}; "
+                f"{name} has ids {min(ids)} to {max(ids)}, the model's are 0 to {vocab_size - 1}; "
                 "encode it with the model's tokenizer"
             )
         if len(ids) + max_new_tokens > limit:

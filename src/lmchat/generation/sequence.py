@@ -102,7 +102,7 @@ class Sequence:
         completion: what has been generated so far.
         base: position of the first token in its slot; the tokens before it are in the slot of a shared prompt.
         prefilled: tokens of the prompt that are in the KV pool. All but the last are read before decoding starts.
-        inherited: tokens that its slot held before it got the slot, of which it continues some.
+        inherited: number of tokens in its slot before it was assigned, some of which are reused.
         reusable: whether its slot is kept as a cached prefix when it ends.
     """
 

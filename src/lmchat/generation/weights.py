@@ -148,7 +148,7 @@ def _product(x: Tensor, packed: Tensor) -> Tensor:
 
 @cache
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether packed products work on the device: right, compared with a plain one, and the same for a row alone."""
+    """Whether packed products on the device are correct, and do not depend on the number of rows."""
     if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
         return False
     with torch.inference_mode():

@@ -13,8 +13,8 @@ _LARGEST_BLOCK = 2**30
 def tune_malloc() -> bool:
     """Makes glibc's malloc reuse large blocks instead of returning them to the system; returns whether it worked.
 
-    By default, blocks above a threshold of 128 KB to 32 MB are mapped anew for every tensor, and a training step on the
-    CPU spends much of its time in page faults. In exchange the process keeps its peak memory. Has no effect except on
+    By default, blocks above a threshold of 128 KB to 32 MB are mapped again for every tensor, and a training step on
+    the CPU spends much of its time in page faults. The process then keeps its peak memory. Has no effect except on
     Linux with glibc.
     """
     if not sys.platform.startswith("linux"):

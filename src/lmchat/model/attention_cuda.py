@@ -76,12 +76,12 @@ def _block_mask(length: int, window: int, device: torch.device) -> Any:
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (query - key <= window)
 
-    with torch.inference_mode(False):  # Evaluation may build the mask first; training must be able to use it.
+    with torch.inference_mode(False):  # Evaluation may create the mask first, and training must be able to use it.
         return create_block_mask(visible, None, None, length, length, device=str(device))
 
 
 @torch.compiler.disable
-@lru_cache(maxsize=2)  # the last batch's, for S and L; a tensor is found by its identity
+@lru_cache(maxsize=2)  # masks of the last batch, for S and L; keys are compared by identity
 def _document_mask(rows: int, length: int, window: int, starts: Tensor) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 

@@ -18,12 +18,12 @@ def compile_blocks(net: GPT, *, recompute: bool = False) -> None:
     """Compiles each block in place for fixed shapes; on CUDA with the mix, and the look-ups and the head's loss too.
 
     Parameter names stay. Blocks of one kind share their code: there are four kinds at most, by window and value
-    embedding. On a CPU the mix and the head gain nothing by it.
+    embedding. On a CPU, compiling the mix and the head is not faster.
 
     Args:
         recompute: recompute the inputs of matrix products in the backward pass instead of saving them, where they
-            follow elementwise from what is saved anyway: of a block's saved activations 18.7 to 19.7 remain 10.7 to
-            12.7 (in units of one bf16 activation), for an estimated 2 % of a training step.
+            follow elementwise from other saved tensors: a block saves 10.7 to 12.7 activations instead of 18.7 to
+            19.7 (in units of one bf16 activation), for an estimated 2 % of a training step.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     on_gpu = net.device.type == "cuda"

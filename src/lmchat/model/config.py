@@ -109,7 +109,7 @@ class GPTConfig:
 
     @property
     def rounds_rotary_tables(self) -> bool:
-        """Whether the rotary tables are rounded to bf16, whatever the compute dtype.
+        """Whether the rotary tables are rounded to bf16 for every compute dtype.
 
         True as in nanochat, which changes fp32 logits by about 3e-3. Without value embeddings and residual mix they
         have the compute dtype, as in transformers.

@@ -78,7 +78,7 @@ def convert_linears(
             else:
                 conversion.left[name] = reason
     for name, twin in _fp8_twins(chosen, recipe, pad, emulate).items():
-        chosen[name].fp8 = (twin,)  # in a tuple, so that it is no submodule with a weight
+        chosen[name].fp8 = (twin,)  # in a tuple, so that torch does not register it as a submodule
     return conversion
 
 

@@ -81,7 +81,7 @@ class MuonAdamW(Optimizer):
             raise UserError(f"two param groups are named {name}; give each its own name")
         shapes = {tuple(param.shape) for param in param_group["params"]}
         if kind == "muon" and (len(shapes) != 1 or len(*shapes) != 2):
-            raise UserError(f"Muon group {name} holds shapes {sorted(shapes)}; give it matrices of one shape")
+            raise UserError(f"Muon group {name} has shapes {sorted(shapes)}; give it matrices of one shape")
         names = param_group.setdefault("param_names", [f"{name}.{i}" for i in range(len(param_group["params"]))])
         super().add_param_group(param_group)
         self._names.update(zip(param_group["params"], names, strict=True))

@@ -17,7 +17,7 @@ MAX_POINTS = 300
 """Maximum number of points of a line; longer ones are averaged."""
 
 NUM_COLORS = 6
-"""Colours of the style sheet, ``.series0`` …; further series begin again, dashed."""
+"""Colours of the style sheet, ``.series0`` …; further series repeat them, dashed."""
 
 
 def line_chart(series: Mapping[str, Points], x_label: str, y_label: str) -> str:

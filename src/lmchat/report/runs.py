@@ -175,7 +175,7 @@ def _read_stage(base: Path, stage: str, tag: str) -> StageRun:
     for version in versions:
         for path in sorted(version.rglob("metrics.csv")):
             new = _read_metrics(path)
-            # Former versions of ``lmchat validate`` logged at step 0.
+            # Earlier versions of ``lmchat validate`` logged at step 0.
             _merge(records, new if version in trained else [record for record in new if record["step"]])
         for record in _read_json_lines(version / "intervals.jsonl", {"step": int, "intervals": dict}):
             intervals.setdefault(record["step"], {}).update(record["intervals"])
@@ -211,9 +211,9 @@ def _read_metrics(path: Path) -> list[dict[str, float]]:
         with path.open(newline="", encoding="utf-8") as file:
             records = [{key: float(text) for key, text in row.items() if key and text} for row in csv.DictReader(file)]
     except (ValueError, csv.Error) as error:
-        raise UserError(f"{path} is no log of metrics ({error}); move it away") from error
+        raise UserError(f"{path} is not a metrics log ({error}); move it away") from error
     if not all(0 <= record.get("step", -1) < 2**62 for record in records):
-        raise UserError(f"{path} is no log of metrics (a row has no step); move it away")
+        raise UserError(f"{path} is not a metrics log (a row has no step); move it away")
     return records
 
 
@@ -229,7 +229,7 @@ def _read_json(text: bytes, path: Path, fields: Mapping[str, type]) -> dict[str,
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); move it away") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it holds a {type(content).__name__}, not an object; move it away")
+        raise UserError(f"{path} is damaged: it contains a {type(content).__name__}, not an object; move it away")
     for name, kind in fields.items():
         if not isinstance(content.get(name), kind):
             raise UserError(f"{path} is damaged: {name} is not of type {kind.__name__}; move it away")

@@ -40,9 +40,9 @@ class Group:
     def micro_batch(self) -> Rollout:
         """The samples in one row behind their common prompt.
 
-        The last token of the prompt, which predicts the first token of a sample, begins each sample. Samples without
+        The last token of the prompt, which predicts the first token of a sample, starts each sample. Samples without
         advantage have no gradient and are left out. The stop token of a sample is a target; the reference leaves it
-        out, so that it never trains when to stop. Without samples the row is empty.
+        out, so its policy never learns when to stop. Without samples the row is empty.
         """
         samples = [
             (completion, advantage)

@@ -77,7 +77,7 @@ class StopStrings:
         """Processes the next piece of text; ``last`` ends the text.
 
         Returns:
-            Text that is certainly not part of a stop string. An end that may begin one is held back.
+            Text that is certainly not part of a stop string. A suffix that may start one is held back.
         """
         text = self._held + text
         starts = [start for stop in self.stops if (start := text.find(stop)) >= 0]
@@ -129,7 +129,7 @@ class Answer:
             if self._stops.found:
                 delta.finish_reason = "stop"
         else:
-            # A call interrupts the text, so held-back text cannot become a stop string any more.
+            # A call interrupts the text, so held-back text can no longer become a stop string.
             if before := self._stops.push("", last=True):
                 append_part(delta.parts, {"type": "text", "text": before})
             text = piece.text

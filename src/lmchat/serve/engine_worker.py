@@ -71,13 +71,13 @@ class Generation:
 
 
 class EngineWorker:
-    """Steps the engine in a thread of its own as long as there are requests.
+    """Steps the engine in a separate thread as long as there are requests.
 
     Args:
         engine: the engine; must not be used otherwise until `close`.
 
     Attributes:
-        failed: whether the engine has failed, other than because of a request; nothing runs any more.
+        failed: whether the engine has failed, other than because of a request, and has stopped.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -158,7 +158,7 @@ class EngineWorker:
                 self._in_loop(fail, error)
 
         if self.failed or self._closed:
-            raise EngineFailure("the engine does not run any more; restart the server")
+            raise EngineFailure("the engine has stopped; restart the server")
         self._commands.put(run)
         return await future
 

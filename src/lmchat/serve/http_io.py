@@ -54,7 +54,7 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     except TimeoutError as error:
         raise APIError(f"the body did not arrive within {BODY_SECONDS} seconds", status=408) from error
     except ClientDisconnect as error:
-        raise APIError("the client left before the body was complete") from error
+        raise APIError("the client disconnected before the body was complete") from error
     return bytes(body)
 
 

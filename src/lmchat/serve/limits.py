@@ -71,7 +71,7 @@ class Admission:
             raise APIError("the server is shutting down", status=503, code="shutting_down", retry_after=5)
         if self.open + completions > capacity:
             raise APIError(
-                f"the server is full: {self.open} completions run or wait, {capacity} may; try again later",
+                f"the server is full: {self.open} of {capacity} completions are running or waiting; try again later",
                 status=429,
                 kind="rate_limit_error",
                 code="server_full",

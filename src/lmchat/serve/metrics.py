@@ -20,7 +20,7 @@ class Metrics:
             "lmchat_requests", "Requests by path and HTTP status", ["path", "status"], registry=registry
         )
         self.disconnects = Counter(
-            "lmchat_disconnects", "Requests whose client left before the answer was complete", registry=registry
+            "lmchat_disconnects", "Requests whose client disconnected before the answer was complete", registry=registry
         )
         self.prompt_tokens = Counter("lmchat_prompt_tokens", "Tokens of prompts", registry=registry)
         self.generated_tokens = Counter("lmchat_generated_tokens", "Generated tokens", registry=registry)

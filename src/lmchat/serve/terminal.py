@@ -91,11 +91,11 @@ class TerminalChat:
         try:
             self.ask(question)
         except UserError as error:
-            print(f"{error}; this message is left out, /reset starts a new conversation", file=sys.stderr)
+            print(f"{error}; this message is ignored, /reset starts a new conversation", file=sys.stderr)
         except KeyboardInterrupt:
             if not _is_interactive():
                 raise
-            print("\n(stopped; this message and its answer are left out)", file=sys.stderr)
+            print("\n(stopped; this message and its answer are ignored)", file=sys.stderr)
 
     def _make_room(self, question: str) -> bool:
         """Removes the oldest turns if the conversation exceeds the context; False if the user declines."""
@@ -104,9 +104,9 @@ class TerminalChat:
             return True
         notice = f"the conversation exceeds the model's context of {self.engine.context_limit} tokens"
         if _is_interactive():
-            reply = _input(f"({notice}; forget the oldest {_count(turns, 'turn')} and go on? [Y/n] ")
+            reply = _input(f"({notice}; forget the oldest {_count(turns, 'turn')} and continue? [Y/n] ")
             if reply is None or reply.strip().lower() not in ("", "y", "yes"):
-                print("(this message is left out; /reset starts a new conversation)", file=sys.stderr)
+                print("(this message is ignored; /reset starts a new conversation)", file=sys.stderr)
                 return False
         first = 1 if self.messages[0]["role"] == "system" else 0
         del self.messages[first : first + 2 * turns]

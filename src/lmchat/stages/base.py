@@ -52,7 +52,7 @@ class Schedule:
 
 
 class StageModule(L.LightningModule):
-    """A GPT trained by MuonAdamW with stateless schedules. Subclasses add `schedule`, and their loss if it is another.
+    """A GPT trained by MuonAdamW with stateless schedules. Subclasses define `schedule`, and `training_step` if needed.
 
     Args:
         tokenizer_dir: folder of the tokenizer; null is ``$LMCHAT_BASE_DIR/tokenizer``.
@@ -194,8 +194,8 @@ class StageModule(L.LightningModule):
             self.polar_dtype = checkpoint.meta.get("polar_dtype", "auto")
         if checkpoint.meta["tokenizer_fingerprint"] != self.tokenizer.fingerprint:
             raise UserError(
-                f"{checkpoint.paths.meta} was trained with another tokenizer than the one in {self.tokenizer_path}; "
-                "give its own with --model.tokenizer_dir"
+                f"{checkpoint.paths.meta} was trained with a different tokenizer from the one in "
+                f"{self.tokenizer_path}; give its own with --model.tokenizer_dir"
             )
 
     @property
@@ -308,7 +308,7 @@ class StageModule(L.LightningModule):
             if group["kind"] == "muon":
                 group["momentum"], group["weight_decay"] = now.momentum, now.weight_decay
         optimizer.step(closure=optimizer_closure)
-        # Lightning zeroes after the next forward pass, which would keep gradients and activations in memory together.
+        # Lightning zeroes them after the next forward pass, so gradients and activations would be in memory together.
         optimizer.zero_grad(set_to_none=True)
 
     def validation_step(self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0) -> None:

@@ -83,7 +83,7 @@ class ChatModule(StageModule):
     def load_from(self, checkpoint: Checkpoint) -> None:
         if checkpoint.stage not in (self.stage, *STAGES[self.stage].predecessors):
             raise UserError(
-                f"{checkpoint.paths.meta} is of stage {checkpoint.stage}; {self.stage} starts from "
+                f"{checkpoint.paths.meta} is a checkpoint of {checkpoint.stage}; {self.stage} starts from "
                 f"{' or '.join(STAGES[self.stage].predecessors)}"
             )
         self.keep_numerics(checkpoint)

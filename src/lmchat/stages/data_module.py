@@ -60,7 +60,7 @@ class StageDataModule(L.LightningDataModule):
         return size
 
     def set_micro_batch_size(self, rows: int) -> None:
-        """Decides what ``micro_batch_size="auto"`` leaves open."""
+        """Sets the size that is used for ``micro_batch_size="auto"``."""
         self._micro_batch_size = rows
 
     def micro_batches_per_step(self, global_batch_tokens: int | None, world_size: int) -> int:
@@ -132,5 +132,5 @@ class StageDataModule(L.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         position = state_dict.get("position") if isinstance(state_dict, dict) else None
         if not isinstance(position, dict):
-            raise damaged_position("it is no mapping")
+            raise damaged_position("it is not a mapping")
         self.position = position

@@ -165,7 +165,7 @@ def out_of_memory(module: StageModule, error: BaseException) -> UserError:
     if not smaller:
         return UserError(f"{what}; {smaller_model(module)}")
     return UserError(
-        f"{what}; of micro-batches smaller than the {plan.micro_batch_size} rows in use the largest that should fit is "
+        f"{what}; the largest micro-batch below the current {plan.micro_batch_size} rows that should fit is "
         f"{smaller[-1]}: use --data.micro_batch_size {smaller[-1]}, which leaves the global batch as it is"
     )
 

@@ -97,7 +97,7 @@ class PretrainModule(StageModule):
     def load_from(self, checkpoint: Checkpoint) -> None:
         if checkpoint.stage != self.stage:
             raise UserError(
-                f"{checkpoint.paths.meta} is of stage {checkpoint.stage}; pretraining resumes only pretraining"
+                f"{checkpoint.paths.meta} is a checkpoint of {checkpoint.stage}; pretraining resumes only pretraining"
             )
         self.keep_numerics(checkpoint)
         self.parent_meta = checkpoint.meta
@@ -135,7 +135,7 @@ class FineWebDataModule(StageDataModule):
         micro_batch_size: rows per micro-batch and rank; "auto" takes the largest that fits the device's memory.
         buffer_size: documents that best-fit packing chooses from.
         long_documents: where a document does not fit into a row, "crop" discards its rest, as nanochat does; "split"
-            goes on with it in the next row. The validation set is always cropped, so that it is the same for both.
+            continues it in the next row. The validation set is always cropped, so that it is the same for both.
         eval_tokens: tokens per evaluation over all ranks, rounded down to a whole number of micro-batches per rank.
         mask_documents: attend within documents only, in training and in validation, instead of to all earlier tokens of
             the packed row.

@@ -32,7 +32,7 @@ from lmchat.types import IGNORE_INDEX, Rollout, UserError
 class GRPOModule(ChatModule):
     """Policy gradient on groups of samples: −Σ log p · advantage, without ratio, clipping or KL term.
 
-    GRPO (arXiv:2402.03300) simplified as in nanochat. Each step samples anew, so it is on-policy: exactly at
+    GRPO (arXiv:2402.03300) simplified as in nanochat. Each step draws new samples, so it is on-policy: exactly at
     temperature 1 and without top-k.
 
     Args:
@@ -68,7 +68,7 @@ class GRPOModule(ChatModule):
         return Schedule(rl_lr_multiplier(step, self.total_steps), self.momentum, self.plan.weight_decay)
 
     def compiles_blocks(self) -> bool:
-        return False  # every micro-batch has a shape of its own
+        return False  # every micro-batch has another shape
 
     def training_step(self, batch: Rollout, batch_idx: int) -> torch.Tensor:
         if not batch["inputs"].numel():
@@ -116,7 +116,7 @@ class RolloutDataModule(ChatDataModule):
         eval_num_samples: samples per held-out question, for pass@1 … pass@k.
         eval_temperature: temperature in evaluation; 0 is greedy decoding.
         eval_batch_size: held-out questions answered together.
-        seed: of the questions' order and the samples.
+        seed: seed of the questions' order and of the samples.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class RolloutDataModule(ChatDataModule):
         self.max_steps = questions // self.questions_per_step
         if self.max_steps < 1:
             raise UserError(
-                f"{questions} questions are less than one step of "
+                f"{questions} questions are fewer than one step of "
                 f"--data.questions_per_step {self.questions_per_step}; ask fewer per step"
             )
 

@@ -88,7 +88,7 @@ class LMChatCheckpointIO(CheckpointIO):
         same_world = meta["world_size"] == self.world_size
         if not same_world and not self.elastic:
             raise UserError(
-                f"{paths.meta} holds the optimizer in {meta['world_size']} shards and this run expects "
+                f"{paths.meta} has the optimizer in {meta['world_size']} shards, but this run expects "
                 f"{self.world_size}; use --trainer.strategy zero2_muon, which can combine them"
             )
         ranks = [self.rank] if same_world else list(range(meta["world_size"]))

@@ -1,4 +1,4 @@
-"""All uses of Lightning's private attributes, each in a function with a contract test, which a renamed one fails."""
+"""All uses of Lightning's private attributes, each in a function with a contract test, which fails if it is renamed."""
 
 from __future__ import annotations
 

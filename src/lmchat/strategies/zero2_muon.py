@@ -91,7 +91,7 @@ class Zero2MuonStrategy(DDPStrategy):
             )
         if trainer.gradient_clip_val:
             raise UserError(
-                f"--trainer.gradient_clip_val is {trainer.gradient_clip_val}, but with zero2_muon no rank holds whole "
+                f"--trainer.gradient_clip_val is {trainer.gradient_clip_val}, but with zero2_muon no rank has whole "
                 "gradients; leave it null"
             )
         self._take_over_signals(trainer)
@@ -189,7 +189,7 @@ class Zero2MuonStrategy(DDPStrategy):
         """Closes the connections to the other ranks, which may be waiting for this one. Saving does not need them."""
         super().on_exception(exception)
         self._let_ranks_exit()
-        if self._control_group is None or isinstance(exception, SIGTERMException):  # all ranks know
+        if self._control_group is None or isinstance(exception, SIGTERMException):  # all ranks have been notified
             return
         dist.destroy_process_group(self._control_group)
         self._control_group = None

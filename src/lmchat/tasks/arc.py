@@ -17,7 +17,7 @@ class ARC(MultipleChoiceTask):
         split: Literal["train", "validation", "test"] = "test",
         **options: Any,
     ) -> None:
-        """Choose subset and split.
+        """Selects subset and split.
 
         Args:
             subset: which questions.

@@ -92,7 +92,7 @@ class CodeCheck:
         program: source that defines the function; what the model wrote, which may do harm.
         entry_point: name of the function.
         tests: source that defines ``check(function)``, which raises if the function is wrong.
-        setup: source of what the tests use beside the function.
+        setup: source of other definitions that the tests use.
     """
 
     program: str
@@ -103,7 +103,7 @@ class CodeCheck:
 
 @runtime_checkable
 class GradedByTests(Protocol):
-    """Answers that are programs, graded by running their tests in a sandbox. A task inherits it beside `Task`."""
+    """Answers that are programs, graded by running their tests in a sandbox. Tasks inherit it in addition to `Task`."""
 
     def code_check(self, conversation: Conversation, completion: str) -> CodeCheck:
         """The program in ``completion``, an answer to ``conversation``, and its tests."""
@@ -126,7 +126,7 @@ def graded(task: Task) -> Graded:
         UserError: it does not.
     """
     if isinstance(task, GradedByTests):
-        raise UserError(f"the answers to {task.name} are programs; evaluate on it with lmchat eval, which runs them")
+        raise UserError(f"the answers to {task.name} are programs; use lmchat eval, which runs them")
     if not isinstance(task, Graded):
         raise UserError(f"{task.name} has no correct answers; train on it, and evaluate on another task")
     return task

@@ -207,7 +207,7 @@ class _Builder:
 
     def _add_assistant(self, parts: list[Part], weight: int, what: str) -> None:
         if self.turns and self._system:
-            raise MalformedRow(f"{what} follows a system message in the middle, where a user message is due")
+            raise MalformedRow(f"{what} follows a system message in the middle, where a user message is expected")
         if self.turns and self.turns[-1]["role"] == "assistant":
             if self.turns[-1].get("weight", 1) != weight:
                 raise MalformedRow(f"{what} continues an assistant message of another weight")

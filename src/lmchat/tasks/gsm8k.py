@@ -135,7 +135,7 @@ class GSM8K(NumericAnswerTask, RowTask):
         answer_rule: AnswerRule = "number",
         **options: Any,
     ) -> None:
-        """Choose the split.
+        """Selects the split.
 
         Args:
             split: part of the data set.

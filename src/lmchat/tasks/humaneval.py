@@ -24,7 +24,7 @@ class HumanEval(RowTask, GradedByTests):
     """164 functions."""
 
     def __init__(self, **options: Any) -> None:
-        """Choose the source.
+        """Selects the source.
 
         Args:
             options: see `RowTask`.

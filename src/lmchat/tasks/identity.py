@@ -81,7 +81,7 @@ class Identity(Task, Graded):
         seed: int = 0,
         **slice: Any,
     ) -> None:
-        """Set the assistant's identity.
+        """Sets the assistant's identity.
 
         Args:
             split: train or test; no wording of a question is in both.

@@ -32,14 +32,14 @@ class JSONLConversations(RowTask):
         val_fraction: float = 0.05,
         **options: Any,
     ) -> None:
-        """Name the file.
+        """Selects the files.
 
         Args:
             path: a file of `lmchat.tasks.row_files.SUFFIXES`, or a folder of such files.
             shuffle_seed: seed of the order; null keeps the order of the file.
             skip_malformed: leave out malformed records with a warning, instead of raising an error.
             format: format of the records; null detects it by their fields.
-            split: train or val; null is all. Equal conversations are in the same split, whatever the order.
+            split: train or val; null is all. Equal conversations are in the same split, in any order.
             val_fraction: share of the conversations in the val split.
             options: see `RowTask`.
 

@@ -18,7 +18,7 @@ class MMLU(MultipleChoiceTask):
         split: Literal["auxiliary_train", "dev", "validation", "test"] = "test",
         **options: Any,
     ) -> None:
-        """Choose the split.
+        """Selects the split.
 
         Args:
             split: part of the data set.
@@ -27,10 +27,10 @@ class MMLU(MultipleChoiceTask):
         super().__init__(hub=HubDataset("cais/mmlu", "all", split), **options)
 
     def conversation(self, row: Any) -> MultipleChoiceConversation:
-        if isinstance(row, dict) and set(row) == {"train"}:  # in the Hub's file of auxiliary_train rows are wrapped
+        if isinstance(row, dict) and set(row) == {"train"}:  # rows of auxiliary_train are wrapped on the Hub
             row = row["train"]
         question, choices = field(row, "question", str), field(row, "choices", list)
         letters, answer = ascii_uppercase[: len(choices)], field(row, "answer", int)
         if not 0 <= answer < len(letters):
-            raise MalformedRow(f"the answer {answer} is no index into {len(choices)} choices")
+            raise MalformedRow(f"the answer {answer} is not an index into {len(choices)} choices")
         return self.question(question, letters, choices, letters[answer])

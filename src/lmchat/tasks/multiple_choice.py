@@ -41,7 +41,7 @@ class MultipleChoiceTask(RowTask, MultipleChoice):
         for letter, choice in zip(letters, choices, strict=True):
             nonempty_text(choice, f"choice {letter}")
         if answer not in letters:
-            raise MalformedRow(f"the answer {answer} is none of the letters {', '.join(letters)}")
+            raise MalformedRow(f"the answer {answer} is not one of the letters {', '.join(letters)}")
         messages = exchange(render_multiple_choice(question, letters, choices), answer)["messages"]
         return {"messages": messages, "letters": list(letters)}
 

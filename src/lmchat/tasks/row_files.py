@@ -45,7 +45,7 @@ def checked_text(text: Any, what: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise MalformedRow(f"{what} holds half a surrogate pair, which is no character") from None
+        raise MalformedRow(f"{what} contains half a surrogate pair, which is not a character") from None
     return text
 
 
@@ -207,7 +207,7 @@ def read_rows(path: str | Path, split: str | None = None) -> Rows:
     if not path.exists():
         raise UserError(f"there is no file or folder {path}; give the path of a {_KINDS} file or folder")
     if not path.is_dir() and not path.is_file():
-        raise UserError(f"{path} is no regular file; save its content to one")
+        raise UserError(f"{path} is not a regular file; save its content to one")
     if path.is_file():
         return ChainedRows([_read_file(path)])
     visible, hidden = visible_files(path)
@@ -216,7 +216,7 @@ def read_rows(path: str | Path, split: str | None = None) -> Rows:
     files = [file for file in visible if _matches(file, split)]
     if not files:
         wanted = " or ".join(f"{split or '*'}{suffix}" for suffix in SUFFIXES)
-        raise UserError(f"folder {path} holds no {wanted}; give the path of the file itself or of another folder")
+        raise UserError(f"folder {path} contains no {wanted}; give the path of the file itself or of another folder")
     notes = []
     if hidden:
         notes.append(f"{path}: hidden files and folders passed over: {hidden}")
@@ -239,7 +239,7 @@ def _matches(file: Path, split: str | None) -> bool:
 
 def _read_file(path: Path) -> Rows:
     if not _has_rows(path):
-        raise UserError(f"{path} is none of {_KINDS}; convert it to JSON lines")
+        raise UserError(f"{path} is not one of {_KINDS}; convert it to JSON lines")
     if kind_of(path)[0] != PARQUET_SUFFIX:
         return TextRows(path)
     import pyarrow.parquet as parquet

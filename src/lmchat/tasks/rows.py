@@ -137,7 +137,7 @@ class RowTask(Task):
         if complaints:
             self._report(complaints, refuse=not self.skip_malformed or not good)
         if not good:
-            raise UserError(f"{self.name}: {self.path or self.hub} holds no rows; give another path")
+            raise UserError(f"{self.name}: {self.path or self.hub} contains no rows; give another path")
         return np.array(good, dtype=np.int64), complaints
 
     def _report(self, complaints: list[str], refuse: bool) -> None:

@@ -13,7 +13,7 @@ class SmolTalk(RowTask):
     """The small variant of SmolTalk: 460 K conversations to train on, 24 K to test."""
 
     def __init__(self, split: Literal["train", "test"] = "train", **options: Any) -> None:
-        """Choose the split.
+        """Selects the split.
 
         Args:
             split: part of the data set.

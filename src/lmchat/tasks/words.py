@@ -72,7 +72,7 @@ def read_words(path: str | Path | None) -> list[str]:
         listed = ", ".join(map(repr, wrong[:5]))
         raise UserError(f"{file}: {len(wrong)} lines are not words of the letters a to z ({listed}); remove them")
     if not words:
-        raise UserError(f"{file} holds no words; give a file with one word per line")
+        raise UserError(f"{file} contains no words; give a file with one word per line")
     return words
 
 

@@ -138,7 +138,7 @@ class Tokenizer:
         """
         path = expand_user(directory) / _FILE
         if Path(directory).is_file():
-            raise UserError(f"{directory} is a file; give the folder that holds the tokenizer")
+            raise UserError(f"{directory} is a file; give the folder that contains the tokenizer")
         if not path.is_file():
             raise UserError(
                 f"no tokenizer in {directory} ({_FILE} is missing): train one with `lmchat tokenizer train`"
@@ -156,7 +156,7 @@ class Tokenizer:
         """Loads a vocabulary trained by another program; see `files.read_vocabulary` for the formats.
 
         Raises:
-            UserError: the file is missing, or is no byte-level BPE vocabulary.
+            UserError: the file is missing, or is not a byte-level BPE vocabulary.
         """
         path = Path(path)
         if not path.is_file():

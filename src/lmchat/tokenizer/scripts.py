@@ -1,4 +1,4 @@
-"""How well a tokenizer serves each writing system of a text."""
+"""Bytes per token of a text by script."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ SCRIPTS = (
     "Gujarati", "Tamil", "Telugu", "Kannada", "Malayalam", "Sinhala", "Thai", "Lao", "Myanmar", "Khmer", "Tibetan",
     "Ethiopic", "Hangul", "Hiragana", "Katakana", "Han",
 )  # fmt: skip
-"""Unicode scripts that are told apart; others are not counted."""
+"""Unicode scripts that are distinguished; others are not counted."""
 
 POOR_BYTES_PER_TOKEN = 1.5
-"""Below this a script is read almost byte by byte."""
+"""Below this, a script is encoded almost byte by byte."""
 
 
 @dataclass(frozen=True)
 class ScriptCount:
-    """A script's part of a text: characters, UTF-8 bytes and tokens, with the spaces and punctuation within."""
+    """Characters, UTF-8 bytes and tokens of a script in a text, spaces and punctuation within included."""
 
     characters: int
     n_bytes: int
@@ -41,7 +41,7 @@ class ScriptCount:
 
 
 def count_scripts(tokenizer: Tokenizer, text: str) -> dict[str, ScriptCount]:
-    """Counts each script's runs of the text, those with most characters first; a run is encoded by itself."""
+    """Counts each script in the text, the most frequent first; each run of a script is encoded separately."""
     runs: dict[str, list[str]] = {}
     for match in _runs().finditer(text):
         runs.setdefault(str(match.lastgroup), []).append(match[0])
@@ -58,7 +58,7 @@ def count_scripts(tokenizer: Tokenizer, text: str) -> dict[str, ScriptCount]:
 
 @cache
 def _runs() -> regex.Pattern[str]:
-    """Runs that begin with a letter of a script and go on with it, with spaces, punctuation, digits and marks."""
+    """Matches runs of one script, starting with a letter, with their spaces, punctuation, digits and marks."""
     import regex
 
     # A character shared by all scripts belongs to the run before it.

@@ -98,7 +98,7 @@ def _load(transformers: Any, folder: Path, trust_remote_code: bool) -> tuple[Any
 
 @contextmanager
 def _quiet(logging: Any) -> Iterator[None]:
-    """Context manager without transformers' progress bars and warnings."""
+    """Context manager that silences transformers' progress bars and warnings."""
     verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

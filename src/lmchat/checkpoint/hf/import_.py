@@ -41,7 +41,7 @@ def read_hf(folder: Path) -> ImportedModel:
     except UserError as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise UserError(f"{folder / 'config.json'} lacks or garbles {error}; {_REMEDY}") from error
+        raise UserError(f"{folder / 'config.json'} has no valid {error}; {_REMEDY}") from error
     state = _read_tensors(folder)
     if content["model_type"] == "nanochat":
         state = _from_native(folder, state, config)
@@ -50,7 +50,7 @@ def read_hf(folder: Path) -> ImportedModel:
     meta = _read_json(path, missing="") if path.exists() else {}
     if meta.get("tokenizer_fingerprint", tokenizer.fingerprint) != tokenizer.fingerprint:
         raise UserError(
-            f"{folder / 'tokenizer.json'} is another tokenizer than {form.META_FILE} names; copy the model's own"
+            f"{folder / 'tokenizer.json'} is not the tokenizer that {form.META_FILE} names; copy the model's own"
         )
     notes = (f"its norms have eps {eps:g}, lmchat's {EPS:.3g}: outputs differ a little",) if eps != EPS else ()
     return ImportedModel(
@@ -75,7 +75,7 @@ def _read_json(path: Path, missing: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); {_REMEDY}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object; {_REMEDY}")
+        raise UserError(f"{path} is not a JSON object; {_REMEDY}")
     return content
 
 
@@ -94,7 +94,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
-    load_file = need("safetensors.torch", "reading a model of transformers").load_file
+    load_file = need("safetensors.torch", "reading a Hugging Face model").load_file
     if not path.exists():
         raise UserError(f"{path} is missing; weights are read from safetensors files only; {_REMEDY}")
     try:

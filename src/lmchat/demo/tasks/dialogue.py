@@ -66,7 +66,7 @@ class Dialogue(Task, Graded):
         if messages[-1]["role"] != "assistant":
             raise UserError(
                 f"conversation {example} of {task.name} ends with a message of the {messages[-1]['role']}, after which "
-                "a dialogue cannot go on; take it out, or leave the task out of the dialogue"
+                "a dialogue cannot continue; remove it, or remove the task from the dialogue"
             )
         return messages
 

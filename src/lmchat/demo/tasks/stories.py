@@ -53,7 +53,7 @@ class Family:
         remaining: questions for the rest, in stories in which something is taken away.
         result: words for a result ``{r}`` in the solution.
         working: words before a result in the solution; empty: those of `WORKING`.
-        relay: each step is about another person than the step before.
+        relay: each step is about a different person from the one before.
     """
 
     items: list[str]

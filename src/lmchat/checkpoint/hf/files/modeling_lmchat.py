@@ -104,7 +104,7 @@ class Visibility:
     def _not_padding(self, num_keys: int) -> Tensor:
         mask = self.mask
         if mask.dim() == 2:
-            # A static cache has room for keys that the mask does not know yet.
+            # A static cache has room for keys that the mask does not cover yet.
             return F.pad(mask.bool(), (0, max(0, num_keys - mask.size(1))))[:, None, None, :num_keys]
         return (mask if mask.dtype == torch.bool else mask >= 0)[..., :num_keys]
 
@@ -140,7 +140,7 @@ class Attention(nn.Module):
         q, k = (rms_norm(rotate(heads, cos, sin), self.eps) for heads in (q, k))
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
         if cache is not None:
-            # Static caches of transformers before 5.2x need to be told the positions.
+            # Static caches of transformers before 5.2x need the positions.
             k, v = cache.update(k, v, self.layer, {"cache_position": visible.queries[:, 0]})
         k, v = (heads.repeat_interleave(self.groups, dim=1) for heads in (k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible(self.window, k.size(2)))
@@ -229,7 +229,7 @@ class LMChatForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """Soft-capped fp32 logits (B, T, vocab_size) for ids (B, T), after what the cache holds.
+        """Soft-capped fp32 logits (B, T, vocab_size) for ids (B, T), after the tokens in the cache.
 
         attention_mask: (B, cached + T), 0 for padding; or (B, 1, T, keys), True or 0.0 where visible.
         labels: (B, T), -100 where no loss is taken; shifted here.
