@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lmchat.optim import collectives
+from lmchat.optim import buckets
 from lmchat.optim.muon_adamw import MuonAdamW
 from lmchat.optim.param_groups import build_param_groups
 from lmchat.optim.sharded import ShardedMuonAdamW
@@ -102,7 +102,7 @@ def copies(params: Params) -> dict[str, Tensor]:
 class CountedCollectives:
     """Counts the bytes that a rank sends by torch's collectives with gloo's algorithms."""
 
-    PLACES: ClassVar = {"all_to_all_single": dist, "all_gather": collectives, "all_reduce": dist}
+    PLACES: ClassVar = {"all_to_all_single": dist, "all_gather": buckets, "all_reduce": dist}
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size

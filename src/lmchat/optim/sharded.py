@@ -15,8 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lmchat.optim.buckets import Bucket, Group, RowBucket, make_buckets
-from lmchat.optim.collectives import BytesSent, Collectives
+from lmchat.optim.buckets import Bucket, BytesSent, Collectives, Group, RowBucket, make_buckets
 from lmchat.optim.muon_adamw import MuonAdamW, StateDict, are_finite
 
 MISSING, FINITE, NON_FINITE = range(3)
