@@ -6,13 +6,16 @@ To add a task, subclass `Task` (or `rows.RowTask` for rows of a file or a Hub da
 
 from __future__ import annotations
 
+import random
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+from lmchat.option_checks import check_count
+from lmchat.tasks.split import Split
 from lmchat.types import Conversation, Message, UserError
 
 UNSEEN_WORDS_REWARD = 0.5
@@ -69,6 +72,37 @@ class Task(ABC):
     def notes(self) -> list[str]:
         """Remarks on the data for the user, one line each."""
         return []
+
+
+class GeneratedTask(Task):
+    """Base class of tasks whose examples are generated from their index."""
+
+    def __init__(self, split: Split, size: int | None, seed: int, **slice: Any) -> None:
+        """Sets what the examples depend on.
+
+        Args:
+            split: train or test.
+            size: number of examples.
+            seed: other seeds give other examples.
+            slice: see `Task`.
+        """
+        super().__init__(**slice)
+        check_count(None, 1, **{f"{type(self).__name__}: size": size})
+        self.split = split
+        self.size = size
+        self.seed = seed
+
+    @property
+    def name(self) -> str:
+        return f"{super().name}/{self.split}"
+
+    def num_examples(self) -> int:
+        assert self.size is not None
+        return self.size
+
+    def rng(self, index: int) -> random.Random:
+        """The random number generator of an example."""
+        return random.Random(f"{self.seed}/{self.split}/{index}")
 
 
 @runtime_checkable

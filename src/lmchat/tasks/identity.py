@@ -10,8 +10,7 @@ from typing import Any, cast
 
 import yaml
 
-from lmchat.option_checks import check_count
-from lmchat.tasks.base import Graded, Task, reward_in_words_of
+from lmchat.tasks.base import GeneratedTask, Graded, reward_in_words_of
 from lmchat.tasks.patterns import expand
 from lmchat.tasks.split import Split
 from lmchat.types import Conversation, Message, UserError
@@ -69,7 +68,7 @@ class IdentityConversation(Conversation):
     facts: list[list[str]]
 
 
-class Identity(Task, Graded):
+class Identity(GeneratedTask, Graded):
     """Conversations of one to three turns about the assistant itself. No wording of a question is in both splits."""
 
     def __init__(
@@ -91,25 +90,14 @@ class Identity(Task, Graded):
             seed: other seeds give other conversations.
             slice: see `Task`.
         """
-        super().__init__(**slice)
-        check_count(None, 1, **{"identity: size": size})
+        super().__init__(split, size, seed, **slice)
         if not assistant.strip() or not maker.strip():
             raise UserError(f"identity: assistant='{assistant}', maker='{maker}': neither may be empty")
-        self.split = split
-        self.size = size
         self.assistant = assistant
         self.maker = maker
-        self.seed = seed
-
-    @property
-    def name(self) -> str:
-        return f"{super().name}/{self.split}"
-
-    def num_examples(self) -> int:
-        return self.size
 
     def example(self, index: int) -> IdentityConversation:
-        rng = random.Random(f"{self.seed}/{self.split}/{index}")
+        rng = self.rng(index)
         topics = rng.sample(list(TOPICS.values()), rng.randint(1, MAX_TURNS))
         messages: list[Message] = []
         for topic in topics:

@@ -15,8 +15,7 @@ from typing import Any
 
 import yaml
 
-from lmchat.option_checks import check_count
-from lmchat.tasks.base import Graded, Task, answer_text, exchange, reference_answer, reward_in_words_of
+from lmchat.tasks.base import GeneratedTask, Graded, answer_text, exchange, reference_answer, reward_in_words_of
 from lmchat.tasks.gsm8k import NumericAnswerTask
 from lmchat.tasks.patterns import pick
 from lmchat.tasks.split import Split, in_split
@@ -39,7 +38,7 @@ def spell(word: str) -> str:
     return f"{word}:{','.join(word)}"
 
 
-class WordTask(Task):
+class WordTask(GeneratedTask):
     """Base class of tasks with one word per example."""
 
     def __init__(
@@ -62,19 +61,11 @@ class WordTask(Task):
             seed: seed of the order of the words and of the wording of the questions.
             slice: see `Task`.
         """
-        super().__init__(**slice)
-        check_count(None, 1, **{f"{type(self).__name__}: size": size})
+        super().__init__(split, size, seed, **slice)
         if not 0 <= made_up <= 1:
             raise UserError(f"{type(self).__name__}: made_up={made_up} is not possible; use a share from 0 to 1")
-        self.split = split
-        self.size = size
         self.words_path = words_path
         self.made_up = made_up
-        self.seed = seed
-
-    @property
-    def name(self) -> str:
-        return f"{super().name}/{self.split}"
 
     @cached_property
     def words(self) -> list[str]:
@@ -94,7 +85,7 @@ class WordTask(Task):
 
     def draw(self, index: int) -> tuple[str, random.Random]:
         """The word of an example, and the example's random number generator."""
-        rng = random.Random(f"{self.seed}/{self.split}/{index}")
+        rng = self.rng(index)
         word = self.words[index % len(self.words)]
         return (self._made_up(word, rng) if rng.random() < self.made_up else word), rng
 

@@ -10,8 +10,7 @@ from operator import add, floordiv, mul, sub
 from typing import Any
 
 from lmchat.demo.tasks.stories import FAMILIES, PRONOUNS, WORKING, Family, Operation, Step
-from lmchat.option_checks import check_count
-from lmchat.tasks.base import answer_text, reward_in_words_of
+from lmchat.tasks.base import GeneratedTask, answer_text, reward_in_words_of
 from lmchat.tasks.gsm8k import AnswerRule, NumericAnswerTask, word_problem
 from lmchat.tasks.patterns import pick
 from lmchat.tasks.split import Split, in_split
@@ -124,7 +123,7 @@ class _Draft:
         self.quantities.append(result)
 
 
-class Arithmetic(NumericAnswerTask):
+class Arithmetic(GeneratedTask, NumericAnswerTask):
     """Word problems of one to four steps, and their solutions with a calculator call for each step.
 
     Divisions have no remainder and are written ``//`` in the calls, so that the calculator returns an integer (``48/2``
@@ -158,31 +157,24 @@ class Arithmetic(NumericAnswerTask):
             answer_rule: how answers are compared, see `gsm8k.answers_match`.
             slice: see `Task`.
         """
-        super().__init__(**slice)
+        super().__init__(split, size, seed, **slice)
         _check_range("steps", steps, 1, MAX_STEPS)
         _check_range("operands", operands, 1, max_value)
         _check_range("factors", factors, 2, max_value)
-        check_count(None, 1, **{"arithmetic: size": size})
         unknown = sorted(set(families or ()) - set(FAMILIES))
         if unknown or families == []:
             raise UserError(f"arithmetic: families {families} are unknown or none; choose from {', '.join(FAMILIES)}")
-        self.split = split
-        self.size = size
         self.steps = steps
         self.operands = operands
         self.factors = factors
         self.max_value = max_value
         self.families = [FAMILIES[name] for name in families or FAMILIES]
-        self.seed = seed
         self.answer_rule = answer_rule
 
     @property
     def name(self) -> str:
         chosen = len(self.families)
-        return f"{super().name}/{self.split}" + (f"/{chosen} families" if chosen < len(FAMILIES) else "")
-
-    def num_examples(self) -> int:
-        return self.size
+        return super().name + (f"/{chosen} families" if chosen < len(FAMILIES) else "")
 
     def example(self, index: int) -> Conversation:
         problem = self.problem(index)
@@ -196,7 +188,7 @@ class Arithmetic(NumericAnswerTask):
 
     def problem(self, index: int) -> WordProblem:
         """The problem at ``index`` before slicing; depends only on the index and the options."""
-        rng = random.Random(f"{self.seed}/{self.split}/{index}")
+        rng = self.rng(index)
         for _ in range(MAX_TRIES):
             try:
                 problem = self._compose(rng)
