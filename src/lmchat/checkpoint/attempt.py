@@ -34,7 +34,7 @@ class Attempt:
 
     Attributes:
         directory: folder of the run's checkpoints.
-        name: unique name, of letters and digits.
+        name: unique name, of letters and digits; "" if no other process can write to the folder.
     """
 
     directory: Path
@@ -64,6 +64,9 @@ class Attempt:
         Raises:
             Superseded: another attempt has begun.
         """
+        if not self.name:
+            yield
+            return
         try:
             file = (self.directory / ATTEMPT_NAME).open("rb")
         except FileNotFoundError as error:
@@ -85,6 +88,9 @@ class Attempt:
         """Raises Superseded if another attempt has begun."""
         with self.writing():
             pass
+
+
+UNFENCED = Attempt(Path(), "")
 
 
 def _lock_exclusively(descriptor: int, directory: Path) -> None:

@@ -17,14 +17,13 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from concurrent import futures
-from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Any, BinaryIO, TypedDict, cast
 
 import torch
 
 import lmchat
-from lmchat.checkpoint.attempt import ATTEMPT_NAME, Attempt
+from lmchat.checkpoint.attempt import ATTEMPT_NAME, UNFENCED, Attempt
 from lmchat.checkpoint.layout import LOCK_NAME, CheckpointPaths, committed_steps, files_by_step
 from lmchat.files import TEMPORARY_SUFFIX, sync_folder, synced_file
 from lmchat.types import UserError
@@ -92,13 +91,13 @@ class HashingFile:
         return {"bytes": self._bytes, "sha256": self._hash.hexdigest()}
 
 
-def write_file(path: Path, write: Callable[[HashingFile], Any], attempt: Attempt | None = None) -> FileRecord:
+def write_file(path: Path, write: Callable[[HashingFile], Any], attempt: Attempt = UNFENCED) -> FileRecord:
     """Writes ``path`` atomically.
 
     Args:
         path: file to write.
         write: function that writes the content to the given file object.
-        attempt: attempt that writes; None disables fencing.
+        attempt: attempt that writes.
 
     Raises:
         UserError: the file cannot be written, e.g. because the disk is full; no partial file remains.
@@ -106,9 +105,8 @@ def write_file(path: Path, write: Callable[[HashingFile], Any], attempt: Attempt
     """
     file: HashingFile | None = None
     try:
-        if attempt is not None:
-            attempt.check()
-        with synced_file(path, attempt.name if attempt else "", attempt.writing if attempt else nullcontext) as raw:
+        attempt.check()
+        with synced_file(path, attempt.name, attempt.writing) as raw:
             file = HashingFile(raw)
             write(file)
     except BaseException as error:
@@ -136,7 +134,7 @@ def write_checkpoint(
     meta: Mapping[str, Any],
     rank: int = 0,
     world_size: int = 1,
-    attempt: Attempt | None = None,
+    attempt: Attempt = UNFENCED,
     keep_last: int | None = None,
     peer_timeout_seconds: Callable[[], float] = lambda: PEER_TIMEOUT_SECONDS,
 ) -> None:
@@ -149,7 +147,7 @@ def write_checkpoint(
         meta: JSON values that describe the checkpoint, at least ``stage``; written by rank 0.
         rank: rank of this process.
         world_size: number of ranks that write.
-        attempt: attempt of the run; None if no other process can write to the folder.
+        attempt: attempt of the run.
         keep_last: number of complete checkpoints to keep; older ones are deleted once this one is complete. None keeps
             all.
         peer_timeout_seconds: returns how long rank 0 waits for the other ranks' files; called while it waits.
@@ -158,17 +156,15 @@ def write_checkpoint(
         UserError: a file cannot be written, or another rank has not written its file in time.
         Superseded: another attempt has begun.
     """
-    writing = attempt.writing if attempt else nullcontext
-    name = attempt.name if attempt else ""
     if rank == 0:
-        with writing():
+        with attempt.writing():
             _uncommit(paths)
     records = {paths.optimizer(rank).name: _save_tensors(paths.optimizer(rank), rank_state, attempt)}
     if rank != 0:
-        _save_json(paths.receipt(rank, name), records, attempt)
+        _save_json(paths.receipt(rank, attempt.name), records, attempt)
         return
     records[paths.model.name] = _save_tensors(paths.model, model, attempt)
-    receipts = [paths.receipt(peer, name) for peer in range(1, world_size)]
+    receipts = [paths.receipt(peer, attempt.name) for peer in range(1, world_size)]
     for receipt in receipts:
         records |= _await_receipt(receipt, peer_timeout_seconds)
     own = {
@@ -185,15 +181,15 @@ def write_checkpoint(
     for receipt in receipts:
         receipt.unlink(missing_ok=True)
     if keep_last is not None:
-        with writing():
+        with attempt.writing():
             prune(paths, keep_last)
 
 
-def _save_tensors(path: Path, tree: Mapping[str, Any], attempt: Attempt | None) -> FileRecord:
+def _save_tensors(path: Path, tree: Mapping[str, Any], attempt: Attempt) -> FileRecord:
     return write_file(path, lambda file: torch.save(dict(tree), cast(IO[bytes], file)), attempt)
 
 
-def _save_json(path: Path, value: Mapping[str, Any], attempt: Attempt | None) -> FileRecord:
+def _save_json(path: Path, value: Mapping[str, Any], attempt: Attempt) -> FileRecord:
     return write_file(path, lambda file: file.write(json.dumps(value, indent=1, allow_nan=False).encode()), attempt)
 
 

@@ -29,6 +29,7 @@ from lmchat.paths import base_dir, expand_user, is_folder_name
 from lmchat.paths import tokenizer_dir as default_tokenizer_dir
 from lmchat.run_plan import RunPlan
 from lmchat.scaling import flops_per_token
+from lmchat.stage_table import STAGES
 from lmchat.stages.device_memory import first_line, needs_recomputing
 from lmchat.stages.spec import StageSpec
 from lmchat.tokenizer.bpe import Tokenizer
@@ -151,13 +152,35 @@ class StageModule(L.LightningModule):
         """Name of the run: its folder under the stage's checkpoints and logs."""
         return self._tag or self.default_tag
 
-    @abstractmethod
     def load_from(self, checkpoint: Checkpoint) -> None:
         """Prepares to start from ``checkpoint``; called before the network is built.
+
+        The trainer resumes a checkpoint of this stage; of another stage, or imported, only the weights are taken. On
+        resume the saved dtypes are kept for options set to "auto"; a new probe might choose others.
 
         Raises:
             UserError: this stage, as configured, cannot start from it.
         """
+        meta, known = checkpoint.meta, (self.stage, *STAGES[self.stage].predecessors)
+        if checkpoint.stage not in known:
+            raise UserError(
+                f"{checkpoint.paths.meta} is a checkpoint of {checkpoint.stage}; {self.stage} starts from "
+                f"{' or '.join(known)}"
+            )
+        if meta["tokenizer_fingerprint"] != self.tokenizer.fingerprint:
+            raise UserError(
+                f"{checkpoint.paths.meta} was trained with a different tokenizer from the one in "
+                f"{self.tokenizer_path}; give its own with --model.tokenizer_dir"
+            )
+        self.parent_meta = meta
+        if checkpoint.stage == self.stage:
+            self.polar_dtype = meta.get("polar_dtype", "auto")
+        if checkpoint.stage != self.stage or checkpoint.weights_only:
+            self._start = checkpoint
+            return
+        self.resumed_micro_batch_size = meta.get("micro_batch_size")
+        if self.compute_dtype == "auto":
+            self.compute_dtype = meta.get("compute_dtype", "auto")
 
     def spec(self) -> StageSpec:
         """Settings for the DataModule; call it after `load_from`, if there is a checkpoint."""
@@ -174,29 +197,6 @@ class StageModule(L.LightningModule):
     def policy(self) -> Policy:
         """The network with its current weights, for evaluation and sampling."""
         return Policy(self.net, self.tokenizer)
-
-    def start_from_weights(self, checkpoint: Checkpoint) -> None:
-        """Takes the weights of a checkpoint that the trainer does not resume: of another stage, or imported."""
-        if checkpoint.stage != self.stage or checkpoint.weights_only:
-            self._start = checkpoint
-
-    def keep_numerics(self, checkpoint: Checkpoint) -> None:
-        """On resume the saved dtypes are kept for options set to "auto"; a new probe might choose others.
-
-        Raises:
-            UserError: the checkpoint was trained with another tokenizer.
-        """
-        resumes = checkpoint.stage == self.stage and not checkpoint.weights_only
-        self.resumed_micro_batch_size = checkpoint.meta.get("micro_batch_size") if resumes else None
-        if resumes and self.compute_dtype == "auto":
-            self.compute_dtype = checkpoint.meta.get("compute_dtype", "auto")
-        if checkpoint.stage == self.stage:
-            self.polar_dtype = checkpoint.meta.get("polar_dtype", "auto")
-        if checkpoint.meta["tokenizer_fingerprint"] != self.tokenizer.fingerprint:
-            raise UserError(
-                f"{checkpoint.paths.meta} was trained with a different tokenizer from the one in "
-                f"{self.tokenizer_path}; give its own with --model.tokenizer_dir"
-            )
 
     @property
     def tokenizer_path(self) -> Path:

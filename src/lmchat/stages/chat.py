@@ -81,14 +81,8 @@ class ChatModule(StageModule):
         return self.config.sequence_len
 
     def load_from(self, checkpoint: Checkpoint) -> None:
-        if checkpoint.stage not in (self.stage, *STAGES[self.stage].predecessors):
-            raise UserError(
-                f"{checkpoint.paths.meta} is a checkpoint of {checkpoint.stage}; {self.stage} starts from "
-                f"{' or '.join(STAGES[self.stage].predecessors)}"
-            )
-        self.keep_numerics(checkpoint)
+        super().load_from(checkpoint)
         self._config = GPTConfig(**checkpoint.meta["model"])
-        self.parent_meta = checkpoint.meta
         self.learning_rates = {**checkpoint.meta["learning_rates"], **self._given_learning_rates}
         if self.global_batch_tokens is None:
             self.global_batch_tokens = checkpoint.meta["global_batch_tokens"]
@@ -97,7 +91,6 @@ class ChatModule(StageModule):
                 f"{checkpoint.paths.meta} was imported and has no optimizer state; leave out "
                 "--model.warm_start_optimizer true"
             )
-        self.start_from_weights(checkpoint)
 
     def on_fit_start(self) -> None:
         super().on_fit_start()

@@ -95,19 +95,13 @@ class PretrainModule(StageModule):
         return f"d{self.depth}"
 
     def load_from(self, checkpoint: Checkpoint) -> None:
-        if checkpoint.stage != self.stage:
-            raise UserError(
-                f"{checkpoint.paths.meta} is a checkpoint of {checkpoint.stage}; pretraining resumes only pretraining"
-            )
-        self.keep_numerics(checkpoint)
-        self.parent_meta = checkpoint.meta
+        super().load_from(checkpoint)
         for name, value in GPTConfig(**checkpoint.meta["model"]).to_dict().items():
             if (mine := getattr(self.config, name)) != value:
                 raise UserError(
                     f"{checkpoint.paths.meta} has {name} {value}, this run {mine}; "
                     f"resume it with its own options, or start a new run with another --model.tag"
                 )
-        self.start_from_weights(checkpoint)
 
     def schedule(self, step: int) -> Schedule:
         steps = self.total_steps

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.fabric.plugins import CheckpointIO
 
-from lmchat.checkpoint.attempt import Attempt
+from lmchat.checkpoint.attempt import UNFENCED
 from lmchat.checkpoint.layout import CheckpointPaths
 from lmchat.checkpoint.load import check_can_resume, load_model_state, load_rank_state, open_checkpoint
 from lmchat.checkpoint.writer import PEER_TIMEOUT_SECONDS, BackgroundWriter, snapshot, write_checkpoint
@@ -38,7 +38,7 @@ class LMChatCheckpointIO(CheckpointIO):
             ``optimizer_shards`` of the loaded dictionary instead of ``optimizer_states``.
 
     Attributes:
-        attempt: attempt of the run that saves; None if no other process can write to the folder.
+        attempt: attempt of the run that saves.
         keep_last: number of complete checkpoints to keep in the folder; None keeps all.
         peer_timeout_seconds: how long rank 0 waits for the other ranks' files; changes apply to a write in progress.
     """
@@ -47,7 +47,7 @@ class LMChatCheckpointIO(CheckpointIO):
         self.rank = rank
         self.world_size = world_size
         self.elastic = elastic
-        self.attempt: Attempt | None = None
+        self.attempt = UNFENCED
         self.keep_last: int | None = None
         self.peer_timeout_seconds = PEER_TIMEOUT_SECONDS
         self._writer = BackgroundWriter()
