@@ -158,7 +158,7 @@ def test_shorthand_replaces_whole_words() -> None:
 
 def test_nameless_assistants_are_refused() -> None:
     for bad in ({"assistant": " "}, {"maker": ""}, {"size": 0}):
-        with pytest.raises(UserError, match="identity"):
+        with pytest.raises(UserError, match="Identity: "):
             Identity(**bad)
 
 

@@ -92,7 +92,7 @@ class Identity(GeneratedTask, Graded):
         """
         super().__init__(split, size, seed, **slice)
         if not assistant.strip() or not maker.strip():
-            raise UserError(f"identity: assistant='{assistant}', maker='{maker}': neither may be empty")
+            raise UserError(f"Identity: assistant='{assistant}', maker='{maker}': neither may be empty")
         self.assistant = assistant
         self.maker = maker
 
