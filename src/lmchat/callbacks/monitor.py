@@ -209,7 +209,7 @@ class Monitor(StepCallback):
         print_line(" | ".join(parts))
         if self._bar is not None:
             self._bar.total = max_steps
-            self._bar.set(step, eta_seconds=metrics.get("eta_seconds"))
+            self._bar.set(step)
 
     def on_train_end(self, *_: Any) -> None:
         self._close()

@@ -153,7 +153,7 @@ class DocumentReader:
         Raises:
             UserError: the file is damaged or malformed, or lacks the field; the message has file and location.
         """
-        size, before = path.stat().st_size, self.bar.done
+        size, before = path.stat().st_size, self.bar.n
         if path.suffix.lower() == ".parquet":
             for text in read_documents(path, self.text_field):
                 yield from self._bounded(text or "")

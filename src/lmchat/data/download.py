@@ -332,6 +332,6 @@ def _fetch_all(hub: _Hub, shards: Sequence[Shard], output: Path, num_workers: in
                 for worker in futures.wait(workers, _POLL_SECONDS, futures.FIRST_EXCEPTION).done:
                     worker.result()
                 received = sum(shard.size for shard in done) + max(0, hub.staged_bytes() - leftover)
-                bar.set(received, description=f"Downloading {len(done)} of {len(shards)} shards")
+                bar.set(received, f"Downloading {len(done)} of {len(shards)} shards")
     finally:
         stop.set()

@@ -156,7 +156,7 @@ def _check(
     with ProgressBar("Checking documents", total, unit="documents") as bar:
         for number, row, text in bar.track(rows):
             checker.add(number, row, text)
-        bar.set(total, description="Comparing signatures")
+        bar.set(total, "Comparing signatures")
         health = checker.finish()
     health.tokens = tokens
     return health

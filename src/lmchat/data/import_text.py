@@ -107,8 +107,7 @@ def import_folder(
 def _documents(reader: DocumentReader, files: Iterable[Path], separator: str | None) -> Iterator[str]:
     for path in files:
         yield from reader.read(path)
-    reader.bar.total = None
-    reader.bar.set(0, description="Sorting and writing shards")
+    reader.bar.set(reader.bar.total, "Sorting and writing shards")
     if separator is not None and reader.plain_files and not reader.divided_files:
         raise UserError(
             f"--separator {separator!r} occurs in none of the {reader.plain_files} plain text files; write it as it is "

@@ -141,7 +141,7 @@ def _tokenize_all(shards: Sequence[Path], directory: Path, tokenizer: Tokenizer,
             encode = _OrderedEncoder(pool, tokenizer, look_ahead=2 * num_threads)
             path = token_path(directory, shard)
             for documents in _write_token_file(path, shard, encode, tokenizer.fingerprint):
-                bar.advance(documents)
+                bar.update(documents)
 
 
 def _count_rows(shard: Path) -> int:

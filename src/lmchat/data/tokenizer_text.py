@@ -72,8 +72,7 @@ def train_tokenizer(
                 if documents % 100 == 0:
                     bar.set(max(documents / total_documents, characters / max_chars))
                 yield text
-            bar.total = None
-            bar.set(0, description="Computing merges")
+            bar.set(1.0, "Computing merges")
 
         tokenizer = Tokenizer.train(texts(), vocab_size)
     tokenizer.save(output)

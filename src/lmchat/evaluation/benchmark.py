@@ -82,7 +82,7 @@ class Benchmark(Evaluator):
         total = len(self.task_names)
         with ProgressBar(self.mean_name, total, unit="tasks", enabled=rank == 0) as progress:
             for number, name in enumerate(self.task_names):
-                progress.set(number, description=f"{self.mean_name} {name}")
+                progress.set(number, f"{self.mean_name} {name}")
                 started = time.perf_counter()
                 try:
                     for examples in self.task_batches(number, rank, world_size):

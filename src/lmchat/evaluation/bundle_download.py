@@ -68,7 +68,7 @@ def _transfer(url: str, path: Path) -> None:
         with ProgressBar("Downloading", size or None, unit="B") as progress:
             while chunk := answer.read(_CHUNK_BYTES):
                 file.write(chunk)
-                progress.advance(len(chunk))
+                progress.update(len(chunk))
                 if file.tell() > MAX_BYTES:
                     raise UserError(f"{url} is larger than {MAX_BYTES / 1e9:.1f} GB, too much for an evaluation bundle")
         if size and file.tell() < size:
