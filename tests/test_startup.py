@@ -43,7 +43,7 @@ with torch.device("meta"):
 net.to_empty(device="cpu")
 net.init_weights()
 engine = Engine(net.eval(), tokenizer)
-lmchat.serve.terminal.answer(engine, [], "Hi", lambda prompt: engine.stream(prompt, SamplingParams(max_new_tokens=2)))
+lmchat.serve.terminal.TerminalChat(engine, SamplingParams(max_new_tokens=2)).ask("Hi")
 json.dump({"helps": helps, "after_help": after_help, "after_chat": sorted(sys.modules)}, sys.stderr)
 """
 
