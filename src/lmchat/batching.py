@@ -8,13 +8,7 @@ from lmchat.types import UserError
 
 
 def accumulation_steps(global_batch_tokens: int, micro_batch_size: int, sequence_len: int, world_size: int) -> int:
-    """Micro-batches per rank and optimizer step.
-
-    Args:
-        global_batch_tokens: tokens per optimizer step over all ranks.
-        micro_batch_size: rows per micro-batch and rank.
-        sequence_len: tokens per row.
-        world_size: number of ranks.
+    """Micro-batches per rank and optimizer step, of ``micro_batch_size`` rows of ``sequence_len`` tokens.
 
     Raises:
         UserError: the global batch is not a multiple of the tokens of one micro-batch on every rank; the message names

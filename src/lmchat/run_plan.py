@@ -65,8 +65,6 @@ def horizon(max_steps: int | None, data_steps: int | None, laws: Plan | None) ->
 def validation_interval(every_n_steps: Sequence[int], accumulate_grad_batches: int) -> int:
     """Micro-batches between two runs of the validation loop: the largest interval that fits every evaluator's.
 
-    Args:
-        every_n_steps: optimizer steps between evaluations of each evaluator; 0 is at the start and the end only.
-        accumulate_grad_batches: micro-batches per optimizer step and rank.
+    ``every_n_steps`` are optimizer steps between evaluations of each; 0 is at the start and the end only.
     """
     return math.gcd(*every_n_steps) * accumulate_grad_batches or NEVER

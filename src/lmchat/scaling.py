@@ -25,12 +25,7 @@ BATCH_EXPONENT = 0.383
 class ParameterCounts:
     """Number of parameters of each part of the model.
 
-    Attributes:
-        wte: token embedding, padding rows included.
-        value_embeds: value embeddings of all layers, padding rows included.
-        lm_head: output head, padding rows included.
-        transformer_matrices: all matrices of the blocks, including value gates.
-        scalars: residual lambdas.
+    Token tables include padding rows, the blocks' matrices value gates; scalars are the residual lambdas.
     """
 
     wte: int

@@ -121,14 +121,10 @@ def _saved_bytes(config: GPTConfig, tokens: int, mode: Mode, checkpoint_blocks: 
 def check_fits(
     config: GPTConfig, device: Any, limit: float, estimate: Callable[[int], TrainingMemory] | None, rows: int = 1
 ) -> None:
-    """Raises UserError if a model cannot fit a device.
+    """Raises UserError if a model cannot fit a device with ``limit`` bytes of memory.
 
-    Args:
-        config: shape of the model.
-        device: the device, for the message.
-        limit: its memory in bytes.
-        estimate: memory of training with a given number of rows per micro-batch; None if the model is not trained.
-        rows: rows per micro-batch, if known.
+    ``estimate`` is the memory of training with micro-batches of so many rows; None if the model is not trained.
+    ``rows`` is their number, if known.
     """
     weights = 4 * parameter_counts(config).total
     if weights > limit:

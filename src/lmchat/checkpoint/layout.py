@@ -29,11 +29,7 @@ _CHECKPOINT_NAME = re.compile(r"(?:model_([0-9]{6,})\.pt|meta_([0-9]{6,})\.json)
 
 
 def checkpoint_dir(stage: str, tag: str) -> Path:
-    """The folder of a run's checkpoints.
-
-    Args:
-        stage: current or former name of a stage of `lmchat.stage_table`.
-        tag: name of the run, e.g. d26.
+    """The folder of the checkpoints of the run ``tag``. The stage may have its former name.
 
     Raises:
         UserError: the tag is not a valid folder name.

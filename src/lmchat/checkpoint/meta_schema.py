@@ -114,11 +114,7 @@ _MODEL_REQUIRED = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head
 
 
 def check_meta(meta: Any, paths: CheckpointPaths) -> None:
-    """Checks the ``meta`` of the checkpoint at ``paths``.
-
-    Args:
-        meta: JSON value as parsed, without ``meta_sha256``.
-        paths: paths of the checkpoint.
+    """Checks the ``meta`` of the checkpoint at ``paths``, as parsed from JSON, without ``meta_sha256``.
 
     Raises:
         UserError: a value is missing or wrong; the message names it, but not the file.

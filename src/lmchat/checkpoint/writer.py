@@ -92,16 +92,11 @@ class HashingFile:
 
 
 def write_file(path: Path, write: Callable[[HashingFile], Any], attempt: Attempt = UNFENCED) -> FileRecord:
-    """Writes ``path`` atomically.
-
-    Args:
-        path: file to write.
-        write: function that writes the content to the given file object.
-        attempt: attempt that writes.
+    """Writes ``path`` atomically; ``write`` writes the content to the given file object.
 
     Raises:
         UserError: the file cannot be written, e.g. because the disk is full; no partial file remains.
-        Superseded: another attempt has begun; no partial file remains.
+        Superseded: another attempt than ``attempt`` has begun; no partial file remains.
     """
     file: HashingFile | None = None
     try:

@@ -64,14 +64,10 @@ class UnknownEncoding(UserError):
 
 
 def legacy_encoding(path: Path, encoding: str | None = None) -> str | None:
-    """The encoding of a text file that is not Unicode; None if it is.
-
-    Args:
-        path: a file, compressed or not.
-        encoding: encoding of files that are not Unicode; default is to detect it.
+    """The encoding of a text file, compressed or not, that is not Unicode, by default detected; None if it is Unicode.
 
     Raises:
-        UnknownEncoding: the file has zero bytes, or no known encoding decodes all of it.
+        UnknownEncoding: the file has zero bytes, or is in no known encoding from its beginning to its end.
     """
     sample = _not_decoded(path, None)
     if sample is None:

@@ -87,11 +87,7 @@ class EvaluationOverlap:
         return hashes >> np.uint64(64 - _FILTER_BITS)
 
     def count(self, documents: Sequence[Hashes]) -> npt.NDArray[np.int64]:
-        """(documents,) numbers of 13-grams that occur in an evaluation set.
-
-        Args:
-            documents: word hashes of each document.
-        """
+        """(documents,) numbers of 13-grams that occur in an evaluation set, given the word hashes of each document."""
         if not len(self._grams):
             return np.zeros(len(documents), dtype=np.int64)
         hashes, counts = gram_hashes(documents, GRAM_WORDS)

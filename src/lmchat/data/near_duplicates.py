@@ -38,12 +38,7 @@ class NearDuplicates:
         self._labels: list[int] = []
 
     def add(self, labels: Sequence[int], documents: Sequence[Hashes]) -> None:
-        """Adds documents.
-
-        Args:
-            labels: a number per document that the result contains, e.g. that of its shard.
-            documents: word hashes of each document.
-        """
+        """Adds documents by their word hashes; the label of a document, e.g. its shard, stands for it in the result."""
         hashes, counts = gram_hashes(documents, GRAM_WORDS)
         (present,) = counts.nonzero()
         if len(present):

@@ -27,12 +27,8 @@ FULL_ROWS = {"padded": 0.0, "masked_rows": 0}
 def check_tokens(data_dir: Path, shards: Sequence[Path], sequence_len: int) -> list[dict[str, Any]]:
     """For each tokenizer with token files of the shards: numbers per shard, and of packing the training shards.
 
-    Token files that are missing or of another format are left out.
-
-    Args:
-        data_dir: folder of the shards.
-        shards: the shards; the last is for validation, and packed by itself.
-        sequence_len: T; packed rows have T + 1 tokens.
+    Token files that are missing or of another format are left out. Packed rows have ``sequence_len`` + 1 tokens. The
+    last shard is for validation, and packed by itself.
 
     Raises:
         UserError: a token file has wrong offsets.

@@ -142,9 +142,7 @@ class WikiPages:
 def wiki_text(wikitext: str, media_namespaces: set[str]) -> str:
     """The text of a page: without templates, tables, notes, files and categories; lists and headings line by line.
 
-    Args:
-        wikitext: source of the page.
-        media_namespaces: lower-case prefixes of links to files and categories.
+    ``media_namespaces`` are lower-case prefixes of links to files and categories.
 
     Raises:
         UserError: mwparserfromhell is not installed.

@@ -25,11 +25,7 @@ def word_hashes(text: str) -> Hashes:
 
 
 def gram_hashes(documents: Sequence[Hashes], n: int) -> tuple[Hashes, npt.NDArray[np.int64]]:
-    """Hashes of the n-grams of several documents.
-
-    Args:
-        documents: word hashes of each document.
-        n: words per n-gram.
+    """Hashes of the n-grams of several documents, given the word hashes of each.
 
     Returns:
         The hashes of all n-grams in order, and the (documents,) numbers of n-grams of each document.

@@ -26,10 +26,7 @@ _TIMEOUT_SECONDS = 60
 
 
 def download_bundle(output: Path, url: str = BUNDLE_URL) -> int:
-    """Downloads, checks and unpacks a bundle; ``output`` appears when it is complete.
-
-    Returns:
-        The number of tasks.
+    """Downloads, checks and unpacks a bundle; ``output`` appears when it is complete. Returns the number of tasks.
 
     Raises:
         UserError: ``output`` exists, the download fails, or the file is not a bundle.

@@ -17,12 +17,9 @@ from lmchat.types import Conversation
 
 
 class ChatTaskEvaluator(Evaluator):
-    """Accuracy on a task; the metric has the task's name.
+    """Accuracy on a task that grades answers; the metric has the task's name.
 
-    Args:
-        task: a task that grades answers.
-        batch_size: questions answered together.
-        max_new_tokens: maximum number of new tokens of an answer.
+    ``batch_size`` questions are answered together.
     """
 
     def __init__(self, task: Task, batch_size: int, max_new_tokens: int) -> None:

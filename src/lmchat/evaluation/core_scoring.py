@@ -29,12 +29,7 @@ def max_batch_tokens(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class OptionScore:
-    """Score of an option's tokens.
-
-    Attributes:
-        loss: mean cross-entropy, in nats.
-        greedy: whether every token is the most likely one.
-    """
+    """Mean cross-entropy of an option's tokens, in nats, and whether every token is the most likely one."""
 
     loss: float
     greedy: bool
@@ -50,13 +45,9 @@ def is_correct(kind: Kind, example: Example, scores: Sequence[OptionScore]) -> b
 
 @torch.inference_mode()
 def score(net: GPT, questions: Sequence[Example]) -> list[list[OptionScore]]:
-    """Scores each example's options; equals scoring one option at a time, up to the order of summation.
+    """Scores the options of a batch of examples; equals scoring one at a time, up to the order of summation.
 
-    Options with equal tokens get equal scores.
-
-    Args:
-        net: the network; its mode and weights do not change.
-        questions: the examples, which form one batch.
+    Options with equal tokens get equal scores. Mode and weights of the network do not change.
     """
     trees = [PromptTree.of(example) for example in questions]
     packed = PackedTrees(trees, net.device, net.config.n_layer)

@@ -17,11 +17,9 @@ from lmchat.types import UserError
 
 
 class HFModel:
-    """A causal language model and its tokenizer, from a local folder; also a `lmchat.evaluation.core.PromptTokenizer`.
+    """A causal language model and its tokenizer, from a local folder as `save_pretrained` writes it.
 
-    Args:
-        path: folder of the model, as `save_pretrained` writes it.
-        device: device to run on.
+    It is also a `lmchat.evaluation.core.PromptTokenizer`.
 
     Raises:
         UserError: transformers is not installed, or the folder has no causal language model.

@@ -16,12 +16,8 @@ REPLICATES = 10_000
 def wilson_interval(successes: float, trials: int) -> tuple[float, float]:
     """Wilson's 95 % score interval of a proportion (Wilson 1927, doi:10.1080/01621459.1927.10502953).
 
-    Args:
-        successes: number of successes, 0 … trials.
-        trials: number of trials; 0 gives (0, 1).
-
     Returns:
-        Lower and upper bound, in 0 … 1.
+        Lower and upper bound, in 0 … 1; (0, 1) without trials.
     """
     if trials == 0:
         return 0.0, 1.0

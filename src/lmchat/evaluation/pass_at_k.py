@@ -39,10 +39,7 @@ def pass_at_k(num_correct: Tensor, num_samples: int, k: int) -> Tensor:
 class PassAtKEvaluator(Evaluator):
     """pass@1 … pass@n of sampled answers to a task's questions, where n is the number of samples.
 
-    Args:
-        task: a task that grades answers, see `lmchat.tasks.base.Graded`.
-        sampling: sampling parameters of the answers.
-        batch_size: questions answered together.
+    ``batch_size`` questions are answered together.
     """
 
     name = "pass@k"

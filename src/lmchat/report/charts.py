@@ -21,12 +21,7 @@ NUM_COLORS = 6
 
 
 def line_chart(series: Mapping[str, Points], x_label: str, y_label: str) -> str:
-    """An SVG element with one line per series; names are shown as tooltips, the page has the legend.
-
-    Args:
-        series: x and y by name; not all may be empty.
-        x_label, y_label: what the axes show, with the unit.
-    """
+    """An SVG element with one line per series, named by tooltips; not all may be empty."""
     lines = {name: _thinned(*points) for name, points in series.items() if len(points[0])}
     x = np.concatenate([points[0] for points in lines.values()])
     y = np.concatenate([points[1] for points in lines.values()])

@@ -15,13 +15,7 @@ from lmchat.types import IGNORE_INDEX, Rollout
 
 @dataclass(frozen=True)
 class Group:
-    """The samples of one question.
-
-    Attributes:
-        prompt: token ids of the question.
-        completions: the samples, with log-probabilities.
-        rewards: (samples,) float32.
-    """
+    """The samples of one question, with log-probabilities, and their rewards, (samples,) float32."""
 
     prompt: Sequence[int]
     completions: Sequence[Completion]

@@ -13,12 +13,7 @@ from lmchat.types import Part
 
 @dataclass(frozen=True)
 class Token:
-    """A token of an answer.
-
-    Attributes:
-        id: token id.
-        logprob: log-probability; None if not requested, or for calculator output.
-    """
+    """A token of an answer, and its log-probability: None if not requested, or for calculator output."""
 
     id: int
     logprob: float | None
@@ -59,14 +54,7 @@ def append_part(parts: list[Part], part: Part) -> None:
 
 
 class StopStrings:
-    """Finds the first stop string in a streamed text.
-
-    Args:
-        stops: stop strings, none of them empty.
-
-    Attributes:
-        found: whether a stop string was found.
-    """
+    """Finds the first of several stop strings, none of them empty, in a streamed text; then ``found`` is true."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.stops = stops
@@ -97,7 +85,6 @@ class Answer:
     """One completion while it is generated.
 
     Args:
-        tokenizer: tokenizer of the model.
         stops: stop strings; searched in text, not in calculator calls and results.
         chat: separate calculator calls and results from text, and leave out the stop token.
 

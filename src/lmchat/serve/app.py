@@ -51,17 +51,15 @@ PAGE = {
 
 
 class Server:
-    """The server as an ASGI application.
+    """The server as an ASGI application, ``app``.
 
     Args:
         engine: the engine; must not be used otherwise while the application runs.
         card: description of the model.
-        limits: limits of requests.
         api_key: bearer token that requests must have; None for none.
         loopback: whether the Host header must be this machine.
 
     Attributes:
-        app: the application.
         admission: set ``draining`` to refuse new requests.
     """
 

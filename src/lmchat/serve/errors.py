@@ -6,11 +6,9 @@ from typing import Any
 
 
 class APIError(Exception):
-    """A request that is answered with an error.
+    """A request that is answered with an error: a message with problem and remedy, and an HTTP status.
 
     Args:
-        message: problem and remedy.
-        status: HTTP status.
         kind: ``type`` of the error object; the default depends on the status.
         code: machine-readable ``code``.
         param: name of the invalid field.

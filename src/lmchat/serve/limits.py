@@ -43,9 +43,6 @@ class Limits:
 class Admission:
     """Counts the completions of open requests and refuses those that exceed the limits.
 
-    Args:
-        limits: the limits.
-
     Attributes:
         open: number of completions of admitted, unfinished requests.
         draining: whether the server is shutting down and admits nothing.

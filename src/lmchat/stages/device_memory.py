@@ -53,9 +53,7 @@ def memory_per_process(trainer: L.Trainer) -> float | None:
 def check_model_fits(module: StageModule, trains: bool, rows: int = 1) -> None:
     """Raises UserError if a model cannot fit the device, before it is built.
 
-    Args:
-        trains: whether gradients, optimizer state and activations must fit too.
-        rows: rows per micro-batch, if known.
+    If it ``trains``, gradients, optimizer state and activations of ``rows`` rows per micro-batch must fit too.
     """
     device = module.trainer.strategy.root_device
     if (limit := memory_limit_bytes(device)) is not None:

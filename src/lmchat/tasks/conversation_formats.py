@@ -47,13 +47,7 @@ _EXPRESSIONS = ("expression", "code", "python")
 
 @dataclass
 class Converted:
-    """A converted record.
-
-    Attributes:
-        conversation: the conversation; assistant messages without loss have weight 0.
-        format: format of the record.
-        notes: what was mapped or left out, one phrase for each kind.
-    """
+    """A converted record: assistant messages without loss have weight 0; ``notes`` say what was mapped or left out."""
 
     conversation: Conversation
     format: Format
@@ -61,11 +55,7 @@ class Converted:
 
 
 def convert(row: Any, format: Format | None = None) -> Converted:
-    """Converts a record to a conversation.
-
-    Args:
-        row: a parsed row of a file.
-        format: format of the record; None detects it.
+    """Converts a parsed row of a file to a conversation; its format is detected, or must be ``format``.
 
     Raises:
         MalformedRow: it has another format, or cannot be mapped.

@@ -45,13 +45,7 @@ def load_baseline(name: str) -> tiktoken.Encoding | None:
 def compression_table(
     tokenizer: Tokenizer, texts: Mapping[str, str], baselines: Mapping[str, tiktoken.Encoding]
 ) -> Table:
-    """Table of bytes per token of each text, compared with the baselines.
-
-    Args:
-        tokenizer: the tokenizer to evaluate.
-        texts: texts by kind; empty ones are left out.
-        baselines: encodings to compare with, by title.
-    """
+    """Table of bytes per token of texts by kind, compared with the baselines by title; empty texts are left out."""
     from rich.table import Table
 
     table = Table("text", title="bytes per token (more is better)")
