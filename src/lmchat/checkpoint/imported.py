@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +46,19 @@ class ImportedModel:
     step: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+
+def read_json(path: Path, missing: str) -> dict[str, Any]:
+    """The JSON object in a file of a model to import; ``missing`` is the message where there is no such file."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(missing) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}); copy or download it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object; copy or download it again")
+    return content
 
 
 def save_imported(model: ImportedModel, *, stage: str, tag: str) -> CheckpointPaths:

@@ -6,7 +6,6 @@ supported; versions with additional tensors are not.
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lmchat.checkpoint.imported import DEFAULT_LEARNING_RATES, ImportedModel
+from lmchat.checkpoint.imported import DEFAULT_LEARNING_RATES, ImportedModel, read_json
 from lmchat.checkpoint.meta_schema import check_model_shape
 from lmchat.model.config import GPTConfig
 from lmchat.tokenizer.bpe import SPECIAL_TOKENS, Tokenizer
@@ -71,15 +70,10 @@ def _find_model(path: Path) -> Path:
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
-    try:
-        meta = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing; copy it from where the model is") from error
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); copy it again") from error
-    if isinstance(meta, dict) and "meta_sha256" in meta:
+    meta = read_json(path, missing=f"{path} is missing; copy it from where the model is")
+    if "meta_sha256" in meta:
         raise UserError(f"{path} is an lmchat checkpoint; use its folder directly, without importing it")
-    if not isinstance(meta, dict) or not isinstance(meta.get("model_config"), dict):
+    if not isinstance(meta.get("model_config"), dict):
         raise UserError(f"{path} has no model_config; it does not belong to a nanochat checkpoint")
     return meta
 

@@ -6,7 +6,7 @@ import hashlib
 import heapq
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -78,9 +78,6 @@ class DataHealth:
     @property
     def total(self) -> ShardHealth:
         return sum(self.shards, ShardHealth("all"))
-
-    def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "total": asdict(self.total)}
 
 
 @dataclass(frozen=True)

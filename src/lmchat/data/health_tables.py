@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +110,9 @@ def _table(title: str, name: str, *numbers: str) -> Table:
     return table
 
 
-def write_health(health: DataHealth, path: Path, **others: Any) -> None:
+def write_health(health: DataHealth, path: Path) -> None:
     """Writes the report as JSON. Raises `UserError` if the file cannot be written."""
-    text = json.dumps({**health.as_json(), **others}, indent=1)
+    text = json.dumps({**asdict(health), "total": asdict(health.total)}, indent=1)
     try:
         with replacing(path) as unfinished:
             unfinished.write_text(text + "\n", encoding="utf-8")

@@ -14,12 +14,14 @@ HTML_SUFFIXES = (".html", ".htm", ".xhtml")
 WARC_SUFFIXES = (".warc",)
 
 _HIDDEN = ("script", "style", "noscript", "template", "head", "svg", "iframe")
-_LINES = {"address", "br", "dd", "details", "dt", "figure", "footer", "form", "header", "hr", "li", "main", "nav", "tr"}
-_CELLS = {"td", "th"}
-_PARAGRAPHS = {
+_LINES = ("address", "br", "dd", "details", "dt", "figure", "footer", "form", "header", "hr", "li", "main", "nav", "tr")
+_PARAGRAPHS = (
     "article", "aside", "blockquote", "div", "dl", "h1", "h2", "h3", "h4", "h5", "h6", "ol", "p", "pre", "section",
     "table", "ul",
-}  # fmt: skip
+)  # fmt: skip
+_GAPS = {"td": " ", "th": " ", **dict.fromkeys(_LINES, "\n"), **dict.fromkeys(_PARAGRAPHS, "\n\n")}
+"""What is before and after an element."""
+
 _CHARSET = re.compile(rb"charset\s*=\s*[\"']?\s*([\w.:-]+)", re.IGNORECASE)
 
 
@@ -53,17 +55,10 @@ def _add_text(node: Any, parts: list[str], preformatted: bool) -> None:
             text = child.text_content or ""
             parts.append(text if preformatted else re.sub(r"\s+", " ", text))
             continue
-        gap = _gap(child.tag)
+        gap = _GAPS.get(child.tag, "")
         parts.append(gap)
         _add_text(child, parts, preformatted or child.tag == "pre")
         parts.append(gap)
-
-
-def _gap(tag: str) -> str:
-    """White space before and after an element."""
-    if tag in _PARAGRAPHS:
-        return "\n\n"
-    return "\n" if tag in _LINES else " " if tag in _CELLS else ""
 
 
 def decode_page(content: bytes, charset: str | None = None) -> str:

@@ -141,8 +141,10 @@ class PackedTrees:
         if (window, picked) not in self._masks:
             prefix, branch = self._prefix, self._branch
             rows = (self._positions, self._number)
-            of_queries = [self._picked.take(row[:, self.predicting]) if picked else branch.take(row) for row in rows]
-            of_keys = [torch.cat([prefix.take(row), branch.take(row)], 1) for row in rows]
+            of_queries = [
+                self._picked.gather(row[:, self.predicting]) if picked else branch.gather(row) for row in rows
+            ]
+            of_keys = [torch.cat([prefix.gather(row), branch.gather(row)], 1) for row in rows]
             distance = of_queries[0][:, :, None] - of_keys[0][:, None]
             # A token of the prefix, number −1, is seen by all; one of a branch by those of the same branch.
             same = (of_keys[1][:, None] == -1) | (of_queries[1][:, :, None] == of_keys[1][:, None])
@@ -166,12 +168,8 @@ class _PaddedIndex:
         """Length of the longest line."""
         return self._table.size(1)
 
-    def take(self, row: Tensor) -> Tensor:
-        """(trees, width) entries of row (1, N)."""
-        return row[0, self._table]
-
     def gather(self, x: Tensor) -> Tensor:
-        """(trees, width, heads, head_dim) of x (1, N, heads, head_dim)."""
+        """(trees, width, ...) of x (1, N, ...)."""
         return x[0, self._table]
 
     def scatter(self, values: Tensor, out: Tensor) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from lmchat.checkpoint.hf import format as form
 from lmchat.checkpoint.hf.export import need
 from lmchat.checkpoint.hf.tokenizer import read_tokenizer
-from lmchat.checkpoint.imported import ImportedModel
+from lmchat.checkpoint.imported import ImportedModel, read_json
 from lmchat.checkpoint.meta_schema import check_model_shape
 from lmchat.checkpoint.tensors import check_tensors, shapes
 from lmchat.model.config import GPTConfig
@@ -29,7 +27,7 @@ def read_hf(folder: Path) -> ImportedModel:
     Raises:
         UserError: a file is missing or damaged, or the architecture is another one.
     """
-    content = _read_json(
+    content = read_json(
         folder / "config.json",
         missing=f"there is no config.json in {folder}; give the folder of an export (lmchat export hf), or of a "
         "download (hf download NAME --local-dir FOLDER)",
@@ -47,7 +45,7 @@ def read_hf(folder: Path) -> ImportedModel:
         state = _from_native(folder, state, config)
     tokenizer = read_tokenizer(folder)
     path = folder / form.META_FILE  # of exports of lmchat only
-    meta = _read_json(path, missing="") if path.exists() else {}
+    meta = read_json(path, missing="") if path.exists() else {}
     if meta.get("tokenizer_fingerprint", tokenizer.fingerprint) != tokenizer.fingerprint:
         raise UserError(
             f"{folder / 'tokenizer.json'} is not the tokenizer that {form.META_FILE} names; copy the model's own"
@@ -67,24 +65,12 @@ def read_hf(folder: Path) -> ImportedModel:
     )
 
 
-def _read_json(path: Path, missing: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(missing) from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}); {_REMEDY}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object; {_REMEDY}")
-    return content
-
-
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     """Reads all tensors of ``model.safetensors``, or of the files in its index."""
     index = folder / f"{form.MODEL_FILE}.index.json"
     names = [form.MODEL_FILE]
     if index.exists() and not (folder / form.MODEL_FILE).exists():
-        places = _read_json(index, missing="").get("weight_map")
+        places = read_json(index, missing="").get("weight_map")
         if not isinstance(places, dict) or not places:
             raise UserError(f"{index} lists no files; {_REMEDY}")
         names = sorted(set(map(str, places.values())))
