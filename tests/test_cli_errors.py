@@ -152,7 +152,7 @@ CASES: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
     "unknown class": (
         nothing,
         ["--model", "PretrainModul"],
-        ["--model is PretrainModul", "see `lmchat fit --help_all`"],
+        ["--model is PretrainModul", "`lmchat fit --help_all` lists them"],
     ),
     "missing config": (
         nothing,

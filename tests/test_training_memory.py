@@ -60,7 +60,8 @@ def saved_bytes(run: Callable[[], Any], tokens: int) -> int:
     kept: dict[int, Tensor] = {}
 
     def keep(x: Tensor) -> Tensor:
-        if x.numel() % tokens == 0 and tokens in (x.shape[:1].numel(), x.shape[:2].numel(), x.shape[0] * x.shape[-2]):
+        per_token = x.dim() > 1 and x.numel() % tokens == 0
+        if per_token and tokens in (len(x), x.shape[:2].numel(), len(x) * x.size(-2)):
             kept[x.untyped_storage().data_ptr()] = x
         return x
 
