@@ -232,7 +232,7 @@ CASES: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
         ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "{base}/tiny.yaml"],
         ["tiny.yaml/lightning_logs: Not a directory"],
     ),
-    "truncated parquet": (truncated_parquet, OWN, ["shard_00001.parquet", "download or make it again"]),
+    "truncated parquet": (truncated_parquet, OWN, ["shard_00001.parquet", "download or create it again"]),
     "indivisible batch": (
         nothing,
         ["--model.global_batch_tokens", "100"],

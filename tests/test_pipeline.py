@@ -150,7 +150,7 @@ def test_a_killed_speedrun_resumes_and_a_finished_one_is_skipped(tmp_path: Path)
 
     printed = pipeline.make("speedrun")
     assert "tokenizer: finished" in printed
-    assert (tokenizer.stat().st_mtime_ns, awaited.stat().st_mtime_ns) == (trained, kept), "made again"
+    assert (tokenizer.stat().st_mtime_ns, awaited.stat().st_mtime_ns) == (trained, kept), "written again"
     for folder, steps in {"base": 20, "chatsft": 3, "chatrl": 2}.items():
         assert (pipeline.base / f"{folder}_checkpoints" / "d1" / f"meta_{steps:06d}.json").exists()
     reports = {path.name: path.read_text() for path in (pipeline.base / "evaluations").iterdir()}

@@ -166,7 +166,7 @@ def _explain(error: OSError) -> str | None:
         return f"{error.strerror}; make room and run it again" if full else None
     what, folder = f"{error.filename}: {error.strerror}", base_dir()
     if not _concerns(error.filename, folder):
-        return f"{what}; give another path, or make this one fit to be read and written"
+        return f"{what}; give another path, or make this one readable and writable"
     remedy = "set LMCHAT_BASE_DIR to a folder that can be written to"
     if isinstance(error, FileNotFoundError) and folder.is_dir():
         remedy = "put it back (a link on the way to it may point nowhere), or set LMCHAT_BASE_DIR to another folder"

@@ -97,7 +97,7 @@ def open_text(path: Path, raw: BinaryIO, encoding: str | None = None) -> Iterato
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not valid {error.encoding} text ({error.reason}); save it as UTF-8") from error
     except DAMAGE as error:
-        raise UserError(f"{path} is damaged ({error}); copy or make it again") from error
+        raise UserError(f"{path} is damaged ({error}); copy or create it again") from error
 
 
 def _decompressed(path: Path, raw: BinaryIO) -> Any:
@@ -221,7 +221,7 @@ def json_values(file: BinaryIO, what: str, max_characters: int) -> Iterator[Any]
                 continue
         elif ended:
             if array:
-                raise UserError(f"{what} ends within its array, after value {number}; copy or make it again")
+                raise UserError(f"{what} ends within its array, after value {number}; copy or create it again")
             return
         if len(buffer) - position > max_characters:
             raise LongRecord(f"{what}: value {number + 1} is longer than {max_characters:,} characters")

@@ -134,7 +134,7 @@ def test_another_field_and_column(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "one"}\n{"text": \n', r"a\.jsonl:2 is not valid JSON"),
         ("a.jsonl", b'{"text": "one"}\n[1]\n', r"a\.jsonl:2 has no field `text` but a list"),
         ("a.jsonl", b'{"messages": [], "id": 3}', r"a\.jsonl:1 has no field `text` but the fields messages, id"),
-        ("a.jsonl", b'{"text": 3}', r"a\.jsonl:1: field `text` contains a int, not a string"),
+        ("a.jsonl", b'{"text": 3}', r"a\.jsonl:1: field `text` is of type int, not a string"),
         ("a.jsonl", b'\n{"text": "\xff"}', r"a\.jsonl:2 is not valid JSON"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "one"}\n' * 9, mtime=0)[:-12], r"a\.jsonl\.gz is damaged"),
         ("a.jsonl.gz", b'{"text": "one"}\n', r"a\.jsonl\.gz is damaged"),

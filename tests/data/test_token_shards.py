@@ -248,7 +248,7 @@ def test_user_mistakes_are_reported(write_shards: WriteShards, tmp_path: Path) -
         with pytest.raises(UserError, match=message):
             _prepare(folder, tokenizer)
 
-    fails(tmp_path / "nowhere", r"no data folder .*nowhere; fetch one with `lmchat data download`")
+    fails(tmp_path / "nowhere", r"no data folder .*nowhere; run `lmchat data download`")
     folder = write_shards()
     fails(folder, r"data has no \.parquet file; at least two shards")
     write_shards(["one"])

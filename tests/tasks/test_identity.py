@@ -52,7 +52,7 @@ def test_wordings_are_sentences() -> None:
             assert re.fullmatch(r"[\w,'-]+( [\w,'-]+)*[?]?", named(question)), question
 
 
-def test_questions_alone_have_question_marks() -> None:
+def test_only_questions_have_question_marks() -> None:
     for name in TOPICS.keys() - {"farewell", "greeting", "thanks"}:
         for question in TOPICS[name].questions:
             if re.match(r"Wh|How|(Is|Are|Am|Do|Did|Have|Can|Could|Would|Should|Will|May|In|By)\b", question):

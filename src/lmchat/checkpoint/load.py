@@ -252,7 +252,7 @@ def _read_tensors(path: Path, *, mmap: bool = False) -> dict[Any, Any]:
             f"executed; {_REMEDY}"
         ) from error
     if not isinstance(content, dict):
-        raise DamagedCheckpoint(f"{path} contains a {type(content).__name__}, not named tensors; {_REMEDY}")
+        raise DamagedCheckpoint(f"{path} is of type {type(content).__name__}, not named tensors; {_REMEDY}")
     return content
 
 

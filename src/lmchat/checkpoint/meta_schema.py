@@ -182,7 +182,7 @@ def shown(value: Any) -> str:
 def _check_plain(meta: Any) -> None:
     """Refuses deep nesting, numbers that are not finite, and control characters, anywhere in ``meta``."""
     if type(meta) is not dict:
-        raise UserError(f"it contains a {type(meta).__name__}, not an object")
+        raise UserError(f"it is of type {type(meta).__name__}, not an object")
     waiting: list[tuple[Any, int, str]] = [(meta, 0, "it")]
     while waiting:
         value, depth, name = waiting.pop()

@@ -109,7 +109,7 @@ def _pairs(args: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _update(options: Options, name: str, given: Any) -> None:
-    """Sets ``group`` or ``group.option``. With another class, the options of the former one are forgotten."""
+    """Sets ``group`` or ``group.option``. With another class, the options of the previous one are dropped."""
     group, _, option = name.partition(".")
     if group not in options:
         return

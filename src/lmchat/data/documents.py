@@ -240,7 +240,7 @@ class DocumentReader:
         text = record[self.text_field]
         if not isinstance(text, str | None):
             raise UserError(
-                f"{place}: field `{self.text_field}` contains a {type(text).__name__}, not a string; "
+                f"{place}: field `{self.text_field}` is of type {type(text).__name__}, not a string; "
                 "name another field with --text_field"
             )
         return text or ""

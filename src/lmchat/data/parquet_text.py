@@ -23,7 +23,7 @@ def list_shards(data_dir: Path) -> list[Path]:
     """
     if not data_dir.is_dir():
         raise UserError(
-            f"no data folder {data_dir}; fetch one with `lmchat data download`, or make it from your own text with "
+            f"there is no data folder {data_dir}; run `lmchat data download`, or import your own text with "
             "`lmchat data import`"
         )
     shards = sorted(data_dir.glob("*.parquet"))
@@ -77,5 +77,5 @@ def _readable(path: Path) -> Iterator[None]:
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"cannot read {path}, truncated or not a parquet file ({reason}); download or make it again"
+            f"cannot read {path}, truncated or not a parquet file ({reason}); download or create it again"
         ) from error

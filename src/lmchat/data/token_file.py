@@ -130,4 +130,4 @@ def check_offsets(path: Path, header: Header, offsets: npt.NDArray[np.int64]) ->
     """Raises `UserError` unless the offsets fit the header."""
     whole = len(offsets) == header.documents + 1 and offsets[0] == 0 and offsets[-1] == header.tokens
     if not whole or (np.diff(offsets) < 1).any():
-        raise UserError(f"the token file {path} is damaged (wrong offsets); delete it, and it is made again")
+        raise UserError(f"the token file {path} is damaged (wrong offsets); delete it; it will be written again")

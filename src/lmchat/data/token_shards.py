@@ -45,7 +45,7 @@ class TokenShard:
         with pa.memory_map(str(path)) as file:
             data = file.read_buffer()
         if header.file_bytes != len(data) or zlib.crc32(data[HEADER_BYTES:]) != header.crc32:
-            raise UserError(f"the token file {path} is damaged (wrong checksum); delete it, and it is made again")
+            raise UserError(f"the token file {path} is damaged (wrong checksum); delete it; it will be written again")
         self.tokens = np.frombuffer(data, dtype=header.dtype, count=header.tokens, offset=HEADER_BYTES)
         self.offsets = np.frombuffer(data, dtype=np.int64, offset=header.offsets_at)
         check_offsets(path, header, self.offsets)

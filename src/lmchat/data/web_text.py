@@ -97,4 +97,4 @@ def warc_texts(file: BinaryIO, path: Path, max_bytes: int) -> Iterator[str | Non
                 content = record.content_stream().read(max_bytes + 1)
                 yield decode_page(content, charset) if len(content) <= max_bytes else None
     except (ArchiveLoadFailed, EOFError, OSError) as error:
-        raise UserError(f"{path} is not a WARC file, or it is damaged ({error}); copy or make it again") from error
+        raise UserError(f"{path} is not a WARC file, or it is damaged ({error}); copy or create it again") from error

@@ -81,7 +81,7 @@ class WikiPages:
             except expat.ExpatError as error:
                 if not self._is_export:
                     raise NotAnExport(f"{self.path} is not XML ({error})") from error
-                raise UserError(f"{self.path} is damaged or cut off ({error}); copy or make it again") from error
+                raise UserError(f"{self.path} is damaged or truncated ({error}); copy or create it again") from error
             size += len(chunk)
             if size - self._parser.CurrentByteIndex > _MAX_TAG_BYTES:
                 raise UserError(

@@ -72,7 +72,7 @@ class BitsPerByteEvaluator(Evaluator):
     def update(self, policy: Policy, batch: Batch) -> None:
         starts, targets = batch.get("document_starts"), batch["targets"]
         nll = policy.net.loss(batch["inputs"], targets, reduction="none", document_starts=starts)
-        if nll.device.type == "mps":  # it has no float64
+        if nll.device.type == "mps":  # MPS has no float64
             nll, targets = nll.cpu(), targets.cpu()
         self._metric.to(nll.device).update(nll, targets)
 

@@ -229,7 +229,7 @@ def _read_json(text: bytes, path: Path, fields: Mapping[str, type]) -> dict[str,
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); move it away") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it contains a {type(content).__name__}, not an object; move it away")
+        raise UserError(f"{path} is damaged: it is of type {type(content).__name__}, not an object; move it away")
     for name, kind in fields.items():
         if not isinstance(content.get(name), kind):
             raise UserError(f"{path} is damaged: {name} is not of type {kind.__name__}; move it away")

@@ -138,7 +138,7 @@ def _check_greedy(net: GPT, loaded: Any, prompt: Tensor) -> None:
     behind = logits.amax(dim=1) - logits.gather(1, found[:, None])[:, 0] > 2 * TOLERANCE
     if behind.any():
         begin = logits.argmax(dim=1)[: int(behind.int().argmax()) + 1].tolist()
-        raise _different(f"greedy decoding of the export gives {found.tolist()}, and of lmchat begins {begin}")
+        raise _different(f"greedy decoding of the export gives {found.tolist()}, but lmchat's starts with {begin}")
 
 
 def _check_tokenizer(exported: Any, tokenizer: Tokenizer) -> None:

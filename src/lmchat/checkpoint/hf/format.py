@@ -141,7 +141,7 @@ def from_config(content: Mapping[str, Any]) -> GPTConfig:
     kind = content.get("model_type")
     if kind not in ("lmchat", "nanochat"):
         raise UserError(
-            f"its model_type is {kind!r}; lmchat reads exports of its own (lmchat) and NanoChatForCausalLM (nanochat)"
+            f"its model_type is {kind!r}; lmchat reads its own exports (lmchat) and NanoChatForCausalLM (nanochat)"
         )
     heads = content["num_attention_heads"]
     _require("final_logit_softcapping", content.get("final_logit_softcapping", LOGIT_SOFTCAP), LOGIT_SOFTCAP)
