@@ -44,7 +44,6 @@ def horizon(max_steps: int | None, data_steps: int | None, laws: Plan | None) ->
     Args:
         max_steps: ``--trainer.max_steps``, which ``laws`` already takes into account.
         data_steps: steps that the data lasts; None is unlimited.
-        laws: plan of the scaling laws; None for stages that do not scale with depth.
 
     Raises:
         UserError: all three are None, or the data does not last for ``max_steps``.

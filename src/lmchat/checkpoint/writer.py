@@ -140,16 +140,13 @@ def write_checkpoint(
         model: state dict of the GPT; written by rank 0.
         rank_state: optimizer state, RNG state and data position of this rank: tensors and plain values.
         meta: JSON values that describe the checkpoint, at least ``stage``; written by rank 0.
-        rank: rank of this process.
-        world_size: number of ranks that write.
-        attempt: attempt of the run.
         keep_last: number of complete checkpoints to keep; older ones are deleted once this one is complete. None keeps
             all.
         peer_timeout_seconds: returns how long rank 0 waits for the other ranks' files; called while it waits.
 
     Raises:
         UserError: a file cannot be written, or another rank has not written its file in time.
-        Superseded: another attempt has begun.
+        Superseded: another attempt than ``attempt`` has begun.
     """
     if rank == 0:
         with attempt.writing():

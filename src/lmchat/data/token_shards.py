@@ -54,15 +54,11 @@ class TokenShard:
 class TokenShards:
     """The documents of several token files as one sequence. Tokens are opened and verified on first use.
 
-    Args:
-        paths: token files in the order of their documents.
-        tokenizer: the tokenizer that the files were made with.
-
     Attributes:
         lengths: (documents,) int32, tokens of each document.
 
     Raises:
-        UserError: a file is missing or damaged, or there are no documents.
+        UserError: a file is missing, damaged or of another tokenizer, or there are no documents.
     """
 
     def __init__(self, paths: Sequence[Path], tokenizer: Tokenizer) -> None:

@@ -50,7 +50,6 @@ class CoreTask:
         kind: how items are rendered and scored.
         path: JSON lines file of the items.
         num_fewshot: number of solved items before each question.
-        delimiter: text between a context and its continuation.
         baseline: accuracy of random answers, 0 … 1.
     """
 

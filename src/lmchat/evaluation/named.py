@@ -39,15 +39,11 @@ def evaluate_each(
         (name,) = evaluator.task_names
         settings, known = evaluator.settings(0) | identity, results.get(name, {})
         if "accuracy" not in known or any(known.get(key) != value for key, value in settings.items()):
-            results[name] = settings | _result(evaluator, model)
+            try:
+                evaluate(evaluator, model)
+                results[name] = settings | evaluator.results[name]
+            except UserError as error:  # out of memory
+                results[name] = settings | {"error": str(error)}
             if rank == 0:
                 write_results(results_file, results)
         yield name, results[name]
-
-
-def _result(evaluator: Benchmark, model: Policy | HFModel) -> Result:
-    try:
-        evaluate(evaluator, model)
-    except UserError as error:  # out of memory
-        return {"error": str(error)}
-    return evaluator.results[evaluator.task_names[0]]

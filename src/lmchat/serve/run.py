@@ -18,10 +18,8 @@ class Plan:
     """A request to the engine.
 
     Attributes:
-        prompts: token ids of each prompt.
         params: sampling parameters; None if nothing is generated, only prompts are scored.
         num_samples: number of completions per prompt.
-        stops: stop strings.
         chat: see `Answer`.
         echo: include scores of the prompts.
         top_logprobs: number of most likely tokens to return at each position; None for no log-probabilities.
