@@ -21,7 +21,7 @@ class ARC(MultipleChoiceTask):
 
         Args:
             subset: which questions.
-            split: part of the data set.
+            split: part of the dataset.
             options: see `RowTask`.
         """
         super().__init__(hub=HubDataset("allenai/ai2_arc", subset, split), **options)

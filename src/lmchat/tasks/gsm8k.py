@@ -138,7 +138,7 @@ class GSM8K(NumericAnswerTask, RowTask):
         """Selects the split.
 
         Args:
-            split: part of the data set.
+            split: part of the dataset.
             answer_rule: how answers are compared, see `answers_match`.
             options: see `RowTask`.
         """

@@ -21,7 +21,7 @@ class MMLU(MultipleChoiceTask):
         """Selects the split.
 
         Args:
-            split: part of the data set.
+            split: part of the dataset.
             options: see `RowTask`.
         """
         super().__init__(hub=HubDataset("cais/mmlu", "all", split), **options)

@@ -66,7 +66,7 @@ class HubDataset:
             dataset = datasets.load_dataset(self.repository, self.config, split=self.split)
         except Exception as error:  # errors of the network, the Hub or the cache are of many types
             raise UserError(
-                f"cannot load {self} from the hub: {error}; check the network, or give a local copy as `path`"
+                f"cannot load {self} from the Hub: {error}; check the network, or give a local copy as `path`"
             ) from error
         return TableRows(dataset.with_format("arrow")[:], str(self))
 

@@ -16,7 +16,7 @@ class SmolTalk(RowTask):
         """Selects the split.
 
         Args:
-            split: part of the data set.
+            split: part of the dataset.
             options: see `RowTask`.
         """
         super().__init__(hub=HubDataset("HuggingFaceTB/smol-smoltalk", None, split), **options)

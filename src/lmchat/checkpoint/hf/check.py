@@ -48,7 +48,7 @@ CONVERSATIONS: tuple[Conversation, ...] = (
 
 @dataclass(frozen=True)
 class Parity:
-    """Result of `check_export`: maximum difference of fp32 logits over the prompt, and how much was found equal."""
+    """Result of `check_export`: maximum difference of fp32 logits over the prompt, and numbers of equal items."""
 
     logits_difference: float
     prompt_tokens: int
