@@ -202,7 +202,8 @@ def test_weights_that_are_not_tensors_are_refused(folder: Path) -> None:
         torch.save(content, checkpoint.paths.model)
         with pytest.raises(DamagedCheckpoint, match="not a floating-point tensor"):
             load_model_state(checkpoint)
-    for tensor in (torch.ones(2).to_sparse(), torch.ones(2, device="meta")):
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    for tensor in (torch.ones(2).to_sparse(), torch.ones(2, device="meta"), nested):
         torch.save({"a": tensor}, checkpoint.paths.model)
         with pytest.raises(DamagedCheckpoint, match="not a dense tensor"):
             load_model_state(checkpoint)

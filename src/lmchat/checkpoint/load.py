@@ -209,7 +209,7 @@ def load_model_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             raise DamagedCheckpoint(f"{path} contains {shown(name)}, which is not a floating-point tensor; {_REMEDY}")
-        if tensor.layout is not torch.strided or tensor.device.type != "cpu":
+        if tensor.layout is not torch.strided or tensor.is_nested or tensor.device.type != "cpu":
             raise DamagedCheckpoint(f"{path} contains {shown(name)}, which is not a dense tensor on the CPU; {_REMEDY}")
     return state
 

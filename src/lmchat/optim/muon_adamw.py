@@ -221,9 +221,10 @@ class MuonAdamW(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: StateDict | Sequence[StateDict]) -> None:
-        """Restores state and settings exactly, from one `state_dict` or from those of all ranks of a sharded run.
+        """Restores the state exactly, from one `state_dict` or from those of all ranks of a sharded run.
 
-        If the state has exact parameters, because other ranks had rounded ones, they are restored too.
+        The settings of the groups stay as they are: they follow from the options of the run. If the state has exact
+        parameters, because other ranks had rounded ones, they are restored too.
 
         Raises:
             UserError: the saved parameters have other names or shapes, state is missing, or the state is damaged.
@@ -232,17 +233,13 @@ class MuonAdamW(Optimizer):
             self._load([state_dict] if isinstance(state_dict, dict) else list(state_dict))
         except UserError:
             raise
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
             raise UserError(
                 f"the saved optimizer state is damaged ({error!r:.200}); use an older checkpoint"
             ) from error
 
     def _load(self, parts: list[StateDict]) -> None:
-        saved_groups = {group["name"]: group for group in parts[0]["param_groups"]}
-        check_same_parameters(self.param_groups, saved_groups)
-        for group in self.param_groups:
-            settings = saved_groups[group["name"]].items()
-            group.update({key: value for key, value in settings if key not in ("param_names", "param_shapes")})
+        check_same_parameters(self.param_groups, parts[0]["param_groups"])
         self._allocate_state()
         for param, state in self.state.items():
             name = self._names[param]

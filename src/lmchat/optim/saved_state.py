@@ -33,9 +33,9 @@ def restore(tensor: Tensor, pieces: Sequence[dict[str, Any]], key: str, start: i
         )
 
 
-def check_same_parameters(groups: Sequence[dict[str, Any]], saved_groups: dict[str, dict[str, Any]]) -> None:
+def check_same_parameters(groups: Iterable[dict[str, Any]], saved_groups: Iterable[dict[str, Any]]) -> None:
     """Raises UserError unless the parameters of ``groups`` have the saved names, groups and shapes."""
-    here, saved = _identities(map(saved_group, groups)), _identities(saved_groups.values())
+    here, saved = _identities(map(saved_group, groups)), _identities(saved_groups)
     if here != saved:
         group, name, shape = min(here ^ saved)
         where = "in the model but not saved" if (group, name, shape) in here else "saved but not in the model"

@@ -127,7 +127,6 @@ class StageModule(L.LightningModule):
         self.checkpoint_blocks = checkpoint_blocks
         self.resumed_micro_batch_size: int | None = None
         self.parent_meta: dict[str, Any] = {}
-        self._initial_lrs: list[float] = []
         self._start: Checkpoint | None = None
         self._tag = tag
         self._loss_sum: torch.Tensor | None = None
@@ -260,11 +259,6 @@ class StageModule(L.LightningModule):
             chosen = choose_by_timing(self.net, self.plan.micro_batch_size, self.plan.mask_documents, file)
         use_backends(self.net, self.trainer.strategy.broadcast(chosen))
 
-    def on_train_start(self) -> None:
-        # Restoring the optimizer has restored its learning rates; options changed on resume must take effect.
-        for group, initial_lr in zip(self.trainer.optimizers[0].param_groups, self._initial_lrs, strict=False):
-            group["initial_lr"] = initial_lr
-
     def compiles_blocks(self) -> bool:
         """Whether the blocks are compiled in training."""
         return self._compiles(pays=self._compiling_pays())
@@ -290,7 +284,6 @@ class StageModule(L.LightningModule):
             weight_decay=self.plan.weight_decay,
             **self.learning_rates,  # type: ignore[arg-type]
         )
-        self._initial_lrs = [group["initial_lr"] for group in groups]
         on_gpu = self.net.device.type == "cuda"  # on a CPU Muon's matrix products dominate
         polar_dtype: Any = COMPUTE_DTYPES.get(self.polar_dtype, "auto")
         return MuonAdamW(groups, polar_dtype=polar_dtype, compile=on_gpu and self._compiles(pays=True))

@@ -140,11 +140,8 @@ class ChatDataModule(StageDataModule):
 
 def load_moments(optimizer: MuonAdamW, checkpoint: Checkpoint) -> None:
     """Loads the optimizer state of a checkpoint of any world size; the optimizer's hyperparameters stay as they are."""
-    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     shards = [load_rank_state(checkpoint, rank)["optimizer_states"] for rank in range(checkpoint.world_size)]
     optimizer.load_state_dict([state for (state,) in shards])
-    for group, own in zip(optimizer.param_groups, settings, strict=True):
-        group.update(own)
 
 
 def sum_over_step(loss_sum: torch.Tensor, loss_tokens: int, module: StageModule) -> torch.Tensor:
