@@ -135,6 +135,34 @@ def test_a_shard_that_is_not_parquet_is_reported(hub: HubServer, fetch: Callable
 
 
 @pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("wait", "some/shards: the hub sent nothing for 2 s; what is complete is kept, run again to continue"),
+        ("endless", "some/shards: the hub sends more than the size that it lists; what is complete is kept"),
+        ("huge", r"cannot download some/shards/shard_00001\.parquet: .*too large.* attempts"),
+        ("missing", r"cannot download some/shards/shard_00001\.parquet: .*404.* attempts"),
+    ],
+)
+def test_a_hub_that_does_not_deliver_a_listed_file(
+    hub: HubServer,
+    tmp_path: Path,
+    fetch: Callable[..., DownloadReport],
+    monkeypatch: pytest.MonkeyPatch,
+    fault: Any,
+    message: str,
+) -> None:
+    """Not for hours, not until the disk is full, and not with an error of the library."""
+    monkeypatch.setattr(download, "STALL_SECONDS", 2.0 if fault == "wait" else 60.0)
+    hub.faults["shard_00001.parquet"] = [fault] * 99
+    with pytest.raises(UserError, match=message):
+        fetch(num_workers=1)
+    assert {path.name for path in tmp_path.glob("*.parquet")} == {"shard_00000.parquet", "shard_00005.parquet"}
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < 1 << 20
+    hub.faults.clear()
+    assert fetch().shards == 4
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"repo_id": "no/such"}, "no/such at revision main: there is no such data set on the Hub"),

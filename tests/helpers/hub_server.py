@@ -15,8 +15,15 @@ from types import TracebackType
 from typing import Any, Literal
 
 COMMIT = "c0ffee" * 6 + "c0de"
-Fault = Literal["error", "truncate", "corrupt", "stall"]
-"""error: status 503. truncate: the body ends halfway. corrupt: one byte differs. stall: half the body, then silence."""
+Fault = Literal["error", "truncate", "corrupt", "stall", "endless", "wait", "huge", "missing"]
+"""error: status 503. truncate: the body ends halfway. corrupt: one byte differs. stall: half the body, then silence.
+endless: the body does not end. wait: status 429, to come back in a day. huge: of a petabyte. missing: status 404."""
+_OF_EVERY_REQUEST: dict[str, tuple[int, dict[str, str]]] = {
+    "wait": (429, {"Retry-After": "86400"}),
+    "huge": (200, {"X-Linked-Size": str(10**15)}),
+    "missing": (404, {}),
+}
+"""Status and headers of faults that HEAD requests see too, again and again."""
 
 
 class HubServer:
@@ -134,19 +141,35 @@ class _Handler(BaseHTTPRequestHandler):
             "X-Repo-Commit": COMMIT,
             "Accept-Ranges": "bytes",
         }
+        faults = self.hub.faults[match[2]]
+        if faults and faults[0] in _OF_EVERY_REQUEST:
+            status, more = _OF_EVERY_REQUEST[faults[0]]
+            return self._send(status, b"" if status != 200 else content, {**headers, **more})
         if not body:
             return self._send(200, content, headers)
         self.hub.gets.append(match[2])
-        fault = self.hub.faults[match[2]].pop(0) if self.hub.faults[match[2]] else None
+        fault = faults.pop(0) if faults else None
         start = 0
         if requested := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
             start = int(requested[1])
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         if fault == "error":
             return self._send(503, b"")
+        if fault == "endless":
+            return self._send_endlessly(headers)
         if fault == "corrupt":
             content = content[:-1] + bytes([content[-1] ^ 1])
         return self._send(206 if start else 200, content[start:], headers, fault=fault)
+
+    def _send_endlessly(self, headers: dict[str, str]) -> None:
+        self.send_response(200)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        while not self.hub.released.is_set():
+            self.wfile.write(bytes(1 << 16))
+            time.sleep(0.01)
+        self.close_connection = True
 
     def _send_json(self, value: Any) -> None:
         self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})

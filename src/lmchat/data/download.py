@@ -25,6 +25,7 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     HTTPError,
+    LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -42,12 +43,17 @@ MAX_FILES = 1_000_000
 LISTING_SECONDS = 600.0
 LISTING_BYTES = 1 << 30
 """Limits of a repository's list of files, far above real ones."""
+STALL_SECONDS = 600.0
+"""Time without a new byte after which a download ends. A hub may ask its clients to come back in a day."""
 
 _NOT_LISTED = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
 """What huggingface_hub raises for a malformed response."""
 _ATTEMPTS = 5
 _FIRST_PAUSE_SECONDS = 0.5
 _POLL_SECONDS = 0.25
+_SMALL_FILE_BYTES = 1 << 16
+"""Size of huggingface_hub's own files beside partial downloads."""
+_CONTINUE = "what is complete is kept, run again to continue"
 _SOURCE = "source.json"
 _STAGING = ".download"
 
@@ -215,13 +221,13 @@ class _Hub:
 
         _persistently(transfer, f"{self.repo_id}/{shard.path}")
 
-    def staged_bytes(self) -> int:
-        """Size of the partial downloads, in bytes."""
-        total = 0
+    def staged_bytes(self) -> list[int]:
+        """Sizes of the partial downloads."""
+        sizes = []
         for path in self.staging.rglob("*"):
             with contextlib.suppress(FileNotFoundError):
-                total += path.stat().st_size if path.is_file() else 0
-        return total
+                sizes += [path.stat().st_size] if path.is_file() else []
+        return sizes
 
 
 def _checked(entry: RepoFile) -> Shard:
@@ -272,7 +278,7 @@ def _verify(path: Path, shard: Shard) -> None:
 
 
 def _persistently(action: Callable[[], T], what: str) -> T:
-    """Retries after network and server errors; raises others at once as `UserError`."""
+    """Retries after errors; raises those that would come again at once as `UserError`."""
     for attempt in range(_ATTEMPTS):
         if attempt:
             time.sleep(_FIRST_PAUSE_SECONDS * 2 ** (attempt - 1))
@@ -285,16 +291,17 @@ def _persistently(action: Callable[[], T], what: str) -> T:
             ) from error
         except (RevisionNotFoundError, HFValidationError, OfflineModeIsEnabled) as error:
             raise UserError(f"cannot download {what}: {_first_line(error)}") from error
-        except (OSError, HTTPError, _Damaged) as error:
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:  # huggingface_hub raises errors of many types, and wraps some
+            if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+                error = error.__cause__
             if isinstance(error, HfHubHTTPError) and error.response.status_code in (400, 401, 403):
                 raise UserError(f"cannot download {what}: {_first_line(error)}") from error
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise UserError(f"cannot download {what}: no space is left; make room and run again") from error
             last = error
-    raise UserError(
-        f"cannot download {what}: {_first_line(last)} ({_ATTEMPTS} attempts); what is complete is kept, run again "
-        "to continue"
-    ) from last
+    raise UserError(f"cannot download {what}: {_first_line(last)} ({_ATTEMPTS} attempts); {_CONTINUE}") from last
 
 
 def _first_line(error: Exception) -> str:
@@ -324,14 +331,23 @@ def _fetch_all(hub: _Hub, shards: Sequence[Shard], output: Path, num_workers: in
             hub.fetch(shard, output)
             done.append(shard)
 
-    leftover = hub.staged_bytes()
+    leftover, longest = sum(hub.staged_bytes()), max((shard.size for shard in shards), default=0)
+    received, deadline = 0, time.monotonic() + STALL_SECONDS
     workers = [_in_thread(work) for _ in range(min(num_workers, len(shards)))]
     try:
         with ProgressBar("Downloading", sum(shard.size for shard in shards), unit="B") as bar:
             while len(done) < len(shards):
                 for worker in futures.wait(workers, _POLL_SECONDS, futures.FIRST_EXCEPTION).done:
                     worker.result()
-                received = sum(shard.size for shard in done) + max(0, hub.staged_bytes() - leftover)
+                staged, before = hub.staged_bytes(), received
+                received = sum(shard.size for shard in done) + max(0, sum(staged) - leftover)
+                if max(staged, default=0) > longest + _SMALL_FILE_BYTES:
+                    shutil.rmtree(hub.staging, ignore_errors=True)
+                    raise UserError(f"{hub.repo_id}: the hub sends more than the size that it lists; {_CONTINUE}")
+                if received != before:
+                    deadline = time.monotonic() + STALL_SECONDS
+                elif time.monotonic() > deadline:
+                    raise UserError(f"{hub.repo_id}: the hub sent nothing for {STALL_SECONDS:.0f} s; {_CONTINUE}")
                 bar.set(received, f"Downloading {len(done)} of {len(shards)} shards")
     finally:
         stop.set()
