@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
+from lmchat.data.rendered import RenderedConversations, render_all
 from lmchat.demo.tasks import Arithmetic
 from lmchat.tasks import Identity, SimpleSpelling, SpellingBee, Task
-from lmchat.tasks.base import reference_answer
+from lmchat.tasks.base import exchange, reference_answer
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.tokenizer.render import render_conversation, render_for_completion
 
@@ -58,3 +60,22 @@ def test_a_rendered_answer_earns_the_reward(tasks: list[Task], tokenizer: Tokeni
 def test_longest_solutions_fit_a_short_row(tasks: list[Task], tokenizer: Tokenizer, tmp_path: Path) -> None:
     lengths = [len(render_conversation(tokenizer, item)[0]) for task in tasks for item in task]
     assert max(lengths) < 512
+
+
+def test_rendered_conversations_stay_on_the_disk(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    conversations = [exchange(f"{number}?", f"{number}!" * (number % 7 + 1)) for number in range(10_000)]
+    render_all(conversations[:2], tokenizer, 16, tmp_path, title="")  # imports are not measured
+    tracemalloc.start()
+    report = render_all(conversations, tokenizer, 16, tmp_path, title="")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20
+    rendered = RenderedConversations(tmp_path)
+    expected = [render_conversation(tokenizer, conversation) for conversation in conversations]
+    for index, (ids, mask) in enumerate(expected):
+        found = [array.tolist() for array in rendered[index]]
+        assert found == [ids[:16], [bool(bit) for bit in mask[:16]]]
+    assert rendered.cut_tokens.tolist() == [max(0, len(ids) - 16) for ids, _ in expected]
+    assert rendered.loss_tokens.tolist() == [sum(mask[:16]) for _, mask in expected]
+    assert (report.tokens, report.loss_tokens) == (rendered.lengths.sum(), rendered.loss_tokens.sum())
+    assert report.truncated == (rendered.cut_tokens > 0).sum()

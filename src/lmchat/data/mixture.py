@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import random
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -57,10 +58,10 @@ class Mixture:
     @cached_property
     def _order(self) -> np.ndarray:
         """For each position after the shuffle the position before it, int64."""
-        order = list(range(len(self)))
+        order = array("q", range(len(self)))
         if self.shuffle_seed is not None:
             random.Random(self.shuffle_seed).shuffle(order)
-        return np.array(order, dtype=np.int64)
+        return np.array(order)
 
     def __len__(self) -> int:
         return self._ends[-1]

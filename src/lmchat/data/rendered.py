@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -51,42 +53,58 @@ def render_all(
     Raises:
         UserError: a conversation is malformed (the message has its index), or there is none.
     """
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    tokens, masks, cut_tokens, checksums = [], [], [], []
-    with ProgressBar(title, len(conversations), unit="conversations") as bar:
+    dtypes = {
+        "tokens": np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32),
+        "mask": np.dtype(bool),
+        "offsets": np.dtype(np.int64),
+        "supervised": np.dtype(np.int64),
+        "cut_tokens": np.dtype(np.int64),
+        "checksums": np.dtype(np.uint32),
+    }
+    if not len(conversations):
+        raise UserError("there are no conversations; name at least one task that has some")
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens = loss_tokens = truncated = no_loss_tokens = 0
+    with ExitStack() as stack, ProgressBar(title, len(conversations), unit="conversations") as bar:
+        files = {
+            name: stack.enter_context(_array_file(folder / f"{name}.npy", dtype)) for name, dtype in dtypes.items()
+        }
+        files["offsets"].write(np.int64(0).tobytes())
         for index in bar.track(range(len(conversations))):
             try:
                 ids, mask = render_conversation(tokenizer, conversations[index], None)
             except UserError as error:
                 raise UserError(f"conversation {index}: {error}") from error
-            cut_tokens.append(max(0, len(ids) - max_tokens))
-            tokens.append(np.array(ids[:max_tokens], dtype=dtype))
-            masks.append(np.array(mask[:max_tokens], dtype=bool))
-            checksums.append(zlib.crc32(masks[-1].tobytes(), zlib.crc32(tokens[-1].tobytes())))
-    if not tokens:
-        raise UserError("there are no conversations; name at least one task that has some")
-    folder.mkdir(parents=True, exist_ok=True)
-    lengths = np.array([len(ids) for ids in tokens], dtype=np.int64)
-    loss_tokens = np.array([mask.sum() for mask in masks], dtype=np.int64)
-    arrays = {
-        "tokens": np.concatenate(tokens),
-        "mask": np.concatenate(masks),
-        "offsets": np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
-        "supervised": loss_tokens,
-        "cut_tokens": np.array(cut_tokens, dtype=np.int64),
-        "checksums": np.array(checksums, dtype=np.uint32),
-    }
-    for name, array in arrays.items():
-        # Replaced, not overwritten: a run that has mapped the old file keeps reading it.
-        with replacing(folder / f"{name}.npy") as unfinished, unfinished.open("wb") as file:
-            np.save(file, array)
-    return RenderReport(
-        conversations=len(tokens),
-        tokens=int(lengths.sum()),
-        loss_tokens=int(loss_tokens.sum()),
-        truncated=sum(cut > 0 for cut in cut_tokens),
-        no_loss_tokens=int((loss_tokens == 0).sum()),
-    )
+            cut = max(0, len(ids) - max_tokens)
+            tokens += len(ids) - cut
+            loss_tokens += (with_loss := sum(mask[:max_tokens]))
+            truncated += cut > 0
+            no_loss_tokens += with_loss == 0
+            row = {"tokens": ids[:max_tokens], "mask": mask[:max_tokens]}
+            packed = {name: np.array(values, dtype=dtypes[name]).tobytes() for name, values in row.items()}
+            checksum = zlib.crc32(packed["mask"], zlib.crc32(packed["tokens"]))
+            numbers = {"offsets": tokens, "supervised": with_loss, "cut_tokens": cut, "checksums": checksum}
+            packed |= {name: np.array(value, dtype=dtypes[name]).tobytes() for name, value in numbers.items()}
+            for name, content in packed.items():
+                files[name].write(content)
+    return RenderReport(len(conversations), tokens, loss_tokens, truncated, no_loss_tokens)
+
+
+@contextmanager
+def _array_file(path: Path, dtype: np.dtype) -> Iterator[BinaryIO]:
+    """Opens an .npy file for the content of an array of one dimension.
+
+    The file is replaced, not overwritten: a run that has mapped the old one keeps reading it.
+    """
+    header = {"descr": dtype.str, "fortran_order": False}
+    with replacing(path) as unfinished, unfinished.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {**header, "shape": (0,)})
+        start = file.tell()
+        yield file
+        length = (file.tell() - start) // dtype.itemsize
+        file.seek(0)
+        np.lib.format.write_array_header_1_0(file, {**header, "shape": (length,)})  # of the same size
+        assert file.tell() == start
 
 
 class RenderedConversations:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from array import array
 from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
@@ -56,7 +57,7 @@ class JSONLConversations(RowTask):
         self.split = split
         self.val_fraction = val_fraction
         self._counts: Counter[str] = Counter()
-        self._digests: list[bytes] = []
+        self._digests = array("Q")
 
     @property
     def name(self) -> str:
@@ -70,39 +71,33 @@ class JSONLConversations(RowTask):
         converted = convert(row, self.format)
         self._counts.update([f"records of the format {converted.format}", *converted.notes])
         text = json.dumps(converted.conversation, sort_keys=True)
-        self._digests.append(hashlib.blake2b(text.encode(), digest_size=16).digest())
+        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        self._digests.append(int.from_bytes(digest[:8]))
 
     def chosen(self) -> np.ndarray:
         good = super().chosen()
         if self.split is None:
             return good
-        held_out = self._held_out()
-        is_held_out = np.array([digest in held_out for digest in self._digests])
+        is_held_out = np.isin(np.array(self._digests), self._held_out())
         return good[is_held_out == (self.split == "val")]
 
-    def _held_out(self) -> set[bytes]:
+    def _held_out(self) -> np.ndarray:
         """Digests of the held-out conversations: the smallest digests, as many as needed, but never all.
 
         If all conversations are equal, that conversation is in both splits.
         """
-        counts = Counter(self._digests)
-        if len(counts) == 1:
+        digests, counts = np.unique(np.array(self._digests), return_counts=True)
+        if len(digests) == 1:
             warnings.warn(
                 f"{self.path}: all conversations are equal, so validation is on the one trained on", stacklevel=2
             )
-            return set(counts) if self.split == "val" else set()
-        target, total = self.val_fraction * len(self._digests), 0
-        held_out: set[bytes] = set()
-        for digest in sorted(counts)[:-1]:
-            if held_out and total + counts[digest] > target:
-                break
-            held_out.add(digest)
-            total += counts[digest]
-        return held_out
+            return digests if self.split == "val" else digests[:0]
+        enough = int(np.searchsorted(np.cumsum(counts[:-1]), self.val_fraction * len(self._digests), side="right"))
+        return digests[: max(1, enough)]
 
     def notes(self) -> list[str]:
         """What was mapped or left out, with the number of records; empty if nothing was."""
-        read, rows = len(self._checked[0]), len(self.rows)
+        read, rows = len(self._checked), len(self.rows)
         if read == rows and set(self._counts) == {"records of the format messages"}:
             return list(self.rows.notes)
         notes = [*self.rows.notes, f"{self.path}: {read:,} of {rows:,} records read"]

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import bisect
-import io
+import codecs
+import contextlib
 import json
-from collections.abc import Iterator, Sequence
+import os
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -66,63 +70,88 @@ class Rows(Protocol):
 
 
 class TextRows:
-    """The non-blank lines of a JSON lines file, which are parsed on access, the values of another JSON file, or the
-    rows of a CSV file."""
+    """The non-blank lines of a JSON lines file, the values of another JSON file, or the rows of a CSV file.
+
+    Only their positions are in memory. Rows are parsed on access, from the file itself if they are lines of it, else
+    from a temporary copy with one row per line.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        kind, compression = kind_of(path)
+        with self._text() as (file, encoding):
+            self.notes = [] if encoding == "utf-8" else [f"{path} is {encoding.upper()}"]
+            if kind in TABLE_SUFFIXES:
+                self._keep_rows(table_rows(file, str(path), None, MAX_LINE_BYTES), "row")
+            elif compression or encoding != "utf-8":
+                self._index(_bounded_lines(path, file), "line", first=1, copied=True)
+            else:
+                with path.open("rb") as raw:  # positions in the file, of which a byte order mark is a part
+                    self._index(_bounded_lines(path, raw), "line", first=1, copied=False)
+        if self.unit == "line" and len(self) and not self._is_by_line(kind):
+            self._read_values(kind)
+
+    @contextlib.contextmanager
+    def _text(self) -> Iterator[tuple[BinaryIO, str]]:
         try:
-            with path.open("rb") as raw, open_text(path, raw) as (file, encoding):
-                content = b"".join(_bounded_lines(path, file))
+            with self.path.open("rb") as raw, open_text(self.path, raw) as text:
+                yield text
         except OSError as error:
-            raise UserError(f"cannot read {path}: {error}; copy or download it again") from error
-        self.notes = [] if encoding == "utf-8" else [f"{path} is {encoding.upper()}"]
-        self.unit = "line"
-        self.rows: list[tuple[int, Any]] = list(_lines(content))
-        kind = kind_of(path)[0]
-        if kind in TABLE_SUFFIXES:
-            self.unit = "row"
-            self.rows = list(enumerate(table_rows(io.BytesIO(content), str(path), None, len(content))))
-        elif self.rows and not self._is_by_line(kind):
-            self._read_values(content, kind)
+            raise UserError(f"cannot read {self.path}: {error}; copy or download it again") from error
+
+    def _index(self, lines: Iterable[bytes], unit: str, first: int, copied: bool) -> None:
+        """Notes where the rows are, of which ``lines`` holds one each, numbered from ``first``."""
+        spans, position = array("q"), 0
+        folder = tempfile.TemporaryDirectory(prefix="lmchat-rows-") if copied else None
+        content = Path(folder.name, "rows.jsonl") if folder else self.path
+        with content.open("wb") if copied else contextlib.nullcontext() as copy:
+            for number, line in enumerate(lines, first):
+                if copy is not None:
+                    copy.write(line)
+                if _row_of(line):
+                    spans.extend((number, position, position + len(line)))
+                position += len(line)
+        self._spans, self._folder, self._content, self.unit = spans, folder, content, unit
+
+    def _keep_rows(self, rows: Iterable[Any], unit: str) -> None:
+        self._index((json.dumps(row).encode() + b"\n" for row in rows), unit, first=0, copied=True)
 
     def _is_by_line(self, kind: str) -> bool:
-        first = self.rows[0][1]
+        first = self._line(0)
         is_one_row = kind in JSON_LINES_SUFFIXES and not first.startswith(b"[")
-        return _is_json(first) and (len(self.rows) > 1 or is_one_row)
+        return (len(self) > 1 or is_one_row) and _is_json(first)
 
-    def _read_values(self, content: bytes, kind: str) -> None:
-        """Parses an array of rows, one row, or several. Where that fails, lines are left as they are."""
+    def _read_values(self, kind: str) -> None:
+        """Reads an array of rows, one row, or several. Where that fails, lines are left as they are."""
         try:
-            values = list(json_values(io.BytesIO(content), str(self.path), len(content)))
-        except (UserError, UnicodeDecodeError) as error:
-            are_objects = len(self.rows) > 1 and all(row.startswith(b"{") for _, row in self.rows)
-            if are_objects or kind in JSON_LINES_SUFFIXES:
-                return
-            if isinstance(error, UserError):
+            with self._text() as (file, _):
+                self._keep_rows(json_values(file, str(self.path), MAX_LINE_BYTES), "element")
+        except UserError:
+            are_objects = len(self) > 1 and all(self._line(index).startswith(b"{") for index in range(len(self)))
+            if not are_objects and kind not in JSON_LINES_SUFFIXES:
                 raise
-            raise UserError(f"{self.path} is not JSON ({error}); save it in UTF-8") from error
-        values = [values] if _are_messages(values) else values
-        if kind in JSON_SUFFIXES or len(values) != len(self.rows):
-            self.unit = "element"
-            self.rows = list(enumerate(values))
+            return
+        if len(self) and all(_is_message(self[index]) for index in range(len(self))):
+            self._keep_rows([[self[index] for index in range(len(self))]], "element")
+
+    def _line(self, index: int) -> bytes:
+        _, start, end = self._spans[3 * index : 3 * index + 3]
+        with self._content.open("rb") as file:
+            return _row_of(os.pread(file.fileno(), end - start, start))
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self._spans) // 3
 
     def __getitem__(self, index: int) -> Any:
-        row = self.rows[index][1]
-        if self.unit != "line":
-            return row
         try:
-            return json.loads(row)
+            return json.loads(self._line(index))
         except UnicodeDecodeError as error:
             raise MalformedRow(f"not UTF-8 ({error}): save the file as UTF-8") from None
         except (ValueError, RecursionError) as error:
             raise MalformedRow(f"not JSON: {error}") from None
 
     def location(self, index: int) -> str:
-        return f"{self.path}, {self.unit} {self.rows[index][0]}"
+        return f"{self.path}, {self.unit} {self._spans[3 * index]}"
 
 
 def _bounded_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
@@ -132,9 +161,8 @@ def _bounded_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
         yield line
 
 
-def _lines(content: bytes) -> Iterator[tuple[int, bytes]]:
-    stripped = (line.strip().rstrip(b",") for line in content.split(b"\n"))
-    return ((number, line) for number, line in enumerate(stripped, 1) if line)
+def _row_of(line: bytes) -> bytes:
+    return line.removeprefix(codecs.BOM_UTF8).strip().rstrip(b",")
 
 
 def _is_json(content: Any) -> bool:
@@ -145,8 +173,8 @@ def _is_json(content: Any) -> bool:
     return True
 
 
-def _are_messages(values: list[Any]) -> bool:
-    return bool(values) and all(isinstance(value, dict) and value.keys() & {"role", "from"} for value in values)
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value.keys() & {"role", "from"})
 
 
 class TableRows:

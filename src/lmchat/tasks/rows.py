@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
+from array import array
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar, cast
@@ -120,31 +121,27 @@ class RowTask(Task):
         return self.hub.rows()
 
     @cached_property
-    def malformed(self) -> list[str]:
-        """Location and problem of each malformed row."""
-        return list(self._checked[1])
-
-    @cached_property
-    def _checked(self) -> tuple[np.ndarray, list[str]]:
-        """Indices of the valid rows, int64, and the problems of the others."""
-        good, complaints = [], []
+    def _checked(self) -> np.ndarray:
+        """Indices of the valid rows, int64."""
+        good, complaints = array("q"), list[str]()
         for index in range(len(self.rows)):
             try:
                 self.check(self.rows[index])
                 good.append(index)
             except MalformedRow as error:
-                complaints.append(f"{self.rows.location(index)}: {error}")
+                if len(complaints) < REPORTED_ROWS:
+                    complaints.append(f"{self.rows.location(index)}: {error}")
         if complaints:
-            self._report(complaints, refuse=not self.skip_malformed or not good)
+            self._report(complaints, len(self.rows) - len(good), refuse=not self.skip_malformed or not good)
         if not good:
             raise UserError(f"{self.name}: {self.path or self.hub} contains no rows; give another path")
-        return np.array(good, dtype=np.int64), complaints
+        return np.array(good)
 
-    def _report(self, complaints: list[str], refuse: bool) -> None:
-        listed = "\n  ".join(complaints[:REPORTED_ROWS] + ["..."] * (len(complaints) > REPORTED_ROWS))
-        summary = f"{self.path or self.name}: {len(complaints)} of {len(self.rows)} rows are malformed:\n  {listed}"
+    def _report(self, complaints: list[str], count: int, refuse: bool) -> None:
+        listed = "\n  ".join(complaints + ["..."] * (count > len(complaints)))
+        summary = f"{self.path or self.name}: {count} of {len(self.rows)} rows are malformed:\n  {listed}"
         if refuse:
-            others = len(complaints) < len(self.rows)
+            others = count < len(self.rows)
             raise UserError(
                 f"{summary}; correct them{', or set `skip_malformed: true` to train without them' if others else ''}"
             )
@@ -152,7 +149,7 @@ class RowTask(Task):
 
     def chosen(self) -> np.ndarray:
         """Indices of the rows to use, int64, in order: all that are not malformed."""
-        return self._checked[0]
+        return self._checked
 
     @cached_property
     def _order(self) -> np.ndarray:
