@@ -281,7 +281,16 @@ CASES: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
         ["--model.warmdown_ratio", "2"],
         ["--model.warmdown_ratio is 2.0; it must be a number from 0 to 1"],
     ),
-    "odd head size": (nothing, ["--model.head_dim", "33"], ["head size", "an even multiple of n_head"]),
+    "odd head size": (
+        nothing,
+        ["--model.head_dim", "33"],
+        ["head_dim is 33", "use an even number"],
+    ),
+    "width below the gates": (
+        nothing,
+        ["--model.aspect_ratio", "1", "--model.head_dim", "2"],
+        ["n_embd is 2", "a larger depth, aspect_ratio or head_dim"],
+    ),
     "kv heads": (nothing, ["--model.n_kv_head", "7"], ["n_kv_head 7", "choose a divisor"]),
     "depth zero": (nothing, ["--model.depth", "0"], ["depth is 0", "at least 1"]),
     "depth beyond all memory": (

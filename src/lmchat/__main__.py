@@ -162,7 +162,7 @@ def _explain(error: OSError) -> str | None:
     from lmchat.paths import base_dir
 
     if not isinstance(error.filename, str):
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM)
         return f"{error.strerror}; make room and run it again" if full else None
     what, folder = f"{error.filename}: {error.strerror}", base_dir()
     if not _concerns(error.filename, folder):

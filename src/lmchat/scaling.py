@@ -84,6 +84,8 @@ def config_for_depth(
 ) -> GPTConfig:
     """The shape of a model of `depth` layers: width depth · aspect_ratio, rounded up to whole heads."""
     check_count(None, 1, depth=depth, aspect_ratio=aspect_ratio, head_dim=head_dim)
+    if head_dim % 2:
+        raise UserError(f"head_dim is {head_dim}; rotary embeddings turn pairs of channels: use an even number")
     n_head = math.ceil(depth * aspect_ratio / head_dim)
     return GPTConfig(
         sequence_len=sequence_len,

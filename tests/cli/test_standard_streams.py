@@ -70,6 +70,26 @@ def test_a_full_disk_is_reported(base: Path, unbuffered: str) -> None:
     assert done.stderr == "lmchat: No space left on device; make room and run it again\n"
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "tokenizer train --data $LMCHAT_BASE_DIR/texts/a.txt --vocab_size 266",
+        "data import $LMCHAT_BASE_DIR/texts",
+    ],
+)
+def test_a_limit_on_the_size_of_files_is_reported(base: Path, command: str) -> None:
+    """As a quota or a full disk; no file is left behind."""
+    (base / "texts").mkdir(exist_ok=True)
+    for name in "ab":
+        words = (f"{name}{number:05d}".translate(str.maketrans("0123456789", "abcdefghij")) for number in range(5000))
+        (base / "texts" / f"{name}.txt").write_text(" ".join(words))
+    before = {path for path in base.rglob("*") if path.is_file()}
+    failed = shell(base, f"ulimit -f 2; lmchat {command} --output $LMCHAT_BASE_DIR/of_{command.split()[1]}")
+    assert failed.returncode == 2
+    assert "make room" in failed.stderr and failed.stderr.count("\n") == 1, failed.stderr
+    assert {path for path in base.rglob("*") if path.is_file()} == before
+
+
 def test_a_terminal_without_unicode_shows_escapes(base: Path) -> None:
     done = shell(base, "lmchat tokenizer show 'é 1'", PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr

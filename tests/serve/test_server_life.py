@@ -200,7 +200,10 @@ def test_listening_on_a_network_requires_a_key(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("LMCHAT_API_KEY", raising=False)
-    assert main(["serve", "--host", "0.0.0.0"]) == 2
+    for host in ("999.1.1.1", "a..b", "x" * 300):
+        assert main(["serve", "--host", host]) == 2
+        assert f"cannot listen on {host} port 8000" in capsys.readouterr().err
+    assert main(["serve", "--host", "0.0.0.0", "--port", "0"]) == 2
     assert "set LMCHAT_API_KEY to a secret token" in capsys.readouterr().err
     assert main(["serve", "--max_seconds", "0"]) == 2
     assert "--max_seconds is 0" in capsys.readouterr().err

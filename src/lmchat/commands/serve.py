@@ -55,9 +55,10 @@ def serve(
         limits = Limits(max_running, max_queued, max_prompt_tokens, max_new_tokens, max_body_bytes, max_seconds)
         api_key = api_key or os.environ.get("LMCHAT_API_KEY") or None
         loopback = is_loopback(host)
-        if not loopback and api_key is None:
-            raise UserError(f"--host {host} is open to the network; set LMCHAT_API_KEY to a secret token")
         listener = open_socket(host, port)
+        if not loopback and api_key is None:
+            listener.close()
+            raise UserError(f"--host {host} is open to the network; set LMCHAT_API_KEY to a secret token")
         found = find_model(checkpoint)
         engine = load_engine(found, tokenizer, max_rows=max_running)
         server = Server(engine, model_card(found, engine), limits, api_key=api_key, loopback=loopback)

@@ -63,7 +63,7 @@ def write_shards(
     check_count("", 1, shard_characters=shard_characters)
     if abs(seed) >= 2**63:
         raise UserError(f"seed is {seed}; it must be below 2^63 in size")
-    with new_folder(output) as folder, _Sorter(folder / "documents.sqlite", seed) as sorter:
+    with new_folder(output) as folder, _database_errors(), _Sorter(folder / "documents.sqlite", seed) as sorter:
         unique = sorter.add(documents)
         if unique < 2:
             raise UserError(
@@ -87,6 +87,15 @@ def write_shards(
     )
 
 
+@contextlib.contextmanager
+def _database_errors() -> Iterator[None]:
+    """Reports errors of the temporary database, such as those of a full disk, as `UserError`."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise UserError(f"cannot sort the documents ({error}); make room, or choose another --output") from error
+
+
 class _Sorter(contextlib.ExitStack):
     """Sorts documents by their hashes in a temporary database, without duplicates and blank ones, which are counted."""
 
@@ -102,11 +111,8 @@ class _Sorter(contextlib.ExitStack):
         self._database.execute("CREATE UNIQUE INDEX by_hash ON documents (hash)")
 
     def add(self, documents: Iterable[str]) -> int:
-        """Adds documents; returns the number of different ones. Raises `UserError` if the disk is full."""
-        try:
-            self._database.executemany("INSERT OR IGNORE INTO documents VALUES (?, ?)", self._rows(documents))
-        except sqlite3.Error as error:
-            raise UserError(f"cannot sort the documents ({error}); make room, or choose another --output") from error
+        """Adds documents; returns the number of different ones."""
+        self._database.executemany("INSERT OR IGNORE INTO documents VALUES (?, ?)", self._rows(documents))
         return int(self._database.execute("SELECT count(*) FROM documents").fetchone()[0])
 
     def _rows(self, documents: Iterable[str]) -> Iterator[tuple[bytes, bytes]]:

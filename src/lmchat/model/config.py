@@ -58,8 +58,8 @@ class GPTConfig:
             )
         if self.value_embeddings and self.n_embd < GATE_CHANNELS:
             raise UserError(
-                f"n_embd is {self.n_embd}; the gates of the value embeddings read {GATE_CHANNELS} channels: use that "
-                "or more, or value_embeddings false"
+                f"n_embd is {self.n_embd}; the gates of the value embeddings read {GATE_CHANNELS} channels: use "
+                "that or more (a larger depth, aspect_ratio or head_dim), or value_embeddings false"
             )
         if self.n_head % self.n_kv_head:
             raise UserError(f"n_kv_head {self.n_kv_head} does not divide n_head {self.n_head}; choose a divisor")

@@ -33,10 +33,9 @@ def open_socket(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(1024)
-    except OSError as error:
-        raise UserError(
-            f"cannot listen on {host} port {port}: {error.strerror or error}; give another --host or --port"
-        ) from error
+    except (OSError, UnicodeError) as error:  # UnicodeError of a name that is no host's
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot listen on {host} port {port}: {reason}; give another --host or --port") from error
     return listener
 
 
