@@ -55,7 +55,10 @@ data:
     eval_task: {class_path: Identity, init_args: {split: test, size: 3}}
     questions_per_step: 4
     num_samples: 3
-    max_new_tokens: 5
+    max_new_tokens: 24
+    # Uniform over the vocabulary: some samples end early, so that groups differ in length.
+    temperature: 100.0
+    top_k: null
 """,
 }
 FOLDERS = {"pretrain": "base_checkpoints", "sft": "chatsft_checkpoints", "rl": "chatrl_checkpoints"}
