@@ -144,7 +144,8 @@ def test_the_command_evaluates_a_checkpoint_on_a_bundle(
     monkeypatch.setenv("LMCHAT_BASE_DIR", str(tmp_path / "base"))
     BYTES.save(tmp_path / "base" / "tokenizer")
     paths = save_random_checkpoint(BYTES)
-    evaluate(core=str(tmp_path / "bundle.zip"))
+    with pytest.raises(UserError, match="1 of 3 tasks failed; the same command repeats broken"):
+        evaluate(core=str(tmp_path / "bundle.zip"))
     results = json.loads((paths.directory / "eval_000007.json").read_text())
     assert results["broken"].keys() == {"limit", "max_tokens", "data", "weights", "error", "seconds"}
     net = load_model(find_checkpoint(paths.directory), "cpu")
@@ -177,7 +178,8 @@ def test_two_processes_share_the_examples_and_get_the_same_results(
         for world_size in (1, 2):
             output = tmp_path / f"{number}_{world_size}.json"
             ranks = start_ranks(world_size, lmchat, "eval", *options, f"--output={output}", folder=tmp_path)
-            assert exit_statuses(ranks) == [0] * world_size, (tmp_path / "output_rank0.txt").read_text()
+            status = 2 if number == 0 else 0  # the task broken fails
+            assert exit_statuses(ranks) == [status] * world_size, (tmp_path / "output_rank0.txt").read_text()
             results.append({
                 name: {key: value for key, value in result.items() if key != "seconds"}
                 for name, result in json.loads(output.read_text()).items()

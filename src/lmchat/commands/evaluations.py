@@ -140,7 +140,11 @@ def run_harness(subject: Subject, tasks: Sequence[str], include_path: Path | Non
 
 
 def _report(evaluators: Iterable[Benchmark], subject: Subject, mean_name: str | None) -> None:
-    """Evaluates, prints each result and then a table; saves the mean as ``mean_name``, if that is given."""
+    """Evaluates, prints each result and then a table; saves the mean as ``mean_name``, if that is given.
+
+    Raises:
+        UserError: tasks have failed; the results of the others are saved.
+    """
     console, results = Console(markup=False), {}
     for name, result in evaluate_each(evaluators, subject.model, subject.path, subject.identity):
         results[name] = result
@@ -161,3 +165,5 @@ def _report(evaluators: Iterable[Benchmark], subject: Subject, mean_name: str | 
             write_results(subject.path, read_results(subject.path) | {mean_name: mean})
     console.print(table)
     console.print(f"Results are in {subject.path}", soft_wrap=True, highlight=False)
+    if failed := [name for name, result in results.items() if "error" in result]:
+        raise UserError(f"{len(failed)} of {len(results)} tasks failed; the same command repeats {', '.join(failed)}")

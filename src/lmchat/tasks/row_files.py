@@ -122,7 +122,8 @@ class TextRows:
         return (len(self) > 1 or is_one_row) and _is_json(first)
 
     def _read_values(self, kind: str) -> None:
-        """Reads an array of rows, one row, or several. Where that fails, lines are left as they are."""
+        """Reads an array of rows, one row, or several. Lines are left as they are if that fails, or if each is a row."""
+        by_line, lines = vars(self).copy(), len(self)
         try:
             with self._text() as (file, _):
                 self._keep_rows(json_values(file, str(self.path), MAX_LINE_BYTES), "element")
@@ -133,6 +134,8 @@ class TextRows:
             return
         if len(self) and all(_is_message(self[index]) for index in range(len(self))):
             self._keep_rows([[self[index] for index in range(len(self))]], "element")
+        if kind in JSON_LINES_SUFFIXES and len(self) == lines:
+            vars(self).update(by_line)
 
     def _line(self, index: int) -> bytes:
         _, start, end = self._spans[3 * index : 3 * index + 3]
