@@ -122,7 +122,7 @@ class TextRows:
         return (len(self) > 1 or is_one_row) and _is_json(first)
 
     def _read_values(self, kind: str) -> None:
-        """Reads an array of rows, one row, or several. Lines are left as they are if that fails, or if each is a row."""
+        """Reads an array of rows, one row, or several. Lines stay as they are if that fails or if each is a row."""
         by_line, lines = vars(self).copy(), len(self)
         try:
             with self._text() as (file, _):
