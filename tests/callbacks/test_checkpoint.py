@@ -379,10 +379,10 @@ def test_old_checkpoints_are_removed_after_newer_ones_are_complete(tmp_path: Pat
 def test_an_error_of_the_writing_thread_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = writer.write_file
 
-    def full_disk(path: Path, content: Any, attempt: Any = None) -> Any:
+    def full_disk(path: Path, *options: Any) -> Any:
         if path.name.startswith("model") and path.name >= "model_000004":
             raise UserError(f"cannot write {path}: No space left on device")
-        return write(path, content, attempt)
+        return write(path, *options)
 
     monkeypatch.setattr(writer, "write_file", full_disk)
     with pytest.raises(UserError, match=r"model_000004.pt: No space left"):

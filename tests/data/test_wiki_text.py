@@ -118,9 +118,9 @@ def test_other_xml_is_left_out(tmp_path: Path, xml: str) -> None:
 @pytest.mark.parametrize(
     ("xml", "message"),
     [
-        (export(page("A", "a"))[:-20], r"a\.xml is damaged or cut off \(unclosed token"),
-        (export(page("A", "a")).replace("</title>", "</titel>"), r"a\.xml is damaged or cut off \(mismatched tag"),
-        (export(page("A", "a")).replace("<id>", "<id>&undefined;"), r"a\.xml is damaged or cut off"),
+        (export(page("A", "a"))[:-20], r"a\.xml is damaged or truncated \(unclosed token"),
+        (export(page("A", "a")).replace("</title>", "</titel>"), r"a\.xml is damaged or truncated \(mismatched tag"),
+        (export(page("A", "a")).replace("<id>", "<id>&undefined;"), r"a\.xml is damaged or truncated"),
         ("<mediawiki>" + "<a>" * 100, "nested deeper than 20 levels"),
         (f'<mediawiki><page a="{"x" * 3_000_000}"/></mediawiki>', "a tag longer than 1,048,576 bytes"),
     ],
