@@ -105,3 +105,18 @@ def test_invalid_input_is_replaced(base: Path) -> None:
 def test_only_broken_pipes_of_standard_streams_are_silent() -> None:
     assert not is_broken_output(BrokenPipeError())  # e.g. of a socket
     assert not is_broken_output(SystemExit(1))
+
+
+def test_files_that_the_locale_cannot_read_are_reported(base: Path) -> None:
+    (base / "own.yaml").write_text("# é\ntrainer: {max_steps: 1}\n", encoding="utf-8")
+    done = shell(
+        base,
+        f"lmchat fit --config {base / 'own.yaml'}",
+        LC_ALL="C",
+        PYTHONUTF8="0",
+        PYTHONCOERCECLOCALE="0",
+        PYTHONIOENCODING="ascii",
+    )
+    assert done.returncode == 2
+    (error,) = done.stderr.splitlines()
+    assert error.startswith("lmchat: cannot read a file in ascii") and error.endswith("set PYTHONUTF8=1")

@@ -167,7 +167,8 @@ def check_loss(split: str, report: RenderReport, sequence_len: int) -> None:
     if report.loss_tokens == 0:
         raise UserError(
             f"{split}: no token of the conversations receives loss ({cut}); give conversations in which the assistant "
-            "speaks within that length, or start from a model with a longer --model.sequence_len"
+            "speaks within that length, with a weight other than 0, or start from a model with a longer "
+            "--model.sequence_len"
         )
     if report.no_loss_tokens > MOST_WITHOUT_LOSS * report.conversations:
         share = report.no_loss_tokens / report.conversations
