@@ -136,9 +136,7 @@ def _run(args: list[str]) -> int:
     except UnicodeDecodeError as error:
         if error.encoding.startswith("utf"):
             raise
-        return _fail(
-            f"cannot read a file in {error.encoding}, the encoding of this terminal ({error}); set PYTHONUTF8=1"
-        )
+        return _fail(f"cannot read a file in {error.encoding}, the encoding of this locale ({error}); set PYTHONUTF8=1")
     except OSError as error:
         if isinstance(error, BrokenPipeError) or (message := _explain(error)) is None:
             raise
