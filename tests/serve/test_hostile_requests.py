@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 import httpx
 import pytest
@@ -179,7 +180,11 @@ def raw(live: LiveServer) -> Iterator[socket.socket]:
 
 
 def received(connection: socket.socket) -> bytes:
-    return b"".join(iter(lambda: connection.recv(65536), b""))
+    parts = []
+    with suppress(ConnectionResetError):  # how a connection is closed whose bytes the server has not read
+        while part := connection.recv(65536):
+            parts.append(part)
+    return b"".join(parts)
 
 
 @pytest.mark.parametrize(
