@@ -26,7 +26,7 @@ CONFIG = GPTConfig(
     [
         SamplingMode(greedy=True, top_k=0, full=False, logprobs=False),
         SamplingMode(greedy=False, top_k=20, full=False, logprobs=True, mixed=False),
-        SamplingMode(greedy=True, top_k=20, full=True, logprobs=True),
+        SamplingMode(greedy=True, top_k=20, full=True, logprobs=True, top_logprobs=5),
     ],
 )
 def test_a_decode_step_does_not_wait_for_the_device(
@@ -51,4 +51,5 @@ def test_a_decode_step_does_not_wait_for_the_device(
         for _ in range(2):
             output = step()
         assert waits.count == 0
-        assert all(field.is_cuda and field.shape == (6,) for field in output)
+        assert all(field.is_cuda and field.shape[0] == 6 for field in output)
+        assert output.top_ids.shape == output.top_logprobs.shape == (6, mode.top_logprobs)

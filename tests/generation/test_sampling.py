@@ -13,6 +13,7 @@ from scipy import stats
 import reference_engine
 from lmchat.generation.sampling import (
     RowParams,
+    Sampled,
     SamplingMode,
     SamplingParams,
     candidates,
@@ -28,9 +29,7 @@ def _logits(rows: int, vocab: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def _sample(
-    raw: torch.Tensor, params: SamplingParams | list[SamplingParams], uniforms: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _sample(raw: torch.Tensor, params: SamplingParams | list[SamplingParams], uniforms: torch.Tensor) -> Sampled:
     """`sample` for raw logits (rows, vocab), padded to whole blocks as a model's head does."""
     rows, vocab = raw.shape
     all_params = [params] * rows if isinstance(params, SamplingParams) else params
@@ -71,7 +70,7 @@ def test_frequencies_follow_the_softmax(temperature: float, top_k: int | None, t
     draws, vocab = 20_000, 90
     logits = _logits(1, vocab)
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
-    ids, _ = _sample(logits.expand(draws, vocab), params, torch.from_numpy(sample_uniforms(3, 0, draws)))
+    ids = _sample(logits.expand(draws, vocab), params, torch.from_numpy(sample_uniforms(3, 0, draws))).tokens
     expected = _expected_probabilities(logits[0].numpy(), params) * draws
     observed = np.bincount(ids.numpy(), minlength=vocab)
     assert not observed[expected == 0].any()
@@ -99,11 +98,13 @@ def test_samples_match_the_reference_sampler(sampler: tuple[float, int | None]) 
     temperature, top_k = sampler
     raw, uniforms = _logits(200, 5000), torch.from_numpy(sample_uniforms(1, 0, 200))
     expected = reference_engine.Sampler(temperature, top_k)(softcap(raw), uniforms)
-    params = SamplingParams(temperature=temperature, top_k=top_k, logprobs=True)
-    ids, logprobs = _sample(raw, params, uniforms)
-    assert torch.equal(ids, expected)
-    exact = softcap(raw.double()).log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
-    assert torch.allclose(logprobs.double(), exact, atol=1e-5)
+    params = SamplingParams(temperature=temperature, top_k=top_k, logprobs=True, top_logprobs=4)
+    sampled = _sample(raw, params, uniforms)
+    assert torch.equal(sampled.tokens, expected)
+    exact = softcap(raw.double()).log_softmax(-1)
+    assert torch.allclose(sampled.logprobs.double(), exact.gather(-1, expected[:, None]).squeeze(-1), atol=1e-5)
+    assert torch.allclose(sampled.top_logprobs.double(), exact.topk(4).values, atol=1e-5)
+    assert torch.allclose(exact.gather(-1, sampled.top_ids), exact.topk(4).values, atol=1e-5)
 
 
 def test_a_row_does_not_depend_on_the_settings_of_other_rows() -> None:
@@ -114,7 +115,7 @@ def test_a_row_does_not_depend_on_the_settings_of_other_rows() -> None:
         for top_p in (None, 0.5, 1.0)
     ]
     raw, uniforms = _logits(len(kinds), 700), torch.from_numpy(sample_uniforms(2, 0, len(kinds)))
-    together, _ = _sample(raw, kinds, uniforms)
+    together = _sample(raw, kinds, uniforms).tokens
     alone = [int(_sample(raw[[i]], kind, uniforms[[i]])[0]) for i, kind in enumerate(kinds)]
     assert together.tolist() == alone
 
@@ -131,7 +132,7 @@ def test_top_values_equal_those_of_the_full_row(count: int) -> None:
 @pytest.mark.parametrize("top_k", [None, 5])
 def test_ends_of_the_unit_interval(uniform: float, top_k: int | None) -> None:
     raw = _logits(64, 5000)
-    ids, _ = _sample(raw, SamplingParams(top_k=top_k), torch.full((64,), uniform, dtype=torch.float64))
+    ids = _sample(raw, SamplingParams(top_k=top_k), torch.full((64,), uniform, dtype=torch.float64)).tokens
     assert ((ids >= 0) & (ids < 5000)).all()
     if uniform == 0 and top_k is not None:
         assert torch.equal(ids, raw.argmax(dim=-1))
@@ -142,7 +143,7 @@ def test_ends_of_the_unit_interval(uniform: float, top_k: int | None) -> None:
 def test_temperature_near_zero_is_greedy(temperature: float, top_k: int | None) -> None:
     raw = _logits(50, 100)
     params = SamplingParams(temperature=temperature, top_k=top_k)
-    ids, _ = _sample(raw, params, torch.rand(50, dtype=torch.float64))
+    ids = _sample(raw, params, torch.rand(50, dtype=torch.float64)).tokens
     assert torch.equal(ids, raw.argmax(dim=-1))
 
 
@@ -151,7 +152,7 @@ def test_temperature_near_zero_is_greedy(temperature: float, top_k: int | None) 
 def test_logits_that_are_not_finite_give_minus_one(params: SamplingParams, bad: float) -> None:
     raw = _logits(3, 40)
     raw[1, 17] = bad
-    ids, _ = _sample(raw, params, torch.rand(3))
+    ids = _sample(raw, params, torch.rand(3)).tokens
     assert (ids < 0).tolist() == [False, True, False]
 
 

@@ -35,7 +35,9 @@ def test_stop_strings_are_found_across_any_pieces(pieces: list[str], stops: list
 def events(*tokens: int, forced: tuple[int, ...] = (), reason: str = "length") -> list[TokenEvent]:
     last = len(tokens) - 1
     return [
-        TokenEvent(0, 0, token, place in forced, None if place in forced else -1.0, reason if place == last else None)  # type: ignore[arg-type]
+        TokenEvent(
+            0, 0, token, place in forced, None if place in forced else -1.0, [], reason if place == last else None
+        )  # type: ignore[arg-type]
         for place, token in enumerate(tokens)
     ]
 

@@ -50,8 +50,9 @@ def test_echo_scores_the_prompt(live: LiveServer, as_tokens: bool, stream: bool)
     plain = log_softmax(ids)
     options: Any = {"prompt": [ids] if as_tokens else TEXT, "max_tokens": 0, "echo": True, "logprobs": 1}
     if stream:
-        [chunk] = client_of(live).completions.create(model="lmchat", stream=True, **options)
+        chunk, end = client_of(live).completions.create(model="lmchat", stream=True, **options)
         choice = chunk.choices[0]
+        assert (end.choices[0].text, end.choices[0].finish_reason) == ("", "length")
     else:
         choice = client_of(live).completions.create(model="lmchat", **options).choices[0]
     found = choice.logprobs
@@ -86,6 +87,36 @@ def test_logprobs_of_generated_tokens(live: LiveServer) -> None:
         )
 
 
+def id_of(token: str) -> int:
+    """The id of a token as the API writes it."""
+    if token.startswith("<|"):
+        return TOKENIZER.special(token.strip("<|>"))
+    return int(token[-2:], 16) if token.startswith("bytes:") else ord(token)
+
+
+@pytest.mark.parametrize("echo", [False, True])
+def test_streamed_logprobs_equal_a_plain_forward_pass(live: LiveServer, echo: bool) -> None:
+    options: Any = {"model": "lmchat", "prompt": [TEXT, "B"], "max_tokens": 12, "seed": 1, "n": 2, "logprobs": 3}
+    chunks = list(client_of(live).completions.create(stream=True, echo=echo, **options))
+    whole = client_of(live).completions.create(echo=echo, **options).choices
+    assert len(chunks) > len(whole) + echo * len(whole)
+    for number, choice in enumerate(whole):
+        parts = [each.choices[0] for each in chunks if each.choices[0].index == number]
+        assert "".join(part.text for part in parts) == choice.text and parts[-1].finish_reason == choice.finish_reason
+        gained: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for part in parts:
+            for name, values in gained.items():
+                values += getattr(part.logprobs, name)
+        assert choice.logprobs and gained == {name: getattr(choice.logprobs, name) for name in gained}
+        before = [TOKENIZER.bos_id, *([] if echo else options["prompt"][number // 2].encode())]
+        tokens = list(map(id_of, gained["tokens"]))
+        plain = log_softmax(before + tokens)[len(before) - 1 : -1]
+        expected = plain[range(len(tokens)), tokens].tolist()
+        assert gained["token_logprobs"] == pytest.approx(expected, abs=1e-4)
+        for row, top in zip(plain, gained["top_logprobs"], strict=True):
+            assert sorted(top.values())[-3:] == pytest.approx(row.topk(3).values.tolist()[::-1], abs=1e-4)
+
+
 def test_chat_logprobs_whole_and_streamed(live: LiveServer) -> None:
     client = client_of(live)
     options: Any = {"model": "lmchat", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 20, "seed": 2}
@@ -97,9 +128,12 @@ def test_chat_logprobs_whole_and_streamed(live: LiveServer) -> None:
     for tops in (0, 3):
         wanted = {"top_logprobs": tops} if tops else {}
         tokens: list[Any] = []
+        num_chunks = 0
         for chunk in client.chat.completions.create(logprobs=True, stream=True, **wanted, **options):
             if chunk.choices[0].logprobs:
                 tokens += chunk.choices[0].logprobs.content or []
+                num_chunks += 1
+        assert num_chunks > 1
         expected = scored.content if tops else plain.content
         assert [token.bytes for token in tokens] == [token.bytes for token in expected]
         assert [token.logprob for token in tokens] == pytest.approx([token.logprob for token in expected], abs=1e-4)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lmchat.generation.sampling import RowParams, candidates
+from lmchat.generation.sampling import RowParams, Sampled, candidates
 from lmchat.generation.sequence import Sequence
 from lmchat.tokenizer.bpe import Tokenizer
 
@@ -29,12 +29,19 @@ FROZEN = -2
 
 
 class StepOutput(NamedTuple):
-    """Output of a step, (rows,) each: token (FROZEN for frozen rows, -1 if the logits are not finite), whether it was
-    forced, and its log-probability."""
+    """Output of a step.
+
+    Attributes:
+        tokens: (rows,) int64 tokens; FROZEN for frozen rows, -1 if the logits are not finite.
+        forced: (rows,) bool whether the token was forced.
+        logprobs, top_ids, top_logprobs: as in `Sampled`.
+    """
 
     tokens: Tensor
     forced: Tensor
     logprobs: Tensor
+    top_ids: Tensor
+    top_logprobs: Tensor
 
 
 class DecodeState:
@@ -132,20 +139,20 @@ class DecodeState:
         """Sampling parameters of the rows."""
         return RowParams(self.temperature, self.top_k, self.top_p, self.greedy, self.uniform)
 
-    def advance(self, chosen: Tensor, logprobs: Tensor) -> StepOutput:
-        """Appends the chosen tokens (rows,), or forced ones instead, and updates the state in place."""
+    def advance(self, sampled: Sampled) -> StepOutput:
+        """Appends the sampled tokens, or forced ones instead, and updates the state in place."""
         live = ~self.frozen
         is_forced = live & (self.forced_at < self.forced_end)
         queued = self.forced.gather(1, self.forced_at[:, None]).squeeze(1)
-        token = torch.where(is_forced, queued, chosen)
+        token = torch.where(is_forced, queued, sampled.tokens)
         self.forced_at += is_forced
         self.position += live
 
-        sampled = live ^ is_forced
+        is_sampled = live ^ is_forced
         is_end = token == self.call_end
-        self.frozen |= sampled & (self.in_call & is_end | (token[:, None] == self.stops).any(dim=1))
+        self.frozen |= is_sampled & (self.in_call & is_end | (token[:, None] == self.stops).any(dim=1))
         self.frozen |= (token < 0) | (self.position >= self.end)
         in_call = (token == self.call_start) | (self.in_call & ~is_end)
-        self.in_call.copy_(torch.where(sampled & self.calculator, in_call, self.in_call))
+        self.in_call.copy_(torch.where(is_sampled & self.calculator, in_call, self.in_call))
         self.token.copy_(torch.where(live, token.clamp(min=0), self.token))
-        return StepOutput(torch.where(live, token, FROZEN), is_forced, logprobs)
+        return StepOutput(torch.where(live, token, FROZEN), is_forced, *sampled[1:])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,6 +48,8 @@ class TokenEvent:
         token: token id.
         forced: whether it is calculator output instead of a sampled token.
         logprob: log-probability before temperature, top-k and top-p; None if not requested, or if forced.
+        top: the most likely tokens at its place, as (token id, log-probability), most likely first; as many as
+            requested, none if forced.
         finish_reason: "stop" if the token is a stop token, "length" if it is the last one allowed, else None.
     """
 
@@ -56,6 +58,7 @@ class TokenEvent:
     token: int
     forced: bool
     logprob: float | None
+    top: list[tuple[int, float]]
     finish_reason: FinishReason | None
 
 
@@ -165,11 +168,11 @@ class Engine:
                 self.cancel(request)
             raise UserError(NOT_FINITE)
         events: list[TokenEvent] = []
-        columns = (values.T.tolist() for values in decoded)
+        columns = (values.swapaxes(0, 1).tolist() for values in decoded)
         for sequence, *column in zip(sequences, *columns, strict=True):
-            for token, is_forced, logprob in zip(*column, strict=True):
+            for token, is_forced, logprob, *top in zip(*column, strict=True):
                 if token >= 0 and not sequence.done:
-                    events.append(self._append(sequence, token, is_forced, logprob))
+                    events.append(self._append(sequence, token, is_forced, logprob, top))
         self.scheduler.free_done()
         for sequence in sequences:
             if sequence.done:
@@ -303,7 +306,7 @@ class Engine:
 
     # -----------------------------------------------------------------------------------------------------------------
 
-    def _append(self, sequence: Sequence, token: int, forced: bool, logprob: float) -> TokenEvent:
+    def _append(self, sequence: Sequence, token: int, forced: bool, logprob: float, top: list[list[Any]]) -> TokenEvent:
         """Appends a token to a running sequence."""
         forced_next = sequence.append(token, forced, logprob)
         if forced_next is not None and not sequence.done:
@@ -312,8 +315,9 @@ class Engine:
         reason: FinishReason | None = None
         if sequence.done:
             reason = "stop" if sequence.completion.finished else "length"
-        shown = logprob if sequence.params.logprobs and not forced else None
-        return TokenEvent(request, sample, token, forced, shown, reason)
+        shown = sequence.params.logprobs and not forced
+        likely = list(zip(*top, strict=True))[: sequence.params.top_logprobs] if shown else []
+        return TokenEvent(request, sample, token, forced, logprob if shown else None, likely, reason)
 
     def _register(self, sequences: list[Sequence]) -> int:
         request = self._next_id

@@ -15,7 +15,7 @@ from lmchat.generation.cached_attention import Chunk, DecodeCache, Groups, Prefi
 from lmchat.generation.cuda_graphs import GraphedSteps
 from lmchat.generation.decode_state import DecodeState, StepOutput
 from lmchat.generation.kv_pool import KVPool, SlotLayout, round_up
-from lmchat.generation.sampling import RowParams, SamplingMode, sample
+from lmchat.generation.sampling import RowParams, Sampled, SamplingMode, sample
 from lmchat.generation.sequence import Sequence, SharedPrompt
 from lmchat.generation.weights import InferenceWeights
 from lmchat.model.gpt import GPT
@@ -36,11 +36,13 @@ GPU_COLUMNS = 256
 
 
 class Decoded(NamedTuple):
-    """Tokens of the running sequences, (steps, rows) each; see `StepOutput`."""
+    """Tokens of the running sequences, (steps, rows) or (steps, rows, top_logprobs) each; see `StepOutput`."""
 
     tokens: npt.NDArray[np.int64]
     forced: npt.NDArray[np.bool_]
     logprobs: npt.NDArray[np.float64]
+    top_ids: npt.NDArray[np.int64]
+    top_logprobs: npt.NDArray[np.float64]
 
 
 class Runner:
@@ -152,12 +154,12 @@ class Runner:
         def run() -> StepOutput:
             cache = DecodeCache(self.pool, self.prompts, state.position, state.base, max_own, groups)
             hidden = self.net.hidden(state.token[:, None], cache)[:, 0]
-            return state.advance(*self._sample(hidden, mode, state.row_params))
+            return state.advance(self._sample(hidden, mode, state.row_params))
 
         return run
 
-    def _sample(self, hidden: Tensor, mode: SamplingMode, params: RowParams) -> tuple[Tensor, Tensor]:
-        """Samples a token per row of hidden states (rows, n_embd); returns tokens and log-probabilities."""
+    def _sample(self, hidden: Tensor, mode: SamplingMode, params: RowParams) -> Sampled:
+        """Samples a token per row of hidden states (rows, n_embd)."""
         vocab_size = self.state.vocab_size
         if hidden.is_cuda or len(hidden) <= HEAD_ROWS:
             return sample(self.net.lm_head(hidden), vocab_size, mode, params)
@@ -165,8 +167,7 @@ class Runner:
         for start in range(0, len(hidden), HEAD_ROWS):
             part = slice(start, start + HEAD_ROWS)
             parts.append(sample(raw[part], vocab_size, mode, RowParams(*(field[part] for field in params))))
-        chosen, logprobs = zip(*parts, strict=True)
-        return torch.cat(chosen), torch.cat(logprobs)
+        return Sampled(*map(torch.cat, zip(*parts, strict=True)))
 
     def _bucket(self, rows: int) -> int:
         """Number of rows to compute for ``rows`` sequences; on a GPU one of few sizes, each captured once."""
@@ -218,5 +219,7 @@ def _read(outputs: Seq[StepOutput], rows: int) -> Decoded:
     if not outputs[0].tokens.is_cuda:
         (output,) = outputs
         return Decoded(*(field.numpy()[None] for field in output))
-    packed = torch.stack([torch.stack([field.double() for field in output]) for output in outputs]).cpu().numpy()
-    return Decoded(packed[:, 0, :rows].astype(np.int64), packed[:, 1, :rows] > 0, packed[:, 2, :rows])
+    packed = torch.stack([torch.column_stack([field.double() for field in output]) for output in outputs]).cpu().numpy()
+    tokens, forced, logprobs, *_ = packed[:, :rows].transpose(2, 0, 1)
+    top_ids, top_logprobs = np.split(packed[:, :rows, 3:], 2, axis=2)
+    return Decoded(tokens.astype(np.int64), forced > 0, logprobs, top_ids.astype(np.int64), top_logprobs)

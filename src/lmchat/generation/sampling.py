@@ -37,6 +37,7 @@ class SamplingParams:
         stop_tokens: ids that end a completion; None is ``<|assistant_end|>`` and ``<|bos|>``.
         calculator: answer calculator calls.
         logprobs: return the log-probability of every sampled token.
+        top_logprobs: with ``logprobs``, return those of this many most likely tokens too.
         top_p: sample from the smallest set of tokens (after ``top_k``) whose probabilities add up to it; None or 1 is
             all of them.
 
@@ -52,6 +53,7 @@ class SamplingParams:
     stop_tokens: Collection[int] | None = None
     calculator: bool = True
     logprobs: bool = False
+    top_logprobs: int = 0
     top_p: float | None = None
 
     def __post_init__(self) -> None:
@@ -90,6 +92,7 @@ class SamplingMode(NamedTuple):
         top_k: maximum number of candidates of a row, 0 if no row has a limit.
         full: whether any row samples from the whole vocabulary.
         logprobs: whether log-probabilities are needed.
+        top_logprobs: number of most likely tokens whose log-probabilities are needed.
         mixed: whether rows differ in their number of candidates, or any row has a top_p.
     """
 
@@ -97,6 +100,7 @@ class SamplingMode(NamedTuple):
     top_k: int
     full: bool
     logprobs: bool
+    top_logprobs: int = 0
     mixed: bool = True
 
     @classmethod
@@ -109,6 +113,7 @@ class SamplingMode(NamedTuple):
             top_k=max(limits, default=0),
             full=any(not each.is_greedy and not limit for each, limit in zip(params, limits, strict=True)),
             logprobs=any(each.logprobs for each in params),
+            top_logprobs=min(max((each.top_logprobs for each in params if each.logprobs), default=0), vocab_size),
             mixed=len(set(limits)) > 1 or any(each.top_p is not None for each in params),
         )
 
@@ -141,7 +146,24 @@ class RowParams(NamedTuple):
     uniforms: Tensor
 
 
-def sample(raw: Tensor, vocab_size: int, mode: SamplingMode, params: RowParams) -> tuple[Tensor, Tensor]:
+class Sampled(NamedTuple):
+    """Sampled tokens.
+
+    Attributes:
+        tokens: (rows,) int64 token ids, -1 where the logits are not finite.
+        logprobs: (rows,) fp32 log-probabilities under the full distribution, before temperature and top-k; 0 if not
+            requested.
+        top_ids: (rows, top_logprobs) int64 most likely tokens, most likely first.
+        top_logprobs: (rows, top_logprobs) fp32 log-probabilities of these.
+    """
+
+    tokens: Tensor
+    logprobs: Tensor
+    top_ids: Tensor
+    top_logprobs: Tensor
+
+
+def sample(raw: Tensor, vocab_size: int, mode: SamplingMode, params: RowParams) -> Sampled:
     """Samples a token per row by inverting the cumulative distribution.
 
     Args:
@@ -150,10 +172,6 @@ def sample(raw: Tensor, vocab_size: int, mode: SamplingMode, params: RowParams) 
         vocab_size: number of tokens.
         mode: features needed by the rows.
         params: sampling parameters of the rows.
-
-    Returns:
-        (rows,) int64 token ids, -1 where the logits are not finite; and (rows,) fp32 log-probabilities under the full
-        distribution, before temperature and top-k, 0 if not requested.
     """
     raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
     raw[:, vocab_size:].fill_(-torch.inf)
@@ -166,6 +184,7 @@ def sample(raw: Tensor, vocab_size: int, mode: SamplingMode, params: RowParams) 
     else:
         best, chosen = raw.max(dim=1)
     logprobs = raw.new_zeros(len(raw))
+    top_ids, top_logprobs = chosen[:, None][:, :0], raw[:, :0]
     if mode.full or mode.logprobs:
         scale = 2 * LOGIT_SOFTCAP
         # softcap(x) = scale · sigmoid(2 x / cap) - cap, as in the training loss; the constant cancels.
@@ -176,8 +195,11 @@ def sample(raw: Tensor, vocab_size: int, mode: SamplingMode, params: RowParams) 
             chosen = torch.where(is_full, from_all, chosen) if mode.top_k or mode.greedy else from_all
         if mode.logprobs:
             picked = capped.gather(1, chosen[:, None]).squeeze(1)
-            logprobs = picked - capped[:, :vocab_size].exp_().sum(dim=1).log()
-    return torch.where(best.isfinite(), chosen, -1), logprobs
+            if mode.top_logprobs:
+                top_logprobs, top_ids = capped[:, :vocab_size].topk(mode.top_logprobs, dim=1)
+            total = capped[:, :vocab_size].exp_().sum(dim=1).log()
+            logprobs, top_logprobs = picked - total, top_logprobs - total[:, None]
+    return Sampled(torch.where(best.isfinite(), chosen, -1), logprobs, top_ids, top_logprobs)
 
 
 def top_values(raw: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -13,10 +13,17 @@ from lmchat.types import Part
 
 @dataclass(frozen=True)
 class Token:
-    """A token of an answer, and its log-probability: None if not requested, or for calculator output."""
+    """A token of a prompt or an answer.
+
+    Attributes:
+        id: token id.
+        logprob: log-probability; None if not requested, for calculator output and for the first token of a prompt.
+        top: the most likely tokens at its place, as (token id, log-probability); empty if ``logprob`` is None.
+    """
 
     id: int
     logprob: float | None
+    top: Sequence[tuple[int, float]] = ()
 
 
 @dataclass
@@ -123,6 +130,6 @@ class Answer:
         if text:
             append_part(delta.parts, {"type": role, "text": text})
         if event.finish_reason != "stop" or not self._chat:
-            delta.tokens.append(Token(event.token, event.logprob))
+            delta.tokens.append(Token(event.token, event.logprob, event.top))
         self.whole.add(delta)
         return delta

@@ -136,14 +136,14 @@ class Server:
         if wanted.top_logprobs and not wanted.logprobs:
             raise APIError("top_logprobs needs logprobs: true", param="top_logprobs")
         max_tokens = self._max_tokens([prompt], wanted.max_completion_tokens or wanted.max_tokens)
-        logprobs = bool(wanted.logprobs)
+        top_logprobs = (wanted.top_logprobs or 0) if wanted.logprobs else None
         plan = Plan(
             prompts=[prompt],
-            params=wanted.sampling(max_tokens, calculator=True, logprobs=logprobs),
+            params=wanted.sampling(max_tokens, calculator=True, top_logprobs=top_logprobs),
             num_samples=wanted.samples,
             stops=wanted.stops,
             chat=True,
-            top_logprobs=(wanted.top_logprobs or 0) if logprobs else None,
+            top_logprobs=top_logprobs,
         )
         return self._generated(wanted, plan, ChatResponses(tokenizer, self.card.name))
 
@@ -154,14 +154,14 @@ class Server:
         prompts, added = await self._encoded(wanted.prompts)
         max_tokens = DEFAULT_COMPLETION_TOKENS if wanted.max_tokens is None else wanted.max_tokens
         self._max_tokens(prompts, max_tokens or 1)
-        logprobs = wanted.logprobs is not None
+        top_logprobs = wanted.logprobs
         plan = Plan(
             prompts=prompts,
-            params=wanted.sampling(max_tokens, calculator=False, logprobs=logprobs) if max_tokens else None,
+            params=wanted.sampling(max_tokens, calculator=False, top_logprobs=top_logprobs) if max_tokens else None,
             num_samples=wanted.samples,
             stops=wanted.stops,
             echo=bool(wanted.echo),
-            top_logprobs=wanted.logprobs,
+            top_logprobs=top_logprobs,
         )
         return self._generated(wanted, plan, CompletionResponses(self.engine.tokenizer, self.card.name, added))
 

@@ -137,20 +137,14 @@ class GeneratedResponse(Response):
 
     async def _send_stream(self, run: Run, send: Send) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
-        if run.plan.needs_scores:
-            await run.finish()
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         self._begun = True
         for chunk in self._responses.opening(run):
             await self._event(send, chunk)
-        if run.plan.needs_scores:
-            for number in range(len(run.answers)):
-                await self._event(send, self._responses.scored_chunk(run, number))
-        else:
-            async for gained in run.deltas():
-                chunks = (self._responses.chunk(run, number, delta) for number, delta in gained.items())
-                if data := b"".join(_encode(chunk) for chunk in chunks if chunk):
-                    await send({"type": "http.response.body", "body": data, "more_body": True})
+        async for gained in run.deltas():
+            chunks = (self._responses.chunk(run, number, delta) for number, delta in gained.items())
+            if data := b"".join(_encode(chunk) for chunk in chunks if chunk):
+                await send({"type": "http.response.body", "body": data, "more_body": True})
         if self._usage:
             await self._event(send, self._responses.usage_chunk(run))
         await self._end(send)

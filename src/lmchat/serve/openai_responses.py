@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,7 +13,6 @@ from lmchat.serve.run import Run
 from lmchat.tokenizer.bpe import Tokenizer
 
 JSON = dict[str, Any]
-Top = Sequence[tuple[int, float]]
 
 
 class Responses:
@@ -41,10 +41,6 @@ class Responses:
         """A chunk of a stream; None if there is nothing to send."""
         raise NotImplementedError
 
-    def scored_chunk(self, run: Run, number: int) -> JSON:
-        """A whole answer as one chunk."""
-        return self._envelope(self.chunk_object, [self._choice(run, number)])
-
     def usage_chunk(self, run: Run) -> JSON:
         """The last chunk of a stream whose client asks for its usage."""
         return self._envelope(self.chunk_object, []) | {"usage": usage(run)}
@@ -54,14 +50,6 @@ class Responses:
 
     def _envelope(self, kind: str, choices: list[JSON]) -> JSON:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
-
-    def _scored(self, run: Run, number: int, tokens: Sequence[Token]) -> list[tuple[Token, Top]]:
-        """Tokens of an answer with log-probabilities, and the most likely tokens at their positions."""
-        if not run.scores:
-            return [(token, ()) for token in tokens]
-        start, scores = len(run.prompt_of(number)) - 1, run.scores[number]
-        rows = zip(tokens, scores.logprobs[start:], scores.top[start:], strict=True)
-        return [(Token(token.id, logprob), top) for token, logprob, top in rows]
 
 
 class ChatResponses(Responses):
@@ -82,28 +70,21 @@ class ChatResponses(Responses):
             content["parts"] = delta.parts
         choice = {"index": number, "delta": content, "finish_reason": delta.finish_reason}
         if run.plan.top_logprobs is not None:
-            choice["logprobs"] = self._logprobs(self._scored(run, number, delta.tokens))
+            choice["logprobs"] = self._logprobs(delta.tokens)
         elif not content and not delta.finish_reason:
             return None
         return self._envelope(self.chunk_object, [choice])
 
-    def scored_chunk(self, run: Run, number: int) -> JSON:
-        chunk = self.chunk(run, number, run.answers[number].whole)
-        assert chunk is not None, "an answer has a finish reason"
-        return chunk
-
     def _choice(self, run: Run, number: int) -> JSON:
         answer = run.answers[number].whole
         message = {"role": "assistant", "content": answer.text, "refusal": None, "parts": answer.parts}
-        logprobs = None
-        if run.plan.top_logprobs is not None:
-            logprobs = self._logprobs(self._scored(run, number, answer.tokens))
+        logprobs = None if run.plan.top_logprobs is None else self._logprobs(answer.tokens)
         return {"index": number, "message": message, "logprobs": logprobs, "finish_reason": answer.finish_reason}
 
-    def _logprobs(self, tokens: Sequence[tuple[Token, Top]]) -> JSON:
+    def _logprobs(self, tokens: Sequence[Token]) -> JSON:
         content = [
-            self._token(token.id, token.logprob or 0.0) | {"top_logprobs": [self._token(*other) for other in top]}
-            for token, top in tokens
+            self._token(token.id, token.logprob or 0.0) | {"top_logprobs": [self._token(*other) for other in token.top]}
+            for token in tokens
         ]
         return {"content": content, "refusal": None}
 
@@ -124,66 +105,56 @@ class CompletionResponses(Responses):
     def __init__(self, tokenizer: Tokenizer, model: str, added: Sequence[int]) -> None:
         super().__init__(tokenizer, model)
         self.added = added
+        self._length: Counter[int] = Counter()
 
     def opening(self, run: Run) -> Iterator[JSON]:
-        if run.plan.echo and not run.plan.needs_scores:
+        if run.plan.echo:
             for number in range(len(run.answers)):
-                yield self._chunk(number, self._echo(run, number), None, None)
+                choice = self._part(run, number, self._echo(run, number), self._prompt_tokens(run, number), None)
+                yield self._envelope(self.chunk_object, [choice])
 
     def chunk(self, run: Run, number: int, delta: Delta) -> JSON | None:
-        logprobs = None
-        if run.plan.top_logprobs is not None:
-            logprobs = self._logprobs(self._scored(run, number, delta.tokens))
-        if not delta.text and not delta.finish_reason and not (logprobs and delta.tokens):
+        if not delta.text and not delta.finish_reason and (run.plan.top_logprobs is None or not delta.tokens):
             return None
-        return self._chunk(number, delta.text, logprobs, delta.finish_reason)
-
-    def _chunk(self, number: int, text: str, logprobs: JSON | None, reason: str | None) -> JSON:
-        choice = {"index": number, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        choice = self._part(run, number, delta.text, delta.tokens, delta.finish_reason)
         return self._envelope(self.chunk_object, [choice])
 
     def _choice(self, run: Run, number: int) -> JSON:
-        answer, text, logprobs = run.answers[number].whole, "", None
-        if run.plan.top_logprobs is not None:
-            tokens = self._scored(run, number, answer.tokens)
-            logprobs = self._logprobs([*self._prompt_tokens(run, number), *tokens] if run.plan.echo else tokens)
+        answer, text, tokens = run.answers[number].whole, "", []
         if run.plan.echo:
-            text = self._echo(run, number)
-        reason = answer.finish_reason
-        return {"index": number, "text": text + answer.text, "logprobs": logprobs, "finish_reason": reason}
+            text, tokens = self._echo(run, number), self._prompt_tokens(run, number)
+        return self._part(run, number, text + answer.text, tokens + answer.tokens, answer.finish_reason)
+
+    def _part(self, run: Run, number: int, text: str, tokens: Sequence[Token], reason: str | None) -> JSON:
+        """A choice with the next part of an answer, or of its prompt."""
+        logprobs = None if run.plan.top_logprobs is None else self._logprobs(number, tokens)
+        return {"index": number, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
     def _echo(self, run: Run, number: int) -> str:
-        return self.tokenizer.decode(run.prompt_of(number)[self._added(run, number) :])
+        prompt = number // run.plan.num_samples
+        return self.tokenizer.decode(run.plan.prompts[prompt][self.added[prompt] :])
 
-    def _added(self, run: Run, number: int) -> int:
-        return self.added[number // run.plan.num_samples]
+    def _prompt_tokens(self, run: Run, number: int) -> list[Token]:
+        prompt = number // run.plan.num_samples
+        return run.prompt_tokens[prompt][self.added[prompt] :] if run.prompt_tokens else []
 
-    def _prompt_tokens(self, run: Run, number: int) -> list[tuple[Token, Top]]:
-        prompt, scores = run.prompt_of(number), run.scores[number]
-        tokens: list[tuple[Token, Top]] = [(Token(prompt[0], None), ())]
-        for token, logprob, top in zip(prompt[1:], scores.logprobs, scores.top, strict=False):
-            tokens.append((Token(token, logprob), top))
-        return tokens[self._added(run, number) :]
-
-    def _logprobs(self, tokens: Sequence[tuple[Token, Top]]) -> JSON:
-        texts = [self._text(token.id) for token, _ in tokens]
-        offsets, offset = [], 0
-        for token, _ in tokens:
-            offsets.append(offset)
-            offset += len(self.tokenizer.decode([token.id]))
-        likely = [self._likely(token, top) for token, top in tokens]
+    def _logprobs(self, number: int, tokens: Sequence[Token]) -> JSON:
+        offsets = []
+        for token in tokens:
+            offsets.append(self._length[number])
+            self._length[number] += len(self.tokenizer.decode([token.id]))
         return {
-            "tokens": texts,
-            "token_logprobs": [token.logprob for token, _ in tokens],
-            "top_logprobs": likely,
+            "tokens": [self._text(token.id) for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [self._likely(token) for token in tokens],
             "text_offset": offsets,
         }
 
-    def _likely(self, token: Token, top: Top) -> dict[str, float] | None:
-        """The most likely tokens and the token itself; None for the first token of a text."""
+    def _likely(self, token: Token) -> dict[str, float] | None:
+        """The most likely tokens and the token itself; None where there is no log-probability."""
         if token.logprob is None:
             return None
-        return {self._text(other): logprob for other, logprob in [(token.id, token.logprob), *top]}
+        return {self._text(other): logprob for other, logprob in [(token.id, token.logprob), *token.top]}
 
     def _text(self, token: int) -> str:
         """Text of a token; incomplete characters are written as in OpenAI's API."""

@@ -74,8 +74,14 @@ class GenerationRequest(BaseModel):
         """Number of completions per prompt."""
         return self.n or 1
 
-    def sampling(self, max_new_tokens: int, *, calculator: bool, logprobs: bool) -> SamplingParams:
-        """Sampling parameters; missing options have OpenAI's defaults, a missing seed is random."""
+    def sampling(self, max_new_tokens: int, *, calculator: bool, top_logprobs: int | None) -> SamplingParams:
+        """Sampling parameters; missing options have OpenAI's defaults, a missing seed is random.
+
+        Args:
+            max_new_tokens: maximum number of tokens of a completion.
+            calculator: whether calculator calls are answered if the request does not say.
+            top_logprobs: see `lmchat.serve.run.Plan`.
+        """
         return SamplingParams(
             num_samples=self.samples,
             max_new_tokens=max_new_tokens,
@@ -84,7 +90,8 @@ class GenerationRequest(BaseModel):
             top_p=self.top_p,
             seed=secrets.randbits(63) if self.seed is None else self.seed % 2**64,
             calculator=calculator if self.calculator is None else self.calculator,
-            logprobs=logprobs,
+            logprobs=top_logprobs is not None,
+            top_logprobs=top_logprobs or 0,
         )
 
 

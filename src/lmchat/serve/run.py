@@ -6,9 +6,8 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
-from lmchat.generation.engine import TokenScores
 from lmchat.generation.sampling import SamplingParams
-from lmchat.serve.answers import Answer, Delta
+from lmchat.serve.answers import Answer, Delta, Token
 from lmchat.serve.engine_worker import EngineWorker, Generation
 from lmchat.serve.metrics import Metrics
 
@@ -18,10 +17,10 @@ class Plan:
     """A request to the engine.
 
     Attributes:
-        params: sampling parameters; None if nothing is generated, only prompts are scored.
+        params: sampling parameters; None if nothing is generated.
         num_samples: number of completions per prompt.
         chat: see `Answer`.
-        echo: include scores of the prompts.
+        echo: return the prompts too.
         top_logprobs: number of most likely tokens to return at each position; None for no log-probabilities.
     """
 
@@ -33,18 +32,13 @@ class Plan:
     echo: bool = False
     top_logprobs: int | None = None
 
-    @property
-    def needs_scores(self) -> bool:
-        """Whether it needs log-probabilities that sampling does not provide: of prompts, or of other tokens."""
-        return self.top_logprobs is not None and (self.echo or self.top_logprobs > 0)
-
 
 class Run:
     """A running request.
 
     Attributes:
         answers: the completions, samples of the first prompt first.
-        scores: log-probabilities of prompt and completion, for each completion; only if the plan needs them.
+        prompt_tokens: the tokens of each prompt with log-probabilities; only if the plan wants both.
     """
 
     def __init__(self, worker: EngineWorker, plan: Plan, metrics: Metrics) -> None:
@@ -52,7 +46,7 @@ class Run:
         count = len(plan.prompts) * plan.num_samples
         self.plan = plan
         self.answers = [Answer(tokenizer, plan.stops, chat=plan.chat) for _ in range(count)]
-        self.scores: list[TokenScores] = []
+        self.prompt_tokens: list[list[Token]] = []
         self._worker = worker
         self._metrics = metrics
         self._generation: Generation | None = None
@@ -67,11 +61,8 @@ class Run:
     def num_generated_tokens(self) -> int:
         return sum(answer.num_tokens for answer in self.answers)
 
-    def prompt_of(self, number: int) -> Sequence[int]:
-        return self.plan.prompts[number // self.plan.num_samples]
-
     async def start(self) -> None:
-        """Queues the prompts in the engine.
+        """Queues the prompts in the engine, and scores them if requested.
 
         Raises:
             UserError: the engine refuses one.
@@ -79,12 +70,18 @@ class Run:
         self._metrics.prompt_tokens.inc(self.num_prompt_tokens)
         if self.plan.params is not None:
             self._generation = await self._worker.generate(self.plan.prompts, self.plan.params)
+        if self.plan.echo and self.plan.top_logprobs is not None:
+            for prompt in self.plan.prompts:
+                scores = await self._worker.score(prompt, self.plan.top_logprobs)
+                scored = map(Token, prompt[1:], scores.logprobs, scores.top)
+                self.prompt_tokens.append([Token(prompt[0], None), *scored])
 
     async def deltas(self) -> AsyncIterator[dict[int, Delta]]:
         """Yields additions to the answers, by number of the answer, as they are generated."""
         if self._generation is None:
             for answer in self.answers:
                 answer.whole.finish_reason = "length"
+            yield {number: answer.whole for number, answer in enumerate(self.answers)}
             return
         async for batch in self._generation:
             self._first = self._first or time.perf_counter()
@@ -98,14 +95,9 @@ class Run:
             yield gained
 
     async def finish(self) -> None:
-        """Waits for the complete answers, and scores them if needed."""
+        """Waits for the complete answers."""
         async for _ in self.deltas():
             pass
-        if not self.plan.needs_scores:
-            return
-        for number, answer in enumerate(self.answers):
-            ids = [*self.prompt_of(number), *(token.id for token in answer.whole.tokens)]
-            self.scores.append(await self._worker.score(ids, self.plan.top_logprobs or 0))
 
     def close(self) -> None:
         """Cancels unfinished completions and records the metrics."""
