@@ -65,7 +65,7 @@ def unbroken(new_base: Callable[[], Path]) -> Path:
     return base
 
 
-@pytest.mark.parametrize("earliest_kill", [1, 7])
+@pytest.mark.parametrize("earliest_kill", [1, pytest.param(7, marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_exactly(earliest_kill: int, unbroken: Path, new_base: Callable[[], Path]) -> None:
     base = new_base()
     seed = time.time_ns()

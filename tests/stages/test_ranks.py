@@ -1,4 +1,4 @@
-"""Fine-tuning and reinforcement learning on 2 and 3 processes train what one process trains, in double precision."""
+"""Fine-tuning and reinforcement learning on 2 or 3 processes train what one process trains, in double precision."""
 
 from __future__ import annotations
 
@@ -74,15 +74,16 @@ def diary(base: Path, world_size: int) -> dict[tuple[int, int], tuple[str, float
     return entries
 
 
-def train(stage: str, world_size: int, pretrained: Path) -> dict[str, torch.Tensor]:
-    config = pretrained / f"{stage}_{world_size}.yaml"
-    own = pretrained / f"{stage}_{world_size}"
-    own.mkdir()
+def train(stage: str, world_size: int, pretrained: Path, folder: Path) -> dict[str, torch.Tensor]:
+    """Trains on a number of processes; the losses are recorded in a folder in ``folder``, whose name tags the run."""
+    own, tag = folder / str(world_size), f"{folder.name}_{world_size}"
+    own.mkdir(parents=True)
+    config = own / "config.yaml"
     config.write_text(STAGES[stage] + COMMON.format(base=own))
     ranks = start_fit(
         [
             *("--config", str(config), "--ckpt_path", str(pretrained / "base_checkpoints" / "tiny")),
-            *("--model.tag", str(world_size), "--trainer.devices", str(world_size)),
+            *("--model.tag", tag, "--trainer.devices", str(world_size)),
             *(("--trainer.strategy", "zero2_muon") if world_size > 1 else ()),
         ],
         pretrained,
@@ -95,13 +96,13 @@ def train(stage: str, world_size: int, pretrained: Path) -> dict[str, torch.Tens
         rank.kill()
     text = "\n".join(path.read_text()[-3000:] for path in pretrained.glob("output_rank*.txt"))
     assert [rank.exitcode for rank in ranks] == [0] * world_size, text
-    folder = {"sft": "chatsft_checkpoints", "grpo": "chatrl_checkpoints"}[stage]
-    return load_model_state(find_checkpoint(pretrained / folder / str(world_size)))
+    checkpoints = {"sft": "chatsft_checkpoints", "grpo": "chatrl_checkpoints"}[stage]
+    return load_model_state(find_checkpoint(pretrained / checkpoints / tag))
 
 
-def figures(pretrained: Path, world_size: int) -> list[dict[str, float]]:
+def figures(pretrained: Path, folder: Path, world_size: int) -> list[dict[str, float]]:
     """Logged metrics of the samples of each step."""
-    (path,) = (pretrained / "logs" / "grpo" / str(world_size)).rglob("metrics.csv")
+    (path,) = (pretrained / "logs" / "grpo" / f"{folder.name}_{world_size}").rglob("metrics.csv")
     names = ["reward", "pass@1", "length", "truncated", "entropy", "no_signal", "sampled_tokens", "tokens"]
     with path.open() as file:
         rows = [row for row in csv.DictReader(file) if row["train/loss"]]
@@ -118,25 +119,25 @@ def by_step(entries: dict[tuple[int, int], tuple[str, float]]) -> dict[int, tupl
     return steps
 
 
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stage", STAGES)
-def test_two_ranks_train_the_same_as_one(stage: str, pretrained: Path) -> None:
-    weights = {world_size: train(stage, world_size, pretrained) for world_size in (1, 2, 3)}
-    entries = {world_size: diary(pretrained / f"{stage}_{world_size}", world_size) for world_size in weights}
-    losses = [loss for _, loss in entries[1].values()]
+def test_several_ranks_train_the_same_as_one(stage: str, ranks: int, pretrained: Path) -> None:
+    folder = pretrained / f"{stage}_of_{ranks}"
+    alone, shared = (train(stage, world_size, pretrained, folder) for world_size in (1, ranks))
+    expected, found = (diary(folder / str(world_size), world_size) for world_size in (1, ranks))
+    losses = [loss for _, loss in expected.values()]
     assert len(losses) == 3 * 6 and any(losses)
+    assert found.keys() == expected.keys()
     if stage == "grpo":
         assert not all(losses), "no empty micro-batch"
-    for world_size in (2, 3):
-        assert entries[world_size].keys() == entries[1].keys()
-        if stage == "grpo":
-            # Each rank divides its own rows into micro-batches. Losses are scaled by the micro-batches per step.
-            for step, (rows, total) in by_step(entries[1]).items():
-                assert by_step(entries[world_size])[step] == (rows, pytest.approx(total, abs=1e-9))
-            for shared, alone in zip(figures(pretrained, world_size), figures(pretrained, 1), strict=True):
-                assert shared == pytest.approx(alone)
-        else:
-            for place, (content, loss) in entries[1].items():
-                assert entries[world_size][place] == (content, pytest.approx(loss, abs=1e-10))
-        for name, tensor in weights[1].items():
-            assert tensor.dtype == torch.float64
-            torch.testing.assert_close(weights[world_size][name], tensor, rtol=0, atol=1e-10, msg=name)
+        # Each rank divides its own rows into micro-batches. Losses are scaled by the micro-batches per step.
+        for step, (rows, total) in by_step(expected).items():
+            assert by_step(found)[step] == (rows, pytest.approx(total, abs=1e-9))
+        for several, one in zip(figures(pretrained, folder, ranks), figures(pretrained, folder, 1), strict=True):
+            assert several == pytest.approx(one)
+    else:
+        for place, (content, loss) in expected.items():
+            assert found[place] == (content, pytest.approx(loss, abs=1e-10))
+    for name, tensor in alone.items():
+        assert tensor.dtype == torch.float64
+        torch.testing.assert_close(shared[name], tensor, rtol=0, atol=1e-10, msg=name)
