@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-# Set before torch is imported: tests, and the processes they start, use one thread each.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Set before torch is imported: tests, and the processes they start, use one thread each. Threads do not survive a fork,
+# and sums depend on their number.
+os.environ["OMP_NUM_THREADS"] = "1"
 # All x86 CPUs run the AVX2 kernels, so that rounding errors are the same on each of them.
 os.environ.update(ATEN_CPU_CAPABILITY="avx2", MKL_CBWR="AVX2", ONEDNN_MAX_CPU_ISA="AVX2")
 # Compiled kernels depend on that choice, which is not part of torch's cache key: tests have a separate cache.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,14 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lmchat import losses as head
 from lmchat.losses import linear_cross_entropy, softcap
 from lmchat.types import IGNORE_INDEX
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def plain(

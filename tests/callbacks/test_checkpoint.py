@@ -175,12 +175,6 @@ def train(
     return module
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    """Uses one thread: threads do not survive a fork, and their sums may differ."""
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Module:
     folder = tmp_path_factory.mktemp("unbroken")

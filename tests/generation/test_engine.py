@@ -34,14 +34,6 @@ BOS, ASSISTANT_END, PYTHON_START, PYTHON_END, OUTPUT_START, OUTPUT_END = (
 )
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def _model(compute_dtype: torch.dtype = torch.float64, seed: int = 0) -> GPT:
     """A model with random, non-zero weights and short windows, in float64 to avoid ties by rounding."""
     config = GPTConfig(

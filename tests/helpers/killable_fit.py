@@ -6,7 +6,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.callbacks import Callback
 
 from forked import start_ranks
@@ -36,7 +35,6 @@ class LossRecorder(Callback):
 
 def _fit(args: list[str]) -> int:
     """One rank: `lmchat fit ARGS`."""
-    torch.set_num_threads(1)
     checkpoint.INTERRUPTED_PEER_TIMEOUT_SECONDS = 3.0  # rank 0 waits this long if rank 1 is killed in a save
     return main(["fit", *args])
 

@@ -247,7 +247,6 @@ def new_groups(ranks: list[int]) -> Groups:
 
 
 def main(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
     groups = {size: new_groups(list(range(size))) for size in range(1, RANKS + 1)}
     results: dict[str, Any] = {}

@@ -98,7 +98,6 @@ def count_collectives(module: Module) -> None:
 
 def fit(folder: Path, devices: int, sigterm_at: int | None = None) -> None:
     """One rank's run. The last rank sends itself SIGTERM in micro-batch ``sigterm_at``."""
-    torch.set_num_threads(1)
     module = Module(folder, sigterm_at)
     count_collectives(module)
     trainer = L.Trainer(

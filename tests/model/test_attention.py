@@ -31,14 +31,6 @@ CPU = torch.device("cpu")
 SETTING: dict[str, Any] = {"device": CPU, "dtype": torch.float32, "head_dim": 16, "grouped": False}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def fresh_choice() -> Iterator[None]:
     choose_backend.cache_clear()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -15,14 +13,6 @@ from lmchat.model.gpt import GPT, Linear
 pytest.importorskip("torchao")
 
 CONFIG = GPTConfig(sequence_len=16, vocab_size=70, n_layer=3, n_head=2, n_kv_head=1, n_embd=256)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def model(config: GPTConfig = CONFIG) -> GPT:

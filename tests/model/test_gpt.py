@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,6 @@ from reference_engine import KVCache
 
 SMALL = GPTConfig(sequence_len=16, vocab_size=70, n_layer=5, n_head=4, n_kv_head=2, n_embd=64, window_pattern="SSL")
 NATIVE = replace(SMALL, window_pattern="L", value_embeddings=False, residual_mix=False)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def random_model(config: GPTConfig = SMALL, seed: int = 0, **options: Any) -> GPT:
