@@ -8,7 +8,7 @@ TEXT ?=
 OUTPUT ?= runs/demo$(if $(TEXT),-$(shell basename -- "$(TEXT)"))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo tokenizer pretrain sft rl chat serve speedrun test test-slow test-torch211 test-gpu bench-gpu gpu-wheels lint types format bench bench-rollouts loss-compare clean
+.PHONY: help setup demo tokenizer pretrain sft rl chat serve speedrun test test-slow test-torch211 test-gpu bench-gpu gpu-wheels lint types format bench bench-lowering bench-rollouts loss-compare clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,9 +66,12 @@ test-slow: $(INSTALLED)  ## run the long tests
 
 # The suite on the oldest torch that is supported; PyPI's wheel brings CUDA's libraries, 7 GB in all.
 TORCH211 := .venv-torch211
-test-torch211:  ## run the tests on torch 2.11, in an environment of its own
+$(TORCH211)/.installed: pyproject.toml
 	@test -x $(TORCH211)/bin/python || $(PYTHON) -m venv $(TORCH211)
 	@$(TORCH211)/bin/python -m pip install -q 'torch==2.11.*' -e '.[dev,plot,serve]'
+	@touch $@
+
+test-torch211: $(TORCH211)/.installed  ## run the tests on torch 2.11, in an environment of its own
 	@$(TORCH211)/bin/python -m pytest -m 'not slow and not gpu' -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
 # On a GPU image without pip or a network: the image's own Python, and four packages that are carried to it, as the
@@ -97,7 +100,10 @@ format: $(INSTALLED)  ## format the code
 	@$(BIN)/python -m ruff format . && $(BIN)/python -m ruff check --fix .
 
 bench: $(INSTALLED)  ## measure the CPU benchmarks, as ratios within one run
-	@for file in benchmarks/*.py; do case $$file in *gpu*|*rollouts*|*loss_compare*) ;; *) echo "== $$file"; $(BIN)/python $$file || exit 1;; esac; done
+	@for file in benchmarks/*.py; do case $$file in *gpu*|*rollouts*|*lowering*|*loss_compare*) ;; *) echo "== $$file"; $(BIN)/python $$file || exit 1;; esac; done
+
+bench-lowering: $(TORCH211)/.installed  ## count the memory traffic of a training step on an H100, without one (DEPTH=12, ROWS=32)
+	@$(TORCH211)/bin/python benchmarks/lowering.py $(if $(DEPTH),--depth $(DEPTH)) $(if $(ROWS),--rows $(ROWS))
 
 bench-rollouts:  ## measure sampling on one card, under 5 minutes (TOY=--toy rehearses on a CPU)
 	@$(ON_GPU) benchmarks/rollouts.py $(TOY)

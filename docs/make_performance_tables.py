@@ -29,10 +29,10 @@ BYTES_PER_SECOND = 3.35e12
 """Of an H100's memory, by its data sheet."""
 POINTWISE_WIDTHS = 66
 """bf16 activations of the model's width that the fused kernels of one block read and write per token, forward and
-backward, the residual mix and the casts of weights included; counted by lowering: d12 with 32 rows 60 without value
-embeddings and 66 with, d26 with 8 rows 67 and 73."""
+backward, the residual mix and the casts of weights included; counted by benchmarks/lowering.py: d12 with 32 rows 60
+without value embeddings and 66 with, d26 with 8 rows 67 and 73."""
 HEAD_PASSES = 2
-"""Times that the fused kernel between the head's products reads or writes the bf16 logits; counted by lowering."""
+"""Times that the fused kernel between the head's products reads or writes the bf16 logits; counted likewise."""
 
 WAYS: dict[str, dict[str, Any]] = {
     "1 row": {"rows": 1},
