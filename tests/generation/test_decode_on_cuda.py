@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from fake_cuda import fake_cuda
-from lmchat.generation.runner import Runner
+from lmchat.generation.decode_state import StepOutput
+from lmchat.generation.runner import Runner, _read
 from lmchat.generation.sampling import SamplingMode
 from lmchat.generation.sequence import SharedPrompt
 from lmchat.model import gpt
@@ -53,3 +56,23 @@ def test_a_decode_step_does_not_wait_for_the_device(
         assert waits.count == 0
         assert all(field.is_cuda and field.shape[0] == 6 for field in output)
         assert output.top_ids.shape == output.top_logprobs.shape == (6, mode.top_logprobs)
+
+
+class OnGPU(torch.Tensor):
+    """A tensor that says that it is on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("top", [0, 3])
+def test_outputs_of_several_steps_are_read_together(top: int) -> None:
+    def output(step: int) -> StepOutput:
+        draw = partial(torch.rand, generator=torch.Generator().manual_seed(step))
+        tokens, ids = ((30_000 * draw(*shape)).long() for shape in ((6,), (6, top)))
+        return StepOutput(tokens, draw(6) > 0.5, -draw(6), ids, -draw(6, top))
+
+    outputs = [output(step) for step in range(4)]
+    decoded = _read([StepOutput(*(field.as_subclass(OnGPU) for field in each)) for each in outputs], rows=5)
+    for name, found in decoded._asdict().items():
+        expected = torch.stack([getattr(each, name)[:5] for each in outputs]).numpy()
+        assert found.shape == expected.shape and (found == expected).all(), name
