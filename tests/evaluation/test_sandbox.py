@@ -51,7 +51,7 @@ def descendants_named(marker: str) -> list[str]:
 
 def test_programs_are_graded() -> None:
     assert run(SOLUTION).passed
-    assert run("import math, re, heapq, collections, hashlib, typing\n" + SOLUTION).passed
+    assert run("import base64, collections, hashlib, heapq, lzma, math, re, secrets, typing, zlib\n" + SOLUTION).passed
     for wrong in ("def square(x):\n    return x + x\n", "def other(x):\n    return x * x\n", "I do not know", ""):
         assert not run(wrong).passed
     assert "ZeroDivisionError" in run("def square(x):\n    return 1 / 0\n").reason
@@ -263,6 +263,14 @@ import os
 for fd in [os.memfd_create('x') for _ in range(60)]:
     for _ in range(100):
         os.write(fd, bytes(1 << 20))
+""",
+    "shared memory without a process": """
+import ctypes
+assert ctypes.CDLL(None).shmget(0, 1 << 20, 0o1600) >= 0
+""",
+    "message queues": """
+import ctypes
+assert ctypes.CDLL(None).msgget(0, 0o1600) >= 0
 """,
     "stops itself": """
 import os, signal

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
+import importlib
 import json
 import math
 import os
@@ -29,14 +31,19 @@ CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
 MS_BIND, MS_REC, MS_PRIVATE = 1 << 12, 1 << 14, 1 << 18
 MNT_DETACH = 2
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
+SHMGET_MSGGET = {"x86_64": (0xC000003E, 29, 68), "aarch64": (0xC00000B7, 194, 186)}
+"""By machine: its number in system-call filters, and the numbers of these two calls."""
 CAPABILITIES_V3 = 0x20080522
 FIRST_UID = 0x60000000
 """First user id for the programs that root tests: process limits do not apply to root."""
 NOBODY = 65534
 MAX_MESSAGE_BYTES = 1 << 24
 
+for _module in ("binascii", "_bz2", "_lzma", "zlib"):  # their shared libraries are not in the jail
+    with contextlib.suppress(ImportError):
+        importlib.import_module(_module)
 libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -164,6 +171,29 @@ def drop_capabilities() -> None:
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     header = struct.pack("Ii", CAPABILITIES_V3, 0)
     libc.capset(header, bytes(24))
+
+
+def forbid_persistent_memory() -> None:
+    """Forbids System V shared memory and message queues, to which no limit applies. Needs `drop_capabilities`.
+
+    The filter is a BPF program of (operation, jump if true, jump if false, constant), see seccomp(2).
+    """
+    if (numbers := SHMGET_MSGGET.get(platform.machine())) is None:
+        return
+    machine, shmget, msgget = numbers
+    load, equal, at_least, answer = 0x20, 0x15, 0x35, 0x06
+    steps = [
+        (load, 0, 0, 4),  # the machine
+        (equal, 0, 5, machine),
+        (load, 0, 0, 0),  # the system call
+        (at_least, 3, 0, 1 << 30),  # 32-bit variants
+        (equal, 2, 0, shmget),
+        (equal, 1, 0, msgget),
+        (answer, 0, 0, 0x7FFF0000),  # allowed
+        (answer, 0, 0, 0x50000 | errno.EPERM),
+    ]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
+    libc.prctl(PR_SET_SECCOMP, 2, struct.pack("HP", len(steps), ctypes.addressof(code)))
 
 
 def limit(limits: dict[str, Any]) -> None:
@@ -352,6 +382,7 @@ def judge_candidate(request: dict[str, Any]) -> None:
         os.chdir("/tmp" if request["isolated"] else request["root"])
         limit(request["limits"])
         drop_capabilities()
+        forbid_persistent_memory()
         run_candidate(request, *keep)
 
     fork(candidate)
