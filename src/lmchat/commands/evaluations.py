@@ -166,4 +166,6 @@ def _report(evaluators: Iterable[Benchmark], subject: Subject, mean_name: str | 
     console.print(table)
     console.print(f"Results are in {subject.path}", soft_wrap=True, highlight=False)
     if failed := [name for name, result in results.items() if "error" in result]:
+        if ranks()[0] > 0:  # rank 0 has the message
+            raise SystemExit(2)
         raise UserError(f"{len(failed)} of {len(results)} tasks failed; the same command repeats {', '.join(failed)}")
