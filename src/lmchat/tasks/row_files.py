@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from lmchat.paths import expand_user
 from lmchat.records import (
@@ -69,6 +69,15 @@ class Rows(Protocol):
         """File and line (or row) for error messages."""
 
 
+class _Places(NamedTuple):
+    """Where rows are: for each its number, start and end (exclusive) in ``content``, which may be in ``folder``."""
+
+    spans: array[int]
+    content: Path
+    folder: tempfile.TemporaryDirectory[str] | None
+    unit: str
+
+
 class TextRows:
     """The non-blank lines of a JSON lines file, the values of another JSON file, or the rows of a CSV file.
 
@@ -88,7 +97,7 @@ class TextRows:
             else:
                 with path.open("rb") as raw:  # positions in the file, of which a byte order mark is a part
                     self._index(_bounded_lines(path, raw), "line", first=1, copied=False)
-        if self.unit == "line" and len(self) and not self._is_by_line(kind):
+        if self._places.unit == "line" and len(self) and not self._is_by_line(kind):
             self._read_values(kind)
 
     @contextlib.contextmanager
@@ -111,7 +120,7 @@ class TextRows:
                 if _row_of(line):
                     spans.extend((number, position, position + len(line)))
                 position += len(line)
-        self._spans, self._folder, self._content, self.unit = spans, folder, content, unit
+        self._places = _Places(spans, content, folder, unit)
 
     def _keep_rows(self, rows: Iterable[Any], unit: str) -> None:
         self._index((json.dumps(row).encode() + b"\n" for row in rows), unit, first=0, copied=True)
@@ -123,7 +132,7 @@ class TextRows:
 
     def _read_values(self, kind: str) -> None:
         """Reads an array of rows, one row, or several. Lines stay as they are if that fails or if each is a row."""
-        by_line, lines = vars(self).copy(), len(self)
+        by_line, lines = self._places, len(self)
         try:
             with self._text() as (file, _):
                 self._keep_rows(json_values(file, str(self.path), MAX_LINE_BYTES), "element")
@@ -135,15 +144,15 @@ class TextRows:
         if len(self) and all(_is_message(self[index]) for index in range(len(self))):
             self._keep_rows([[self[index] for index in range(len(self))]], "element")
         if kind in JSON_LINES_SUFFIXES and len(self) == lines:
-            vars(self).update(by_line)
+            self._places = by_line
 
     def _line(self, index: int) -> bytes:
-        _, start, end = self._spans[3 * index : 3 * index + 3]
-        with self._content.open("rb") as file:
+        _, start, end = self._places.spans[3 * index : 3 * index + 3]
+        with self._places.content.open("rb") as file:
             return _row_of(os.pread(file.fileno(), end - start, start))
 
     def __len__(self) -> int:
-        return len(self._spans) // 3
+        return len(self._places.spans) // 3
 
     def __getitem__(self, index: int) -> Any:
         try:
@@ -154,7 +163,7 @@ class TextRows:
             raise MalformedRow(f"not JSON: {error}") from None
 
     def location(self, index: int) -> str:
-        return f"{self.path}, {self.unit} {self._spans[3 * index]}"
+        return f"{self.path}, {self._places.unit} {self._places.spans[3 * index]}"
 
 
 def _bounded_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
