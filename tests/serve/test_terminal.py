@@ -136,6 +136,24 @@ def test_a_terminal_asks_before_dropping_turns(
     assert ("a" * 50 in str(terminal.chat.messages)) == (answers == 1)
 
 
+def test_ctrl_c_at_the_question_whether_to_drop_turns_keeps_the_conversation(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.setenv("LMCHAT_BASE_DIR", str(tmp_path))
+    replies = iter(["a" * 50, "b" * 50, KeyboardInterrupt, "/quit"])
+
+    def reply(_: str) -> str:
+        if (line := next(replies)) is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        return str(line)
+
+    monkeypatch.setattr("builtins.input", reply)
+    terminal = Terminal(context_limit=100)
+    terminal.run(monkeypatch, terminal=True)
+    assert next(replies, None) is None and len(terminal.prompts) == 1
+    assert [message["role"] for message in terminal.chat.messages] == ["user", "assistant"]
+
+
 def test_ctrl_c_stops_an_answer_in_a_terminal(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

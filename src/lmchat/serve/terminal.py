@@ -86,10 +86,9 @@ class TerminalChat:
 
     def _take(self, question: str) -> None:
         """Answers a line of the user; on errors the conversation does not change."""
-        if not self._make_room(question):
-            return
         try:
-            self.ask(question)
+            if self._make_room(question):
+                self.ask(question)
         except UserError as error:
             print(f"{error}; this message is ignored, /reset starts a new conversation", file=sys.stderr)
         except KeyboardInterrupt:
