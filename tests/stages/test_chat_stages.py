@@ -5,10 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import lightning.pytorch  # noqa: F401  (its log handler keeps the stderr of its import: not that of one test)
+import numpy as np
 import pytest
 import torch
 
@@ -256,8 +259,21 @@ def rendered(tiny_base: Path, tmp_path: Path) -> tuple[Mixture, Tokenizer, Rende
 
 def test_every_conversation_is_in_the_plan_once(rendered: tuple[Mixture, Tokenizer, RenderedConversations]) -> None:
     plan = PaddedPlan(rendered[2], 128, 8)
-    assert sorted(document for row in plan.rows for document, _ in row) == list(range(70))
+    assert sorted(plan.documents(0, plan.num_rows)) == list(range(70))
     assert sum(plan.loss_tokens(step) for step in range(plan.steps)) == rendered[2].loss_tokens.sum()
+
+
+def test_a_plan_takes_few_bytes_per_conversation() -> None:
+    lengths = np.random.default_rng(0).integers(1, 65, 10_000)
+    conversations = cast(RenderedConversations, SimpleNamespace(lengths=lengths))
+    tracemalloc.start()
+    try:
+        plan = PaddedPlan(conversations, 64, 8)
+        held = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert len(plan.documents(0, plan.num_rows)) == 10_000
+    assert held < 20 * 10_000, "8 for its index, and 8 for each row and the spare room of the arrays"
 
 
 def test_padding_and_masked_rows_equal_those_of_the_batches(tmp_path: Path, tiny_base: Path) -> None:
@@ -266,10 +282,10 @@ def test_padding_and_masked_rows_equal_those_of_the_batches(tmp_path: Path, tiny
     render_all(Mixture([MixturePart(Arithmetic("train", size=40))]), tokenizer, 48, tmp_path, title="")
     conversations = RenderedConversations(tmp_path)
     plan = PaddedPlan(conversations, 48, 1)
-    batches = PaddedBatches(plan, bos_id=tokenizer.bos_id, micro_batch_size=1, num_batches=len(plan.rows))
+    batches = PaddedBatches(plan, bos_id=tokenizer.bos_id, micro_batch_size=1, num_batches=plan.num_rows)
     masked = sum(bool((batch["targets"] == IGNORE_INDEX).all()) for batch in batches)
-    assert 0 < plan.masked_rows() == masked < len(plan.rows)
-    assert plan.padded_share() == pytest.approx(1 - conversations.lengths.sum() / (49 * len(plan.rows)))
+    assert 0 < plan.masked_rows() == masked < plan.num_rows
+    assert plan.padded_share() == pytest.approx(1 - conversations.lengths.sum() / (49 * plan.num_rows))
 
 
 @pytest.mark.parametrize(("rows", "world"), [(8, 1), (4, 2), (2, 1), (1, 4)])
@@ -285,9 +301,9 @@ def test_batches_have_the_same_rows_for_every_split(
     batches = [batch for round_ in zip(*ranks, strict=True) for batch in round_]
     inputs = torch.cat([batch["inputs"] for batch in batches])
     targets = torch.cat([batch["targets"] for batch in batches])
-    for index, row in enumerate(plan.rows):
+    for index in range(plan.num_rows):
         ids, mask = [], []
-        for document, _ in row:
+        for document in plan.documents(index):
             own_ids, own_mask = render_conversation(tokenizer, mixture[document], 128)
             ids += own_ids
             mask += own_mask
@@ -295,7 +311,7 @@ def test_batches_have_the_same_rows_for_every_split(
         expected += [IGNORE_INDEX] * (129 - len(expected))
         assert targets[index].tolist() == expected[1:]
         assert inputs[index, : min(len(ids), 128)].tolist() == ids[:128]
-    assert (targets[len(plan.rows) :] == IGNORE_INDEX).all()
+    assert (targets[plan.num_rows :] == IGNORE_INDEX).all()
     live = [int((batch["targets"] != IGNORE_INDEX).sum()) for batch in batches]
     per_step = 8 // rows
     for step in range(plan.steps):

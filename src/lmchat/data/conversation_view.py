@@ -62,7 +62,7 @@ def show_conversations(
         console.print(note)
     console.print(str(report))
     console.print(
-        f"packed into rows of {max_tokens:,} tokens: {len(plan.rows):,} rows, {plan.padded_share():.1%} padding, "
+        f"packed into rows of {max_tokens:,} tokens: {plan.num_rows:,} rows, {plan.padded_share():.1%} padding, "
         f"{plan.masked_rows():,} rows without loss"
     )
 

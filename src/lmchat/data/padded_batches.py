@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import IterableDataset
 
 from lmchat.data.fingerprint import check_fingerprint
-from lmchat.data.packing import BestFitPacker, PackedRow
+from lmchat.data.packing import BestFitPacker
 from lmchat.data.position import count_in
 from lmchat.data.rendered import RenderedConversations
 from lmchat.types import IGNORE_INDEX, Batch
@@ -35,38 +37,47 @@ class PaddedPlan:
         self.conversations = conversations
         self.sequence_len = sequence_len
         self.rows_per_step = rows_per_step
-        self.rows: list[PackedRow] = list(
-            BestFitPacker(
-                conversations.lengths,
-                row_tokens=sequence_len + 1,
-                buffer_size=BUFFER_SIZE,
-                refill=1,
-                policy="pad",
-                epochs=1,
-            )
+        packer = BestFitPacker(
+            conversations.lengths,
+            row_tokens=sequence_len + 1,
+            buffer_size=BUFFER_SIZE,
+            refill=1,
+            policy="pad",
+            epochs=1,
         )
+        # Integers of 8 bytes instead of lists: there may be millions of conversations.
+        documents, bounds = array("q"), array("q", [0])
+        for row in packer:
+            documents.extend(document for document, _ in row)
+            bounds.append(len(documents))
+        self._documents, self._bounds = np.asarray(documents), np.asarray(bounds)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._bounds) - 1
 
     @property
     def steps(self) -> int:
-        return -(-len(self.rows) // self.rows_per_step)
+        return -(-self.num_rows // self.rows_per_step)
 
-    def row(self, index: int) -> PackedRow:
-        """Row number ``index`` of the epoch; empty beyond the last."""
-        return self.rows[index] if index < len(self.rows) else []
+    def documents(self, first_row: int, rows: int = 1) -> npt.NDArray[np.int64]:
+        """Indices of the conversations in ``rows`` rows of the epoch, in order; none beyond the last row."""
+        start, end = self._bounds[np.minimum((first_row, first_row + rows), self.num_rows)]
+        return self._documents[start:end]
 
     def padded_share(self) -> float:
         """Share of the positions of all rows that are padding."""
-        return 1 - sum(length for row in self.rows for _, length in row) / (len(self.rows) * (self.sequence_len + 1))
+        return 1 - int(self.conversations.lengths.sum()) / (self.num_rows * (self.sequence_len + 1))
 
     def masked_rows(self) -> int:
         """Number of rows without a token that receives loss."""
-        counts = self.conversations.loss_tokens
-        return sum(not any(counts[document] for document, _ in row) for row in self.rows)
+        counts = np.add.reduceat(self.conversations.loss_tokens[self._documents], self._bounds[:-1])
+        return int((counts == 0).sum())
 
     def loss_tokens(self, step: int) -> int:
         """Tokens with loss in an optimizer step over all ranks; at least 1, since the loss is divided by it."""
-        rows = self.rows[step * self.rows_per_step : (step + 1) * self.rows_per_step]
-        return max(1, int(sum(self.conversations.loss_tokens[document] for row in rows for document, _ in row)))
+        documents = self.documents(step * self.rows_per_step, self.rows_per_step)
+        return max(1, int(self.conversations.loss_tokens[documents].sum()))
 
 
 class PaddedBatches(IterableDataset[Batch]):
@@ -104,7 +115,7 @@ class PaddedBatches(IterableDataset[Batch]):
         self.fingerprint = fingerprint or {}
         if state is not None:
             check_fingerprint(state.get("data"), self.fingerprint)
-        rows = count_in(state, "rows", len(plan.rows)) if state else 0
+        rows = count_in(state, "rows", plan.num_rows) if state else 0
         self.first = rows // (micro_batch_size * world_size)
         self.num_batches = num_batches
 
@@ -122,7 +133,7 @@ class PaddedBatches(IterableDataset[Batch]):
                 rows = (number + 1) * self.micro_batch_size * self.world_size
                 batch["state"] = {
                     "rows": rows,
-                    "epoch": min(1.0, rows / len(self.plan.rows)),
+                    "epoch": min(1.0, rows / self.plan.num_rows),
                     "data": self.fingerprint,
                 }
             yield batch
@@ -132,8 +143,9 @@ class PaddedBatches(IterableDataset[Batch]):
         tokens, targets = np.full(shape, self.bos_id, np.int64), np.full(shape, IGNORE_INDEX, np.int64)
         for line in range(self.micro_batch_size):
             at = 0
-            for document, length in self.plan.row(first_row + line):
+            for document in self.plan.documents(first_row + line):
                 ids, mask = self.plan.conversations[document]
+                length = len(ids)
                 tokens[line, at : at + length] = ids
                 targets[line, at : at + length][mask] = ids[mask]
                 at += length

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -116,13 +116,14 @@ class RenderedConversations:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._tokens = np.load(folder / "tokens.npy", mmap_mode="r")
-        self._mask = np.load(folder / "mask.npy", mmap_mode="r")
-        self._offsets = np.load(folder / "offsets.npy")
-        self.loss_tokens: npt.NDArray[np.int64] = np.load(folder / "supervised.npy")
-        self.cut_tokens: npt.NDArray[np.int64] = np.load(folder / "cut_tokens.npy")
-        self.checksums: npt.NDArray[np.uint32] = np.load(folder / "checksums.npy")
-        self.lengths: npt.NDArray[np.int64] = np.diff(self._offsets)
+        def mapped(name: str) -> Any:
+            return np.load(folder / f"{name}.npy", mmap_mode="r")
+
+        self._tokens, self._mask, self._offsets = mapped("tokens"), mapped("mask"), mapped("offsets")
+        self.loss_tokens: npt.NDArray[np.int64] = mapped("supervised")
+        self.cut_tokens: npt.NDArray[np.int64] = mapped("cut_tokens")
+        self.checksums: npt.NDArray[np.uint32] = mapped("checksums")
+        self.lengths: npt.NDArray[np.int64] = np.diff(np.asarray(self._offsets))
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -88,7 +88,7 @@ def check_mixture(name: str, mixture: Mixture, tokenizer: Tokenizer, sequence_le
             "cropped": _share(cut, lengths),
             "padded": plan.padded_share(),
             "masked_rows": plan.masked_rows(),
-            "rows": len(plan.rows),
+            "rows": plan.num_rows,
         },
     }
 

@@ -130,7 +130,7 @@ class SFTDataModule(ChatDataModule):
         return PaddedPlan(conversations, sequence_len, rows_per_step(tokens, sequence_len))
 
     def _validation_batches(self, plan: PaddedPlan, rank: int, world_size: int) -> PaddedBatches:
-        rows = min(len(plan.rows), self.eval_tokens // self.spec.sequence_len)
+        rows = min(plan.num_rows, self.eval_tokens // self.spec.sequence_len)
         num_batches = max(1, -(-rows // (self.micro_batch_size * world_size)))
         return self._batches(plan, rank, world_size, num_batches=num_batches)
 
