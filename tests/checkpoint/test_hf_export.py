@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -358,6 +359,17 @@ def test_last_is_the_newest_checkpoint(checkpoint: Path, base: Path, capsys: pyt
     printed = capsys.readouterr().out
     assert "NanoChatForCausalLM, 20 tensors" in printed
     assert "not checked: whether transformers loads it, its logits, greedy decoding and chat template" in printed
+
+
+def test_weights_on_a_full_disk_are_reported(checkpoint: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        error = refused([str(checkpoint), "--check", "false", "--output", str(base / "out")], capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "cannot write" in error and "model.safetensors" in error and "make room" in error
+    assert not list(base.glob("out*"))
 
 
 def test_an_export_with_a_modelling_file_can_be_asked_for(checkpoint: Path, base: Path) -> None:

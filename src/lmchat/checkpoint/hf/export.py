@@ -76,7 +76,7 @@ def write_export(
     Raises:
         UserError: a tensor of the checkpoint has no place in the export, or safetensors is missing.
     """
-    save_file = need("safetensors.torch", "an export").save_file
+    save_file, file_error = need("safetensors.torch", "an export").save_file, need("safetensors", "").SafetensorError
     config = GPTConfig(**checkpoint.meta["model"])
     state = load_model_state(checkpoint)
     if native:
@@ -88,7 +88,12 @@ def write_export(
         if part:
             # Copied, since safetensors writes the whole storage of a tensor, even if the tensor is only a part of it.
             stored = {key: tensor.to(stored_dtype(key, dtype), copy=True).contiguous() for key, tensor in part.items()}
-            save_file(stored, folder / name, metadata={"format": "pt"})
+            try:
+                save_file(stored, folder / name, metadata={"format": "pt"})
+            except file_error as error:
+                raise UserError(
+                    f"cannot write {folder / name}: {error}; make room, or choose another folder"
+                ) from error
     _write_configs(folder, config, tokenizer, native, dtype)
     write_tokenizer(tokenizer, folder, form.context_limit(config, native))
     meta = {key: value for key, value in checkpoint.meta.items() if key not in _OF_THE_FILES}
