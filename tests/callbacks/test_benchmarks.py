@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -100,13 +101,20 @@ def without(new_base: Callable[[], Path]) -> Path:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_core_is_logged_and_does_not_change_training(
-    world_size: int, without: Path, new_base: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+    world_size: int,
+    without: Path,
+    new_base: Callable[[], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     base = new_base()
     write_bundle(base / "eval_bundle", broken=False)
     if world_size == 1:
         monkeypatch.setenv("LMCHAT_BASE_DIR", str(base))
         assert main(["fit", *config_options(base, OWN), *CORE, *chat_core(base)]) == 0
+        lines = re.findall(r"step (\d)/5 \| held out: (.*)", capsys.readouterr().out)
+        shown = {int(step): re.findall(r"(?:^|\| )([a-z_]+) ", line) for step, line in lines}
+        assert shown == {0: ["bpb"], 2: ["core"], 3: ["bpb", "chat_core"], 4: ["core"], 5: ["bpb", "core", "chat_core"]}
     else:
         without = new_base()
         ranks = ["--trainer.devices", "2", "--trainer.strategy", "zero2_muon"]

@@ -15,6 +15,7 @@ from lmchat.callbacks.save_config import run_log_dir
 from lmchat.checkpoint.rng import capture_rng, restore_rng
 from lmchat.evaluation.evaluator import Evaluator, is_due
 from lmchat.option_checks import check_count
+from lmchat.progress import print_line
 from lmchat.strategies.lightning_internals import run_validation
 from lmchat.strategies.zero2_muon import reduce_numbers
 
@@ -60,6 +61,7 @@ class Evaluate(Callback):
         due = [evaluator for evaluator in evaluators if self.is_due(trainer, evaluator)]
         failures = reduce_numbers(trainer, torch.tensor([evaluator.failure is not None for evaluator in due]).long())
         intervals: dict[str, tuple[float, float]] = {}
+        shown: list[str] = []
         for evaluator, failed in zip(due, failures.tolist(), strict=True):
             metrics = evaluator.compute()  # also after a failure: it reduces over all ranks and resets the metrics
             evaluator.failure = None
@@ -69,8 +71,12 @@ class Evaluate(Callback):
             for name, value in metrics.items():
                 # As a float64 tensor: Lightning would round a Python float to float32.
                 pl_module.log(f"val/{name}", torch.as_tensor(value, dtype=torch.float64))
+                if not name.startswith("core/"):  # CORE's tasks would be 22 more
+                    shown.append(f"{name} {float(value):.4f}")
         # Otherwise Lightning logs an evaluation after step n at n − 1, but at n at the start and the end.
         pl_module.log("step", float(trainer.global_step))
+        if trainer.is_global_zero and shown and trainer.state.fn == TrainerFn.FITTING:
+            print_line(f"step {trainer.global_step}/{trainer.max_steps} | held out: {' | '.join(shown)}")
         if trainer.is_global_zero and intervals:
             with (run_log_dir(trainer, pl_module) / INTERVALS_FILE).open("a") as file:
                 file.write(json.dumps({"step": trainer.global_step, "intervals": intervals}) + "\n")

@@ -133,18 +133,6 @@ class Monitor(StepCallback):
         # time to get this batch counts, since reinforcement learning samples its batches.
         self._watch.resume(pl_module.evaluated_at)
 
-    def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.state.fn != "fit":
-            return
-        metrics = {
-            name.removeprefix("val/"): float(value)
-            for name, value in trainer.callback_metrics.items()
-            if name.startswith("val/") and not name.startswith("val/core/")  # CORE's tasks would be 22 more
-        }
-        if trainer.is_global_zero and metrics:
-            shown = " | ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-            print_line(f"step {trainer.global_step}/{trainer.max_steps} | held out: {shown}")
-
     def on_step_end(self, trainer: L.Trainer, pl_module: Any, step: int) -> None:
         loss, metrics = pl_module.pop_step_loss(), pl_module.pop_step_metrics()
         self.loss_ema.update(loss)
