@@ -52,7 +52,10 @@ def _save(model, tag, stage) -> None:  # type: ignore[no-untyped-def]  # types w
     for note in model.notes:
         print(f"note: {note}")
     print(f"talk to it: lmchat chat --checkpoint {paths.directory}")
-    print(f"fine-tune it: lmchat fit --config configs/sft.yaml --ckpt_path {paths.directory}")
+    following = {"pretrain": ("fine-tune it", "sft"), "sft": ("continue with reinforcement learning", "grpo")}
+    if (known_stage or "pretrain") in following:
+        what, config = following[known_stage or "pretrain"]
+        print(f"{what}: lmchat fit --config configs/{config}.yaml --ckpt_path {paths.directory}")
 
 
 COMMANDS = {"hf": hf, "nanochat": nanochat}
