@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -305,14 +306,30 @@ def test_an_older_nanochat_is_the_native_variant(
 
 
 @pytest.mark.parametrize(
-    ("folder", "stage"), [("mid_checkpoints", "pretrain"), ("chatsft_checkpoints", "sft"), ("chatrl_checkpoints", "rl")]
+    ("folder", "stage", "next_config"),
+    [
+        ("mid_checkpoints", "pretrain", "sft.yaml"),
+        ("chatsft_checkpoints", "sft", "grpo.yaml"),
+        ("chatrl_checkpoints", "rl", None),
+    ],
 )
-def test_the_stage_follows_from_nanochats_folder(
-    folder: str, stage: str, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+def test_the_stage_and_the_next_one_follow_from_nanochats_folder(
+    folder: str,
+    stage: str,
+    next_config: str | None,
+    tmp_path: Path,
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("LMCHAT_BASE_DIR", str(tmp_path / "base"))
     path = save_nanochat(tmp_path / "nanochat", tokenizer, random_state(GPTConfig(**CONFIG)), CONFIG, folder)
     assert imported(tmp_path / "base", "nanochat", str(path / "model_001000.pt")).stage == stage
+    assert re.findall(r"--config configs/(\S+)", capsys.readouterr().out) == ([next_config] if next_config else [])
+
+
+def quantize(path: Path) -> None:
+    torch.save({name: tensor.to(torch.int8) for name, tensor in torch.load(path).items()}, path)
 
 
 @pytest.mark.parametrize(
@@ -332,6 +349,8 @@ def test_the_stage_follows_from_nanochats_folder(
         ),
         (lambda f: (f / "model_001000.pt").write_bytes(b"x"), "model_001000.pt is damaged"),
         (lambda f: torch.save({"model": 3}, f / "model_001000.pt"), "is not a state dict of tensors"),
+        (lambda f: torch.save({0: torch.ones(3)}, f / "model_001000.pt"), "is not a state dict of tensors"),
+        (lambda f: quantize(f / "model_001000.pt"), "of type torch.int8"),
         (lambda f: torch.save({"smear_gate": torch.ones(3)}, f / "model_001000.pt"), "contains smear_gate"),
         (lambda f: (f.parent.parent / "tokenizer" / "tokenizer.pkl").unlink(), "no tokenizer.pkl in"),
     ],
@@ -388,6 +407,7 @@ def test_a_pickle_cannot_run_code(protocol: int, tmp_path: Path, tokenizer: Toke
         b"ctiktoken.core\nEncoding\n(V/etc/passwd\ntR.",
         b"cbuiltins\neval\n(V1\ntR.",
         b"ctiktoken.core\nEncoding.__init__.__globals__\n.",
+        b"ctiktoken.core\nEncoding\n)R}(Vpat_str\nV((\nVmergeable_ranks\n}Vspecial_tokens\n}ub.",
     ],
 )
 def test_hostile_and_damaged_pickles_give_one_message(content: bytes, tmp_path: Path) -> None:

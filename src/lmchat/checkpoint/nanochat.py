@@ -84,7 +84,9 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # damaged files raise errors of many types
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} is damaged or not a state dict ({reason}); copy it again") from error
-    if not isinstance(state, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()
+    ):
         raise UserError(f"{path} is not a state dict of tensors; give a nanochat model file")
     # Prefix of the names of a compiled model.
     return {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
@@ -103,9 +105,9 @@ def _config(shape: dict[str, Any], state: Mapping[str, torch.Tensor], path: Path
     }
     try:
         check_model_shape(fields)
+        return GPTConfig(**fields)
     except UserError as error:
         raise UserError(f"the model_config of {path}: {error}; copy it again") from error
-    return GPTConfig(**fields)
 
 
 def _settings(meta: dict[str, Any]) -> dict[str, Any]:
@@ -167,6 +169,7 @@ def read_pickled_tokenizer(path: Path) -> Tokenizer:
         if not isinstance(pattern, str) or not all(isinstance(token, bytes) for token in ranks):
             raise TypeError("its ranks and pattern are of the wrong type")
         expected = {name: len(ranks) + index for index, name in enumerate(SPECIAL_TOKENS)}
+        tokenizer = Tokenizer(ranks, pattern)
     except Exception as error:  # damaged or malicious files raise errors of many types
         raise UserError(
             f"{path} is not a nanochat tokenizer ({error}); only a pickled tiktoken Encoding is read, since other "
@@ -176,4 +179,4 @@ def read_pickled_tokenizer(path: Path) -> Tokenizer:
         raise UserError(
             f"{path} has the special tokens {special}; lmchat's models have {', '.join(SPECIAL_TOKENS)} after the ranks"
         )
-    return Tokenizer(ranks, pattern)
+    return tokenizer

@@ -1,4 +1,4 @@
-"""Checks names and shapes of a model's tensors against its config."""
+"""Checks names, shapes and types of a model's tensors against its config."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def shapes(config: GPTConfig) -> dict[str, torch.Size]:
 
 
 def check_tensors(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size], where: str) -> None:
-    """Raises UserError unless the tensors of a state dict have the expected names and shapes."""
+    """Raises UserError unless the tensors of a state dict are floating-point and have the expected names and shapes."""
     unknown, missing = sorted(state.keys() - expected.keys()), sorted(expected.keys() - state.keys())
     if unknown:
         raise UserError(f"{where} contains {_some(unknown)}, which this architecture does not have")
@@ -31,6 +31,8 @@ def check_tensors(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size
                 f"{where} contains {name} of shape {tuple(state[name].shape)}, but its config requires "
                 f"{tuple(expected[name])}; they do not belong to the same model"
             )
+        if not state[name].is_floating_point():
+            raise UserError(f"{where} contains {name} of type {state[name].dtype}; give the model before quantization")
 
 
 def _some(names: list[str]) -> str:
