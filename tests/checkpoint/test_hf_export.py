@@ -330,6 +330,7 @@ def test_weights_in_bf16_halve_the_file(base: Path, tokenizer: Tokenizer, capsys
         assert main(["export", "hf", str(paths.model), *options]) == 0
     sizes = [(folder / "model.safetensors").stat().st_size for folder in folders.values()]
     assert sizes[1] < 0.52 * sizes[0]
+    assert len({path.stat().st_mode for folder in folders.values() for path in folder.iterdir()}) == 1
     assert "parameters in bf16" in capsys.readouterr().out
     loaded = load(folders["bf16"], dtype="auto")
     assert loaded.lm_head.weight.dtype == torch.bfloat16

@@ -84,6 +84,7 @@ def write_export(
     else:
         check_tensors(state, shapes(config), "the checkpoint")
         tensors, padding = dict(state), {}
+    _write_configs(folder, config, tokenizer, native, dtype)
     for name, part in ((form.MODEL_FILE, tensors), (form.PADDING_FILE, padding)):
         if part:
             # Copied, since safetensors writes the whole storage of a tensor, even if the tensor is only a part of it.
@@ -94,7 +95,7 @@ def write_export(
                 raise UserError(
                     f"cannot write {folder / name}: {error}; make room, or choose another folder"
                 ) from error
-    _write_configs(folder, config, tokenizer, native, dtype)
+            shutil.copymode(folder / "config.json", folder / name)  # safetensors lets only the owner read it
     write_tokenizer(tokenizer, folder, form.context_limit(config, native))
     meta = {key: value for key, value in checkpoint.meta.items() if key not in _OF_THE_FILES}
     meta["stage"] = checkpoint.stage
