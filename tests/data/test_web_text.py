@@ -94,7 +94,7 @@ def test_encodings(content: bytes, charset: str | None, text: str) -> None:
 def test_warc(tmp_path: Path, compressed: bool) -> None:
     from warcio.statusandheaders import StatusAndHeaders
 
-    path = tmp_path / ("crawl.warc.gz" if compressed else "crawl.warc")
+    path = tmp_path / ("crawl.warc.wet.gz" if compressed else "crawl.warc")
     with path.open("wb") as file:
         writer = warcio_writer.WARCWriter(file, gzip=compressed)
 

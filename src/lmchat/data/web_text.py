@@ -11,7 +11,7 @@ from lmchat.data.encodings import SAMPLE_BYTES, browser_encoding, detect_encodin
 from lmchat.types import UserError
 
 HTML_SUFFIXES = (".html", ".htm", ".xhtml")
-WARC_SUFFIXES = (".warc",)
+WARC_SUFFIXES = (".warc", ".wet")
 
 _HIDDEN = ("script", "style", "noscript", "template", "head", "svg", "iframe")
 _LINES = ("address", "br", "dd", "details", "dt", "figure", "footer", "form", "header", "hr", "li", "main", "nav", "tr")
