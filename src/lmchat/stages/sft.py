@@ -103,13 +103,16 @@ class SFTDataModule(ChatDataModule):
         splits = tuple(self.mixtures) if self.trainer.state.fn == "fit" else ("val",)
         if "val" not in self.mixtures and self.trainer.state.fn != "fit":
             raise UserError("--data.val is empty, so there is nothing to evaluate; name a task, or use lmchat eval")
+        told = set[str]()
         for split in splits:
             mixture, spec = self.mixtures[split], self.spec
             folder = self._folder(split)
             report = render_all(mixture, spec.tokenizer, spec.sequence_len, folder, title=f"Rendering {split}")
             parts = ", ".join(f"{name} {count:,}" for name, count in mixture.counts().items())
             for note in mixture.notes():
-                print(note, flush=True)
+                if note not in told:  # of files that are split into training and validation
+                    print(note, flush=True)
+            told.update(mixture.notes())
             print(f"{split}: {parts}; {report}", flush=True)
             check_loss(split, report, spec.sequence_len)
 

@@ -260,8 +260,13 @@ def read_rows(path: str | Path, split: str | None = None) -> Rows:
     notes = []
     if hidden:
         notes.append(f"{path}: hidden files and folders passed over: {hidden}")
-    if split is None and (others := sorted(set(visible) - set(files))):
-        notes.append(f"{path}: {len(others)} file(s) of other kinds passed over, such as {others[0].name}")
+    others = sorted(set(visible) - set(files)) if split is None else []
+    for kind, passed in (
+        ("file(s) of other kinds", [file for file in others if file.exists()]),
+        ("link(s) that point nowhere", [file for file in others if not file.exists()]),
+    ):
+        if passed:
+            notes.append(f"{path}: {len(passed)} {kind} passed over, such as {passed[0].name}")
     return ChainedRows([_read_file(file) for file in files], notes)
 
 
