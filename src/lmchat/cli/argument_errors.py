@@ -34,7 +34,10 @@ def explain(message: str, args: Sequence[str]) -> str:
         message = before  # the option of another class; it is refused by the base class too
     option = ".".join(_KEY.findall(message))
     if path := _PATH.search(message):
-        return f"--{option} {path[2]} is {_PATH_PROBLEMS[path[1]]}; give the path of a YAML file"
+        return (
+            f"--{option} {path[2]} is {_PATH_PROBLEMS[path[1]]}; give the path of a YAML file "
+            "(those of lmchat are in the folder configs of its repository, and not installed with it)"
+        )
     if rejected := _REJECTED.search(message):
         owner = match[1] if (match := _CLASS.search(message)) else command
         return (

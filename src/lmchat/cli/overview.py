@@ -79,6 +79,7 @@ def overview(command: str) -> str:
         "",
         f"`{listing(command)}` lists every option with its default. Options may also be set by environment",
         f"variables, for example LMCHAT_{command.upper()}__TRAINER__MAX_STEPS.",
+        "The folder configs is in lmchat's repository; pip does not install it.",
     ]
     return "\n".join(lines)
 
