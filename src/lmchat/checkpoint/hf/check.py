@@ -71,8 +71,9 @@ def check_export(folder: Path, checkpoint: Checkpoint, tokenizer: Tokenizer, *, 
             "pip install 'lmchat[hf]', or leave the check out with --check false"
         )
     net = _stored_model(checkpoint, dtype)
-    loaded, exported_tokenizer = _load(transformers, folder, trust_remote_code=not native)
-    _check_tokenizer(exported_tokenizer, tokenizer)
+    with _quiet(transformers.logging):
+        loaded, exported_tokenizer = _load(transformers, folder, trust_remote_code=not native)
+        _check_tokenizer(exported_tokenizer, tokenizer)
     prompt = _prompt(net.config)
     with torch.inference_mode():
         expected, logits = net(prompt), loaded.eval()(prompt).logits
@@ -88,12 +89,11 @@ def check_export(folder: Path, checkpoint: Checkpoint, tokenizer: Tokenizer, *, 
 def _load(transformers: Any, folder: Path, trust_remote_code: bool) -> tuple[Any, Any]:
     """Loads the export's model, in fp32, and its tokenizer."""
     options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
-    with _quiet(transformers.logging):
-        try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
-            return model, transformers.AutoTokenizer.from_pretrained(folder, **options)
-        except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-            raise _different(f"transformers {transformers.__version__} does not load the export ({error})") from error
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+        return model, transformers.AutoTokenizer.from_pretrained(folder, **options)
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        raise _different(f"transformers {transformers.__version__} does not load the export ({error})") from error
 
 
 @contextmanager
