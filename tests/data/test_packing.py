@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
@@ -73,8 +73,9 @@ def _brute_force(lengths, row_tokens, buffer_size, refill, policy, epochs):  # t
                 shortest = min(range(len(buffer)), key=lambda i: (lengths[buffer[i]], i))
                 row.append((buffer.pop(shortest), room))
             elif policy == "split":
+                longer = [i for i, document in enumerate(buffer) if lengths[document] > row_tokens]
                 longest = max(range(len(buffer)), key=lambda i: (lengths[buffer[i]], -i))
-                cut = (buffer.pop(longest), room)
+                cut = (buffer.pop(longer[0] if longer else longest), room)
                 row.append(cut)
             else:
                 break
@@ -102,6 +103,14 @@ def test_equals_brute_force(case: dict) -> None:
         case["row_tokens"] -= 6  # some documents are longer than a row
     lengths = np.array(case.pop("lengths"))
     assert list(BestFitPacker(lengths, **case)) == _brute_force(lengths.tolist(), **case)
+
+
+def test_a_few_long_documents_are_read_in_turn_though_the_buffer_has_many_epochs_of_them() -> None:
+    lengths = 500 + np.arange(12) * 7 % 12
+    packer = BestFitPacker(lengths, row_tokens=65, policy="split")
+    documents = [document for row in islice(packer, lengths.sum() // 64) for document, _ in row]
+    order = [document for document, _ in groupby(documents)]
+    assert order[:12] == list(range(12))
 
 
 @given(packings)

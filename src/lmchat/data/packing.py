@@ -33,8 +33,9 @@ class BestFitPacker(Iterator[PackedRow]):
 
     Before each placement the buffer is refilled, ``refill`` documents at a time, to at least ``buffer_size``. The
     longest document that fits entirely is placed, the earliest among equals. If none fits, ``crop`` fills the row with
-    the beginning of the shortest document and discards the rest; ``split`` fills it with the beginning of the longest
-    document, which the next rows begin with; ``pad`` ends the row. ``crop`` crops documents longer than a row, ``pad``
+    the beginning of the shortest document and discards the rest; ``split`` fills it with the beginning of the first
+    document that is longer than a row (of the longest if there is none), which the next rows begin with, so that a few
+    long documents are read in turn; ``pad`` ends the row. ``crop`` crops documents longer than a row, ``pad``
     raises `UserError` for them. Empty documents always raise.
 
     A row that continues a document begins with the last token of the row before, so that each token is a target once.
@@ -102,7 +103,7 @@ class BestFitPacker(Iterator[PackedRow]):
             elif pad:
                 break
             elif self.policy == "split":
-                key = keys.pop()
+                key = keys.pop(self._first_long())
                 taken = room
                 self._cut = (_LAST_ARRIVAL - (key & _LAST_ARRIVAL), taken)
             else:
@@ -130,6 +131,11 @@ class BestFitPacker(Iterator[PackedRow]):
     def _shortest(self) -> int:
         length = self._keys[0] >> _ARRIVAL_BITS
         return bisect_left(self._keys, (length + 1) << _ARRIVAL_BITS) - 1
+
+    def _first_long(self) -> int:
+        """Index of the document that arrived first of those longer than a row; of the longest if there is none."""
+        first = bisect_left(self._keys, (self.row_tokens + 1) << _ARRIVAL_BITS)
+        return max(range(first, len(self._keys)), key=lambda index: self._keys[index] & _LAST_ARRIVAL, default=-1)
 
     def _top_up(self) -> bool:
         """Refills the buffer; returns whether it has ``buffer_size`` documents."""
