@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import lightning.pytorch  # noqa: F401  (its log handler keeps the stderr of its import: not that of one test)
 import pyarrow as pa
@@ -506,6 +509,18 @@ def test_mistakes_in_other_commands(
     capfd.readouterr()
     assert main(arguments) == 2
     assert_one_line(capfd.readouterr().err, wanted)
+
+
+def test_ctrl_c_while_a_command_is_imported_ends_quietly(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupted(ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "jsonargparse", Interrupted("jsonargparse"))
+    assert main(["report"]) == 130
+    assert capfd.readouterr().err == ""
 
 
 def test_an_unknown_environment_variable_is_refused(

@@ -98,6 +98,8 @@ def main(args: list[str] | None = None) -> int:
             raise
         discard_output()
         return BROKEN_PIPE_STATUS
+    except KeyboardInterrupt:  # also during imports
+        return 130
     finally:
         warnings.formatwarning = usual_format
 
@@ -144,8 +146,6 @@ def _run(args: list[str]) -> int:
         return _fail(message)
     except (MemoryError, RuntimeError, ImportError) as error:
         return _out_of_memory(error)
-    except KeyboardInterrupt:
-        return 130
     return 0
 
 
