@@ -15,8 +15,10 @@ def expand_user(path: str | Path) -> Path:
     """A path with ``~`` and ``~name`` replaced by home folders. (A shell does not expand ``--option=~``.)
 
     Raises:
-        UserError: there is no such home folder.
+        UserError: there is no such home folder, or the path is empty, which pathlib takes for the current folder.
     """
+    if path == "":
+        raise UserError("a path is empty (a shell variable without a value?); write . for the current folder")
     try:
         return Path(path).expanduser()
     except RuntimeError as error:

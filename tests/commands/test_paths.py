@@ -49,21 +49,34 @@ def parsed(command: Command, arguments: list[str], monkeypatch: pytest.MonkeyPat
     return given
 
 
+def arguments(command: Command, parameter: inspect.Parameter, path: str) -> list[str]:
+    """The required arguments of a command, and ``path`` for the parameter."""
+    given = []
+    for name, each in inspect.signature(functions()[command]).parameters.items():
+        required = each.default is inspect.Parameter.empty
+        if name == parameter.name:
+            given.append(path if required else f"--{name}={path}")
+        elif required:
+            given.append("value")
+    return given
+
+
 @pytest.mark.parametrize(("command", "parameter"), PATHS)
 def test_tilde_is_expanded(
     command: Command, parameter: inspect.Parameter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    signature = inspect.signature(functions()[command])
-    arguments = []
-    for name, each in signature.parameters.items():
-        required = each.default is inspect.Parameter.empty
-        if name == parameter.name:
-            arguments.append("~/x" if required else f"--{name}=~/x")
-        elif required:
-            arguments.append("value")
-    value = parsed(command, arguments, monkeypatch)[parameter.name]
+    value = parsed(command, arguments(command, parameter, "~/x"), monkeypatch)[parameter.name]
     assert value in (tmp_path / "x", [tmp_path / "x"])
+
+
+@pytest.mark.parametrize(("command", "parameter"), PATHS)
+def test_an_empty_path_is_not_the_current_folder(
+    command: Command, parameter: inspect.Parameter, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, *arguments(command, parameter, "")]) == 2
+    errors = capfd.readouterr().err
+    assert "a path is empty" in errors or f"--{parameter.name} is empty; it must be" in errors
 
 
 def test_tilde_is_expanded_in_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

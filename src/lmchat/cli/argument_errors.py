@@ -59,10 +59,10 @@ def explain(message: str, args: Sequence[str]) -> str:
         )
     if misfit := _MISFIT.findall(message):
         expected, value = misfit[-1]
-        return f"--{option} is {value}; {_remedy(expected, value)}"
+        return f"--{option} is {value or 'empty'}; {_remedy(expected, value)}"
     if option and (unions := _UNION.findall(message)):
         choices, value = unions[-1]
-        return f"--{option} is {value}; {_remedy(choices, value)}"
+        return f"--{option} is {value or 'empty'}; {_remedy(choices, value)}"
     if unknown := re.search(r"unrecognized arguments: (.*)", message, re.DOTALL):
         return f"unknown option {unknown[1]}; options are written in full, `{listing(args[0])}` lists them"
     if missing := re.search(r"arguments are required: (.*)", message):
