@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lmchat import __main__ as entry
-from lmchat.cli.overview import CLASSES, GROUPS, OPTIONS
+from lmchat.cli.short_help import CLASSES, GROUPS, OPTIONS
 
 HELP_THEN_CHAT = """
 import contextlib, io, json, sys

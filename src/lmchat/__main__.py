@@ -42,7 +42,7 @@ def help_text() -> str:
 def _run_trainer(args: list[str]) -> None:
     from lmchat.cli.early_checks import check_sizes
     from lmchat.cli.lean_imports import lean_imports
-    from lmchat.cli.overview import FULL_HELP, overview
+    from lmchat.cli.short_help import FULL_HELP, overview
 
     if "-h" in args or "--help" in args:
         print(overview(args[0]))

@@ -19,7 +19,7 @@ from lmchat.__main__ import main
 from lmchat.checkpoint.load import find_checkpoint, load_model_state
 from lmchat.data.mixture import Mixture, MixturePart
 from lmchat.data.padded_batches import PaddedBatches, PaddedPlan
-from lmchat.data.rendered import RenderedConversations, render_all
+from lmchat.data.rendered_conversations import RenderedConversations, render_all
 from lmchat.demo.run import CONFIGS as DEMO_CONFIGS
 from lmchat.demo.tasks import Arithmetic
 from lmchat.evaluation.intervals import wilson_interval

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lmchat.data.rendered import RenderedConversations, render_all
+from lmchat.data.rendered_conversations import RenderedConversations, render_all
 from lmchat.demo.tasks import Arithmetic
 from lmchat.tasks import Identity, SimpleSpelling, SpellingBee, Task
 from lmchat.tasks.base import exchange, reference_answer

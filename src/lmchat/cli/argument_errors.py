@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from itertools import pairwise
 
-from lmchat.cli.overview import listing
+from lmchat.cli.short_help import listing
 
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _REJECTED = re.compile(r"Option '([^']+)' is not accepted")

@@ -12,7 +12,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from lmchat.cli.argument_errors import config_paths
-from lmchat.cli.overview import listing
+from lmchat.cli.short_help import listing
 from lmchat.option_checks import check_count
 from lmchat.stages.base import check_precision
 from lmchat.types import UserError

@@ -34,8 +34,8 @@ from lmchat.cli.checks import (
 )
 from lmchat.cli.class_errors import check_callbacks, explain_class_error
 from lmchat.cli.exit_status import exit_with_signal_status, translate_out_of_memory, translate_peer_failure
+from lmchat.cli.former_names import accept_former_names, rename_arguments
 from lmchat.cli.loggers import RunCSVLogger, RunTensorBoardLogger
-from lmchat.cli.renamed import accept_former_names, rename_arguments
 from lmchat.cli.resume import find_start, resume_path
 from lmchat.paths import log_dir
 from lmchat.stage_table import STAGES

@@ -22,8 +22,8 @@ from lmchat.evaluation.core import choose, read_bundle
 from lmchat.evaluation.core_evaluator import CoreEvaluator
 from lmchat.evaluation.evaluator import ranks
 from lmchat.evaluation.hf_model import HFModel
-from lmchat.evaluation.named import evaluate_each
 from lmchat.evaluation.results import Result, read_results, results_file, write_results
+from lmchat.evaluation.task_by_task import evaluate_each
 from lmchat.generation.policy import Policy
 from lmchat.paths import eval_bundle_dir, expand_user
 from lmchat.tasks import Task

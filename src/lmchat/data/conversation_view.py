@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lmchat.data.mixture import Mixture
 from lmchat.data.padded_batches import PaddedPlan
-from lmchat.data.rendered import RenderedConversations, render_all
+from lmchat.data.rendered_conversations import RenderedConversations, render_all
 from lmchat.tokenizer.bpe import Tokenizer
 
 if TYPE_CHECKING:

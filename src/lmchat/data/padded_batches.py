@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset
 from lmchat.data.fingerprint import check_fingerprint
 from lmchat.data.packing import BestFitPacker
 from lmchat.data.position import count_in
-from lmchat.data.rendered import RenderedConversations
+from lmchat.data.rendered_conversations import RenderedConversations
 from lmchat.types import IGNORE_INDEX, Batch
 
 BUFFER_SIZE = 100

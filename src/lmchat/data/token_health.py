@@ -13,7 +13,7 @@ import numpy.typing as npt
 from lmchat.data.mixture import Mixture
 from lmchat.data.packing import BestFitPacker
 from lmchat.data.padded_batches import PaddedPlan
-from lmchat.data.rendered import RenderedConversations, render_all
+from lmchat.data.rendered_conversations import RenderedConversations, render_all
 from lmchat.data.token_file import Header, read_offsets, token_dirs, token_path
 from lmchat.progress import ProgressBar
 from lmchat.tokenizer.bpe import Tokenizer

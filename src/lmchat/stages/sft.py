@@ -15,7 +15,7 @@ from lmchat.batching import rows_per_step
 from lmchat.data.fingerprint import fingerprint
 from lmchat.data.mixture import Mixture, MixturePart
 from lmchat.data.padded_batches import PaddedBatches, PaddedPlan
-from lmchat.data.rendered import RenderedConversations, RenderReport, render_all
+from lmchat.data.rendered_conversations import RenderedConversations, RenderReport, render_all
 from lmchat.evaluation.bits_per_byte import BitsPerByteEvaluator
 from lmchat.option_checks import check_count, check_range
 from lmchat.paths import base_dir

@@ -16,8 +16,8 @@ from lmchat.evaluation.benchmark import summary
 from lmchat.evaluation.chat_core import ChatCoreEvaluator, make_task
 from lmchat.evaluation.chat_tasks import grade
 from lmchat.evaluation.intervals import Z_95, bootstrap_interval, wilson_interval
-from lmchat.evaluation.named import evaluate_each
 from lmchat.evaluation.sandbox import Sandbox
+from lmchat.evaluation.task_by_task import evaluate_each
 from lmchat.generation.sampling import SamplingParams
 from lmchat.tasks.base import Graded, Task, exchange
 from lmchat.tasks.base import graded as check_graded

@@ -10,7 +10,7 @@ import yaml
 
 from lmchat.__main__ import main
 from lmchat.cli.fit import read_data_module
-from lmchat.cli.renamed import CLASSES, rename_arguments
+from lmchat.cli.former_names import CLASSES, rename_arguments
 from lmchat.demo.tasks import Arithmetic
 from lmchat.types import UserError
 from tiny_fit import config_options
