@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import datetime
 import gzip
 import json
 import os
 import tracemalloc
+from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
+from lmchat.data.parquet_text import read_documents
 from lmchat.tasks.base import exchange, reference_answer
 from lmchat.tasks.row_files import MalformedRow, read_rows
 from lmchat.tasks.rows import HubDataset, RowTask, field
@@ -325,3 +329,33 @@ def test_rows_stay_on_the_disk(tmp_path: Path, name: str) -> None:
     assert peak < size / 2
     assert [found[index] for index in (0, 1999, 3999)] == [rows[index] for index in (0, 1999, 3999)]
     assert len(found) == 4000
+
+
+@pytest.mark.parametrize("reader", [read_rows, read_documents])
+def test_a_small_parquet_file_of_large_rows_is_read_in_little_memory(
+    tmp_path: Path, reader: Callable[..., Any]
+) -> None:
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pa.table({"text": ["word " * 200_000] * 100}), path)
+    assert path.stat().st_size < 200_000
+    before, peak = pa.total_allocated_bytes(), 0
+    rows = reader(path)
+    for row in rows if reader is read_documents else map(rows.__getitem__, range(len(rows))):
+        peak = max(peak, pa.total_allocated_bytes() - before)
+        assert row in ("word " * 200_000, {"text": "word " * 200_000})
+    assert peak < 40e6
+
+
+def test_parquet_values_that_are_not_json_are_no_text(tmp_path: Path) -> None:
+    row = {
+        "text": b"a",
+        "day": datetime.date(2026, 1, 2),
+        "price": Decimal("1.5"),
+        "part": float("nan"),
+        "tags": ["b", None],
+    }
+    parquet.write_table(pa.Table.from_pylist([row]), tmp_path / "rows.parquet")
+    rows = read_rows(tmp_path / "rows.parquet")
+    assert rows[0]["tags"] == ["b", None] and rows[0]["day"] == {"date": "2026-01-02"}
+    with pytest.raises(UserError, match=r"rows\.parquet, row 0: field 'text' is dict, not str"):
+        texts(Texts(str(tmp_path / "rows.parquet")))

@@ -19,6 +19,7 @@ from lmchat.records import (
     COMPRESSION_SUFFIXES,
     JSON_LINES_SUFFIXES,
     JSON_SUFFIXES,
+    PARQUET_ROWS,
     TABLE_SUFFIXES,
     json_values,
     kind_of,
@@ -79,7 +80,7 @@ class _Places(NamedTuple):
 
 
 class TextRows:
-    """The non-blank lines of a JSON lines file, the values of another JSON file, or the rows of a CSV file.
+    """The non-blank lines of a JSON lines file, the values of another JSON file, or the rows of a table.
 
     Only their positions are in memory. Rows are parsed on access, from the file itself if they are lines of it, else
     from a temporary copy with one row per line.
@@ -87,9 +88,14 @@ class TextRows:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.notes: Sequence[str] = ()
         kind, compression = kind_of(path)
+        if kind == PARQUET_SUFFIX:
+            self._keep_rows(_parquet_rows(path), "row")
+            return
         with self._text() as (file, encoding):
-            self.notes = [] if encoding == "utf-8" else [f"{path} is {encoding.upper()}"]
+            if encoding != "utf-8":
+                self.notes = [f"{path} is {encoding.upper()}"]
             if kind in TABLE_SUFFIXES:
                 self._keep_rows(table_rows(file, str(path), None, MAX_LINE_BYTES), "row")
             elif compression or encoding != "utf-8":
@@ -123,7 +129,8 @@ class TextRows:
         self._places = _Places(spans, content, folder, unit)
 
     def _keep_rows(self, rows: Iterable[Any], unit: str) -> None:
-        self._index((json.dumps(row).encode() + b"\n" for row in rows), unit, first=0, copied=True)
+        lines = (json.dumps(row, default=_unlike_json).encode() + b"\n" for row in rows)
+        self._index(lines, unit, first=0, copied=True)
 
     def _is_by_line(self, kind: str) -> bool:
         first = self._line(0)
@@ -187,6 +194,22 @@ def _is_json(content: Any) -> bool:
 
 def _is_message(value: Any) -> bool:
     return isinstance(value, dict) and bool(value.keys() & {"role", "from"})
+
+
+def _parquet_rows(path: Path) -> Iterator[Any]:
+    import pyarrow.parquet as parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS):
+                yield from batch.to_pylist()
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}; copy or download it again") from error
+
+
+def _unlike_json(value: Any) -> Any:
+    """Marks a value of a table that is neither text nor number nor list, so that it is not taken for text."""
+    return {type(value).__name__: str(value)}
 
 
 class TableRows:
@@ -285,11 +308,4 @@ def _matches(file: Path, split: str | None) -> bool:
 def _read_file(path: Path) -> Rows:
     if not _has_rows(path):
         raise UserError(f"{path} is not one of {_KINDS}; convert it to JSON lines")
-    if kind_of(path)[0] != PARQUET_SUFFIX:
-        return TextRows(path)
-    import pyarrow.parquet as parquet
-
-    try:
-        return TableRows(parquet.read_table(path, memory_map=True), str(path))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}; copy or download it again") from error
+    return TextRows(path)
