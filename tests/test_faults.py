@@ -133,7 +133,7 @@ UNWRITABLE = {
     # fault, rank, hook, number of the call; exit statuses, and message
     ("full disk", 0, "on_train_batch_start", 5): ([2, 1], FULL_DISK.format(rank=0)),
     ("full disk", 1, "on_train_batch_start", 5): ([1, 2], FULL_DISK.format(rank=1)),
-    ("read-only folder", 0, "on_train_batch_start", 5): ([2, 1], READ_ONLY.format(file=r"0000[23]_rank0\.pt")),
+    ("read-only folder", 0, "on_train_batch_start", 5): ([2, 1], READ_ONLY.format(file=r"0000[23](?:_rank0)?\.pt")),
     ("read-only folder", 1, "on_train_batch_start", 5): ([1, 2], READ_ONLY.format(file=r"0000[23]_rank1\.pt")),
     ("read-only folder", 1, "setup", 0): ([1, 2], READ_ONLY.format(file=r"\.probe_rank1")),
 }
@@ -153,7 +153,8 @@ def test_a_rank_that_cannot_write_ends_all_and_keeps_older_checkpoints(
     assert run(tmp_path, tiny_base, fault, every_n_steps=1) == statuses, output(tmp_path)
     text = output(tmp_path)
     assert len(re.findall(rf"lmchat: cannot write \S*(?:{message})", text)) == 1, text
-    assert text.count("lmchat: ") == 2 and f"rank {1 - rank} lost the connection to another rank" in text
+    errors = re.findall(r"lmchat: (?!warning)", text)
+    assert len(errors) == 2 and f"rank {1 - rank} lost the connection to another rank" in text
     assert "Traceback" not in text
     steps = committed_steps(tmp_path / "base_checkpoints" / "d2")
     assert steps in ([], [1], [1, 2]) and (bool(steps) == (hook != "setup")), text

@@ -25,18 +25,25 @@ def _fill_disk() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 
 
+def _mount(*calls: tuple[Any, ...]) -> None:
+    """Calls functions of libc, which return 0 on success."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for name, *arguments in calls:
+        assert not getattr(libc, name)(*arguments), os.strerror(ctypes.get_errno())
+
+
+def _own_mounts() -> None:
+    """Gives this process mounts of its own, which threads that start later share."""
+    _mount(("unshare", CLONE_NEWNS), ("mount", None, b"/", None, MS_PRIVATE | MS_REC, None))
+
+
 def _make_read_only() -> None:
-    """Makes the checkpoint folder read-only for this process, in a separate mount namespace."""
+    """Makes the checkpoint folder read-only for this process, except for files that are open."""
     folder = Path(os.environ["LMCHAT_BASE_DIR"]) / "base_checkpoints" / "d2"
     folder.mkdir(parents=True, exist_ok=True)
-    path, libc = os.fsencode(folder), ctypes.CDLL(None, use_errno=True)
-    steps = [
-        libc.unshare(CLONE_NEWNS),
-        libc.mount(None, b"/", None, MS_PRIVATE | MS_REC, None),
-        libc.mount(path, path, None, MS_BIND, None),
-        libc.mount(None, path, None, MS_BIND | MS_REMOUNT | MS_RDONLY, None),
-    ]
-    assert not any(steps), os.strerror(ctypes.get_errno())
+    path = os.fsencode(folder)
+    read_only = MS_BIND | MS_REMOUNT | MS_RDONLY
+    _mount(("mount", path, path, None, MS_BIND, None), ("mount", None, path, None, read_only, None))
 
 
 def _raise(error: Exception) -> Any:
@@ -62,6 +69,8 @@ class Fault(Callback):
 
     def __init__(self, deed: str, rank: int, hook: str, count: int) -> None:
         self.deed, self.rank, self.left = DEEDS[deed], rank, count
+        if deed == "read-only folder":
+            _own_mounts()  # before the thread that writes checkpoints starts
         setattr(self, hook, self._count)
 
     def _count(self, trainer: Any, *_: Any, **__: Any) -> None:
