@@ -379,14 +379,20 @@ print([verdict.passed for verdict in Sandbox().run([CodeCheck(each, "square", {T
     assert result.stdout == "[True, False, False, False]\n", result.stderr
 
 
-FLAGS = {"user": "CLONE_NEWUSER", "mount": "CLONE_NEWNS", "pid": "CLONE_NEWPID", "net": "CLONE_NEWNET"}
+FLAGS = {
+    "user": "CLONE_NEWUSER",
+    "mount": "CLONE_NEWNS",
+    "pid": "CLONE_NEWPID",
+    "net": "CLONE_NEWNET",
+    "filter": "PR_SET_SECCOMP",
+}
 
 
 @pytest.mark.parametrize(("name", "flag"), FLAGS.items())
-def test_a_refused_namespace_is_reported_and_needs_an_option(name: str, flag: str, tmp_path: Path) -> None:
+def test_a_refused_protection_is_reported_and_needs_an_option(name: str, flag: str, tmp_path: Path) -> None:
     driver = tmp_path / "driver.py"
     # The kernel refuses an unknown flag.
-    driver.write_text(DRIVER.read_text().replace("\nMS_RDONLY", f"\n{flag} = 1 << 20\nMS_RDONLY", 1))
+    driver.write_text(DRIVER.read_text().replace("\nSYSTEM_CALLS", f"\n{flag} = 1 << 20\nSYSTEM_CALLS", 1))
     sandbox = Sandbox(limits=FAST, driver=driver)
     with pytest.raises(UserError, match=rf"refuses .*{re.escape(MISSING[name])}.*--sandbox.allow_weak true"):
         sandbox.run([check(SOLUTION)])

@@ -32,6 +32,7 @@ MISSING = {
     "mount": "a mount namespace (programs can read and write this user's files)",
     "pid": "a PID namespace (programs can signal other processes and outlive their time limit)",
     "net": "a network namespace (programs can use the network)",
+    "filter": "a filter of system calls (programs can leave shared memory behind)",
 }
 
 
@@ -116,7 +117,7 @@ class Sandbox:
         if "missing" in message:
             lacking = ", ".join(MISSING[name] for name in message["missing"])
             raise UserError(
-                f"generated programs cannot be run safely: this kernel refuses {lacking}; allow user namespaces, or "
+                f"generated programs cannot be run safely: this kernel refuses {lacking}; allow it, or "
                 f"accept the risk with {self.option} true"
             )
         if problem or not isinstance(message.get("passed"), bool):

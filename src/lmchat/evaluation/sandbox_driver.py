@@ -32,9 +32,8 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
 MS_BIND, MS_REC, MS_PRIVATE = 1 << 12, 1 << 14, 1 << 18
 MNT_DETACH = 2
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
-PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
-SHMGET_MSGGET = {"x86_64": (0xC000003E, 29, 68), "aarch64": (0xC00000B7, 194, 186)}
-"""By machine: its number in system-call filters, and the numbers of these two calls."""
+SYSTEM_CALLS = {"x86_64": (0xC000003E, 155, 29, 68), "aarch64": (0xC00000B7, 41, 194, 186)}
+"""By machine: its number in system-call filters, and the numbers of pivot_root, shmget and msgget."""
 CAPABILITIES_V3 = 0x20080522
 FIRST_UID = 0x60000000
 """First user id for the programs that root tests: process limits do not apply to root."""
@@ -54,20 +53,27 @@ def call(function: str, *args: Any) -> None:
         raise OSError(ctypes.get_errno(), f"{function}: {os.strerror(ctypes.get_errno())}")
 
 
+def system_calls() -> tuple[int, int, int, int]:
+    """This machine's row of `SYSTEM_CALLS`; raises OSError if there is none."""
+    if (numbers := SYSTEM_CALLS.get(platform.machine())) is None:
+        raise OSError(errno.ENOSYS, f"the numbers of system calls of {platform.machine()} are unknown")
+    return numbers
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Isolation
 
 
 def isolate(root: str, tmp_bytes: int) -> list[str]:
-    """Enters new namespaces as far as the kernel allows it; returns the names of those that it refuses.
+    """Enters new namespaces as far as the kernel allows it; returns the names of the protections that it refuses.
 
     The order matters. As root, the file system is prepared with root's privileges, which are then given up; a user
     namespace without privileges outside of it comes last. Other users need that namespace first.
     """
-    missing: list[str] = []
+    missing = [] if in_child(restrict) else ["filter"]
     is_root = os.geteuid() == 0
     if not is_root and not attempt("user", enter_user_namespace, missing):
-        return ["user", "mount", "pid", "net"]
+        return [*missing, "mount", "pid", "net"]
     # As root without a user namespace, the root directory is changed before the privileges are dropped.
     separate_user = not is_root or in_child(enter_user_namespace_as_other)
     mounted = attempt("mount", lambda: mount_root(root, tmp_bytes), missing)
@@ -155,7 +161,7 @@ def mount_root(root: str, tmp_bytes: int) -> None:
     mount("tmpfs", f"{jail}/tmp", "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, options)
     mount(None, root, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
     os.chdir(root)
-    if libc.syscall(PIVOT_ROOT[platform.machine()], b".", b".") != 0:
+    if libc.syscall(system_calls()[1], b".", b".") != 0:
         raise OSError(ctypes.get_errno(), "pivot_root")
     call("umount2", b".", MNT_DETACH)
     os.chdir("/")
@@ -166,21 +172,24 @@ def mount(source: str | None, target: str, kind: str | None, flags: int, options
     call("mount", *texts[:3], ctypes.c_ulong(flags), texts[3])
 
 
+def restrict() -> None:
+    """Drops all capabilities for good, and forbids System V shared memory and message queues, which no limit counts."""
+    drop_capabilities()
+    forbid_persistent_memory()
+
+
 def drop_capabilities() -> None:
     """Drops all capabilities in the user namespace, and prevents programs from gaining any."""
-    libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    header = struct.pack("Ii", CAPABILITIES_V3, 0)
-    libc.capset(header, bytes(24))
+    call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    call("capset", struct.pack("Ii", CAPABILITIES_V3, 0), bytes(24))
 
 
 def forbid_persistent_memory() -> None:
-    """Forbids System V shared memory and message queues, to which no limit applies. Needs `drop_capabilities`.
+    """Installs a filter of system calls, for which `drop_capabilities` must have been called.
 
     The filter is a BPF program of (operation, jump if true, jump if false, constant), see seccomp(2).
     """
-    if (numbers := SHMGET_MSGGET.get(platform.machine())) is None:
-        return
-    machine, shmget, msgget = numbers
+    machine, _, shmget, msgget = system_calls()
     load, equal, at_least, answer = 0x20, 0x15, 0x35, 0x06
     steps = [
         (load, 0, 0, 4),  # the machine
@@ -193,7 +202,7 @@ def forbid_persistent_memory() -> None:
         (answer, 0, 0, 0x50000 | errno.EPERM),
     ]
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
-    libc.prctl(PR_SET_SECCOMP, 2, struct.pack("HP", len(steps), ctypes.addressof(code)))
+    call("prctl", PR_SET_SECCOMP, 2, struct.pack("HP", len(steps), ctypes.addressof(code)))
 
 
 def limit(limits: dict[str, Any]) -> None:
@@ -375,20 +384,18 @@ def judge_candidate(request: dict[str, Any]) -> None:
     with contextlib.suppress(OSError):
         call("unshare", CLONE_NEWPID)
         fork(reap_orphans)  # process 1 of the namespace; the candidate's parent is not in it
+    attempt("filter", restrict, [])  # reported by `isolate`
     calls, results = os.pipe(), os.pipe()
 
     def candidate() -> None:
         keep = detach(calls[0], results[1])
         os.chdir("/tmp" if request["isolated"] else request["root"])
         limit(request["limits"])
-        drop_capabilities()
-        forbid_persistent_memory()
         run_candidate(request, *keep)
 
     fork(candidate)
     os.close(calls[0])
     os.close(results[1])
-    drop_capabilities()
     reason = judge(calls[1], results[0])
     write_message(1, {"passed": not reason, "reason": reason})
 
