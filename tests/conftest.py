@@ -21,11 +21,11 @@ os.environ.update(ATEN_CPU_CAPABILITY="avx2", MKL_CBWR="AVX2", ONEDNN_MAX_CPU_IS
 # Compiled kernels depend on that choice, which is not part of torch's cache key: tests have a separate cache.
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / f"lmchat_test_kernels_avx2_{os.getuid()}")
 # Mock Hubs listen on the loopback interface, so these tests also run offline.
-for _offline in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
-    os.environ.pop(_offline, None)
-# transformers copies the modelling files of exports here, not into the user's cache or one that workers share.
-os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="lmchat_hf_modules_")
-atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
+for _variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_MODULES_CACHE"):
+    os.environ.pop(_variable, None)
+# Neither the user's cache of Hugging Face libraries nor one that workers share, to which mock Hubs and exports write.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="lmchat_hf_home_")
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 
 @pytest.hookimpl(wrapper=True)

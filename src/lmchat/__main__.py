@@ -6,6 +6,7 @@ import atexit
 import errno
 import json
 import keyword
+import os
 import sys
 import warnings
 from importlib import import_module
@@ -86,6 +87,9 @@ def main(args: list[str] | None = None) -> int:
     )
 
     prepare_standard_streams()
+    # For telemetry huggingface_hub also asks the Hub for a list and keeps the response unchecked: a mirror's wrong one
+    # would break every download for a day.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     usual_format, warnings.formatwarning = warnings.formatwarning, _format_warning
     try:
         try:

@@ -37,6 +37,7 @@ class HubServer:
     Attributes:
         faults: path to the faults of its next GETs, in order ("tree" for the listing).
         gets: GETs served so far, by path.
+        unknown: paths of other requests.
         listing: served instead of the list of files.
         endless: every page of the list of files names a further one.
     """
@@ -46,6 +47,7 @@ class HubServer:
         self.files = files
         self.faults: dict[str, list[Fault]] = defaultdict(list)
         self.gets: list[str] = []
+        self.unknown: list[str] = []
         self.listing: bytes | None = None
         self.endless = False
         self.released = threading.Event()
@@ -132,6 +134,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve_file(self, body: bool) -> None:
         match = re.fullmatch(rf"/datasets/{self.hub.repo_id}/resolve/(\w+)/(.+)", self.path)
         if match is None:
+            self.hub.unknown.append(self.path)
             return self._send(404, b"", {"X-Error-Code": "RepoNotFound"})
         content = self.hub.files.get(match[2])
         if content is None:
