@@ -346,6 +346,19 @@ def test_a_small_parquet_file_of_large_rows_is_read_in_little_memory(
     assert peak < 40e6
 
 
+def test_a_document_that_does_not_fit_in_memory_is_not_taken_for_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parquet.write_table(pa.table({"text": ["word"]}), tmp_path / "large.parquet")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise pa.ArrowMemoryError("malloc of size 999611200 failed")
+
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", fail)
+    with pytest.raises(UserError, match=r"large\.parquet has too large documents for the free memory \(malloc"):
+        list(read_documents(tmp_path / "large.parquet"))
+
+
 def test_parquet_values_that_are_not_json_are_no_text(tmp_path: Path) -> None:
     row = {
         "text": b"a",

@@ -129,7 +129,7 @@ def read_records(path: EvaluationFile) -> Iterator[Any]:
                 return
             with open_text(Path(str(path)), cast(BinaryIO, raw)) as (file, _):
                 yield from json_values(file, str(path), _MAX_CHARACTERS)
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except (OSError, ValueError, RecursionError, pa.ArrowException, zipfile.BadZipFile, *DAMAGE) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)

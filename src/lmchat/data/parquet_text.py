@@ -75,6 +75,11 @@ def read_documents(path: Path, column: str = TEXT_COLUMN) -> Iterator[str | None
 def _readable(path: Path) -> Iterator[None]:
     try:
         yield
+    except MemoryError as error:  # pyarrow's is an ArrowException too
+        raise UserError(
+            f"{path} has too large documents for the free memory ({error}): a page of a parquet file, so a document, "
+            "is read as a whole; write them as .txt or .jsonl files, which are read in parts"
+        ) from error
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
