@@ -10,6 +10,8 @@ from lmchat.paths import base_data_dir, tokenizer_dir
 
 EVAL_CHARACTERS = 1_000_000
 """Characters of a shard that ``lmchat tokenizer eval`` reads."""
+_TOKENS_AT_ONCE = 1000
+"""Tokens that ``lmchat tokenizer show`` formats before it prints them."""
 
 
 def train(
@@ -99,7 +101,8 @@ def show(text: str, tokenizer: Path | None = None) -> None:
     ids = ours.encode(text)
     n_bytes = len(text.encode(errors="replace"))
     console = Console(highlight=False)
-    console.print(colored_tokens(ours, ids, console.encoding))
+    for start in range(0, len(ids), _TOKENS_AT_ONCE):
+        console.print(colored_tokens(ours, ids[start : start + _TOKENS_AT_ONCE], console.encoding))
     console.print(f"{len(ids):,} tokens, {n_bytes:,} bytes, {n_bytes / max(len(ids), 1):.2f} bytes per token")
 
 
