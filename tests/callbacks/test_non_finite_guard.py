@@ -35,6 +35,12 @@ PLACES = {
     "loss": r"the loss is not finite at step 3, in micro-batch 1 \(from 0\) of rank 0",
     "gradient": r"the gradient is not finite at step 3, of [\w.]+ and \d+ more",
 }
+CASES = [
+    ("loss", "PretrainModule"),
+    ("gradient", "own_optimizer.AdamWModule"),
+    pytest.param("loss", "own_optimizer.AdamWModule", marks=pytest.mark.slow),
+    pytest.param("gradient", "PretrainModule", marks=pytest.mark.slow),
+]
 
 
 def train(
@@ -62,8 +68,7 @@ def train(
     return main(["fit", "--config", str(base / "tiny.yaml"), *options])
 
 
-@pytest.mark.parametrize("module", ["PretrainModule", "own_optimizer.AdamWModule"])
-@pytest.mark.parametrize("what", PLACES)
+@pytest.mark.parametrize(("what", "module"), CASES)
 def test_by_default_the_run_stops_and_saves_the_previous_step(
     what: str, module: str, base: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -78,8 +83,7 @@ def test_by_default_the_run_stops_and_saves_the_previous_step(
     assert committed_steps(folder) == [2, 4]
 
 
-@pytest.mark.parametrize("module", ["PretrainModule", "own_optimizer.AdamWModule"])
-@pytest.mark.parametrize("what", PLACES)
+@pytest.mark.parametrize(("what", "module"), CASES)
 def test_non_finite_steps_can_be_skipped_and_are_counted(
     what: str, module: str, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

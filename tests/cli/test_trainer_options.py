@@ -75,6 +75,18 @@ def test_every_option_is_in_one_table() -> None:
     assert not WORKS.keys() & REFUSED.keys()
 
 
+def test_options_work_together(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    others = {"fast_dev_run", "overfit_batches", "strategy", "logger"}  # exclude others or change what is trained
+    options = [part for name in sorted(WORKS.keys() - others) for part in (f"--trainer.{name}", WORKS[name])]
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    monkeypatch.setenv("LMCHAT_BASE_DIR", str(base))
+    monkeypatch.chdir(base)
+    assert main(["fit", *config_options(base, OWN), *options]) == 0
+    assert committed_steps(base / "base_checkpoints" / "tiny") == [3]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("option", WORKS)
 def test_works(option: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = tmp_path / "base"

@@ -176,7 +176,7 @@ def test_reused_prefixes_do_not_change_answers() -> None:
     rng, warm, cold = random.Random(0), _engine(), _engine()
     base = [rng.randrange(256) for _ in range(250)]
     reused = 0
-    for seed in range(60):
+    for seed in range(25):
         length = rng.randint(20, 250)
         prompt = [*base[:length], *(rng.randrange(256) for _ in range(rng.randint(0, 8)))][:255]
         params = SamplingParams(max_new_tokens=rng.choice([1, 20, 60]), seed=seed, logprobs=True, stop_tokens=())
@@ -186,4 +186,4 @@ def test_reused_prefixes_do_not_change_answers() -> None:
         [[expected]] = cold.generate([prompt], params)
         assert found.ids == expected.ids, seed
         assert found.logprobs == pytest.approx(expected.logprobs, abs=1e-4), seed
-    assert reused > 40
+    assert reused > 15
