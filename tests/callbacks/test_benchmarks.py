@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -203,3 +204,20 @@ def test_a_missing_bundle_is_reported_with_the_remedy(base: Path, capsys: pytest
     assert "lmchat data download --eval_bundle true" in capsys.readouterr().err
     assert main(["fit", *config_options(base, OWN), "--chat_core.tasks=[GSM8K=missing.jsonl]"]) == 2
     assert "missing.jsonl" in capsys.readouterr().err
+
+
+def test_out_of_memory_while_reading_the_data_skips_the_evaluation(
+    base: Path, without: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_bundle(base / "eval_bundle", broken=False)
+
+    def fail(*_: Any) -> Iterator[Any]:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        yield
+
+    monkeypatch.setattr(BitsPerByteEvaluator, "batches", fail)
+    assert main(["fit", *config_options(base, OWN), *CORE, *chat_core(base)]) == 0
+    assert same_run(base, without)
+    assert not metrics(base, "val/bpb")
+    assert metrics(base, "val/core")
+    assert "bpb: out of memory while reading its data" in caplog.text

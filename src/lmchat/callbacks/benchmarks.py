@@ -56,7 +56,7 @@ class BenchmarkCallback(Callback):
             mean = summary(results)
             written = {name: settings[name] | results[name] for name in results}
             write_results(path, read_results(path) | written | ({evaluator.mean_name: mean} if mean else {}))
-        except (UserError, OSError) as error:
+        except (UserError, OSError, MemoryError) as error:
             rank_zero_warn(f"the results of {evaluator.mean_name} are only in the logs: {error}")
 
 

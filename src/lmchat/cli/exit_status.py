@@ -60,7 +60,7 @@ def translate_out_of_memory(module: StageModule) -> Iterator[None]:
     """Turns an out-of-memory error into a UserError that names a size that fits."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, OSError) as error:
         if isinstance(error, RankFailure) or not is_out_of_memory(error):
             raise
         raise out_of_memory(module, error) from error

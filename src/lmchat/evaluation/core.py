@@ -68,11 +68,14 @@ class CoreTask:
             UserError: the file of items cannot be read.
         """
         settings = [self.name, self.kind, self.num_fewshot, self.delimiter, self.baseline]
+        digest = hashlib.sha256(json.dumps(settings).encode())
         try:
-            content = self.path.read_bytes()
+            with self.path.open("rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
         except (OSError, LookupError) as error:
             raise self._unreadable(error) from error
-        return hashlib.sha256(json.dumps(settings).encode() + content).hexdigest()[:16]
+        return digest.hexdigest()[:16]
 
     def _unreadable(self, error: Exception) -> UserError:
         return UserError(f"cannot read {self.path}: {error}; unpack the evaluation bundle again")

@@ -92,9 +92,15 @@ class EvaluatorBatches(IterableDataset[EvalBatch]):
         self.is_due = is_due
 
     def __iter__(self) -> Iterator[EvalBatch]:
-        if self.is_due(self.evaluator):
+        if not self.is_due(self.evaluator):
+            return
+        try:
             for data in self.evaluator.batches(self.rank, self.world_size):
                 yield EvalBatch(self.evaluator, data)
+        except (RuntimeError, MemoryError, OSError) as error:
+            if not is_out_of_memory(error):
+                raise
+            _give_up(self.evaluator, f"out of memory while reading its data ({error})")
 
 
 def is_due(evaluator: Evaluator, step: int, last_step: int, default_every_n_steps: int) -> bool:
@@ -124,12 +130,16 @@ def update_within_memory(evaluator: Evaluator, policy: Policy, batch: Any) -> No
         policy.release_memory()
         halves = evaluator.split(pending[0], 2)
         if len(halves) == 1:
-            evaluator.failure = f"out of memory with the smallest batch ({problem})"
-            logger.warning("%s: %s; continuing without it", evaluator.name, evaluator.failure)
+            _give_up(evaluator, f"out of memory with the smallest batch ({problem})")
             return
         evaluator.parts *= 2
         logger.warning("%s: out of memory, continuing with 1/%d of its batch", evaluator.name, evaluator.parts)
         pending[:1] = halves
+
+
+def _give_up(evaluator: Evaluator, reason: str) -> None:
+    evaluator.failure = reason
+    logger.warning("%s: %s; continuing without it", evaluator.name, reason)
 
 
 def _try_update(evaluator: Evaluator, policy: Policy, batch: Any) -> str | None:
