@@ -42,7 +42,6 @@ class GCFreeze(StepCallback):
         gc.unfreeze()
         if self._was_enabled:
             gc.enable()
-        gc.collect()
         self._was_enabled = None
 
     def on_train_end(self, *_: Any) -> None:
