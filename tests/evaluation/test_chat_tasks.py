@@ -13,6 +13,7 @@ from lmchat.tasks.base import MultipleChoice, Task, exchange
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.tokenizer.render import render_for_completion
 from lmchat.types import Conversation
+from random_weights import with_random_weights
 
 TOKENIZER = Tokenizer({bytes([byte]): byte for byte in range(256)})
 
@@ -39,12 +40,7 @@ def model() -> GPT:
         sequence_len=64, vocab_size=TOKENIZER.vocab_size, n_layer=2, n_head=2, n_kv_head=1, n_embd=32,
         window_pattern="SL",
     )  # fmt: skip
-    model = GPT(config, compute_dtype=torch.float64)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
-    return model
+    return with_random_weights(GPT(config, compute_dtype=torch.float64), 0.3, seed=3)
 
 
 def alone(model: GPT, task: Letters, conversation: Conversation) -> str:

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from core_bundle import write_bundle
 from forked import exit_statuses, lmchat, start_ranks
@@ -31,6 +30,7 @@ from lmchat.model.gpt import GPT
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.types import UserError
 from random_checkpoint import save_random_checkpoint
+from random_weights import with_random_weights
 from reference_core import score_plainly
 
 BYTES = Tokenizer({bytes([byte]): byte for byte in range(256)})
@@ -41,12 +41,7 @@ def net() -> GPT:
     config = GPTConfig(
         sequence_len=64, vocab_size=BYTES.vocab_size, n_layer=3, n_head=2, n_kv_head=1, n_embd=32, window_pattern="SL"
     )
-    net = GPT(config)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for weight in net.parameters():
-            weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
-    return net
+    return with_random_weights(GPT(config), 0.3, seed=3)
 
 
 def test_prompts_tokens_and_spans_match_the_oracle(oracles: Path) -> None:

@@ -24,6 +24,7 @@ from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.types import UserError
+from random_weights import with_random_weights
 
 TOKENIZER = Tokenizer({bytes([byte]): byte for byte in range(256)})
 """Single bytes, then the special tokens from 256 on."""
@@ -45,13 +46,7 @@ def _model(compute_dtype: torch.dtype = torch.float64, seed: int = 0) -> GPT:
         n_embd=64,
         window_pattern="SL",
     )
-    model = GPT(config, compute_dtype=compute_dtype)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            scale = 1.0 if "wte" in name or weight.dim() == 1 else 0.15
-            weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
-    return model
+    return with_random_weights(GPT(config, compute_dtype=compute_dtype), 0.15, embeddings=1.0, vectors=1.0, seed=seed)
 
 
 def _prompts(*lengths: int, seed: int = 1) -> list[list[int]]:

@@ -15,6 +15,7 @@ from lmchat.generation.sampling import SamplingParams
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT
 from lmchat.tokenizer.bpe import Tokenizer
+from random_weights import with_random_weights
 
 TOKENIZER = Tokenizer({bytes([byte]): byte for byte in range(256)})
 
@@ -26,13 +27,7 @@ def model() -> GPT:
         sequence_len=24, vocab_size=TOKENIZER.vocab_size, n_layer=3, n_head=4, n_kv_head=2, n_embd=32,
         window_pattern="SL",
     )  # fmt: skip
-    net = GPT(config, compute_dtype=torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, weight in net.named_parameters():
-            scale = 1.0 if "wte" in name or weight.dim() == 1 else 0.15
-            weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
-    return net
+    return with_random_weights(GPT(config, compute_dtype=torch.float32), 0.15, embeddings=1.0, vectors=1.0)
 
 
 prompts = st.lists(st.integers(0, TOKENIZER.vocab_size - 1), min_size=1, max_size=60)

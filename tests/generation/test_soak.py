@@ -16,6 +16,7 @@ from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.types import UserError
+from random_weights import with_random_weights
 
 TOKENIZER = Tokenizer({bytes([byte]): byte for byte in range(256)})
 ABSURD = [
@@ -29,11 +30,7 @@ def _engine() -> Engine:
         sequence_len=32, vocab_size=TOKENIZER.vocab_size, n_layer=2, n_head=2, n_kv_head=1, n_embd=32,
         window_pattern="SL",
     )  # fmt: skip
-    net = GPT(config)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, weight in net.named_parameters():
-            weight.copy_(torch.randn(weight.shape, generator=generator) * (1.0 if "wte" in name else 0.2))
+    net = with_random_weights(GPT(config), 0.2, embeddings=1.0)
     return Engine(net, TOKENIZER, max_rows=16, max_bytes=3_000_000)
 
 

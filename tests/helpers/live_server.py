@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import uvicorn
 
 from lmchat.generation.engine import Engine
@@ -20,6 +19,7 @@ from lmchat.serve.http_server import open_socket, uvicorn_config
 from lmchat.serve.limits import Limits
 from lmchat.serve.load import ModelCard
 from lmchat.tokenizer.bpe import Tokenizer
+from random_weights import with_random_weights
 
 TOKENIZER = Tokenizer({bytes([byte]): byte for byte in range(256)})
 CARD = ModelCard("tiny-sft-7", 1_700_000_000, {"stage": "sft", "tag": "tiny", "step": 7, "parameters": 1})
@@ -31,11 +31,7 @@ def tiny_engine(max_rows: int = 8, sequence_len: int = 64, **options: Any) -> En
         sequence_len=sequence_len, vocab_size=TOKENIZER.vocab_size, n_layer=2, n_head=2, n_kv_head=1, n_embd=32,
         window_pattern="SL",
     )  # fmt: skip
-    net = GPT(config)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, weight in net.named_parameters():
-            weight.copy_(torch.randn(weight.shape, generator=generator) * (1.0 if "wte" in name else 0.2))
+    net = with_random_weights(GPT(config), 0.2, embeddings=1.0)
     return Engine(net, TOKENIZER, max_rows=max_rows, max_bytes=100_000_000, **options)
 
 

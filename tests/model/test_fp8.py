@@ -9,6 +9,7 @@ from torch import Tensor
 from lmchat.model.config import GPTConfig
 from lmchat.model.fp8 import Recipe, convert_linears, missing_hardware, product_error
 from lmchat.model.gpt import GPT, Linear
+from random_weights import with_random_weights
 
 pytest.importorskip("torchao")
 
@@ -16,12 +17,7 @@ CONFIG = GPTConfig(sequence_len=16, vocab_size=70, n_layer=3, n_head=2, n_kv_hea
 
 
 def model(config: GPTConfig = CONFIG) -> GPT:
-    net = GPT(config)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for weight in net.parameters():
-            weight.copy_(0.1 * torch.randn(weight.shape, generator=generator))
-    return net
+    return with_random_weights(GPT(config), 0.1)
 
 
 def tokens(rows: int = 2, length: int = 16) -> tuple[Tensor, Tensor]:

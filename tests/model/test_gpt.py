@@ -17,6 +17,7 @@ from lmchat.model.compile import compile_blocks
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT
 from lmchat.types import IGNORE_INDEX, UserError
+from random_weights import with_random_weights
 from reference_engine import KVCache
 
 SMALL = GPTConfig(sequence_len=16, vocab_size=70, n_layer=5, n_head=4, n_kv_head=2, n_embd=64, window_pattern="SSL")
@@ -25,13 +26,7 @@ NATIVE = replace(SMALL, window_pattern="L", value_embeddings=False, residual_mix
 
 def random_model(config: GPTConfig = SMALL, seed: int = 0, **options: Any) -> GPT:
     """A model with random, non-zero weights, so that every part affects the output."""
-    model = GPT(config, **options)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            scale = 1.0 if weight.ndim == 1 or "wte" in name else 0.15
-            weight.copy_(scale * torch.randn(weight.shape, generator=generator))
-    return model
+    return with_random_weights(GPT(config, **options), 0.15, embeddings=1.0, vectors=1.0, seed=seed)
 
 
 def random_tokens(config: GPTConfig = SMALL, rows: int = 2, length: int = 16, seed: int = 1) -> tuple[Tensor, Tensor]:
