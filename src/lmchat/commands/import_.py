@@ -43,18 +43,19 @@ def _save(model, tag, stage) -> None:  # type: ignore[no-untyped-def]  # types w
     from lmchat.checkpoint.imported import save_imported
     from lmchat.scaling import parameter_counts
 
-    known_stage = stage or model.stage
-    paths = save_imported(model, stage=known_stage or "pretrain", tag=tag or model.tag)
+    known = stage or model.stage
+    stage = known or "pretrain"
+    paths = save_imported(model, stage=stage, tag=tag or model.tag)
     count = parameter_counts(model.config).total
     print(f"imported {model.source}: {len(model.state)} tensors, {count:,} parameters, to {paths.directory}")
-    if known_stage is None:
+    if known is None:
         print("imported as a pretrained model; if it is fine-tuned, import it with --stage sft")
     for note in model.notes:
         print(f"note: {note}")
     print(f"talk to it: lmchat chat --checkpoint {paths.directory}")
     following = {"pretrain": ("fine-tune it", "sft"), "sft": ("continue with reinforcement learning", "grpo")}
-    if (known_stage or "pretrain") in following:
-        what, config = following[known_stage or "pretrain"]
+    if stage in following:
+        what, config = following[stage]
         print(f"{what}: lmchat fit --config configs/{config}.yaml --ckpt_path {paths.directory}")
 
 

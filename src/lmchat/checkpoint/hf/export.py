@@ -76,7 +76,9 @@ def write_export(
     Raises:
         UserError: a tensor of the checkpoint has no place in the export, or safetensors is missing.
     """
-    save_file, file_error = need("safetensors.torch", "an export").save_file, need("safetensors", "").SafetensorError
+    save_file = need("safetensors.torch", "an export").save_file
+    from safetensors import SafetensorError  # installed, see above
+
     config = GPTConfig(**checkpoint.meta["model"])
     state = load_model_state(checkpoint)
     if native:
@@ -91,7 +93,7 @@ def write_export(
             stored = {key: tensor.to(stored_dtype(key, dtype), copy=True).contiguous() for key, tensor in part.items()}
             try:
                 save_file(stored, folder / name, metadata={"format": "pt"})
-            except file_error as error:
+            except SafetensorError as error:
                 raise UserError(
                     f"cannot write {folder / name}: {error}; make room, or choose another folder"
                 ) from error
