@@ -14,6 +14,8 @@ from lmchat.__main__ import main
 from lmchat.callbacks.fp8 import FP8
 from lmchat.checkpoint.load import find_checkpoint, load_model_state, load_rank_state
 from lmchat.demo.tasks import Arithmetic
+from lmchat.evaluation.bits_per_byte import BitsPerByteEvaluator
+from lmchat.generation.policy import Policy
 from lmchat.model import fp8
 from lmchat.types import UserError
 from tiny_fit import same
@@ -112,6 +114,22 @@ def test_resuming_is_exact_and_a_checkpoint_does_not_depend_on_fp8(base: Path) -
     fit(base, "back", "--ckpt_path", middle, "--trainer.max_steps", "5")
 
 
+def test_fp8_is_on_again_after_an_exception_in_evaluation(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a notebook, where the module is trained again."""
+    nets = []
+
+    def fail(evaluator: BitsPerByteEvaluator, policy: Policy, batch: Any) -> None:
+        nets.append(policy.net)
+        raise ValueError("damaged")
+
+    monkeypatch.setattr(BitsPerByteEvaluator, "update", fail)
+    with pytest.raises(ValueError, match="damaged"):
+        fit(base, "failed")
+    products, ids = Products(monkeypatch), torch.zeros(1, 32, dtype=torch.int64)
+    nets[0].loss(ids, ids)
+    assert products.count == 12
+
+
 def test_reinforcement_learning_trains_in_fp8_and_samples_without(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Micro-batches, a prompt with its samples, have any number of tokens."""
     long_rows = ["--model.sequence_len", "256", "--model.global_batch_tokens", "1024", "--data.eval_tokens", "1024"]
@@ -168,6 +186,12 @@ def test_auto_enables_fp8_from_depth_20_on_supported_hardware(monkeypatch: pytes
     assert not auto._is_on(module())
     with pytest.raises(UserError, match=r"--fp8.enabled is true, but cuda cannot train in FP8: it is old; use --fp8"):
         FP8(enabled=True)._is_on(module())
+
+
+def test_emulation_without_fp8_is_refused() -> None:
+    with pytest.raises(UserError, match=r"--fp8.emulate is true, .* use --fp8.enabled true"):
+        FP8(emulate=True)
+    assert not FP8(enabled=False, emulate=True)._is_on(module())
 
 
 def test_a_model_without_a_layer_to_convert_is_refused(base: Path, capsys: pytest.CaptureFixture[str]) -> None:

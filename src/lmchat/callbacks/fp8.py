@@ -36,6 +36,8 @@ class FP8(Callback):
         lm_head: bool = False,
         emulate: bool = False,
     ) -> None:
+        if emulate and enabled == "auto":
+            raise UserError("--fp8.emulate is true, but --fp8.enabled auto emulates nothing; use --fp8.enabled true")
         self.enabled = enabled
         self.recipe = recipe
         self.lm_head = lm_head
@@ -53,6 +55,9 @@ class FP8(Callback):
                 "use --fp8.enabled false or a wider model"
             )
         rank_zero_info(f"FP8 {self.recipe}{' (emulated)' if self.emulate else ''}: {conversion.describe()}")
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        pl_module.train()  # Lightning leaves the module in eval mode, without FP8, if an evaluation fails.
 
     def _is_on(self, module: Any) -> bool:
         if self.enabled is False:
