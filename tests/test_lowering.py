@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,13 +25,14 @@ CONFIG = config_for_depth(8, lowering.VOCAB_SIZE, lowering.SEQUENCE_LEN)
 ACTIVATION = TOKENS * CONFIG.n_embd * 2
 
 
-@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize(("layer", "key_heads"), [(0, 4), (1, 4), (0, 2), (1, 1)])
 @pytest.mark.parametrize("mode", ["compiled", "recomputing"])
-def test_a_block_keeps_the_activations_of_the_memory_model(mode: Mode, layer: int) -> None:
+def test_a_block_keeps_the_activations_of_the_memory_model(mode: Mode, layer: int, key_heads: int) -> None:
     with FakeTensorMode():
-        counts = lowering.block(CONFIG, ROWS, layer, recompute=mode == "recomputing")
+        counts = lowering.block(replace(CONFIG, n_kv_head=key_heads), ROWS, layer, recompute=mode == "recomputing")
     # Beside the model's widths: the normed embedding, which all blocks share, and a value embedding.
-    kept = sum(SAVED_WIDTHS[mode]) + 1 + (layer in CONFIG.value_embedding_layers)
+    widths, kv_widths = SAVED_WIDTHS[mode]
+    kept = widths + 1 + (kv_widths + (layer in CONFIG.value_embedding_layers)) * key_heads / CONFIG.n_head
     assert counts.saved_bytes(TOKENS) / ACTIVATION == pytest.approx(kept, rel=0.01)
 
 

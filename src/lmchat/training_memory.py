@@ -11,9 +11,7 @@ Activations saved by autograd per token and block, in the compute dtype, with mo
 - checkpointed: D, or 2 D if eager (before and after the residual mix), and in the backward pass the above for one block
   at a time.
 
-Layers with value embeddings save K more. Where the flash kernel takes no grouped keys (torch 2.11), a compiled block
-saves repeated ones: 17 D + K (counted by benchmarks/lowering.py; not in the model). Everything else is estimated;
-nothing was measured on a GPU so far.
+Layers with value embeddings save K more. Everything else is estimated; nothing was measured on a GPU so far.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def test_flash_packs_rows_as_the_kernel_defines_them(
 ) -> None:
     """The kernel needs a GPU; a mock that follows its documentation replaces it.
 
-    In torch 2.11 it has no `enable_gqa`, and as many key heads as query heads.
+    In torch 2.11 it has no `enable_gqa`: the same kernel takes grouped queries as they are.
     """
 
     def kernel(
@@ -112,12 +112,10 @@ def test_flash_packs_rows_as_the_kernel_defines_them(
         window_size: tuple[int, int] = (-1, -1),
     ):  # type: ignore[no-untyped-def]
         left, right = window_size
-        if torch_version == "2.11":
-            assert q.size(1) == k.size(1)
         assert right == 0 and cu_seq_q.dtype == torch.int32 and cu_seq_q.equal(cu_seq_k)
         starts = cu_seq_q.tolist()
         assert max_q == max_k >= max(b - a for a, b in pairwise(starts))
-        assert starts[-1] == len(q) == len(k) == len(v)
+        assert starts[-1] == len(q) == len(k) == len(v) and k.size(1) == v.size(1) == (2 if grouped else 4)
         sequences = [part for part in pairwise(starts) if part[0] < part[1]]
         return torch.cat([brute_force(q[None, a:b], k[None, a:b], v[None, a:b], left)[0] for a, b in sequences])
 

@@ -15,8 +15,8 @@ from lmchat.model.attention import attention, document_ids
 def flash(q: Tensor, k: Tensor, v: Tensor, window: int, starts: Tensor | None) -> Tensor:
     """The windowed flash kernel inside torch (half precision).
 
-    Documents cost nothing: the kernel takes sequences of different lengths, and reads rows or documents as such. With
-    torch 2.11, which does not support grouped queries here, shared key heads are repeated.
+    Documents cost nothing: the kernel takes sequences of different lengths, and reads rows or documents as such. It
+    takes grouped queries: with torch 2.11 as they are, with later versions by an option.
     """
     batch, length = q.shape[:2]
     if window >= length - 1 and starts is None:
@@ -26,11 +26,8 @@ def flash(q: Tensor, k: Tensor, v: Tensor, window: int, starts: Tensor | None) -
     if starts is None:
         starts = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=q.device)
     options: dict[str, Any] = {}
-    if (group := q.size(2) // k.size(2)) > 1:
-        if _varlen_takes_grouped_queries():
-            options["enable_gqa"] = True
-        else:
-            k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
+    if q.size(2) != k.size(2) and _varlen_has_option_for_grouped_queries():
+        options["enable_gqa"] = True
     out: Any = varlen_attn(
         q.flatten(0, 1),
         k.flatten(0, 1),
@@ -46,7 +43,7 @@ def flash(q: Tensor, k: Tensor, v: Tensor, window: int, starts: Tensor | None) -
 
 
 @torch.compiler.assume_constant_result
-def _varlen_takes_grouped_queries() -> bool:
+def _varlen_has_option_for_grouped_queries() -> bool:
     from torch.nn.attention.varlen import varlen_attn
 
     return "enable_gqa" in inspect.signature(varlen_attn).parameters
