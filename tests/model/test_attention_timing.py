@@ -58,8 +58,27 @@ def test_the_fastest_is_chosen_and_remembered(timed: list[tuple[str, int, bool]]
     assert choose_by_timing(net, 2, False, file) == chosen and not timed
     assert choose_by_timing(net, 2, True, file) == {16: "flex", 32: "flex"}
     assert {name for name, _, documents in timed if documents} == {"flash", "flex"}
-    file.write_text("{damaged")
-    assert choose_by_timing(net, 2, False, file) == chosen
+    for content in ("{damaged", "[1]", file.read_text().replace('"cudnn"', "[2]").replace('"flash"', '"later"')):
+        file.write_text(content)
+        assert choose_by_timing(net, 2, False, file) == chosen
+
+
+def test_choices_are_of_one_card_and_version_and_an_unwritable_file_is_none(
+    timed: list[tuple[str, int, bool]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    net, file = GPT(CONFIG), tmp_path / "attention.json"
+    chosen = choose_by_timing(net, 2, False, file)
+    for owner, name, value in (
+        (torch, "__version__", "2.99"),
+        (torch.cuda, "get_device_name", lambda device: "another card"),
+        (torch.backends.cudnn, "version", lambda: 1),
+    ):
+        timed.clear()
+        monkeypatch.setattr(owner, name, value)
+        assert choose_by_timing(net, 2, False, file) == chosen and len(timed) == 5
+    timed.clear()
+    assert choose_by_timing(net, 2, False, file) == chosen and not timed
+    assert choose_by_timing(net, 2, False, tmp_path / "no_folder" / "attention.json") == chosen
 
 
 def test_wrong_and_failing_kernels_are_skipped(

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lmchat.files import synced_file
+from lmchat.files import replacing
 from lmchat.model.attention import BACKENDS, probe
 from lmchat.model.gpt import GPT
 
@@ -56,13 +56,12 @@ def choose_by_timing(net: GPT, rows: int, documents: bool, file: Path) -> dict[i
     remembered = _read(file)
     versions = [torch.cuda.get_device_name(net.device), torch.__version__, torch.backends.cudnn.version()]
     keys = {window: " ".join(map(str, [*versions, *astuple(shape)])) for window, shape in shapes.items()}
-    chosen = {window: remembered.get(key) for window, key in keys.items()}
-    for window, shape in shapes.items():
-        if chosen[window] not in shape.candidates:
-            chosen[window] = remembered[keys[window]] = fastest(shape, net.device) or net.attention_backend
-    with synced_file(file) as out:
-        out.write(json.dumps(remembered, indent=1).encode())
-    return {window: str(name) for window, name in chosen.items()}
+    missing = [window for window, shape in shapes.items() if remembered.get(keys[window]) not in shape.candidates]
+    for window in missing:
+        remembered[keys[window]] = fastest(shapes[window], net.device) or net.attention_backend
+    if missing:
+        _write(file, remembered)
+    return {window: remembered[key] for window, key in keys.items()}
 
 
 def use_backends(net: GPT, names: dict[int, str]) -> None:
@@ -127,3 +126,12 @@ def _read(file: Path) -> dict[str, str]:
     except (OSError, ValueError):
         return {}
     return remembered if isinstance(remembered, dict) else {}
+
+
+def _write(file: Path, remembered: dict[str, str]) -> None:
+    """Several runs may write at once, and the folder may be read-only."""
+    try:
+        with replacing(file) as unfinished:
+            unfinished.write_text(json.dumps(remembered, indent=1))
+    except OSError as error:
+        logger.warning("cannot remember the fastest attention (%s); the next run times it again", error)
