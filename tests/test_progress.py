@@ -9,17 +9,7 @@ import pytest
 
 from lmchat import progress
 from lmchat.progress import ProgressBar, clock_time, print_line
-
-
-class Terminal(io.StringIO):
-    encoding = "utf-8"
-
-    def isatty(self) -> bool:
-        return True
-
-    def screen(self) -> str:
-        """The line that a terminal shows."""
-        return self.getvalue().rstrip().rpartition("\r")[2]
+from terminal import Terminal
 
 
 def test_amount_speed_and_time_left() -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from hub_server import HubServer
 from lmchat.data import download
 from lmchat.data.download import DownloadReport
 from lmchat.types import UserError
+from terminal import Terminal
 
 REPO = "some/shards"
 
@@ -258,7 +261,12 @@ def test_an_endless_listing_is_refused(
     with pytest.raises(UserError, match="file list of some/shards at revision main does not end"):
         fetch()
     monkeypatch.setattr(download, "LISTING_SECONDS", 60.0)
-    monkeypatch.setattr(download, "MAX_FILES", 500)
-    with pytest.raises(UserError, match="some/shards has more than 500 files"):
+    monkeypatch.setattr(download, "MAX_FILES", 3000)
+    with (
+        redirect_stderr(Terminal()) as terminal,
+        pytest.raises(UserError, match="some/shards has more than 3,000 files"),
+    ):
         fetch()
+    counts = re.findall(r"Listing the files of some/shards at revision main: (\d+) files \[", terminal.getvalue())
+    assert 0 < int(counts[-1]) <= 3001
     assert not list(tmp_path.iterdir())

@@ -42,7 +42,7 @@ from lmchat.types import UserError
 MAX_FILES = 1_000_000
 LISTING_SECONDS = 600.0
 LISTING_BYTES = 1 << 30
-"""Limits of a repository's list of files, far above real ones."""
+"""Limits of a repository's list of files; a million files, at a thousand per request, take some five minutes."""
 STALL_SECONDS = 600.0
 """Time without a new byte after which a download ends. A hub may ask its clients to come back in a day."""
 
@@ -176,7 +176,8 @@ class _Hub:
         """The files that match, sorted by name. Raises `UserError` if there are fewer than two."""
 
         what = f"{self.repo_id} at revision {self.revision}"
-        files = _within_limits(lambda: _persistently(self._list_files, what), what)
+        with ProgressBar(f"Listing the files of {what}", unit="files") as bar:
+            files = _within_limits(lambda: _persistently(lambda: self._list_files(bar), what), what, bar)
         shards = [shard for shard in files if fnmatch.fnmatch(shard.path, pattern)]
         if len(shards) < 2:
             raise UserError(
@@ -187,11 +188,13 @@ class _Hub:
             raise UserError(f"{self.repo_id} has files of the same name in several folders; choose one with --pattern")
         return sorted(shards, key=lambda shard: shard.name)
 
-    def _list_files(self) -> list[Shard]:
+    def _list_files(self, bar: ProgressBar) -> list[Shard]:
+        bar.set(0)
         try:
             self.revision = self.api.dataset_info(self.repo_id, revision=self.revision).sha or self.revision
             entries = self.api.list_repo_tree(self.repo_id, recursive=True, revision=self.revision, repo_type="dataset")
-            files = [_checked(entry) for entry in islice(entries, MAX_FILES + 1) if isinstance(entry, RepoFile)]
+            listed = bar.track(islice(entries, MAX_FILES + 1))
+            files = [_checked(entry) for entry in listed if isinstance(entry, RepoFile)]
         except _NOT_LISTED as error:
             if isinstance(error, UserError | HFValidationError | OSError | HTTPError):
                 raise
@@ -245,8 +248,10 @@ def _checked(entry: RepoFile) -> Shard:
     return Shard(path, size, sha256)
 
 
-def _within_limits(action: Callable[[], T], what: str) -> T:
+def _within_limits(action: Callable[[], T], what: str, bar: ProgressBar) -> T:
     """Runs ``action`` in a thread with limits on time and memory, since a response could be endless.
+
+    ``bar`` shows the time meanwhile, also where nothing arrives.
 
     Raises:
         UserError: it takes too long or too much memory.
@@ -259,6 +264,7 @@ def _within_limits(action: Callable[[], T], what: str) -> T:
     while True:
         if futures.wait([future], _POLL_SECONDS).done:
             return future.result()
+        bar.update(0)
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
         if time.monotonic() > deadline or grown > LISTING_BYTES:
             raise UserError(
