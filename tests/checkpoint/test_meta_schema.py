@@ -76,6 +76,7 @@ WRONG: list[tuple[Change, str]] = [
     (put("files", "model_000002.pt", "sha256", value="0"), "files.model_000002.pt.sha256 is '0'"),
     (put("files", "model_000002.pt", value=None), "files.model_000002.pt is None"),
     (put("model", "n_layer", value=HUGE), "model.n_layer is 1000000000; it must be a whole number from 1 to 10000"),
+    (put("model", "sequence_len", value=2**24), "model.sequence_len is 16777216; it must be a whole number from 1 to"),
     (put("model", "n_embd", value=2048), r"n_embd 2048.* has at least 167,.* parameters, and the weights file has"),
     (put("model", "n_head", value=0), "model.n_head is 0"),
     (put("model", "n_head", value=3), "n_embd 2 over n_head 3"),

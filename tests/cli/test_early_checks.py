@@ -32,7 +32,7 @@ TOO_LARGE = {
     "--model.depth=5000": "does not fit on cpu (2.5e+07 GB of weights",
     "--model.init_args.depth 100000": "choose a smaller --model.depth",
     "--model.aspect_ratio 100000000": "choose a smaller --model.depth",
-    "--model.sequence_len 1000000000": "training needs about",
+    "--model.sequence_len 131072 --model.depth 40": "training needs about",
     "--trainer.accelerator gpu --model.depth 100000": "does not fit on any device",
     "--trainer.max_steps 1180591620717411303424": "--trainer.max_steps is 1180591620717411303424; it must be at most",
     "--model.global_batch_tokens 99999999999999": "--model.global_batch_tokens is 99999999999999; it must be at most",

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lmchat.checkpoint.layout import CheckpointPaths
-from lmchat.model.config import GPTConfig
+from lmchat.model.config import MAX_SEQUENCE_LEN, GPTConfig
 from lmchat.option_checks import MAX_COUNT
 from lmchat.paths import is_folder_name
 from lmchat.stage_table import STAGES
@@ -100,7 +100,7 @@ OPTIONAL: dict[str, Check] = {
     "lightning": MAPPING,
 }
 MODEL: dict[str, Check] = {
-    "sequence_len": integer(1, 2**24),
+    "sequence_len": integer(1, MAX_SEQUENCE_LEN),
     "vocab_size": integer(1, 2**26),
     "n_layer": integer(1, MAX_LAYERS),
     "n_head": integer(1, 2**16),

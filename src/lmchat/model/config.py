@@ -11,6 +11,9 @@ from lmchat.types import UserError
 GATE_CHANNELS = 32
 """Channels of the block's input that the value-embedding gate reads."""
 
+MAX_SEQUENCE_LEN = 2**17
+"""Limit of ``sequence_len``, since the tables of rotary embeddings grow with it alone."""
+
 VOCAB_MULTIPLE = 64
 """Rows of token tables are padded to a multiple of this, which matrix units need."""
 
@@ -51,6 +54,8 @@ class GPTConfig:
     def __post_init__(self) -> None:
         names = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
         check_count(None, 1, **{name: getattr(self, name) for name in names})
+        if (self.sequence_len or 0) > MAX_SEQUENCE_LEN:
+            raise UserError(f"sequence_len is {self.sequence_len}; it must be at most {MAX_SEQUENCE_LEN}")
         if self.n_embd % self.n_head or self.head_dim % 2:
             raise UserError(
                 f"n_embd {self.n_embd} over n_head {self.n_head} gives no even head size; "
