@@ -120,12 +120,15 @@ def _run(args: list[str]) -> int:
     name = args[0]
     if name not in TRAINER_COMMANDS and name not in COMMANDS:
         return _fail(f"unknown command {name!r}; the commands are {', '.join([*TRAINER_COMMANDS, *COMMANDS])}")
-    from jsonargparse import ArgumentError
+    from lmchat.cli.lean_imports import paused_gc
 
-    import lmchat.hardware  # noqa: F401
-    from lmchat.cli.argument_errors import explain
-    from lmchat.cli.standard_streams import discard_output
-    from lmchat.types import RankFailure, UserError
+    with paused_gc():
+        from jsonargparse import ArgumentError
+
+        import lmchat.hardware  # noqa: F401
+        from lmchat.cli.argument_errors import explain
+        from lmchat.cli.standard_streams import discard_output
+        from lmchat.types import RankFailure, UserError
 
     try:
         if name in TRAINER_COMMANDS:
