@@ -73,6 +73,9 @@ def test_a_split_holds_out_by_content_alone(tmp_path: Path) -> None:
         assert not set(asked(train)) & set(asked(val)), "equal conversations are in one split"
         assert 7 <= len(val) <= 9
         splits[path] = set(asked(val))
+        shared = JSONLConversations(path, split="val", val_fraction=0.1)
+        shared.share_rows(train)
+        assert asked(shared) == asked(val) and shared.rows is train.rows
     assert splits[forward] == splits[backward]
     held_out = asked(JSONLConversations(forward, split="val"))
     rest = [content for content in asked(JSONLConversations(forward)) if content not in held_out]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -80,13 +81,13 @@ def render_all(
             loss_tokens += (with_loss := sum(mask[:max_tokens]))
             truncated += cut > 0
             no_loss_tokens += with_loss == 0
-            row = {"tokens": ids[:max_tokens], "mask": mask[:max_tokens]}
-            packed = {name: np.array(values, dtype=dtypes[name]).tobytes() for name, values in row.items()}
-            checksum = zlib.crc32(packed["mask"], zlib.crc32(packed["tokens"]))
+            row = np.array(ids[:max_tokens], dtype=dtypes["tokens"]).tobytes()
+            files["tokens"].write(row)
+            files["mask"].write(row_mask := bytes(mask[:max_tokens]))
+            checksum = zlib.crc32(row_mask, zlib.crc32(row))
             numbers = {"offsets": tokens, "supervised": with_loss, "cut_tokens": cut, "checksums": checksum}
-            packed |= {name: np.array(value, dtype=dtypes[name]).tobytes() for name, value in numbers.items()}
-            for name, content in packed.items():
-                files[name].write(content)
+            for name, number in numbers.items():
+                files[name].write(number.to_bytes(dtypes[name].itemsize, sys.byteorder))
     return RenderReport(len(conversations), tokens, loss_tokens, truncated, no_loss_tokens)
 
 

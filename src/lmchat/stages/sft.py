@@ -211,3 +211,10 @@ class OwnConversationsDataModule(SFTDataModule):
         else:
             train_task, val_task = JSONLConversations(train, **split), JSONLConversations(val, **split)
         super().__init__([MixturePart(train_task, epochs)], [MixturePart(val_task)], **options)
+        self._tasks = train_task, val_task
+
+    def prepare_data(self) -> None:
+        train, val = self._tasks
+        if val.split is not None:
+            val.share_rows(train)
+        super().prepare_data()

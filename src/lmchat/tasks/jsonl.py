@@ -74,6 +74,11 @@ class JSONLConversations(RowTask):
         digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
         self._digests.append(int.from_bytes(digest[:8]))
 
+    def share_rows(self, other: JSONLConversations) -> None:
+        """Takes the rows of ``other``, a task of the same files, so that they are read and checked once for both."""
+        self.rows, self._checked = other.rows, other._checked
+        self._counts, self._digests = other._counts, other._digests
+
     def chosen(self) -> np.ndarray:
         good = super().chosen()
         if self.split is None:

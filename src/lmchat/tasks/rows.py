@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
+from lmchat.progress import ProgressBar
 from lmchat.tasks.base import Task
 from lmchat.tasks.row_files import MalformedRow, Rows, TableRows, checked_text, read_rows
 from lmchat.types import Conversation, UserError
@@ -124,13 +125,14 @@ class RowTask(Task):
     def _checked(self) -> np.ndarray:
         """Indices of the valid rows, int64."""
         good, complaints = array("q"), list[str]()
-        for index in range(len(self.rows)):
-            try:
-                self.check(self.rows[index])
-                good.append(index)
-            except MalformedRow as error:
-                if len(complaints) < REPORTED_ROWS:
-                    complaints.append(f"{self.rows.location(index)}: {error}")
+        with ProgressBar(f"Checking {self.name}", len(self.rows), unit="rows") as bar:
+            for index in bar.track(range(len(self.rows))):
+                try:
+                    self.check(self.rows[index])
+                    good.append(index)
+                except MalformedRow as error:
+                    if len(complaints) < REPORTED_ROWS:
+                        complaints.append(f"{self.rows.location(index)}: {error}")
         if complaints:
             self._report(complaints, len(self.rows) - len(good), refuse=not self.skip_malformed or not good)
         if not good:
