@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import re
 import shutil
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
+from safetensors.torch import load_file, save_file
 
 from lmchat.__main__ import main
 from lmchat.checkpoint.load import Checkpoint, find_checkpoint, load_model, load_model_state, load_tokenizer
@@ -141,6 +143,14 @@ def change_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def change_tensor(folder: Path, name: str, value: float) -> None:
+    """Sets one element."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, path, {"format": "pt"})
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -165,6 +175,8 @@ def change_json(path: Path, **changes: Any) -> None:
             lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-10]),
             "model.safetensors is damaged",
         ),
+        (lambda f: change_tensor(f, "lm_head.weight", math.nan), "contains infinities or NaN in lm_head.weight"),
+        (lambda f: change_tensor(f, "lm_head.weight", -math.inf), "contains infinities or NaN in lm_head.weight"),
         (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing"),
         (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json is damaged, or not the tokenizer"),
         (lambda f: change_json(f / "tokenizer.json", normalizer={"type": "NFC"}), "its normalizer changes text"),

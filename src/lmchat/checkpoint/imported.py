@@ -12,7 +12,7 @@ import torch
 
 from lmchat.checkpoint.layout import CheckpointPaths, checkpoint_dir, files_by_step
 from lmchat.checkpoint.meta_schema import check_settings
-from lmchat.checkpoint.tensors import check_tensors, shapes
+from lmchat.checkpoint.tensors import check_finite, check_tensors, shapes
 from lmchat.checkpoint.writer import write_checkpoint
 from lmchat.model.config import GPTConfig
 from lmchat.paths import tokenizer_dir
@@ -73,6 +73,7 @@ def save_imported(model: ImportedModel, *, stage: str, tag: str) -> CheckpointPa
     except UserError as error:
         raise UserError(f"cannot import {model.source}: {error}; correct its files, or give another --tag") from error
     check_tensors(model.state, shapes(model.config), str(model.source))
+    check_finite(model.state, str(model.source))
     if model.tokenizer.vocab_size != model.config.vocab_size:
         raise UserError(
             f"the tokenizer of {model.source} has {model.tokenizer.vocab_size} tokens and its model "

@@ -246,7 +246,8 @@ def _read_tensors(path: Path, *, mmap: bool = False) -> dict[Any, Any]:
     except MemoryError:
         raise
     except Exception as error:  # torch raises errors of many types for other files
-        reason = shown(str(error).splitlines()[0] if str(error) else type(error).__name__)
+        *_, reason = str(error).split("WeightsUnpickler error: ")  # before it, advice to load the file anyway
+        reason = shown(reason.splitlines()[0] if reason else type(error).__name__)
         raise DamagedCheckpoint(
             f"{path} contains more than tensors and plain values, or is damaged ({reason}); nothing in it was "
             f"executed; {_REMEDY}"

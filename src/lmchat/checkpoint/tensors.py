@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lmchat.checkpoint.meta_schema import shown
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT
 from lmchat.types import UserError
@@ -35,5 +36,12 @@ def check_tensors(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size
             raise UserError(f"{where} contains {name} of type {state[name].dtype}; give the model before quantization")
 
 
+def check_finite(state: Mapping[str, Tensor], where: str) -> None:
+    """Raises UserError if tensors of a state dict contain infinities or NaN."""
+    if wrong := [name for name in sorted(state) if not state[name].float().isfinite().all()]:
+        raise UserError(f"{where} contains infinities or NaN in {_some(wrong)}; copy it again, or give an older model")
+
+
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    written = [name if name.isprintable() and 0 < len(name) <= 100 else shown(name) for name in names[:3]]
+    return ", ".join(written) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
