@@ -139,6 +139,13 @@ def test_the_command_writes_page_and_markdown(base: Path, tmp_path: Path, monkey
     assert any(text.endswith(" (1.125 to 9.875)") for text in page.texts)
 
 
+def test_a_folder_of_checkpoints_names_its_run_and_a_page_without_a_suffix_gets_one(base: Path, tmp_path: Path) -> None:
+    (folder,) = base.glob("*_checkpoints/reported")
+    assert main(["report", str(folder), "--output", str(tmp_path / "page")]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "page.md"]
+    assert (tmp_path / "page.md").read_text() == markdown_page([read_run(f"{base}/reported")])
+
+
 @pytest.mark.parametrize(("names", "message"), [(["nothing"], "no run nothing"), ([], "runs")])
 def test_an_unknown_run_is_reported(
     names: list[str], message: str, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -17,7 +17,7 @@ from lmchat.checkpoint.layout import CheckpointPaths, committed_steps
 from lmchat.checkpoint.load import open_checkpoint
 from lmchat.evaluation.results import Result, read_results, results_file
 from lmchat.model.config import GPTConfig
-from lmchat.paths import base_dir
+from lmchat.paths import base_dir, expand_user
 from lmchat.scaling import flops_per_token, parameter_counts
 from lmchat.stage_table import STAGES
 from lmchat.types import UserError
@@ -133,7 +133,7 @@ def read_run(name: str) -> Run:
     """Reads a run.
 
     Args:
-        name: tag of the run, a base folder with one run, or ``FOLDER/TAG``.
+        name: tag of the run, a base folder with one run, ``FOLDER/TAG``, or the folder of the run's checkpoints.
 
     Raises:
         UserError: there is no such run, or a file of it cannot be read.
@@ -145,12 +145,13 @@ def read_run(name: str) -> Run:
 
 def _locate(name: str) -> tuple[Path, str]:
     """Base folder and tag of a run."""
-    for base, tag in ((base_dir(), name), (Path(name).parent, Path(name).name)):
+    path = expand_user(name).absolute()
+    for base, tag in ((base_dir(), name), (path.parent, path.name), (path.parent.parent, path.name)):
         if tag in _tags(base):
             return base, tag
-    tags = _tags(Path(name))
+    tags = _tags(path)
     if len(tags) == 1:
-        return Path(name), tags[0]
+        return path, tags[0]
     if tags:
         raise UserError(f"{name} has the runs {', '.join(tags)}; choose one, as in {name}/{tags[0]}")
     known = ", ".join(_tags(base_dir())) or "none"
