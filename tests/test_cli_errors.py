@@ -472,6 +472,7 @@ def assert_one_line(error: str, wanted: list[str]) -> None:
         (["predict"], ["unknown command 'predict'", "the commands are"]),
         (["fit"], ["model missing", "--config configs/d12_pretrain.yaml"]),
         (["fit", "--config=broken.yaml"], ["broken.yaml is not valid YAML", "line 2, column 1"]),
+        (["fit", "--config=number_key.yaml"], ["number_key.yaml has the key 1, which YAML does not read as text"]),
         (["validate", "--config", "tiny.yaml"], ["give one with --ckpt_path"]),
         (["tokenizer"], ["one of {train,"]),
         (["tokenizer", "train", "--vocab_sizes", "3"], ["--vocab_sizes", "`lmchat tokenizer --help` lists them"]),
@@ -504,6 +505,7 @@ def test_mistakes_in_other_commands(
 ) -> None:
     monkeypatch.chdir(base)
     (base / "broken.yaml").write_text("model: [")
+    (base / "number_key.yaml").write_text("trainer: {max_steps: 1, 1: 2}")
     for name in ("deep.json", "deep.jsonl"):
         (base / name).write_text(100_000 * '{"text":' + "1" + 100_000 * "}")
     capfd.readouterr()

@@ -67,6 +67,8 @@ def explain(message: str, args: Sequence[str]) -> str:
         return f"unknown option {unknown[1]}; options are written in full, `{listing(args[0])}` lists them"
     if missing := re.search(r"arguments are required: (.*)", message):
         return _missing(missing[1].split(", "), args)
+    if key := re.search(r"Key must be a string, got: (.*?)\.?$", message):
+        return f"{_configs(args)} has the key {key[1]}, which YAML does not read as text; correct it"
     if "Problems parsing config" in message:
         return f"{_configs(args)} is not valid YAML: {message.split(':', 1)[1]}"
     return message
