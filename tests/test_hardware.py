@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,3 +67,22 @@ def test_the_memory_limit_of_a_container_is_used(
     (tmp_path / "memory.max").write_text(text)
     monkeypatch.setattr(hardware, "CGROUP_LIMIT", tmp_path / "memory.max")
     assert hardware.memory_limit_bytes(torch.device("cpu")) == (expected or unlimited)
+
+
+def test_a_limited_address_space_counts_what_is_left() -> None:
+    """Not what is mapped already: Python and torch alone have gigabytes, most of them never touched."""
+    code = """
+import resource, torch
+import subprocess
+import sys
+from pathlib import Path
+from lmchat.hardware import memory_limit_bytes
+mapped, resident = (int(pages) * resource.getpagesize() for pages in Path("/proc/self/statm").read_text().split()[:2])
+resource.setrlimit(resource.RLIMIT_AS, (mapped + 10**9,) * 2)
+print(memory_limit_bytes(torch.device("cpu")) - resident)
+torch.ones(120_000_000)
+"""
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("needs Linux")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 3e8 < int(done.stdout) < 5e8  # less 0.6 GB, which a run's libraries still take

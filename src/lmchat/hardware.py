@@ -39,6 +39,10 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 """The memory limit of a container on Linux: bytes, or "max"."""
 
 
+_LIBRARIES_BYTES = 600_000_000
+"""Resident memory of a process that trains a model of some kilobytes."""
+
+
 def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 peak of ``device`` in FLOP/s, by its data sheet; None for an unknown GPU or a CPU.
 
@@ -86,10 +90,19 @@ def host_memory_bytes() -> int | None:
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
     if address_space != resource.RLIM_INFINITY:
-        limits.append(address_space)
+        limits.append(max(0, address_space - _address_space_of_libraries()))
     if CGROUP_LIMIT.exists() and (text := CGROUP_LIMIT.read_text().strip()).isdigit():
         limits.append(int(text))
     return min(limits)
+
+
+def _address_space_of_libraries() -> int:
+    """Bytes of address space that are mapped but not in use, and what Python, torch and Lightning have in use."""
+    import resource
+
+    statm = Path("/proc/self/statm")
+    mapped, resident, *_ = map(int, statm.read_text().split()) if statm.exists() else (0, 0)
+    return (mapped - resident) * resource.getpagesize() + _LIBRARIES_BYTES
 
 
 def may_have_accelerator() -> bool:

@@ -51,7 +51,7 @@ class TrainingMemory:
         activations: tensors saved by autograd for the backward pass.
         workspace: the maximum of the head and a block's backward pass, and of the optimizer's temporaries beyond the
             activations, which are freed by then.
-        reserve: CUDA context, libraries, fragmentation.
+        reserve: fragmentation, and on a GPU the CUDA context and libraries.
     """
 
     states: float
@@ -85,7 +85,7 @@ def training_memory(
         optimizer_shards: number of ranks that the optimizer state is sharded over.
         element_bytes: bytes per element of the compute dtype.
         chunk_tokens: tokens per chunk of the loss.
-        on_gpu: add the reserve of a GPU.
+        on_gpu: add what CUDA and its libraries take.
     """
     tokens, width = rows * config.sequence_len, config.n_embd
     counts = parameter_counts(config)
@@ -100,7 +100,7 @@ def training_memory(
     optimizer = OPTIMIZER_COPIES * 4 * largest_group / optimizer_shards
     workspace = max(workspace, optimizer - activations)
     held = states + activations + workspace
-    return TrainingMemory(states, activations, workspace, RESERVE_BYTES + FRAGMENTATION * held if on_gpu else 0)
+    return TrainingMemory(states, activations, workspace, RESERVE_BYTES * on_gpu + FRAGMENTATION * held)
 
 
 def _saved_bytes(config: GPTConfig, tokens: int, mode: Mode, checkpoint_blocks: bool, element_bytes: int) -> float:
