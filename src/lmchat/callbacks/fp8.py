@@ -8,7 +8,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lmchat.model.fp8 import MULTIPLE, Recipe, convert_linears, missing_hardware
+from lmchat.model.fp8 import MIN_WIDTH, MULTIPLE, Recipe, convert_linears, missing_hardware
 from lmchat.types import UserError
 
 AUTO_DEPTH = 20
@@ -52,7 +52,7 @@ class FP8(Callback):
         if not conversion.converted:
             raise UserError(
                 f"--fp8.enabled is true, but no layer can be converted ({conversion.describe()}); "
-                "use --fp8.enabled false or a wider model"
+                f"use --fp8.enabled false, or a width that is a multiple of {MULTIPLE} and at least {MIN_WIDTH}"
             )
         rank_zero_info(f"FP8 {self.recipe}{' (emulated)' if self.emulate else ''}: {conversion.describe()}")
 
