@@ -98,11 +98,17 @@ def host_memory_bytes() -> int | None:
 
 def _address_space_of_libraries() -> int:
     """Bytes of address space that are mapped but not in use, and what Python, torch and Lightning have in use."""
+    mapped, resident = mapped_and_resident_bytes()
+    return mapped - resident + _LIBRARIES_BYTES
+
+
+def mapped_and_resident_bytes() -> tuple[int, int]:
+    """Bytes of this process's address space, and of those in main memory; (0, 0) where Linux's /proc is missing."""
     import resource
 
     statm = Path("/proc/self/statm")
-    mapped, resident, *_ = map(int, statm.read_text().split()) if statm.exists() else (0, 0)
-    return (mapped - resident) * resource.getpagesize() + _LIBRARIES_BYTES
+    pages = statm.read_text().split() if statm.exists() else ("0", "0")
+    return int(pages[0]) * resource.getpagesize(), int(pages[1]) * resource.getpagesize()
 
 
 def may_have_accelerator() -> bool:

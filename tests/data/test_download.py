@@ -233,7 +233,15 @@ def test_a_damaged_source_record_is_reported(
         (b'[{"type": "file", "path": 3, "oid": "", "size": 3}]', "unsafe name 3"),
         *[
             (json.dumps([{"type": "file", "path": path, "oid": "", "size": 3}]).encode(), "a file with the unsafe name")
-            for path in ("../up.parquet", "/etc/a.parquet", "a/../../b.parquet", "nul\0.parquet", "\x1b[2J.parquet", "")
+            for path in (
+                "../up.parquet",
+                "/etc/a.parquet",
+                "a/../../b.parquet",
+                "nul\0.parquet",
+                "\x1b[2J.parquet",
+                "a" * 256,
+                "",
+            )
         ],
         (b'[{"type": "file", "path": "a.parquet", "oid": "", "size": "big"}]', "with the size 'big'"),
         (

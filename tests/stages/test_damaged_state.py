@@ -23,5 +23,5 @@ def test_a_damaged_position_does_not_restart_the_data(state: Any, tmp_path: Path
 def test_weights_of_another_model_are_reported(base: Path) -> None:
     module = PretrainModule(depth=1, head_dim=32)
     wrong = {"net.lm_head.weight": torch.ones(2), "net.x\x1b[2J": torch.ones(2)}
-    with pytest.raises(UserError, match=r"the model file of step 3 contains x.* not have; use an older checkpoint"):
+    with pytest.raises(UserError, match=r"the model file of step 3 contains 'x.* not have; use an older checkpoint"):
         module.on_load_checkpoint({"state_dict": wrong, "global_step": 3})

@@ -10,7 +10,6 @@ import json
 import logging
 import re
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +34,7 @@ from huggingface_hub.utils import disable_progress_bars
 
 from lmchat.data.parquet_text import open_parquet
 from lmchat.files import locked, replacing
+from lmchat.hardware import mapped_and_resident_bytes
 from lmchat.option_checks import check_count
 from lmchat.progress import ProgressBar
 from lmchat.types import UserError
@@ -241,7 +241,9 @@ def _checked(entry: RepoFile) -> Shard:
     """
     path, size, sha256 = entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None
     parts = path.split("/") if isinstance(path, str) else [""]
-    if any(part in ("", ".", "..") or not part.isprintable() or "\\" in part for part in parts):
+    if any(
+        part in ("", ".", "..") or not part.isprintable() or "\\" in part or len(part.encode()) > 255 for part in parts
+    ):
         raise UserError(f"the Hub lists a file with the unsafe name {path!r:.200}; nothing was downloaded")
     if type(size) is not int or size < 0 or not (sha256 is None or re.fullmatch("[0-9a-f]{64}", str(sha256))):
         raise UserError(f"the Hub lists {path} with the size {size!r:.50} and the checksum {sha256!r:.80}; try again")
@@ -256,16 +258,13 @@ def _within_limits(action: Callable[[], T], what: str, bar: ProgressBar) -> T:
     Raises:
         UserError: it takes too long or too much memory.
     """
-    import resource
-
     future = _in_thread(action)
-    unit = 1 if sys.platform == "darwin" else 1024
-    deadline, before = time.monotonic() + LISTING_SECONDS, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    deadline, before = time.monotonic() + LISTING_SECONDS, mapped_and_resident_bytes()[1]
     while True:
         if futures.wait([future], _POLL_SECONDS).done:
             return future.result()
         bar.update(0)
-        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
+        grown = mapped_and_resident_bytes()[1] - before
         if time.monotonic() > deadline or grown > LISTING_BYTES:
             raise UserError(
                 f"the Hub's file list of {what} does not end: {grown / 1e6:.0f} MB of memory after "
