@@ -1,4 +1,4 @@
-"""GPU behaviour on a fake CUDA device: no mixed devices, and no avoidable device syncs."""
+"""GPU behaviour on fake CUDA and MPS devices: no mixed devices, and no avoidable device syncs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fake_cuda import fake_cuda
 from lmchat import losses
+from lmchat.evaluation.bits_per_byte import BitsPerByteEvaluator
 from lmchat.model import gpt
-from lmchat.model.attention import attend_banded
+from lmchat.model.attention import attend_banded, choose_backend
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT
 from lmchat.optim.muon_adamw import MuonAdamW
 from lmchat.optim.param_groups import build_param_groups
+from lmchat.precision import default_compute_dtype
 from lmchat.stages.base import StageModule
 from lmchat.stages.rl import GRPOModule
 from lmchat.stages.sft import SFTModule
@@ -51,10 +53,17 @@ def test_the_device_is_seen_and_a_value_cannot_be_read() -> None:
 
 
 class NoFloat64(TorchDispatchMode):
+    """Fails at an operator with a float64 result on a type of device."""
+
+    def __init__(self, device_type: str) -> None:
+        super().__init__()
+        self.device_type = device_type
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for x in out if isinstance(out, tuple | list) else (out,):
-            assert not isinstance(x, torch.Tensor) or x.dtype != torch.float64, func
+            if isinstance(x, torch.Tensor) and x.device.type == self.device_type:
+                assert x.dtype != torch.float64, func
         return out
 
 
@@ -66,12 +75,35 @@ def test_a_training_step_needs_no_float64() -> None:
     net.init_weights()
     optimizer = MuonAdamW(build_param_groups(net.named_parameters(), n_embd=64), compile=False)
     ids = torch.zeros(2, 64, dtype=torch.int64)
-    with NoFloat64():
+    with NoFloat64("cpu"):
         for _ in range(2):
             net.loss(ids, ids).backward()
             optimizer.step()
             optimizer.zero_grad()
         net.loss(ids, ids, reduction="none")
+
+
+@torch.no_grad()
+def test_a_step_and_an_evaluation_on_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a fake MPS device: no mixed devices, and no fp64, which it lacks; fp32 and masked attention are chosen."""
+    monkeypatch.setattr(gpt, "choose_backend", choose_backend)
+    with fake_cuda(), NoFloat64("mps"):
+        device = torch.device("mps")
+        with device:
+            net = GPT(CONFIG, compute_dtype=default_compute_dtype(device))
+        assert (net.compute_dtype, net.attention_backend) == (torch.float32, "masked")
+        optimizer = MuonAdamW(build_param_groups(net.named_parameters(), n_embd=64), compile=False)
+        ids = torch.zeros(2, 64, dtype=torch.int64, device=device)
+        hidden = net.hidden(ids).flatten(0, 1)
+        options = losses._Options(300, 15.0, 50, False)
+        losses._losses_and_gradients(hidden, net.lm_head.weight, ids.flatten(), torch.ones(128, device=device), options)
+        for weight in net.parameters():
+            weight.grad = torch.empty_like(weight)
+        optimizer.step()
+        batch = {"inputs": ids, "targets": ids}
+        bits = BitsPerByteEvaluator(torch.ones(300, dtype=torch.int64), lambda rank, world_size: [batch])
+        bits.update(SimpleNamespace(net=net), batch)
+        assert bits._metric.nats.device.type == "cpu"
 
 
 @pytest.mark.parametrize("fused", [False, True])

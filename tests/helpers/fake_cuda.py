@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class _WithoutDriver(TorchFunctionMode):
-    """Replaces operations that need a CUDA driver even for fake tensors: indexing and copies."""
+    """Replaces operations that need a driver even for fake tensors: indexing, copies, and attention of a Mac."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__getitem__:
@@ -30,6 +31,8 @@ class _WithoutDriver(TorchFunctionMode):
             return None
         if func is Tensor.__invert__:
             return torch.ops.aten.bitwise_not.default(*args)
+        if func is scaled_dot_product_attention and args[0].device.type == "mps":
+            return torch.ops.aten._scaled_dot_product_attention_math.default(*args, **(kwargs or {}))[0]
         if func is Tensor.copy_:
             args[1].expand_as(args[0])
             return args[0]
