@@ -120,9 +120,9 @@ def _run(args: list[str]) -> int:
     name = args[0]
     if name not in TRAINER_COMMANDS and name not in COMMANDS:
         return _fail(f"unknown command {name!r}; the commands are {', '.join([*TRAINER_COMMANDS, *COMMANDS])}")
-    from lmchat.cli.lean_imports import paused_gc
+    from lmchat.cli.lean_imports import importing
 
-    with paused_gc():
+    with importing():
         from jsonargparse import ArgumentError
 
         import lmchat.hardware  # noqa: F401

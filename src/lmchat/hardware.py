@@ -59,12 +59,14 @@ def peak_flops(device: torch.device) -> float | None:
 
 def peak_memory_bytes(device: torch.device) -> int:
     """Peak memory so far, in bytes: of torch's allocator on a GPU, of the process on a CPU."""
-    import resource
-
     import torch
 
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_resident_bytes()
+
+
+def _peak_resident_bytes() -> int:
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -103,12 +105,14 @@ def _address_space_of_libraries() -> int:
 
 
 def mapped_and_resident_bytes() -> tuple[int, int]:
-    """Bytes of this process's address space, and of those in main memory; (0, 0) where Linux's /proc is missing."""
+    """Bytes of this process's address space, and of those in main memory; without /proc, the latter's peak for both."""
     import resource
 
     statm = Path("/proc/self/statm")
-    pages = statm.read_text().split() if statm.exists() else ("0", "0")
-    return int(pages[0]) * resource.getpagesize(), int(pages[1]) * resource.getpagesize()
+    if not statm.exists():
+        return _peak_resident_bytes(), _peak_resident_bytes()
+    mapped, resident, *_ = map(int, statm.read_text().split())
+    return mapped * resource.getpagesize(), resident * resource.getpagesize()
 
 
 def may_have_accelerator() -> bool:

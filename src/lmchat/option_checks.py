@@ -18,8 +18,8 @@ def check_range(group: str, max: float = math.inf, **numbers: float) -> None:
             raise UserError(f"--{group}.{name} is {value}; it must be a number {span}")
 
 
-def check_count(group: str | None, min: int, **numbers: int | None) -> None:
-    """Raises UserError unless the options ``--group.name`` are from ``min`` to `MAX_COUNT`, or None.
+def check_count(group: str | None, min: int, max: int = MAX_COUNT, /, **numbers: int | None) -> None:
+    """Raises UserError unless the options ``--group.name`` are from ``min`` to ``max``, or None.
 
     An empty ``group`` stands for options without one, ``--name``; None for arguments of a function, ``name``.
     """
@@ -27,5 +27,5 @@ def check_count(group: str | None, min: int, **numbers: int | None) -> None:
         option = name if group is None else f"--{group}.{name}" if group else f"--{name}"
         if value is not None and value < min:
             raise UserError(f"{option} is {value}; it must be at least {min}")
-        if value is not None and value > MAX_COUNT:
-            raise UserError(f"{option} is {value}; it must be at most {MAX_COUNT}")
+        if value is not None and value > max:
+            raise UserError(f"{option} is {value}; it must be at most {max}")

@@ -32,6 +32,7 @@ TOO_LARGE = {
     "--model.depth=5000": "does not fit on cpu (2.5e+07 GB of weights",
     "--model.init_args.depth 100000": "choose a smaller --model.depth",
     "--model.aspect_ratio 100000000": "choose a smaller --model.depth",
+    "--model.sequence_len 1000000000": "--model.sequence_len is 1000000000; it must be at most 131072",
     "--model.sequence_len 131072 --model.depth 40": "training needs about",
     "--trainer.accelerator gpu --model.depth 100000": "does not fit on any device",
     "--trainer.max_steps 1180591620717411303424": "--trainer.max_steps is 1180591620717411303424; it must be at most",

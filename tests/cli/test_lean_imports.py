@@ -7,7 +7,7 @@ import sys
 
 CODE = """
 import signal, sys, weakref
-from lmchat.cli.lean_imports import paused_gc
+from lmchat.cli.lean_imports import importing
 
 class Module: pass
 
@@ -22,7 +22,7 @@ print("went on")
 
 def test_an_interrupt_in_a_callback_of_importlib_is_not_lost() -> None:
     """Python prints and drops a KeyboardInterrupt there, as the first run shows."""
-    for context, expected in (("if True:", (0, "went on\n")), ("with paused_gc():", (130, ""))):
+    for context, expected in (("if True:", (0, "went on\n")), ("with importing():", (130, ""))):
         run = subprocess.run([sys.executable, "-c", CODE.format(context)], capture_output=True, text=True)
         assert (run.returncode, run.stdout) == expected
         assert ("Exception ignored in" in run.stderr) == (expected[0] == 0)
@@ -30,7 +30,7 @@ def test_an_interrupt_in_a_callback_of_importlib_is_not_lost() -> None:
 
 def test_an_interrupt_after_the_imports_can_be_handled() -> None:
     code = (
-        CODE.format("with paused_gc():").replace("    del module", "    pass").replace("print(", "del module; print(")
+        CODE.format("with importing():").replace("    del module", "    pass").replace("print(", "del module; print(")
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.stdout == "went on\n" and "KeyboardInterrupt" in run.stderr

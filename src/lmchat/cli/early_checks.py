@@ -16,7 +16,8 @@ from typing import Any
 import yaml
 
 from lmchat.hardware import host_memory_bytes, may_have_accelerator
-from lmchat.option_checks import check_count
+from lmchat.model.config import MAX_SEQUENCE_LEN
+from lmchat.option_checks import MAX_COUNT, check_count
 from lmchat.scaling import DEFAULT_SEQUENCE_LEN, config_for_depth
 from lmchat.training_memory import check_fits, training_memory
 from lmchat.types import UserError
@@ -26,7 +27,7 @@ COUNTS = {
     "model": ("depth", "sequence_len", "aspect_ratio", "head_dim", "n_kv_head", "global_batch_tokens"),
     "data": ("micro_batch_size", "buffer_size", "eval_tokens"),
 }
-"""Options that are refused above `lmchat.option_checks.MAX_COUNT`."""
+"""Options that are refused above `MAX_COUNT`, or ``sequence_len`` above `MAX_SEQUENCE_LEN`."""
 SHAPE = ("depth", "sequence_len", "aspect_ratio", "head_dim", "n_kv_head", "window_pattern")
 SWITCHES = ("value_embeddings", "residual_mix")
 LARGEST_DEVICE_BYTES = 10**12
@@ -48,8 +49,9 @@ def check_sizes(args: list[str]) -> None:
     except (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
         return  # reported by the parser
     for group, names in COUNTS.items():
-        given = {name: options[group].get(name) for name in names}
-        check_count(group, 1, **{name: value for name, value in given.items() if type(value) is int and value > 0})
+        for name in names:
+            if type(value := options[group].get(name)) is int and value > 0:
+                check_count(group, 1, MAX_SEQUENCE_LEN if name == "sequence_len" else MAX_COUNT, **{name: value})
     model, trainer = options["model"], options["trainer"]
     shape = {name: model[name] for name in (*SHAPE, *SWITCHES) if name in model}
     host, accelerator = host_memory_bytes(), trainer.get("accelerator", "auto")

@@ -22,7 +22,7 @@ _LEFT_OUT = ("SCIPY", "SCIPI", "TRANSFORMERS", "MATPLOTLIB", "SCIENCEPLOT")
 
 
 @contextmanager
-def paused_gc() -> Iterator[None]:
+def importing() -> Iterator[None]:
     """Context manager for imports: no garbage collection, and Ctrl-C ends the process at once with status 130.
 
     Imports free little memory; the objects created are frozen. A KeyboardInterrupt could be lost in the callbacks of
@@ -51,9 +51,9 @@ def lean_imports() -> Iterator[None]:
     """Context manager in which Lightning and torchmetrics are imported without these packages.
 
     The packages stay importable, but in this process torchmetrics treats them as not installed: import a metric that
-    needs one before. Includes `paused_gc`.
+    needs one before. Includes `importing`.
     """
-    with paused_gc():
+    with importing():
         if "torchmetrics" in sys.modules:
             yield
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from lmchat.cli.lean_imports import paused_gc
+from lmchat.cli.lean_imports import importing
 
 
 def chat(
@@ -31,7 +31,7 @@ def chat(
         max_new_tokens: maximum number of tokens of an answer.
         seed: seed of the sampling; each answer of a conversation uses other random numbers.
     """
-    with paused_gc():
+    with importing():
         from lmchat.checkpoint.load import find_model
         from lmchat.generation.sampling import SamplingParams
         from lmchat.serve.load import load_engine

@@ -7,7 +7,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from lmchat.cli.lean_imports import paused_gc
+from lmchat.cli.lean_imports import importing
 from lmchat.types import UserError
 
 
@@ -44,7 +44,7 @@ def serve(
     missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if find_spec(name) is None]
     if missing:
         raise UserError(f"lmchat serve needs {', '.join(missing)}; install them with pip install 'lmchat[serve]'")
-    with paused_gc():
+    with importing():
         from lmchat.checkpoint.load import find_model
         from lmchat.serve.app import Server
         from lmchat.serve.http_server import open_socket, run_server

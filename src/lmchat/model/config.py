@@ -54,8 +54,7 @@ class GPTConfig:
     def __post_init__(self) -> None:
         names = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
         check_count(None, 1, **{name: getattr(self, name) for name in names})
-        if (self.sequence_len or 0) > MAX_SEQUENCE_LEN:
-            raise UserError(f"sequence_len is {self.sequence_len}; it must be at most {MAX_SEQUENCE_LEN}")
+        check_count(None, 1, MAX_SEQUENCE_LEN, sequence_len=self.sequence_len)
         if self.n_embd % self.n_head or self.head_dim % 2:
             raise UserError(
                 f"n_embd {self.n_embd} over n_head {self.n_head} gives no even head size; "

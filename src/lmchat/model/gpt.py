@@ -307,17 +307,16 @@ class GPT(nn.Module):
     def _build_rotary_tables(self) -> None:
         """Registers ``cos`` and ``sin``, (positions, 1, head_dim / 2), computed on the CPU, equal on all devices."""
         config = self.config
-        num_positions = ROTARY_ROWS * config.sequence_len
-        if self.device.type == "meta":
+        if self.device.type == "meta":  # without operators, which would import torch._dynamo there
+            shape = (ROTARY_ROWS * config.sequence_len, 1, config.head_dim // 2)
             for name in ("cos", "sin"):
-                shape = (num_positions, 1, config.head_dim // 2)
                 self.register_buffer(
-                    name, torch.empty(shape, dtype=self.compute_dtype, device=self.device), persistent=False
+                    name, torch.empty(shape, dtype=self.compute_dtype, device="meta"), persistent=False
                 )
             return
         channels = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
         frequencies = 1.0 / (ROTARY_BASE ** (channels / config.head_dim))
-        positions = torch.arange(num_positions, dtype=torch.float32, device="cpu")
+        positions = torch.arange(ROTARY_ROWS * config.sequence_len, dtype=torch.float32, device="cpu")
         angles = torch.outer(positions, frequencies)[:, None]
         for name, function in (("cos", torch.cos), ("sin", torch.sin)):
             table = function(angles).to(self.rotary_dtype).to(self.device, self.compute_dtype)
