@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -67,6 +68,21 @@ def test_auto_takes_the_largest_micro_batch_that_fits(
     assert find_checkpoint(folder).meta["micro_batch_size"] == 4
 
 
+def test_auto_leaves_a_micro_batch_for_the_evaluation(
+    new_base: Callable[[], Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A micro-batch has at most the tokens of an evaluation, also if a resumed run evaluates fewer than before."""
+    base = new_base()
+    monkeypatch.setenv("LMCHAT_BASE_DIR", str(base))
+    auto = ["--data.micro_batch_size", "auto", "--data.eval_tokens"]
+    assert fit(base, *auto, "128") == 0
+    folder = base / "base_checkpoints" / "d2"
+    assert find_checkpoint(folder).meta["micro_batch_size"] == 4  # of the step's 8 rows of 32 tokens
+    assert "at most 4, by --data.eval_tokens" in caplog.text
+    assert fit(base, *auto, "64", "--ckpt_path", "last", "--trainer.max_steps", "3") == 0
+    assert find_checkpoint(folder).meta["micro_batch_size"] == 2
+
+
 def test_a_gpu_tries_the_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest size that runs is chosen; candidates without recomputation are tried first."""
     net = GPT(CONFIG)
@@ -82,11 +98,11 @@ def test_a_gpu_tries_the_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
         set_memory(monkeypatch, limit)
         tried = list(device_memory._candidates(module, [1, 2, 4, 8, 16, 32, 64], limit))
         assert tried and not device_memory.needs_recomputing(module, tried[0])
-        chosen = device_memory.choose_micro_batch(module, 64 * 2048)
+        chosen = device_memory.choose_micro_batch(module, 64 * 2048, sys.maxsize)
         assert chosen == next(rows for rows in tried if rows <= largest)
     largest = 0
     with pytest.raises(device_memory.UserError, match=r"not one row .* --model.checkpoint_blocks true"):
-        device_memory.choose_micro_batch(module, 64 * 2048)
+        device_memory.choose_micro_batch(module, 64 * 2048, sys.maxsize)
 
 
 class StandIn:

@@ -62,7 +62,8 @@ class TrainingPlan(Callback):
         laws = self.scale(module, trainer.max_steps) if module.scales_with_depth else None
         batch = laws.global_batch_tokens if laws else module.global_batch_tokens
         if data.chooses_micro_batch and batch is not None:
-            data.set_micro_batch_size(choose_micro_batch(module, batch))
+            max_rows = data.max_micro_batch_size(trainer.world_size)
+            data.set_micro_batch_size(choose_micro_batch(module, batch, max_rows))
         accumulate = data.micro_batches_per_step(batch, trainer.world_size)
         lr_scale, weight_decay = module.lr_scale, module.weight_decay
         if laws:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -62,6 +63,10 @@ class StageDataModule(L.LightningDataModule):
     def set_micro_batch_size(self, rows: int) -> None:
         """Sets the size that is used for ``micro_batch_size="auto"``."""
         self._micro_batch_size = rows
+
+    def max_micro_batch_size(self, world_size: int) -> int:
+        """Maximum rows of an automatic micro-batch, whatever the memory."""
+        return sys.maxsize
 
     def micro_batches_per_step(self, global_batch_tokens: int | None, world_size: int) -> int:
         """Micro-batches per rank and optimizer step. Raises UserError if they cannot fill the global batch."""

@@ -70,24 +70,30 @@ def needs_recomputing(module: StageModule, rows: int) -> bool:
     return on_gpu and limit is not None and estimate(module, rows).total > limit
 
 
-def choose_micro_batch(module: StageModule, global_batch_tokens: int) -> int:
+def choose_micro_batch(module: StageModule, global_batch_tokens: int, max_rows: int) -> int:
     """Rows of the largest micro-batch that fits and divides the global batch; chosen by rank 0 for all ranks.
 
-    A resumed run keeps the size of its checkpoint if it still divides the global batch, so that it continues bit for
-    bit. On a GPU candidates are tried, on a CPU the memory model is used.
+    A resumed run keeps the size of its checkpoint if it is still valid, so that it continues bit for bit. On a GPU
+    candidates are tried, on a CPU the memory model is used.
+
+    Args:
+        module: module attached to its trainer.
+        global_batch_tokens: tokens per optimizer step over all ranks.
+        max_rows: maximum number of rows, whatever the memory.
 
     Raises:
         UserError: a single row does not fit.
     """
     trainer, length = module.trainer, module.sequence_len
     rows_per_step = accumulation_steps(global_batch_tokens, 1, length, trainer.world_size)
-    if (kept := module.resumed_micro_batch_size) and rows_per_step % kept == 0:
+    if (kept := module.resumed_micro_batch_size) and kept <= max_rows and rows_per_step % kept == 0:
         return kept
     device = trainer.strategy.root_device
     chosen, how = None, "estimated"
     if trainer.global_rank == 0:
         limit = memory_per_process(trainer)
-        candidates = _candidates(module, divisors(rows_per_step), limit)
+        sizes = [rows for rows in divisors(rows_per_step) if rows <= max(1, max_rows)]
+        candidates = _candidates(module, sizes, limit)
         if device.type == "cuda":
             how = "tried"
             candidates = (rows for rows in candidates if _runs(module, rows))
@@ -97,6 +103,7 @@ def choose_micro_batch(module: StageModule, global_batch_tokens: int) -> int:
         raise UserError(f"not one row of {length} tokens fits {device}; {smaller_model(module)}")
     rank_zero_info(
         f"--data.micro_batch_size auto: {chosen} rows, the largest divisor of {rows_per_step} that fits {device}, {how}"
+        + (f"; at most {max_rows}, by --data.eval_tokens" if chosen * 2 > max_rows else "")
     )
     return chosen
 

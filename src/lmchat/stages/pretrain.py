@@ -192,6 +192,10 @@ class FineWebDataModule(StageDataModule):
         self._eval_batches(self.trainer.world_size)  # a wrong option is reported before training
         return super().val_dataloader()
 
+    def max_micro_batch_size(self, world_size: int) -> int:
+        """Rows of which each rank can evaluate at least one micro-batch."""
+        return self.eval_tokens // (self.spec.sequence_len * world_size)
+
     def _eval_batches(self, world_size: int) -> int:
         """Micro-batches per rank in one evaluation."""
         tokens = self.micro_batch_size * self.spec.sequence_len * world_size
