@@ -61,6 +61,18 @@ def metrics(base: Path, name: str) -> dict[int, float]:
     return {int(row["step"]): float(row[name]) for row in csv.DictReader(path.open()) if row.get(name)}
 
 
+def logged_rows(base: Path) -> list[dict[str, str]]:
+    """The rows of the log without their step and epoch."""
+    (path,) = base.rglob("metrics.csv")
+    rows = csv.DictReader(path.open())
+    return [{name: value for name, value in row.items() if name not in ("step", "epoch")} for row in rows]
+
+
+def steps_with_samples(base: Path) -> list[int]:
+    (path,) = base.rglob("samples.jsonl")
+    return [json.loads(line)["step"] for line in path.open()]
+
+
 def same_run(one: Path, other: Path, world_size: int = 1) -> bool:
     checkpoints = [checkpoint_of(one), checkpoint_of(other)]
     assert [checkpoint.step for checkpoint in checkpoints] == [5, 5]
@@ -112,7 +124,10 @@ def test_core_is_logged_and_does_not_change_training(
     write_bundle(base / "eval_bundle", broken=False)
     if world_size == 1:
         monkeypatch.setenv("LMCHAT_BASE_DIR", str(base))
-        assert main(["fit", *config_options(base, OWN), *CORE, *chat_core(base)]) == 0
+        samples = ["--samples.max_new_tokens", "1"]
+        assert main(["fit", *config_options(base, OWN), *samples, *CORE, *chat_core(base)]) == 0
+        assert steps_with_samples(base) == [0, 2, 3, 4, 5]  # nothing is evaluated after step 1
+        assert all(any(row.values()) for row in logged_rows(base))
         lines = re.findall(r"step (\d)/5 \| held out: (.*)", capsys.readouterr().out)
         shown = {int(step): re.findall(r"(?:^|\| )([a-z_]+) ", line) for step, line in lines}
         assert shown == {0: ["bpb"], 2: ["core"], 3: ["bpb", "chat_core"], 4: ["core"], 5: ["bpb", "core", "chat_core"]}

@@ -59,6 +59,8 @@ class Evaluate(Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         evaluators = trainer.datamodule.evaluators  # type: ignore[attr-defined]
         due = [evaluator for evaluator in evaluators if self.is_due(trainer, evaluator)]
+        if not due:
+            return
         failures = reduce_numbers(trainer, torch.tensor([evaluator.failure is not None for evaluator in due]).long())
         intervals: dict[str, tuple[float, float]] = {}
         shown: list[str] = []
@@ -82,8 +84,7 @@ class Evaluate(Callback):
                 file.write(json.dumps({"step": trainer.global_step, "intervals": intervals}) + "\n")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if not trainer.sanity_checking:
-            self._last_evaluated_step = trainer.global_step
+        self._last_evaluated_step = trainer.global_step
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         complete = trainer.global_step >= trainer.max_steps

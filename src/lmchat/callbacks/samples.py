@@ -48,7 +48,8 @@ class Samples(Callback):
         self.max_new_tokens = max_new_tokens
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if trainer.sanity_checking or not trainer.is_global_zero or not self.max_new_tokens:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if not trainer.is_global_zero or not self.max_new_tokens or not any(map(data.is_due, data.evaluators)):
             return
         try:
             completions = self._complete(pl_module)
