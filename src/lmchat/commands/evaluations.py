@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from lmchat.checkpoint.load import find_model, load_model, load_tokenizer
 from lmchat.evaluation.benchmark import Benchmark, summary
@@ -150,17 +151,18 @@ def _report(evaluators: Iterable[Benchmark], subject: Subject, mean_name: str | 
         results[name] = result
         shown = f"{result['accuracy']:.1%}" if "accuracy" in result else f"failed: {result['error']}"
         console.print(f"  {name}: {shown if shown.isprintable() else ascii(shown)}", highlight=False, soft_wrap=True)
-    table = Table("task", "questions", "accuracy", "95 % interval", "centered", "seconds")
+    columns = (Column("task", no_wrap=True), "questions", "accuracy", "95 % interval", "centered")
+    table = Table(*columns, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name, result in results.items():
         if "accuracy" in result:
             low, high = result["interval_95"]
             interval, centered = f"{low:.1%} … {high:.1%}", f"{result['centered']:.3f}"
             accuracy = f"{result['accuracy']:.1%}"
-            table.add_row(name, str(result["questions"]), accuracy, interval, centered, str(result["seconds"]))
+            table.add_row(name, str(result["questions"]), accuracy, interval, centered)
     if (mean := summary(results)) is not None:
         low, high = mean["interval_95"]
         table.add_section()
-        table.add_row(mean_name or "mean", "", "", f"{low:.3f} … {high:.3f}", f"{mean['centered']:.3f}", "")
+        table.add_row(mean_name or "mean", "", "", f"{low:.3f} … {high:.3f}", f"{mean['centered']:.3f}")
         if mean_name is not None and ranks()[0] == 0:
             write_results(subject.path, read_results(subject.path) | {mean_name: mean})
     console.print(table)
