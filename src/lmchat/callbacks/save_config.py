@@ -43,7 +43,7 @@ class SaveConfig(SaveConfigCallback, StepCallback):
 
     def save_config(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         folder = run_log_dir(trainer, pl_module)
-        self.parser.save(self.config, folder / self.config_filename, skip_none=False, overwrite=self.overwrite)
+        self.parser.save(self.config, folder / self.config_filename, skip_unset=False, overwrite=self.overwrite)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         super().on_train_start(trainer, pl_module)
