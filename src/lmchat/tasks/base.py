@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from lmchat.option_checks import check_count
 from lmchat.tasks.split import Split
-from lmchat.types import Conversation, Message, UserError
+from lmchat.types import Conversation, Message, Part, UserError
 
 UNSEEN_WORDS_REWARD = 0.5
 """Reward of a correct answer with words in neither question nor reference."""
@@ -206,6 +206,6 @@ def message_text(message: Message) -> str:
     return content if isinstance(content, str) else " ".join(part["text"] for part in content)
 
 
-def exchange(question: str, answer: str) -> Conversation:
+def exchange(question: str, answer: str | list[Part]) -> Conversation:
     """A conversation of one question and one answer."""
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
 
 from lmchat.messages import check_messages
+from lmchat.tasks.base import exchange
 from lmchat.tasks.row_files import MalformedRow, checked_text
 from lmchat.types import Conversation, Message, Part, UserError
 
@@ -76,9 +76,7 @@ def _recognize(row: Any) -> tuple[Format, list[Any], set[str]]:
     if not isinstance(row, dict):
         raise MalformedRow(f"the row is {type(row).__name__}, not an object or a list of messages")
     row = {name: value for name, value in row.items() if value is not None}
-    readers: tuple[Callable[[dict[str, Any]], tuple[Format, list[Any], set[str]] | None], ...]
-    readers = (_from_message_list, _from_alpaca, _from_prompt)
-    for reader in readers:
+    for reader in (_from_message_list, _from_alpaca, _from_prompt):
         if (read := reader(row)) is not None:
             return read
     raise MalformedRow(
@@ -114,12 +112,12 @@ def _from_alpaca(row: dict[str, Any]) -> tuple[Format, list[Any], set[str]] | No
     context = next((name for name in _CONTEXTS if row.get(name)), "input")
     if extra := row.get(context):
         question = "\n\n".join(filter(None, [question, checked_text(extra, f"field {context!r}")]))
-    messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    messages: list[Any] = [{"role": "system", "content": row["system"]}] if row.get("system") else []
     for turn in row.get("history", []):
         if not isinstance(turn, list) or len(turn) != 2:
             raise MalformedRow("field 'history' is not a list of pairs of question and answer")
-        messages += _exchange(*turn)
-    messages += _exchange(question, row[answer])
+        messages += exchange(*turn)["messages"]
+    messages += exchange(question, row[answer])["messages"]
     return "alpaca", messages, _unused(row, {"instruction", context, answer, "system", "history"})
 
 
@@ -132,10 +130,6 @@ def _from_prompt(row: dict[str, Any]) -> tuple[Format, list[Any], set[str]] | No
     for role, value in (("user", row[prompt]), ("assistant", row[completion])):
         messages += value if isinstance(value, list) else [{"role": role, "content": value}]
     return "prompt_completion", messages, _unused(row, {prompt, completion})
-
-
-def _exchange(question: Any, answer: Any) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def _unused(row: dict[str, Any], used: set[str]) -> set[str]:
@@ -226,7 +220,9 @@ class _Builder:
         self.turns[-1]["content"] = parts
 
     def _calls(self, message: dict[str, Any], what: str) -> list[Part]:
-        calls = list(message.get("tool_calls", [])) + [message[name] for name in ("function_call",) if name in message]
+        calls = list(message.get("tool_calls", []))
+        if "function_call" in message:
+            calls.append(message["function_call"])
         if calls:
             self.notes.add("a tool call read as a call of the calculator")
         return [Part(type="python", text=_call_text(call, what)) for call in calls]

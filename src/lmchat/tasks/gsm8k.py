@@ -6,7 +6,7 @@ import re
 from fractions import Fraction
 from typing import Any, Literal
 
-from lmchat.tasks.base import Graded, Task, reference_answer
+from lmchat.tasks.base import Graded, Task, exchange, reference_answer
 from lmchat.tasks.row_files import MalformedRow
 from lmchat.tasks.rows import HubDataset, RowTask, field
 from lmchat.types import Conversation, Part
@@ -103,12 +103,7 @@ def _piece(piece: str) -> list[Part]:
 
 def word_problem(question: str, answer: str) -> Conversation:
     """The conversation of a problem whose solution is in GSM8K's format."""
-    return {
-        "messages": [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": parse_answer(answer)},
-        ]
-    }
+    return exchange(question, parse_answer(answer))
 
 
 class NumericAnswerTask(Task, Graded):

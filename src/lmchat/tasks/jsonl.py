@@ -28,7 +28,7 @@ class JSONLConversations(RowTask):
         path: str,
         shuffle_seed: int | None = None,
         skip_malformed: bool = True,
-        format: Literal["messages", "sharegpt", "alpaca", "prompt_completion"] | None = None,
+        format: Format | None = None,
         split: Literal["train", "val"] | None = None,
         val_fraction: float = 0.05,
         **options: Any,
@@ -53,7 +53,7 @@ class JSONLConversations(RowTask):
         if not 0 < val_fraction < 1:
             raise UserError(f"JSONLConversations: val_fraction is {val_fraction}; use a number between 0 and 1")
         self.file = path
-        self.format: Format | None = format
+        self.format = format
         self.split = split
         self.val_fraction = val_fraction
         self._counts: Counter[str] = Counter()

@@ -272,7 +272,9 @@ def read_rows(path: str | Path, split: str | None = None) -> Rows:
     if not path.is_dir() and not path.is_file():
         raise UserError(f"{path} is not a regular file; save its content to one")
     if path.is_file():
-        return ChainedRows([_read_file(path)])
+        if not _has_rows(path):
+            raise UserError(f"{path} is not one of {_KINDS}; convert it to JSON lines")
+        return ChainedRows([TextRows(path)])
     visible, hidden = visible_files(path)
     if split is not None:
         visible = [file for file in visible if file.parent == path]
@@ -280,9 +282,7 @@ def read_rows(path: str | Path, split: str | None = None) -> Rows:
     if not files:
         wanted = " or ".join(f"{split or '*'}{suffix}" for suffix in SUFFIXES)
         raise UserError(f"folder {path} contains no {wanted}; give the path of the file itself or of another folder")
-    notes = []
-    if hidden:
-        notes.append(f"{path}: hidden files and folders passed over: {hidden}")
+    notes = [f"{path}: hidden files and folders passed over: {hidden}"] if hidden else []
     others = sorted(set(visible) - set(files)) if split is None else []
     for kind, passed in (
         ("file(s) of other kinds", [file for file in others if file.exists()]),
@@ -290,7 +290,7 @@ def read_rows(path: str | Path, split: str | None = None) -> Rows:
     ):
         if passed:
             notes.append(f"{path}: {len(passed)} {kind} passed over, such as {passed[0].name}")
-    return ChainedRows([_read_file(file) for file in files], notes)
+    return ChainedRows([TextRows(file) for file in files], notes)
 
 
 def _has_rows(file: Path) -> bool:
@@ -303,9 +303,3 @@ def _matches(file: Path, split: str | None) -> bool:
         return False
     stem = file.name.split(".")[0]
     return split is None or stem == split or stem.startswith((f"{split}-", f"{split}_"))
-
-
-def _read_file(path: Path) -> Rows:
-    if not _has_rows(path):
-        raise UserError(f"{path} is not one of {_KINDS}; convert it to JSON lines")
-    return TextRows(path)

@@ -20,7 +20,7 @@ from lmchat.tasks.gsm8k import NumericAnswerTask
 from lmchat.tasks.patterns import pick
 from lmchat.tasks.split import Split, in_split
 from lmchat.tasks.words import read_words, split_words
-from lmchat.types import Conversation, UserError
+from lmchat.types import Conversation, Part, UserError
 
 ABSENT_LETTER_SHARE = 0.1
 """Share of counting questions whose letter is drawn from the alphabet instead of the word."""
@@ -137,20 +137,13 @@ class SpellingBee(WordTask, NumericAnswerTask):
         word, rng = self.draw(index)
         letter = rng.choice(ascii_lowercase if rng.random() < ABSENT_LETTER_SHARE else word)
         count = str(word.count(letter))
-        return {
-            "messages": [
-                {"role": "user", "content": ask(COUNT_QUESTIONS, rng, letter=letter, word=word)},
-                {
-                    "role": "assistant",
-                    "content": [
-                        {"type": "text", "text": f"{count_by_hand(word, letter)}\n\nThe calculator says "},
-                        {"type": "python", "text": f"'{word}'.count('{letter}')"},
-                        {"type": "python_output", "text": count},
-                        {"type": "text", "text": f"{count}.\n#### {count}"},
-                    ],
-                },
-            ]
-        }
+        answer: list[Part] = [
+            {"type": "text", "text": f"{count_by_hand(word, letter)}\n\nThe calculator says "},
+            {"type": "python", "text": f"'{word}'.count('{letter}')"},
+            {"type": "python_output", "text": count},
+            {"type": "text", "text": f"{count}.\n#### {count}"},
+        ]
+        return exchange(ask(COUNT_QUESTIONS, rng, letter=letter, word=word), answer)
 
 
 def count_by_hand(word: str, letter: str) -> str:
