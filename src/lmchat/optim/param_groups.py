@@ -13,6 +13,9 @@ from lmchat.types import UserError
 REFERENCE_WIDTH = 768
 """Width that the AdamW learning rates of tables are tuned for; otherwise they are × √(REFERENCE_WIDTH / n_embd)."""
 
+BETAS = (0.8, 0.95)
+"""Betas of AdamW, except those of x0_lambdas."""
+
 
 def build_param_groups(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
@@ -24,9 +27,6 @@ def build_param_groups(
     matrix_lr: float = 0.02,
     scalar_lr: float = 0.5,
     weight_decay: float = 0.2,
-    momentum: float = 0.95,
-    betas: tuple[float, float] = (0.8, 0.95),
-    muon_beta2: float = 0.95,
 ) -> list[dict[str, Any]]:
     """nanochat's parameter groups in its order: head, tables, scalars, then one Muon group per matrix shape, ascending.
 
@@ -39,9 +39,6 @@ def build_param_groups(
         matrix_lr: learning rate of Muon.
         scalar_lr: learning rate of the residual scalars.
         weight_decay: weight decay of Muon; AdamW has none.
-        momentum: momentum of Muon until a schedule sets it.
-        betas: betas of AdamW, except that the first one of x0_lambdas is 0.96.
-        muon_beta2: decay of Muon's second moment.
 
     Returns:
         Groups with ``name``, ``kind`` ("adamw" or "muon"), ``params``, ``param_names``, ``lr``, ``initial_lr`` and the
@@ -52,23 +49,24 @@ def build_param_groups(
     """
     table_scale = (n_embd / REFERENCE_WIDTH) ** -0.5
     adamw_groups = {
-        "lm_head": (unembedding_lr * table_scale, betas),
-        "wte": (embedding_lr * table_scale, betas),
-        "value_embeds": (embedding_lr * table_scale, betas),
-        "resid_lambdas": (scalar_lr * 0.01, betas),
-        "x0_lambdas": (scalar_lr, (0.96, betas[1])),
+        "lm_head": (unembedding_lr * table_scale, BETAS),
+        "wte": (embedding_lr * table_scale, BETAS),
+        "value_embeds": (embedding_lr * table_scale, BETAS),
+        "resid_lambdas": (scalar_lr * 0.01, BETAS),
+        "x0_lambdas": (scalar_lr, (0.96, 0.95)),
     }
     members: dict[str | tuple[int, int], list[tuple[str, nn.Parameter]]] = defaultdict(list)
     for name, param in named_parameters:
         members[_group_key(name, param)].append((name, param))
 
     groups = []
-    for key, (lr, group_betas) in adamw_groups.items():
+    for key, (lr, betas) in adamw_groups.items():
         if key in members:
-            settings = {"kind": "adamw", "lr": lr * lr_scale, "betas": group_betas, "eps": 1e-10, "weight_decay": 0.0}
+            settings = {"kind": "adamw", "lr": lr * lr_scale, "betas": betas, "eps": 1e-10, "weight_decay": 0.0}
             groups.append(_group(key, members[key], settings))
     for shape in sorted(key for key in members if isinstance(key, tuple)):
-        settings = {"kind": "muon", "lr": matrix_lr * lr_scale, "momentum": momentum, "beta2": muon_beta2}
+        # Schedules set the momentum before the first step.
+        settings = {"kind": "muon", "lr": matrix_lr * lr_scale, "momentum": 0.95, "beta2": 0.95}
         groups.append(_group(f"muon_{shape[0]}x{shape[1]}", members[shape], settings | {"weight_decay": weight_decay}))
     return groups
 
