@@ -10,10 +10,10 @@ MAX_COUNT = 2**40
 """Limit for numbers of tokens, rows, steps or questions: more than any run has, and sizes in bytes fit into 64 bits."""
 
 
-def check_range(group: str, max: float = math.inf, **numbers: float) -> None:
-    """Raises UserError unless the options ``--group.name`` are finite numbers from 0 to ``max``."""
+def check_range(group: str, max: float = math.inf, /, **numbers: float | None) -> None:
+    """Raises UserError unless the options ``--group.name`` are finite numbers from 0 to ``max``, or None."""
     for name, value in numbers.items():
-        if not 0 <= value <= max or math.isinf(value):
+        if value is not None and (not 0 <= value <= max or math.isinf(value)):
             span = "from 0" if math.isinf(max) else f"from 0 to {max:g}"
             raise UserError(f"--{group}.{name} is {value}; it must be a number {span}")
 

@@ -159,12 +159,10 @@ class StepCheckpoint(StepCallback, Checkpoint):
 
     def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
         boundary = self._boundary
-        if trainer.state.fn == TrainerFn.FITTING and boundary and self._is_current(boundary, trainer):
+        if trainer.state.fn != TrainerFn.FITTING or boundary is None:
+            return
+        if boundary.micro_batches == trainer.fit_loop.total_batch_idx:
             restore_rng(boundary.rng)
-
-    @staticmethod
-    def _is_current(boundary: _Boundary, trainer: L.Trainer) -> bool:
-        return boundary.micro_batches == trainer.fit_loop.total_batch_idx
 
     def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
         self._save(trainer)

@@ -39,8 +39,7 @@ class TrainingPlan(Callback):
         weight_decay: float | None = None,
     ) -> None:
         options = {"target_flops": target_flops, "lr_scale": lr_scale, "weight_decay": weight_decay}
-        given = {name: value for name, value in options.items() if value is not None}
-        check_range("scaling_laws", tokens_per_parameter=tokens_per_parameter, **given)
+        check_range("scaling_laws", tokens_per_parameter=tokens_per_parameter, **options)
         self.tokens_per_parameter = tokens_per_parameter
         self.target_flops = target_flops
         self.lr_scale = lr_scale

@@ -117,8 +117,7 @@ class StageModule(L.LightningModule):
         }
         self.weight_decay = weight_decay
         check_range("model", weight_decay=weight_decay, **self.learning_rates)
-        if global_batch_tokens is not None:
-            check_count("model", 1, global_batch_tokens=global_batch_tokens)
+        check_count("model", 1, global_batch_tokens=global_batch_tokens)
         self.lr_scale = 1.0
         self.compute_dtype = compute_dtype
         self.polar_dtype = "auto"
@@ -282,7 +281,7 @@ class StageModule(L.LightningModule):
             n_embd=self.config.n_embd,
             lr_scale=self.plan.lr_scale,
             weight_decay=self.plan.weight_decay,
-            **self.learning_rates,  # type: ignore[arg-type]
+            **self.learning_rates,
         )
         on_gpu = self.net.device.type == "cuda"  # on a CPU Muon's matrix products dominate
         polar_dtype: Any = COMPUTE_DTYPES.get(self.polar_dtype, "auto")

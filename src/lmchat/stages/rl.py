@@ -135,7 +135,7 @@ class RolloutDataModule(ChatDataModule):
         seed: int = 42,
     ) -> None:
         check_count("data", 1, questions_per_step=questions_per_step, max_new_tokens=max_new_tokens)
-        check_count("data", 1, eval_num_samples=eval_num_samples, **({} if top_k is None else {"top_k": top_k}))
+        check_count("data", 1, eval_num_samples=eval_num_samples, top_k=top_k)
         check_count("data", 0, seed=seed)
         check_range("data", temperature=temperature, eval_temperature=eval_temperature)
         check_count("data", 2, num_samples=num_samples)  # a group of one has zero advantage
