@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from live_server import TOKENIZER
 from lmchat.generation.engine import TokenEvent
-from lmchat.serve.answers import Answer, StopStrings
+from lmchat.serve.answers import Answer, StopStrings, text_offsets
 
 STOP = st.text("ab", min_size=1, max_size=4)
 
@@ -62,6 +62,23 @@ def test_characters_of_several_tokens_and_calculator_calls() -> None:
     assert "".join(texts) == answer.whole.text == "é is 2€" and "\ufffd" not in "".join(texts)
     assert answer.whole.finish_reason == "stop" and answer.num_tokens == len(tokens)
     assert [token.id for token in answer.whole.tokens] == tokens[:-1]
+
+
+@given(st.text("aé€😀", min_size=1), st.text("bß", max_size=3))
+def test_tokens_know_the_character_they_belong_to(text: str, prompt: str) -> None:
+    def characters(text: str, start: int) -> list[int]:
+        return [place for place, character in enumerate(text, start) for _ in character.encode()]
+
+    prompt_ids = [*prompt.encode(), TOKENIZER.bos_id]
+    echo = TOKENIZER.decode(prompt_ids)
+    assert text_offsets(TOKENIZER, prompt_ids) == [*characters(prompt, 0), len(prompt)]
+    answer, special = Answer(TOKENIZER, [], chat=False, start=len(echo)), TOKENIZER.special("python_start")
+    for event in events(*text.encode(), special, *text.encode()):
+        answer.take(event)
+    end = len(echo + text)
+    assert [token.offset for token in answer.whole.tokens] == [
+        *characters(text, len(echo)), end, *characters(text, end)
+    ]  # fmt: skip
 
 
 def test_an_incomplete_character_at_the_end_is_replaced() -> None:

@@ -76,6 +76,28 @@ def test_the_async_client_works(live: LiveServer) -> None:
     assert first == third != second
 
 
+def test_async_streams_have_the_logprobs_of_the_full_answers(live: LiveServer) -> None:
+    chat: Any = {"model": "lmchat", "messages": MESSAGES, "seed": 9, "max_tokens": 30, "logprobs": True}
+    text: Any = {"model": "lmchat", "prompt": "a – b", "seed": 9, "max_tokens": 30, "logprobs": 2, "echo": True}
+
+    async def ask() -> tuple[Any, Any]:
+        async with openai.AsyncOpenAI(base_url=f"{live.url}/v1", api_key="none") as client:
+            chats, texts = client.chat.completions, client.completions
+            chat_choices = [chunk.choices[0] async for chunk in await chats.create(stream=True, top_logprobs=2, **chat)]
+            text_choices = [chunk.choices[0] async for chunk in await texts.create(stream=True, **text)]
+            (whole_chat,) = (await chats.create(top_logprobs=2, **chat)).choices
+            (whole_text,) = (await texts.create(**text)).choices
+            return (chat_choices, whole_chat), (text_choices, whole_text)
+
+    (chat_choices, whole_chat), (text_choices, whole_text) = asyncio.run(ask())
+    assert "".join(each.delta.content or "" for each in chat_choices) == whole_chat.message.content
+    tokens = [token for each in chat_choices if each.logprobs for token in each.logprobs.content]
+    assert tokens == whole_chat.logprobs.content and len(tokens) > 1
+    assert "".join(each.text for each in text_choices) == whole_text.text
+    for name, values in whole_text.logprobs.model_dump().items():
+        assert [value for each in text_choices for value in getattr(each.logprobs, name)] == values
+
+
 def test_models(live: LiveServer) -> None:
     client = client_of(live)
     assert [model.id for model in client.models.list()] == ["tiny-sft-7"]

@@ -67,7 +67,8 @@ def test_echo_scores_the_prompt(live: LiveServer, as_tokens: bool, stream: bool)
     for place, top in enumerate(tops):
         assert max(top.values()) == pytest.approx(plain[place].max().item(), abs=1e-4)
     assert "bytes:\\xe2" in found.tokens
-    assert len(found.text_offset) == len(found.tokens)
+    starts = [place for place, character in enumerate(choice.text) for _ in character.encode()]
+    assert found.text_offset == ([0] + [start for start in starts if start > 6] if as_tokens else starts)
 
 
 def test_logprobs_of_generated_tokens(live: LiveServer) -> None:
@@ -109,6 +110,9 @@ def test_streamed_logprobs_equal_a_plain_forward_pass(live: LiveServer, echo: bo
                 values += getattr(part.logprobs, name)
         assert choice.logprobs and gained == {name: getattr(choice.logprobs, name) for name in gained}
         before = [TOKENIZER.bos_id, *([] if echo else options["prompt"][number // 2].encode())]
+        for token, offset in zip(gained["tokens"], gained["text_offset"], strict=True):
+            if len(token) == 1:
+                assert choice.text[offset] == token
         tokens = list(map(id_of, gained["tokens"]))
         plain = log_softmax(before + tokens)[len(before) - 1 : -1]
         expected = plain[range(len(tokens)), tokens].tolist()

@@ -189,13 +189,39 @@ class SharedPrompt:
         return self.prefilled >= len(self.prompt) - 1
 
 
+class TextDecoder:
+    """Decodes UTF-8 in pieces that may end in the middle of a character; invalid bytes become U+FFFD."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._length = 0
+
+    def next(self, data: bytes, last: bool = False) -> tuple[str, int]:
+        """Decodes a piece; ``last`` ends an incomplete character.
+
+        Returns:
+            The text it adds, and the number of characters before the one that has its first byte.
+        """
+        text = self._decoder.decode(data[:1], final=last and len(data) <= 1)
+        is_complete = data and not self._decoder.getstate()[0]
+        offset = self._length + len(text) - (1 if is_complete else 0)
+        text += self._decoder.decode(data[1:], final=last)
+        self._length += len(text)
+        return text, offset
+
+
 class TokenStream:
-    """Converts the tokens of a sequence to text and roles, one by one."""
+    """Converts the tokens of a sequence to text and roles, one by one.
+
+    Attributes:
+        offset: number of characters before the one that the last token starts or continues.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._start, self._end = tokenizer.special("python_start"), tokenizer.special("python_end")
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.offset = 0
+        self._decoder = TextDecoder()
         self._in_call = False
 
     def next(self, token: int, forced: bool, last: bool) -> StreamedToken:
@@ -204,4 +230,5 @@ class TokenStream:
         role: Role = "python_output" if forced else "python" if self._in_call or token == self._end else "text"
         is_special = bool(self._tokenizer.token_bytes[token] == 0)
         data = b"" if is_special else self._tokenizer.decode_bytes([token])
-        return StreamedToken(token, self._decoder.decode(data, final=is_special or last), role)
+        text, self.offset = self._decoder.next(data, last=is_special or last)
+        return StreamedToken(token, text, role)

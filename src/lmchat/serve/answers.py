@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lmchat.generation.engine import FinishReason, TokenEvent
-from lmchat.generation.sequence import TokenStream
+from lmchat.generation.sequence import TextDecoder, TokenStream
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.types import Part
 
@@ -19,11 +19,13 @@ class Token:
         id: token id.
         logprob: log-probability; None if not requested, for calculator output and for the first token of a prompt.
         top: the most likely tokens at its place, as (token id, log-probability); empty if ``logprob`` is None.
+        offset: number of characters before the one that it starts or continues.
     """
 
     id: int
     logprob: float | None
     top: Sequence[tuple[int, float]] = ()
+    offset: int = 0
 
 
 @dataclass
@@ -60,6 +62,12 @@ def append_part(parts: list[Part], part: Part) -> None:
         parts.append(part)
 
 
+def text_offsets(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
+    """`Token.offset` of each token of a prompt."""
+    decoder = TextDecoder()
+    return [decoder.next(tokenizer.decode_bytes([token]))[1] for token in ids]
+
+
 class StopStrings:
     """Finds the first of several stop strings, none of them empty, in a streamed text; then ``found`` is true."""
 
@@ -94,15 +102,17 @@ class Answer:
     Args:
         stops: stop strings; searched in text, not in calculator calls and results.
         chat: separate calculator calls and results from text, and leave out the stop token.
+        start: number of characters of the echoed prompt.
 
     Attributes:
         whole: the answer so far.
         num_tokens: number of generated tokens, including stop token and calculator results.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], *, chat: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], *, chat: bool, start: int = 0) -> None:
         self.whole = Delta()
         self.num_tokens = 0
+        self._start = start
         self._stream = TokenStream(tokenizer)
         self._stops = StopStrings(stops)
         self._chat = chat
@@ -130,6 +140,6 @@ class Answer:
         if text:
             append_part(delta.parts, {"type": role, "text": text})
         if event.finish_reason != "stop" or not self._chat:
-            delta.tokens.append(Token(event.token, event.logprob, event.top))
+            delta.tokens.append(Token(event.token, event.logprob, event.top, self._start + self._stream.offset))
         self.whole.add(delta)
         return delta

@@ -151,7 +151,9 @@ class Server:
         """``POST /v1/completions``."""
         wanted = parse(CompletionRequest, await read_body(request, self.limits.max_body_bytes))
         self._check(wanted)
-        prompts, added = await self._encoded(wanted.prompts)
+        sent = await self._encoded(wanted.prompts)
+        bos = self.engine.tokenizer.bos_id
+        prompts = [ids if ids[:1] == [bos] else [bos, *ids] for ids in sent]  # as in training
         max_tokens = DEFAULT_COMPLETION_TOKENS if wanted.max_tokens is None else wanted.max_tokens
         self._max_tokens(prompts, max_tokens or 1)
         top_logprobs = wanted.logprobs
@@ -160,10 +162,10 @@ class Server:
             params=wanted.sampling(max_tokens, calculator=False, top_logprobs=top_logprobs) if max_tokens else None,
             num_samples=wanted.samples,
             stops=wanted.stops,
-            echo=bool(wanted.echo),
+            echo=sent if wanted.echo else None,
             top_logprobs=top_logprobs,
         )
-        return self._generated(wanted, plan, CompletionResponses(self.engine.tokenizer, self.card.name, added))
+        return self._generated(wanted, plan, CompletionResponses(self.engine.tokenizer, self.card.name))
 
     async def tokenize(self, request: Request) -> Response:
         """``POST /tokenize``, as of vLLM. A text that is the name of a special token is that token."""
@@ -237,14 +239,13 @@ class Server:
                 param=param,
             )
 
-    async def _encoded(self, prompts: list[str] | list[list[int]]) -> tuple[list[list[int]], list[int]]:
-        """Token ids of prompts, starting with ``<|bos|>`` as in training, and the number of tokens added to each."""
+    async def _encoded(self, prompts: list[str] | list[list[int]]) -> list[list[int]]:
+        """Token ids of prompts."""
         encoded = [await self._tokens(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-        size, bos = self.engine.config.vocab_size, self.engine.tokenizer.bos_id
+        size = self.engine.config.vocab_size
         if any(not 0 <= token < size for ids in encoded for token in ids):
             raise APIError(f"the prompt must have token ids from 0 to {size - 1}", param="prompt")
-        added = [int(ids[:1] != [bos]) for ids in encoded]
-        return [[bos] * count + ids for count, ids in zip(added, encoded, strict=True)], added
+        return encoded
 
     async def _tokens(self, text: str) -> list[int]:
         self._check_size(text, param="prompt")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -94,60 +93,37 @@ class ChatResponses(Responses):
 
 
 class CompletionResponses(Responses):
-    """Responses of ``/v1/completions``. Log-probabilities include the stop token, unlike the text; lm-eval needs it.
-
-    Args:
-        added: number of tokens at the beginning of each prompt that the client did not send and does not get back.
-    """
+    """Responses of ``/v1/completions``. Log-probabilities include the stop token, unlike the text; lm-eval needs it."""
 
     prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, tokenizer: Tokenizer, model: str, added: Sequence[int]) -> None:
-        super().__init__(tokenizer, model)
-        self.added = added
-        self._length: Counter[int] = Counter()
-
     def opening(self, run: Run) -> Iterator[JSON]:
-        if run.plan.echo:
+        if run.plan.echo is not None:
             for number in range(len(run.answers)):
-                choice = self._part(run, number, self._echo(run, number), self._prompt_tokens(run, number), None)
-                yield self._envelope(self.chunk_object, [choice])
+                yield self._envelope(self.chunk_object, [self._part(run, number, run.echo_of(number))])
 
     def chunk(self, run: Run, number: int, delta: Delta) -> JSON | None:
         if not delta.text and not delta.finish_reason and (run.plan.top_logprobs is None or not delta.tokens):
             return None
-        choice = self._part(run, number, delta.text, delta.tokens, delta.finish_reason)
-        return self._envelope(self.chunk_object, [choice])
+        return self._envelope(self.chunk_object, [self._part(run, number, delta)])
 
     def _choice(self, run: Run, number: int) -> JSON:
-        answer, text, tokens = run.answers[number].whole, "", []
-        if run.plan.echo:
-            text, tokens = self._echo(run, number), self._prompt_tokens(run, number)
-        return self._part(run, number, text + answer.text, tokens + answer.tokens, answer.finish_reason)
+        whole = Delta()
+        whole.add(run.echo_of(number))
+        whole.add(run.answers[number].whole)
+        return self._part(run, number, whole)
 
-    def _part(self, run: Run, number: int, text: str, tokens: Sequence[Token], reason: str | None) -> JSON:
+    def _part(self, run: Run, number: int, delta: Delta) -> JSON:
         """A choice with the next part of an answer, or of its prompt."""
-        logprobs = None if run.plan.top_logprobs is None else self._logprobs(number, tokens)
-        return {"index": number, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        logprobs = None if run.plan.top_logprobs is None else self._logprobs(delta.tokens)
+        return {"index": number, "text": delta.text, "logprobs": logprobs, "finish_reason": delta.finish_reason}
 
-    def _echo(self, run: Run, number: int) -> str:
-        prompt = number // run.plan.num_samples
-        return self.tokenizer.decode(run.plan.prompts[prompt][self.added[prompt] :])
-
-    def _prompt_tokens(self, run: Run, number: int) -> list[Token]:
-        prompt = number // run.plan.num_samples
-        return run.prompt_tokens[prompt][self.added[prompt] :] if run.prompt_tokens else []
-
-    def _logprobs(self, number: int, tokens: Sequence[Token]) -> JSON:
-        offsets = []
-        for token in tokens:
-            offsets.append(self._length[number])
-            self._length[number] += len(self.tokenizer.decode([token.id]))
+    def _logprobs(self, tokens: Sequence[Token]) -> JSON:
         return {
             "tokens": [self._text(token.id) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": [self._likely(token) for token in tokens],
-            "text_offset": offsets,
+            "text_offset": [token.offset for token in tokens],
         }
 
     def _likely(self, token: Token) -> dict[str, float] | None:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from lmchat.generation.sampling import SamplingParams
-from lmchat.serve.answers import Answer, Delta, Token
+from lmchat.serve.answers import Answer, Delta, Token, text_offsets
 from lmchat.serve.engine_worker import EngineWorker, Generation
 from lmchat.serve.metrics import Metrics
 
@@ -20,7 +20,7 @@ class Plan:
         params: sampling parameters; None if nothing is generated.
         num_samples: number of completions per prompt.
         chat: see `Answer`.
-        echo: return the prompts too.
+        echo: for each prompt its last tokens, which precede the answers; None for none.
         top_logprobs: number of most likely tokens to return at each position; None for no log-probabilities.
     """
 
@@ -29,7 +29,7 @@ class Plan:
     num_samples: int = 1
     stops: Sequence[str] = ()
     chat: bool = False
-    echo: bool = False
+    echo: Sequence[Sequence[int]] | None = None
     top_logprobs: int | None = None
 
 
@@ -38,15 +38,21 @@ class Run:
 
     Attributes:
         answers: the completions, samples of the first prompt first.
-        prompt_tokens: the tokens of each prompt with log-probabilities; only if the plan wants both.
+        echoes: the text of the echo of each prompt, and its tokens if the plan wants log-probabilities.
     """
 
     def __init__(self, worker: EngineWorker, plan: Plan, metrics: Metrics) -> None:
         tokenizer = worker.engine.tokenizer
-        count = len(plan.prompts) * plan.num_samples
         self.plan = plan
-        self.answers = [Answer(tokenizer, plan.stops, chat=plan.chat) for _ in range(count)]
-        self.prompt_tokens: list[list[Token]] = []
+        self.echoes = [Delta() for _ in plan.prompts]
+        for echo, ids in zip(self.echoes, plan.echo or (), strict=False):
+            if ids:
+                echo.parts.append({"type": "text", "text": tokenizer.decode(ids)})
+        self.answers = [
+            Answer(tokenizer, plan.stops, chat=plan.chat, start=len(echo.text))
+            for echo in self.echoes
+            for _ in range(plan.num_samples)
+        ]
         self._worker = worker
         self._metrics = metrics
         self._generation: Generation | None = None
@@ -61,6 +67,10 @@ class Run:
     def num_generated_tokens(self) -> int:
         return sum(answer.num_tokens for answer in self.answers)
 
+    def echo_of(self, number: int) -> Delta:
+        """The echo before an answer."""
+        return self.echoes[number // self.plan.num_samples]
+
     async def start(self) -> None:
         """Queues the prompts in the engine, and scores them if requested.
 
@@ -70,11 +80,12 @@ class Run:
         self._metrics.prompt_tokens.inc(self.num_prompt_tokens)
         if self.plan.params is not None:
             self._generation = await self._worker.generate(self.plan.prompts, self.plan.params)
-        if self.plan.echo and self.plan.top_logprobs is not None:
-            for prompt in self.plan.prompts:
+        if self.plan.echo is not None and self.plan.top_logprobs is not None:
+            for prompt, ids, echo in zip(self.plan.prompts, self.plan.echo, self.echoes, strict=True):
                 scores = await self._worker.score(prompt, self.plan.top_logprobs)
-                scored = map(Token, prompt[1:], scores.logprobs, scores.top)
-                self.prompt_tokens.append([Token(prompt[0], None), *scored])
+                columns = (prompt, (None, *scores.logprobs), ((), *scores.top))
+                offsets = text_offsets(self._worker.engine.tokenizer, ids)
+                echo.tokens += map(Token, *(column[len(prompt) - len(ids) :] for column in columns), offsets)
 
     async def deltas(self) -> AsyncIterator[dict[int, Delta]]:
         """Yields additions to the answers, by number of the answer, as they are generated."""
