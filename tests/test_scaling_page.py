@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import make_scaling_tables as page
+from bucket_traffic import bytes_sent
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT
 from lmchat.optim.buckets import Bucket, make_buckets
@@ -35,8 +36,7 @@ def buckets_of(depth: int, rank: int, ranks: int) -> tuple[list[Bucket], MuonAda
 @pytest.mark.parametrize(("depth", "ranks"), [(12, 1), (12, 3), (12, 8), (20, 64), (26, 16), (32, 1024)])
 def test_bytes_sent(depth: int, ranks: int) -> None:
     buckets, _ = buckets_of(depth, 0, ranks)
-    stated = [sum(parts) for parts in zip(*(bucket.bytes_sent(torch.bfloat16) for bucket in buckets), strict=True)]
-    assert page.bytes_sent(config_of(depth), ranks) == pytest.approx(stated, rel=1e-12)
+    assert page.bytes_sent(config_of(depth), ranks) == pytest.approx(bytes_sent(buckets, ranks), rel=1e-12)
 
 
 @pytest.mark.parametrize(("depth", "ranks"), [(12, 1), (12, 3), (4, 30), (26, 8)])

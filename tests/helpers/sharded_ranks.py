@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from bucket_traffic import bytes_sent
 from lmchat.optim import buckets
 from lmchat.optim.muon_adamw import MuonAdamW
 from lmchat.optim.param_groups import build_param_groups
@@ -195,7 +196,7 @@ def traffic(rank: int, world_size: int, groups: Groups) -> dict[str, Any]:
         "calls_after_micro_batches": calls,
         "calls": counted.calls,
         "sent": counted.sent,
-        "stated": tuple(optimizer.bytes_sent),
+        "stated": bytes_sent(optimizer._buckets, world_size),
         "buckets": len(optimizer._buckets),
         "rounded": rounded,
         "params": copies(params),

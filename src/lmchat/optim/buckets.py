@@ -5,11 +5,10 @@ Messages are collectives over NCCL or gloo.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,14 +24,6 @@ Group = dict[str, Any]
 # torch 2.13 renamed both and warns about the old names.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
-class BytesSent(NamedTuple):
-    """Bytes that one rank sends in one optimizer step, by collective."""
-
-    reduce_scatter: float
-    all_gather: float
-    all_reduce: float
 
 
 class Collectives:
@@ -125,10 +116,6 @@ class Bucket(ABC):
     def _step(self, optimizer: MuonAdamW, grads: Tensor, live: set[Tensor]) -> None:
         """Steps the parameters in ``live`` that this rank owns with their mean gradients."""
 
-    @abstractmethod
-    def bytes_sent(self, gather_dtype: torch.dtype | None) -> BytesSent:
-        """Bytes sent by one rank in one step."""
-
     def collect(self, param: Tensor) -> None:
         """Moves the gradient of ``param`` into the message; zeros if there is none."""
         if param not in self.missing:
@@ -195,11 +182,6 @@ class ShardedBucket(Bucket):
         assert self._gathered is not None
         self._take(self._gathered())
         self._gathered = None
-
-    def bytes_sent(self, gather_dtype: torch.dtype | None) -> BytesSent:
-        dtype, ranks = self.params[0].dtype, self.collectives.world_size
-        to_others = math.prod(self.shape) * (ranks - 1) / ranks
-        return BytesSent(to_others * dtype.itemsize, to_others * (gather_dtype or dtype).itemsize, 0.0)
 
 
 class MatrixBucket(ShardedBucket):
@@ -309,10 +291,6 @@ class SmallBucket(Bucket):
 
     def finish(self) -> None:
         pass
-
-    def bytes_sent(self, gather_dtype: torch.dtype | None) -> BytesSent:
-        ranks = self.collectives.world_size
-        return BytesSent(0.0, 0.0, 2 * self.shape[0] * self.params[0].dtype.itemsize * (ranks - 1) / ranks)
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

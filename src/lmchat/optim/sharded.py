@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lmchat.optim.buckets import Bucket, BytesSent, Collectives, Group, RowBucket, make_buckets
+from lmchat.optim.buckets import Bucket, Collectives, Group, RowBucket, make_buckets
 from lmchat.optim.muon_adamw import MuonAdamW, StateDict, are_finite
 
 MISSING, FINITE, NON_FINITE = range(3)
@@ -63,14 +63,6 @@ class ShardedMuonAdamW(MuonAdamW):
         self._agreed: list[int] | None = None
         for param in self._bucket_of:
             param.register_post_accumulate_grad_hook(self._on_gradient)
-
-    @property
-    def bytes_sent(self) -> BytesSent:
-        """Bytes that this rank sends in a step in which every parameter has a gradient."""
-        sent = [bucket.bytes_sent(self._gather_dtype) for bucket in self._buckets]
-        ranks = self._collectives.world_size
-        agreement = BytesSent(0.0, 0.0, 2 * len(self._bucket_of) * (ranks - 1) / ranks)
-        return BytesSent(*map(sum, zip(agreement, *sent, strict=True)))
 
     def reduce_during_backward(self) -> None:
         """Starts reductions during the next backward pass, which must be the last before `step`.
