@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -47,6 +48,12 @@ def replacing(path: Path) -> Iterator[Path]:
     unfinished = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     with _renamed(unfinished, path):
         yield unfinished
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Replaces ``path`` by a file with ``content``, indented."""
+    with replacing(path) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=2) + "\n")
 
 
 @contextlib.contextmanager

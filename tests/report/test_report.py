@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from headless import browser  # noqa: F401  (a fixture)
 from lmchat.__main__ import main
-from lmchat.evaluation.results import read_results, results_file, write_results
+from lmchat.evaluation.results import read_results, results_file
+from lmchat.files import write_json
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT
 from lmchat.report.charts import MAX_POINTS, line_chart, number, ticks
@@ -61,7 +62,7 @@ def base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             path.unlink()
         assert main(["fit", *options, "--trainer.max_steps", "8", "--ckpt_path", "last"]) == 0
         assert main(["validate", *options, "--eval.every_n_steps", "7", "--ckpt_path", str(checkpoints)]) == 0
-    write_results(results_file(checkpoints, 8), RESULTS)
+    write_json(results_file(checkpoints, 8), RESULTS)
     record = {"step": 8, "intervals": {"val/bpb": [1.125, 9.875]}}
     (base / "logs/pretrain/reported/version_1/intervals.jsonl").write_text(json.dumps(record))
     return base

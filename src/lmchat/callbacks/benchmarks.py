@@ -15,8 +15,9 @@ from lmchat.evaluation.benchmark import Benchmark, summary
 from lmchat.evaluation.chat_core import ChatCoreEvaluator, make_tasks
 from lmchat.evaluation.core import read_bundle
 from lmchat.evaluation.core_evaluator import CoreEvaluator
-from lmchat.evaluation.results import read_results, results_file, write_results
+from lmchat.evaluation.results import read_results, results_file
 from lmchat.evaluation.sandbox import Sandbox
+from lmchat.files import write_json
 from lmchat.model.gpt import ROTARY_ROWS
 from lmchat.option_checks import check_count
 from lmchat.paths import eval_bundle_dir, expand_user
@@ -55,7 +56,7 @@ class BenchmarkCallback(Callback):
             settings = {name: evaluator.settings(number) for number, name in enumerate(evaluator.task_names)}
             mean = summary(results)
             written = {name: settings[name] | results[name] for name in results}
-            write_results(path, read_results(path) | written | ({evaluator.mean_name: mean} if mean else {}))
+            write_json(path, read_results(path) | written | ({evaluator.mean_name: mean} if mean else {}))
         except (UserError, OSError, MemoryError) as error:
             rank_zero_warn(f"the results of {evaluator.mean_name} are only in the logs: {error}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lmchat.callbacks.step import StepCallback
-from lmchat.files import replacing
+from lmchat.files import write_json
 from lmchat.paths import log_dir
 from lmchat.provenance import provenance
 from lmchat.stage_table import STAGES
@@ -61,5 +60,4 @@ class SaveConfig(SaveConfigCallback, StepCallback):
             "data": (trainer.datamodule.position or {}).get("data"),  # type: ignore[attr-defined]
             "first_step": step,
         }
-        with replacing(run_log_dir(trainer, pl_module) / RUN_FILE) as unfinished:
-            unfinished.write_text(json.dumps(record, indent=2) + "\n")
+        write_json(run_log_dir(trainer, pl_module) / RUN_FILE, record)

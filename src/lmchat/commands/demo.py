@@ -20,7 +20,7 @@ from lmchat.demo.report import result_tables, write_run_report
 from lmchat.demo.run import Demo, Metrics
 from lmchat.demo.text import collect_text, measure_baselines, tokenize, train_tokenizer
 from lmchat.demo.training import finetune, pretrain, reinforce
-from lmchat.files import replacing
+from lmchat.files import write_json
 from lmchat.types import UserError
 
 LMCHAT = Path(sys.executable).with_name("lmchat")
@@ -72,7 +72,7 @@ def demo(text: Path | None = None, output: Path = Path("runs/demo"), minutes: fl
             raise
         summary["stages"][name] = {"seconds": round(time.perf_counter() - started, 1), **metrics}
         summary["minutes"] = round(sum(metrics["seconds"] for metrics in summary["stages"].values()) / 60, 2)
-        _write_json(run.summary, summary)
+        write_json(run.summary, summary)
     console.print(*result_tables(run, summary))
     console.print(f"The demo took {summary['minutes']:.1f} minutes.")
     console.print(f"Metrics: {run.summary}. To chat with the model, here or in a browser:", soft_wrap=True)
@@ -94,7 +94,7 @@ def _open_summary(run: Demo) -> dict[str, Any]:
             )
         summary = {"minutes": 0.0, "recipe": recipe, "stages": {}}
         run.output.mkdir(parents=True, exist_ok=True)
-        _write_json(run.summary, summary)
+        write_json(run.summary, summary)
         return summary
     try:
         summary = json.loads(run.summary.read_text())
@@ -110,11 +110,6 @@ def _open_summary(run: Demo) -> dict[str, Any]:
             "--output (make demo OUTPUT=folder)"
         )
     return summary
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with replacing(path) as unfinished:
-        unfinished.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _next_command(run: Demo, command: str) -> str:

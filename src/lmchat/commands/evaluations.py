@@ -23,8 +23,9 @@ from lmchat.evaluation.core import choose, read_bundle
 from lmchat.evaluation.core_evaluator import CoreEvaluator
 from lmchat.evaluation.evaluator import ranks
 from lmchat.evaluation.hf_model import HFModel
-from lmchat.evaluation.results import Result, read_results, results_file, write_results
+from lmchat.evaluation.results import Result, read_results, results_file
 from lmchat.evaluation.task_by_task import evaluate_each
+from lmchat.files import write_json
 from lmchat.generation.policy import Policy
 from lmchat.paths import eval_bundle_dir, expand_user
 from lmchat.tasks import Task
@@ -135,7 +136,7 @@ def run_harness(subject: Subject, tasks: Sequence[str], include_path: Path | Non
     results = {
         f"harness/{name}": {**options, **subject.identity, **metrics} for name, metrics in found["results"].items()
     }
-    write_results(subject.path, read_results(subject.path) | results)
+    write_json(subject.path, read_results(subject.path) | results)
     print(make_table(found))
     print(f"Results are in {subject.path}")
 
@@ -164,7 +165,7 @@ def _report(evaluators: Iterable[Benchmark], subject: Subject, mean_name: str | 
         table.add_section()
         table.add_row(mean_name or "mean", "", "", f"{low:.3f} … {high:.3f}", f"{mean['centered']:.3f}")
         if mean_name is not None and ranks()[0] == 0:
-            write_results(subject.path, read_results(subject.path) | {mean_name: mean})
+            write_json(subject.path, read_results(subject.path) | {mean_name: mean})
     console.print(table)
     console.print(f"Results are in {subject.path}", soft_wrap=True, highlight=False)
     if failed := [name for name, result in results.items() if "error" in result]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lmchat.files import replacing
 from lmchat.types import UserError
 
 Result = dict[str, Any]
@@ -41,9 +39,3 @@ def _is_result(result: Any) -> bool:
         return False
     numbers = (result.get("accuracy", 0), result.get("centered", 0), *interval)
     return len(interval) == 2 and all(isinstance(number, int | float | None) for number in numbers)
-
-
-def write_results(path: Path, results: Mapping[str, Result]) -> None:
-    """Replaces the content of the file by ``results``."""
-    with replacing(path) as unfinished:
-        unfinished.write_text(json.dumps(results, indent=2) + "\n")

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from lmchat.evaluation.benchmark import Benchmark
 from lmchat.evaluation.evaluator import evaluate, ranks
 from lmchat.evaluation.hf_model import HFModel
-from lmchat.evaluation.results import Result, read_results, write_results
+from lmchat.evaluation.results import Result, read_results
+from lmchat.files import write_json
 from lmchat.generation.policy import Policy
 from lmchat.types import UserError
 
@@ -45,5 +46,5 @@ def evaluate_each(
             except UserError as error:  # out of memory
                 results[name] = settings | {"error": str(error)}
             if rank == 0:
-                write_results(results_file, results)
+                write_json(results_file, results)
         yield name, results[name]

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lmchat.files import replacing
+from lmchat.files import write_json
 from lmchat.model.attention import BACKENDS, probe
 from lmchat.model.gpt import GPT
 
@@ -131,7 +131,6 @@ def _read(file: Path) -> dict[str, str]:
 def _write(file: Path, remembered: dict[str, str]) -> None:
     """Several runs may write at once, and the folder may be read-only."""
     try:
-        with replacing(file) as unfinished:
-            unfinished.write_text(json.dumps(remembered, indent=1))
+        write_json(file, remembered)
     except OSError as error:
         logger.warning("cannot remember the fastest attention (%s); the next run times it again", error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from importlib import import_module
@@ -16,6 +15,7 @@ from lmchat.checkpoint.hf.model_card import model_card
 from lmchat.checkpoint.hf.tokenizer import write_tokenizer
 from lmchat.checkpoint.load import Checkpoint, load_model_state
 from lmchat.checkpoint.tensors import check_tensors, shapes
+from lmchat.files import write_json
 from lmchat.model.config import GPTConfig
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.types import UserError
@@ -66,15 +66,18 @@ def choose_native(config: GPTConfig, native: bool | None) -> bool:
 def write_export(
     checkpoint: Checkpoint, tokenizer: Tokenizer, folder: Path, *, native: bool, dtype: Literal["fp32", "bf16"] = "fp32"
 ) -> Export:
-    """Writes weights, configs, tokenizer, chat template and model card into the empty ``folder``.
+    """Writes weights, configs, tokenizer, chat template and model card into ``folder``.
 
     Args:
-        checkpoint, tokenizer: of any stage, and its own.
+        checkpoint: a checkpoint of any stage.
+        tokenizer: the tokenizer that its model was trained with.
+        folder: an empty folder.
         native: export as `NanoChatForCausalLM` instead of with lmchat's modelling file.
         dtype: dtype of the stored weights. bf16 halves the file; the factors of the residual mix stay fp32.
 
     Raises:
-        UserError: a tensor of the checkpoint has no place in the export, or safetensors is missing.
+        UserError: a tensor of the checkpoint has no place in the export, a file of weights cannot be written, or
+            safetensors is missing.
     """
     save_file = need("safetensors.torch", "an export").save_file
     from safetensors import SafetensorError  # installed, see above
@@ -101,7 +104,7 @@ def write_export(
     write_tokenizer(tokenizer, folder, form.context_limit(config, native))
     meta = {key: value for key, value in checkpoint.meta.items() if key not in _OF_THE_FILES}
     meta["stage"] = checkpoint.stage
-    _write_json(folder / form.META_FILE, meta)
+    write_json(folder / form.META_FILE, meta)
     (folder / "README.md").write_text(model_card(meta, config, native, dtype), encoding="utf-8")
     if not native:
         shutil.copyfile(Path(__file__).parent / "files" / _MODELING, folder / _MODELING)
@@ -122,9 +125,5 @@ def _write_configs(folder: Path, config: GPTConfig, tokenizer: Tokenizer, native
     # No pad_token_id in the model's config: transformers would leave that row of the embedding untrained.
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends, "pad_token_id": None}
     form_config = form.native_config(config) if native else form.lmchat_config(config)
-    _write_json(folder / "config.json", {**form_config, **ids, "dtype": str(DTYPES[dtype]).removeprefix("torch.")})
-    _write_json(folder / "generation_config.json", {**ids, "pad_token_id": tokenizer.bos_id})
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", {**form_config, **ids, "dtype": str(DTYPES[dtype]).removeprefix("torch.")})
+    write_json(folder / "generation_config.json", {**ids, "pad_token_id": tokenizer.bos_id})
