@@ -36,7 +36,7 @@ from lmchat.cli.class_errors import check_callbacks, explain_class_error
 from lmchat.cli.exit_status import exit_with_signal_status, translate_out_of_memory, translate_peer_failure
 from lmchat.cli.former_names import accept_former_names, rename_arguments
 from lmchat.cli.loggers import RunCSVLogger, RunTensorBoardLogger
-from lmchat.cli.resume import find_start, resume_path
+from lmchat.cli.resume import find_start, resumable
 from lmchat.paths import log_dir
 from lmchat.stage_table import STAGES
 from lmchat.stages import pretrain, rl, sft  # noqa: F401  (known to jsonargparse by their short class names)
@@ -155,16 +155,17 @@ class LMChatCLI(LightningCLI):
 
     def _is_finished(self) -> bool:
         """Whether ``--ckpt_path auto`` has found the run's last step and no further steps are requested."""
-        if resume_path(self.checkpoint, self.model.stage) is None or self._option("ckpt_path") != "auto":
+        resumed = resumable(self.checkpoint, self.model.stage)
+        if resumed is None or self._option("ckpt_path") != "auto":
             return False
-        assert self.checkpoint is not None
         steps = self._option("trainer")["max_steps"]
         if self.model.scales_with_depth:
             steps = subcommand_option(self, self.config_init, "scaling_laws").scale(self.model, steps).steps
-        return self.checkpoint.step >= max(self.checkpoint.meta.get("total_steps", 0), steps)
+        return resumed.step >= max(resumed.meta.get("total_steps", 0), steps)
 
     def fit(self, model: StageModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
-        path = resume_path(self.checkpoint, self.model.stage)
+        resumed = resumable(self.checkpoint, self.model.stage)
+        path = resumed.paths.meta if resumed else None
         if self._is_finished():
             rank_zero_info(f"{self.model.stage} {self.model.tag} is finished: {path}")
             return
@@ -177,20 +178,20 @@ class LMChatCLI(LightningCLI):
             translate_out_of_memory(model),
         ):
             self.trainer.fit(model, ckpt_path=path, **kwargs)
-        if path is not None and self.checkpoint is not None and self.checkpoint.step >= self.trainer.max_steps:
+        if resumed and resumed.step >= self.trainer.max_steps:
             rank_zero_info(
-                f"nothing to train: {path} is of step {self.checkpoint.step}, the run's last; raise "
+                f"nothing to train: {path} is of step {resumed.step}, the run's last; raise "
                 "--trainer.max_steps to train on, or start a new run with another --model.tag"
             )
 
     def validate(self, model: StageModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
         model.trainer = self.trainer
         check_model_fits(model, trains=False)
-        path = resume_path(self.checkpoint, self.model.stage)
-        if path is not None and self.checkpoint is not None:
-            set_global_step(self.trainer, self.checkpoint.step)
+        resumed = resumable(self.checkpoint, self.model.stage)
+        if resumed:
+            set_global_step(self.trainer, resumed.step)
         with translate_peer_failure(self.trainer), translate_out_of_memory(model):
-            self.trainer.validate(model, ckpt_path=path, **kwargs)
+            self.trainer.validate(model, ckpt_path=resumed.paths.meta if resumed else None, **kwargs)
 
 
 class DataModuleCLI(LMChatCLI):

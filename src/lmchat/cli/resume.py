@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lmchat.checkpoint.layout import checkpoint_dir, committed_steps
@@ -30,7 +28,6 @@ def find_start(path: str | None, stage: str, tag: str, dirpath: str | None) -> C
     return None if path is None else find_checkpoint(path, directory=own, warn=rank_zero_warn)
 
 
-def resume_path(start: Checkpoint | None, stage: str) -> Path | None:
-    """The file for the trainer to restore; None if only weights are loaded, from another stage or an imported model."""
-    resumable = start is not None and start.stage == stage and not start.weights_only
-    return start.paths.meta if start is not None and resumable else None
+def resumable(start: Checkpoint | None, stage: str) -> Checkpoint | None:
+    """``start`` if the trainer can restore it; None if only its weights are used: of another stage, or imported."""
+    return start if start is not None and start.stage == stage and not start.weights_only else None
