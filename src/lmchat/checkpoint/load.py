@@ -312,10 +312,16 @@ def check_can_resume(checkpoint: Checkpoint) -> None:
             )
 
 
-def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> GPT:
-    """The checkpoint's network in eval mode, with the default compute dtype of ``device``."""
+def load_model(
+    checkpoint: Checkpoint, device: torch.device | str = "cpu", compute_dtype: torch.dtype | None = None
+) -> GPT:
+    """The checkpoint's network in eval mode; ``compute_dtype`` None is the default of ``device``.
+
+    Raises:
+        DamagedCheckpoint: the model file is damaged, or does not fit the model's shape.
+    """
     with torch.device("meta"):
-        net = GPT(GPTConfig(**checkpoint.meta["model"]), compute_dtype=default_compute_dtype(device))
+        net = GPT(GPTConfig(**checkpoint.meta["model"]), compute_dtype=compute_dtype or default_compute_dtype(device))
     net.to_empty(device=device)
     net.load_state_dict(load_network_state(checkpoint))
     return net.eval()

@@ -172,8 +172,7 @@ def check_state(owner: type, state: Any, fields: Mapping[str, Check]) -> None:
 def shown(value: Any) -> str:
     """A value for a message: escaped, and at most 100 characters."""
     try:
-        written = value if type(value) is int else ascii(value)
-        written = str(written)
+        written = ascii(value)
     except ValueError:  # an int of more than 4,300 digits
         return "a number of thousands of digits"
     return written if len(written) <= 100 else f"{written[:100]}…"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lmchat.checkpoint.hf.export import need, stored_dtype
-from lmchat.checkpoint.load import Checkpoint, load_network_state
+from lmchat.checkpoint.load import Checkpoint, load_model
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT
 from lmchat.tokenizer.bpe import SPECIAL_TOKENS, Tokenizer
@@ -116,11 +116,9 @@ def _different(how: str) -> UserError:
 
 def _stored_model(checkpoint: Checkpoint, dtype: str) -> GPT:
     """The checkpoint's network in fp32, with the weights as stored in the export."""
-    with torch.device("meta"):
-        net = GPT(GPTConfig(**checkpoint.meta["model"]))
-    net.to_empty(device="cpu")
-    net.load_state_dict({k: v.to(stored_dtype(k, dtype)).float() for k, v in load_network_state(checkpoint).items()})
-    return net.eval()
+    net = load_model(checkpoint, compute_dtype=torch.float32)
+    net.load_state_dict({k: v.to(stored_dtype(k, dtype)).float() for k, v in net.state_dict().items()})
+    return net
 
 
 def _prompt(config: GPTConfig) -> Tensor:
