@@ -58,9 +58,13 @@ def line_chart(series: Mapping[str, Points], x_label: str, y_label: str) -> str:
     )
 
 
+def series_class(index: int) -> str:
+    """The class of a series in the style sheet."""
+    return f"series{index % NUM_COLORS}{' dashed' if index >= NUM_COLORS else ''}"
+
+
 def _line(name: str, index: int, points: list[tuple[float, float]]) -> str:
-    style = f"series{index % NUM_COLORS}{' dashed' if index >= NUM_COLORS else ''}"
-    title = f"<title>{escape(name)}</title>"
+    style, title = series_class(index), f"<title>{escape(name)}</title>"
     if len(points) == 1:
         return f'<circle class="{style}" cx="{points[0][0]:.1f}" cy="{points[0][1]:.1f}" r="3">{title}</circle>'
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
@@ -94,7 +98,7 @@ def number(value: float) -> str:
     magnitude = abs(value)
     if magnitude >= 1e15:
         return f"{value:.2g}"
-    for limit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+    for limit, unit, suffix in ((1e12, 1e12, "T"), (1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
         if magnitude >= limit:
-            return f"{value / {'k': 1e3, 'M': 1e6, 'G': 1e9, 'T': 1e12}[suffix]:.4g}{suffix}"
+            return f"{value / unit:.4g}{suffix}"
     return f"{value:.4g}"

@@ -9,7 +9,7 @@ from pathlib import Path
 from string import Template
 
 from lmchat.files import replacing
-from lmchat.report.charts import NUM_COLORS, line_chart
+from lmchat.report.charts import line_chart, series_class
 from lmchat.report.runs import AXES, Run, StageRun
 from lmchat.report.summary import (
     TITLES,
@@ -94,7 +94,7 @@ def _axis_choice() -> str:
 def _legend(names: Sequence[str]) -> str:
     items = "".join(
         f'<li><svg viewBox="0 0 26 10" aria-hidden="true"><polyline points="0,5 26,5" '
-        f'class="series{index % NUM_COLORS}{" dashed" if index >= NUM_COLORS else ""}"/></svg>{escape(name)}</li>'
+        f'class="{series_class(index)}"/></svg>{escape(name)}</li>'
         for index, name in enumerate(names)
     )
     return f'<ul class="legend">{items}</ul>'
