@@ -211,8 +211,6 @@ class StageModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         check_precision(self.trainer.precision)
-        if stage == "fit" and self.total_steps < 1:
-            raise UserError(f"--trainer.max_steps is {self.total_steps}; give a positive number of steps")
 
     def configure_model(self) -> None:
         if hasattr(self, "net"):

@@ -100,7 +100,7 @@ class PretrainModule(StageModule):
             if (mine := getattr(self.config, name)) != value:
                 raise UserError(
                     f"{checkpoint.paths.meta} has {name} {value}, this run {mine}; "
-                    f"resume it with its own options, or start a new run with another --model.tag"
+                    "resume it with its own options, or start a new run with another --model.tag"
                 )
 
     def schedule(self, step: int) -> Schedule:

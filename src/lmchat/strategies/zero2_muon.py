@@ -129,7 +129,7 @@ class Zero2MuonStrategy(DDPStrategy):
         if self.agreed_signal:
             assert self.lightning_module is not None
             stop_after_batch(self.lightning_module.trainer)
-            self._let_ranks_exit()
+            keep_other_ranks_alive(self.launcher)
         return output
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -147,7 +147,7 @@ class Zero2MuonStrategy(DDPStrategy):
             return False
         any_busy = bool(self._agree(torch.tensor([busy], dtype=torch.uint8)))
         if self.agreed_signal:
-            self._let_ranks_exit()
+            keep_other_ranks_alive(self.launcher)
             raise SIGTERMException
         return any_busy
 
@@ -182,13 +182,10 @@ class Zero2MuonStrategy(DDPStrategy):
             rank_zero_info("stopping after this step; press Ctrl-C again to stop at once")
         self._signal_here = max(self._signal_here, int(signum))
 
-    def _let_ranks_exit(self) -> None:
-        keep_other_ranks_alive(self.launcher)
-
     def on_exception(self, exception: BaseException) -> None:
         """Closes the connections to the other ranks, which may be waiting for this one. Saving does not need them."""
         super().on_exception(exception)
-        self._let_ranks_exit()
+        keep_other_ranks_alive(self.launcher)
         if self._control_group is None or isinstance(exception, SIGTERMException):  # all ranks have been notified
             return
         dist.destroy_process_group(self._control_group)
