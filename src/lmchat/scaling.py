@@ -25,7 +25,8 @@ BATCH_EXPONENT = 0.383
 class ParameterCounts:
     """Number of parameters of each part of the model.
 
-    Token tables include padding rows, the blocks' matrices value gates; scalars are the residual lambdas.
+    Token tables include padding rows; matrices include the gates of the value embeddings; scalars are the residual
+    lambdas.
     """
 
     wte: int

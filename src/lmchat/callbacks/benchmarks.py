@@ -70,7 +70,7 @@ class Core(BenchmarkCallback):
     Args:
         bundle: folder or zip file of the evaluation bundle; null is ``$LMCHAT_BASE_DIR/eval_bundle``, where
             ``lmchat data download --eval_bundle true`` puts it.
-        every_n_steps: optimizer steps between evaluations; null is at the end only.
+        every_n_steps: optimizer steps between evaluations; null evaluates at the end only.
         max_per_task: maximum number of examples of a task; null is all of them.
     """
 
@@ -104,7 +104,7 @@ class ChatCore(BenchmarkCallback):
     Args:
         tasks: as in ``lmchat eval``: NAME, or NAME=PATH with a local copy of the data; null is ARC-Easy, ARC-Challenge,
             MMLU, GSM8K, HumanEval and SpellingBee. The mean is over these tasks.
-        every_n_steps: optimizer steps between evaluations; null is at the end only.
+        every_n_steps: optimizer steps between evaluations; null evaluates at the end only.
         max_per_task: maximum number of questions of a task; null is all of them.
         batch_size: number of multiple-choice questions per batch.
         max_new_tokens: maximum number of new tokens of an answer.

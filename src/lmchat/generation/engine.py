@@ -344,8 +344,8 @@ class Engine:
             )
         if len(ids) + max_new_tokens > limit:
             raise UserError(
-                f"{name} has {len(ids)} tokens, which with max_new_tokens {max_new_tokens} passes the "
-                f"model's limit of {limit}; shorten one of them"
+                f"{name} has {len(ids)} tokens, and max_new_tokens is {max_new_tokens}, together more than the "
+                f"model's limit of {limit}; shorten it, or lower max_new_tokens"
             )
         self.budget.check(len(ids) + max_new_tokens)
         return ids

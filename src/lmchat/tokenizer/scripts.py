@@ -41,7 +41,7 @@ class ScriptCount:
 
 
 def count_scripts(tokenizer: Tokenizer, text: str) -> dict[str, ScriptCount]:
-    """Counts each script in the text, the most frequent first; each run of a script is encoded separately."""
+    """Counts by script, the most frequent first; each run of characters of a script is encoded separately."""
     runs: dict[str, list[str]] = {}
     for match in _runs().finditer(text):
         runs.setdefault(str(match.lastgroup), []).append(match[0])

@@ -74,7 +74,7 @@ class _Draft:
     expressions: list[str] = field(default_factory=list)
 
     def text(self, template: str, **numbers: int | str) -> str:
-        """Fills in a template."""
+        """``template`` with people, items and ``numbers`` filled in."""
         who, prev = self.people[self.turn], self.people[self.turn - 1]
         return template.format(who=who, prev=prev, items=self.items, **numbers)
 
@@ -115,7 +115,7 @@ class _Draft:
         return named and not self.family.relay and self.rng.random() < PRONOUN_SHARE
 
     def calculate(self, step: Step, expression: str, result: int) -> None:
-        """Adds a calculation to the solution."""
+        """Adds the calculation of ``step`` to the solution: ``expression`` for the calculator, and its ``result``."""
         words = self.text(step.result or self.family.result, r=f"<<{expression}={result}>>{result}")
         self.working.append(f"{self.text(step.working or self.family.working or WORKING[step.op])} {words}.")
         self.taken.append(step)
