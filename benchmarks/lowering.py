@@ -89,6 +89,8 @@ def pretended_h100() -> Iterator[None]:
                 stack.enter_context(mock.patch.object(owner, name, staticmethod(always(value))))
         stack.enter_context(mock.patch.object(fake_tensor, "init_gpu_context", always(None)))
         stack.enter_context(mock.patch.object(_triton, "triton_hash_with_backend", always("none")))
+        _triton.has_triton.cache_clear()  # False after a compilation for a CPU; not to stay True after this one
+        stack.callback(_triton.has_triton.cache_clear)
         yield
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.utils._triton import has_triton
 
 from lmchat.scaling import config_for_depth
 from lmchat.training_memory import SAVED_WIDTHS, Mode
@@ -23,6 +24,12 @@ ROWS = 32
 TOKENS = ROWS * lowering.SEQUENCE_LEN
 CONFIG = config_for_depth(8, lowering.VOCAB_SIZE, lowering.SEQUENCE_LEN)
 ACTIVATION = TOKENS * CONFIG.n_embd * 2
+
+
+@pytest.fixture(autouse=True)
+def compiled_before() -> None:
+    """After a compilation for a CPU, torch's compiler remembers that there is no GPU for Triton."""
+    has_triton()
 
 
 @pytest.mark.parametrize(("layer", "key_heads"), [(0, 4), (1, 4), (0, 2), (1, 1)])
