@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 import tracemalloc
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from lmchat.data.mixture import Mixture, MixturePart
 from lmchat.data.rendered_conversations import RenderedConversations, render_all
 from lmchat.demo.tasks import Arithmetic
 from lmchat.tasks import Identity, SimpleSpelling, SpellingBee, Task
@@ -79,3 +81,23 @@ def test_rendered_conversations_stay_on_the_disk(tokenizer: Tokenizer, tmp_path:
     assert rendered.loss_tokens.tolist() == [sum(mask[:16]) for _, mask in expected]
     assert (report.tokens, report.loss_tokens) == (rendered.lengths.sum(), rendered.loss_tokens.sum())
     assert report.truncated == (rendered.cut_tokens > 0).sum()
+
+
+@pytest.mark.parametrize("seed", [42, None])
+def test_a_repeated_conversation_is_rendered_once(
+    seed: int | None, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repeated, once = Identity(size=50), Arithmetic(size=20)
+    parts = [MixturePart(once), MixturePart(repeated, epochs=3), MixturePart(Identity(size=5, start=5))]
+    mixture = Mixture(parts, seed)
+    expected = render_all(list(mixture), tokenizer, 48, tmp_path / "apart", title="")
+    read = Counter[int]()
+    example = Identity.example
+    monkeypatch.setattr(Identity, "example", lambda task, index: read.update([index]) or example(task, index))
+    assert render_all(mixture, tokenizer, 48, tmp_path / "together", title="") == expected
+    assert read == dict.fromkeys(range(50), 1)
+    apart, together = (RenderedConversations(tmp_path / name) for name in ("apart", "together"))
+    for name in ("lengths", "loss_tokens", "cut_tokens", "checksums"):
+        assert getattr(together, name).tolist() == getattr(apart, name).tolist(), name
+    for index in range(len(mixture)):
+        assert [array.tolist() for array in together[index]] == [array.tolist() for array in apart[index]]

@@ -86,6 +86,18 @@ class Mixture:
         """(conversations,) int64, index in ``parts`` of the part of each conversation."""
         return np.searchsorted(self._ends, self._order, side="right")
 
+    def first_indices(self) -> np.ndarray:
+        """(conversations,) int64, for each the index at which its part has it for the first time."""
+        starts = [0, *self._ends[:-1]]
+        repeated = [
+            np.tile(np.arange(start, start + len(part.task)), part.epochs)
+            for start, part in zip(starts, self.parts, strict=True)
+        ]
+        sources = np.concatenate(repeated)[self._order]
+        firsts = np.empty(len(self), np.int64)
+        firsts[sources[::-1]] = np.arange(len(self))[::-1]  # the last assignment counts
+        return firsts[sources]
+
     def notes(self) -> list[str]:
         """Remarks on the tasks' data for the user, without repetitions."""
         return list(dict.fromkeys(note for part in self.parts for note in part.task.notes()))

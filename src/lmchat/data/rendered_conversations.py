@@ -1,4 +1,7 @@
-"""Renders conversations once to files of tokens and loss masks, which all processes of a node memory-map."""
+"""Renders conversations once to files of tokens and loss masks, which all processes of a node memory-map.
+
+A conversation that a mixture repeats is rendered once; ``index`` has the number of the rendering of each conversation.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,14 @@ import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from lmchat.data.mixture import Mixture
 from lmchat.files import replacing
 from lmchat.progress import ProgressBar
 from lmchat.tokenizer.bpe import Tokenizer
@@ -57,6 +62,7 @@ def render_all(
     dtypes = {
         "tokens": np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32),
         "mask": np.dtype(bool),
+        "index": np.dtype(np.int64),
         "offsets": np.dtype(np.int64),
         "supervised": np.dtype(np.int64),
         "cut_tokens": np.dtype(np.int64),
@@ -64,31 +70,38 @@ def render_all(
     }
     if not len(conversations):
         raise UserError("there are no conversations; name at least one task that has some")
+    chosen, index = _without_repetitions(conversations)
     folder.mkdir(parents=True, exist_ok=True)
-    tokens = loss_tokens = truncated = no_loss_tokens = 0
-    with ExitStack() as stack, ProgressBar(title, len(conversations), unit="conversations") as bar:
+    tokens = 0
+    with ExitStack() as stack, ProgressBar(title, len(chosen), unit="conversations") as bar:
         files = {
             name: stack.enter_context(_array_file(folder / f"{name}.npy", dtype)) for name, dtype in dtypes.items()
         }
+        files["index"].write(index.tobytes())
         files["offsets"].write(np.int64(0).tobytes())
-        for index in bar.track(range(len(conversations))):
+        for position in bar.track(map(int, chosen)):
             try:
-                ids, mask = render_conversation(tokenizer, conversations[index], None)
+                ids, mask = render_conversation(tokenizer, conversations[position], None)
             except UserError as error:
-                raise UserError(f"conversation {index}: {error}") from error
+                raise UserError(f"conversation {position}: {error}") from error
             cut = max(0, len(ids) - max_tokens)
             tokens += len(ids) - cut
-            loss_tokens += (with_loss := sum(mask[:max_tokens]))
-            truncated += cut > 0
-            no_loss_tokens += with_loss == 0
             row = np.array(ids[:max_tokens], dtype=dtypes["tokens"]).tobytes()
             files["tokens"].write(row)
             files["mask"].write(row_mask := bytes(mask[:max_tokens]))
             checksum = zlib.crc32(row_mask, zlib.crc32(row))
-            numbers = {"offsets": tokens, "supervised": with_loss, "cut_tokens": cut, "checksums": checksum}
+            numbers = {"offsets": tokens, "supervised": sum(row_mask), "cut_tokens": cut, "checksums": checksum}
             for name, number in numbers.items():
                 files[name].write(number.to_bytes(dtypes[name].itemsize, sys.byteorder))
-    return RenderReport(len(conversations), tokens, loss_tokens, truncated, no_loss_tokens)
+    return RenderedConversations(folder).report()
+
+
+def _without_repetitions(conversations: Conversations) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Indices of the conversations to render, and for all conversations their places among those."""
+    positions = np.arange(len(conversations))
+    firsts = conversations.first_indices() if isinstance(conversations, Mixture) else positions
+    is_first = firsts == positions
+    return positions[is_first], (np.cumsum(is_first) - 1)[firsts]
 
 
 @contextmanager
@@ -117,18 +130,41 @@ class RenderedConversations:
     """
 
     def __init__(self, folder: Path) -> None:
-        def mapped(name: str) -> Any:
-            return np.load(folder / f"{name}.npy", mmap_mode="r")
+        names = ("index", "offsets", "tokens", "mask", "supervised", "cut_tokens", "checksums")
+        self._mapped: dict[str, Any] = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
 
-        self._tokens, self._mask, self._offsets = mapped("tokens"), mapped("mask"), mapped("offsets")
-        self.loss_tokens: npt.NDArray[np.int64] = mapped("supervised")
-        self.cut_tokens: npt.NDArray[np.int64] = mapped("cut_tokens")
-        self.checksums: npt.NDArray[np.uint32] = mapped("checksums")
-        self.lengths: npt.NDArray[np.int64] = np.diff(np.asarray(self._offsets))
+    def _of_each(self, numbers: npt.NDArray[Any]) -> Any:
+        return numbers[self._mapped["index"]]
+
+    @cached_property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        return self._of_each(np.diff(np.asarray(self._mapped["offsets"])))
+
+    @cached_property
+    def loss_tokens(self) -> npt.NDArray[np.int64]:
+        return self._of_each(self._mapped["supervised"])
+
+    @cached_property
+    def cut_tokens(self) -> npt.NDArray[np.int64]:
+        return self._of_each(self._mapped["cut_tokens"])
+
+    @cached_property
+    def checksums(self) -> npt.NDArray[np.uint32]:
+        return self._of_each(self._mapped["checksums"])
+
+    def report(self) -> RenderReport:
+        return RenderReport(
+            conversations=len(self),
+            tokens=int(self.lengths.sum()),
+            loss_tokens=int(self.loss_tokens.sum()),
+            truncated=int(np.count_nonzero(self.cut_tokens)),
+            no_loss_tokens=int((self.loss_tokens == 0).sum()),
+        )
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self._mapped["index"])
 
     def __getitem__(self, index: int) -> tuple[npt.NDArray[np.unsignedinteger], npt.NDArray[np.bool_]]:
-        span = slice(self._offsets[index], self._offsets[index + 1])
-        return self._tokens[span], self._mask[span]
+        number, offsets = self._mapped["index"][index], self._mapped["offsets"]
+        span = slice(offsets[number], offsets[number + 1])
+        return self._mapped["tokens"][span], self._mapped["mask"][span]
