@@ -204,7 +204,19 @@ def test_invalid_http_is_refused(raw: socket.socket, sent: bytes, client: httpx.
     raw.shutdown(socket.SHUT_WR)
     answer = received(raw)
     assert answer == b"" or answer.split()[1].startswith(b"4"), answer
+    if answer:
+        assert json.loads(answer.split(b"\r\n\r\n")[-1])["error"]["type"] == "invalid_request_error"
     check(client.get("/health"), 200)
+
+
+def test_invalid_http_after_an_answer_closes_the_connection(
+    raw: socket.socket, caplog: pytest.LogCaptureFixture
+) -> None:
+    raw.sendall(POST + b"Transfer-Encoding: chunked\r\n\r\n")
+    assert b"415" in raw.recv(65536).split(b"\r\n")[0]
+    raw.sendall(b"zz\r\n")
+    assert received(raw) == b""
+    assert "Traceback" not in caplog.text
 
 
 def test_a_missing_body_times_out(raw: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:

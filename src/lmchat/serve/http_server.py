@@ -8,10 +8,13 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lmchat.serve.app import Server
+from lmchat.serve.errors import APIError
+from lmchat.serve.http_io import error_response
 from lmchat.types import UserError
 
 HEADER_SECONDS = 20
@@ -51,6 +54,15 @@ class _Protocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         self._watch()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answers bytes that are not HTTP, unless an answer has begun, and closes the connection."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            response = error_response(APIError("the request is not valid HTTP"))
+            headers = [*response.raw_headers, (b"connection", b"close")]
+            for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=bytes(response.body))):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def _watch(self) -> None:
         """Starts the timer with the first byte of a request, and stops it with the last of its head."""
