@@ -111,6 +111,10 @@ def test_other_types_paths_and_methods(client: httpx.Client) -> None:
     check(post(client, "/v1/completions", json.dumps(TEXT), **{"Content-Type": "application/json; charset=utf-8"}), 200)
     check(client.get("/v1/chat/completions"), 405)
     check(client.put("/v1/completions"), 405)
+    for path in ("/", "/app.js", "/health", "/v1/models", "/metrics"):
+        asked, given = client.head(path), client.get(path)
+        assert (asked.status_code, asked.content) == (200, b"")
+        assert asked.headers["content-type"] == given.headers["content-type"]
     for path in ("/nothing", "/v1/", "/v1/models/", "/../../etc/passwd", "/app.js/x", "/%00", "/docs", "/openapi.json"):
         check(client.get(path), 404)
 

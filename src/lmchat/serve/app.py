@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
@@ -89,15 +90,16 @@ class Server:
         app.post("/v1/completions")(self.complete)
         app.post("/tokenize")(self.tokenize)
         app.post("/detokenize")(self.detokenize)
-        app.get("/tokenizer_info")(self.tokenizer_info)
-        app.get("/v1/models")(self.models)
-        app.get("/v1/models/{name:path}")(self.model)
-        app.get("/health")(self.health)
-        app.get("/metrics")(self.metrics_text)
+        get = partial(app.api_route, methods=["GET", "HEAD"])
+        get("/tokenizer_info")(self.tokenizer_info)
+        get("/v1/models")(self.models)
+        get("/v1/models/{name:path}")(self.model)
+        get("/health")(self.health)
+        get("/metrics")(self.metrics_text)
         for name, kind in PAGE.items():
             content = (files("lmchat.serve") / "page" / name).read_bytes()
             path = "/" if name == "index.html" else f"/{name}"
-            app.get(path)(_static(content, kind))
+            get(path)(_static(content, kind))
         app.add_exception_handler(APIError, _on_api_error)
         app.add_exception_handler(HTTPException, _on_http_error)
         return app
