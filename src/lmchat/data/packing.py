@@ -27,6 +27,8 @@ _ARRIVAL_BITS = 36
 _LAST_ARRIVAL = (1 << _ARRIVAL_BITS) - 1
 _LONGEST = (1 << (62 - _ARRIVAL_BITS)) - 1
 
+_READ_AHEAD = 1024
+
 
 class BestFitPacker(Iterator[PackedRow]):
     """Packs documents, read in order and repeatedly, into rows of ``row_tokens`` tokens; the algorithm is nanochat's.
@@ -81,6 +83,8 @@ class BestFitPacker(Iterator[PackedRow]):
         # Arrivals are counted over all epochs: document = arrival mod number of documents.
         self._next = 0
         self._keys: list[int] = []
+        # Documents from `_next` on, the last one first.
+        self._upcoming: list[int] = []
         self.start = 0
         # Arrival and next token of the document that the next row continues.
         self._cut: tuple[int, int] | None = None
@@ -139,17 +143,24 @@ class BestFitPacker(Iterator[PackedRow]):
 
     def _top_up(self) -> bool:
         """Refills the buffer; returns whether it has ``buffer_size`` documents."""
-        keys, documents = self._keys, len(self.lengths)
+        keys = self._keys
         while len(keys) < self.buffer_size and self._next < self._end:
             stop = min(self._next + self.refill, self._end)
             while self._next < stop:
-                first = self._next % documents
-                count = min(stop - self._next, documents - first)
-                lengths = self.lengths[first : first + count]
-                keys += self._to_keys(lengths, np.arange(self._next, self._next + count))
+                if not self._upcoming:
+                    self._upcoming = self._read_ahead()
+                count = min(stop - self._next, len(self._upcoming))
+                keys += self._upcoming[-count:]
+                del self._upcoming[-count:]
                 self._next += count
         keys.sort()
         return len(keys) >= self.buffer_size
+
+    def _read_ahead(self) -> list[int]:
+        """Keys of the next documents, the last one first. Converting one at a time would take longer than packing."""
+        first = self._next % len(self.lengths)
+        lengths = self.lengths[first : first + min(_READ_AHEAD, self._end - self._next)]
+        return self._to_keys(lengths, np.arange(self._next, self._next + len(lengths)))[::-1]
 
     def _to_keys(self, lengths: npt.NDArray[np.integer], arrivals: npt.NDArray[np.int64]) -> list[int]:
         lengths = lengths.astype(np.int64)
@@ -186,6 +197,7 @@ class BestFitPacker(Iterator[PackedRow]):
             UserError: it is not the state of a packer.
         """
         self._next = count_in(state, "next", self._end)
+        self._upcoming = []
         arrivals = self._checked_buffer(state.get("buffer"))
         self._cut = self._checked_cut(state["cut"], arrivals) if "cut" in state else None
         lengths = self.lengths[arrivals % len(self.lengths)]

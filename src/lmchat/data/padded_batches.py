@@ -15,6 +15,7 @@ from lmchat.data.fingerprint import check_fingerprint
 from lmchat.data.packing import BestFitPacker
 from lmchat.data.position import count_in
 from lmchat.data.rendered_conversations import RenderedConversations
+from lmchat.progress import ProgressBar
 from lmchat.types import IGNORE_INDEX, Batch
 
 BUFFER_SIZE = 100
@@ -31,9 +32,12 @@ class PaddedPlan:
         conversations: the rendered conversations.
         sequence_len: T; a packed row has T + 1 tokens, since targets are the inputs shifted by one.
         rows_per_step: rows per optimizer step over all ranks.
+        progress: show a progress bar.
     """
 
-    def __init__(self, conversations: RenderedConversations, sequence_len: int, rows_per_step: int) -> None:
+    def __init__(
+        self, conversations: RenderedConversations, sequence_len: int, rows_per_step: int, *, progress: bool = True
+    ) -> None:
         self.conversations = conversations
         self.sequence_len = sequence_len
         self.rows_per_step = rows_per_step
@@ -47,9 +51,11 @@ class PaddedPlan:
         )
         # Integers of 8 bytes instead of lists: there may be millions of conversations.
         documents, bounds = array("q"), array("q", [0])
-        for row in packer:
-            documents.extend(document for document, _ in row)
-            bounds.append(len(documents))
+        with ProgressBar("Packing", len(conversations.lengths), unit="conversations", enabled=progress) as bar:
+            for row in packer:
+                documents.extend(document for document, _ in row)
+                bounds.append(len(documents))
+                bar.update(len(row))
         self._documents, self._bounds = np.asarray(documents), np.asarray(bounds)
 
     @property

@@ -129,8 +129,10 @@ class SFTDataModule(ChatDataModule):
     def _plan(self, split: str) -> PaddedPlan:
         tokens, sequence_len = self.spec.global_batch_tokens, self.spec.sequence_len
         assert tokens is not None, "a checkpoint names the global batch"
+        assert self.trainer is not None
         conversations = RenderedConversations(self._folder(split))
-        return PaddedPlan(conversations, sequence_len, rows_per_step(tokens, sequence_len))
+        rows, first_rank = rows_per_step(tokens, sequence_len), self.trainer.is_global_zero
+        return PaddedPlan(conversations, sequence_len, rows, progress=first_rank)
 
     def _validation_batches(self, plan: PaddedPlan, rank: int, world_size: int) -> PaddedBatches:
         rows = min(plan.num_rows, self.eval_tokens // self.spec.sequence_len)
