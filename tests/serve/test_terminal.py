@@ -68,6 +68,14 @@ def test_answer_shows_calculator_calls_in_brackets(capsys: pytest.CaptureFixture
     ]
 
 
+def test_control_characters_of_an_answer_do_not_reach_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    hostile = "\x1b]52;c;aGk=\x07\x1b[2J\x9b31m é\tb\r\nc\x7f\x00"
+    terminal = Terminal()
+    terminal.tokens = [StreamedToken(1, hostile[:9], "text"), StreamedToken(2, hostile[9:], "text")]
+    assert terminal.chat.ask("Hi") == hostile
+    assert capsys.readouterr().out == "�]52;c;aGk=��[2J�31m é\tb\nc��\n"
+
+
 def test_an_empty_answer_does_not_change_the_conversation() -> None:
     terminal = Terminal()
     terminal.tokens = []

@@ -19,6 +19,8 @@ HELP = (
     "/quit or Ctrl-D: leave. Ctrl-C: stop an answer."
 )
 HISTORY_LINES = 1000
+CONTROLS = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"} | {ord("\r"): ""}
+"""How control characters are printed: an answer must not move the cursor, retitle the window or set the clipboard."""
 
 
 class TerminalChat:
@@ -77,7 +79,7 @@ class TerminalChat:
                 print(_mark(parts[-1]["type"] if parts else "text", token.role), end="")
                 parts.append({"type": token.role, "text": ""})
             parts[-1]["text"] += token.text
-            print(token.text, end="", flush=True)
+            print(token.text.translate(CONTROLS), end="", flush=True)
         print(_mark(parts[-1]["type"], "text") if parts else "", flush=True)
         # An empty answer cannot be rendered in the next prompt, so question and answer are left out.
         if parts:
