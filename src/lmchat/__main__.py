@@ -172,10 +172,12 @@ def _explain(error: OSError) -> str | None:
     """A message with a remedy for errors about a file or a full disk; None for other errors."""
     from lmchat.paths import base_dir
 
-    if not isinstance(error.filename, str):
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM)
-        return f"{error.strerror}; make room and run it again" if full else None
-    what, folder = f"{error.filename}: {error.strerror}", base_dir()
+    is_named = isinstance(error.filename, str)
+    what, folder = f"{error.filename}: {error.strerror}" if is_named else str(error.strerror), base_dir()
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM):
+        return f"{what}; make room and run it again"
+    if not is_named:
+        return None
     if not _concerns(error.filename, folder):
         return f"{what}; give another path, or make this one readable and writable"
     remedy = "set LMCHAT_BASE_DIR to a folder that can be written to"

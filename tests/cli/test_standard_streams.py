@@ -78,15 +78,18 @@ def test_a_full_disk_is_reported(base: Path, unbuffered: str) -> None:
     ],
 )
 def test_a_limit_on_the_size_of_files_is_reported(base: Path, command: str) -> None:
-    """As a quota or a full disk; no file is left behind."""
+    """As a quota or a full disk; the file is named, and none is left behind."""
     (base / "texts").mkdir(exist_ok=True)
     for name in "ab":
         words = (f"{name}{number:05d}".translate(str.maketrans("0123456789", "abcdefghij")) for number in range(5000))
         (base / "texts" / f"{name}.txt").write_text(" ".join(words))
     before = {path for path in base.rglob("*") if path.is_file()}
-    failed = shell(base, f"ulimit -f 2; lmchat {command} --output $LMCHAT_BASE_DIR/of_{command.split()[1]}")
+    output = f"of_{command.split()[1]}"
+    failed = shell(base, f"ulimit -f 2; lmchat {command} --output $LMCHAT_BASE_DIR/{output}")
     assert failed.returncode == 2
-    assert "make room" in failed.stderr and failed.stderr.count("\n") == 1, failed.stderr
+    assert str(base / output) in failed.stderr and "make room" in failed.stderr and failed.stderr.count("\n") == 1, (
+        failed.stderr
+    )
     assert {path for path in base.rglob("*") if path.is_file()} == before
 
 

@@ -63,7 +63,7 @@ def write_shards(
     check_count("", 1, shard_characters=shard_characters)
     if abs(seed) >= 2**63:
         raise UserError(f"seed is {seed}; it must be below 2^63 in size")
-    with new_folder(output) as folder, _database_errors(), _Sorter(folder / "documents.sqlite", seed) as sorter:
+    with new_folder(output) as folder, _database_errors(folder), _Sorter(folder / "documents.sqlite", seed) as sorter:
         unique = sorter.add(documents)
         if unique < 2:
             raise UserError(
@@ -88,12 +88,14 @@ def write_shards(
 
 
 @contextlib.contextmanager
-def _database_errors() -> Iterator[None]:
+def _database_errors(folder: Path) -> Iterator[None]:
     """Reports errors of the temporary database, such as those of a full disk, as `UserError`."""
     try:
         yield
     except sqlite3.Error as error:
-        raise UserError(f"cannot sort the documents ({error}); make room, or choose another --output") from error
+        raise UserError(
+            f"cannot sort the documents in {folder} ({error}); make room, or choose another --output"
+        ) from error
 
 
 class _Sorter(contextlib.ExitStack):
