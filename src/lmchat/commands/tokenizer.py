@@ -81,9 +81,7 @@ def evaluate(tokenizer: Path | None = None, data: Path | None = None) -> None:
             "spent on bytes; train the tokenizer on more text of that kind, or with a larger --vocab_size"
         )
     if missing := [title for title in BASELINES if title not in baselines]:
-        console.print(
-            f"not available here: {', '.join(missing)} (tiktoken downloads them once, which needs the network)"
-        )
+        console.print(f"not available here: {', '.join(missing)} (tiktoken needs the network once to get them)")
 
 
 def show(text: str, tokenizer: Path | None = None) -> None:

@@ -8,6 +8,7 @@ accumulate in higher precision; master weights stay fp32. Never run on a GPU so 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal, cast
@@ -43,10 +44,7 @@ class Conversion:
 
     def describe(self) -> str:
         """One-line description; layers with equal name and reason are counted."""
-        groups: dict[str, int] = {}
-        for name, reason in self.left.items():
-            key = f"{name.rpartition('.')[2]} ({reason})"
-            groups[key] = groups.get(key, 0) + 1
+        groups = Counter(f"{name.rpartition('.')[2]} ({reason})" for name, reason in self.left.items())
         left = ", ".join(f"{count} × {key}" if count > 1 else key for key, count in groups.items())
         return f"{len(self.converted)} linear layers in FP8" + (f"; not converted: {left}" if left else "")
 
@@ -135,11 +133,11 @@ def missing_hardware(device: torch.device, recipe: Recipe) -> str | None:
     return None if error <= TOLERANCE else f"a product is off by {error:.2g}"
 
 
-def product_error(device: torch.device, recipe: Recipe, emulate: bool = False, size: int = 256) -> float:
+def product_error(device: torch.device, recipe: Recipe, emulate: bool = False) -> float:
     """The largest relative error, by norm, of an FP8 layer's output and gradients against fp32's."""
     generator = torch.Generator().manual_seed(0)
-    x, weight, grad = (torch.randn(size, size, generator=generator, device="cpu") for _ in range(3))
-    layer = Linear(size, size).to(device)
+    x, weight, grad = (torch.randn(256, 256, generator=generator, device="cpu") for _ in range(3))
+    layer = Linear(256, 256).to(device)
     layer.weight.data.copy_(weight)
     [twin] = _fp8_twins({"layer": layer}, recipe, pad=False, emulate=emulate).values()
     actual = _product(twin, x.to(device, torch.bfloat16), grad.to(device, torch.bfloat16))

@@ -113,8 +113,8 @@ class Bucket(ABC):
     def _begin_reduction(self, message: Tensor) -> Callable[[], Tensor]: ...
 
     @abstractmethod
-    def _step(self, optimizer: MuonAdamW, grads: Tensor, live: set[Tensor]) -> None:
-        """Steps the parameters in ``live`` that this rank owns with their mean gradients."""
+    def step(self, optimizer: MuonAdamW, grads: Tensor, live: set[Tensor]) -> None:
+        """Steps the parameters in ``live`` that this rank owns with their mean gradients, the result of `take`."""
 
     def collect(self, param: Tensor) -> None:
         """Moves the gradient of ``param`` into the message; zeros if there is none."""
@@ -135,10 +135,6 @@ class Bucket(ABC):
         """Starts the reduction of the collected gradients."""
         assert self._message is not None and not self.missing
         self._reduced = self._begin_reduction(self._message)
-
-    def step(self, optimizer: MuonAdamW, live: set[Tensor]) -> None:
-        """Waits for the mean gradients and steps ``live`` parameters with them."""
-        self._step(optimizer, self.take(), live)
 
     def take(self) -> Tensor:
         """Waits for the reduced gradients and prepares the bucket for the next step."""
@@ -207,7 +203,7 @@ class MatrixBucket(ShardedBucket):
         if self.own:
             optimizer.muon_state(self.key, self.own)
 
-    def _step(self, optimizer: MuonAdamW, grads: Tensor, live: set[Tensor]) -> None:
+    def step(self, optimizer: MuonAdamW, grads: Tensor, live: set[Tensor]) -> None:
         if self.own:
             optimizer.step_matrices(self.group, self.key, self.own, grads, [param in live for param in self.own])
 
@@ -242,7 +238,7 @@ class RowBucket(ShardedBucket):
     def allocate_state(self, optimizer: MuonAdamW) -> None:
         optimizer.adamw_state(self.param, self.own)
 
-    def _step(self, optimizer: MuonAdamW, grads: Tensor, live: set[Tensor]) -> None:
+    def step(self, optimizer: MuonAdamW, grads: Tensor, live: set[Tensor]) -> None:
         state = optimizer.adamw_state(self.param, self.own)
         optimizer.update_adamw(self.group, [self.own], [grads[: len(self.own)]], [state])
 
@@ -280,7 +276,7 @@ class SmallBucket(Bucket):
     def _begin_reduction(self, message: Tensor) -> Callable[[], Tensor]:
         return self.collectives.all_reduce_mean(message)
 
-    def _step(self, optimizer: MuonAdamW, grads: Tensor, live: set[Tensor]) -> None:
+    def step(self, optimizer: MuonAdamW, grads: Tensor, live: set[Tensor]) -> None:
         for group, param in zip(self.groups, self.params, strict=True):
             if param in live:
                 state = optimizer.adamw_state(param, param)

@@ -135,7 +135,7 @@ class ShardedMuonAdamW(MuonAdamW):
 
     def _step_and_gather(self, buckets: Sequence[Bucket], live: set[Tensor]) -> None:
         for bucket in buckets:
-            bucket.step(self, live)
+            bucket.step(self, bucket.take(), live)
             bucket.gather(self._gather_dtype)
         for bucket in buckets:
             bucket.finish()
