@@ -9,7 +9,13 @@ from lmchat.tasks.rows import HubDataset, field
 
 
 class ARC(MultipleChoiceTask):
-    """The easy or the challenge questions. Questions keep their own letters, which may be digits."""
+    """The easy or the challenge questions. Questions keep their own letters, which may be digits.
+
+    Args:
+        subset: which questions.
+        split: part of the dataset.
+        options: see `RowTask`.
+    """
 
     def __init__(
         self,
@@ -17,13 +23,6 @@ class ARC(MultipleChoiceTask):
         split: Literal["train", "validation", "test"] = "test",
         **options: Any,
     ) -> None:
-        """Selects subset and split.
-
-        Args:
-            subset: which questions.
-            split: part of the dataset.
-            options: see `RowTask`.
-        """
         super().__init__(hub=HubDataset("allenai/ai2_arc", subset, split), **options)
         self.subset = subset
 

@@ -26,16 +26,14 @@ class Task(ABC):
     """A sequence of conversations whose last assistant message is the reference answer.
 
     Constructors must be cheap: files are opened and datasets downloaded when an example or the length is first needed.
+
+    Args:
+        start: first example, counted from 0.
+        stop: end (exclusive); null is the end of the task.
+        step: distance between examples.
     """
 
     def __init__(self, start: int = 0, stop: int | None = None, step: int = 1) -> None:
-        """Selects the examples ``range(start, stop, step)``.
-
-        Args:
-            start: first example, counted from 0.
-            stop: end (exclusive); null is the end of the task.
-            step: distance between examples.
-        """
         if start < 0 or step < 1 or (stop is not None and stop < start):
             raise UserError(
                 f"{type(self).__name__}: the slice start={start}, stop={stop}, step={step} is not possible; "
@@ -75,17 +73,16 @@ class Task(ABC):
 
 
 class GeneratedTask(Task):
-    """Base class of tasks whose examples are generated from their index."""
+    """Base class of tasks whose examples are generated from their index.
+
+    Args:
+        split: train or test.
+        size: number of examples.
+        seed: other seeds give other examples.
+        slice: see `Task`.
+    """
 
     def __init__(self, split: Split, size: int | None, seed: int, **slice: Any) -> None:
-        """Sets what the examples depend on.
-
-        Args:
-            split: train or test.
-            size: number of examples.
-            seed: other seeds give other examples.
-            slice: see `Task`.
-        """
         super().__init__(**slice)
         check_count(None, 1, **{f"{type(self).__name__}: size": size})
         self.split = split

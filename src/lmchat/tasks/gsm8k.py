@@ -122,6 +122,11 @@ class GSM8K(NumericAnswerTask, RowTask):
     In 24 % of the 23,716 calls of the training solutions the result is an integer, such as 48/2 = 24, that the
     calculator prints as 24.0. As in nanochat, the data are not changed: results have no loss, and answers are compared
     as numbers. `Arithmetic` avoids the difference by dividing with ``//``.
+
+    Args:
+        split: part of the dataset.
+        answer_rule: how answers are compared, see `answers_match`.
+        options: see `RowTask`.
     """
 
     def __init__(
@@ -130,13 +135,6 @@ class GSM8K(NumericAnswerTask, RowTask):
         answer_rule: AnswerRule = "number",
         **options: Any,
     ) -> None:
-        """Selects the split.
-
-        Args:
-            split: part of the dataset.
-            answer_rule: how answers are compared, see `answers_match`.
-            options: see `RowTask`.
-        """
         super().__init__(hub=HubDataset("openai/gsm8k", "main", split), **options)
         self.answer_rule = answer_rule
 

@@ -21,14 +21,13 @@ class CodeConversation(Conversation):
 
 
 class HumanEval(RowTask, GradedByTests):
-    """164 functions."""
+    """164 functions.
+
+    Args:
+        options: see `RowTask`.
+    """
 
     def __init__(self, **options: Any) -> None:
-        """Selects the source.
-
-        Args:
-            options: see `RowTask`.
-        """
         super().__init__(hub=HubDataset("openai/openai_humaneval", None, "test"), **options)
 
     def conversation(self, row: Any) -> CodeConversation:

@@ -69,7 +69,16 @@ class IdentityConversation(Conversation):
 
 
 class Identity(GeneratedTask, Graded):
-    """Conversations of one to three turns about the assistant itself. No wording of a question is in both splits."""
+    """Conversations of one to three turns about the assistant itself. No wording of a question is in both splits.
+
+    Args:
+        split: train or test.
+        size: number of conversations; 1,000 ask about each topic at least 100 times, in most wordings.
+        assistant: name of the assistant.
+        maker: maker of the assistant.
+        seed: other seeds give other conversations.
+        slice: see `Task`.
+    """
 
     def __init__(
         self,
@@ -80,16 +89,6 @@ class Identity(GeneratedTask, Graded):
         seed: int = 0,
         **slice: Any,
     ) -> None:
-        """Sets the assistant's identity.
-
-        Args:
-            split: train or test; no wording of a question is in both.
-            size: number of conversations; 1,000 ask about each topic at least 100 times, in most wordings.
-            assistant: name of the assistant.
-            maker: maker of the assistant.
-            seed: other seeds give other conversations.
-            slice: see `Task`.
-        """
         super().__init__(split, size, seed, **slice)
         if not assistant.strip() or not maker.strip():
             raise UserError(f"Identity: assistant='{assistant}', maker='{maker}': neither may be empty")

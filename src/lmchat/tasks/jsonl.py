@@ -21,6 +21,18 @@ class JSONLConversations(RowTask):
     """Conversations from files, in any format of `lmchat.tasks.conversation_formats`.
 
     Malformed records are left out with a warning that counts and lists them. `notes` lists what was mapped.
+
+    Args:
+        path: a file of `lmchat.tasks.row_files.SUFFIXES`, or a folder of such files.
+        shuffle_seed: seed of the order; null keeps the order of the file.
+        skip_malformed: leave out malformed records with a warning, instead of raising an error.
+        format: format of the records; null detects it by their fields.
+        split: train or val; null is all. Equal conversations are in the same split, in any order.
+        val_fraction: share of the conversations in the val split.
+        options: see `RowTask`.
+
+    Raises:
+        UserError: an option is out of range.
     """
 
     def __init__(
@@ -33,20 +45,6 @@ class JSONLConversations(RowTask):
         val_fraction: float = 0.05,
         **options: Any,
     ) -> None:
-        """Selects the files.
-
-        Args:
-            path: a file of `lmchat.tasks.row_files.SUFFIXES`, or a folder of such files.
-            shuffle_seed: seed of the order; null keeps the order of the file.
-            skip_malformed: leave out malformed records with a warning, instead of raising an error.
-            format: format of the records; null detects it by their fields.
-            split: train or val; null is all. Equal conversations are in the same split, in any order.
-            val_fraction: share of the conversations in the val split.
-            options: see `RowTask`.
-
-        Raises:
-            UserError: an option is out of range.
-        """
         super().__init__(hub=None, path=path, shuffle_seed=shuffle_seed, skip_malformed=skip_malformed, **options)
         if format not in (None, *FORMATS):
             raise UserError(f"JSONLConversations: format is {format}; use {', '.join(FORMATS)}, or null")

@@ -11,19 +11,18 @@ from lmchat.tasks.rows import HubDataset, field
 
 
 class MMLU(MultipleChoiceTask):
-    """MMLU's questions; ``auxiliary_train`` has 100 K training questions of other datasets."""
+    """MMLU's questions; ``auxiliary_train`` has 100 K training questions of other datasets.
+
+    Args:
+        split: part of the dataset.
+        options: see `RowTask`.
+    """
 
     def __init__(
         self,
         split: Literal["auxiliary_train", "dev", "validation", "test"] = "test",
         **options: Any,
     ) -> None:
-        """Selects the split.
-
-        Args:
-            split: part of the dataset.
-            options: see `RowTask`.
-        """
         super().__init__(hub=HubDataset("cais/mmlu", "all", split), **options)
 
     def conversation(self, row: Any) -> MultipleChoiceConversation:

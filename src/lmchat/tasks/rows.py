@@ -74,7 +74,16 @@ class HubDataset:
 
 
 class RowTask(Task):
-    """A task whose examples are the rows of a Hub dataset or of local files."""
+    """A task whose examples are the rows of a Hub dataset or of local files.
+
+    Args:
+        hub: the dataset to load if ``path`` is null.
+        path: a local copy: a file of JSON lines, a JSON array or parquet (.jsonl, .ndjson, .json, each also .gz or
+            .zst, or .parquet), or a folder of such files named after their split.
+        skip_malformed: leave out malformed rows with a warning, instead of raising an error.
+        shuffle_seed: seed of the order of the examples; null keeps the order of the rows.
+        slice: see `Task`.
+    """
 
     def __init__(
         self,
@@ -84,16 +93,6 @@ class RowTask(Task):
         shuffle_seed: int | None = REFERENCE_SHUFFLE_SEED,
         **slice: Any,
     ) -> None:
-        """Sets the source of the rows.
-
-        Args:
-            hub: the dataset to load if ``path`` is null.
-            path: a local copy: a file of JSON lines, a JSON array or parquet (.jsonl, .ndjson, .json, each also .gz or
-                .zst, or .parquet), or a folder of such files named after their split.
-            skip_malformed: leave out malformed rows with a warning, instead of raising an error.
-            shuffle_seed: seed of the order of the examples; null keeps the order of the rows.
-            slice: see `Task`.
-        """
         super().__init__(**slice)
         if shuffle_seed is not None and shuffle_seed < 0:
             raise UserError(f"{type(self).__name__}: shuffle_seed is {shuffle_seed}; use 0 or more, or null")

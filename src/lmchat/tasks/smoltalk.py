@@ -10,15 +10,14 @@ from lmchat.types import Conversation
 
 
 class SmolTalk(RowTask):
-    """The small variant of SmolTalk: 460 K conversations to train on, 24 K to test."""
+    """The small variant of SmolTalk: 460 K conversations to train on, 24 K to test.
+
+    Args:
+        split: part of the dataset.
+        options: see `RowTask`.
+    """
 
     def __init__(self, split: Literal["train", "test"] = "train", **options: Any) -> None:
-        """Selects the split.
-
-        Args:
-            split: part of the dataset.
-            options: see `RowTask`.
-        """
         super().__init__(hub=HubDataset("HuggingFaceTB/smol-smoltalk", None, split), **options)
 
     def conversation(self, row: Any) -> Conversation:

@@ -39,7 +39,17 @@ def spell(word: str) -> str:
 
 
 class WordTask(GeneratedTask):
-    """Base class of tasks with one word per example."""
+    """Base class of tasks with one word per example.
+
+    Args:
+        split: train or test; no word is in both.
+        size: number of examples; null is one per word of the split.
+        words_path: a file with one word per line; null is ``words.txt`` in the base folder.
+        made_up: share of words that are not in the list but made of the beginning of one and the end of another,
+            to train on rare tokens; smaller if few such words are new.
+        seed: seed of the order of the words and of the wording of the questions.
+        slice: see `Task`.
+    """
 
     def __init__(
         self,
@@ -50,17 +60,6 @@ class WordTask(GeneratedTask):
         seed: int = 0,
         **slice: Any,
     ) -> None:
-        """Sets the words and the number of examples.
-
-        Args:
-            split: train or test; no word is in both.
-            size: number of examples; null is one per word of the split.
-            words_path: a file with one word per line; null is ``words.txt`` in the base folder.
-            made_up: share of words that are not in the list but made of the beginning of one and the end of another,
-                to train on rare tokens; smaller if few such words are new.
-            seed: seed of the order of the words and of the wording of the questions.
-            slice: see `Task`.
-        """
         super().__init__(split, size, seed, **slice)
         if not 0 <= made_up <= 1:
             raise UserError(f"{type(self).__name__}: made_up={made_up} is not possible; use a share from 0 to 1")

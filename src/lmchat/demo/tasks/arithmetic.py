@@ -128,6 +128,18 @@ class Arithmetic(GeneratedTask, NumericAnswerTask):
 
     Divisions have no remainder and are written ``//`` in the calls, so that the calculator returns an integer (``48/2``
     would give 24.0). The calculations of the splits are disjoint.
+
+    Args:
+        split: train or test; no calculation is in both, whatever the other options.
+        size: number of problems.
+        steps: minimum and maximum number of calculations.
+        operands: smallest and largest number to start with, to add or to subtract.
+        factors: smallest and largest number to multiply or divide by.
+        max_value: largest result.
+        families: kinds of stories by name, see `stories.FAMILIES`; null is all.
+        seed: other seeds give other problems.
+        answer_rule: how answers are compared, see `gsm8k.answers_match`.
+        slice: see `Task`.
     """
 
     def __init__(
@@ -143,20 +155,6 @@ class Arithmetic(GeneratedTask, NumericAnswerTask):
         answer_rule: AnswerRule = "number",
         **slice: Any,
     ) -> None:
-        """Sets the difficulty.
-
-        Args:
-            split: train or test; no calculation is in both, whatever the other options.
-            size: number of problems.
-            steps: minimum and maximum number of calculations.
-            operands: smallest and largest number to start with, to add or to subtract.
-            factors: smallest and largest number to multiply or divide by.
-            max_value: largest result.
-            families: kinds of stories by name, see `stories.FAMILIES`; null is all.
-            seed: other seeds give other problems.
-            answer_rule: how answers are compared, see `gsm8k.answers_match`.
-            slice: see `Task`.
-        """
         super().__init__(split, size, seed, **slice)
         _check_range("steps", steps, 1, MAX_STEPS)
         _check_range("operands", operands, 1, max_value)

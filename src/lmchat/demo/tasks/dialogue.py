@@ -22,17 +22,15 @@ class Dialogue(Task, Graded):
 
     Every example is in exactly one conversation. Only the first system message of a conversation is kept. The answer to
     the last question is graded by its task.
+
+    Args:
+        tasks: tasks that the examples come from.
+        max_examples: maximum number of examples in a conversation; all numbers from 1 are equally likely.
+        seed: seed of the order and of the numbers.
+        slice: see `Task`.
     """
 
     def __init__(self, tasks: list[Task], max_examples: int = 3, seed: int = 0, **slice: Any) -> None:
-        """Sets the tasks to join.
-
-        Args:
-            tasks: tasks that the examples come from.
-            max_examples: maximum number of examples in a conversation; all numbers from 1 are equally likely.
-            seed: seed of the order and of the numbers.
-            slice: see `Task`.
-        """
         super().__init__(**slice)
         check_count(None, 1, **{"dialogue: number of tasks": len(tasks), "dialogue: max_examples": max_examples})
         self.tasks = tasks
