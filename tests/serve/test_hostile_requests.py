@@ -134,6 +134,17 @@ def test_too_long_prompts_and_completions_are_refused(client: httpx.Client, live
     check(post(client, "/v1/completions", json.dumps(TEXT | {"prompt": ["a"] * 300})), 400)
 
 
+def test_too_many_prompts_are_refused_before_any_is_encoded(
+    client: httpx.Client, live: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[str] = []
+    monkeypatch.setattr(live.server.engine.tokenizer, "encode", lambda text: encoded.append(text) or [1])
+    response = post(client, "/v1/completions", json.dumps({"prompt": ["a"] * 133, "n": 2}))
+    check(response, 400)
+    assert "266 completions exceeds this server's 264" in response.json()["error"]["message"]
+    assert encoded == []
+
+
 def test_other_origins_and_names_are_refused(client: httpx.Client, live: LiveServer) -> None:
     body = json.dumps(TEXT)
     own = live.url.removeprefix("http://")

@@ -153,6 +153,7 @@ class Server:
         """``POST /v1/completions``."""
         wanted = parse(CompletionRequest, await read_body(request, self.limits.max_body_bytes))
         self._check(wanted)
+        self.admission.check(len(wanted.prompts) * wanted.samples)
         sent = await self._encoded(wanted.prompts)
         bos = self.engine.tokenizer.bos_id
         prompts = [ids if ids[:1] == [bos] else [bos, *ids] for ids in sent]  # as in training

@@ -44,31 +44,40 @@ class Admission:
     """Counts the completions of open requests and refuses those that exceed the limits.
 
     Attributes:
+        capacity: maximum number of completions of open requests.
         open: number of completions of admitted, unfinished requests.
         draining: whether the server is shutting down and admits nothing.
     """
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
+        self.capacity = limits.max_running + limits.max_queued
         self.open = 0
         self.draining = False
+
+    def check(self, completions: int) -> None:
+        """Refuses requests that can never be admitted, before work is spent on them.
+
+        Raises:
+            APIError: the server's capacity is smaller than ``completions``.
+        """
+        if completions > self.capacity:
+            raise APIError(
+                f"a request of {completions} completions exceeds this server's {self.capacity}; ask for fewer"
+            )
 
     @contextmanager
     def admit(self, completions: int) -> Iterator[None]:
         """Context manager that reserves places for ``completions``.
 
         Raises:
-            APIError: the server is full or shutting down, or its capacity is smaller than ``completions``.
+            APIError: the server is full or shutting down.
         """
-        limits = self.limits
-        capacity = limits.max_running + limits.max_queued
-        if completions > capacity:
-            raise APIError(f"a request of {completions} completions exceeds this server's {capacity}; ask for fewer")
         if self.draining:
             raise APIError("the server is shutting down", status=503, code="shutting_down", retry_after=5)
-        if self.open + completions > capacity:
+        if self.open + completions > self.capacity:
             raise APIError(
-                f"the server is full: {self.open} of {capacity} completions are running or waiting; try again later",
+                f"the server is full: {self.open} of {self.capacity} completions are running or waiting; try later",
                 status=429,
                 kind="rate_limit_error",
                 code="server_full",
