@@ -55,26 +55,21 @@ class _Boundary:
     micro_batches: int
     fit_loop: dict[str, Any]
     data: dict[str, Any]
+    """The DataModule's state, by its key in Lightning's checkpoints."""
     rng: dict[str, Any]
 
     @classmethod
     def now(cls, trainer: L.Trainer) -> _Boundary:
-        fit_loop = trainer.fit_loop.state_dict()
+        data, fit_loop = trainer.datamodule, trainer.fit_loop.state_dict()  # type: ignore[attr-defined]
         # The loader's state is one batch ahead, the DataModule's is not.
         fit_loop["state_dict"].pop("combined_loader", None)
         return cls(
             step=trainer.global_step,
             micro_batches=trainer.fit_loop.total_batch_idx,
             fit_loop=fit_loop,
-            data=snapshot(_data_state(trainer)),
+            data=snapshot({type(data).__qualname__: data.state_dict()}),
             rng=capture_rng(),
         )
-
-
-def _data_state(trainer: L.Trainer) -> dict[str, Any]:
-    """The DataModule's state, by its key in Lightning's checkpoints."""
-    data = trainer.datamodule  # type: ignore[attr-defined]
-    return {} if data is None else {type(data).__qualname__: data.state_dict()}
 
 
 class StepCheckpoint(StepCallback, Checkpoint):

@@ -96,14 +96,11 @@ def check_trainer_options(trainer: Mapping[str, Any] | Namespace, parser: Argume
             raise UserError(f"--trainer.{name} {trainer[name]} is not supported: leave it out and use {decisive}")
     # Before the trainer is built: on a CPU it would turn 16-mixed into bf16-mixed.
     check_precision(trainer["precision"])
-    if isinstance(trainer["devices"], str) and not _DEVICES.fullmatch(trainer["devices"]):
-        raise UserError(
-            f"--trainer.devices is {trainer['devices']}; it must be auto, a number of devices, or a list such as 0,1"
-        )
-    if isinstance(trainer["devices"], int | str) and any(
-        int(number) > MAX_DEVICES for number in re.findall(r"\d+", str(trainer["devices"]))
-    ):
-        raise UserError(f"--trainer.devices is {trainer['devices']}; no machine has more than {MAX_DEVICES}")
+    devices = trainer["devices"]
+    if isinstance(devices, str) and not _DEVICES.fullmatch(devices):
+        raise UserError(f"--trainer.devices is {devices}; it must be auto, a number of devices, or a list such as 0,1")
+    if isinstance(devices, int | str) and any(int(n) > MAX_DEVICES for n in re.findall(r"\d+", str(devices))):
+        raise UserError(f"--trainer.devices is {devices}; no machine has more than {MAX_DEVICES}")
     if trainer["limit_train_batches"] == 0 and subcommand == "fit":
         raise UserError("--trainer.limit_train_batches is 0, which trains nothing; use lmchat validate to evaluate")
     if trainer["max_steps"] == 0 or trainer["max_steps"] < -1:

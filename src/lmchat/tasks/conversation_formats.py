@@ -158,14 +158,14 @@ class _Builder:
         if given not in _OWN_ROLES:
             self.notes.add(f"role {given} read as {_meaning(role)}")
         self.notes.update(f"field {name} of a message not used" for name in message if name not in _KNOWN_FIELDS)
+        parts = _content(message, what, is_call=role == "call")
         if role == "system":
-            self._add_system(_joined(_content(message, what), what))
+            self._add_system(_joined(parts, what))
         elif role == "user":
-            self._add_user(_joined(_content(message, what), what))
+            self._add_user(_joined(parts, what))
         elif role == "tool":
-            self._add_tool_output(_joined(_content(message, what), what), what)
+            self._add_tool_output(_joined(parts, what), what)
         else:
-            parts = _content(message, what, is_call=role == "call")
             self._add_assistant([*parts, *self._calls(message, what)], _weight(message, what), what)
         self._after_tool = role in ("tool", "call")
 
