@@ -2,10 +2,14 @@ from __future__ import annotations
 
 import datetime
 import gzip
+import io
 import json
 import os
+import random
+import re
 import tracemalloc
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
+from lmchat import progress
 from lmchat.data.parquet_text import read_documents
 from lmchat.tasks.base import exchange, reference_answer
 from lmchat.tasks.row_files import MalformedRow, read_rows
@@ -54,6 +59,19 @@ def write(path: Path, rows: list[Any]) -> Path:
 def test_reads_every_format(tmp_path: Path, name: str) -> None:
     task = Texts(str(write(tmp_path / name, ROWS)), shuffle_seed=None)
     assert texts(task) == [row["text"] for row in ROWS]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.json", "rows.csv", "rows.parquet"])
+def test_reading_shows_its_progress_to_the_end(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.0)
+    rows = [{"text": random.Random(number).randbytes(500).hex()} for number in range(3000)]
+    path = write(tmp_path / name, rows)
+    if name == "rows.csv":
+        path.write_text("\n".join(["text", *(row["text"] for row in rows)]))
+    with redirect_stderr(io.StringIO()) as log:
+        assert len(read_rows(path)) == len(rows)
+    shares = [int(re.match(rf"Reading {name}: +(\d+)%", line)[1]) for line in log.getvalue().splitlines()]  # type: ignore[index]
+    assert len(set(shares)) > 2 and shares[-1] == 100
 
 
 def test_order_matches_the_reference(tmp_path: Path, fixtures: Path) -> None:

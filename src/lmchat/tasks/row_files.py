@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import codecs
 import contextlib
+import io
 import json
 import os
 import tempfile
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from lmchat.paths import expand_user
+from lmchat.progress import ProgressBar
 from lmchat.records import (
     COMPRESSION_SUFFIXES,
     JSON_LINES_SUFFIXES,
@@ -79,6 +81,19 @@ class _Places(NamedTuple):
     unit: str
 
 
+class _FileWithBar(io.FileIO):
+    """A file whose reads move a progress bar."""
+
+    def __init__(self, path: Path, bar: ProgressBar) -> None:
+        super().__init__(path)
+        self._bar = bar
+
+    def readinto(self, buffer: Any) -> int | None:
+        count = super().readinto(buffer)
+        self._bar.set(self.tell())
+        return count
+
+
 class TextRows:
     """The non-blank lines of a JSON lines file, the values of another JSON file, or the rows of a table.
 
@@ -94,22 +109,31 @@ class TextRows:
             self._keep_rows(_parquet_rows(path), "row")
             return
         with self._text() as (file, encoding):
+            in_place = not compression and encoding == "utf-8" and kind not in TABLE_SUFFIXES
             if encoding != "utf-8":
                 self.notes = [f"{path} is {encoding.upper()}"]
             if kind in TABLE_SUFFIXES:
                 self._keep_rows(table_rows(file, str(path), None, MAX_LINE_BYTES), "row")
-            elif compression or encoding != "utf-8":
+            elif not in_place:
                 self._index(_bounded_lines(path, file), "line", first=1, copied=True)
-            else:
-                with path.open("rb") as raw:  # positions in the file, of which a byte order mark is a part
-                    self._index(_bounded_lines(path, raw), "line", first=1, copied=False)
+        if in_place:
+            with self._raw() as raw:  # positions in the file, of which a byte order mark is a part
+                self._index(_bounded_lines(path, raw), "line", first=1, copied=False)
         if self._places.unit == "line" and len(self) and not self._is_by_line(kind):
             self._read_values(kind)
 
     @contextlib.contextmanager
+    def _raw(self) -> Iterator[BinaryIO]:
+        with (
+            ProgressBar(f"Reading {self.path.name}", self.path.stat().st_size, unit="B") as bar,
+            io.BufferedReader(_FileWithBar(self.path, bar)) as raw,
+        ):
+            yield raw
+
+    @contextlib.contextmanager
     def _text(self) -> Iterator[tuple[BinaryIO, str]]:
         try:
-            with self.path.open("rb") as raw, open_text(self.path, raw) as text:
+            with self._raw() as raw, open_text(self.path, raw) as text:
                 yield text
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {error}; copy or download it again") from error
@@ -155,8 +179,11 @@ class TextRows:
 
     def _line(self, index: int) -> bytes:
         _, start, end = self._places.spans[3 * index : 3 * index + 3]
-        with self._places.content.open("rb") as file:
-            return _row_of(os.pread(file.fileno(), end - start, start))
+        file = os.open(self._places.content, os.O_RDONLY)
+        try:
+            return _row_of(os.pread(file, end - start, start))
+        finally:
+            os.close(file)
 
     def __len__(self) -> int:
         return len(self._places.spans) // 3
@@ -200,9 +227,12 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
     import pyarrow.parquet as parquet
 
     try:
-        with parquet.ParquetFile(path) as file:
+        with (
+            parquet.ParquetFile(path) as file,
+            ProgressBar(f"Reading {path.name}", file.metadata.num_rows, unit="rows") as bar,
+        ):
             for batch in file.iter_batches(batch_size=PARQUET_ROWS):
-                yield from batch.to_pylist()
+                yield from bar.track(batch.to_pylist())
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}; copy or download it again") from error
 
