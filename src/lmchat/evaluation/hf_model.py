@@ -37,7 +37,9 @@ class HFModel:
             net: Any = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().partition("\n")[0]
-            raise UserError(f"{path} has no causal language model for transformers ({reason})") from error
+            raise UserError(
+                f"{path} has no causal language model for transformers ({reason}); give the folder of one"
+            ) from error
         self.net = net.to(self.device).eval()
         self._keeps_logits = "logits_to_keep" in inspect.signature(net.forward).parameters
 

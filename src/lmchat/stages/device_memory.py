@@ -25,7 +25,7 @@ CPU_SHARE = 0.7
 
 
 def estimate(module: StageModule, rows: int, *, recompute: bool = False) -> TrainingMemory:
-    """The memory model of training ``module`` with micro-batches of ``rows`` rows on its trainer's device."""
+    """Estimated bytes of training ``module`` with micro-batches of ``rows`` rows on its trainer's device."""
     trainer = module.trainer
     on_gpu = trainer.strategy.root_device.type == "cuda"
     mode: Mode = "eager"
