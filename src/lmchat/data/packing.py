@@ -7,6 +7,7 @@ is the same for any number of ranks. Pretraining crops, fine-tuning pads.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -83,6 +84,8 @@ class BestFitPacker(Iterator[PackedRow]):
         # Arrivals are counted over all epochs: document = arrival mod number of documents.
         self._next = 0
         self._keys: list[int] = []
+        # With "split", the buffered documents longer than a row, in order of arrival. Only `_first_long` takes them.
+        self._long = deque[int]()
         # Documents from `_next` on, the last one first.
         self._upcoming: list[int] = []
         self.start = 0
@@ -138,8 +141,7 @@ class BestFitPacker(Iterator[PackedRow]):
 
     def _first_long(self) -> int:
         """Index of the document that arrived first of those longer than a row; of the longest if there is none."""
-        first = bisect_left(self._keys, (self.row_tokens + 1) << _ARRIVAL_BITS)
-        return max(range(first, len(self._keys)), key=lambda index: self._keys[index] & _LAST_ARRIVAL, default=-1)
+        return bisect_left(self._keys, self._long.popleft()) if self._long else -1
 
     def _top_up(self) -> bool:
         """Refills the buffer; returns whether it has ``buffer_size`` documents."""
@@ -150,11 +152,17 @@ class BestFitPacker(Iterator[PackedRow]):
                 if not self._upcoming:
                     self._upcoming = self._read_ahead()
                 count = min(stop - self._next, len(self._upcoming))
-                keys += self._upcoming[-count:]
+                entering = self._upcoming[: -count - 1 : -1]
+                keys += entering
+                self._long.extend(self._too_long(entering))
                 del self._upcoming[-count:]
                 self._next += count
         keys.sort()
         return len(keys) >= self.buffer_size
+
+    def _too_long(self, keys: list[int]) -> list[int]:
+        """With ``split``, the documents that are longer than a row."""
+        return [key for key in keys if key >> _ARRIVAL_BITS > self.row_tokens] if self.policy == "split" else []
 
     def _read_ahead(self) -> list[int]:
         """Keys of the next documents, the last one first. Converting one at a time would take longer than packing."""
@@ -201,7 +209,8 @@ class BestFitPacker(Iterator[PackedRow]):
         arrivals = self._checked_buffer(state.get("buffer"))
         self._cut = self._checked_cut(state["cut"], arrivals) if "cut" in state else None
         lengths = self.lengths[arrivals % len(self.lengths)]
-        self._keys = sorted(self._to_keys(lengths, arrivals)) if len(arrivals) else []
+        keys = self._to_keys(lengths, arrivals) if len(arrivals) else []
+        self._keys, self._long = sorted(keys), deque(self._too_long(keys))
 
     def _checked_buffer(self, buffer: Any) -> npt.NDArray[np.int64]:
         """Arrivals of buffered documents: increasing, and before the next one."""
