@@ -120,6 +120,15 @@ def test_a_row_does_not_depend_on_the_settings_of_other_rows() -> None:
     assert together.tolist() == alone
 
 
+def test_greedy_rows_take_the_first_of_equal_logits_in_any_batch() -> None:
+    raw, uniforms = _logits(60, 700).round(), torch.rand(60, dtype=torch.float64)
+    expected = raw.numpy().argmax(axis=1)
+    greedy = SamplingParams(temperature=0)
+    for other in (greedy, SamplingParams(top_k=None), SamplingParams(top_k=50), SamplingParams(top_k=3, top_p=0.5)):
+        tokens = _sample(raw, [greedy, other] * 30, uniforms).tokens.numpy()
+        assert (tokens[::2] == expected[::2]).all()
+
+
 @pytest.mark.parametrize("count", [1, 5, 50, 200])
 def test_top_values_equal_those_of_the_full_row(count: int) -> None:
     raw = _logits(20, 64 * 130)

@@ -180,7 +180,8 @@ def sample(raw: Tensor, vocab_size: int, mode: SamplingMode, params: RowParams) 
         best = values[:, 0]
         chosen = ids.gather(1, _choose_candidate(values, params, mode.mixed)).squeeze(1)
         if mode.greedy:
-            chosen = torch.where(params.greedy, ids[:, 0], chosen)
+            # Not the first candidate: of equal logits the first token, as in a batch without candidates.
+            chosen = torch.where(params.greedy, raw.max(dim=1).indices, chosen)
     else:
         best, chosen = raw.max(dim=1)
     logprobs = raw.new_zeros(len(raw))
