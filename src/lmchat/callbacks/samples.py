@@ -62,7 +62,8 @@ class Samples(Callback):
         with (run_log_dir(trainer, pl_module) / SAMPLES_FILE).open("a") as file:
             file.write(json.dumps(record) + "\n")
         for prompt, text in zip(self.prompts, completions, strict=True):
-            print_line(f"  {prompt}\033[1m{text}\033[0m" if sys.stdout.isatty() else f"  {prompt} ▸{text}")
+            visible = "".join(character if character.isprintable() else "\ufffd" for character in text)
+            print_line(f"  {prompt}\033[1m{visible}\033[0m" if sys.stdout.isatty() else f"  {prompt} ▸{visible}")
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_text(f"samples/{prompt}", prompt + text, trainer.global_step)
