@@ -339,6 +339,10 @@ def test_a_position_is_valid_for_any_number_of_ranks(
     assert states[0] == states[1]
     unbroken, resumed = inputs(batches(8, 1)), inputs(batches(rows, world, state=states[0]))
     assert torch.equal(resumed[: len(unbroken) - 16], unbroken[16:])
+    # The last step is filled up with empty rows, which the position counts.
+    assert plan.num_rows % 8
+    last = batches(2, 2)[4 * plan.steps - 1]["state"]
+    assert len(batches(rows, world, state=last)) == world  # one more than the run has, which is never trained on
 
 
 def test_truncated_conversations_are_counted(tiny_base: Path, tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ class PaddedBatches(IterableDataset[Batch]):
         self.fingerprint = fingerprint or {}
         if state is not None:
             check_fingerprint(state.get("data"), self.fingerprint)
-        rows = count_in(state, "rows", plan.num_rows) if state else 0
+        rows = count_in(state, "rows", plan.steps * plan.rows_per_step) if state else 0
         self.first = rows // (micro_batch_size * world_size)
         self.num_batches = num_batches
 
