@@ -136,3 +136,22 @@ def test_mistakes_give_one_message(
     assert fit(start, *(names.get(option, option) for option in options)) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+def test_the_size_of_the_batch_is_checked_before_rendering(
+    start: str, base: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (base / "chats.json").write_text(json.dumps(chats(20)))
+    assert fit(start, "--data.train", str(base / "chats.json"), "--data.micro_batch_size", "3") == 2
+    assert "is not a multiple of micro_batch_size 3" in capfd.readouterr().err
+    assert not (base / "rendered").exists()
+
+
+def test_the_message_about_a_missing_run_names_it(start: str, base: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The run took its name from the model it started from."""
+    (base / "chats.json").write_text(json.dumps(chats(20)))
+    options = ["--data.train", str(base / "chats.json"), "--data.epochs", "1"]
+    assert fit(start, *options) == 0
+    assert fit("last", *options) == 2
+    assert "there is no run named sft of stage sft" in (error := capfd.readouterr().err) and "--model.tag" in error
+    assert fit("last", *options, "--model.tag", "tiny") == 0

@@ -8,6 +8,7 @@ from lmchat.checkpoint.layout import checkpoint_dir, committed_steps
 from lmchat.checkpoint.load import Checkpoint, find_checkpoint
 from lmchat.paths import expand_user
 from lmchat.stage_table import STAGES
+from lmchat.types import UserError
 
 
 def find_start(path: str | None, stage: str, tag: str, dirpath: str | None) -> Checkpoint | None:
@@ -25,6 +26,11 @@ def find_start(path: str | None, stage: str, tag: str, dirpath: str | None) -> C
         earlier = [checkpoint_dir(name, tag) for name in STAGES[stage].predecessors]
         found = next((folder for folder in [own, *earlier] if committed_steps(folder)), None)
         path = None if found is None else str(found)
+    if path == "last" and not dirpath and not own.exists():
+        raise UserError(
+            f"there is no run named {tag} of stage {stage} ({own} is missing); train one first (lmchat fit), name "
+            "another with --model.tag, or give the folder of its checkpoints with --ckpt_path"
+        )
     return None if path is None else find_checkpoint(path, directory=own, warn=rank_zero_warn)
 
 

@@ -103,6 +103,9 @@ class SFTDataModule(ChatDataModule):
         splits = tuple(self.mixtures) if self.trainer.state.fn == "fit" else ("val",)
         if "val" not in self.mixtures and self.trainer.state.fn != "fit":
             raise UserError("--data.val is empty, so there is nothing to evaluate; name a task, or use lmchat eval")
+        if self.trainer.state.fn == "fit" and not self.chooses_micro_batch:
+            # A wrong option is reported before conversations are rendered, which may take minutes.
+            self.micro_batches_per_step(self.spec.global_batch_tokens, self.trainer.world_size)
         told = set[str]()
         for split in splits:
             mixture, spec = self.mixtures[split], self.spec
