@@ -318,6 +318,20 @@ def test_batches_have_the_same_rows_for_every_split(
         assert sum(live[step * per_step : (step + 1) * per_step]) == batches[step * per_step]["loss_tokens"]
 
 
+@pytest.mark.parametrize("steps", [(), ("--trainer.max_steps", "1")])
+@pytest.mark.parametrize("name", ["sft", "grpo"])
+def test_a_finished_run_has_nothing_to_train(
+    name: str,
+    steps: tuple[str, ...],
+    pipeline: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("LMCHAT_BASE_DIR", str(pipeline))
+    fit(pipeline, name, {"sft": SFT, "grpo": GRPO}[name], "--ckpt_path", "last", "--model.tag", "tiny", *steps)
+    assert "nothing to train" in caplog.text
+
+
 @pytest.mark.parametrize(("rows", "world"), [(8, 1), (4, 2), (2, 1), (1, 4)])
 def test_a_position_is_valid_for_any_number_of_ranks(
     rows: int, world: int, rendered: tuple[Mixture, Tokenizer, RenderedConversations]

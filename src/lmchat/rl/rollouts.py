@@ -75,7 +75,7 @@ class Rollouts(IterableDataset[Rollout]):
         self.fingerprint = fingerprint
         if state is not None:
             check_fingerprint(state.get("data"), fingerprint)
-        self.first_step = count_in(state, "steps", steps) if state else 0
+        self.first_step = count_in(state, "steps", len(mixture) // questions_per_step) if state else 0
         self.sampled_at = time.perf_counter()
 
     def __len__(self) -> int:
