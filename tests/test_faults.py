@@ -133,7 +133,10 @@ UNWRITABLE = {
     # fault, rank, hook, number of the call; exit statuses, and message
     ("full disk", 0, "on_train_batch_start", 5): ([2, 1], FULL_DISK.format(rank=0)),
     ("full disk", 1, "on_train_batch_start", 5): ([1, 2], FULL_DISK.format(rank=1)),
-    ("read-only folder", 0, "on_train_batch_start", 5): ([2, 1], READ_ONLY.format(file=r"0000[23](?:_rank0)?\.pt")),
+    ("read-only folder", 0, "on_train_batch_start", 5): (
+        [2, 1],
+        READ_ONLY.format(file=r"0000[23](?:_rank0)?\.(?:pt|json)"),
+    ),
     ("read-only folder", 1, "on_train_batch_start", 5): ([1, 2], READ_ONLY.format(file=r"0000[23]_rank1\.pt")),
     ("read-only folder", 1, "setup", 0): ([1, 2], READ_ONLY.format(file=r"\.probe_rank1")),
 }
