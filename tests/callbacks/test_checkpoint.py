@@ -356,6 +356,13 @@ def test_a_stop_by_another_callback_saves_a_checkpoint(tmp_path: Path) -> None:
     assert committed_steps(tmp_path) == [3]
 
 
+def test_a_finished_run_removes_what_it_was_killed_before_removing(tmp_path: Path) -> None:
+    train(tmp_path, every_n_steps=1)
+    assert len(committed_steps(tmp_path)) == STEPS
+    train(tmp_path, resume=True, every_n_steps=1, keep_last=2)
+    assert committed_steps(tmp_path) == [STEPS - 1, STEPS]
+
+
 def test_old_checkpoints_are_removed_after_newer_ones_are_complete(tmp_path: Path) -> None:
     train(tmp_path, every_n_steps=1, keep_last=2)
     assert committed_steps(tmp_path) == [STEPS - 1, STEPS]

@@ -37,7 +37,14 @@ from lmchat.checkpoint.attempt import Attempt
 from lmchat.checkpoint.layout import CheckpointPaths, checkpoint_dir, committed_steps
 from lmchat.checkpoint.load import DamagedCheckpoint, open_checkpoint
 from lmchat.checkpoint.rng import capture_rng, restore_rng
-from lmchat.checkpoint.writer import INTERRUPTED_PEER_TIMEOUT_SECONDS, RunLock, await_commit, check_writable, snapshot
+from lmchat.checkpoint.writer import (
+    INTERRUPTED_PEER_TIMEOUT_SECONDS,
+    RunLock,
+    await_commit,
+    check_writable,
+    prune,
+    snapshot,
+)
 from lmchat.data.position import damaged_position
 from lmchat.option_checks import check_count
 from lmchat.paths import expand_user
@@ -161,6 +168,12 @@ class StepCheckpoint(StepCallback, Checkpoint):
 
     def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
         self._save(trainer)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        # Nothing was left to train; the run may have been killed before it deleted what its last checkpoint replaced.
+        if self._boundary is None and self.keep_last is not None and trainer.is_global_zero:
+            with self._io.attempt.writing():
+                prune(CheckpointPaths(self.directory, trainer.global_step), self.keep_last)
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         # Called before Lightning does, since ranks that wait for this one have to save too.
