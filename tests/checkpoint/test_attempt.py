@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import fcntl
 import multiprocessing
+import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from lmchat.checkpoint import attempt as module
-from lmchat.checkpoint.attempt import ATTEMPT_NAME, Attempt, Superseded
+from lmchat.checkpoint.attempt import ATTEMPT_NAME, Attempt, AttemptWatch, Superseded
 from lmchat.checkpoint.layout import CheckpointPaths
 from lmchat.checkpoint.load import open_checkpoint
 from lmchat.checkpoint.writer import RunLock, write_file
@@ -127,3 +129,55 @@ def test_a_removed_folder_ends_the_attempt(tmp_path: Path) -> None:
     with pytest.raises(Superseded, match="is missing"):
         write_file(tmp_path / "file", lambda file: file.write(b"x"), attempt)
     assert not (tmp_path / "file").exists()
+
+
+def test_a_process_that_hangs_ends_when_a_later_attempt_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "WATCH_SECONDS", 0.02)
+    monkeypatch.setattr(module, "GRACE_SECONDS", 0.02)
+    attempt = begin(tmp_path)
+
+    def hang() -> None:
+        AttemptWatch(attempt)
+        time.sleep(50)
+
+    process = multiprocessing.get_context("fork").Process(target=hang)
+    process.start()
+    for seconds in (1, 2):  # the same attempt with another time, then no file: it is told by the next write
+        os.utime(tmp_path / ATTEMPT_NAME, (seconds, seconds))
+        process.join(0.3)
+    (tmp_path / ATTEMPT_NAME).rename(tmp_path / "moved")
+    process.join(0.3)
+    assert process.exitcode is None
+    begin(tmp_path)
+    process.join(30)
+    assert process.exitcode == 1
+    assert "lmchat: another attempt of this run is now writing to" in capfd.readouterr().err
+
+
+def test_a_stopped_watch_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "WATCH_SECONDS", 0.02)
+    monkeypatch.setattr(module, "GRACE_SECONDS", 0.1)
+    attempt = begin(tmp_path)
+
+    def end_in_time() -> None:
+        watch = AttemptWatch(attempt)
+        assert run(lambda: begin(tmp_path)) == 0
+        time.sleep(0.05)
+        watch.stop()
+        time.sleep(0.5)
+
+    assert run(end_in_time) == 0
+
+
+def test_a_process_may_begin_several_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "WATCH_SECONDS", 0.02)
+    monkeypatch.setattr(module, "GRACE_SECONDS", 0.02)
+
+    def begin_twice() -> None:
+        for _ in range(2):
+            AttemptWatch(begin(tmp_path))
+            time.sleep(0.3)
+
+    assert run(begin_twice) == 0

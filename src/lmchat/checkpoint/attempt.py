@@ -3,7 +3,8 @@
 Each start of a run is an attempt with a unique name, which all ranks know and which is stored in the file ``.attempt``.
 A rank that outlives its run, for example on a node that hung or lost the network, may wake up while a later attempt
 writes to the same folder. Names of temporary files and receipts therefore contain the attempt, and a rank renames or
-deletes files only while it holds a lock on ``.attempt`` and has read its own attempt there.
+deletes files only while it holds a lock on ``.attempt`` and has read its own attempt there. `AttemptWatch` ends a rank
+that gets no further, as it may wait for a lost rank until the timeout of the process group.
 """
 
 from __future__ import annotations
@@ -11,17 +12,32 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from lmchat.types import RankFailure, UserError
 
 ATTEMPT_NAME = ".attempt"
 TAKEOVER_TIMEOUT_SECONDS = 10.0
 """How long a new attempt waits for ranks of the previous one to rename a file, which takes milliseconds."""
+
+WATCH_SECONDS = 10.0
+"""Time between two looks at ``.attempt``."""
+
+GRACE_SECONDS = 30.0
+"""How long a process may take to end by itself after a later attempt has begun."""
+
+_open_file = threading.RLock()
+"""Held while ``.attempt`` is open: closing a file releases the locks of all threads on it."""
+
+_begun: set[bytes] = set()
+"""Names of the attempts that this process has begun."""
 
 
 class Superseded(RankFailure):
@@ -49,7 +65,8 @@ class Attempt:
             OSError: the folder cannot be written.
         """
         attempt = cls(directory, uuid.uuid4().hex[:12])
-        with (directory / ATTEMPT_NAME).open("a+b") as file:
+        _begun.add(attempt.name.encode())
+        with _open_file, (directory / ATTEMPT_NAME).open("a+b") as file:
             _lock_exclusively(file.fileno(), directory)
             file.truncate(0)
             file.write(attempt.name.encode())
@@ -67,22 +84,27 @@ class Attempt:
         if not self.name:
             yield
             return
+        with _open_file, self._open() as file:
+            with contextlib.suppress(OSError):  # a file system without locks; the run has warned at its start
+                fcntl.lockf(file, fcntl.LOCK_SH)
+            if file.read() != self.name.encode():
+                raise self.superseded()
+            yield
+
+    def _open(self) -> BinaryIO:
         try:
-            file = (self.directory / ATTEMPT_NAME).open("rb")
+            return (self.directory / ATTEMPT_NAME).open("rb")
         except FileNotFoundError as error:
             raise Superseded(
                 f"{self.directory / ATTEMPT_NAME} is missing, so the run's folder or its files were removed; this "
                 "process ends and writes nothing more"
             ) from error
-        with file:
-            with contextlib.suppress(OSError):  # a file system without locks; the run has warned at its start
-                fcntl.lockf(file, fcntl.LOCK_SH)
-            if file.read() != self.name.encode():
-                raise Superseded(
-                    f"another attempt of this run is now writing to {self.directory}; this process ends and writes "
-                    "nothing more"
-                )
-            yield
+
+    def superseded(self) -> Superseded:
+        """The error if another attempt has begun."""
+        return Superseded(
+            f"another attempt of this run is now writing to {self.directory}; this process ends and writes nothing more"
+        )
 
     def check(self) -> None:
         """Raises Superseded if another attempt has begun."""
@@ -91,6 +113,43 @@ class Attempt:
 
 
 UNFENCED = Attempt(Path(), "")
+
+
+class AttemptWatch:
+    """A thread that ends the process if a later attempt has begun and nothing else ends it.
+
+    Args:
+        attempt: attempt of this process.
+    """
+
+    def __init__(self, attempt: Attempt) -> None:
+        self._attempt = attempt
+        self._stopped = threading.Event()
+        threading.Thread(target=self._watch, name="attempt watch", daemon=True).start()
+
+    def stop(self) -> None:
+        """Ends the watch."""
+        self._stopped.set()
+
+    def _watch(self) -> None:
+        path, seen = self._attempt.directory / ATTEMPT_NAME, None
+        while not self._stopped.wait(WATCH_SECONDS):
+            # Where the file cannot be read, the next write says so.
+            with contextlib.suppress(OSError):
+                if (changed := path.stat().st_mtime_ns) == seen:
+                    continue
+                with _open_file:
+                    name = path.read_bytes()
+                if name and name != self._attempt.name.encode():
+                    self._end(name)
+                    break
+                seen = changed
+
+    def _end(self, later: bytes) -> None:
+        """Ends the process unless it does so in time, or has begun the later attempt itself, as a notebook may."""
+        if later not in _begun and not self._stopped.wait(GRACE_SECONDS):
+            print(f"lmchat: {self._attempt.superseded()}", file=sys.stderr, flush=True)
+            os._exit(1)
 
 
 def _lock_exclusively(descriptor: int, directory: Path) -> None:
