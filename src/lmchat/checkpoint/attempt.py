@@ -140,10 +140,11 @@ class AttemptWatch:
                     continue
                 with _open_file:
                     name = path.read_bytes()
-                if name and name != self._attempt.name.encode():
+                if name == self._attempt.name.encode():
+                    seen = changed
+                elif name:  # not while it is written
                     self._end(name)
                     break
-                seen = changed
 
     def _end(self, later: bytes) -> None:
         """Ends the process unless it does so in time, or has begun the later attempt itself, as a notebook may."""
