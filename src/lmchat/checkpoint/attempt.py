@@ -88,7 +88,10 @@ class Attempt:
             with contextlib.suppress(OSError):  # a file system without locks; the run has warned at its start
                 fcntl.lockf(file, fcntl.LOCK_SH)
             if file.read() != self.name.encode():
-                raise self.superseded()
+                raise Superseded(
+                    f"another attempt of this run is now writing to {self.directory}; this process ends and writes "
+                    "nothing more"
+                )
             yield
 
     def _open(self) -> BinaryIO:
@@ -99,12 +102,6 @@ class Attempt:
                 f"{self.directory / ATTEMPT_NAME} is missing, so the run's folder or its files were removed; this "
                 "process ends and writes nothing more"
             ) from error
-
-    def superseded(self) -> Superseded:
-        """The error if another attempt has begun."""
-        return Superseded(
-            f"another attempt of this run is now writing to {self.directory}; this process ends and writes nothing more"
-        )
 
     def check(self) -> None:
         """Raises Superseded if another attempt has begun."""
@@ -142,14 +139,17 @@ class AttemptWatch:
                     name = path.read_bytes()
                 if name == self._attempt.name.encode():
                     seen = changed
-                elif name:  # not while it is written
-                    self._end(name)
-                    break
+                elif name and name not in _begun:  # empty while it is written; a notebook may begin several attempts
+                    self._end()
 
-    def _end(self, later: bytes) -> None:
-        """Ends the process unless it does so in time, or has begun the later attempt itself, as a notebook may."""
-        if later not in _begun and not self._stopped.wait(GRACE_SECONDS):
-            print(f"lmchat: {self._attempt.superseded()}", file=sys.stderr, flush=True)
+    def _end(self) -> None:
+        """Ends the process unless it does so in time."""
+        if self._stopped.wait(GRACE_SECONDS):
+            return
+        try:
+            self._attempt.check()  # a network file system may have shown an old name
+        except Superseded as error:
+            print(f"lmchat: {error}", file=sys.stderr, flush=True)
             os._exit(1)
 
 
