@@ -158,15 +158,17 @@ def test_a_process_that_hangs_ends_when_a_later_attempt_begins(
 
 def test_a_stopped_watch_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "WATCH_SECONDS", 0.02)
-    monkeypatch.setattr(module, "GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(module, "GRACE_SECONDS", 600)
     attempt = begin(tmp_path)
 
     def end_in_time() -> None:
         watch = AttemptWatch(attempt)
+        [thread] = (each for each in threading.enumerate() if each.name == "attempt watch")
         assert run(lambda: begin(tmp_path)) == 0
-        time.sleep(0.05)
+        time.sleep(0.2)
         watch.stop()
-        time.sleep(0.5)
+        thread.join(30)
+        assert not thread.is_alive()
 
     assert run(end_in_time) == 0
 
