@@ -6,6 +6,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lmchat.generation.kv_pool import KVPool, round_up
@@ -120,6 +121,7 @@ class DecodeCache:
         self.max_own = max_own
         self.groups = groups
         self._places: dict[int, Tensor] = {}
+        self._indices: dict[tuple[bool, int], Tensor] = {}
         self._masks: dict[int, Tensor] = {}
 
     def context_end(self, length: int) -> int:
@@ -133,33 +135,31 @@ class DecodeCache:
         keys, values = self.pool.keys[layer], self.pool.values[layer]
         rows, (_, kv_heads, columns, head_dim) = len(q), keys.shape
         places = self._place(kv_heads, columns)
-        keys.view(-1, head_dim)[places] = k.reshape(-1, head_dim).to(keys.dtype)
-        values.view(-1, head_dim)[places] = v.reshape(-1, head_dim).to(values.dtype)
+        keys.view(-1, head_dim).index_copy_(0, places, k.reshape(-1, head_dim).to(keys.dtype))
+        values.view(-1, head_dim).index_copy_(0, places, v.reshape(-1, head_dim).to(values.dtype))
 
         q = (q * head_dim**-0.5).to(keys.dtype).view(rows * kv_heads, -1, head_dim)
         used = min(columns, round_up(self.max_own + 1, READ_COLUMNS))
-        keys, values = keys[:rows, :, :used].flatten(0, 1), values[:rows, :, :used].flatten(0, 1)
-        scores = _product(keys, q.transpose(1, 2)).transpose(1, 2)
+        scores = _scores(q, keys[:rows, :, :used])
         if self.groups is None:
             mask = self._mask(window, kv_heads, columns, used, None, 0)
-            out = _product((scores + mask).softmax(dim=-1).to(values.dtype), values)
+            out = self._mix((scores + mask).softmax(dim=-1), values)
         else:
-            out = self._attend_with_prompts(layer, self.groups, q, scores, values, columns, window)
+            out = self._attend_with_prompts(layer, self.groups, q, scores, values, window)
         return out.to(k.dtype).view(rows, 1, -1, head_dim)
 
     def advance(self, length: int) -> None:
         """Does nothing: `DecodeState` counts positions."""
 
     def _attend_with_prompts(
-        self, layer: int, groups: Groups, q: Tensor, own_scores: Tensor, values: Tensor, columns: int, window: int
+        self, layer: int, groups: Groups, q: Tensor, own_scores: Tensor, values: Tensor, window: int
     ) -> Tensor:
         """(rows · kv heads, heads per kv head, head_dim) from the rows' own scores and slots, and their prompts."""
         num_groups, kv_heads, size = groups.members.shape
         prompt_keys, prompt_values = self.prompts.keys[layer], self.prompts.values[layer]
-        prompt_columns = prompt_keys.size(2)
+        prompt_columns, per_head = prompt_keys.size(2), q.size(1)
         used = min(prompt_columns, round_up(groups.max_prompt, READ_COLUMNS))
-        prompt_keys, prompt_values = (x[:num_groups, :, :used].flatten(0, 1) for x in (prompt_keys, prompt_values))
-        members, per_head = groups.members.flatten(), q.size(1)
+        members = groups.members.flatten()
 
         def to_groups(x: Tensor) -> Tensor:
             """(rows · kv heads, per head, n) to (groups · kv heads, size · per head, n)."""
@@ -167,13 +167,38 @@ class DecodeCache:
 
         def to_rows(x: Tensor) -> Tensor:
             """The inverse of `to_groups`."""
-            return x.view(-1, per_head, x.size(-1)).index_select(0, groups.places)
+            return x.reshape(-1, per_head, x.size(-1)).index_select(0, groups.places)
 
-        prompt_scores = to_rows(_product(to_groups(q), prompt_keys.transpose(1, 2)))
-        mask = self._mask(window, kv_heads, columns, own_scores.size(-1), prompt_columns, used)
-        weights = torch.cat((prompt_scores, own_scores), dim=-1).add_(mask).softmax(dim=-1).to(values.dtype)
-        prompt_out = to_rows(_product(to_groups(weights[..., :used]), prompt_values))
-        return prompt_out + _product(weights[..., used:], values)
+        prompt_scores = to_rows(_scores(to_groups(q), prompt_keys[:num_groups, :, :used]))
+        mask = self._mask(window, kv_heads, values.size(2), own_scores.size(-1), prompt_columns, used)
+        weights = torch.cat((prompt_scores, own_scores), dim=-1).add_(mask).softmax(dim=-1)
+        prompt_weights, own_weights = weights.split((used, own_scores.size(-1)), dim=-1)
+        own = self._mix(own_weights, values)
+        if own.is_cuda:
+            prompt_values = prompt_values[:num_groups, :, :used].flatten(0, 1)
+            return own + to_rows(_product(to_groups(prompt_weights.to(prompt_values.dtype)), prompt_values))
+        return own + _gather_sum(prompt_weights, prompt_values, self._index(groups, prompt_weights, prompt_columns))
+
+    def _mix(self, weights: Tensor, values: Tensor) -> Tensor:
+        """Sums of the first columns of the rows' own slots, weighted by (rows · kv heads, heads per kv head, used)."""
+        if weights.is_cuda:
+            used = values[: len(self.own), :, : weights.size(-1)]
+            return _product(weights.to(values.dtype), used.flatten(0, 1))
+        return _gather_sum(weights, values, self._index(None, weights, values.size(2)))
+
+    def _index(self, groups: Groups | None, weights: Tensor, columns: int) -> Tensor:
+        """(n · queries, used): index among all columns of all slots and heads of what ``weights`` are for.
+
+        These are the first columns of the groups' prompts, or without groups of the rows' own slots; ``weights`` is
+        (n, queries, used). All layers of a window have the same.
+        """
+        key = (groups is None, columns)
+        if key not in self._indices:
+            count, queries, used = weights.shape
+            slots = torch.arange(count) if groups is None else groups.places // groups.members.size(2)
+            starts = (slots * columns).repeat_interleave(queries) if queries > 1 else slots * columns
+            self._indices[key] = starts[:, None] + torch.arange(used)
+        return self._indices[key]
 
     def _place(self, kv_heads: int, columns: int) -> Tensor:
         """(rows · kv heads,) index of each new token among all columns of all slots and heads."""
@@ -206,6 +231,23 @@ def _ring_distance(last: Tensor, columns: int, used: int) -> Tensor:
     """(rows, used): distance of the token in each column from token ``last``, which is in column ``last % columns``."""
     distance = (last % columns)[:, None] - torch.arange(used, device=last.device)
     return torch.where(distance < 0, distance + columns, distance)
+
+
+def _scores(q: Tensor, keys: Tensor) -> Tensor:
+    """(n, queries, columns) from (n, queries, head_dim) and (slots, kv heads, columns, head_dim), n = slots · kv heads.
+
+    With the keys on the left, a CPU reads them up to three times as fast.
+    """
+    return _product(keys.flatten(0, 1), q.transpose(1, 2)).transpose(1, 2)
+
+
+def _gather_sum(weights: Tensor, values: Tensor, index: Tensor) -> Tensor:
+    """(n, queries, head_dim): sums of the values at ``index``, (n · queries, used), weighted by (n, queries, used).
+
+    For a CPU: ``embedding_bag`` prefetches what it reads, and is up to twice as fast as a product of so few rows.
+    """
+    table, flat = values.view(-1, values.size(-1)), weights.flatten(0, 1)
+    return F.embedding_bag(index, table, mode="sum", per_sample_weights=flat).view(*weights.shape[:2], -1)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
