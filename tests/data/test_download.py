@@ -144,6 +144,7 @@ def test_a_shard_that_is_not_parquet_is_reported(hub: HubServer, fetch: Callable
         ("wait", "some/shards: the hub sent nothing for 2 s; what is complete is kept, run again to continue"),
         ("endless", "some/shards: the hub sends more than the size that it lists; what is complete is kept"),
         ("huge", r"cannot download some/shards/shard_00001\.parquet: .*too large.* attempts"),
+        ("etag", r"the Hub sent the unsafe ETag 'x/\.\./\.\./"),
         ("missing", r"cannot download some/shards/shard_00001\.parquet: .*404.* attempts"),
     ],
 )

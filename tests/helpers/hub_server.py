@@ -15,13 +15,15 @@ from types import TracebackType
 from typing import Any, Literal
 
 COMMIT = "c0ffee" * 6 + "c0de"
-Fault = Literal["error", "truncate", "corrupt", "stall", "endless", "wait", "huge", "missing"]
+Fault = Literal["error", "truncate", "corrupt", "stall", "endless", "wait", "huge", "missing", "etag"]
 """error: status 503. truncate: the body ends halfway. corrupt: one byte differs. stall: half the body, then silence.
-endless: the body does not end. wait: status 429, to come back in a day. huge: of a petabyte. missing: status 404."""
+endless: the body does not end. wait: status 429, to come back in a day. huge: of a petabyte. missing: status 404.
+etag: an ETag that leads to another folder."""
 _OF_EVERY_REQUEST: dict[str, tuple[int, dict[str, str]]] = {
     "wait": (429, {"Retry-After": "86400"}),
     "huge": (200, {"X-Linked-Size": str(10**15)}),
     "missing": (404, {}),
+    "etag": (200, {"ETag": '"x/../../../../../../escaped"'}),
 }
 """Status and headers of faults that HEAD requests see too, again and again."""
 

@@ -35,6 +35,7 @@ from huggingface_hub.utils import disable_progress_bars
 from lmchat.data.parquet_text import open_parquet
 from lmchat.files import locked, replacing
 from lmchat.hardware import mapped_and_resident_bytes
+from lmchat.hub import refuse_unsafe_etags
 from lmchat.option_checks import check_count
 from lmchat.progress import ProgressBar
 from lmchat.types import UserError
@@ -166,6 +167,7 @@ class _Hub:
 
     def __init__(self, repo_id: str, revision: str, staging: Path) -> None:
         disable_progress_bars()
+        refuse_unsafe_etags()
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
         self.repo_id = repo_id
         self.revision = revision

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
+from lmchat.hub import refuse_unsafe_etags
 from lmchat.progress import ProgressBar
 from lmchat.tasks.base import Task
 from lmchat.tasks.row_files import MalformedRow, Rows, TableRows, checked_text, read_rows
@@ -64,6 +65,7 @@ class HubDataset:
         """Downloads it, unless it is in the cache of ``datasets``."""
         import datasets
 
+        refuse_unsafe_etags()
         try:
             dataset = datasets.load_dataset(self.repository, self.config, split=self.split)
         except Exception as error:  # errors of the network, the Hub or the cache are of many types
