@@ -132,6 +132,19 @@ def test_a_broken_shard_is_reported_and_the_others_are_kept(
     )
 
 
+def test_names_may_be_folders_of_others_but_not_differ_in_case_only(
+    hub: HubServer, tmp_path: Path, fetch: Callable[..., DownloadReport]
+) -> None:
+    first, second = "shard_00000.parquet", "shard_00001.parquet"
+    hub.files |= {f"{first}/x.parquet": _parquet(7), ".hidden.parquet": b"", "notes.txt": b""}
+    assert fetch(num_shards=-1, pattern="*[0x].parquet").shards == 2
+    assert (tmp_path / "x.parquet").read_bytes() == hub.files[f"{first}/x.parquet"]
+    assert fetch(num_shards=-1, pattern="[!o]*").shards == 7  # neither hidden nor of another kind
+    hub.files[second.upper().replace("PARQUET", "parquet")] = hub.files[second]
+    with pytest.raises(UserError, match="some/shards has files whose names differ in folder or case only"):
+        fetch(pattern="[sS]*")
+
+
 def test_a_shard_that_is_not_parquet_is_reported(hub: HubServer, fetch: Callable[..., DownloadReport]) -> None:
     hub.files["shard_00005.parquet"] = b"something else"
     with pytest.raises(UserError, match=r"cannot read .*shard_00005\.parquet, truncated or not a parquet file"):
@@ -141,7 +154,10 @@ def test_a_shard_that_is_not_parquet_is_reported(hub: HubServer, fetch: Callable
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("wait", "some/shards: the hub sent nothing for 2 s; what is complete is kept, run again to continue"),
+        (
+            "wait",
+            r"some/shards: the hub sent nothing for 2 s \(the last: .*429.* Waiting 86401.*\); what is complete",
+        ),
         ("endless", "some/shards: the hub sends more than the size that it lists; what is complete is kept"),
         ("huge", r"cannot download some/shards/shard_00001\.parquet: .*too large.* attempts"),
         ("etag", r"the Hub sent the unsafe ETag 'x/\.\./\.\./"),

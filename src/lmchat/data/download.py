@@ -12,6 +12,7 @@ import re
 import shutil
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from dataclasses import dataclass
@@ -168,7 +169,7 @@ class _Hub:
     def __init__(self, repo_id: str, revision: str, staging: Path) -> None:
         disable_progress_bars()
         refuse_unsafe_etags()
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+        self.warnings = _RecentWarnings()
         self.repo_id = repo_id
         self.revision = revision
         self.staging = staging
@@ -179,15 +180,18 @@ class _Hub:
 
         what = f"{self.repo_id} at revision {self.revision}"
         with ProgressBar(f"Listing the files of {what}", unit="files") as bar:
-            files = _within_limits(lambda: _persistently(lambda: self._list_files(bar), what), what, bar)
-        shards = [shard for shard in files if fnmatch.fnmatch(shard.path, pattern)]
+            files = _within_limits(lambda: _persistently(lambda: self._list_files(bar), what), what, bar, self.warnings)
+        parquet = [shard for shard in files if shard.name.endswith(".parquet") and not shard.name.startswith(".")]
+        shards = [shard for shard in parquet if fnmatch.fnmatch(shard.path, pattern)]
         if len(shards) < 2:
             raise UserError(
                 f"{self.repo_id} has {len(shards)} file(s) that match {pattern!r}; two or more are needed, the last "
                 "for validation: choose others with --pattern"
             )
-        if len({shard.name for shard in shards}) < len(shards):
-            raise UserError(f"{self.repo_id} has files of the same name in several folders; choose one with --pattern")
+        if len({shard.name.casefold() for shard in shards}) < len(shards):  # macOS ignores case
+            raise UserError(
+                f"{self.repo_id} has files whose names differ in folder or case only; choose one with --pattern"
+            )
         return sorted(shards, key=lambda shard: shard.name)
 
     def _list_files(self, bar: ProgressBar) -> list[Shard]:
@@ -212,9 +216,10 @@ class _Hub:
         """Downloads and verifies a shard, then moves it into ``output``."""
 
         def transfer() -> None:
+            folder = self.staging / shard.name  # its own, since one file's path may be another's folder
             path = Path(
                 self.api.hf_hub_download(
-                    self.repo_id, shard.path, repo_type="dataset", revision=self.revision, local_dir=self.staging
+                    self.repo_id, shard.path, repo_type="dataset", revision=self.revision, local_dir=folder
                 )
             )
             try:
@@ -247,12 +252,32 @@ def _checked(entry: RepoFile) -> Shard:
         part in ("", ".", "..") or not part.isprintable() or "\\" in part or len(part.encode()) > 255 for part in parts
     ):
         raise UserError(f"the Hub lists a file with the unsafe name {path!r:.200}; nothing was downloaded")
-    if type(size) is not int or size < 0 or not (sha256 is None or re.fullmatch("[0-9a-f]{64}", str(sha256))):
+    if (
+        type(size) is not int
+        or not 0 <= size < 2**63
+        or not (sha256 is None or re.fullmatch("[0-9a-f]{64}", str(sha256)))
+    ):
         raise UserError(f"the Hub lists {path} with the size {size!r:.50} and the checksum {sha256!r:.80}; try again")
     return Shard(path, size, sha256)
 
 
-def _within_limits(action: Callable[[], T], what: str, bar: ProgressBar) -> T:
+class _RecentWarnings(logging.Handler):
+    """Keeps the last warnings of huggingface_hub, which it logs before it repeats a request, and prints none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._messages = deque[str](maxlen=2)
+        logger = logging.getLogger("huggingface_hub")
+        logger.handlers, logger.propagate = [self], False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._messages.append(record.getMessage())
+
+    def __str__(self) -> str:
+        return f" (the last: {' '.join(self._messages):.300})" if self._messages else ""
+
+
+def _within_limits(action: Callable[[], T], what: str, bar: ProgressBar, warnings: _RecentWarnings) -> T:
     """Runs ``action`` in a thread with limits on time and memory, since a response could be endless.
 
     ``bar`` shows the time meanwhile, also where nothing arrives.
@@ -268,9 +293,10 @@ def _within_limits(action: Callable[[], T], what: str, bar: ProgressBar) -> T:
         bar.update(0)
         grown = mapped_and_resident_bytes()[1] - before
         if time.monotonic() > deadline or grown > LISTING_BYTES:
+            seconds = LISTING_SECONDS - max(0, deadline - time.monotonic())
             raise UserError(
                 f"the Hub's file list of {what} does not end: {grown / 1e6:.0f} MB of memory after "
-                f"{LISTING_SECONDS - max(0, deadline - time.monotonic()):.0f} s; check HF_ENDPOINT, or try again"
+                f"{seconds:.0f} s{warnings}; check HF_ENDPOINT, or try again"
             )
 
 
@@ -312,7 +338,7 @@ def _persistently(action: Callable[[], T], what: str) -> T:
 
 
 def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:500]
 
 
 def _in_thread(action: Callable[[], T]) -> futures.Future[T]:
@@ -354,7 +380,9 @@ def _fetch_all(hub: _Hub, shards: Sequence[Shard], output: Path, num_workers: in
                 if received != before:
                     deadline = time.monotonic() + STALL_SECONDS
                 elif time.monotonic() > deadline:
-                    raise UserError(f"{hub.repo_id}: the hub sent nothing for {STALL_SECONDS:.0f} s; {_CONTINUE}")
+                    raise UserError(
+                        f"{hub.repo_id}: the hub sent nothing for {STALL_SECONDS:.0f} s{hub.warnings}; {_CONTINUE}"
+                    )
                 bar.set(received, f"Downloading {len(done)} of {len(shards)} shards")
     finally:
         stop.set()
