@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 import random
@@ -103,6 +104,41 @@ def test_unknown_and_unsupported_options_are_reported(client: httpx.Client) -> N
         "logit_bias": {},
     }
     check(post(client, "/v1/chat/completions", json.dumps(CHAT | harmless)), 200)
+
+
+def test_options_that_change_the_answer_are_not_ignored(client: httpx.Client) -> None:
+    for path, options, param in (
+        ("/v1/chat/completions", CHAT | {"max_tokens": 2, "max_completion_tokens": 3}, "max_tokens"),
+        ("/v1/chat/completions", CHAT | {"stream": True, "stream_options": {"includeUsage": True}}, "stream_options"),
+        ("/v1/completions", TEXT | {"n": 2, "best_of": 1}, "best_of"),
+        ("/v1/completions", TEXT | {"n": 2, "best_of": 3}, "best_of"),
+    ):
+        response = post(client, path, json.dumps(options))
+        check(response, 400)
+        assert response.json()["error"]["param"] == param
+    same = CHAT | {"max_tokens": 2, "max_completion_tokens": 2}
+    check(post(client, "/v1/chat/completions", json.dumps(same)), 200)
+    check(post(client, "/v1/completions", json.dumps(TEXT | {"n": 2, "best_of": 2})), 200)
+    streamed = TEXT | {"stream": True, "stream_options": {"include_obfuscation": False, "include_usage": None}}
+    check(post(client, "/v1/completions", json.dumps(streamed)), 200)
+
+
+def test_messages_name_all_types_of_a_field(client: httpx.Client) -> None:
+    for options, message in (
+        ({"prompt": ["a", 5]}, "prompt must be a text, a list of texts, a list of token ids, or a list of"),
+        ({"prompt": [[1], ["a"]]}, "prompt must be a text,"),
+        ({"stop": ["a"] * 17}, "stop must be a text of 1 to 200 characters, or a list of at most 16 of these"),
+        ({"stop": ""}, "stop must be a text of 1 to 200 characters"),
+    ):
+        response = post(client, "/v1/completions", json.dumps(TEXT | options))
+        check(response, 400)
+        assert response.json()["error"]["message"].startswith(message)
+
+
+def test_a_compressed_body_is_refused_as_such(client: httpx.Client) -> None:
+    response = post(client, "/v1/completions", gzip.compress(json.dumps(TEXT).encode()), **{"Content-Encoding": "gzip"})
+    check(response, 415)
+    assert "'gzip'; send it uncompressed" in response.json()["error"]["message"]
 
 
 def test_other_types_paths_and_methods(client: httpx.Client) -> None:

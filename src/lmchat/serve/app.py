@@ -137,6 +137,8 @@ class Server:
         prompt = await asyncio.to_thread(render_for_completion, tokenizer, conversation)
         if wanted.top_logprobs and not wanted.logprobs:
             raise APIError("top_logprobs needs logprobs: true", param="top_logprobs")
+        if len({wanted.max_tokens, wanted.max_completion_tokens} - {None}) > 1:
+            raise APIError("max_tokens and max_completion_tokens differ; give one of them", param="max_tokens")
         max_tokens = self._max_tokens([prompt], wanted.max_completion_tokens or wanted.max_tokens)
         top_logprobs = (wanted.top_logprobs or 0) if wanted.logprobs else None
         plan = Plan(
@@ -224,6 +226,9 @@ class Server:
             self._check_model(wanted.model)
         if wanted.samples > self.limits.max_running:
             raise APIError(f"n is {wanted.samples}; this server allows {self.limits.max_running}", param="n")
+        if wanted.best_of not in (None, wanted.samples):
+            message = "best_of other than n is not supported; leave it out"
+            raise APIError(message, param="best_of", code="unsupported_parameter")
         if wanted.stream_options and not wanted.stream:
             raise APIError("stream_options needs stream: true", param="stream_options")
 

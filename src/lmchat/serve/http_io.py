@@ -35,11 +35,13 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     """Reads the body of a request.
 
     Raises:
-        APIError: the content type is not JSON, the body is too large, or not complete within `BODY_SECONDS`.
+        APIError: the body is not plain JSON, too large, or not complete within `BODY_SECONDS`.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # pages of other origins cannot send this without a preflight request
         raise APIError("the body must be JSON: set Content-Type to application/json", status=415)
+    if (coding := request.headers.get("content-encoding", "identity").lower()) != "identity":
+        raise APIError(f"the body has the content encoding {coding[:20]!r}; send it uncompressed", status=415)
     too_large = APIError(f"the body exceeds {max_bytes} bytes; shorten it", status=413, code="body_too_large")
     length = request.headers.get("content-length", "0")
     if length.isdecimal() and int(length[:20]) > max_bytes:

@@ -32,7 +32,6 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "suffix": ("",),
     "modalities": (["text"],),
-    "best_of": (1,),
 }
 """Options of OpenAI's API that lmchat does not support, with the values that have no effect and are accepted."""
 
@@ -42,12 +41,21 @@ _WITHOUT_EFFECT = {
 }  # fmt: skip
 """Options of OpenAI's API that do not affect answers, and are ignored."""
 
+_CHOICES = {
+    "prompt": "a text, a list of texts, a list of token ids, or a list of lists of token ids",
+    "stop": f"a text of 1 to {MAX_STOP_CHARACTERS} characters, or a list of at most {MAX_STOPS} of these",
+}
+"""What fields of several types may be; pydantic's messages name the first type only."""
+
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 
 class StreamOptions(BaseModel):
-    model_config = ConfigDict(strict=True)
-    include_usage: bool = False
+    """Options of streams. Padding against guesses from the lengths of events (obfuscation) is not sent."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
 
 
 class GenerationRequest(BaseModel):
@@ -60,6 +68,7 @@ class GenerationRequest(BaseModel):
     top_k: int | None = Field(default=None, ge=-1)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
     n: int | None = Field(default=None, ge=1)
+    best_of: int | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -157,7 +166,10 @@ def parse(kind: type[Request], body: bytes) -> Request:
         first = error.errors(include_url=False, include_input=False)[0]
         param = next((str(part) for part in first["loc"]), None)
         place = ".".join(map(str, first["loc"])) or "the body"
-        raise APIError(f"{place}: {first['msg']}"[:500], param=param) from error
+        message = f"{place}: {first['msg']}"
+        if param in _CHOICES and len(first["loc"]) > 1:
+            message = f"{param} must be {_CHOICES[param]}"
+        raise APIError(message[:500], param=param) from error
     for name, value in (request.model_extra or {}).items():
         if value is None or name in _WITHOUT_EFFECT:
             continue
