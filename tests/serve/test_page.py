@@ -271,6 +271,22 @@ def test_nothing_is_wider_than_the_screen_and_colours_have_contrast(open_page: O
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"
 
 
+def test_a_phone_shows_whole_words_and_equal_fields(open_page: Open) -> None:
+    page = open_page(width=390)
+    cut = page.locator("#model-details").evaluate("shown => shown.scrollWidth - shown.clientWidth")
+    assert cut <= 0
+    answer_with(page, ("text", "|number|explanation|a column with several words|result|\n|-|-|-|-|\n|1|2|3|4|"))
+    ask(page, "Go")
+    lines = """cells => cells.map(cell => { const range = document.createRange(); range.selectNodeContents(cell);
+        return new Set([...range.getClientRects()].map(rect => rect.top)).size })"""
+    one, two, _, four = page.locator(".assistant th").evaluate_all(lines)
+    assert one == two == four == 1
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.click("#settings")
+    fields = page.locator("#settings-dialog input[type=number]")
+    assert len(set(fields.evaluate_all("fields => fields.map(field => field.offsetHeight)"))) == 1
+
+
 def luminance(colour: str) -> float:
     """Relative luminance of WCAG."""
     channels = [int(value) / 255 for value in colour.strip("rgb()").split(",")[:3]]
