@@ -63,13 +63,23 @@ def _renamed(
     renaming: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> Iterator[None]:
     try:
-        yield
+        with naming_errors(path):
+            yield
         with renaming():
             unfinished.replace(path)
-    except BaseException as error:
+    except BaseException:
         with contextlib.suppress(OSError):
             unfinished.unlink()
-        if isinstance(error, OSError) and error.filename is None:  # as of a write to a full disk
+        raise
+
+
+@contextlib.contextmanager
+def naming_errors(path: Path) -> Iterator[None]:
+    """Adds ``path`` to errors that name no file, like those of a write to a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
             error.filename = str(path)
         raise
 

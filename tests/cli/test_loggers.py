@@ -1,9 +1,11 @@
-"""A run whose log folder is removed warns once and continues."""
+"""A run whose log folder is removed warns once and continues; one whose logs cannot be written names them."""
 
 from __future__ import annotations
 
 import csv
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -49,3 +51,30 @@ def test_training_continues_if_its_log_folder_is_removed(
     assert steps[-3:] == [4, 5, 6]
     events = EventAccumulator(str(folder)).Reload()
     assert [event.step for event in events.Scalars("train/loss")][-3:] == [4, 5, 6]
+
+
+RUN_WITH_LIMIT = """
+import resource, sys, tempfile
+tempfile.gettempdir()
+resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
+from lmchat.__main__ import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(("size", "file"), [(0, "version_0"), (1024, "version_0/config.yaml")])
+def test_a_disk_that_is_full_at_the_first_records_is_reported_with_the_file(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, file: str
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    monkeypatch.setenv("LMCHAT_BASE_DIR", str(base))
+    assert main(["data", "tokenize"]) == 0
+    options = config_options(base, "{trainer: {max_steps: 2}, model: {init_args: {tag: tiny}}}")
+    command = [sys.executable, "-c", RUN_WITH_LIMIT.format(size=size), "fit", *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        f"lmchat: {base}/logs/pretrain/tiny/{file}: File too large; make room and run it again"
+    )
+    assert "Traceback" not in done.stderr

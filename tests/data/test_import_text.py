@@ -414,13 +414,23 @@ def test_shards_are_in_the_order_of_their_documents_hashes(tmp_path: Path) -> No
     assert (report.train_documents + report.validation_documents, report.duplicates) == (301, 299)
 
 
-def test_a_full_disk_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_writer, "_CACHE_KILOBYTES", 1)
+@pytest.mark.parametrize(
+    ("cache", "size", "message"),
+    [
+        (1, 1 << 20, r"cannot sort the documents in .*out.* \(.*\); make room, or"),
+        (1 << 17, 1 << 15, r"cannot write .*out.* \(.*File too large\); make room, "),
+    ],
+)
+def test_a_full_disk_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: int, size: int, message: str
+) -> None:
+    """While documents are sorted, and while shards are written."""
+    monkeypatch.setattr(shard_writer, "_CACHE_KILOBYTES", cache)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limit[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
     try:
-        with pytest.raises(UserError, match=r"cannot sort the documents in .*out.* \(.*\); make room, or"):
-            write_shards((f"{number} " * 1000 for number in range(1000)), tmp_path / "out")
+        with pytest.raises(UserError, match=message):
+            write_shards((f"{number**99} " * 100 for number in range(1000)), tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert not list(tmp_path.iterdir())

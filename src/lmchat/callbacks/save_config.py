@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lmchat.callbacks.step import StepCallback
-from lmchat.files import write_json
+from lmchat.files import naming_errors, write_json
 from lmchat.paths import log_dir
 from lmchat.provenance import provenance
 from lmchat.stage_table import STAGES
@@ -41,8 +41,9 @@ class SaveConfig(SaveConfigCallback, StepCallback):
         super().__init__(parser, config, overwrite=True, save_to_log_dir=False)
 
     def save_config(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        folder = run_log_dir(trainer, pl_module)
-        self.parser.save(self.config, folder / self.config_filename, skip_unset=False, overwrite=self.overwrite)
+        path = run_log_dir(trainer, pl_module) / self.config_filename
+        with naming_errors(path):
+            self.parser.save(self.config, path, skip_unset=False, overwrite=self.overwrite)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         super().on_train_start(trainer, pl_module)

@@ -1,27 +1,45 @@
-"""TensorBoard and CSV logs that survive the removal of their folder."""
+"""TensorBoard and CSV logs that survive the removal of their folder and name it in errors."""
 
 from __future__ import annotations
 
+import functools
+import threading
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
+from lmchat.files import naming_errors
+
 
 class _RestoresFolder:
-    """Mixin of a logger: creates its folder again before it writes, if the folder was removed during the run."""
+    """Mixin of a logger: creates its folder again before it writes, if the folder was removed during the run.
+
+    Errors, such as those of a full disk, name the folder.
+    """
 
     _experiment: Any
     log_dir: Any
 
+    @property
+    def experiment(self) -> Any:
+        with naming_errors(Path(self.log_dir)):
+            return super().experiment  # type: ignore[misc]
+
     def log_metrics(self, *args: Any, **kwargs: Any) -> None:
         self._restore_folder()
-        super().log_metrics(*args, **kwargs)  # type: ignore[misc]
+        with naming_errors(Path(self.log_dir)):
+            super().log_metrics(*args, **kwargs)  # type: ignore[misc]
+
+    def save(self) -> None:
+        with naming_errors(Path(self.log_dir)):
+            super().save()  # type: ignore[misc]
 
     def finalize(self, status: str) -> None:
         self._restore_folder()
-        super().finalize(status)  # type: ignore[misc]
+        with naming_errors(Path(self.log_dir)):
+            super().finalize(status)  # type: ignore[misc]
 
     @rank_zero_only
     def _restore_folder(self) -> None:
@@ -39,6 +57,10 @@ class _RestoresFolder:
 class RunTensorBoardLogger(_RestoresFolder, TensorBoardLogger):
     """Starts a new event file after its folder was removed; otherwise the thread of the writer would fail."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _silence_writer_thread()
+
     def _restart(self) -> None:
         self.experiment.close()
         self._experiment = None
@@ -46,3 +68,17 @@ class RunTensorBoardLogger(_RestoresFolder, TensorBoardLogger):
 
 class RunCSVLogger(_RestoresFolder, CSVLogger):
     """Starts a new file after its folder was removed."""
+
+
+@functools.cache
+def _silence_writer_thread() -> None:
+    """Prints no traceback of TensorBoard's thread: the next record, or the end of the run, raises its error again."""
+    from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
+
+    usual = threading.excepthook
+
+    def report(args: threading.ExceptHookArgs) -> None:
+        if not (isinstance(args.thread, _AsyncWriterThread) and isinstance(args.exc_value, OSError)):
+            usual(args)
+
+    threading.excepthook = report

@@ -170,4 +170,5 @@ class _ShardWriter(contextlib.AbstractContextManager["_ShardWriter"]):
             self._file = None
 
     def __exit__(self, *exception: object) -> None:
-        self._finish_shard()
+        if exception == (None, None, None):
+            self._finish_shard()
