@@ -176,6 +176,8 @@ def _explain(error: OSError) -> str | None:
     what, folder = f"{error.filename}: {error.strerror}" if is_named else str(error.strerror), base_dir()
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM):
         return f"{what}; make room and run it again"
+    if "No usable temporary directory" in what:  # Python's test file could not be written to any of them
+        return f"{what}; make room in one of them, or set TMPDIR to another folder"
     if not is_named:
         return None
     if not _concerns(error.filename, folder):

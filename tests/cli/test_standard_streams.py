@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -123,3 +124,15 @@ def test_files_that_the_locale_cannot_read_are_reported(base: Path) -> None:
     assert done.returncode == 2
     (error,) = done.stderr.splitlines()
     assert error.startswith("lmchat: cannot read a file in ascii") and error.endswith("set PYTHONUTF8=1")
+
+
+def test_a_disk_without_room_for_a_temporary_file_is_reported() -> None:
+    """Libraries ask for a temporary folder when they are imported."""
+    command = ["bash", "-c", "trap '' XFSZ; ulimit -f 0; exec \"$@\"", "-", sys.executable, "-m", "lmchat"]
+    done = subprocess.run([*command, "chat", "-p", "hi"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.fullmatch(
+        r"lmchat: No usable temporary directory found in .*; make room in one of them, or set TMPDIR to another "
+        r"folder\n",
+        done.stderr,
+    )
