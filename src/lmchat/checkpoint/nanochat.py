@@ -74,7 +74,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
     if "meta_sha256" in meta:
         raise UserError(f"{path} is an lmchat checkpoint; use its folder directly, without importing it")
     if not isinstance(meta.get("model_config"), dict):
-        raise UserError(f"{path} has no model_config; it does not belong to a nanochat checkpoint")
+        raise UserError(f"{path} has no model_config; give the folder of a nanochat checkpoint")
     return meta
 
 
@@ -96,7 +96,9 @@ def _config(shape: dict[str, Any], state: Mapping[str, torch.Tensor], path: Path
     missing, unknown = sorted(_SHAPE - {"window_pattern"} - shape.keys()), sorted(shape.keys() - _SHAPE)
     if missing or unknown:
         what = f"lacks {', '.join(missing)}" if missing else f"has {', '.join(unknown)}, which lmchat does not know"
-        raise UserError(f"the model_config of {path} {what}; it is of another version of nanochat")
+        raise UserError(
+            f"the model_config of {path} {what}; give a model of nanochat's version of February 2026 or older"
+        )
     fields = {
         "window_pattern": "L",  # before windows were introduced, every layer attended to the whole context
         **shape,
@@ -172,11 +174,12 @@ def read_pickled_tokenizer(path: Path) -> Tokenizer:
         tokenizer = Tokenizer(ranks, pattern)
     except Exception as error:  # damaged or malicious files raise errors of many types
         raise UserError(
-            f"{path} is not a nanochat tokenizer ({error}); only a pickled tiktoken Encoding is read, since other "
-            "pickles may run code"
+            f"{path} is not a nanochat tokenizer ({error}); give the model's tokenizer.pkl with --tokenizer (only "
+            "a pickled tiktoken Encoding is read, since other pickles can run code)"
         ) from error
     if special != expected:
         raise UserError(
-            f"{path} has the special tokens {special}; lmchat's models have {', '.join(SPECIAL_TOKENS)} after the ranks"
+            f"{path} has the special tokens {special}, not {', '.join(SPECIAL_TOKENS)} after the ranks; give the "
+            "tokenizer.pkl of a nanochat model with --tokenizer"
         )
     return tokenizer

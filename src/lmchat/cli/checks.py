@@ -100,7 +100,7 @@ def check_trainer_options(trainer: Mapping[str, Any] | Namespace, parser: Argume
     if isinstance(devices, str) and not _DEVICES.fullmatch(devices):
         raise UserError(f"--trainer.devices is {devices}; it must be auto, a number of devices, or a list such as 0,1")
     if isinstance(devices, int | str) and any(int(n) > MAX_DEVICES for n in re.findall(r"\d+", str(devices))):
-        raise UserError(f"--trainer.devices is {devices}; no machine has more than {MAX_DEVICES}")
+        raise UserError(f"--trainer.devices is {devices}; it must be at most {MAX_DEVICES}")
     if trainer["limit_train_batches"] == 0 and subcommand == "fit":
         raise UserError("--trainer.limit_train_batches is 0, which trains nothing; use lmchat validate to evaluate")
     if trainer["max_steps"] == 0 or trainer["max_steps"] < -1:

@@ -45,7 +45,7 @@ def demo(text: Path | None = None, output: Path = Path("runs/demo"), minutes: fl
     Run again after an interruption to continue.
 
     Args:
-        text: folder of your own text (.txt, .md, .rst, .jsonl or .parquet), a few MB or more; by default the
+        text: folder of your own text, in the formats of ``lmchat data import``, a few MB or more; by default the
             documentation of Python and its packages on this machine.
         output: folder for data, tokenizer, checkpoints, logs, report.html and summary.json.
         minutes: time budget; on a slow machine pretraining and reinforcement learning take fewer steps.

@@ -123,7 +123,7 @@ def require_harness() -> None:
     if ranks()[1] > 1:
         raise UserError("--harness evaluates in one process; run it without torchrun")
     if find_spec("lm_eval") is None:
-        raise UserError("--harness needs lm-evaluation-harness; pip install 'lmchat[harness]'")
+        raise UserError("--harness needs lm-evaluation-harness; install it: pip install 'lmchat[harness]'")
 
 
 def run_harness(subject: Subject, tasks: Sequence[str], include_path: Path | None, options: Mapping[str, Any]) -> None:

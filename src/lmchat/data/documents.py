@@ -74,7 +74,7 @@ def find_files(source: Path) -> FoundFiles:
         UserError: there is nothing to read.
     """
     if not source.exists():
-        raise UserError(f"nothing to import: {source} does not exist")
+        raise UserError(f"nothing to import: {source} does not exist; give an existing file or folder")
     found = FoundFiles()
     files, found.hidden = ([source], 0) if source.is_file() else visible_files(source)
     for file in files:
@@ -173,7 +173,9 @@ class DocumentReader:
         except LongRecord as error:
             raise UserError(f"{error}; raise --max_document_characters, or leave the file out") from error
         except OSError as error:
-            raise UserError(f"cannot read {path} ({error.strerror or error})") from error
+            raise UserError(
+                f"cannot read {path} ({error.strerror or error}); correct it, or leave the file out"
+            ) from error
         self.bar.set(before + size)
 
     def _legacy_encoding(self, path: Path) -> str | None:

@@ -142,7 +142,9 @@ def _claim(output: Path, repo_id: str) -> Iterator[None]:
             stack.enter_context(locked(output / ".lock", when_taken=refuse))
             _note_source(output, repo_id)
         except OSError as error:
-            raise UserError(f"cannot write to {output} ({error.strerror})") from error
+            raise UserError(
+                f"cannot write to {output} ({error.strerror}); make room, or choose another folder with --output"
+            ) from error
         yield
 
 
@@ -209,7 +211,9 @@ class _Hub:
                 f"{_first_line(error)[:200]}); check HF_ENDPOINT and the network"
             ) from error
         if len(files) > MAX_FILES:
-            raise UserError(f"{self.repo_id} has more than {MAX_FILES:,} files, which lmchat does not download")
+            raise UserError(
+                f"{self.repo_id} has more than {MAX_FILES:,} files, lmchat's limit; choose another data set"
+            )
         return files
 
     def fetch(self, shard: Shard, output: Path) -> None:
@@ -320,17 +324,21 @@ def _persistently(action: Callable[[], T], what: str) -> T:
         except RepositoryNotFoundError as error:
             raise UserError(
                 f"cannot download {what}: there is no such data set on the Hub, or it is private or gated "
-                "(`hf auth login` gives access to yours); check the name"
+                "(`hf auth login` gives access to yours); check --repo_id"
             ) from error
-        except (RevisionNotFoundError, HFValidationError, OfflineModeIsEnabled) as error:
-            raise UserError(f"cannot download {what}: {_first_line(error)}") from error
+        except OfflineModeIsEnabled as error:
+            raise UserError(f"cannot download {what}: {_first_line(error)}; unset HF_HUB_OFFLINE") from error
+        except (RevisionNotFoundError, HFValidationError) as error:
+            raise UserError(f"cannot download {what}: {_first_line(error)}; check --repo_id and --revision") from error
         except (UserError, MemoryError):
             raise
         except Exception as error:  # huggingface_hub raises errors of many types, and wraps some
             if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
                 error = error.__cause__
             if isinstance(error, HfHubHTTPError) and error.response.status_code in (400, 401, 403):
-                raise UserError(f"cannot download {what}: {_first_line(error)}") from error
+                raise UserError(
+                    f"cannot download {what}: {_first_line(error)}; check --repo_id and your access (`hf auth login`)"
+                ) from error
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise UserError(f"cannot download {what}: no space is left; make room and run again") from error
             last = error

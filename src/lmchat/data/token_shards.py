@@ -114,7 +114,9 @@ class TokenShards:
                     self._damage.append(error)
                     return
                 except OSError as error:
-                    self._damage.append(UserError(f"cannot read the token file {path} ({error.strerror})"))
+                    self._damage.append(
+                        UserError(f"cannot read the token file {path} ({error.strerror}); check its disk, or delete it")
+                    )
                     return
 
     def copy(self, document: int, into: npt.NDArray[np.unsignedinteger], start: int = 0) -> None:

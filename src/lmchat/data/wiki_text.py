@@ -85,7 +85,8 @@ class WikiPages:
             size += len(chunk)
             if size - self._parser.CurrentByteIndex > _MAX_TAG_BYTES:
                 raise UserError(
-                    f"{self.path} is not a MediaWiki export: it has a tag longer than {_MAX_TAG_BYTES:,} bytes"
+                    f"{self.path} is not a MediaWiki export: it has a tag longer than {_MAX_TAG_BYTES:,} bytes; leave "
+                    "the file out"
                 )
             for title, text in self._ready:
                 yield f"{title}\n\n{wiki_text(text, self._media)}".strip()
@@ -101,7 +102,10 @@ class WikiPages:
         if not self._elements and name != "mediawiki":
             raise NotAnExport(f"{self.path} is not a MediaWiki export: its first element is {name[:40]}")
         if len(self._elements) > _MAX_DEPTH:
-            raise UserError(f"{self.path} is not a MediaWiki export: it is nested deeper than {_MAX_DEPTH} levels")
+            raise UserError(
+                f"{self.path} is not a MediaWiki export: it is nested deeper than {_MAX_DEPTH} levels; leave the file "
+                "out"
+            )
         self._is_export = True
         self._elements.append(name)
         if name == "page":

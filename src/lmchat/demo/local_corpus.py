@@ -99,7 +99,8 @@ def collect_documentation(
         )
         if not train or not validation:
             raise UserError(
-                f"found too little prose ({len(train) + len(validation)} documents) in {len(sources)} packages"
+                f"found too little prose ({len(train) + len(validation)} documents) in {len(sources)} packages; train "
+                "on your own text with --text FOLDER (make demo TEXT=folder)"
             )
         for number, texts in enumerate([*(train[at::TRAIN_SHARDS] for at in range(TRAIN_SHARDS)), validation]):
             table = pa.table({TEXT_COLUMN: texts})

@@ -39,7 +39,7 @@ def download_bundle(output: Path, url: str = BUNDLE_URL) -> int:
         read_bundle(archive)
         with zipfile.ZipFile(archive) as file, new_folder(output) as staging:
             if (size := sum(entry.file_size for entry in file.infolist())) > MAX_BYTES:
-                raise UserError(f"{url} unpacks to {size / 1e9:.1f} GB, too much for an evaluation bundle")
+                raise UserError(f"{url} unpacks to {size / 1e9:.1f} GB, too much for a bundle; check the address")
             file.extractall(folder)
             shutil.copytree(Path(folder) / "eval_bundle", staging, dirs_exist_ok=True)
     return len(read_bundle(output))
@@ -67,6 +67,8 @@ def _transfer(url: str, path: Path) -> None:
                 file.write(chunk)
                 progress.update(len(chunk))
                 if file.tell() > MAX_BYTES:
-                    raise UserError(f"{url} is larger than {MAX_BYTES / 1e9:.1f} GB, too much for an evaluation bundle")
+                    raise UserError(
+                        f"{url} has over {MAX_BYTES / 1e9:.1f} GB, too much for a bundle; check the address"
+                    )
         if size and file.tell() < size:
             raise OSError(f"the connection ended after {file.tell()} of {size} bytes")

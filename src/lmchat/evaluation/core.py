@@ -235,5 +235,7 @@ def examples(
             prompts = render_prompts(task.kind, item, fewshot, task.delimiter)
             gold = 0 if task.kind == "language_modeling" else int(item["gold"])
         except (LookupError, TypeError, AttributeError) as error:
-            raise UserError(f"{task.path}: an item is not valid for a {task.kind} task ({error!r})") from error
+            raise UserError(
+                f"{task.path}: an item is not valid for a {task.kind} task ({error!r}); correct or remove it"
+            ) from error
         yield make_example(task.kind, prompts, gold, tokenizer, max_tokens)

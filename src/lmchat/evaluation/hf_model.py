@@ -57,7 +57,10 @@ class HFModel:
         for token in (self._encoder.bos_token_id, self._encoder.eos_token_id):
             if token is not None:
                 return int(token)
-        raise UserError(f"the tokenizer in {self.path} has no BOS token, which CORE's prompts begin with")
+        raise UserError(
+            f"the tokenizer in {self.path} has neither a BOS nor an EOS token, and CORE's prompts begin with one; add "
+            "it to the tokenizer's config"
+        )
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens."""

@@ -225,7 +225,7 @@ class Server:
         if wanted.model is not None:
             self._check_model(wanted.model)
         if wanted.samples > self.limits.max_running:
-            raise APIError(f"n is {wanted.samples}; this server allows {self.limits.max_running}", param="n")
+            raise APIError(f"n is {wanted.samples}; it must be at most {self.limits.max_running}", param="n")
         if wanted.best_of not in (None, wanted.samples):
             message = "best_of other than n is not supported; leave it out"
             raise APIError(message, param="best_of", code="unsupported_parameter")
@@ -272,11 +272,11 @@ class Server:
         if wanted is None:
             return min(DEFAULT_CHAT_TOKENS, self.max_new_tokens, limit - longest)
         if wanted > self.max_new_tokens:
-            message = f"max_tokens is {wanted}; this server allows {self.max_new_tokens}"
+            message = f"max_tokens is {wanted}; it must be at most {self.max_new_tokens}"
             raise APIError(message, param="max_tokens")
         if longest + wanted > limit:
             message = (
-                f"the prompt has {longest} tokens, which with max_tokens {wanted} passes the model's {limit}; "
+                f"the prompt has {longest} tokens, which with max_tokens {wanted} exceeds the model's {limit}; "
                 "shorten one of them"
             )
             raise APIError(message, code="context_length_exceeded", param="max_tokens")

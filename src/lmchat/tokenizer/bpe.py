@@ -160,7 +160,7 @@ class Tokenizer:
         """
         path = Path(path)
         if not path.is_file():
-            raise UserError(f"no file {path} to import a tokenizer from")
+            raise UserError(f"there is no tokenizer file {path}; give the path of an existing one")
         try:
             return cls(*files.read_vocabulary(path, SPECIAL_TOKENS, SPLIT_PATTERN))
         except (OSError, KeyError, TypeError, ValueError) as error:

@@ -79,4 +79,6 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; copy or download it again") from error
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged, or not the tokenizer of an lmchat or nanochat model ({error})") from error
+        raise UserError(
+            f"{path} is damaged, or not the tokenizer of an lmchat or nanochat model ({error}); copy the model's own"
+        ) from error
