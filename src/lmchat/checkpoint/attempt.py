@@ -143,7 +143,7 @@ class AttemptWatch:
                     self._end()
 
     def _end(self) -> None:
-        """Ends the process unless it does so in time."""
+        """Ends the process, if it has not ended by itself after `GRACE_SECONDS`."""
         if self._stopped.wait(GRACE_SECONDS):
             return
         try:

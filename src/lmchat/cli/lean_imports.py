@@ -48,10 +48,10 @@ def importing() -> Iterator[None]:
 
 @contextmanager
 def lean_imports() -> Iterator[None]:
-    """Context manager in which Lightning and torchmetrics are imported without these packages.
+    """Context manager for importing Lightning and torchmetrics without SciPy, transformers and Matplotlib.
 
-    The packages stay importable, but in this process torchmetrics treats them as not installed: import a metric that
-    needs one before. Includes `importing`.
+    These stay importable, but in this process torchmetrics treats them as not installed: import a metric that needs
+    one before. Includes `importing`.
     """
     with importing():
         if "torchmetrics" in sys.modules:

@@ -73,7 +73,7 @@ class RunCSVLogger(_RestoresFolder, CSVLogger):
 @functools.cache
 def _silence_writer_thread() -> None:
     """Prints no traceback of TensorBoard's thread: the next record, or the end of the run, raises its error again."""
-    from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
+    from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread  # type: ignore[import-untyped]
 
     usual = threading.excepthook
 

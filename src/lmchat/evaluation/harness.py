@@ -184,7 +184,7 @@ def evaluate_harness(
 
 
 def _task_manager(tasks: Sequence[str], include_path: Path | None) -> TaskManager:
-    """Knows the tasks of ``include_path`` and, if these are not enough, the harness's, which take 10 s to index."""
+    """Indexes the tasks of ``include_path``, and the harness's own only if needed, which takes 10 s."""
     missing = list(tasks)
     for include_defaults in (False, True) if include_path is not None else (True,):
         folder = None if include_path is None else str(include_path)

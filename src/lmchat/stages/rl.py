@@ -192,7 +192,7 @@ class RolloutDataModule(ChatDataModule):
         return self.loader(self.rollouts)
 
     def progress(self) -> Mapping[str, float]:
-        """Metrics of the step's samples, and the seconds since they were ready; call it when the step has ended."""
+        """Metrics of the step's samples, and the seconds of training on them; call it when the step has ended."""
         if not self.metrics:
             return {}
         return {**self.metrics, "training_seconds": time.perf_counter() - self.rollouts.sampled_at}

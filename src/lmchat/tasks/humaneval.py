@@ -21,7 +21,7 @@ class CodeConversation(Conversation):
 
 
 class HumanEval(RowTask, GradedByTests):
-    """164 functions.
+    """164 Python functions to complete, graded by their unit tests.
 
     Args:
         options: see `RowTask`.

@@ -139,7 +139,7 @@ class TextRows:
             raise UserError(f"cannot read {self.path}: {error}; copy or download it again") from error
 
     def _index(self, lines: Iterable[bytes], unit: str, first: int, copied: bool) -> None:
-        """Notes where the rows are, of which ``lines`` holds one each, numbered from ``first``."""
+        """Records where each row is. Each of ``lines``, numbered from ``first``, is one row or blank."""
         spans, position = array("q"), 0
         folder = tempfile.TemporaryDirectory(prefix="lmchat-rows-") if copied else None
         content = Path(folder.name, "rows.jsonl") if folder else self.path
