@@ -15,12 +15,10 @@ from lmchat.checkpoint.meta_schema import check_settings
 from lmchat.checkpoint.tensors import check_finite, check_tensors, shapes
 from lmchat.checkpoint.writer import write_checkpoint
 from lmchat.model.config import GPTConfig
+from lmchat.optim.param_groups import LEARNING_RATES
 from lmchat.paths import tokenizer_dir
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.types import UserError
-
-DEFAULT_LEARNING_RATES = {"embedding_lr": 0.3, "unembedding_lr": 0.004, "matrix_lr": 0.02, "scalar_lr": 0.5}
-"""Learning rates of pretraining at width 768 and batch 2¹⁹, which later stages take from the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ def save_imported(model: ImportedModel, *, stage: str, tag: str) -> CheckpointPa
         model={name: tensor.float() for name, tensor in model.state.items()},
         rank_state={},
         meta={
-            "learning_rates": DEFAULT_LEARNING_RATES,
+            "learning_rates": LEARNING_RATES,
             "global_batch_tokens": None,
             **model.settings,
             "stage": stage,

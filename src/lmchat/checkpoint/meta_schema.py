@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from lmchat.checkpoint.layout import CheckpointPaths
 from lmchat.model.config import MAX_SEQUENCE_LEN, GPTConfig
+from lmchat.optim.param_groups import LEARNING_RATES
 from lmchat.option_checks import MAX_COUNT
 from lmchat.paths import is_folder_name
 from lmchat.stage_table import STAGES
@@ -25,7 +26,6 @@ MAX_META_BYTES = 2**26
 MAX_NESTING = 32
 MAX_LAYERS = 10_000
 MAX_RANKS = 2**20
-LEARNING_RATES = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 

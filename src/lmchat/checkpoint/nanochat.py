@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from lmchat.checkpoint.imported import DEFAULT_LEARNING_RATES, ImportedModel, read_json
+from lmchat.checkpoint.imported import ImportedModel, read_json
 from lmchat.checkpoint.meta_schema import check_model_shape
 from lmchat.model.config import GPTConfig
+from lmchat.optim.param_groups import LEARNING_RATES
 from lmchat.tokenizer.bpe import SPECIAL_TOKENS, Tokenizer
 from lmchat.types import UserError
 
@@ -117,8 +118,8 @@ def _settings(meta: dict[str, Any]) -> dict[str, Any]:
     options = meta.get("user_config")
     options = options if isinstance(options, dict) else {}
     numbers = {name: value for name, value in options.items() if isinstance(value, int | float) and value > 0}
-    given = {name: numbers[name] for name in DEFAULT_LEARNING_RATES if name in numbers}
-    settings: dict[str, Any] = {"learning_rates": {**DEFAULT_LEARNING_RATES, **given}}
+    given = {name: numbers[name] for name in LEARNING_RATES if name in numbers}
+    settings: dict[str, Any] = {"learning_rates": {**LEARNING_RATES, **given}}
     batch, rows = options.get("total_batch_size"), meta.get("device_batch_size", options.get("device_batch_size"))
     if isinstance(batch, int) and batch > 0:
         settings["global_batch_tokens"] = batch

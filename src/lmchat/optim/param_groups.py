@@ -13,6 +13,9 @@ from lmchat.types import UserError
 REFERENCE_WIDTH = 768
 """Width that the AdamW learning rates of tables are tuned for; otherwise they are × √(REFERENCE_WIDTH / n_embd)."""
 
+LEARNING_RATES = {"embedding_lr": 0.3, "unembedding_lr": 0.004, "matrix_lr": 0.02, "scalar_lr": 0.5}
+"""Default learning rates of pretraining, nanochat's, at width 768 and batch 2¹⁹."""
+
 BETAS = (0.8, 0.95)
 """Betas of AdamW, except those of x0_lambdas."""
 
@@ -22,10 +25,10 @@ def build_param_groups(
     n_embd: int,
     *,
     lr_scale: float = 1.0,
-    embedding_lr: float = 0.3,
-    unembedding_lr: float = 0.004,
-    matrix_lr: float = 0.02,
-    scalar_lr: float = 0.5,
+    embedding_lr: float = LEARNING_RATES["embedding_lr"],
+    unembedding_lr: float = LEARNING_RATES["unembedding_lr"],
+    matrix_lr: float = LEARNING_RATES["matrix_lr"],
+    scalar_lr: float = LEARNING_RATES["scalar_lr"],
     weight_decay: float = 0.2,
 ) -> list[dict[str, Any]]:
     """nanochat's parameter groups in its order: head, tables, scalars, then one Muon group per matrix shape, ascending.

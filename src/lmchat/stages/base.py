@@ -23,7 +23,7 @@ from lmchat.model.compile import compile_blocks
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT, default_compute_dtype
 from lmchat.optim.muon_adamw import MuonAdamW
-from lmchat.optim.param_groups import build_param_groups
+from lmchat.optim.param_groups import LEARNING_RATES, build_param_groups
 from lmchat.option_checks import check_count, check_range
 from lmchat.paths import base_dir, expand_user, is_folder_name
 from lmchat.paths import tokenizer_dir as default_tokenizer_dir
@@ -91,10 +91,10 @@ class StageModule(L.LightningModule):
         tokenizer_dir: str | None = None,
         tag: str | None = None,
         global_batch_tokens: int | None = None,
-        embedding_lr: float = 0.3,
-        unembedding_lr: float = 0.004,
-        matrix_lr: float = 0.02,
-        scalar_lr: float = 0.5,
+        embedding_lr: float = LEARNING_RATES["embedding_lr"],
+        unembedding_lr: float = LEARNING_RATES["unembedding_lr"],
+        matrix_lr: float = LEARNING_RATES["matrix_lr"],
+        scalar_lr: float = LEARNING_RATES["scalar_lr"],
         weight_decay: float = 0.2,
         compute_dtype: Literal["auto", "bf16", "fp32"] = "auto",
         attention: str = "auto",
