@@ -102,6 +102,11 @@ def main(args: list[str] | None = None) -> int:
             raise
         discard_output()
         return BROKEN_PIPE_STATUS
+    except OSError as error:
+        if (message := _explain(error)) is None:
+            raise
+        discard_output()
+        return _fail(message)
     except KeyboardInterrupt:  # also during imports
         return 130
     finally:
@@ -127,7 +132,6 @@ def _run(args: list[str]) -> int:
 
         import lmchat.hardware  # noqa: F401
         from lmchat.cli.argument_errors import explain
-        from lmchat.cli.standard_streams import discard_output
         from lmchat.types import RankFailure, UserError
 
     try:
@@ -146,11 +150,6 @@ def _run(args: list[str]) -> int:
         if error.encoding.startswith("utf"):
             raise
         return _fail(f"cannot read a file in {error.encoding}, the encoding of this locale ({error}); set PYTHONUTF8=1")
-    except OSError as error:
-        if isinstance(error, BrokenPipeError) or (message := _explain(error)) is None:
-            raise
-        discard_output()
-        return _fail(message)
     except (MemoryError, RuntimeError, ImportError) as error:
         return _out_of_memory(error)
     return 0

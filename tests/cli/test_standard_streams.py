@@ -63,10 +63,11 @@ def test_closed_output_is_discarded(base: Path) -> None:
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_a_full_disk_is_reported(base: Path, unbuffered: str) -> None:
+@pytest.mark.parametrize("command", ["tokenizer show hi", "--help", "--version", "fit --help"])
+def test_a_full_disk_is_reported(base: Path, command: str, unbuffered: str) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
-    done = shell(base, "lmchat tokenizer show hi > /dev/full", PYTHONUNBUFFERED=unbuffered)
+    done = shell(base, f"lmchat {command} > /dev/full", PYTHONUNBUFFERED=unbuffered)
     assert done.returncode == 2
     assert done.stderr == "lmchat: No space left on device; make room and run it again\n"
 
