@@ -30,6 +30,15 @@ def is_folder_name(name: str) -> bool:
     return bool(name) and name[0] != "." and len(os.fsencode(name)) <= 200 and not _NOT_IN_NAMES.search(name)
 
 
+def check_folder_name(option: str, name: str) -> None:
+    """Raises UserError unless ``name``, the value of ``option``, can name one visible folder."""
+    if not is_folder_name(name):
+        raise UserError(
+            f"{option} is {name!r:.200}, which is not a folder name; leave out slashes, control characters and the dot "
+            "in front"
+        )
+
+
 def base_dir() -> Path:
     """The folder for tokenizer, data and checkpoints: ``$LMCHAT_BASE_DIR``, by default ``~/.cache/lmchat``.
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lmchat.files import TEMPORARY_SUFFIX
-from lmchat.paths import base_dir, is_folder_name
+from lmchat.paths import base_dir, check_folder_name
 from lmchat.stage_table import STAGES, current_stage_name
 from lmchat.types import UserError
 
@@ -34,10 +34,7 @@ def checkpoint_dir(stage: str, tag: str) -> Path:
     Raises:
         UserError: the tag is not a valid folder name.
     """
-    if not is_folder_name(tag):
-        raise UserError(
-            f"the tag {tag!r:.100} is not a folder name; leave out slashes, control characters and the dot in front"
-        )
+    check_folder_name("the tag", tag)
     return base_dir() / STAGES[current_stage_name(stage)].checkpoints / tag
 
 

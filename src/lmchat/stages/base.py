@@ -25,7 +25,7 @@ from lmchat.model.gpt import GPT, default_compute_dtype
 from lmchat.optim.muon_adamw import MuonAdamW
 from lmchat.optim.param_groups import LEARNING_RATES, build_param_groups
 from lmchat.option_checks import check_count, check_range
-from lmchat.paths import base_dir, expand_user, is_folder_name
+from lmchat.paths import base_dir, check_folder_name, expand_user
 from lmchat.paths import tokenizer_dir as default_tokenizer_dir
 from lmchat.run_plan import RunPlan
 from lmchat.scaling import flops_per_token
@@ -102,11 +102,8 @@ class StageModule(L.LightningModule):
         checkpoint_blocks: bool = False,
     ) -> None:
         super().__init__()
-        if tag and not is_folder_name(tag):
-            raise UserError(
-                f"--model.tag is {tag!r:.200}; it names a folder: leave out slashes, control characters and the dot in "
-                "front"
-            )
+        if tag:
+            check_folder_name("--model.tag", tag)
         self.tokenizer_dir = tokenizer_dir
         self.global_batch_tokens = global_batch_tokens
         self.learning_rates = {
