@@ -93,7 +93,7 @@ class JSONLConversations(RowTask):
         digests, counts = np.unique(np.array(self._digests), return_counts=True)
         if len(digests) == 1:
             warnings.warn(
-                f"{self.path}: all conversations are equal, so validation is on the one trained on", stacklevel=2
+                f"{self.path}: all conversations are equal, so the validation data is also trained on", stacklevel=2
             )
             return digests if self.split == "val" else digests[:0]
         enough = int(np.searchsorted(np.cumsum(counts[:-1]), self.val_fraction * len(self._digests), side="right"))
