@@ -326,8 +326,8 @@ def _persistently(action: Callable[[], T], what: str) -> T:
                 f"cannot download {what}: there is no such data set on the Hub, or it is private or gated "
                 "(`hf auth login` gives access to yours); check --repo_id"
             ) from error
-        except OfflineModeIsEnabled as error:
-            raise UserError(f"cannot download {what}: {_first_line(error)}; unset HF_HUB_OFFLINE") from error
+        except OfflineModeIsEnabled as error:  # its message names HF_HUB_OFFLINE
+            raise UserError(f"cannot download {what}: {_first_line(error)}") from error
         except (RevisionNotFoundError, HFValidationError) as error:
             raise UserError(f"cannot download {what}: {_first_line(error)}; check --repo_id and --revision") from error
         except (UserError, MemoryError):
