@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import tracemalloc
 from collections import Counter
@@ -9,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from lmchat.data.fingerprint import fingerprint
 from lmchat.data.mixture import Mixture, MixturePart
+from lmchat.data.padded_batches import PaddedPlan
 from lmchat.data.rendered_conversations import RenderedConversations, render_all
 from lmchat.demo.tasks import Arithmetic
-from lmchat.tasks import Identity, SimpleSpelling, SpellingBee, Task
+from lmchat.tasks import Identity, JSONLConversations, SimpleSpelling, SpellingBee, Task
 from lmchat.tasks.base import exchange, reference_answer
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.tokenizer.render import render_conversation, render_for_completion
@@ -81,6 +84,30 @@ def test_rendered_conversations_stay_on_the_disk(tokenizer: Tokenizer, tmp_path:
     assert rendered.loss_tokens.tolist() == [sum(mask[:16]) for _, mask in expected]
     assert (report.tokens, report.loss_tokens) == (rendered.lengths.sum(), rendered.loss_tokens.sum())
     assert report.truncated == (rendered.cut_tokens > 0).sum()
+
+
+def test_own_conversations_take_few_bytes_each(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "own.jsonl"
+
+    def peak(count: int) -> int:
+        path.write_text("".join(json.dumps(exchange(f"{number}?", "Yes.")) + "\n" for number in range(count)))
+        tracemalloc.start()
+        train, val = (JSONLConversations(str(path), split=split) for split in ("train", "val"))
+        val.share_rows(train)
+        mixture = Mixture([MixturePart(train, epochs=2)])
+        assert len(mixture) == 2 * (count - len(val))
+        tracemalloc.reset_peak()  # a fixed amount to read the file
+        render_all(mixture, tokenizer, 64, tmp_path, title="")
+        rendered = RenderedConversations(tmp_path)
+        plan = PaddedPlan(rendered, 64, 8)
+        fingerprint(mixture, rendered.checksums)
+        assert plan.loss_tokens(0) > 0
+        held = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return held
+
+    peak(100)  # imports are not measured
+    assert (peak(3000) - peak(1000)) / 2000 < 100
 
 
 @pytest.mark.parametrize("seed", [42, None])

@@ -58,4 +58,4 @@ def check_fingerprint(resumed: Any, current: dict[str, str]) -> None:
 
 
 def _digest(checksums: npt.NDArray[np.uint32]) -> str:
-    return hashlib.sha256(checksums.tobytes()).hexdigest()[:8]
+    return hashlib.sha256(np.ascontiguousarray(checksums).data).hexdigest()[:8]

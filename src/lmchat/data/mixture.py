@@ -57,22 +57,32 @@ class Mixture:
 
     @cached_property
     def _order(self) -> np.ndarray:
-        """For each position after the shuffle the position before it, int64."""
-        order = array("q", range(len(self)))
+        """For each position after the shuffle the position before it, uint32."""
+        order = array("I", range(len(self)))
         if self.shuffle_seed is not None:
             random.Random(self.shuffle_seed).shuffle(order)
-        return np.array(order)
+        return np.asarray(order)
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     def locate(self, index: int) -> tuple[Task, int]:
         """The task at ``index``, and the index of the conversation within it."""
+        part, local = self._find(index)
+        return self.parts[part].task, local
+
+    def _find(self, index: int) -> tuple[int, int]:
         position = int(self._order[index])
         part = bisect.bisect_right(self._ends, position)
-        task = self.parts[part].task
-        start = self._ends[part - 1] if part else 0
-        return task, (position - start) % len(task)
+        return part, (position - self._start(part)) % len(self.parts[part].task)
+
+    def _start(self, part: int) -> int:
+        return self._ends[part - 1] if part else 0
+
+    def source(self, index: int) -> int:
+        """A number below the length, which is the same for all repetitions of a conversation by its part."""
+        part, local = self._find(index)
+        return self._start(part) + local
 
     def __getitem__(self, index: int) -> Conversation:
         task, local = self.locate(index)
@@ -83,20 +93,11 @@ class Mixture:
 
     @property
     def part_numbers(self) -> np.ndarray:
-        """(conversations,) int64, index in ``parts`` of the part of each conversation."""
-        return np.searchsorted(self._ends, self._order, side="right")
-
-    def first_indices(self) -> np.ndarray:
-        """(conversations,) int64, for each the index at which its part has it for the first time."""
-        starts = [0, *self._ends[:-1]]
-        repeated = [
-            np.tile(np.arange(start, start + len(part.task)), part.epochs)
-            for start, part in zip(starts, self.parts, strict=True)
-        ]
-        sources = np.concatenate(repeated)[self._order]
-        firsts = np.empty(len(self), np.int64)
-        firsts[sources[::-1]] = np.arange(len(self))[::-1]  # the last assignment counts
-        return firsts[sources]
+        """(conversations,) of the smallest unsigned dtype, index in ``parts`` of the part of each conversation."""
+        numbers = np.zeros(len(self), np.min_scalar_type(len(self.parts)))
+        for end in self._ends[:-1]:
+            numbers += self._order >= end
+        return numbers
 
     def notes(self) -> list[str]:
         """Remarks on the tasks' data for the user, without repetitions."""

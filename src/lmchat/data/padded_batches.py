@@ -49,8 +49,8 @@ class PaddedPlan:
             policy="pad",
             epochs=1,
         )
-        # Integers of 8 bytes instead of lists: there may be millions of conversations.
-        documents, bounds = array("q"), array("q", [0])
+        # Arrays instead of lists: there may be millions of conversations.
+        documents, bounds = array("I"), array("q", [0])
         with ProgressBar("Packing", len(conversations.lengths), unit="conversations", enabled=progress) as bar:
             for row in packer:
                 documents.extend(document for document, _ in row)
@@ -66,7 +66,7 @@ class PaddedPlan:
     def steps(self) -> int:
         return -(-self.num_rows // self.rows_per_step)
 
-    def documents(self, first_row: int, rows: int = 1) -> npt.NDArray[np.int64]:
+    def documents(self, first_row: int, rows: int = 1) -> npt.NDArray[np.uint32]:
         """Indices of the conversations in ``rows`` rows of the epoch, in order; none beyond the last row."""
         start, end = self._bounds[np.minimum((first_row, first_row + rows), self.num_rows)]
         return self._documents[start:end]

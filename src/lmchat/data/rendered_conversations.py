@@ -1,12 +1,15 @@
-"""Renders conversations once to files of tokens and loss masks, which all processes of a node memory-map.
+"""Renders conversations once to files of tokens and loss masks, which all processes of a node read.
 
 A conversation that a mixture repeats is rendered once; ``index`` has the number of the rendering of each conversation.
 """
 
 from __future__ import annotations
 
+import os
 import sys
+import weakref
 import zlib
+from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,6 +26,8 @@ from lmchat.progress import ProgressBar
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.tokenizer.render import render_conversation
 from lmchat.types import Conversation, UserError
+
+_PIECE = 1 << 16
 
 
 class Conversations(Protocol):
@@ -49,6 +54,16 @@ class RenderReport:
         )
 
 
+_NUMBERS: dict[str, np.dtype[Any]] = {
+    "index": np.dtype(np.uint32),
+    "offsets": np.dtype(np.int64),
+    "lengths": np.dtype(np.int32),
+    "loss_tokens": np.dtype(np.int32),
+    "cut_tokens": np.dtype(np.int32),
+    "checksums": np.dtype(np.uint32),
+}
+
+
 def render_all(
     conversations: Conversations, tokenizer: Tokenizer, max_tokens: int, folder: Path, *, title: str
 ) -> RenderReport:
@@ -59,49 +74,41 @@ def render_all(
     Raises:
         UserError: a conversation is malformed (the message has its index), or there is none.
     """
-    dtypes = {
-        "tokens": np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32),
-        "mask": np.dtype(bool),
-        "index": np.dtype(np.int64),
-        "offsets": np.dtype(np.int64),
-        "supervised": np.dtype(np.int64),
-        "cut_tokens": np.dtype(np.int64),
-        "checksums": np.dtype(np.uint32),
-    }
-    if not len(conversations):
+    token_dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+    dtypes: dict[str, np.dtype[Any]] = {"tokens": token_dtype, "mask": np.dtype(bool), **_NUMBERS}
+    total = len(conversations)
+    if not total:
         raise UserError("there are no conversations; name at least one task that has some")
-    chosen, index = _without_repetitions(conversations)
     folder.mkdir(parents=True, exist_ok=True)
-    tokens = 0
-    with ExitStack() as stack, ProgressBar(title, len(chosen), unit="conversations") as bar:
+    numbers, rendered, tokens = array("I", [0]) * total, 0, 0  # of the renderings from 1; 0 is none yet
+    with ExitStack() as stack, ProgressBar(title, total, unit="conversations") as bar:
         files = {
             name: stack.enter_context(_array_file(folder / f"{name}.npy", dtype)) for name, dtype in dtypes.items()
         }
-        files["index"].write(index.tobytes())
-        files["offsets"].write(np.int64(0).tobytes())
-        for position in bar.track(map(int, chosen)):
-            try:
-                ids, mask = render_conversation(tokenizer, conversations[position], None)
-            except UserError as error:
-                raise UserError(f"conversation {position}: {error}") from error
-            cut = max(0, len(ids) - max_tokens)
-            tokens += len(ids) - cut
-            row = np.array(ids[:max_tokens], dtype=dtypes["tokens"]).tobytes()
-            files["tokens"].write(row)
-            files["mask"].write(row_mask := bytes(mask[:max_tokens]))
-            checksum = zlib.crc32(row_mask, zlib.crc32(row))
-            numbers = {"offsets": tokens, "supervised": sum(row_mask), "cut_tokens": cut, "checksums": checksum}
-            for name, number in numbers.items():
-                files[name].write(number.to_bytes(dtypes[name].itemsize, sys.byteorder))
+
+        def write(**values: int) -> None:
+            for name, value in values.items():
+                files[name].write(value.to_bytes(dtypes[name].itemsize, sys.byteorder))
+
+        write(offsets=0)
+        for position in bar.track(range(total)):
+            source = conversations.source(position) if isinstance(conversations, Mixture) else position
+            if not numbers[source]:
+                rendered += 1
+                numbers[source] = rendered
+                try:
+                    ids, mask = render_conversation(tokenizer, conversations[position], None)
+                except UserError as error:
+                    raise UserError(f"conversation {position}: {error}") from error
+                cut = max(0, len(ids) - max_tokens)
+                tokens += len(ids) - cut
+                files["tokens"].write(row := np.array(ids[:max_tokens], dtype=token_dtype).tobytes())
+                files["mask"].write(row_mask := bytes(mask[:max_tokens]))
+                checksum = zlib.crc32(row_mask, zlib.crc32(row))
+                write(offsets=tokens, lengths=len(ids) - cut, loss_tokens=sum(row_mask), cut_tokens=cut)
+                write(checksums=checksum)
+            write(index=numbers[source] - 1)
     return RenderedConversations(folder).report()
-
-
-def _without_repetitions(conversations: Conversations) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Indices of the conversations to render, and for all conversations their places among those."""
-    positions = np.arange(len(conversations))
-    firsts = conversations.first_indices() if isinstance(conversations, Mixture) else positions
-    is_first = firsts == positions
-    return positions[is_first], (np.cumsum(is_first) - 1)[firsts]
 
 
 @contextmanager
@@ -122,35 +129,45 @@ def _array_file(path: Path, dtype: np.dtype) -> Iterator[BinaryIO]:
 
 
 class RenderedConversations:
-    """The conversations that `render_all` wrote, in memory-mapped arrays.
+    """The conversations that `render_all` wrote.
+
+    They stay on the disk; only `loss_tokens` is kept in memory. The other attributes are gathered at each access.
 
     Attributes:
-        lengths, loss_tokens, cut_tokens: (conversations,) int64, tokens of each; those with loss; those cut off.
+        lengths, loss_tokens, cut_tokens: (conversations,) int32, tokens of each; those with loss; those cut off.
         checksums: (conversations,) uint32, CRC-32 of tokens and mask.
     """
 
     def __init__(self, folder: Path) -> None:
-        names = ("index", "offsets", "tokens", "mask", "supervised", "cut_tokens", "checksums")
-        self._mapped: dict[str, Any] = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
+        paths = {name: folder / f"{name}.npy" for name in ("tokens", "mask", *_NUMBERS)}
+        self._mapped: dict[str, Any] = {name: np.load(path, mmap_mode="r") for name, path in paths.items()}
+        self._files = {name: os.open(paths[name], os.O_RDONLY) for name in ("tokens", "mask")}
+        for file in self._files.values():
+            weakref.finalize(self, os.close, file)
 
-    def _of_each(self, numbers: npt.NDArray[Any]) -> Any:
-        return numbers[self._mapped["index"]]
+    def _of_each(self, name: str) -> npt.NDArray[Any]:
+        """The numbers of all conversations, gathered in pieces, since NumPy copies indices to int64."""
+        numbers, index = self._mapped[name], self._mapped["index"]
+        gathered = np.empty(len(index), numbers.dtype)
+        for start in range(0, len(index), _PIECE):
+            gathered[start : start + _PIECE] = numbers[index[start : start + _PIECE]]
+        return gathered
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int32]:
+        return self._of_each("lengths")
 
     @cached_property
-    def lengths(self) -> npt.NDArray[np.int64]:
-        return self._of_each(np.diff(np.asarray(self._mapped["offsets"])))
+    def loss_tokens(self) -> npt.NDArray[np.int32]:
+        return self._of_each("loss_tokens")
 
-    @cached_property
-    def loss_tokens(self) -> npt.NDArray[np.int64]:
-        return self._of_each(self._mapped["supervised"])
+    @property
+    def cut_tokens(self) -> npt.NDArray[np.int32]:
+        return self._of_each("cut_tokens")
 
-    @cached_property
-    def cut_tokens(self) -> npt.NDArray[np.int64]:
-        return self._of_each(self._mapped["cut_tokens"])
-
-    @cached_property
+    @property
     def checksums(self) -> npt.NDArray[np.uint32]:
-        return self._of_each(self._mapped["checksums"])
+        return self._of_each("checksums")
 
     def report(self) -> RenderReport:
         return RenderReport(
@@ -165,6 +182,12 @@ class RenderedConversations:
         return len(self._mapped["index"])
 
     def __getitem__(self, index: int) -> tuple[npt.NDArray[np.unsignedinteger], npt.NDArray[np.bool_]]:
-        number, offsets = self._mapped["index"][index], self._mapped["offsets"]
-        span = slice(offsets[number], offsets[number + 1])
-        return self._mapped["tokens"][span], self._mapped["mask"][span]
+        number = int(self._mapped["index"][index])
+        start, end = self._mapped["offsets"][number : number + 2].tolist()
+        return self._read("tokens", start, end), self._read("mask", start, end)
+
+    def _read(self, name: str, start: int, end: int) -> npt.NDArray[Any]:
+        """Part of a file; mapped pages would count as memory of the process."""
+        array, size = self._mapped[name], self._mapped[name].itemsize
+        content = os.pread(self._files[name], (end - start) * size, array.offset + start * size)
+        return np.frombuffer(content, array.dtype)

@@ -18,7 +18,7 @@ from lmchat.data.token_file import Header, read_offsets, token_dirs, token_path
 from lmchat.progress import ProgressBar
 from lmchat.tokenizer.bpe import Tokenizer
 
-Lengths = npt.NDArray[np.int64]
+Lengths = npt.NDArray[np.integer[Any]]
 
 FULL_ROWS = {"padded": 0.0, "masked_rows": 0}
 """Rows of pretraining have no padding, and all of their tokens receive loss."""

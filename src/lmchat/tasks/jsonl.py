@@ -81,23 +81,22 @@ class JSONLConversations(RowTask):
         good = super().chosen()
         if self.split is None:
             return good
-        held_out = self._held_out()
-        is_held_out = np.searchsorted(held_out, self._digests) < len(held_out)  # less memory than np.isin
-        return good[is_held_out == (self.split == "val")]
+        return good[self._is_held_out() == (self.split == "val")]
 
-    def _held_out(self) -> np.ndarray:
-        """Digests of the held-out conversations: the smallest digests, as many as needed, but never all.
+    def _is_held_out(self) -> np.ndarray:
+        """(valid rows,) bool: the conversations with the smallest digests, at most the share wanted, but at least one.
 
         If all conversations are equal, that conversation is in both splits.
         """
-        digests, counts = np.unique(np.array(self._digests), return_counts=True)
-        if len(digests) == 1:
+        digests = np.asarray(self._digests)
+        smallest = digests.min()
+        if smallest == digests.max():
             warnings.warn(
                 f"{self.path}: all conversations are equal, so the validation data is also trained on", stacklevel=2
             )
-            return digests if self.split == "val" else digests[:0]
-        enough = int(np.searchsorted(np.cumsum(counts[:-1]), self.val_fraction * len(self._digests), side="right"))
-        return digests[: max(1, enough)]
+            return np.full(len(digests), self.split == "val")
+        count = int(self.val_fraction * len(digests))
+        return digests < max(np.partition(digests, count)[count], smallest + 1)
 
     def notes(self) -> list[str]:
         """What was mapped or left out, with the number of records; empty if nothing was."""

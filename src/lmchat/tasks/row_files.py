@@ -38,6 +38,7 @@ SUFFIXES = (*JSON_LINES_SUFFIXES, *JSON_SUFFIXES, *TABLE_SUFFIXES, PARQUET_SUFFI
 MAX_LINE_BYTES = 2**27
 """Limit of a line, which may be a whole array, so that no compressed file without line breaks fills the memory."""
 
+_CHUNK_BYTES = 1 << 20
 _KINDS = f"{', '.join(SUFFIXES)} (all but parquet also with {', '.join(COMPRESSION_SUFFIXES)})"
 
 
@@ -73,9 +74,9 @@ class Rows(Protocol):
 
 
 class _Places(NamedTuple):
-    """Where rows are: for each its number, start and end (exclusive) in ``content``, which may be in ``folder``."""
+    """Start of each row and the end in ``content``, which may be in ``folder``. A row is the rest of its line."""
 
-    spans: array[int]
+    starts: array[int]
     content: Path
     folder: tempfile.TemporaryDirectory[str] | None
     unit: str
@@ -115,10 +116,10 @@ class TextRows:
             if kind in TABLE_SUFFIXES:
                 self._keep_rows(table_rows(file, str(path), None, MAX_LINE_BYTES), "row")
             elif not in_place:
-                self._index(_bounded_lines(path, file), "line", first=1, copied=True)
+                self._index(_bounded_lines(path, file), "line", copied=True)
         if in_place:
             with self._raw() as raw:  # positions in the file, of which a byte order mark is a part
-                self._index(_bounded_lines(path, raw), "line", first=1, copied=False)
+                self._index(_bounded_lines(path, raw), "line", copied=False)
         if self._places.unit == "line" and len(self) and not self._is_by_line(kind):
             self._read_values(kind)
 
@@ -138,23 +139,24 @@ class TextRows:
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {error}; copy or download it again") from error
 
-    def _index(self, lines: Iterable[bytes], unit: str, first: int, copied: bool) -> None:
-        """Records where each row is. Each of ``lines``, numbered from ``first``, is one row or blank."""
-        spans, position = array("q"), 0
+    def _index(self, lines: Iterable[bytes], unit: str, copied: bool) -> None:
+        """Records where each row is. Each of ``lines`` is one row or blank."""
+        starts, position = array("q"), 0
         folder = tempfile.TemporaryDirectory(prefix="lmchat-rows-") if copied else None
         content = Path(folder.name, "rows.jsonl") if folder else self.path
         with content.open("wb") if copied else contextlib.nullcontext() as copy:
-            for number, line in enumerate(lines, first):
+            for line in lines:
                 if copy is not None:
                     copy.write(line)
                 if _row_of(line):
-                    spans.extend((number, position, position + len(line)))
+                    starts.append(position)
                 position += len(line)
-        self._places = _Places(spans, content, folder, unit)
+        starts.append(position)
+        self._places = _Places(starts, content, folder, unit)
 
     def _keep_rows(self, rows: Iterable[Any], unit: str) -> None:
         lines = (json.dumps(row, default=_unlike_json).encode() + b"\n" for row in rows)
-        self._index(lines, unit, first=0, copied=True)
+        self._index(lines, unit, copied=True)
 
     def _is_by_line(self, kind: str) -> bool:
         first = self._line(0)
@@ -178,15 +180,16 @@ class TextRows:
             self._places = by_line
 
     def _line(self, index: int) -> bytes:
-        _, start, end = self._places.spans[3 * index : 3 * index + 3]
+        start, end = self._places.starts[index : index + 2]
         file = os.open(self._places.content, os.O_RDONLY)
         try:
-            return _row_of(os.pread(file, end - start, start))
+            content = os.pread(file, min(end - start, MAX_LINE_BYTES), start)
         finally:
             os.close(file)
+        return _row_of(content.partition(b"\n")[0])  # blank lines may follow
 
     def __len__(self) -> int:
-        return len(self._places.spans) // 3
+        return len(self._places.starts) - 1
 
     def __getitem__(self, index: int) -> Any:
         try:
@@ -197,7 +200,15 @@ class TextRows:
             raise MalformedRow(f"not JSON: {error}") from None
 
     def location(self, index: int) -> str:
-        return f"{self.path}, {self._places.unit} {self._places.spans[3 * index]}"
+        number = self._line_number(index) if self._places.unit == "line" else index
+        return f"{self.path}, {self._places.unit} {number}"
+
+    def _line_number(self, index: int) -> int:
+        """Number of a row's line, counted in the file, since only the rows of error messages need theirs."""
+        start = self._places.starts[index]
+        with self._places.content.open("rb") as file:
+            chunks = iter(lambda: file.read(min(_CHUNK_BYTES, start - file.tell())), b"")
+            return 1 + sum(chunk.count(b"\n") for chunk in chunks)
 
 
 def _bounded_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:

@@ -124,8 +124,8 @@ class RowTask(Task):
 
     @cached_property
     def _checked(self) -> np.ndarray:
-        """Indices of the valid rows, int64."""
-        good, complaints = array("q"), list[str]()
+        """Indices of the valid rows, uint32."""
+        good, complaints = array("I"), list[str]()
         with ProgressBar(f"Checking {self.name}", len(self.rows), unit="rows") as bar:
             for index in bar.track(range(len(self.rows))):
                 try:
@@ -138,7 +138,7 @@ class RowTask(Task):
             self._report(complaints, len(self.rows) - len(good), refuse=not self.skip_malformed or not good)
         if not good:
             raise UserError(f"{self.name}: {self.path or self.hub} contains no rows; give another path")
-        return np.array(good)
+        return np.asarray(good)
 
     def _report(self, complaints: list[str], count: int, refuse: bool) -> None:
         listed = "\n  ".join(complaints + ["..."] * (count > len(complaints)))
@@ -151,7 +151,7 @@ class RowTask(Task):
         warnings.warn(f"skipped, {summary}", stacklevel=3)
 
     def chosen(self) -> np.ndarray:
-        """Indices of the rows to use, int64, in order: all that are not malformed."""
+        """Indices of the rows to use, integers, in order: all that are not malformed."""
         return self._checked
 
     @cached_property
