@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -17,6 +19,7 @@ from lmchat.data.mixture import Mixture, MixturePart
 from lmchat.data.padded_batches import PaddedBatches, PaddedPlan
 from lmchat.data.rendered_conversations import RenderedConversations, RenderReport, render_all
 from lmchat.evaluation.bits_per_byte import BitsPerByteEvaluator
+from lmchat.files import write_json
 from lmchat.option_checks import check_count, check_range
 from lmchat.paths import base_dir
 from lmchat.schedules import muon_momentum, sft_lr_multiplier
@@ -27,6 +30,7 @@ from lmchat.tasks.conversation_formats import Format
 from lmchat.tasks.jsonl import JSONLConversations
 from lmchat.types import Batch, UserError
 
+FINGERPRINT = "fingerprint.json"
 MOST_WITHOUT_LOSS = 0.05
 """Share of conversations without loss tokens above which the user is warned."""
 
@@ -106,9 +110,9 @@ class SFTDataModule(ChatDataModule):
         if self.trainer.state.fn == "fit" and not self.chooses_micro_batch:
             # A wrong option is reported before conversations are rendered, which may take minutes.
             self.micro_batches_per_step(self.spec.global_batch_tokens, self.trainer.world_size)
-        told = set[str]()
+        told, mixtures = set[str](), self._mixtures_to_read()
         for split in splits:
-            mixture, spec = self.mixtures[split], self.spec
+            mixture, spec = mixtures[split], self.spec
             folder = self._folder(split)
             report = render_all(mixture, spec.tokenizer, spec.sequence_len, folder, title=f"Rendering {split}")
             parts = ", ".join(f"{name} {count:,}" for name, count in mixture.counts().items())
@@ -118,6 +122,11 @@ class SFTDataModule(ChatDataModule):
             told.update(mixture.notes())
             print(f"{split}: {parts}; {report}", flush=True)
             check_loss(split, report, spec.sequence_len)
+            write_json(folder / FINGERPRINT, fingerprint(mixture, RenderedConversations(folder).checksums))
+
+    def _mixtures_to_read(self) -> dict[str, Mixture]:
+        """Copies of the mixtures, so that what is read of their tasks is freed when all is rendered."""
+        return deepcopy(self.mixtures)
 
     def setup(self, stage: str) -> None:
         self.evaluators = self.task_evaluators()
@@ -155,9 +164,8 @@ class SFTDataModule(ChatDataModule):
     def train_dataloader(self) -> DataLoader:
         assert self.trainer is not None
         plan = self.train_plan
-        data = fingerprint(
-            self.mixtures["train"], plan.conversations.checksums, **{"rows per step": plan.rows_per_step}
-        )
+        content = json.loads((self._folder("train") / FINGERPRINT).read_text())
+        data = {"rows per step": str(plan.rows_per_step), **content}
         rank, world_size = self.trainer.global_rank, self.trainer.world_size
         return self.loader(self._batches(plan, rank, world_size, fingerprint=data, state=self.position))
 
@@ -216,10 +224,10 @@ class OwnConversationsDataModule(SFTDataModule):
         else:
             train_task, val_task = JSONLConversations(train, **split), JSONLConversations(val, **split)
         super().__init__([MixturePart(train_task, epochs)], [MixturePart(val_task)], **options)
-        self._tasks = train_task, val_task
 
-    def prepare_data(self) -> None:
-        train, val = self._tasks
+    def _mixtures_to_read(self) -> dict[str, Mixture]:
+        mixtures = super()._mixtures_to_read()
+        train, val = (cast(JSONLConversations, mixture.parts[0].task) for mixture in mixtures.values())
         if val.split is not None:
             val.share_rows(train)
-        super().prepare_data()
+        return mixtures
