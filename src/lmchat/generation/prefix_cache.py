@@ -65,6 +65,15 @@ class PrefixCache:
         self.pool.copy(slot, target, len(held.tokens))
         self._held[target] = held
 
+    def vacate(self, start: int, end: int) -> None:
+        """Frees slots ``start`` to ``end`` - 1. Their contents move to free slots from ``end`` on, or are dropped."""
+        for slot in [slot for slot in self._held if start <= slot < end]:
+            held = self._held.pop(slot)
+            target = next((other for other in range(end, self.pool.num_slots) if other not in self._held), None)
+            if target is not None:
+                self.pool.copy(slot, target, len(held.tokens))
+                self._held[target] = held
+
     def load(self, wanted: Seq[int], row: int, running: Seq[Sequence]) -> tuple[int, int]:
         """Loads the longest cached prefix of ``wanted`` into slot ``row``, the first one that is not running.
 

@@ -83,6 +83,13 @@ class Runner:
         """Copies the source's current weights, in place."""
         self.weights.refill()
 
+    def bucket(self, rows: int) -> int:
+        """Number of rows to compute for ``rows`` sequences; on a GPU one of few sizes, each captured once."""
+        if self.graphs is None:
+            return rows
+        bucket = 1 << (rows - 1).bit_length() if rows <= 16 else round_up(rows, 32)
+        return min(bucket, self.pool.num_slots)
+
     def resize(self, pool: KVPool, num_slots: int, capacity: int) -> None:
         """Enlarges the slots of a pool; drops captured graphs, which have the old addresses."""
         pool.resize(num_slots, capacity)
@@ -129,7 +136,7 @@ class Runner:
             shared: prompts shared by several rows, in the order of their slots.
             members: rows of each shared prompt.
         """
-        rows = self._bucket(len(sequences))
+        rows = self.bucket(len(sequences))
         steps = GPU_STEPS_PER_READ if self.graphs is not None else 1
         multiple = GPU_COLUMNS if self.graphs is not None else 1
         max_own = round_up(max(sequence.num_own for sequence in sequences) + steps, multiple) - 1
@@ -168,13 +175,6 @@ class Runner:
             part = slice(start, start + HEAD_ROWS)
             parts.append(sample(raw[part], vocab_size, mode, RowParams(*(field[part] for field in params))))
         return Sampled(*map(torch.cat, zip(*parts, strict=True)))
-
-    def _bucket(self, rows: int) -> int:
-        """Number of rows to compute for ``rows`` sequences; on a GPU one of few sizes, each captured once."""
-        if self.graphs is None:
-            return rows
-        bucket = 1 << (rows - 1).bit_length() if rows <= 16 else round_up(rows, 32)
-        return min(bucket, self.pool.num_slots)
 
     def _groups(
         self, rows: int, shared: Seq[SharedPrompt], members: dict[SharedPrompt, list[int]], multiple: int

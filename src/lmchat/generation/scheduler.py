@@ -84,6 +84,8 @@ class Scheduler:
 
     def decode(self) -> tuple[list[Sequence], Decoded]:
         """Decodes all rows for a few steps. Returns their sequences and tokens."""
+        # Rows that only fill up a bucket write to their slots too.
+        self.prefixes.vacate(len(self.running), self.runner.bucket(len(self.running)))
         members: dict[SharedPrompt, list[int]] = {shared: [] for shared in self.shared if shared.running}
         for row, sequence in enumerate(self.running):
             if shared := self._prompt_of.get(sequence):
