@@ -79,8 +79,7 @@ def naming_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is None:
-            error.filename = str(path)
+        error.filename = str(path) if error.filename is None else os.fsdecode(error.filename)
         raise
 
 

@@ -15,6 +15,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lmchat.__main__ import main
+from lmchat.cli.loggers import RunTensorBoardLogger
 from tiny_fit import config_options
 
 OWN = """
@@ -51,6 +52,23 @@ def test_training_continues_if_its_log_folder_is_removed(
     assert steps[-3:] == [4, 5, 6]
     events = EventAccumulator(str(folder)).Reload()
     assert [event.step for event in events.Scalars("train/loss")][-3:] == [4, 5, 6]
+
+
+def test_a_folder_that_is_removed_while_a_record_is_written_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    logger = RunTensorBoardLogger(tmp_path, name="run")
+    logger.log_metrics({"loss": 1.0}, step=1)
+    logger.experiment.flush()
+    shutil.rmtree(tmp_path / "run")
+    logger.experiment.add_scalar("lost", 1.0, 1)  # its thread fails
+    with pytest.raises(FileNotFoundError):
+        logger.experiment.flush()
+    Path(logger.log_dir).mkdir(parents=True)
+    logger.log_metrics({"loss": 2.0}, step=2)
+    logger.finalize("success")
+    assert [event.value for event in EventAccumulator(logger.log_dir).Reload().Scalars("loss")] == [2.0]
 
 
 RUN_WITH_LIMIT = """

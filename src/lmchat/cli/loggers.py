@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +30,28 @@ class _RestoresFolder:
             return super().experiment  # type: ignore[misc]
 
     def log_metrics(self, *args: Any, **kwargs: Any) -> None:
-        self._restore_folder()
-        with naming_errors(Path(self.log_dir)):
-            super().log_metrics(*args, **kwargs)  # type: ignore[misc]
+        self._write(super().log_metrics, *args, **kwargs)  # type: ignore[misc]
 
     def save(self) -> None:
         with naming_errors(Path(self.log_dir)):
             super().save()  # type: ignore[misc]
 
     def finalize(self, status: str) -> None:
+        self._write(super().finalize, status)  # type: ignore[misc]
+
+    def _write(self, write: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         self._restore_folder()
         with naming_errors(Path(self.log_dir)):
-            super().finalize(status)  # type: ignore[misc]
+            try:
+                write(*args, **kwargs)
+            except (OSError, ValueError) as error:
+                cause = error.__cause__ if isinstance(error, ValueError) else error  # Lightning wraps it
+                if not isinstance(cause, FileNotFoundError):
+                    raise (cause if isinstance(cause, OSError) else error) from None
+                # The folder was removed after the check.
+                Path(self.log_dir).mkdir(parents=True, exist_ok=True)
+                self._restart()
+                write(*args, **kwargs)
 
     @rank_zero_only
     def _restore_folder(self) -> None:
@@ -62,7 +74,8 @@ class RunTensorBoardLogger(_RestoresFolder, TensorBoardLogger):
         _silence_writer_thread()
 
     def _restart(self) -> None:
-        self.experiment.close()
+        with contextlib.suppress(OSError):
+            self.experiment.close()
         self._experiment = None
 
 
