@@ -173,10 +173,11 @@ class Engine:
             for token, is_forced, logprob, *top in zip(*column, strict=True):
                 if token >= 0 and not sequence.done:
                     events.append(self._append(sequence, token, is_forced, logprob, top))
-        self.scheduler.free_done()
-        for sequence in sequences:
-            if sequence.done:
-                self._forget(sequence)
+        done = [sequence for sequence in sequences if sequence.done]
+        if done:
+            self.scheduler.free_done()
+        for sequence in done:
+            self._forget(sequence)
         return events
 
     def is_open(self, request: int) -> bool:
@@ -309,12 +310,12 @@ class Engine:
     def _append(self, sequence: Sequence, token: int, forced: bool, logprob: float, top: list[list[Any]]) -> TokenEvent:
         """Appends a token to a running sequence."""
         forced_next = sequence.append(token, forced, logprob)
-        if forced_next is not None and not sequence.done:
-            self.scheduler.resume(sequence, forced_next)
         request, sample = self._places[sequence]
         reason: FinishReason | None = None
         if sequence.done:
             reason = "stop" if sequence.completion.finished else "length"
+        elif forced_next is not None:
+            self.scheduler.resume(sequence, forced_next)
         shown = sequence.params.logprobs and not forced
         likely = list(zip(*top, strict=True))[: sequence.params.top_logprobs] if shown else []
         return TokenEvent(request, sample, token, forced, logprob if shown else None, likely, reason)

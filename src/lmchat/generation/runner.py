@@ -22,8 +22,8 @@ from lmchat.model.gpt import GPT
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.types import UserError
 
-HEAD_ROWS = 16
-"""Rows that a CPU samples at a time, so that their logits stay in its cache."""
+HEAD_LOGITS = 1 << 17
+"""Number of logits that a CPU samples from at a time, so that they stay in its cache."""
 
 SCORE_TOKENS = 256
 """Tokens scored at a time, which bounds the memory of logits."""
@@ -78,6 +78,7 @@ class Runner:
         self.prompts = KVPool(self.layout, device)
         self.state = DecodeState(max_rows, tokenizer, source.config.vocab_size, device)
         self.graphs = GraphedSteps(self.state.frozen) if device.type == "cuda" else None
+        self._grouped: tuple[list[list[int]], tuple[Tensor, Tensor]] | None = None
 
     def refresh(self) -> None:
         """Copies the source's current weights, in place."""
@@ -168,11 +169,12 @@ class Runner:
     def _sample(self, hidden: Tensor, mode: SamplingMode, params: RowParams) -> Sampled:
         """Samples a token per row of hidden states (rows, n_embd)."""
         vocab_size = self.state.vocab_size
-        if hidden.is_cuda or len(hidden) <= HEAD_ROWS:
-            return sample(self.net.lm_head(hidden), vocab_size, mode, params)
         raw, parts = self.net.lm_head(hidden), []
-        for start in range(0, len(hidden), HEAD_ROWS):
-            part = slice(start, start + HEAD_ROWS)
+        size = len(raw) if raw.is_cuda else max(1, HEAD_LOGITS // raw.size(1))
+        if len(raw) <= size:
+            return sample(raw, vocab_size, mode, params)
+        for start in range(0, len(raw), size):
+            part = slice(start, start + size)
             parts.append(sample(raw[part], vocab_size, mode, RowParams(*(field[part] for field in params))))
         return Sampled(*map(torch.cat, zip(*parts, strict=True)))
 
@@ -183,7 +185,14 @@ class Runner:
         grouped = {row for own in by_group for row in own}
         for row in set(range(rows)) - grouped:
             min(by_group, key=len).append(row)
-        size, count = max(map(len, by_group)), len(shared)
+        if self._grouped is None or self._grouped[0] != by_group:  # Most steps have the groups of the step before them.
+            self._grouped = by_group, self._group_rows(rows, by_group)
+        max_prompt = round_up(max(len(prompt.prompt) - 1 for prompt in shared), multiple)
+        return Groups(*self._grouped[1], max_prompt)
+
+    def _group_rows(self, rows: int, by_group: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Members and places; see `Groups`."""
+        size, count = max(map(len, by_group)), len(by_group)
         if self.graphs is not None:
             size, count = 1 << (size - 1).bit_length(), min(1 << (count - 1).bit_length(), self.prompts.num_slots)
         heads = np.arange(self.net.config.n_kv_head)
@@ -192,11 +201,7 @@ class Runner:
         for group, own in enumerate(by_group):
             table[group, :, : len(own)] = np.add.outer(heads, np.array(own) * len(heads))
             places[own] = np.add.outer(np.arange(len(own)), (group * len(heads) + heads) * size)
-        return Groups(
-            members=self._to_device(torch.from_numpy(table)),
-            places=self._to_device(torch.from_numpy(places.ravel())),
-            max_prompt=round_up(max(len(prompt.prompt) - 1 for prompt in shared), multiple),
-        )
+        return self._to_device(torch.from_numpy(table)), self._to_device(torch.from_numpy(places.ravel()))
 
     def _uniforms(self, sequences: Seq[Sequence], steps: int, rows: int) -> Tensor:
         """(steps, rows) float64 random numbers of the next tokens."""
