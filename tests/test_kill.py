@@ -5,6 +5,7 @@ The seed is printed; LMCHAT_KILL_SEED sets it, LMCHAT_KILLS sets the total numbe
 
 from __future__ import annotations
 
+import csv
 import os
 import random
 import signal
@@ -15,6 +16,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from killable_fit import alive, start_fit
 from lmchat.checkpoint.layout import committed_steps, files_by_step
@@ -222,6 +224,45 @@ def kill_and_compare(new_run: Callable[..., Run], kills: int, *shape: object) ->
 
 def test_two_processes_survive_two_kills(new_run: Callable[..., Run]) -> None:
     kill_and_compare(new_run, 2, "zero2_muon", 2, 1)
+
+
+LOGGED = """
+trainer: {{max_steps: 8, callbacks: {callbacks}}}
+monitor: {{every_n_steps: 1}}
+eval: {{every_n_steps: 3}}
+checkpoint: {{every_n_steps: 5}}
+"""
+KILL = "[{class_path: killable_fit.KillAfterCheckpoint, init_args: {step: 5}}]"
+TIMES = {"train/step_ms", "train/tokens_per_second", "train/memory_gb", "train/eta_seconds"}
+
+
+def logged(base: Path) -> tuple[dict[tuple[str, str], str], dict[tuple[str, int], float]]:
+    """What the starts of a run have logged by metric and step, without times: in CSV files and in TensorBoard's."""
+    rows: dict[tuple[str, str], str] = {}
+    scalars: dict[tuple[str, int], float] = {}
+    for folder in sorted((base / "logs" / "pretrain" / "d2").iterdir()):
+        with (folder / "csv" / "metrics.csv").open() as file:
+            for row in csv.DictReader(file):
+                rows |= {(name, row["step"]): value for name, value in row.items() if value and name not in TIMES}
+        events = EventAccumulator(str(folder)).Reload()
+        for name in set(events.Tags()["scalars"]) - TIMES:
+            scalars |= {(name, event.step): event.value for event in events.Scalars(name)}
+    return rows, scalars
+
+
+def test_a_killed_and_resumed_run_has_the_log_of_an_uninterrupted_one(new_base: Callable[[], Path]) -> None:
+    unbroken, killed = new_base(), new_base()
+    for base, callbacks, resume, status in (
+        (unbroken, "[]", [], 0),
+        (killed, KILL, [], -signal.SIGKILL),
+        (killed, "[]", ["--ckpt_path", "last"], 0),
+    ):
+        ranks = start_fit([*config_options(base, LOGGED.format(callbacks=callbacks)), *resume], base, 1)
+        join(ranks)
+        assert [rank.exitcode for rank in ranks] == [status], (base / "output_rank0.txt").read_text()[-5000:]
+    expected, found = logged(unbroken), logged(killed)
+    assert ("train/loss", "2") in expected[0] and ("val/bpb", "3") in expected[0] and ("val/bpb", 3) in expected[1]
+    assert found == expected
 
 
 @pytest.mark.slow

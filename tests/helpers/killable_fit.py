@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,18 @@ class LossRecorder(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
         micro_batch = trainer.fit_loop.total_batch_idx % trainer.accumulate_grad_batches
         self._file.write(f"{self._step} {micro_batch} {outputs['loss'].item().hex()}\n".encode())
+
+
+class KillAfterCheckpoint(Callback):
+    """Kills the process before the first micro-batch after ``step``, whose checkpoint is complete by then."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.strategy.checkpoint_io.wait()
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _fit(args: list[str]) -> int:

@@ -155,6 +155,8 @@ class StepCheckpoint(StepCallback, Checkpoint):
         self._mark_boundary(trainer)
         due = self.every_n_steps is not None and step % self.every_n_steps == 0
         if due or step == trainer.max_steps or trainer.should_stop:
+            for logger in trainer.loggers:
+                logger.save()  # a run that is killed and resumed from here does not log these steps again
             self._save(trainer)
 
     def _mark_boundary(self, trainer: L.Trainer) -> None:

@@ -33,8 +33,7 @@ class _RestoresFolder:
         self._write(super().log_metrics, *args, **kwargs)  # type: ignore[misc]
 
     def save(self) -> None:
-        with naming_errors(Path(self.log_dir)):
-            super().save()  # type: ignore[misc]
+        self._write(super().save)  # type: ignore[misc]
 
     def finalize(self, status: str) -> None:
         self._write(super().finalize, status)  # type: ignore[misc]
