@@ -87,6 +87,12 @@ def test_trailing_zeros_are_ignored(value: object, zeros: int) -> None:
             (text, None)
             for text in ("3:30", "5-3", "50%", "$12", "42 apples", "5 million", "2 3/2", "3/0", "1/2/3", "2½")
         ),
+        ("12 3/100", Fraction(1203, 100)),
+        ("6<|assistant_end|><|user_start|>7", Fraction(6)),
+        *(
+            (text, None)
+            for text in ("1 000/2", "-1 250/500", "6<|python_start|>6+1", "<|bos|>6", "6 <|output_start|>7")
+        ),
         *((text, None) for text in ("1e9999", "4²", "0x10", "٣", "-", "e3", "inf", "nan")),
         ("9" * 5000, None),
     ],

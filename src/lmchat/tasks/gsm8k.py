@@ -15,7 +15,7 @@ AnswerRule = Literal["number", "string"]
 
 _ANSWER = re.compile(r"#### (-?[0-9.,]+)")
 _ANSWER_LINE = re.compile(r"#### ([^\n]*)")
-_SPECIAL_TOKEN = re.compile(r"<\|.*")
+_END_OF_ANSWER = re.compile(r"<\|assistant_end\|>.*")
 _NUMBER = re.compile(
     r"""(?P<sign>[+\-−])?
     (?:(?P<whole>[0-9]+)[ ])?(?P<numerator>[0-9]+)/(?P<denominator>[0-9]+)  # 3/4 and 2 1/2
@@ -27,6 +27,8 @@ _NUMBER = re.compile(
 )
 _AMBIGUOUS = re.compile(r"[1-9][0-9]{0,2}\.[0-9]{2}0")
 """A number with three decimals that ends in 0, such as 1.000, may mean thousands."""
+_GROUPED_NUMERATOR = re.compile(r"\D?[1-9][0-9]{0,2} [0-9]{3}/")
+"""1 250/500 may mean 1250/500."""
 _MAX_NUMBER_CHARACTERS = 100
 _CALL = re.compile(r"(<<[^>]+>>)")
 
@@ -61,17 +63,19 @@ def answer_number(text: str) -> Fraction | None:
 
     Accepts integers, decimals, grouped thousands (``1,234`` or ``1 234``), fractions (``3/4``, ``2 1/2``) and exponents
     (``1e3``). Returns None for anything else, such as ``10,5``, ``3:30``, ``50%``, ``5-3`` or ``42 apples``, and for
-    the ambiguous ``1.000``.
+    the ambiguous ``1.000`` and ``1 250/500``.
     """
     line = _ANSWER_LINE.search(text)
     if not line:
         return None
-    written = _SPECIAL_TOKEN.sub("", line[1]).strip()
+    written = _END_OF_ANSWER.sub("", line[1]).strip()
     found = _NUMBER.fullmatch(written) if len(written) <= _MAX_NUMBER_CHARACTERS else None
     if not found:
         return None
     sign = -1 if (found["sign"] or found["sign_"] or "+") in "-−" else 1
     if found["numerator"]:
+        if _GROUPED_NUMERATOR.match(found[0]):
+            return None
         return _mixed_number(sign, int(found["whole"] or 0), int(found["numerator"]), int(found["denominator"]))
     decimal = found["decimal"]
     if _AMBIGUOUS.fullmatch(decimal):
