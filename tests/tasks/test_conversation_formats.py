@@ -196,6 +196,9 @@ def test_an_exact_record_is_not_reported() -> None:
         ({"instruction": "a", "output": 3}, "message 1 has content of type int"),
         ({"instruction": ["a"], "output": "b"}, "field 'instruction' is list"),
         ({"instruction": "a", "output": "b", "history": ["c"]}, "field 'history' is not a list of pairs"),
+        ({"instruction": "a", "output": "b", "history": 5}, "field 'history' is not a list of pairs"),
+        ({"messages": [{"role": "assistant", "tool_calls": 5}]}, "tool_calls of type int: it must be a list"),
+        ({"messages": [{"role": "assistant", "tool_calls": {"name": "f"}}]}, "tool_calls of type dict"),
     ],
 )
 def test_unmappable_records_are_refused(row: Any, complaint: str) -> None:

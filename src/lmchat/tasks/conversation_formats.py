@@ -113,9 +113,10 @@ def _from_alpaca(row: dict[str, Any]) -> tuple[Format, list[Any], set[str]] | No
     if extra := row.get(context):
         question = "\n\n".join(filter(None, [question, checked_text(extra, f"field {context!r}")]))
     messages: list[Any] = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    for turn in row.get("history", []):
-        if not isinstance(turn, list) or len(turn) != 2:
-            raise MalformedRow("field 'history' is not a list of pairs of question and answer")
+    history = row.get("history", [])
+    if not isinstance(history, list) or any(not isinstance(turn, list) or len(turn) != 2 for turn in history):
+        raise MalformedRow("field 'history' is not a list of pairs of question and answer")
+    for turn in history:
         messages += exchange(*turn)["messages"]
     messages += exchange(question, row[answer])["messages"]
     return "alpaca", messages, _unused(row, {"instruction", context, answer, "system", "history"})
@@ -220,9 +221,11 @@ class _Builder:
         self.turns[-1]["content"] = parts
 
     def _calls(self, message: dict[str, Any], what: str) -> list[Part]:
-        calls = list(message.get("tool_calls", []))
+        calls = message.get("tool_calls", [])
+        if not isinstance(calls, list):
+            raise MalformedRow(f"{what} has tool_calls of type {type(calls).__name__}: it must be a list")
         if "function_call" in message:
-            calls.append(message["function_call"])
+            calls = [*calls, message["function_call"]]
         if calls:
             self.notes.add("a tool call read as a call of the calculator")
         return [Part(type="python", text=_call_text(call, what)) for call in calls]
