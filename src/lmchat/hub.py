@@ -13,9 +13,11 @@ def refuse_unsafe_etags() -> None:
 
     It names files of its cache after ETags, so that one with ``../`` in it would be written anywhere.
     """
-    from huggingface_hub import file_download
+    from huggingface_hub import __version__, file_download
 
-    normalize = file_download._normalize_etag
+    normalize = getattr(file_download, "_normalize_etag", None)
+    if normalize is None:
+        raise UserError(f"lmchat does not know huggingface_hub {__version__}; install 2.4 or an older version")
 
     def checked(etag: str | None) -> str | None:
         name = normalize(etag)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from copy import deepcopy
+from copy import copy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
@@ -125,8 +126,11 @@ class SFTDataModule(ChatDataModule):
             write_json(folder / FINGERPRINT, fingerprint(mixture, RenderedConversations(folder).checksums))
 
     def _mixtures_to_read(self) -> dict[str, Mixture]:
-        """Copies of the mixtures, so that what is read of their tasks is freed when all is rendered."""
-        return deepcopy(self.mixtures)
+        """Mixtures of copied tasks, so that what these read is freed when all is rendered."""
+        return {
+            split: Mixture([replace(part, task=copy(part.task)) for part in mixture.parts], mixture.shuffle_seed)
+            for split, mixture in self.mixtures.items()
+        }
 
     def setup(self, stage: str) -> None:
         self.evaluators = self.task_evaluators()
