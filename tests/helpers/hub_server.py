@@ -110,7 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._send(503, b"")
             if self.hub.listing is not None:
                 return self._send(200, self.hub.listing, {"Content-Type": "application/json"})
-            if self.hub.endless:
+            if self.hub.endless and not self.hub.released.is_set():  # a client that goes on ends with the server
                 entries = [{"type": "file", "path": f"shard_{n}.parquet", "oid": "0", "size": 1} for n in range(100)]
                 time.sleep(0.02)
                 link = {"Link": f'<{self.hub.endpoint}{self.path}>; rel="next"', "Content-Type": "application/json"}

@@ -257,7 +257,7 @@ class TestFiles:
     def test_missing(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"no tokenizer in .*nowhere.*lmchat tokenizer train"):
             Tokenizer.load(tmp_path / "nowhere")
-        with pytest.raises(UserError, match=r"no file .*nowhere"):
+        with pytest.raises(UserError, match=r"there is no tokenizer file .*nowhere"):
             Tokenizer.import_file(tmp_path / "nowhere")
 
     @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.6, 0.9, 0.999])
