@@ -101,6 +101,35 @@ def test_the_system_prompt_can_be_set_and_removed(monkeypatch: pytest.MonkeyPatc
     assert "Be brief." in first and "Be kind." in second and second == third and "Be" not in fourth
 
 
+def shortest_prompt(system: str) -> int:
+    messages: list[Message] = [{"role": "system", "content": system}, {"role": "user", "content": "?"}]
+    return len(render_for_completion(TOKENIZER, {"messages": messages[not system :]}))
+
+
+@pytest.mark.parametrize("system", ["", "Be brief."])
+def test_a_context_without_room_for_a_question_is_refused_at_the_start(system: str) -> None:
+    prompt = shortest_prompt(system)
+    Terminal(context_limit=prompt + MAX_NEW_TOKENS, system=system).chat.ask("?")
+    with pytest.raises(UserError) as refusal:
+        Terminal(context_limit=prompt + MAX_NEW_TOKENS - 1, system=system)
+    message = str(refusal.value)
+    assert f"has {prompt} tokens and --max_new_tokens is {MAX_NEW_TOKENS}" in message
+    assert f"context of {prompt + MAX_NEW_TOKENS - 1}; lower --max_new_tokens to at most 9" in message
+    assert ("shorten the system prompt" in message) == bool(system)
+    assert "/reset" not in message
+
+
+def test_a_system_prompt_without_room_for_a_question_does_not_change_the_conversation(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    terminal = Terminal(context_limit=100)
+    terminal.run(monkeypatch, "One", "/system " + "long" * 30, "Two")
+    assert "One" in terminal.prompts[1] and "long" not in terminal.prompts[1]
+    errors = capsys.readouterr().err
+    assert errors.count("shorten the system prompt; the conversation goes on as before") == 1
+    assert "--max_new_tokens to" not in errors  # the system prompt alone exceeds the context
+
+
 def conversation(turns: int, system: bool) -> list[Message]:
     messages: list[Message] = [{"role": "system", "content": "Be brief."}] if system else []
     for turn in range(turns):

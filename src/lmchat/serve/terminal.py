@@ -30,6 +30,9 @@ class TerminalChat:
         engine: the model and its tokenizer.
         params: sampling parameters of the first answer; each further one adds 1 to the seed.
         system: system prompt.
+
+    Raises:
+        UserError: the context has no room for a question, or the system prompt cannot be used.
     """
 
     def __init__(self, engine: Engine, params: SamplingParams, system: str | None = None) -> None:
@@ -38,9 +41,26 @@ class TerminalChat:
         self.reset(system)
 
     def reset(self, system: str | None) -> None:
-        """Starts a new conversation."""
-        self.system = system
-        self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
+        """Starts a new conversation, unless the system prompt leaves no room for a question (UserError)."""
+        messages: list[Message] = [{"role": "system", "content": system}] if system else []
+        self._check_room(messages)
+        self.system, self.messages = system, messages
+
+    def _check_room(self, messages: list[Message]) -> None:
+        """Raises UserError if the shortest question after ``messages`` and its answer exceed the context."""
+        asked: Message = {"role": "user", "content": "?"}
+        prompt = len(render_for_completion(self.engine.tokenizer, {"messages": [*messages, asked]}))
+        limit, wanted = self.engine.context_limit, self.params.max_new_tokens
+        if prompt + wanted <= limit:
+            return
+        what = "the shortest message" + (" with this system prompt" if messages else "")
+        remedies = [f"lower --max_new_tokens to at most {limit - prompt}"] if limit > prompt else []
+        if messages:
+            remedies.append("shorten the system prompt")
+        raise UserError(
+            f"{what} has {prompt} tokens and --max_new_tokens is {wanted}, together more than the model's context of "
+            f"{limit}; {' or '.join(remedies) or 'use a model with a longer context'}"
+        )
 
     def run(self) -> None:
         """Reads lines from standard input until it ends or the user leaves."""
@@ -52,7 +72,7 @@ class TerminalChat:
                 case ["/reset"]:
                     self.reset(self.system)
                 case ["/system", *text]:
-                    self.reset(text[0] if text else None)
+                    self._set_system(text[0] if text else None)
                 case ["/help" | "/?"]:
                     print(HELP, file=sys.stderr)
                 case [word, *_] if word.startswith("/"):
@@ -86,13 +106,20 @@ class TerminalChat:
             self.messages += [asked, {"role": "assistant", "content": parts}]
         return "".join(part["text"] for part in parts)
 
+    def _set_system(self, system: str | None) -> None:
+        """Starts a new conversation; on errors the old one goes on."""
+        try:
+            self.reset(system)
+        except UserError as error:
+            print(f"{error}; the conversation goes on as before", file=sys.stderr)
+
     def _take(self, question: str) -> None:
         """Answers a line of the user; on errors the conversation does not change."""
         try:
             if self._make_room(question):
                 self.ask(question)
         except UserError as error:
-            print(f"{error}; this message is ignored, /reset starts a new conversation", file=sys.stderr)
+            print(f"{error}; this message is ignored", file=sys.stderr)
         except KeyboardInterrupt:
             if not _is_interactive():
                 raise
