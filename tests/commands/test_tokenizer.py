@@ -49,6 +49,21 @@ class TestTrain:
         assert Tokenizer.load(base / "tokenizer").fingerprint == expected.fingerprint
         assert "350 tokens" in capsys.readouterr().out
 
+    @pytest.mark.parametrize("vocab_size", [10, 100_000])
+    def test_a_refused_vocabulary_leaves_no_folder(self, data: Path, tmp_path: Path, vocab_size: int) -> None:
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(UserError, match="vocab_size"):
+            commands.train(vocab_size=vocab_size, output=tmp_path / "new" / "tokenizer")
+        assert sorted(tmp_path.rglob("*")) == before
+
+    def test_the_folder_is_created_after_training(
+        self, data: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A signal may end training at any time."""
+        monkeypatch.setattr(Tokenizer, "train", lambda *_: pytest.fail() if (base / "tokenizer").exists() else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            commands.train(vocab_size=350)
+
     def test_listed_files_are_all_read(self, data: Path, tmp_path: Path) -> None:
         files = sorted(data.glob("*.parquet"))
         commands.train(data=files, vocab_size=350, output=tmp_path / "all")

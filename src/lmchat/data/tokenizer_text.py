@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -91,18 +92,24 @@ def training_files(data: list[Path] | Path) -> list[Path]:
 
 
 def check_writable(directory: Path) -> None:
-    """Creates the folder and a temporary file in it, to fail before training instead of after it.
+    """Creates the folder and a temporary file in it, to fail before training instead of after it, and removes both.
 
     Raises:
         UserError: the folder cannot be written.
     """
+    missing: list[Path] = []
     try:
+        missing += [folder for folder in (directory, *directory.parents) if not folder.exists()]
         directory.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=directory).close()
     except OSError as error:
         raise UserError(
             f"cannot write to the folder {directory} ({error.strerror}): choose another --output"
         ) from error
+    finally:
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def read_beginnings(files: Iterable[Path], max_chars: int, doc_cap: int) -> Iterator[str]:
