@@ -65,6 +65,7 @@ def _run_command(name: str, args: list[str]) -> None:
     from jsonargparse import auto_cli
     from jsonargparse.typing import register_type
 
+    from lmchat.cli.command_parser import CommandParser
     from lmchat.paths import expand_user
 
     register_type(Path, str, expand_user, TypeError, type_check=isinstance, fail_already_registered=False)
@@ -74,7 +75,14 @@ def _run_command(name: str, args: list[str]) -> None:
     if getattr(module, "TAKES_LIST", False):
         count = next((index for index, arg in enumerate(args) if arg.startswith("-")), len(args))
         args = [*([json.dumps(args[:count])] if count else []), *args[count:]]
-    auto_cli(module.COMMANDS, args=args, prog=f"lmchat {name}", allow_abbrev=False, exit_on_error=False)
+    auto_cli(
+        module.COMMANDS,
+        args=args,
+        parser_class=CommandParser,
+        prog=f"lmchat {name}",
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
 
 
 def main(args: list[str] | None = None) -> int:

@@ -63,7 +63,9 @@ def test_closed_output_is_discarded(base: Path) -> None:
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("command", ["tokenizer show hi", "--help", "--version", "fit --help"])
+@pytest.mark.parametrize(
+    "command", ["tokenizer show hi", "--help", "--version", "fit --help", "chat --help", "data --help"]
+)
 def test_a_full_disk_is_reported(base: Path, command: str, unbuffered: str) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
