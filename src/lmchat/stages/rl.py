@@ -18,8 +18,8 @@ from lmchat.data.mixture import Mixture, MixturePart
 from lmchat.evaluation.pass_at_k import PassAtKEvaluator
 from lmchat.generation.sampling import SamplingParams
 from lmchat.option_checks import check_count, check_range
+from lmchat.rl.group_row import GroupRow
 from lmchat.rl.rollouts import Rollouts
-from lmchat.rl.shared_prompt import SharedPrompt
 from lmchat.run_plan import RunPlan
 from lmchat.schedules import rl_lr_multiplier
 from lmchat.stages.base import Schedule
@@ -84,9 +84,9 @@ class GRPOModule(ChatModule):
     def _policy_loss(self, batch: Rollout) -> torch.Tensor:
         """−Σ log p(token) · advantage over the sampled tokens."""
         targets, advantages = batch["targets"], batch["advantages"]
-        shared = SharedPrompt(batch["prompt_tokens"], batch["sample_tokens"], targets.device)
+        row = GroupRow(batch["prompt_tokens"], batch["sample_tokens"], targets.device)
         losses = torch.zeros_like(batch["logprobs"])
-        loss = self.net.loss(batch["inputs"], targets, "sum", advantages, token_losses=losses, kv_cache=shared)
+        loss = self.net.loss(batch["inputs"], targets, "sum", advantages, token_losses=losses, kv_cache=row)
         sampled = targets != IGNORE_INDEX
         gap = torch.where(sampled, losses / advantages + batch["logprobs"], 0.0)
         sums = torch.stack([gap.abs().sum(), sampled.sum()])

@@ -15,7 +15,7 @@ HIDDEN = 2**31 - 1
 """Position of padding: no token sees it."""
 
 
-class SharedPrompt:
+class GroupRow:
     """Attention within one row, a prompt followed by its samples: an `lmchat.model.attention.AttentionCache`.
 
     A token of a sample sees the prompt and the earlier tokens of the same sample. For one model call.
