@@ -155,6 +155,9 @@ def test_user_mistakes_are_reported(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     with pytest.raises(UserError, match=r"nothing to import: .*nowhere does not exist"):
         import_folder(tmp_path / "nowhere", output)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UserError, match=r"nothing to import: .*loop does not exist"):
+        import_folder(tmp_path / "loop", output)
     with pytest.raises(UserError, match="is inside the source"):
         import_folder(source, source / "deep" / "out")
     latin = tmp_path / "latin.txt"

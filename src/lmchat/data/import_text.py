@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,7 @@ def import_folder(
         UserError: there is nothing to import, a line or file is malformed, the separator occurs nowhere, or ``output``
             is not empty.
     """
-    if output.resolve().is_relative_to(source.resolve()):
+    if Path(os.path.realpath(output)).is_relative_to(os.path.realpath(source)):  # resolve() raises for a loop of links
         raise UserError(f"the output folder {output} is inside the source {source}; choose one outside it")
     check_count("", 1, max_document_characters=max_document_characters)
     if encoding is not None and browser_encoding(encoding) is None:

@@ -69,7 +69,7 @@ class Demo:
     def recipe(self) -> dict[str, str]:
         """Settings that the results depend on; only runs with an equal recipe are resumed."""
         return {
-            "text": str(self.text.resolve()) if self.text else "this machine's documentation",
+            "text": os.path.realpath(self.text) if self.text else "this machine's documentation",
             "vocab_size": str(VOCAB_SIZE),
             **{f"config of {name}": hashlib.sha256(self.config(name).read_bytes()).hexdigest()[:16] for name in STAGES},
         }
