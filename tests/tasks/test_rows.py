@@ -4,6 +4,7 @@ import datetime
 import gzip
 import io
 import json
+import lzma
 import os
 import random
 import re
@@ -292,6 +293,28 @@ def test_damaged_files_are_reported(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=f"{name}"):
             read_rows(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (gzip.compress(b'{"text": "a"}'), r"gzip data; unpack it, or add \.gz"),
+        (zstd(b'{"text": "a"}'), r"zstd data; unpack it, or add \.zst"),
+        (lzma.compress(b'{"text": "a"}'), r"xz data; unpack it, or add \.xz"),
+        (b"PK\x03\x04\x14", "a ZIP archive or a spreadsheet"),
+        (b"PAR1\x15", "parquet; end its name"),
+    ],
+)
+def test_packed_files_under_another_name_are_recognized(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=f"a.jsonl contains {message}"):
+        read_rows(tmp_path / "a.jsonl")
+
+
+def test_a_folder_of_hidden_files_says_so(tmp_path: Path) -> None:
+    (tmp_path / ".a.jsonl").write_text('{"text": "a"}')
+    with pytest.raises(UserError, match=r"contains no .* \(hidden files and folders passed over: 1\)"):
+        read_rows(tmp_path)
 
 
 def test_a_folder_is_read_with_its_subfolders_but_without_hidden_files(tmp_path: Path) -> None:

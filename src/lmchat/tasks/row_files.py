@@ -38,6 +38,15 @@ SUFFIXES = (*JSON_LINES_SUFFIXES, *JSON_SUFFIXES, *TABLE_SUFFIXES, PARQUET_SUFFI
 MAX_LINE_BYTES = 2**27
 """Limit of a line, which may be a whole array, so that no compressed file without line breaks fills the memory."""
 
+_PACKED = {
+    b"\x1f\x8b": "gzip data; unpack it, or add .gz to its name",
+    b"\x28\xb5\x2f\xfd": "zstd data; unpack it, or add .zst to its name",
+    b"\xfd7zXZ\0": "xz data; unpack it, or add .xz to its name",
+    b"PAR1": "parquet; end its name in .parquet",
+    b"PK\x03\x04": "a ZIP archive or a spreadsheet; unpack it, or save the table as CSV",
+}
+"""First bytes of files that are often found under another name."""
+
 _CHUNK_BYTES = 1 << 20
 _KINDS = f"{', '.join(SUFFIXES)} (all but parquet also with {', '.join(COMPRESSION_SUFFIXES)})"
 
@@ -109,6 +118,8 @@ class TextRows:
         if kind == PARQUET_SUFFIX:
             self._keep_rows(_parquet_rows(path), "row")
             return
+        if not compression:
+            _refuse_packed(path)
         with self._text() as (file, encoding):
             in_place = not compression and encoding == "utf-8" and kind not in TABLE_SUFFIXES
             if encoding != "utf-8":
@@ -209,6 +220,14 @@ class TextRows:
         with self._places.content.open("rb") as file:
             chunks = iter(lambda: file.read(min(_CHUNK_BYTES, start - file.tell())), b"")
             return 1 + sum(chunk.count(b"\n") for chunk in chunks)
+
+
+def _refuse_packed(path: Path) -> None:
+    with path.open("rb") as file:
+        head = file.read(max(map(len, _PACKED)))
+    for magic, advice in _PACKED.items():
+        if head.startswith(magic):
+            raise UserError(f"{path} contains {advice}")
 
 
 def _bounded_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
@@ -322,7 +341,10 @@ def read_rows(path: str | Path, split: str | None = None) -> Rows:
     files = [file for file in visible if _matches(file, split)]
     if not files:
         wanted = " or ".join(f"{split or '*'}{suffix}" for suffix in SUFFIXES)
-        raise UserError(f"folder {path} contains no {wanted}; give the path of the file itself or of another folder")
+        unseen = f" (hidden files and folders passed over: {hidden})" if hidden else ""
+        raise UserError(
+            f"folder {path} contains no {wanted}{unseen}; give the path of the file itself or of another folder"
+        )
     notes = [f"{path}: hidden files and folders passed over: {hidden}"] if hidden else []
     others = sorted(set(visible) - set(files)) if split is None else []
     for kind, passed in (
