@@ -41,6 +41,15 @@ _KNOWN_FIELDS = {
     *("role", "from", "content", "value", "text", "weight", "train"),
     *("tool_calls", "function_call", "tool_call_id"),
 }
+_CONVERSIONS = {
+    ("chosen", "rejected"): "preference pairs; save each prompt and chosen answer as prompt and completion",
+    ("custom_id", "body"): "a request of OpenAI's batch interface; save what its body contains",
+    ("custom_id", "response"): "a response of OpenAI's batch interface; add its message to those of the request",
+    ("contents",): "Gemini's format; save contents as messages, parts as content and the role model as assistant",
+    ("mapping",): "an export of ChatGPT's conversations; save the messages in each mapping as messages",
+    ("data",): "records inside a field; save what is in data as the file",
+}
+"""Fields of formats that are not read, and how to convert them."""
 _EXPRESSIONS = ("expression", "code", "python")
 """Names of the tool call argument that holds the calculator's expression."""
 
@@ -79,6 +88,9 @@ def _recognize(row: Any) -> tuple[Format, list[Any], set[str]]:
     for reader in (_from_message_list, _from_alpaca, _from_prompt):
         if (read := reader(row)) is not None:
             return read
+    for fields, advice in _CONVERSIONS.items():
+        if row.keys() >= set(fields):
+            raise MalformedRow(f"this is {advice}")
     raise MalformedRow(
         f"no known format has the fields {', '.join(map(str, row)) or '(none)'}; use messages (OpenAI), conversations "
         "(ShareGPT), instruction and output (Alpaca), or prompt and completion"
