@@ -62,11 +62,11 @@ REFUSED = {
 }
 
 
-def fit(base: Path, tiny_base: Path, option: str, value: str, monkeypatch: pytest.MonkeyPatch) -> int:
+def fit(base: Path, tiny_base: Path, option: str, value: str, monkeypatch: pytest.MonkeyPatch, *more: str) -> int:
     shutil.copytree(tiny_base, base)
     monkeypatch.setenv("LMCHAT_BASE_DIR", str(base))
     monkeypatch.chdir(base)
-    return main(["fit", *config_options(base, OWN), f"--trainer.{option}", value])
+    return main(["fit", *config_options(base, OWN), f"--trainer.{option}", value, *more])
 
 
 def test_every_option_is_in_one_table() -> None:
@@ -161,6 +161,15 @@ def test_a_callback_that_does_not_work_is_reported(
     value = f"[{{class_path: lightning.pytorch.callbacks.{callback}}}]"
     assert fit(tmp_path / "base", tiny_base, "callbacks", value, monkeypatch) == 2
     assert UNUSABLE[callback] in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_callback_without_the_logger_it_needs_is_named_with_its_option(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    value = "[{class_path: LearningRateMonitor}]"
+    assert fit(tmp_path / "base", tiny_base, "callbacks", value, monkeypatch, "--trainer.logger", "false") == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "--trainer.callbacks: LearningRateMonitor failed: Cannot use" in message and "leave it out" in message
 
 
 @pytest.mark.parametrize(

@@ -254,7 +254,7 @@ def main(args: list[str], cli: type[LMChatCLI] = LMChatCLI) -> LMChatCLI:
             args=_with_strategy_class(args),
         )
     except MisconfigurationException as error:
-        raise UserError(str(error)) from error
+        raise explain_class_error(error) or UserError(str(error)) from error
     except (UserError, MemoryError):
         raise
     except Exception as error:
