@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -17,10 +18,12 @@ import httpx
 import openai
 import pytest
 
-from live_server import LiveServer, live_server, tiny_engine, wait_for
+from live_server import CARD, LiveServer, live_server, tiny_engine, wait_for
 from lmchat.__main__ import main
 from lmchat.generation.engine import TokenEvent
-from lmchat.serve.http_server import open_socket
+from lmchat.serve.app import Server
+from lmchat.serve.http_server import _Uvicorn, open_socket, uvicorn_config
+from lmchat.serve.limits import Limits
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.types import UserError
 from random_checkpoint import save_random_checkpoint
@@ -178,6 +181,42 @@ def test_a_signal_finishes_running_requests_and_refuses_new_ones(process: Any, n
     assert answers[0].status_code == 200 and answers[0].json()["usage"]["completion_tokens"] > 100
     assert server.wait(timeout=20) == 0
     assert server.stderr.read() == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_the_server_at_once_and_silently(process: Any, number: int) -> None:
+    server, url = process
+    wait_for(lambda: not is_refused(url))
+
+    def ask() -> None:
+        with contextlib.suppress(httpx.TransportError):
+            httpx.post(f"{url}/v1/completions", json={**ENDLESS, "max_tokens": 1500}, timeout=60)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    wait_for(lambda: httpx.get(f"{url}/health").json()["running"] == 1)
+    server.send_signal(number)
+    wait_for(lambda: is_refused(url))
+    server.send_signal(number)
+    assert server.wait(timeout=20) == 128 + number
+    assert server.stderr.read() == ""
+    thread.join()
+
+
+def test_sigint_before_the_event_loop_runs_is_a_graceful_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's asyncio would cancel the server's tasks."""
+    server = Server(tiny_engine(), CARD, Limits())
+    runner = _Uvicorn(uvicorn_config(server), server)
+    startup, handler = runner.startup, signal.getsignal(signal.SIGINT)
+
+    async def interrupted(sockets: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        await startup(sockets)
+
+    monkeypatch.setattr(runner, "startup", interrupted)
+    runner.run([open_socket("127.0.0.1", 0)])
+    assert runner.started and server.admission.draining
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def is_refused(url: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 from collections.abc import Iterator
@@ -86,19 +87,24 @@ class _Uvicorn(uvicorn.Server):
         super().__init__(config)
         self._server = server
 
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        def stop(number: int, frame: object) -> None:
-            self._server.admission.draining = True
-            self.force_exit = self.should_exit
-            self.should_exit = True
-
-        earlier = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        # Before the event loop starts: with Python's own handler, asyncio would cancel the server at SIGINT.
+        earlier = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            yield
+            super().run(sockets)
         finally:
             for number, handler in earlier.items():
                 signal.signal(number, handler)
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield  # `run` has set the handlers
+
+    def _stop(self, number: int, frame: object) -> None:
+        if self.should_exit:
+            os._exit(128 + number)  # cancelled requests would print tracebacks
+        self._server.admission.draining = True
+        self.should_exit = True
 
 
 def uvicorn_config(server: Server) -> uvicorn.Config:
