@@ -212,6 +212,15 @@ def test_unmappable_records_are_refused(row: Any, complaint: str) -> None:
         convert(row)
 
 
+@pytest.mark.parametrize("completion", ["hi", [ANSWER]])
+def test_a_completion_labelled_as_bad_receives_no_loss(completion: Any) -> None:
+    bad = convert({"prompt": "hello", "completion": completion, "label": False})
+    assert bad.conversation["messages"] == [USER, {**ANSWER, "weight": 0}]
+    assert bad.notes == {"an assistant message of weight 0 read without loss"}
+    good = convert({"prompt": "hello", "completion": completion, "label": True})
+    assert (good.conversation["messages"], good.notes) == ([USER, ANSWER], set())
+
+
 def test_a_given_format_refuses_the_others() -> None:
     with pytest.raises(MalformedRow, match="has the format messages, not alpaca"):
         convert([USER, ANSWER], "alpaca")

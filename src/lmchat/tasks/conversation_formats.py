@@ -142,7 +142,11 @@ def _from_prompt(row: dict[str, Any]) -> tuple[Format, list[Any], set[str]] | No
     messages: list[Any] = []
     for role, value in (("user", row[prompt]), ("assistant", row[completion])):
         messages += value if isinstance(value, list) else [{"role": role, "content": value}]
-    return "prompt_completion", messages, _unused(row, {prompt, completion})
+    used = {prompt, completion}
+    if isinstance(label := row.get("label"), bool):  # KTO's format: false marks a bad completion
+        used.add("label")
+        messages = [{**m, "weight": 0} if isinstance(m, dict) and not label else m for m in messages]
+    return "prompt_completion", messages, _unused(row, used)
 
 
 def _unused(row: dict[str, Any], used: set[str]) -> set[str]:
