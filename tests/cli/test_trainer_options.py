@@ -134,6 +134,14 @@ def test_a_limit_that_cuts_an_optimizer_step_is_refused(
     assert "--trainer.max_steps" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("value", ["-1", ".nan"])
+def test_a_clipping_without_effect_is_refused(
+    value: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit(tmp_path / "base", tiny_base, "gradient_clip_val", value, monkeypatch) == 2
+    assert "gradient_clip_val is" in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize("callback", ["EarlyStopping", "ModelCheckpoint"])
 def test_a_missing_metric_is_reported(
     callback: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

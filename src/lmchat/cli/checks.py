@@ -114,6 +114,9 @@ def check_trainer_options(trainer: Mapping[str, Any] | Namespace, parser: Argume
                 f"--trainer.{name} is {trainer[name]:g}, a fraction of an endless stream; give a number of batches, or "
                 f"use --{'data.eval_tokens' if name == 'limit_val_batches' else 'trainer.max_steps'}"
             )
+    clip = trainer["gradient_clip_val"]
+    if clip is not None and not clip >= 0:  # also NaN
+        raise UserError(f"--trainer.gradient_clip_val is {clip}, which clips nothing; give a positive number, or null")
     for name in ("max_steps", "limit_train_batches", "limit_val_batches"):
         if isinstance(trainer[name], int):
             check_count("trainer", -1, **{name: trainer[name]})
