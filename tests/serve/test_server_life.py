@@ -203,17 +203,17 @@ def test_a_second_signal_ends_the_server_at_once_and_silently(process: Any, numb
     thread.join()
 
 
-def test_sigint_before_the_event_loop_runs_is_a_graceful_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sigint_before_the_server_starts_is_a_graceful_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     """Python's asyncio would cancel the server's tasks."""
     server = Server(tiny_engine(), CARD, Limits())
     runner = _Uvicorn(uvicorn_config(server), server)
-    startup, handler = runner.startup, signal.getsignal(signal.SIGINT)
+    serve, handler = runner.serve, signal.getsignal(signal.SIGINT)
 
     async def interrupted(sockets: Any) -> None:
         signal.raise_signal(signal.SIGINT)
-        await startup(sockets)
+        await serve(sockets)
 
-    monkeypatch.setattr(runner, "startup", interrupted)
+    monkeypatch.setattr(runner, "serve", interrupted)
     runner.run([open_socket("127.0.0.1", 0)])
     assert runner.started and server.admission.draining
     assert signal.getsignal(signal.SIGINT) is handler
