@@ -236,7 +236,7 @@ def _ring_distance(last: Tensor, columns: int, used: int) -> Tensor:
 def _scores(q: Tensor, keys: Tensor) -> Tensor:
     """(n, queries, columns) from (n, queries, head_dim) and (slots, kv heads, columns, head_dim), n = slots · kv heads.
 
-    With the keys on the left, a CPU reads them up to three times as fast.
+    With the keys on the left, a CPU reads them 1.3 to 2.5 times as fast.
     """
     return _product(keys.flatten(0, 1), q.transpose(1, 2)).transpose(1, 2)
 
