@@ -11,8 +11,8 @@ SOURCE = Path(__file__).resolve().parent.parent / "src" / "lmchat"
 LAYERS = [
     {"__init__", "types"},
     {"messages", "option_checks", "paths", "losses", "schedules"},
-    {"files", "hardware", "hub", "precision", "progress", "provenance", "records"},
-    {"model", "tokenizer"},
+    {"files", "hardware", "precision", "progress", "provenance", "records"},
+    {"hub", "model", "tokenizer"},
     {"optim"},
     {"scaling", "batching", "stage_table"},
     {"training_memory"},

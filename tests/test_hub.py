@@ -8,13 +8,13 @@ import pytest
 from huggingface_hub import hf_hub_download
 
 from hub_server import HubServer
-from lmchat.hub import refuse_unsafe_etags
+from lmchat.hub import guard_downloads
 from lmchat.types import UserError
 
 
 def test_an_etag_does_not_lead_outside_the_cache(tmp_path: Path) -> None:
     """Of any file of a data set, also those that `datasets` fetches."""
-    refuse_unsafe_etags()
+    guard_downloads()
     cache = tmp_path / "home" / "cache"
     with HubServer("some/shards", {"a.txt": b"content"}) as hub:
         hub.faults["a.txt"] = ["etag"]

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hub_server import HubServer
+from lmchat import hub as hub_limits
 from lmchat.data import download
 from lmchat.data.download import DownloadReport
 from lmchat.types import UserError
@@ -173,7 +174,7 @@ def test_a_hub_that_does_not_deliver_a_listed_file(
     message: str,
 ) -> None:
     """Not for hours, not until the disk is full, and not with an error of the library."""
-    monkeypatch.setattr(download, "STALL_SECONDS", 2.0 if fault == "wait" else 60.0)
+    monkeypatch.setattr(hub_limits, "STALL_SECONDS", 2.0 if fault == "wait" else 60.0)
     hub.faults["shard_00001.parquet"] = [fault] * 99
     with pytest.raises(UserError, match=message):
         fetch(num_workers=1)
@@ -281,11 +282,11 @@ def test_responses_of_a_hub_are_checked(
 def test_an_endless_listing_is_refused(
     hub: HubServer, tmp_path: Path, fetch: Callable[..., DownloadReport], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(download, "LISTING_SECONDS", 0.5)
+    monkeypatch.setattr(hub_limits, "LISTING_SECONDS", 0.5)
     hub.endless = True
     with pytest.raises(UserError, match="file list of some/shards at revision main does not end"):
         fetch()
-    monkeypatch.setattr(download, "LISTING_SECONDS", 60.0)
+    monkeypatch.setattr(hub_limits, "LISTING_SECONDS", 60.0)
     monkeypatch.setattr(download, "MAX_FILES", 3000)
     with (
         redirect_stderr(Terminal()) as terminal,

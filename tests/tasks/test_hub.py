@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -77,6 +78,40 @@ def test_loads_from_a_hub(task: str, loaded: dict[str, tuple[list[Any], list[str
     said = content if isinstance(content, str) else content[0]["text"]
     assert said.startswith(answer)
     assert f"{folder}/test-00000-of-00001.parquet" in fetched
+
+
+UNSOUND = """
+import sys, lmchat.hub, lmchat.tasks
+from lmchat.types import UserError
+lmchat.hub.LISTING_SECONDS, lmchat.hub.STALL_SECONDS = map(float, sys.argv[1:])
+try:
+    print(len(lmchat.tasks.HumanEval()))
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "seconds", "message"),
+    [
+        ("list", (2, 60), "the Hub's file list of openai/openai_humaneval (test) does not end: "),
+        ("endless", (60, 60), "the Hub sends more than the "),
+        ("wait", (60, 2), "openai/openai_humaneval (test): the hub sent nothing for 2 s (the last: HTTP Error 429"),
+    ],
+)
+def test_a_hub_that_does_not_end_is_given_up(
+    tmp_path: Path, fault: Any, seconds: tuple[float, float], message: str
+) -> None:
+    *_, folder, row, _ = ROWS["HumanEval"]
+    files = repository_files(folder, row)
+    with HubServer(ROWS["HumanEval"][1], files) as hub:
+        hub.endless = fault == "list"
+        hub.faults[f"{folder}/test-00000-of-00001.parquet"] = [fault] * 99 * (fault != "list")
+        environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+        command = [sys.executable, "-c", UNSOUND, *map(str, seconds)]
+        done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=100)
+    assert done.stdout.startswith(message), done.stdout + done.stderr
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < 1 << 20
 
 
 def repository_files(folder: str, row: dict[str, Any]) -> dict[str, bytes]:

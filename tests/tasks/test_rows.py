@@ -171,27 +171,36 @@ def test_missing_and_useless_paths(tmp_path: Path) -> None:
 def test_the_hub_is_accessed_only_when_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    asked = []
+    asked: list[object] = []
 
-    def load_dataset(repository: str, config: str | None, split: str) -> datasets.Dataset:
-        asked.append((repository, config, split))
-        return datasets.Dataset.from_list(ROWS)
+    class Builder:
+        cache_dir = "nowhere"
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        def __init__(self, repository: str, config: str | None) -> None:
+            asked.append((repository, config))
+
+        def download_and_prepare(self) -> None:
+            asked.append("download")
+
+        def as_dataset(self, split: str) -> datasets.Dataset:
+            asked.append(split)
+            return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", Builder)
     task = Texts(split="train", shuffle_seed=None)
     assert asked == []
     assert task.name == "Texts/train"
     assert texts(task) == [row["text"] for row in ROWS]
-    assert asked == [("nobody/nothing", None, "train")]
+    assert asked == [("nobody/nothing", None), "download", "train"]
 
 
 def test_a_hub_failure_is_reported_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    def load_dataset(*_: Any, **__: Any) -> None:
+    def load_dataset_builder(*_: Any, **__: Any) -> None:
         raise ConnectionError("no route")
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
     with pytest.raises(UserError, match=r"nobody/nothing \(test\).*no route.*`path`"):
         len(Texts())
 

@@ -7,12 +7,10 @@ import errno
 import fnmatch
 import hashlib
 import json
-import logging
 import re
 import shutil
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from dataclasses import dataclass
@@ -35,24 +33,17 @@ from huggingface_hub.utils import disable_progress_bars
 
 from lmchat.data.parquet_text import open_parquet
 from lmchat.files import locked, replacing
-from lmchat.hardware import mapped_and_resident_bytes
-from lmchat.hub import refuse_unsafe_etags
+from lmchat.hub import POLL_SECONDS, EndlessFile, Session, StallWatch, file_sizes, in_thread
 from lmchat.option_checks import check_count
 from lmchat.progress import ProgressBar
 from lmchat.types import UserError
 
 MAX_FILES = 1_000_000
-LISTING_SECONDS = 600.0
-LISTING_BYTES = 1 << 30
-"""Limits of a repository's list of files; a million files, at a thousand per request, take some five minutes."""
-STALL_SECONDS = 600.0
-"""Time without a new byte after which a download ends. A hub may ask its clients to come back in a day."""
 
 _NOT_LISTED = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
 """What huggingface_hub raises for a malformed response."""
 _ATTEMPTS = 5
 _FIRST_PAUSE_SECONDS = 0.5
-_POLL_SECONDS = 0.25
 _SMALL_FILE_BYTES = 1 << 16
 """Size of huggingface_hub's own files beside partial downloads."""
 _CONTINUE = "what is complete is kept, run again to continue"
@@ -170,8 +161,6 @@ class _Hub:
 
     def __init__(self, repo_id: str, revision: str, staging: Path) -> None:
         disable_progress_bars()
-        refuse_unsafe_etags()
-        self.warnings = _RecentWarnings()
         self.repo_id = repo_id
         self.revision = revision
         self.staging = staging
@@ -179,10 +168,8 @@ class _Hub:
 
     def list_shards(self, pattern: str) -> list[Shard]:
         """The files that match, sorted by name. Raises `UserError` if there are fewer than two."""
-
         what = f"{self.repo_id} at revision {self.revision}"
-        with ProgressBar(f"Listing the files of {what}", unit="files") as bar:
-            files = _within_limits(lambda: _persistently(lambda: self._list_files(bar), what), what, bar, self.warnings)
+        files = Session(what).list_files(lambda bar: _persistently(lambda: self._list_files(bar), what))
         parquet = [shard for shard in files if shard.name.endswith(".parquet") and not shard.name.startswith(".")]
         shards = [shard for shard in parquet if fnmatch.fnmatch(shard.path, pattern)]
         if len(shards) < 2:
@@ -221,11 +208,14 @@ class _Hub:
 
         def transfer() -> None:
             folder = self.staging / shard.name  # its own, since one file's path may be another's folder
-            path = Path(
-                self.api.hf_hub_download(
-                    self.repo_id, shard.path, repo_type="dataset", revision=self.revision, local_dir=folder
+            try:
+                path = Path(
+                    self.api.hf_hub_download(
+                        self.repo_id, shard.path, repo_type="dataset", revision=self.revision, local_dir=folder
+                    )
                 )
-            )
+            except EndlessFile as error:
+                raise self.endless_file() from error
             try:
                 _verify(path, shard)
             except _Damaged:
@@ -235,13 +225,8 @@ class _Hub:
 
         _persistently(transfer, f"{self.repo_id}/{shard.path}")
 
-    def staged_bytes(self) -> list[int]:
-        """Sizes of the partial downloads."""
-        sizes = []
-        for path in self.staging.rglob("*"):
-            with contextlib.suppress(FileNotFoundError):
-                sizes += [path.stat().st_size] if path.is_file() else []
-        return sizes
+    def endless_file(self) -> UserError:
+        return UserError(f"{self.repo_id}: the hub sends more than the size that it lists; {_CONTINUE}")
 
 
 def _checked(entry: RepoFile) -> Shard:
@@ -263,45 +248,6 @@ def _checked(entry: RepoFile) -> Shard:
     ):
         raise UserError(f"the Hub lists {path} with the size {size!r:.50} and the checksum {sha256!r:.80}; try again")
     return Shard(path, size, sha256)
-
-
-class _RecentWarnings(logging.Handler):
-    """Keeps the last warnings of huggingface_hub, which it logs before it repeats a request, and prints none."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._messages = deque[str](maxlen=2)
-        logger = logging.getLogger("huggingface_hub")
-        logger.handlers, logger.propagate = [self], False
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._messages.append(record.getMessage())
-
-    def __str__(self) -> str:
-        return f" (the last: {' '.join(self._messages):.300})" if self._messages else ""
-
-
-def _within_limits(action: Callable[[], T], what: str, bar: ProgressBar, warnings: _RecentWarnings) -> T:
-    """Runs ``action`` in a thread with limits on time and memory, since a response could be endless.
-
-    ``bar`` shows the time meanwhile, also where nothing arrives.
-
-    Raises:
-        UserError: it takes too long or too much memory.
-    """
-    future = _in_thread(action)
-    deadline, before = time.monotonic() + LISTING_SECONDS, mapped_and_resident_bytes()[1]
-    while True:
-        if futures.wait([future], _POLL_SECONDS).done:
-            return future.result()
-        bar.update(0)
-        grown = mapped_and_resident_bytes()[1] - before
-        if time.monotonic() > deadline or grown > LISTING_BYTES:
-            seconds = LISTING_SECONDS - max(0, deadline - time.monotonic())
-            raise UserError(
-                f"the Hub's file list of {what} does not end: {grown / 1e6:.0f} MB of memory after "
-                f"{seconds:.0f} s{warnings}; check HF_ENDPOINT, or try again"
-            )
 
 
 def _verify(path: Path, shard: Shard) -> None:
@@ -349,20 +295,6 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:500]
 
 
-def _in_thread(action: Callable[[], T]) -> futures.Future[T]:
-    """Runs ``action`` in a daemon thread, so that Ctrl-C does not wait for it."""
-    future: futures.Future[T] = futures.Future()
-
-    def work() -> None:
-        try:
-            future.set_result(action())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    return future
-
-
 def _fetch_all(hub: _Hub, shards: Sequence[Shard], output: Path, num_workers: int) -> None:
     """Downloads in parallel until all are done or one fails."""
     waiting, done, stop = iter(shards), list[Shard](), threading.Event()
@@ -372,25 +304,20 @@ def _fetch_all(hub: _Hub, shards: Sequence[Shard], output: Path, num_workers: in
             hub.fetch(shard, output)
             done.append(shard)
 
-    leftover, longest = sum(hub.staged_bytes()), max((shard.size for shard in shards), default=0)
-    received, deadline = 0, time.monotonic() + STALL_SECONDS
-    workers = [_in_thread(work) for _ in range(min(num_workers, len(shards)))]
+    leftover, longest = sum(file_sizes(hub.staging)), max((shard.size for shard in shards), default=0)
+    watch = StallWatch(Session(hub.repo_id))
+    workers = [in_thread(work) for _ in range(min(num_workers, len(shards)))]
     try:
         with ProgressBar("Downloading", sum(shard.size for shard in shards), unit="B") as bar:
             while len(done) < len(shards):
-                for worker in futures.wait(workers, _POLL_SECONDS, futures.FIRST_EXCEPTION).done:
+                for worker in futures.wait(workers, POLL_SECONDS, futures.FIRST_EXCEPTION).done:
                     worker.result()
-                staged, before = hub.staged_bytes(), received
+                staged = file_sizes(hub.staging)
                 received = sum(shard.size for shard in done) + max(0, sum(staged) - leftover)
                 if max(staged, default=0) > longest + _SMALL_FILE_BYTES:
                     shutil.rmtree(hub.staging, ignore_errors=True)
-                    raise UserError(f"{hub.repo_id}: the hub sends more than the size that it lists; {_CONTINUE}")
-                if received != before:
-                    deadline = time.monotonic() + STALL_SECONDS
-                elif time.monotonic() > deadline:
-                    raise UserError(
-                        f"{hub.repo_id}: the hub sent nothing for {STALL_SECONDS:.0f} s{hub.warnings}; {_CONTINUE}"
-                    )
+                    raise hub.endless_file()
+                watch.check(received, _CONTINUE)
                 bar.set(received, f"Downloading {len(done)} of {len(shards)} shards")
     finally:
         stop.set()

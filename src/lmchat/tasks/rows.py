@@ -7,11 +7,12 @@ from abc import abstractmethod
 from array import array
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from lmchat.hub import refuse_unsafe_etags
+from lmchat.hub import Session
 from lmchat.progress import ProgressBar
 from lmchat.tasks.base import Task
 from lmchat.tasks.row_files import MalformedRow, Rows, TableRows, checked_text, read_rows
@@ -64,10 +65,16 @@ class HubDataset:
     def rows(self) -> Rows:
         """Downloads it, unless it is in the cache of ``datasets``."""
         import datasets
+        from huggingface_hub.constants import HF_HUB_CACHE
 
-        refuse_unsafe_etags()
+        session = Session(str(self))
         try:
-            dataset = datasets.load_dataset(self.repository, self.config, split=self.split)
+            builder = session.list_files(lambda _: datasets.load_dataset_builder(self.repository, self.config))
+            fetched = Path(HF_HUB_CACHE, f"datasets--{self.repository.replace('/', '--')}")
+            session.download(builder.download_and_prepare, [fetched, Path(builder.cache_dir).parent])
+            dataset = builder.as_dataset(split=self.split)
+        except UserError:
+            raise
         except Exception as error:  # errors of the network, the Hub or the cache are of many types
             raise UserError(
                 f"cannot load {self} from the Hub: {error}; check the network, or give a local copy as `path`"
