@@ -70,7 +70,7 @@ def save_imported(model: ImportedModel, *, stage: str, tag: str) -> CheckpointPa
         check_settings({**model.settings, "stage": stage, "tag": tag})
     except UserError as error:
         raise UserError(f"cannot import {model.source}: {error}; correct its files, or give another --tag") from error
-    check_tensors(model.state, shapes(model.config), str(model.source))
+    check_tensors(model.state, shapes(model.config), str(model.source), "copy or download it again")
     check_finite(model.state, str(model.source))
     if model.tokenizer.vocab_size != model.config.vocab_size:
         raise UserError(

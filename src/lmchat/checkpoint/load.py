@@ -222,9 +222,9 @@ def load_network_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """
     state = load_model_state(checkpoint)
     try:
-        check_tensors(state, shapes(GPTConfig(**checkpoint.meta["model"])), str(checkpoint.paths.model))
+        check_tensors(state, shapes(GPTConfig(**checkpoint.meta["model"])), str(checkpoint.paths.model), _REMEDY)
     except UserError as error:
-        raise DamagedCheckpoint(f"{error}; {_REMEDY}") from error
+        raise DamagedCheckpoint(str(error)) from error
     return state
 
 

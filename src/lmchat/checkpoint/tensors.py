@@ -19,18 +19,21 @@ def shapes(config: GPTConfig) -> dict[str, torch.Size]:
         return {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
 
 
-def check_tensors(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size], where: str) -> None:
-    """Raises UserError unless the tensors of a state dict are floating-point and have the expected names and shapes."""
+def check_tensors(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size], where: str, remedy: str) -> None:
+    """Raises UserError unless the tensors of a state dict are floating-point and have the expected names and shapes.
+
+    The message begins with ``where`` and ends with ``remedy``.
+    """
     unknown, missing = sorted(state.keys() - expected.keys()), sorted(expected.keys() - state.keys())
     if unknown:
-        raise UserError(f"{where} contains {_some(unknown)}, which this architecture does not have")
+        raise UserError(f"{where} contains {_some(unknown)}, which this architecture does not have; {remedy}")
     if missing:
-        raise UserError(f"{where} lacks {_some(missing)}; it is incomplete or of another architecture")
+        raise UserError(f"{where} lacks {_some(missing)}, so it is incomplete or of another architecture; {remedy}")
     for name in sorted(state):
         if state[name].shape != expected[name]:
             raise UserError(
                 f"{where} contains {name} of shape {tuple(state[name].shape)}, but its config requires "
-                f"{tuple(expected[name])}; they do not belong to the same model"
+                f"{tuple(expected[name])}, so they are not of the same model; {remedy}"
             )
         if not state[name].is_floating_point():
             raise UserError(f"{where} contains {name} of type {state[name].dtype}; give the model before quantization")

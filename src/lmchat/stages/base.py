@@ -229,10 +229,8 @@ class StageModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         weights = {name.removeprefix("net."): tensor for name, tensor in checkpoint["state_dict"].items()}
-        try:
-            check_tensors(weights, shapes(self.config), f"the model file of step {checkpoint['global_step']}")
-        except UserError as error:
-            raise UserError(f"{error}; use an older checkpoint") from error
+        where = f"the model file of step {checkpoint['global_step']}"
+        check_tensors(weights, shapes(self.config), where, "use an older checkpoint")
 
     def network_dtype(self, device: torch.device) -> torch.dtype:
         """The compute dtype on ``device``."""

@@ -13,8 +13,7 @@ import torch
 from lmchat.checkpoint.hf import format as form
 from lmchat.checkpoint.hf.model_card import model_card
 from lmchat.checkpoint.hf.tokenizer import write_tokenizer
-from lmchat.checkpoint.load import Checkpoint, load_model_state
-from lmchat.checkpoint.tensors import check_tensors, shapes
+from lmchat.checkpoint.load import Checkpoint, load_network_state
 from lmchat.files import write_json
 from lmchat.model.config import GPTConfig
 from lmchat.tokenizer.bpe import Tokenizer
@@ -83,12 +82,8 @@ def write_export(
     from safetensors import SafetensorError  # installed, see above
 
     config = GPTConfig(**checkpoint.meta["model"])
-    state = load_model_state(checkpoint)
-    if native:
-        tensors, padding = form.to_native(state, config)
-    else:
-        check_tensors(state, shapes(config), "the checkpoint")
-        tensors, padding = dict(state), {}
+    state = load_network_state(checkpoint)
+    tensors, padding = form.to_native(state, config) if native else (state, {})
     _write_configs(folder, config, tokenizer, native, dtype)
     for name, part in ((form.MODEL_FILE, tensors), (form.PADDING_FILE, padding)):
         if part:

@@ -56,7 +56,7 @@ def to_native(state: Mapping[str, Tensor], config: GPTConfig) -> tuple[dict[str,
     """
     names = native_names(config)
     expected = shapes(config)
-    check_tensors(state, {name: expected[name] for name in names}, "the checkpoint")
+    check_tensors(state, {name: expected[name] for name in names}, "the checkpoint", "export it without --native")
     tokens = config.vocab_size
     model = {names[name]: tensor[:tokens] if name in _TABLES else tensor for name, tensor in state.items()}
     padding = {name: state[name][tokens:] for name in _TABLES if tokens < config.padded_vocab_size}

@@ -96,5 +96,5 @@ def _from_native(folder: Path, model: dict[str, Tensor], config: GPTConfig) -> d
     expected = {
         native: form.native_shape(name, whole[name], config) for name, native in form.native_names(config).items()
     }
-    check_tensors(model, expected, str(folder))
+    check_tensors(model, expected, str(folder), _REMEDY)
     return form.from_native(model, padding, config)
