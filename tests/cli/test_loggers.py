@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import errno
+import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +17,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lmchat.__main__ import main
-from lmchat.cli.loggers import RunTensorBoardLogger
+from lmchat.cli.loggers import RunCSVLogger, RunTensorBoardLogger
 from tiny_fit import config_options
 
 OWN = """
@@ -69,6 +71,22 @@ def test_a_folder_that_is_removed_while_a_record_is_written_is_made_again(
     logger.log_metrics({"loss": 2.0}, step=2)
     logger.finalize("success")
     assert [event.value for event in EventAccumulator(logger.log_dir).Reload().Scalars("loss")] == [2.0]
+
+
+def test_a_failed_write_of_a_new_column_keeps_the_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logger = RunCSVLogger(tmp_path, name="run", version="")
+    logger.log_metrics({"loss": 1.0}, step=1)
+    logger.save()
+    logger.log_metrics({"accuracy": 2.0}, step=2)
+    with monkeypatch.context() as full_disk:
+        full_disk.setattr(csv.DictWriter, "writerows", raise_disk_full)
+        with pytest.raises(OSError, match=r"metrics\.csv"):
+            logger.save()
+    assert (tmp_path / "run" / "metrics.csv").read_text().split() == ["loss,step", "1.0,1"]
+
+
+def raise_disk_full(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 RUN_WITH_LIMIT = """

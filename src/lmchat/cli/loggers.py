@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import functools
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
-from lmchat.files import naming_errors
+from lmchat.files import naming_errors, replacing
+from lmchat.strategies.lightning_internals import set_header_writer
 
 
 class _RestoresFolder:
@@ -79,7 +82,23 @@ class RunTensorBoardLogger(_RestoresFolder, TensorBoardLogger):
 
 
 class RunCSVLogger(_RestoresFolder, CSVLogger):
-    """Starts a new file after its folder was removed."""
+    """Starts a new file after its folder was removed; a kill or a full disk leaves no emptied file."""
+
+    @property
+    def experiment(self) -> Any:
+        writer = super().experiment
+        set_header_writer(writer, partial(_rewrite, Path(self.log_dir) / "metrics.csv"))
+        return writer
+
+
+def _rewrite(path: Path, columns: list[str]) -> None:
+    """Adds columns to a CSV file."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    with replacing(path) as unfinished, unfinished.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 @functools.cache

@@ -84,6 +84,11 @@ def set_batch_progress(fit_loop: dict[str, Any], micro_batches: int) -> None:
     progress["is_last_batch"] = False
 
 
+def set_header_writer(writer: Any, rewrite: Callable[[list[str]], None]) -> None:
+    """Makes a CSV logger's writer call ``rewrite(columns)`` for new columns; its own truncates the file first."""
+    writer._rewrite_with_new_header = rewrite
+
+
 def subcommand_parser(cli: LightningCLI) -> Any:
     assert cli.subcommand is not None
     return cli._subcommand_parsers[cli.subcommand]
