@@ -6,6 +6,7 @@ The seed is printed; LMCHAT_KILL_SEED sets it, LMCHAT_KILLS sets the total numbe
 from __future__ import annotations
 
 import csv
+import json
 import os
 import random
 import signal
@@ -230,39 +231,61 @@ LOGGED = """
 trainer: {{max_steps: 8, callbacks: {callbacks}}}
 monitor: {{every_n_steps: 1}}
 eval: {{every_n_steps: 3}}
-checkpoint: {{every_n_steps: 5}}
+samples: {{max_new_tokens: 2, prompts: [a]}}
+checkpoint: {{every_n_steps: {every_n_steps}}}
 """
-KILL = "[{class_path: killable_fit.KillAfterCheckpoint, init_args: {step: 5}}]"
+KILL = "[{{class_path: killable_fit.KillAfterCheckpoint, init_args: {{step: {step}, hook: {hook}}}}}]"
+IN_TRAINING, IN_EVALUATION = "on_train_batch_start", "on_validation_batch_start"
 TIMES = {"train/step_ms", "train/tokens_per_second", "train/memory_gb", "train/eta_seconds"}
 
 
-def logged(base: Path) -> tuple[dict[tuple[str, str], str], dict[tuple[str, int], float]]:
-    """What the starts of a run have logged by metric and step, without times: in CSV files and in TensorBoard's."""
+def logged(base: Path) -> tuple[dict[tuple[str, str], str], dict[tuple[str, int], object], dict[int, str]]:
+    """What the starts of a run have logged, without times: CSV values, TensorBoard's scalars and texts, and samples."""
     rows: dict[tuple[str, str], str] = {}
-    scalars: dict[tuple[str, int], float] = {}
+    events: dict[tuple[str, int], object] = {}
+    samples: dict[int, str] = {}
     for folder in sorted((base / "logs" / "pretrain" / "d2").iterdir()):
         with (folder / "csv" / "metrics.csv").open() as file:
             for row in csv.DictReader(file):
                 rows |= {(name, row["step"]): value for name, value in row.items() if value and name not in TIMES}
-        events = EventAccumulator(str(folder)).Reload()
-        for name in set(events.Tags()["scalars"]) - TIMES:
-            scalars |= {(name, event.step): event.value for event in events.Scalars(name)}
-    return rows, scalars
+        written = EventAccumulator(str(folder)).Reload()
+        for name in set(written.Tags()["scalars"]) - TIMES:
+            events |= {(name, event.step): event.value for event in written.Scalars(name)}
+        for name in written.Tags()["tensors"]:
+            events |= {(name, event.step): event.tensor_proto.string_val[0] for event in written.Tensors(name)}
+        lines = (folder / "samples.jsonl").read_text().splitlines() if (folder / "samples.jsonl").exists() else []
+        samples |= {json.loads(line)["step"]: line for line in lines}
+    return rows, events, samples
 
 
-def test_a_killed_and_resumed_run_has_the_log_of_an_uninterrupted_one(new_base: Callable[[], Path]) -> None:
+def logged_fit(base: Path, expected_status: int, *resume: str, callbacks: str = "[]", every_n_steps: int = 3) -> str:
+    """Output of a run that ends with the expected status."""
+    own = LOGGED.format(callbacks=callbacks, every_n_steps=every_n_steps)
+    ranks = start_fit([*config_options(base, own), *resume], base, 1)
+    join(ranks)
+    output = (base / "output_rank0.txt").read_text()
+    assert [rank.exitcode for rank in ranks] == [expected_status], output[-5000:]
+    return output
+
+
+@pytest.mark.parametrize(
+    ("every_n_steps", "step", "hook"),
+    [(5, 5, IN_TRAINING), (3, 3, IN_TRAINING), (3, 6, IN_EVALUATION), (3, 8, IN_EVALUATION)],
+)
+def test_a_killed_and_resumed_run_has_the_log_of_an_uninterrupted_one(
+    every_n_steps: int, step: int, hook: str, new_base: Callable[[], Path]
+) -> None:
     unbroken, killed = new_base(), new_base()
-    for base, callbacks, resume, status in (
-        (unbroken, "[]", [], 0),
-        (killed, KILL, [], -signal.SIGKILL),
-        (killed, "[]", ["--ckpt_path", "last"], 0),
-    ):
-        ranks = start_fit([*config_options(base, LOGGED.format(callbacks=callbacks)), *resume], base, 1)
-        join(ranks)
-        assert [rank.exitcode for rank in ranks] == [status], (base / "output_rank0.txt").read_text()[-5000:]
+    logged_fit(unbroken, 0)
+    logged_fit(killed, -signal.SIGKILL, callbacks=KILL.format(step=step, hook=hook), every_n_steps=every_n_steps)
+    logged_fit(killed, 0, "--ckpt_path", "auto")
     expected, found = logged(unbroken), logged(killed)
     assert ("train/loss", "2") in expected[0] and ("val/bpb", "3") in expected[0] and ("val/bpb", 3) in expected[1]
+    assert list(expected[2]) == [0, 3, 6, 8]
     assert found == expected
+    assert "is finished" in logged_fit(killed, 0, "--ckpt_path", "auto")
+    evaluations = [json.loads(line)["step"] for path in killed.rglob("samples.jsonl") for line in path.open()]
+    assert sorted(evaluations) == [0, 3, 6, 8], "an evaluation that was complete was repeated"
 
 
 @pytest.mark.slow

@@ -36,12 +36,13 @@ class LossRecorder(Callback):
 
 
 class KillAfterCheckpoint(Callback):
-    """Kills the process before the first micro-batch after ``step``, whose checkpoint is complete by then."""
+    """Kills the process in ``hook`` after ``step``, whose checkpoint is complete by then."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int, hook: str = "on_train_batch_start") -> None:
         self.step = step
+        setattr(self, hook, self._kill)
 
-    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+    def _kill(self, trainer: Any, *_: Any) -> None:
         if trainer.global_step == self.step:
             trainer.strategy.checkpoint_io.wait()
             os.kill(os.getpid(), signal.SIGKILL)

@@ -13,7 +13,7 @@ Requirements:
 - ``train_dataloader`` is called after ``load_state_dict`` and continues from its state. The loader is endless: epochs
   are part of its state, and Lightning's epoch stays 0 (``max_epochs=-1``).
 - Evaluation runs in Lightning's validation loop, after the save of the same step; the RNG state is restored afterwards.
-  A run resumed from that checkpoint does not repeat the evaluation.
+  The loggers are then saved and the checkpoint is marked, so that a resumed run repeats only an incomplete evaluation.
 - Nothing depends on the time, and the loss depends on no other state of the module.
 
 A run may be resumed with another number of micro-batches per step. Lightning counts micro-batches, so its counters are
@@ -102,6 +102,7 @@ class StepCheckpoint(StepCallback, Checkpoint):
         self._watch: AttemptWatch | None = None
         self._boundary: _Boundary | None = None
         self._saved_step = 0
+        self._evaluated_step: int | None = None
         self._stepping = False
         self._rng_to_restore: dict[str, Any] | None = None
 
@@ -112,6 +113,7 @@ class StepCheckpoint(StepCallback, Checkpoint):
         self._io.keep_last = self.keep_last
         if stage != "fit":
             return
+        self._evaluated_step = None
         meta = pl_module.checkpoint_meta()
         self.directory = expand_user(self.dirpath) if self.dirpath else checkpoint_dir(meta["stage"], meta["tag"])
         _on_rank_zero(trainer, self._claim_directory)
@@ -127,6 +129,7 @@ class StepCheckpoint(StepCallback, Checkpoint):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         self._rng_to_restore = checkpoint.get("rng")
         if trainer.state.fn == TrainerFn.FITTING and "loops" in checkpoint:
+            self._saved_step = checkpoint["global_step"]
             # Counters of the same step with this run's number of micro-batches.
             micro_batches = checkpoint["global_step"] * trainer.accumulate_grad_batches
             set_batch_progress(checkpoint["loops"]["fit_loop"], micro_batches)
@@ -155,8 +158,7 @@ class StepCheckpoint(StepCallback, Checkpoint):
         self._mark_boundary(trainer)
         due = self.every_n_steps is not None and step % self.every_n_steps == 0
         if due or step == trainer.max_steps or trainer.should_stop:
-            for logger in trainer.loggers:
-                logger.save()  # a run that is killed and resumed from here does not log these steps again
+            _save_loggers(trainer)
             self._save(trainer)
 
     def _mark_boundary(self, trainer: L.Trainer) -> None:
@@ -164,8 +166,14 @@ class StepCheckpoint(StepCallback, Checkpoint):
         self._stepping = False
 
     def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._evaluated_step = trainer.global_step
+        if trainer.is_global_zero and self._saved_step == trainer.global_step > 0:
+            _save_loggers(trainer)
+            self._io.mark_evaluated(CheckpointPaths(self.directory, trainer.global_step).meta)
         boundary = self._boundary
-        if trainer.state.fn != TrainerFn.FITTING or boundary is None:
+        if boundary is None:
             return
         if boundary.micro_batches == trainer.fit_loop.total_batch_idx:
             restore_rng(boundary.rng)
@@ -238,7 +246,13 @@ class StepCheckpoint(StepCallback, Checkpoint):
         checkpoint["loops"]["fit_loop"] = boundary.fit_loop
         checkpoint |= boundary.data
         checkpoint["rng"] = boundary.rng
-        checkpoint["meta"] = pl_module.checkpoint_meta()
+        checkpoint["meta"] = {**pl_module.checkpoint_meta(), "evaluated": boundary.step == self._evaluated_step}
+
+
+def _save_loggers(trainer: L.Trainer) -> None:
+    """Writes what has been logged; a run that is killed and resumed from a checkpoint does not log it again."""
+    for logger in trainer.loggers:
+        logger.save()
 
 
 def _on_rank_zero(trainer: L.Trainer, check: Callable[[], None]) -> None:

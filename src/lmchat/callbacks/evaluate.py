@@ -25,12 +25,13 @@ INTERVALS_FILE = "intervals.jsonl"
 class Evaluate(Callback):
     """Runs the evaluators of the data at step 0, every ``every_n_steps`` optimizer steps and at the end.
 
-    An evaluator may set its own interval. ``lmchat validate`` runs all of them once. Metrics are logged under ``val/``,
-    their 95 % intervals are written to ``intervals.jsonl`` in the folder of the logs.
+    An evaluator may set its own interval. A run that was killed in an evaluation repeats it when it is resumed.
+    ``lmchat validate`` runs all evaluators once. Metrics are logged under ``val/``, their 95 % intervals are written to
+    ``intervals.jsonl`` in the folder of the logs.
 
     Args:
         every_n_steps: optimizer steps between evaluations; 0 evaluates only at the start and at the end.
-        at_start: evaluate before the first step; never when a run is resumed.
+        at_start: evaluate before the first step of a run that is not resumed.
         at_end: evaluate after the last step.
     """
 
@@ -40,6 +41,7 @@ class Evaluate(Callback):
         self.at_start = at_start
         self.at_end = at_end
         self._last_evaluated_step: int | None = None
+        self._unfinished = False
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         trainer.datamodule.is_due = partial(self.is_due, trainer)  # type: ignore[attr-defined]
@@ -50,11 +52,17 @@ class Evaluate(Callback):
             return True
         return is_due(evaluator, trainer.global_step, trainer.max_steps, self.every_n_steps)
 
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        self._unfinished = not checkpoint.get("evaluated", True)
+
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if self.at_start and trainer.global_step == 0:
+        if self.at_start if trainer.global_step == 0 else self._unfinished and self._any_is_due(trainer):
             rng = capture_rng()  # every loader draws a seed; after later steps `StepCheckpoint` restores the RNG state
             run_validation(trainer)
             restore_rng(rng)
+
+    def _any_is_due(self, trainer: L.Trainer) -> bool:
+        return any(self.is_due(trainer, each) for each in trainer.datamodule.evaluators)  # type: ignore[attr-defined]
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         evaluators = trainer.datamodule.evaluators  # type: ignore[attr-defined]
@@ -90,3 +98,8 @@ class Evaluate(Callback):
         complete = trainer.global_step >= trainer.max_steps
         if self.at_end and complete and self._last_evaluated_step != trainer.global_step:
             run_validation(trainer)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        # Nothing was left to train, so that the hooks of training were not called.
+        if self._unfinished and self._last_evaluated_step is None:
+            self.on_train_end(trainer, pl_module)

@@ -100,6 +100,7 @@ class Monitor(StepCallback):
         self.loss_ema = LossEMA()
         self.tokens = 0
         self._bar: ProgressBar | None = None
+        self._watch = Stopwatch()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         super().on_train_start(trainer, pl_module)

@@ -96,6 +96,7 @@ OPTIONAL: dict[str, Check] = {
     "weight_decay": NUMBER,
     "mask_documents": FLAG,
     "weights_only": FLAG,
+    "evaluated": FLAG,
     "imported": MAPPING,
     "lightning": MAPPING,
 }

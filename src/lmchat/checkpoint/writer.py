@@ -177,6 +177,23 @@ def write_checkpoint(
             prune(paths, keep_last)
 
 
+def mark_evaluated(paths: CheckpointPaths, attempt: Attempt = UNFENCED) -> None:
+    """Notes in ``meta`` that the checkpoint's step has been evaluated; a run that resumes from it does not repeat that.
+
+    Does nothing if there is no such checkpoint, as in a run that has resumed from another folder.
+
+    Raises:
+        UserError: the file cannot be written.
+        Superseded: another attempt than ``attempt`` has begun.
+    """
+    if not paths.meta.exists():
+        return
+    meta = json.loads(paths.meta.read_bytes())
+    del meta["meta_sha256"]
+    meta["evaluated"] = True
+    _save_json(paths.meta, {**meta, "meta_sha256": json_digest(meta)}, attempt)
+
+
 def _save_tensors(path: Path, tree: Mapping[str, Any], attempt: Attempt) -> FileRecord:
     return write_file(path, lambda file: torch.save(dict(tree), cast(IO[bytes], file)), attempt)
 
@@ -304,6 +321,17 @@ class BackgroundWriter:
         """Waits for the previous job, raises its error, if any, and starts ``job``."""
         self.wait()
         self._job = self._pool.submit(job)
+
+    def start_after(self, job: Callable[[], None]) -> None:
+        """Runs ``job`` after the one in progress, without waiting for it. If that one fails, its error is kept."""
+        previous = self._job
+
+        def run() -> None:
+            if previous is not None:
+                previous.result()
+            job()
+
+        self._job = self._pool.submit(run)
 
     def check(self) -> None:
         """Raises the error of a finished job; does not wait."""

@@ -154,9 +154,11 @@ class LMChatCLI(LightningCLI):
             raise UserError(f"--trainer: {error}") from error
 
     def _is_finished(self) -> bool:
-        """Whether ``--ckpt_path auto`` has found the run's last step and no further steps are requested."""
+        """Whether ``--ckpt_path auto`` has found the run's last step, evaluated, and no further steps are requested."""
         resumed = resumable(self.checkpoint, self.model.stage)
         if resumed is None or self._option("ckpt_path") != "auto":
+            return False
+        if self._option("eval")["at_end"] and not resumed.meta.get("evaluated", True):
             return False
         steps = self._option("trainer")["max_steps"]
         if self.model.scales_with_depth:

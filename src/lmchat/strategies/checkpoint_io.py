@@ -10,7 +10,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lmchat.checkpoint.attempt import UNFENCED
 from lmchat.checkpoint.layout import CheckpointPaths
 from lmchat.checkpoint.load import check_can_resume, load_model_state, load_rank_state, open_checkpoint
-from lmchat.checkpoint.writer import PEER_TIMEOUT_SECONDS, BackgroundWriter, snapshot, write_checkpoint
+from lmchat.checkpoint.writer import PEER_TIMEOUT_SECONDS, BackgroundWriter, mark_evaluated, snapshot, write_checkpoint
 from lmchat.types import UserError
 
 _NETWORK = "net."
@@ -104,7 +104,12 @@ class LMChatCheckpointIO(CheckpointIO):
             if former in state.get("callbacks", {}):
                 state["callbacks"][name] = state["callbacks"].pop(former)
         weights = {_NETWORK + name: tensor for name, tensor in load_model_state(checkpoint).items()}
-        return {"state_dict": weights, **checkpoint.meta["lightning"], **state}
+        evaluated = checkpoint.meta.get("evaluated", True)  # earlier versions did not note it
+        return {"state_dict": weights, "evaluated": evaluated, **checkpoint.meta["lightning"], **state}
+
+    def mark_evaluated(self, path: Any) -> None:
+        """Notes, in the background, that the step of the saved checkpoint has been evaluated."""
+        self._writer.start_after(partial(mark_evaluated, CheckpointPaths.of(path), self.attempt))
 
     def remove_checkpoint(self, path: Any) -> None:
         raise NotImplementedError("checkpoints are pruned by keep_last, after a newer one is complete")
