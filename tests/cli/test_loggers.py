@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import functools
 import os
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lmchat.__main__ import main
+from lmchat.cli import loggers
 from lmchat.cli.loggers import RunCSVLogger, RunTensorBoardLogger
 from tiny_fit import config_options
 
@@ -44,6 +46,8 @@ def test_training_continues_if_its_log_folder_is_removed(
     monkeypatch.setattr("faults.RemoveLogs", RemoveLogs, raising=False)
     failed: list[Any] = []
     monkeypatch.setattr(threading, "excepthook", failed.append)
+    # An earlier test may have installed the hook of `RunTensorBoardLogger`, which was replaced above.
+    monkeypatch.setattr(loggers, "_silence_writer_thread", functools.cache(loggers._silence_writer_thread.__wrapped__))
     assert main(["fit", *config_options(base, OWN)]) == 0
     assert not failed
     assert len({str(each.message) for each in recwarn if "was removed" in str(each.message)}) <= 2
