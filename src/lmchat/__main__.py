@@ -7,6 +7,7 @@ import errno
 import json
 import keyword
 import os
+import signal
 import sys
 import warnings
 from importlib import import_module
@@ -119,6 +120,9 @@ def main(args: list[str] | None = None) -> int:
         return 130
     finally:
         warnings.formatwarning = usual_format
+        # The process ends now, and Python would print a traceback of a further Ctrl-C.
+        if args is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
 
 
 def _run(args: list[str]) -> int:
