@@ -32,8 +32,7 @@ class Terminal:
         self.chat = TerminalChat(cast(Engine, self), SamplingParams(max_new_tokens=MAX_NEW_TOKENS, seed=seed), system)
 
     def stream(self, prompt: list[int], params: SamplingParams) -> Iterator[StreamedToken]:
-        if len(prompt) + MAX_NEW_TOKENS > self.context_limit:
-            raise UserError("passes the limit")
+        assert len(prompt) + MAX_NEW_TOKENS <= self.context_limit
         self.prompts.append(TOKENIZER.decode(prompt))
         self.seeds.append(params.seed)
         return iter(self.tokens)
@@ -158,7 +157,26 @@ def test_the_oldest_turns_are_dropped_with_a_message(
     assert "bb" in terminal.prompts[2]
     errors = capsys.readouterr().err
     assert "exceeds the model's context of 100 tokens; the oldest 1 turn forgotten" in errors
-    assert "passes the limit; this message is ignored" in errors
+    assert (
+        f"this message has {shortest_prompt('') + 199} tokens and --max_new_tokens is 10, together more than the "
+        "model's context of 100; shorten the message; this message is ignored"
+    ) in errors
+
+
+@pytest.mark.parametrize("system", ["", "Be brief."])
+@pytest.mark.parametrize(("excess", "room"), [(1, 9), (9, 1), (10, 0)])
+def test_a_message_that_is_too_long_is_refused_with_the_remedies_that_help(
+    system: str, excess: int, room: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Earlier turns, which can be forgotten, are not counted; the conversation goes on."""
+    length = 100 - MAX_NEW_TOKENS - shortest_prompt(system) + 1 + excess
+    terminal = Terminal(context_limit=100, system=system)
+    terminal.run(monkeypatch, "One", "e" * length, "Two")
+    assert len(terminal.prompts) == 2 and "One" in terminal.prompts[1]
+    what = "this message" + " with this system prompt" * bool(system)
+    remedy = f"lower --max_new_tokens to at most {room} or " * bool(room) + "shorten the message"
+    expected = f"{what} has {100 - room} tokens and --max_new_tokens is 10, together more than the model's context of"
+    assert f"{expected} 100; {remedy}; this message is ignored\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("reply, answers", [("", 2), ("y", 2), ("n", 1)])

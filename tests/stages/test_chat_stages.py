@@ -450,7 +450,7 @@ def test_chat_continues_after_a_too_long_message(
     assert [prompt.count("Hello") for prompt in answered] == [1, 2]
     assert "word" not in answered[1]
     errors = capfd.readouterr().err
-    assert "the model's limit of 2560; shorten it, or lower max_new_tokens; this message is ignored" in errors
+    assert "the model's context of 2560; shorten the message; this message is ignored" in errors
 
 
 def test_chat_sets_and_removes_a_system_prompt(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:

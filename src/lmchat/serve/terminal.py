@@ -46,17 +46,21 @@ class TerminalChat:
         self._check_room(messages)
         self.system, self.messages = system, messages
 
-    def _check_room(self, messages: list[Message]) -> None:
-        """Raises UserError if the shortest question after ``messages`` and its answer exceed the context."""
-        asked: Message = {"role": "user", "content": "?"}
+    def _check_room(self, messages: list[Message], question: str | None = None) -> None:
+        """Raises UserError if ``question``, by default the shortest, and its answer exceed the context.
+
+        ``messages`` are those that are never forgotten: the system prompt, if there is one.
+        """
+        asked: Message = {"role": "user", "content": question or "?"}
         prompt = len(render_for_completion(self.engine.tokenizer, {"messages": [*messages, asked]}))
         limit, wanted = self.engine.context_limit, self.params.max_new_tokens
         if prompt + wanted <= limit:
             return
-        what = "the shortest message" + (" with this system prompt" if messages else "")
+        what = "this message" if question else "the shortest message"
+        what += " with this system prompt" if messages else ""
         remedies = [f"lower --max_new_tokens to at most {limit - prompt}"] if limit > prompt else []
-        if messages:
-            remedies.append("shorten the system prompt")
+        if question or messages:
+            remedies.append(f"shorten the {'message' if question else 'system prompt'}")
         raise UserError(
             f"{what} has {prompt} tokens and --max_new_tokens is {wanted}, together more than the model's context of "
             f"{limit}; {' or '.join(remedies) or 'use a model with a longer context'}"
@@ -88,6 +92,7 @@ class TerminalChat:
         Raises:
             UserError: the question does not fit into the model's context; the conversation is unchanged.
         """
+        self._check_room(self.messages[: self._first_turn], question)
         asked: Message = {"role": "user", "content": question}
         prompt = render_for_completion(self.engine.tokenizer, {"messages": [*self.messages, asked]})
         params, self.params = self.params, replace(self.params, seed=self.params.seed + 1)
@@ -136,10 +141,14 @@ class TerminalChat:
             if reply is None or reply.strip().lower() not in ("", "y", "yes"):
                 print("(this message is ignored; /reset starts a new conversation)", file=sys.stderr)
                 return False
-        first = 1 if self.messages[0]["role"] == "system" else 0
-        del self.messages[first : first + 2 * turns]
+        del self.messages[self._first_turn : self._first_turn + 2 * turns]
         print(f"({notice}; the oldest {_count(turns, 'turn')} forgotten)", file=sys.stderr)
         return True
+
+    @property
+    def _first_turn(self) -> int:
+        """Index of the first message after the system prompt."""
+        return 1 if self.messages and self.messages[0]["role"] == "system" else 0
 
     def turns_to_forget(self, question: str) -> int:
         """Number of oldest turns (question and answer) to remove, so that the context has room for an answer.
@@ -147,7 +156,7 @@ class TerminalChat:
         The system prompt is kept. Returns 0 if the question alone does not fit.
         """
         limit = self.engine.context_limit - self.params.max_new_tokens
-        first = 1 if self.messages and self.messages[0]["role"] == "system" else 0
+        first = self._first_turn
         asked: Message = {"role": "user", "content": question}
         for turns in range((len(self.messages) - first) // 2 + 1):
             kept = [*self.messages[:first], *self.messages[first + 2 * turns :], asked]
