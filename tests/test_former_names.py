@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import yaml
+from jsonargparse import get_loader
 
 from lmchat.__main__ import main
 from lmchat.cli.fit import read_data_module
-from lmchat.cli.former_names import CLASSES, rename_arguments
+from lmchat.cli.former_names import CLASSES, accept_former_names, rename_arguments
 from lmchat.demo.tasks import Arithmetic
 from lmchat.types import UserError
 from tiny_fit import config_options
@@ -58,6 +59,13 @@ def bomb() -> str:
     [
         (bomb(), "its aliases stand for more than 1,000,000 values"),
         ("trainer: {max_steps: " + "9" * 5000 + "}", "value has 5000 digits"),
+        ("trainer:\n  max_steps: 010", "line 2: 010 is a number in base 8 or 60; use base 10, or quotes"),
+        ("trainer: {max_steps: 1:30}", "line 1: 1:30 is a number in base 8 or 60"),
+        ("model: {init_args: {matrix_lr: 0:30.5}}", "line 1: 0:30.5 is a number in base 8 or 60"),
+        ('checkpoint: {dirpath: "a\\0b"}', "line 1: a text has a NUL character"),
+        ("samples: {prompts: " + "[" * 900 + "]" * 900 + "}", "nested too deeply"),
+        ("'max steps': 1", 'has the key "max steps", which is not an option'),
+        ("'': 1", 'has the key "", which is not an option'),
         ("trainer: {max_steps: 1}\nmodel: {}\ntrainer: {max_steps: 2}", "twice, the second time in line 3"),
         ("model: {init_args: {depth: 2, depth: 3}}", "sets depth twice, the second time in line 1"),
         ("seed_everything: null", "--seed_everything is None; it must be a number"),
@@ -69,6 +77,12 @@ def test_invalid_configs_are_refused(
 ) -> None:
     assert main(["fit", *config_options(tmp_path, text)]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_texts_that_look_like_numbers_in_another_base_are_kept() -> None:
+    accept_former_names()
+    texts = get_loader("yaml")("['010', \"1:30\", 00:12:00:00, 08-09, 1.2.3, 089, 0, -7, 0x1F, 1e3]")
+    assert texts == ["010", "1:30", "00:12:00:00", "08-09", "1.2.3", "089", 0, -7, 31, 1000.0]
 
 
 def test_a_recursive_alias_is_refused(tmp_path: Path) -> None:

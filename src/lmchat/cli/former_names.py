@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
@@ -25,6 +26,8 @@ GROUPS = {"non_finite_loss": "non_finite_guard"}
 """Option groups by their former names."""
 
 
+_OTHER_BASES = re.compile(r"[-+]?(0[0-7_]+|[1-9][0-9_]*(:[0-5]?[0-9])+|[0-9][0-9_]*(:[0-5]?[0-9])+\.[0-9_]*)")
+
 MAX_VALUES = 1_000_000
 """Values of a config with all its aliases written out."""
 
@@ -35,16 +38,29 @@ def accept_former_names() -> None:
 
     def load(text: str) -> Any:
         try:
+            _check_scalars(text)
             value = load_yaml(text)
             if _expanded_size(value, {}) > MAX_VALUES:
                 raise yaml.YAMLError(f"its aliases stand for more than {MAX_VALUES:,} values")
             return _rename(value, at_top=True)
         except RecursionError:
-            raise yaml.YAMLError("an alias refers to the value that contains it") from None
+            raise yaml.YAMLError("it is nested too deeply, or an alias refers to the value that contains it") from None
         except ValueError as error:  # a number with thousands of digits
-            raise yaml.YAMLError(str(error)) from None
+            raise yaml.YAMLError(str(error).partition(";")[0]) from None
 
     set_loader("yaml", load, exceptions=(yaml.YAMLError,))
+
+
+def _check_scalars(text: str) -> None:
+    """Raises YAMLError for a number that YAML 1.1 reads in base 8 or 60, and for a NUL character, which no path has."""
+    for token in yaml.scan(text, Loader=yaml.CSafeLoader):
+        if not isinstance(token, yaml.ScalarToken):
+            continue
+        line = token.start_mark.line + 1
+        if token.plain and _OTHER_BASES.fullmatch(token.value):
+            raise yaml.YAMLError(f"line {line}: {token.value} is a number in base 8 or 60; use base 10, or quotes")
+        if "\0" in token.value:
+            raise yaml.YAMLError(f"line {line}: a text has a NUL character; leave it out")
 
 
 def _expanded_size(value: Any, known: dict[int, int]) -> int:
