@@ -157,6 +157,41 @@ CASES: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
         ["--model", "PretrainModul"],
         ["--model is PretrainModul", "`lmchat fit --help_all` lists them"],
     ),
+    "base class": (
+        nothing,
+        ["--model", "StageModule"],
+        ["--model is StageModule, a base class; use PretrainModule, SFTModule, GRPOModule or a subclass"],
+    ),
+    "class of a missing module": (
+        nothing,
+        ["--trainer.callbacks", "[{{class_path: nowhere.Class}}]"],
+        ["--trainer.callbacks: No module named 'nowhere'; correct the path of the class"],
+    ),
+    "class that is no callback": (
+        nothing,
+        ["--trainer.callbacks", "[{{class_path: lmchat.types.UserError}}]"],
+        ["--trainer.callbacks: Import path lmchat.types.UserError does not correspond to a subclass of Callback"],
+    ),
+    "callback of every run": (
+        nothing,
+        ["--trainer.callbacks", "[{{class_path: lmchat.callbacks.evaluate.Evaluate}}]"],
+        ["every run has Evaluate; leave it out, and set its options with --eval"],
+    ),
+    "callback given twice": (
+        nothing,
+        ["--trainer.callbacks", "[&c {{class_path: EarlyStopping, init_args: {{monitor: val/bpb}}}}, *c]"],
+        ["--trainer.callbacks has EarlyStopping twice, with equal options; leave one out"],
+    ),
+    "profiler of another device": (
+        nothing,
+        ["--trainer.profiler", "xla"],
+        ["--trainer.profiler is xla", "use simple, advanced or pytorch"],
+    ),
+    "negative warm-up of the monitor": (
+        nothing,
+        ["--monitor.warmup_steps", "-1"],
+        ["--monitor.warmup_steps is -1; it must be at least 0"],
+    ),
     "missing config": (
         nothing,
         ["--config", "nowhere.yaml"],

@@ -95,6 +95,7 @@ class Monitor(StepCallback):
 
     def __init__(self, every_n_steps: int = 10, warmup_steps: int = 3) -> None:
         check_count("monitor", 1, every_n_steps=every_n_steps)
+        check_count("monitor", 0, warmup_steps=warmup_steps)
         self.every_n_steps = every_n_steps
         self.warmup_steps = warmup_steps
         self.loss_ema = LossEMA()

@@ -13,6 +13,10 @@ _REJECTED = re.compile(r"Option '([^']+)' is not accepted")
 _CLASS = re.compile(r"given class_path '(?:[\w.]+\.)?(\w+)'")
 _INCOMPLETE = re.compile(r"class_path '(?:[\w.]+\.)?(\w+)':\s+the following arguments are required: (.*)")
 _MISSING_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
+_BROKEN_CLASS = re.compile(
+    r"(?:class_path '[^']+':\s+|- )(No module named .*|module \S+ has no attribute .*|cannot import name .*"
+    r"|Import path \S+ does not .*|.*\(\S+\.py, line \d+\))"
+)
 _MISFIT = re.compile(r"Expected an? (.+?)\. Got value: (.*)")
 _UNION = re.compile(r"Subtypes: \[(.+)\]\n(?:(?!\s*Subtypes: ).*\n)*?.*Given value type: .*\n\s*Given value: (.*)")
 _TYPE = re.compile(r"<class '(?:\w+\.)*(\w+)'>|(?:typing\.)?Literal\[([^\]]*)\]|([^,\s](?:[^,\[]|\[[^\]]*\])*)")
@@ -57,6 +61,8 @@ def explain(message: str, args: Sequence[str]) -> str:
             f"--{option}: {incomplete[1]} needs {incomplete[2]}, which {command} was not given; see "
             f"`{command} --{option}.help {incomplete[1]}`"
         )
+    if broken := _BROKEN_CLASS.search(message):
+        return f"--{option}: {broken[1]}; correct the path of the class, or its module"
     if misfit := _MISFIT.findall(message):
         expected, value = misfit[-1]
         return f"--{option} is {value or 'empty'}; {_remedy(expected, value)}"
@@ -69,6 +75,8 @@ def explain(message: str, args: Sequence[str]) -> str:
         return _missing(missing[1].split(", "), args)
     if key := re.search(r"Key must be a string, got: (.*?)\.?$", message):
         return f"{_configs(args)} has the key {key[1]}, which YAML does not read as text; correct it"
+    if key := re.search(r"(?:Empty nested key|Spaces not allowed in keys): (.*?)\.?$", message):
+        return f"{_configs(args)} has the key {key[1]}, which is not an option; `{listing(args[0])}` lists them"
     if "Problems parsing config" in message:
         return f"{_configs(args)} is not valid YAML: {message.split(':', 1)[1]}"
     return message

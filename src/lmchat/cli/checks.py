@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from lmchat.cli.argument_errors import config_paths
-from lmchat.cli.short_help import listing
+from lmchat.cli.short_help import CLASSES, listing
 from lmchat.option_checks import check_count
 from lmchat.stages.base import check_precision
 from lmchat.types import UserError
@@ -31,6 +31,7 @@ DECIDED_BY = {
 }
 """Trainer options that the stages replace, and what to use instead."""
 
+BASE_CLASSES = {"StageModule", "ChatModule", "StageDataModule", "ChatDataModule"}
 MAX_DEVICES = 1024
 _DEVICES = re.compile(r"auto|-?\d+(,\s*\d+)*")
 
@@ -72,6 +73,14 @@ def check_groups(config: Namespace, parser: ArgumentParser) -> None:
             raise UserError(f"--{name} is {shown}; it must be a mapping, as in {name}: {{option: value}}")
 
 
+def check_classes(option: Callable[[str], Any]) -> None:
+    """Raises UserError for a base class of the stages as model or data; jsonargparse accepts it."""
+    for group, names in CLASSES.items():
+        name = getattr(option(group), "class_path", "").rpartition(".")[2]
+        if name in BASE_CLASSES:
+            raise UserError(f"--{group} is {name}, a base class; use {', '.join(names)} or a subclass of your own")
+
+
 def check_environment(subcommand: str, parser: ArgumentParser) -> None:
     """Raises UserError for an environment variable that is not an option; jsonargparse ignores it."""
     prefix = f"{ENV_PREFIX}_{subcommand.upper()}__"
@@ -96,6 +105,8 @@ def check_trainer_options(trainer: Mapping[str, Any] | Namespace, parser: Argume
             raise UserError(f"--trainer.{name} {trainer[name]} is not supported: leave it out and use {decisive}")
     # Before the trainer is built: on a CPU it would turn 16-mixed into bf16-mixed.
     check_precision(trainer["precision"])
+    if trainer["profiler"] == "xla":
+        raise UserError("--trainer.profiler is xla, which is for TPUs; use simple, advanced or pytorch")
     devices = trainer["devices"]
     if isinstance(devices, str) and not _DEVICES.fullmatch(devices):
         raise UserError(f"--trainer.devices is {devices}; it must be auto, a number of devices, or a list such as 0,1")

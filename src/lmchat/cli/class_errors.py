@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,23 @@ from lmchat.types import UserError
 
 _NOT_INSTALLED = re.compile(r"class_path '(?:[\w.]+\.)?(\w+)':\s+Requirement '([^']+)' not met")
 _CREATED = re.compile(r"Given value: \[?Namespace\(class_path='(?:[\w.]+\.)?(\w+)'")
+_TWICE = re.compile(r"Found more than one stateful callback of type `(\w+)`")
 _CALLBACKS = Path(lightning.pytorch.callbacks.__file__).parent
 _OWN = Path(lmchat.__file__).parent
 
 
-def check_callbacks(callbacks: Any) -> None:
-    """Raises UserError for a callback of Lightning that saves checkpoints in its own format."""
+def check_callbacks(callbacks: Any, groups: Mapping[str, type]) -> None:
+    """Raises UserError for a callback that every run has, and for one that saves checkpoints in Lightning's format.
+
+    ``groups`` are the classes of the callbacks of every run, by option group.
+    """
+    names = {kind: group for group, kind in groups.items()}
     for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        if group := names.get(type(callback)):
+            raise UserError(
+                f"--trainer.callbacks: every run has {type(callback).__name__}; leave it out, and set its options with "
+                f"--{group}"
+            )
         if isinstance(callback, ModelCheckpoint | OnExceptionCheckpoint):
             name, monitor = type(callback).__name__, getattr(callback, "monitor", None)
             raise UserError(
@@ -35,6 +46,8 @@ def explain_class_error(error: Exception) -> UserError | None:
     text = str(error)
     if lacking := _NOT_INSTALLED.search(text):
         return UserError(f"{lacking[1]} needs {lacking[2]}; install it: pip install '{lacking[2]}'")
+    if twice := _TWICE.match(text):
+        return UserError(f"--trainer.callbacks has {twice[1]} twice, with equal options; leave one out")
     if isinstance(error, ValueError) and (created := _CREATED.search(text)):
         return UserError(f"{created[1]} cannot be created: {_root(error)}; correct its options, or leave it out")
     if (name := _failed_callback(error)) is not None:

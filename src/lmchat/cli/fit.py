@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -26,6 +27,7 @@ from lmchat.callbacks.save_config import SaveConfig
 from lmchat.callbacks.training_plan import TrainingPlan
 from lmchat.cli.checks import (
     ENV_PREFIX,
+    check_classes,
     check_config_files,
     check_environment,
     check_groups,
@@ -73,6 +75,21 @@ continue without one; the DataModule saves the data position; the monitor logs a
 evaluation; all ranks log the same step, and metrics that the evaluators have reduced over the ranks."""
 
 
+CALLBACKS: dict[str, type[Callback]] = {
+    "core": Core,
+    "chat_core": ChatCore,
+    "scaling_laws": TrainingPlan,
+    "fp8": FP8,
+    "monitor": Monitor,
+    "samples": Samples,
+    "gc_freeze": GCFreeze,
+    "non_finite_guard": NonFiniteGuard,
+    "eval": Evaluate,
+    "checkpoint": StepCheckpoint,
+}
+"""Callbacks of every run by option group, in the order of setup: first those that add evaluators, then the plan."""
+
+
 class LMChatCLI(LightningCLI):
     """Adds lmchat's callbacks, TensorBoard and CSV logs by default, ``--ckpt_path last`` and ``--ckpt_path auto``.
 
@@ -86,17 +103,8 @@ class LMChatCLI(LightningCLI):
         return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in ("fit", "validate")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        # The order of setup: callbacks that add evaluators, the plan, then callbacks that use it.
-        parser.add_lightning_class_args(Core, "core")
-        parser.add_lightning_class_args(ChatCore, "chat_core")
-        parser.add_lightning_class_args(TrainingPlan, "scaling_laws")
-        parser.add_lightning_class_args(FP8, "fp8")
-        parser.add_lightning_class_args(Monitor, "monitor")
-        parser.add_lightning_class_args(Samples, "samples")
-        parser.add_lightning_class_args(GCFreeze, "gc_freeze")
-        parser.add_lightning_class_args(NonFiniteGuard, "non_finite_guard")
-        parser.add_lightning_class_args(Evaluate, "eval")
-        parser.add_lightning_class_args(StepCheckpoint, "checkpoint")
+        for group, callback in CALLBACKS.items():
+            parser.add_lightning_class_args(callback, group)
 
     def _parse_ckpt_path(self) -> None:
         """Disabled: the checkpoint's hyperparameters would override the user's options."""
@@ -113,6 +121,7 @@ class LMChatCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         assert self.subcommand is not None
         check_groups(self.config.get(self.subcommand, self.config), self._options)
+        check_classes(self._option)
         check_environment(self.subcommand, self._options)
         if self.subcommand == "validate" and self._option("ckpt_path") is None:
             raise UserError("lmchat validate evaluates a checkpoint; give one with --ckpt_path, e.g. --ckpt_path last")
@@ -124,7 +133,7 @@ class LMChatCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         assert self.subcommand is not None
         check_trainer_options(self._option("trainer"), self._options, self.subcommand)
-        check_callbacks(subcommand_option(self, self.config_init, "trainer")["callbacks"])
+        check_callbacks(subcommand_option(self, self.config_init, "trainer")["callbacks"], CALLBACKS)
         self.checkpoint = find_start(
             self._option("ckpt_path"),
             self.model.stage,
