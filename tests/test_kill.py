@@ -268,6 +268,13 @@ def logged_fit(base: Path, expected_status: int, *resume: str, callbacks: str = 
     return output
 
 
+@pytest.mark.parametrize("option", ["--trainer.limit_val_batches=0", "--eval.at_end=false"])
+def test_a_run_without_a_final_evaluation_is_finished(option: str, new_base: Callable[[], Path]) -> None:
+    base = new_base()
+    logged_fit(base, 0, option)
+    assert "is finished" in logged_fit(base, 0, option, "--ckpt_path", "auto")
+
+
 @pytest.mark.parametrize(
     ("every_n_steps", "step", "hook"),
     [(5, 5, IN_TRAINING), (3, 3, IN_TRAINING), (3, 6, IN_EVALUATION), (3, 8, IN_EVALUATION)],

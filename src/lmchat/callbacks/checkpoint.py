@@ -102,7 +102,6 @@ class StepCheckpoint(StepCallback, Checkpoint):
         self._watch: AttemptWatch | None = None
         self._boundary: _Boundary | None = None
         self._saved_step = 0
-        self._evaluated_step: int | None = None
         self._stepping = False
         self._rng_to_restore: dict[str, Any] | None = None
 
@@ -113,7 +112,6 @@ class StepCheckpoint(StepCallback, Checkpoint):
         self._io.keep_last = self.keep_last
         if stage != "fit":
             return
-        self._evaluated_step = None
         meta = pl_module.checkpoint_meta()
         self.directory = expand_user(self.dirpath) if self.dirpath else checkpoint_dir(meta["stage"], meta["tag"])
         _on_rank_zero(trainer, self._claim_directory)
@@ -168,7 +166,6 @@ class StepCheckpoint(StepCallback, Checkpoint):
     def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        self._evaluated_step = trainer.global_step
         if trainer.is_global_zero and self._saved_step == trainer.global_step > 0:
             _save_loggers(trainer)
             self._io.mark_evaluated(CheckpointPaths(self.directory, trainer.global_step).meta)
@@ -246,7 +243,7 @@ class StepCheckpoint(StepCallback, Checkpoint):
         checkpoint["loops"]["fit_loop"] = boundary.fit_loop
         checkpoint |= boundary.data
         checkpoint["rng"] = boundary.rng
-        checkpoint["meta"] = {**pl_module.checkpoint_meta(), "evaluated": boundary.step == self._evaluated_step}
+        checkpoint["meta"] = {**pl_module.checkpoint_meta(), "evaluated": checkpoint.pop("evaluated", True)}
 
 
 def _save_loggers(trainer: L.Trainer) -> None:

@@ -44,6 +44,7 @@ class Evaluate(Callback):
         self._unfinished = False
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        self._last_evaluated_step = None
         trainer.datamodule.is_due = partial(self.is_due, trainer)  # type: ignore[attr-defined]
 
     def is_due(self, trainer: L.Trainer, evaluator: Evaluator) -> bool:
@@ -51,6 +52,10 @@ class Evaluate(Callback):
         if trainer.state.fn != TrainerFn.FITTING:
             return True
         return is_due(evaluator, trainer.global_step, trainer.max_steps, self.every_n_steps)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        done = self._last_evaluated_step == trainer.global_step
+        checkpoint["evaluated"] = done or not self._any_is_due(trainer)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         self._unfinished = not checkpoint.get("evaluated", True)
@@ -62,7 +67,8 @@ class Evaluate(Callback):
             restore_rng(rng)
 
     def _any_is_due(self, trainer: L.Trainer) -> bool:
-        return any(self.is_due(trainer, each) for each in trainer.datamodule.evaluators)  # type: ignore[attr-defined]
+        evaluators = trainer.datamodule.evaluators  # type: ignore[attr-defined]
+        return trainer.enable_validation and any(self.is_due(trainer, each) for each in evaluators)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         evaluators = trainer.datamodule.evaluators  # type: ignore[attr-defined]
