@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import tracemalloc
 import zipfile
 from collections import Counter
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import pytest
 
 from byte_tokenizer import ByteTokenizer
 from lmchat.commands.data import check
+from lmchat.data import health as health_module
 from lmchat.data.evaluation_overlap import EvaluationOverlap, evaluation_files, strings_of
 from lmchat.data.health import check_mixtures, check_shards
 from lmchat.data.mixture import Mixture, MixturePart
@@ -75,13 +77,38 @@ def test_duplicates_equal_brute_force_over_all_pairs(write_shards: WriteShards) 
     assert health.total.characters == sum(map(len, texts))
 
 
+def test_copies_of_many_small_documents_are_counted_in_little_memory(
+    write_shards: WriteShards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health_module, "_BATCH_CHARACTERS", 1 << 14)
+    rng = random.Random(1512)
+    texts = [f"{rng.randrange(12_000):x} of few words" if rng.random() < 0.9 else "" for _ in range(15_000)]
+    peaks = []
+    for count in (3_000, 15_000):
+        folder = write_shards(texts[: count // 3], texts[count // 3 : count])
+        tracemalloc.start()
+        health = check_shards(folder)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 30 * 12_000
+
+    copies = Counter(filter(None, texts))
+    assert health.total.exact_duplicates == copies.total() - len(copies)
+    assert health.total.empty == texts.count("")
+    frequent = health.most_frequent
+    assert [each["copies"] for each in frequent] == [count for _, count in copies.most_common(10)]
+    for each in frequent:
+        position = each["row"] + (15_000 // 3 if each["shard"] == health.shards[1].shard else 0)
+        assert position == texts.index(each["beginning"]) and copies[each["beginning"]] == each["copies"]
+
+
 def test_signatures_estimate_the_jaccard_similarity() -> None:
     rng = random.Random(0)
     original = _text(rng, 400)
     near = NearDuplicates()
     texts = [original, *(original[:keep] + _text(rng, 400 - keep) for keep in range(0, 401, 25))]
     near.add(range(len(texts)), [word_hashes(" ".join(words)) for words in texts])
-    signatures = np.frombuffer(near._signatures, np.uint16).reshape(len(texts), -1)
+    signatures = near.signatures(np.arange(len(texts)))
     sets = [_grams(" ".join(words), 5) for words in texts]
     for signature, grams in zip(signatures, sets, strict=True):
         similarity = len(grams & sets[0]) / len(grams | sets[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -11,6 +12,9 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from lmchat.data.evaluation_overlap import EvaluationFile, EvaluationOverlap
 from lmchat.data.mixture import Mixture
@@ -96,7 +100,7 @@ def check_shards(
     similarity: float = 0.8,
     sequence_len: int = 2048,
 ) -> DataHealth:
-    """Reads all shards of a folder once. Memory grows by about 1 kB per document.
+    """Reads all shards of a folder once. Memory grows by up to 60 bytes per document.
 
     Args:
         data_dir: folder of parquet shards.
@@ -167,12 +171,13 @@ class _Checker:
         self._shards = [ShardHealth(source.name) for source in sources]
         self._overlap = overlap
         self._near = NearDuplicates(similarity)
-        self._places: dict[bytes, tuple[int, int]] = {}
-        self._copies: Counter[bytes] = Counter()
+        self._seen = _SeenHashes()
+        self._hashes = array("Q")  # of all rows, in order
+        self._copies = array("Q")
         self._longest: list[tuple[int, int, int, str]] = []
         self._words: list[Hashes] = []
         self._owners: list[int] = []
-        self._unique: list[bool] = []
+        self._batch: list[int] = []
         self._batch_characters = 0
 
     def add(self, shard: int, row: int, text: str | None) -> None:
@@ -180,19 +185,17 @@ class _Checker:
         health.documents += 1
         if not text or text.isspace():
             health.empty += 1
+            self._hashes.append(0)
             return
         health.characters += len(text)
         # Negated, so that the earliest of equally long documents stays.
         entry = (len(text), -shard, -row, text[:_BEGINNING])
         (heapq.heappush if len(self._longest) < LISTED else heapq.heappushpop)(self._longest, entry)
         digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        unique = self._places.setdefault(digest, (shard, row)) == (shard, row)
-        if not unique:
-            health.exact_duplicates += 1
-            self._copies[digest] += 1
+        self._batch.append(int.from_bytes(digest) or 1)
+        self._hashes.append(self._batch[-1])
         self._words.append(word_hashes(text))
         self._owners.append(shard)
-        self._unique.append(unique)
         self._batch_characters += len(text)
         if self._batch_characters >= _BATCH_CHARACTERS:
             self._compare()
@@ -202,15 +205,31 @@ class _Checker:
         for shard, grams in zip(self._owners, self._overlap.count(self._words).tolist(), strict=True):
             self._shards[shard].overlapping += grams > 0
             self._shards[shard].overlapping_grams += grams
-        firsts = [number for number, unique in enumerate(self._unique) if unique]
+        is_new = self._seen.add(np.array(self._batch, np.uint64))
+        for number in (~is_new).nonzero()[0].tolist():
+            self._shards[self._owners[number]].exact_duplicates += 1
+            self._copies.append(self._batch[number])
+        firsts = is_new.nonzero()[0].tolist()
         self._near.add([self._owners[number] for number in firsts], [self._words[number] for number in firsts])
-        self._words, self._owners, self._unique, self._batch_characters = [], [], [], 0
+        self._words, self._owners, self._batch, self._batch_characters = [], [], [], 0
+
+    def _most_frequent(self) -> list[tuple[int, int, int]]:
+        """Shard and row of the first, and number, of the documents with the most copies."""
+        hashes, first_copies, copies = np.unique(
+            np.frombuffer(self._copies, np.uint64), return_index=True, return_counts=True
+        )
+        rows, ends = np.frombuffer(self._hashes, np.uint64), np.cumsum([shard.documents for shard in self._shards])
+        found = []
+        for number in np.lexsort((first_copies, -copies))[:LISTED]:
+            position = (rows == hashes[number]).argmax()
+            shard = int(np.searchsorted(ends, position, side="right"))
+            found.append((shard, int(position - ends[shard] + self._shards[shard].documents), int(copies[number]) + 1))
+        return found
 
     def finish(self) -> DataHealth:
         self._compare()
         for shard, count in Counter(self._near.find().tolist()).items():
             self._shards[shard].near_duplicates = count
-        frequent = [(*self._places[digest], copies + 1) for digest, copies in self._copies.most_common(LISTED)]
         return DataHealth(
             self._shards,
             self._overlap.report(),
@@ -225,9 +244,29 @@ class _Checker:
                     "copies": copies,
                     "beginning": self._beginning(shard, row),
                 }
-                for shard, row, copies in frequent
+                for shard, row, copies in self._most_frequent()
             ],
         )
 
     def _beginning(self, shard: int, row: int) -> str:
         return (next(islice(self._sources[shard].read(), row, None)) or "")[:_BEGINNING]
+
+
+class _SeenHashes:
+    """A set of hashes in some 16 bytes each: sorted arrays, each more than twice as long as the next."""
+
+    def __init__(self) -> None:
+        self._sorted: list[Hashes] = []
+
+    def add(self, hashes: Hashes) -> npt.NDArray[np.bool_]:
+        """Adds hashes; returns which of them are new, of equal ones the first."""
+        is_new = np.zeros(len(hashes), dtype=bool)
+        is_new[np.unique(hashes, return_index=True)[1]] = True
+        for known in self._sorted:
+            is_new &= known[np.searchsorted(known, hashes).clip(max=len(known) - 1)] != hashes
+        if is_new.any():
+            added = hashes[is_new]
+            while self._sorted and len(self._sorted[-1]) <= 2 * len(added):
+                added = np.concatenate([self._sorted.pop(), added])
+            self._sorted.append(np.sort(added, kind="stable"))
+        return is_new
