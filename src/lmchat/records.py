@@ -32,6 +32,13 @@ PARQUET_ROWS = 16
 DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
 """Errors of damaged compressed data."""
 
+_BEGINNINGS = {
+    ".gz": rb"\x1f\x8b",
+    ".bz2": rb"BZh",
+    ".xz": rb"\xfd7zXZ\0|\x5d\0\0",
+    ".zst": rb"\x28\xb5\x2f\xfd|[P-_]\x2aM\x18",
+}
+
 _CHUNK_BYTES = 1 << 20
 _PROBE_BYTES = 4096
 _BOMS = {  # UTF-32 first: its marks begin with those of UTF-16
@@ -105,6 +112,14 @@ def open_text(path: Path, raw: BinaryIO, encoding: str | None = None) -> Iterato
 
 def _decompressed(path: Path, raw: BinaryIO) -> Any:
     suffix = kind_of(path)[1]
+    head = cast(Any, raw).peek(_PROBE_BYTES)[:_PROBE_BYTES] if suffix else b""
+    if head and not re.match(_BEGINNINGS[suffix], head):
+        others = [other for other, beginning in _BEGINNINGS.items() if re.match(beginning, head)]
+        what = f"{others[0]} data" if others else "no compressed data"  # browsers decompress, and keep the name
+        raise UserError(
+            f"{path} is damaged or has a wrong name: it contains {what}; copy it again, or "
+            f"{f'end its name in {others[0]}' if others else f'remove {suffix} from its name'}"
+        )
     if suffix == ".gz":
         return gzip.GzipFile(fileobj=raw)
     if suffix == ".bz2":
