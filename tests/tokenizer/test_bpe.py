@@ -4,6 +4,7 @@ import errno
 import json
 import pickle
 import random
+import resource
 import shutil
 from base64 import b64encode
 from collections import Counter
@@ -301,3 +302,17 @@ class TestFiles:
             Tokenizer({b"ab" if token == b"A" else token: rank for token, rank in ranks.items()})
         with pytest.raises(UserError, match="not a regular expression"):
             Tokenizer({bytes([byte]): byte for byte in range(256)}, "(")
+
+
+def test_a_full_disk_names_the_file_that_did_not_fit(tmp_path: Path) -> None:
+    """The vocabulary, which is too large, and not a small file after it; none is left."""
+    ranks = {bytes([byte]): byte for byte in range(256)} | {bytes([1, byte]): 256 + byte for byte in range(256)}
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as raised:
+            Tokenizer(ranks).save(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert raised.value.filename == str(tmp_path / "tokenizer.json")
+    assert not list(tmp_path.iterdir())

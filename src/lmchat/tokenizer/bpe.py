@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tiktoken
 
-from lmchat.files import replacing
+from lmchat.files import naming_errors, replacing
 from lmchat.paths import expand_user
 from lmchat.tokenizer import files
 from lmchat.types import UserError
@@ -175,13 +175,20 @@ class Tokenizer:
         directory.mkdir(parents=True, exist_ok=True)
         hugging_face = files.hugging_face(self.ranks, self.pattern, SPECIAL_TOKENS)
         # tokenizer.json is renamed last: a folder with it is complete.
-        names = (_FILE, "ranks.tiktoken", "token_bytes.npy")
+        writers: dict[str, Callable[[Path], Any]] = {
+            _FILE: lambda path: path.write_text(hugging_face.to_str(pretty=True), encoding="utf-8"),
+            "ranks.tiktoken": lambda path: files.write_tiktoken_ranks(path, self.ranks),
+            "token_bytes.npy": self._write_token_bytes,
+        }
         with ExitStack() as stack:
-            tokenizer, ranks, token_bytes = (stack.enter_context(replacing(directory / name)) for name in names)
-            tokenizer.write_text(hugging_face.to_str(pretty=True), encoding="utf-8")
-            files.write_tiktoken_ranks(ranks, self.ranks)
-            with token_bytes.open("wb") as file:
-                np.save(file, self.token_bytes, allow_pickle=False)
+            for name, write in writers.items():
+                unfinished = stack.enter_context(replacing(directory / name))
+                with naming_errors(directory / name):
+                    write(unfinished)
+
+    def _write_token_bytes(self, path: Path) -> None:
+        with path.open("wb") as file:
+            np.save(file, self.token_bytes, allow_pickle=False)
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``. Special tokens in it are ordinary characters; lone surrogates become U+FFFD."""
