@@ -102,6 +102,15 @@ def test_non_empty_folders_are_refused(tmp_path: Path) -> None:
     assert (tmp_path / "empty" / "a").exists()
 
 
+def test_a_failed_folder_leaves_none_above_it(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for output in (tmp_path / "$HOME" / "a" / "out", tmp_path / "there" / "new" / "out"):
+        with pytest.raises(UserError, match="refused"), new_folder(output):
+            assert output.parent.exists()
+            raise UserError("refused")
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["there"]
+
+
 def test_an_impossible_folder_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     output = tmp_path / "file" / "out"

@@ -96,6 +96,8 @@ def sync_folder(directory: Path) -> None:
 def new_folder(output: Path) -> Iterator[Path]:
     """Yields a temporary folder that is renamed to ``output`` when the block ends without an error.
 
+    After an error the folders above it that were made for it are removed, too.
+
     Raises:
         UserError: ``output`` is not empty, or cannot be written.
     """
@@ -103,7 +105,9 @@ def new_folder(output: Path) -> Iterator[Path]:
         raise UserError(f"the output folder {output} is not empty; choose another with --output, or delete it")
     staging = output.with_name(f"{output.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
+    made: list[Path] = []
     try:
+        made += [folder for folder in staging.parents if not folder.exists()]
         staging.mkdir(parents=True)
         yield staging
         staging.rename(output)
@@ -114,6 +118,9 @@ def new_folder(output: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        with contextlib.suppress(OSError):  # the first of them that is not empty, or was not made
+            for folder in made:
+                folder.rmdir()
 
 
 @contextlib.contextmanager
