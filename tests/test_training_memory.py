@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -18,10 +19,8 @@ from lmchat.model.gpt import GPT
 from lmchat.optim.muon_adamw import MuonAdamW
 from lmchat.optim.param_groups import build_param_groups
 from lmchat.scaling import config_for_depth
-from lmchat.training_memory import (
-    Mode,
-    training_memory,
-)
+from lmchat.training_memory import Mode, check_fits, training_memory
+from lmchat.types import UserError
 from random_weights import with_random_weights
 
 CONFIG = GPTConfig(sequence_len=64, vocab_size=320, n_layer=3, n_head=4, n_kv_head=4, n_embd=128, window_pattern="L")
@@ -164,3 +163,11 @@ def test_a_micro_batch_that_fits_only_with_recomputing() -> None:
 def test_remedies_for_too_little_memory(change: dict[str, Any]) -> None:
     config = config_for_depth(20, 32768, 2048)
     assert training_memory(config, 16, **change).total < training_memory(config, 16).total
+
+
+@pytest.mark.parametrize(("depth", "size"), [(1, "million parameters"), (40, "billion parameters")])
+def test_the_size_of_a_model_without_room_has_a_unit_that_fits(depth: int, size: str) -> None:
+    with pytest.raises(UserError) as raised:
+        check_fits(config_for_depth(depth, sequence_len=32, vocab_size=300), "cpu", 2e5, None)
+    numbers = re.findall(rf"has about ([\d.,]+) {size} .*\(([\d.,]+) [MG]B of weights, 0\.2 MB of", str(raised.value))
+    assert numbers and all(float(number) >= 0.1 for number in numbers[0])

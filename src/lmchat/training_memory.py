@@ -128,30 +128,35 @@ def check_fits(
     """
     weights = 4 * parameter_counts(config).total
     if weights > limit:
-        raise no_room(config, device, f"{_billions(weights)} GB of weights, {_billions(limit)} GB of memory")
+        raise no_room(config, device, f"{_memory(weights)} of weights, {_memory(limit)} of memory")
     if estimate is None:
         return
     if (needed := estimate(1)).total > MODEL_ERROR * limit:
         reason = (
-            f"training needs about {_billions(needed.total)} GB, {_billions(needed.states)} of them for weights, "
-            f"gradients and optimizer; the device has {_billions(limit)}"
+            f"training needs about {_memory(needed.total)}, {_memory(needed.states)} of them for weights, "
+            f"gradients and optimizer; the device has {_memory(limit)}"
         )
         raise no_room(config, device, reason)
     if (needed := estimate(rows)).total > CHOSEN_ERROR * limit:
         raise UserError(
             f"--data.micro_batch_size is {rows}; training with micro-batches of {rows:,} rows of "
-            f"{config.sequence_len:,} tokens needs about {_billions(needed.total)} GB, and {device} has "
-            f"{_billions(limit)}; choose a smaller one, or auto"
+            f"{config.sequence_len:,} tokens needs about {_memory(needed.total)}, and {device} has "
+            f"{_memory(limit)}; choose a smaller one, or auto"
         )
 
 
 def no_room(config: GPTConfig, device: Any, reason: str) -> UserError:
     """The error for a model that does not fit."""
+    count = parameter_counts(config).total
+    size = f"{count / 1e6:,.1f} million" if count < 1e9 else f"{_billions(count)} billion"
     return UserError(
-        f"a model of depth {config.n_layer} for {config.sequence_len} tokens has about "
-        f"{_billions(parameter_counts(config).total)} billion parameters and does not fit on {device} ({reason}); "
-        "choose a smaller --model.depth or --model.sequence_len"
+        f"a model of depth {config.n_layer} for {config.sequence_len} tokens has about {size} parameters and does not "
+        f"fit on {device} ({reason}); choose a smaller --model.depth or --model.sequence_len"
     )
+
+
+def _memory(size: float) -> str:
+    return f"{size / 1e6:,.1f} MB" if size < 1e9 else f"{_billions(size)} GB"
 
 
 def _billions(number: float) -> str:
