@@ -28,7 +28,7 @@ def check_messages(messages: list[Any]) -> None:
                 "system message, user and assistant take turns"
             )
     if len(messages) == has_system:
-        raise UserError("a conversation needs at least one user message")
+        raise UserError("a conversation needs at least one user message: add one, or leave the conversation out")
 
 
 def _check_message(index: int, message: Any) -> None:

@@ -74,7 +74,7 @@ class BestFitPacker(Iterator[PackedRow]):
         check_count(None, 2 if policy == "split" else 1, row_tokens=row_tokens)
         check_count(None, 1, buffer_size=buffer_size, refill=refill, epochs=epochs)
         if len(lengths) == 0:
-            raise UserError("there are no documents to pack")
+            raise UserError("there are no documents to pack; give text or conversations with at least one")
         self.lengths = lengths
         self.row_tokens = row_tokens
         self.buffer_size = buffer_size
@@ -175,7 +175,8 @@ class BestFitPacker(Iterator[PackedRow]):
         if lengths.min() < 1:
             worst = int(lengths.argmin())
             raise UserError(
-                f"document {arrivals[worst] % len(self.lengths)} has {lengths[worst]} tokens; it must have at least 1"
+                f"document {arrivals[worst] % len(self.lengths)} has {lengths[worst]} tokens; it must have at least 1: "
+                "leave out empty documents"
             )
         if self.policy == "pad" and lengths.max() > self.row_tokens:
             worst = int(lengths.argmax())
