@@ -307,7 +307,7 @@ def test_damaged_files_are_reported(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (gzip.compress(b'{"text": "a"}'), r"gzip data; unpack it, or add \.gz"),
+        (gzip.compress(b'{"text": "a"}', mtime=0), r"gzip data; unpack it, or add \.gz"),
         (zstd(b'{"text": "a"}'), r"zstd data; unpack it, or add \.zst"),
         (lzma.compress(b'{"text": "a"}'), r"xz data; unpack it, or add \.xz"),
         (b"PK\x03\x04\x14", "a ZIP archive or a spreadsheet"),
