@@ -48,6 +48,8 @@ _CHOICES = {
 """What fields of several types may be; pydantic's messages name the first type only."""
 
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+Tokens = Annotated[list[int], Field(fail_fast=True)]
+"""Lists of any length fail at their first invalid item; reports of all of them would take seconds."""
 
 
 class StreamOptions(BaseModel):
@@ -117,7 +119,7 @@ class ChatRequest(GenerationRequest):
 class CompletionRequest(GenerationRequest):
     """The body of ``/v1/completions``."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | Tokens | Annotated[list[str], Field(fail_fast=True)] | Annotated[list[Tokens], Field(fail_fast=True)]
     max_tokens: int | None = Field(default=None, ge=0)
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     echo: bool | None = None
@@ -148,7 +150,7 @@ class DetokenizeRequest(BaseModel):
     """The body of ``/detokenize``."""
 
     model_config = ConfigDict(strict=True)
-    tokens: list[int]
+    tokens: Tokens
 
 
 Request = TypeVar("Request", bound=BaseModel)
