@@ -157,6 +157,7 @@ def test_other_types_paths_and_methods(client: httpx.Client) -> None:
     check(post(client, "/v1/completions", json.dumps(TEXT), **{"Content-Type": "application/json; charset=utf-8"}), 200)
     check(client.get("/v1/chat/completions"), 405)
     check(client.put("/v1/completions"), 405)
+    check(client.request("X" * 5000, "/v1/completions"), 405)
     for path in ("/", "/app.js", "/health", "/v1/models", "/metrics"):
         asked, given = client.head(path), client.get(path)
         assert (asked.status_code, asked.content) == (200, b"")
@@ -170,7 +171,8 @@ def test_too_long_prompts_and_completions_are_refused(client: httpx.Client, live
     for text in ("x" * (limit + 1), "x" * (limit - 1), "x" * 900_000):
         response = post(client, "/v1/completions", json.dumps({"prompt": text, "max_tokens": 30}))
         check(response, 400)
-        assert response.json()["error"]["code"] == "context_length_exceeded"
+        error = response.json()["error"]
+        assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
     response = post(client, "/v1/chat/completions", json.dumps(CHAT | {"max_tokens": 10**6}))
     check(response, 400)
     assert response.json()["error"]["param"] == "max_tokens"

@@ -139,7 +139,7 @@ class Server:
             raise APIError("top_logprobs needs logprobs: true", param="top_logprobs")
         if len({wanted.max_tokens, wanted.max_completion_tokens} - {None}) > 1:
             raise APIError("max_tokens and max_completion_tokens differ; give one of them", param="max_tokens")
-        max_tokens = self._max_tokens([prompt], wanted.max_completion_tokens or wanted.max_tokens)
+        max_tokens = self._max_tokens([prompt], wanted.max_completion_tokens or wanted.max_tokens, "messages")
         top_logprobs = (wanted.top_logprobs or 0) if wanted.logprobs else None
         plan = Plan(
             prompts=[prompt],
@@ -160,7 +160,7 @@ class Server:
         bos = self.engine.tokenizer.bos_id
         prompts = [ids if ids[:1] == [bos] else [bos, *ids] for ids in sent]  # as in training
         max_tokens = DEFAULT_COMPLETION_TOKENS if wanted.max_tokens is None else wanted.max_tokens
-        self._max_tokens(prompts, max_tokens or 1)
+        self._max_tokens(prompts, max_tokens or 1, "prompt")
         top_logprobs = wanted.logprobs
         plan = Plan(
             prompts=prompts,
@@ -259,8 +259,8 @@ class Server:
         self._check_size(text, param="prompt")
         return await asyncio.to_thread(self.engine.tokenizer.encode, text)
 
-    def _max_tokens(self, prompts: Sequence[Sequence[int]], wanted: int | None) -> int:
-        """Maximum number of tokens to generate.
+    def _max_tokens(self, prompts: Sequence[Sequence[int]], wanted: int | None, param: str) -> int:
+        """Maximum number of tokens to generate; ``param`` is the field with the prompts.
 
         Raises:
             APIError: prompt or completion is too long.
@@ -268,7 +268,7 @@ class Server:
         longest, limit = max(map(len, prompts)), self.engine.context_limit
         if longest > self.max_prompt_tokens:
             message = f"the prompt has {longest} tokens; this server reads at most {self.max_prompt_tokens}; shorten it"
-            raise APIError(message, code="context_length_exceeded", param="messages")
+            raise APIError(message, code="context_length_exceeded", param=param)
         if wanted is None:
             return min(DEFAULT_CHAT_TOKENS, self.max_new_tokens, limit - longest)
         if wanted > self.max_new_tokens:
@@ -308,7 +308,7 @@ async def _on_api_error(request: Request, error: Exception) -> Response:
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path[:100]}: {error.detail}"
+    message = f"{request.method[:20]} {request.url.path[:100]}: {error.detail}"
     response = error_response(APIError(message, status=error.status_code))
     response.headers.update(error.headers or {})
     return response
