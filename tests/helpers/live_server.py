@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -37,10 +37,11 @@ def tiny_engine(max_rows: int = 8, sequence_len: int = 64, **options: Any) -> En
 
 @dataclass(frozen=True)
 class LiveServer:
-    """A running server."""
+    """A running server with its open connections."""
 
     server: Server
     url: str
+    connections: Collection[object]
 
 
 @contextmanager
@@ -55,7 +56,7 @@ def live_server(engine: Engine, limits: Limits | None = None, **options: Any) ->
         assert thread.is_alive(), "the server did not start"
         time.sleep(0.01)
     try:
-        yield LiveServer(server, f"http://127.0.0.1:{listener.getsockname()[1]}")
+        yield LiveServer(server, f"http://127.0.0.1:{listener.getsockname()[1]}", runner.server_state.connections)
     finally:
         runner.should_exit = True
         thread.join(timeout=30)

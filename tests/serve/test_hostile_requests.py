@@ -7,6 +7,7 @@ import itertools
 import json
 import random
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -289,6 +290,19 @@ def test_a_missing_body_times_out(raw: socket.socket, monkeypatch: pytest.Monkey
     monkeypatch.setattr(http_io, "BODY_SECONDS", 0.2)
     raw.sendall(POST + b"Content-Type: application/json\r\nContent-Length: 50\r\n\r\n{")
     assert b"408" in raw.recv(65536).split(b"\r\n")[0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the time limit is an option of Linux")
+def test_a_client_that_reads_nothing_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "UNREAD_SECONDS", 0.5)
+    with live_server(tiny_engine()) as live, socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        host, port = live.url.removeprefix("http://").split(":")
+        connection.connect((host, int(port)))
+        connection.settimeout(20)
+        connection.sendall(b"GET /app.js HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000)  # more than buffers take
+        wait_for(lambda: live.connections)
+        wait_for(lambda: not live.connections)
 
 
 def test_missing_headers_time_out(monkeypatch: pytest.MonkeyPatch) -> None:

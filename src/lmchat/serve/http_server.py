@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,6 +22,9 @@ from lmchat.types import UserError
 HEADER_SECONDS = 20
 """Time a client has to send the head of a request."""
 
+UNREAD_SECONDS = 60
+"""Time after which a connection is closed (on Linux) whose client reads nothing while there is something to read."""
+
 
 def open_socket(host: str, port: int) -> socket.socket:
     """Opens a listening socket.
@@ -35,6 +39,8 @@ def open_socket(host: str, port: int) -> socket.socket:
         # asyncio sends small packets immediately (TCP_NODELAY) only if the socket's protocol is given.
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if sys.platform == "linux":  # inherited by connections
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * UNREAD_SECONDS))
         listener.bind(address)
         listener.listen(1024)
     except (OSError, UnicodeError) as error:  # UnicodeError of a name that is no host's
