@@ -244,5 +244,13 @@ def test_listening_on_a_network_requires_a_key(
         assert f"cannot listen on {host} port 8000" in capsys.readouterr().err
     assert main(["serve", "--host", "0.0.0.0", "--port", "0"]) == 2
     assert "set LMCHAT_API_KEY to a secret token" in capsys.readouterr().err
+    for key in (" s3cret", "s3cret ", " ", "schlüssel", "a\nb"):  # clients cannot send these
+        monkeypatch.setenv("LMCHAT_API_KEY", key)
+        assert main(["serve", "--port", "0"]) == 2
+        error = capsys.readouterr().err
+        assert "the API key must have printable ASCII characters" in error and "s3cret" not in error
+    monkeypatch.delenv("LMCHAT_API_KEY")
+    assert main(["serve", "--port", "0", "--api_key", ""]) == 2
+    assert "the API key must have" in capsys.readouterr().err
     assert main(["serve", "--max_seconds", "0"]) == 2
     assert "--max_seconds is 0" in capsys.readouterr().err

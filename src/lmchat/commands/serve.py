@@ -50,10 +50,11 @@ def serve(
         from lmchat.serve.http_server import open_socket, run_server
         from lmchat.serve.limits import Limits
         from lmchat.serve.load import load_engine, model_card
-        from lmchat.serve.security import is_loopback
+        from lmchat.serve.security import check_api_key, is_loopback
 
         limits = Limits(max_running, max_queued, max_prompt_tokens, max_new_tokens, max_body_bytes, max_seconds)
-        api_key = api_key or os.environ.get("LMCHAT_API_KEY") or None
+        key = (os.environ.get("LMCHAT_API_KEY") or None) if api_key is None else api_key
+        api_key = key if key is None else check_api_key(key)
         loopback = is_loopback(host)
         listener = open_socket(host, port)
         if not loopback and api_key is None:

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lmchat.serve.errors import APIError
 from lmchat.serve.http_io import error_response
 from lmchat.serve.metrics import Metrics
+from lmchat.types import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,17 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost" or host.endswith(".localhost")
+
+
+def check_api_key(key: str) -> str:
+    """Returns the key.
+
+    Raises:
+        UserError: clients cannot send it as a bearer token.
+    """
+    if not key or not key.isascii() or not key.isprintable() or key != key.strip():
+        raise UserError("the API key must have printable ASCII characters, at least one, and no spaces around them")
+    return key
 
 
 class Gate:

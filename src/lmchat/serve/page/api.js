@@ -18,7 +18,7 @@ export class ApiError extends Error {
 
 async function request(path, options = {}) {
   const headers = { "Content-Type": "application/json" };
-  if (token) headers.Authorization = `Bearer ${token}`;
+  if (token) headers.Authorization = `Bearer ${token.replace(/[^ -~]/g, "?")}`; // headers are ASCII
   let response;
   try {
     response = await fetch(path, { ...options, headers, cache: "no-store" });
