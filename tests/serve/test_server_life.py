@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ import pytest
 from live_server import CARD, LiveServer, live_server, tiny_engine, wait_for
 from lmchat.__main__ import main
 from lmchat.generation.engine import TokenEvent
+from lmchat.serve import http_io
 from lmchat.serve.app import Server
 from lmchat.serve.http_server import _Uvicorn, open_socket, uvicorn_config
 from lmchat.serve.limits import Limits
@@ -217,6 +219,19 @@ def test_sigint_before_the_server_starts_is_a_graceful_stop(monkeypatch: pytest.
     runner.run([open_socket("127.0.0.1", 0)])
     assert runner.started and server.admission.draining
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_stopping_server_answers_a_request_whose_body_does_not_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was cancelled, with a traceback, where --max_seconds was less than the time for bodies."""
+    monkeypatch.setattr(http_io, "BODY_SECONDS", 2)
+    with socket.socket() as connection:
+        with live_server(tiny_engine(), Limits(max_running=8, max_seconds=0.1)) as live:
+            host, port = live.url.removeprefix("http://").split(":")
+            connection.connect((host, int(port)))
+            head = ["POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
+            connection.sendall("\r\n".join([*head, "Content-Length: 9", "", "{"]).encode())
+            wait_for(lambda: live.connections)
+        assert b" 408 " in connection.recv(65536)
 
 
 def is_refused(url: str) -> bool:

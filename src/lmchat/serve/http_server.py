@@ -14,6 +14,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from lmchat.serve import http_io
 from lmchat.serve.app import Server
 from lmchat.serve.errors import APIError
 from lmchat.serve.http_io import error_response
@@ -121,7 +122,7 @@ def uvicorn_config(server: Server) -> uvicorn.Config:
         log_level="warning",
         server_header=False,
         ws="none",
-        timeout_graceful_shutdown=int(server.limits.max_seconds) + 1,
+        timeout_graceful_shutdown=int(server.limits.max_seconds + http_io.BODY_SECONDS) + 1,
     )
 
 
