@@ -17,12 +17,13 @@ Open = Callable[..., Any]
 
 @pytest.fixture
 def open_page(browser: Any, live: LiveServer) -> Iterator[Open]:  # noqa: F811
-    """Opens the page; at the end asserts that there were no errors and no requests to other servers."""
+    """Opens the page, after a script; at the end asserts that there were no errors and no requests to other servers."""
     problems: list[str] = []
     contexts = []
 
-    def open_it(width: int = 1280, height: int = 800, **options: Any) -> Any:
+    def open_it(width: int = 1280, height: int = 800, script: str = "", **options: Any) -> Any:
         context = browser.new_context(viewport={"width": width, "height": height}, accept_downloads=True, **options)
+        context.add_init_script(script)
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(15_000)
@@ -134,6 +135,96 @@ def test_regenerate_and_edit(open_page: Open) -> None:
     wait_for(lambda: texts(page, "user") == ["Other"] and page.is_visible("#send"))
     assert [body["messages"][-1]["content"] for body in bodies] == ["First", "Other"]
     assert [len(each["messages"]) for each in stored(page)] == [2]
+
+
+def test_a_reload_keeps_the_partial_answer(open_page: Open, live: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    page, step = open_page(), live.server.engine.step
+    monkeypatch.setattr(live.server.engine, "step", lambda: time.sleep(0.05) or step())
+    page.fill("#question", "Hello")
+    page.keyboard.press("Enter")
+    wait_for(lambda: page.evaluate("document.querySelector('.busy > .body')?.textContent.length > 2"))
+    page.reload()
+    wait_for(lambda: live.server.engine.num_running == 0)
+    page.click("#conversations .open")
+    assert texts(page, "assistant")[0] and "stopped" in page.inner_text(".note") and not page.locator(".error").count()
+
+
+def test_a_second_tab_does_not_lose_the_first_ones_turns(open_page: Open) -> None:
+    page = open_page()
+    ask(page, "One")
+    with page.context.expect_page() as opened:
+        page.evaluate("open(location.href)")
+    other = opened.value
+    other.click("#conversations .open")
+    ask(other, "Two")
+    wait_for(lambda: texts(page, "user") == ["One", "Two"] and texts(page, "assistant") == texts(other, "assistant"))
+    ask(page, "Three")
+    assert [len(each["messages"]) for each in stored(page)] == [6]
+
+
+NO_STORAGE = """for (const name of ["localStorage", "sessionStorage"])
+    Object.defineProperty(window, name, { get() { throw new DOMException("denied", "SecurityError"); } });"""
+NO_ROOM = "Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError'); };"
+
+
+@pytest.mark.parametrize("script", [NO_STORAGE, NO_ROOM], ids=["denied", "full"])
+def test_without_storage_the_page_answers_and_warns(open_page: Open, script: str) -> None:
+    page = open_page(script=script)
+    assert not page.is_visible("#notice")
+    ask(page, "Hi")
+    assert texts(page, "assistant") and "cannot keep the conversation" in page.inner_text("[role=alert]")
+    page.click("#new")
+    assert not page.is_visible("#notice")
+
+
+def test_damaged_storage_is_left_out(open_page: Open) -> None:
+    page = open_page()
+    answer_with(page, ("text", "Ok"))
+    ask(page, "Kept")
+    [kept] = stored(page)
+    damaged = [{"id": "../x"}, {"title": 7}, {"updated": "x"}, {"created": None}, {"messages": kept["messages"][:1]}]
+    damaged += [{"messages": kept["messages"][::-1]}, {"messages": [None]}, {"messages": 5}]
+    values = [json.dumps({**kept, "id": str(number), **each}) for number, each in enumerate(damaged)]
+    settings = ["{", "5", "[]", '{"system": 7, "temperature": "hot", "seed": "x", "max_tokens": null}']
+    set_item = "([key, value]) => localStorage.setItem(key, value)"
+    for number, value in enumerate([*values, "5", "null", "{", "[]"]):
+        page.evaluate(set_item, [f"lmchat.conversation.{number}", value])
+    without_settings = json.dumps({**kept, "settings": {"system": 3}})
+    page.evaluate(set_item, [f"lmchat.conversation.{kept['id']}", without_settings])
+    for value in settings:
+        page.evaluate(set_item, ["lmchat.settings", value])
+        page.reload()
+        assert page.locator("#conversations .open").all_inner_texts() == ["Kept"]
+        bodies = answer_with(page, ("text", "Ok"))
+        ask(page, "New")
+        assert (bodies[0]["temperature"], bodies[0]["max_tokens"]) == (0.6, 256) and len(bodies[0]["messages"]) == 1
+        page.get_by_label("Delete New").click(force=True)
+    page.click("#conversations .open")
+    ask(page, "More")
+    assert len(bodies[-1]["messages"]) == 3
+
+
+def test_a_server_that_comes_back_with_another_model(open_page: Open) -> None:
+    page = open_page()
+    page.route("**/v1/*", lambda route: route.abort())
+    page.route("**/v1/chat/completions", lambda route: route.abort())
+    page.fill("#question", "Hi")
+    page.keyboard.press("Enter")
+    assert "does not answer" in page.inner_text(".error") and "no connection" in page.inner_text("header")
+    card = {"id": "other-1", "max_model_len": 9, "details": {"stage": "rl", "step": 1, "parameters": 5e6}}
+    page.route("**/v1/models", lambda route: route.fulfill(json={"data": [card]}))
+    bodies = answer_with(page, ("text", "Here again"))
+    page.click("text=Try again")
+    page.wait_for_selector("text=Here again")
+    assert bodies[0]["model"] == "other-1" and "other-1" in page.inner_text(".note")
+    assert "other-1" in page.inner_text("header")
+    missing = {"error": {"message": "there is no model 'other-1' here", "code": "model_not_found"}}
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(status=404, json=missing))
+    card["id"] = "third-1"
+    page.fill("#question", "Hi")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".error")
+    assert "third-1" in page.inner_text("header")
 
 
 HOSTILE = (
@@ -320,9 +411,17 @@ def test_a_server_with_a_key_asks_for_it(browser: Any) -> None:  # noqa: F811
     with live_server(tiny_engine(), api_key="s3cret") as locked:
         page = browser.new_context().new_page()
         page.goto(locked.url)
+        page.fill("#token-dialog input", "€")  # no header can have it
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#model-name:text('locked')")
+        page.keyboard.press("Escape")
+        assert not page.is_visible("#token-dialog")
+        page.fill("#question", "Hi")
+        page.keyboard.press("Enter")
         page.fill("#token-dialog input", "s3cret")
         page.keyboard.press("Enter")
         page.wait_for_selector("#model-details:not(:empty)")
-        ask(page, "Hi")
+        page.click("text=Try again")
+        page.wait_for_selector(".message.assistant .note:not(:empty)")
         assert texts(page, "assistant")[0] and page.locator(".error").count() == 0
         page.context.close()

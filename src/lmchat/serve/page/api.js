@@ -1,10 +1,12 @@
 // The server's API: which model it has, and streams of answers.
 
-let token = sessionStorage.getItem("lmchat.token") ?? "";
+import { loadToken, saveToken } from "./store.js";
+
+let token = loadToken();
 
 export function setToken(value) {
   token = value;
-  sessionStorage.setItem("lmchat.token", value);
+  saveToken(value);
 }
 
 /** An error that the server has answered with. */
@@ -27,7 +29,7 @@ async function request(path, options = {}) {
     throw new ApiError("The server does not answer. Is it running?", 0, "unreachable");
   }
   if (response.ok) return response;
-  const { error } = await response.json().catch(() => ({ error: {} }));
+  const error = (await response.json().catch(() => null))?.error;
   throw new ApiError(error?.message ?? response.statusText, response.status, error?.code);
 }
 
@@ -42,7 +44,10 @@ export async function* answer(body, signal) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let held = "";
   for (;;) {
-    const { done, value } = await reader.read();
+    const { done, value } = await reader.read().catch((error) => {
+      if (error.name === "AbortError") throw error;
+      return { done: true }; // the server has gone
+    });
     if (done) throw new ApiError("The connection was lost before the answer was complete.", 0, "unreachable");
     held += value;
     const events = held.split("\n\n");

@@ -12,7 +12,8 @@ const question = $("question");
 
 let settings = store.loadSettings();
 let conversation = store.newConversation(settings);
-let card = { id: "lmchat", details: {} };
+const UNKNOWN = { id: "lmchat", details: {} };
+let card = UNKNOWN;
 let running = null; // the AbortController of the answer being generated
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -110,7 +111,7 @@ const say = (text) => { $("status").textContent = text; };
 function ask(text) {
   if (running || !text.trim()) return;
   conversation.messages.push({ role: "user", parts: [{ type: "text", text }] });
-  conversation.title ||= text.trim().slice(0, 60);
+  conversation.title ||= [...text.trim()].slice(0, 60).join("");
   generate();
 }
 
@@ -156,6 +157,7 @@ async function generate() {
     if (signal.aborted) message.reason = "stopped";
     else message.error = error.message;
     if (error instanceof ApiError && error.status === 401) askToken();
+    if (error.code === "unreachable" || error.code === "model_not_found") await loadModel();
   }
   running = null;
   asked.updated = Date.now();
@@ -169,6 +171,8 @@ async function generate() {
 
 /** Reads the answer. Where the conversation is too long for the model, its oldest turns are left out. */
 async function receive(message, signal) {
+  if (card === UNKNOWN) await loadModel();
+  message.model = card.id;
   for (let left = 0; ; left += 1) {
     const messages = prompt(left);
     try {
@@ -192,7 +196,7 @@ function append(parts, part) {
 }
 
 function keep(which) {
-  if (!store.save(which)) say("This browser has no room to keep the conversation. Export it, or delete others.");
+  $("notice").hidden = store.save(which);
 }
 
 function setBusy(busy) {
@@ -210,6 +214,7 @@ function setBusy(busy) {
 function show(which) {
   if (running) return;
   conversation = which;
+  $("notice").hidden = true;
   closeSidebar();
   draw();
   question.focus();
@@ -223,7 +228,21 @@ function discard(which) {
   if (running || !confirm(`Delete the conversation “${which.title}”?`)) return;
   store.remove(which.id);
   if (which.id === conversation.id) startNew();
-  else drawList();
+  else {
+    if (!$("notice").hidden) keep(conversation);
+    drawList();
+  }
+}
+
+/** Shows what another tab has added to the conversation, unless an answer or an edit is in progress. */
+function follow() {
+  if (running) return;
+  const changed = log.querySelector(".editor") ? null : store.find(conversation.id);
+  if (!changed || changed.updated === conversation.updated) drawList();
+  else {
+    conversation = changed;
+    draw();
+  }
 }
 
 function edit(made, index) {
@@ -338,7 +357,9 @@ async function loadModel() {
   try {
     card = await model();
   } catch (error) {
+    card = UNKNOWN;
     $("model-name").textContent = error.status === 401 ? "locked" : "no connection";
+    $("model-details").textContent = "";
     if (error.status === 401) askToken();
     return;
   }
@@ -382,7 +403,8 @@ $("settings-dialog").querySelector("[value=reset]").onclick = (event) => {
 };
 $("token-dialog").onclose = () => {
   const input = $("token-dialog").querySelector("input");
-  if (input.value) setToken(input.value);
+  if (!input.value) return;
+  setToken(input.value);
   input.value = "";
   loadModel();
 };
@@ -395,7 +417,13 @@ log.onclick = (event) => {
   if (pressed) copy(pressed.closest(".codeblock").querySelector("code").textContent);
 };
 matchMedia("(prefers-color-scheme: dark)").onchange = () => setTheme(store.loadTheme());
-addEventListener("storage", () => { if (!running) drawList(); });
+addEventListener("storage", follow);
+addEventListener("pagehide", () => {
+  if (!running) return;
+  running.abort();
+  current().reason = "stopped";
+  keep(conversation);
+});
 
 setTheme(store.loadTheme());
 draw();

@@ -1,4 +1,4 @@
-// Conversations and settings in the browser's localStorage, one key per conversation.
+// Conversations and settings in the browser's localStorage, one key per conversation; the API key in sessionStorage.
 
 const PREFIX = "lmchat.conversation.";
 
@@ -23,9 +23,22 @@ function write(key, value) {
 }
 
 function isConversation(value) {
-  const fits = (message) => message && ["user", "assistant"].includes(message.role) && Array.isArray(message.parts)
-    && message.parts.every((part) => part && typeof part.type === "string" && typeof part.text === "string");
-  return value && typeof value.id === "string" && Array.isArray(value.messages) && value.messages.every(fits);
+  const fits = (message, index) => message?.role === ["user", "assistant"][index % 2] && Array.isArray(message.parts)
+    && message.parts.every((part) => typeof part?.type === "string" && typeof part.text === "string");
+  return typeof value?.title === "string" && [value.created, value.updated].every(Number.isInteger)
+    && Array.isArray(value.messages) && value.messages.length % 2 === 0 && value.messages.every(fits);
+}
+
+/** Settings, with defaults for what is missing or damaged. */
+function completed(settings) {
+  const fits = (name) => typeof settings?.[name] === (name === "seed" ? "number" : typeof DEFAULTS[name]);
+  return Object.fromEntries(Object.keys(DEFAULTS).map((name) => [name, (fits(name) ? settings : DEFAULTS)[name]]));
+}
+
+/** A conversation; null if there is none, or it is damaged. */
+export function find(id) {
+  const found = read(PREFIX + id);
+  return isConversation(found) && found.id === id ? { ...found, settings: completed(found.settings) } : null;
 }
 
 /** All conversations, the latest first. */
@@ -36,7 +49,7 @@ export function conversations() {
   } catch {
     // storage is not allowed
   }
-  return keys.map(read).filter(isConversation).sort((a, b) => b.updated - a.updated);
+  return keys.map((key) => find(key.slice(PREFIX.length))).filter(Boolean).sort((a, b) => b.updated - a.updated);
 }
 
 export function newConversation(settings) {
@@ -54,7 +67,23 @@ export function remove(id) {
   }
 }
 
-export const loadSettings = () => ({ ...DEFAULTS, ...(read("lmchat.settings") ?? {}) });
+export const loadSettings = () => completed(read("lmchat.settings"));
 export const saveSettings = (settings) => write("lmchat.settings", settings);
 export const loadTheme = () => read("lmchat.theme") ?? "auto";
 export const saveTheme = (theme) => write("lmchat.theme", theme);
+
+export function loadToken() {
+  try {
+    return sessionStorage.getItem("lmchat.token") ?? "";
+  } catch {
+    return ""; // storage is not allowed
+  }
+}
+
+export function saveToken(token) {
+  try {
+    sessionStorage.setItem("lmchat.token", token);
+  } catch {
+    // storage is not allowed
+  }
+}
