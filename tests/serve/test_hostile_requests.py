@@ -6,12 +6,13 @@ import gzip
 import itertools
 import json
 import random
+import resource
 import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import httpx
 import pytest
@@ -290,6 +291,28 @@ def test_a_missing_body_times_out(raw: socket.socket, monkeypatch: pytest.Monkey
     monkeypatch.setattr(http_io, "BODY_SECONDS", 0.2)
     raw.sendall(POST + b"Content-Type: application/json\r\nContent-Length: 50\r\n\r\n{")
     assert b"408" in raw.recv(65536).split(b"\r\n")[0]
+
+
+def test_surplus_connections_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "max_connections", lambda: 3)
+    with live_server(tiny_engine()) as live, ExitStack() as opened:
+        host, port = live.url.removeprefix("http://").split(":")
+        connections = [opened.enter_context(socket.create_connection((host, int(port)), timeout=20)) for _ in range(5)]
+        assert [received(each) for each in connections[3:]] == [b"", b""]
+        assert len(live.connections) == 3
+        connections[0].close()
+        wait_for(lambda: len(live.connections) == 2)
+        assert httpx.get(f"{live.url}/health").status_code == 200
+
+
+def test_the_limit_of_open_files_is_raised() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 512), hard))
+    try:
+        http_server.raise_file_limit()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(hard, 4096), hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the time limit is an option of Linux")

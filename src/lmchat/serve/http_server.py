@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import socket
 import sys
@@ -26,6 +27,23 @@ HEADER_SECONDS = 20
 UNREAD_SECONDS = 60
 """Time after which a connection is closed (on Linux) whose client reads nothing while there is something to read."""
 
+MAX_FILES = 4096
+"""Open files of the process, if its hard limit allows them. Each connection takes one."""
+
+BACKLOG = 256
+"""Connections accepted at a time, before surplus ones are closed."""
+
+
+def raise_file_limit() -> None:
+    """Raises the soft limit of open files; it is often 1,024, or 256."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, MAX_FILES)), hard))
+
+
+def max_connections() -> int:
+    """Maximum number of open connections. Without free files, asyncio logs 10,000 lines per second."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] * 3 // 4
+
 
 def open_socket(host: str, port: int) -> socket.socket:
     """Opens a listening socket.
@@ -43,7 +61,7 @@ def open_socket(host: str, port: int) -> socket.socket:
         if sys.platform == "linux":  # inherited by connections
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * UNREAD_SECONDS))
         listener.bind(address)
-        listener.listen(1024)
+        listener.listen(BACKLOG)
     except (OSError, UnicodeError) as error:  # UnicodeError of a name that is no host's
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot listen on {host} port {port}: {reason}; give another --host or --port") from error
@@ -51,13 +69,15 @@ def open_socket(host: str, port: int) -> socket.socket:
 
 
 class _Protocol(H11Protocol):
-    """HTTP/1.1 that closes connections on which a request does not arrive in time."""
+    """HTTP/1.1 that closes connections on which a request does not arrive in time, and surplus ones."""
 
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._watch()
+        if len(self.connections) > max_connections():
+            transport.abort()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -122,10 +142,12 @@ def uvicorn_config(server: Server) -> uvicorn.Config:
         log_level="warning",
         server_header=False,
         ws="none",
+        backlog=BACKLOG,
         timeout_graceful_shutdown=int(server.limits.max_seconds + http_io.BODY_SECONDS) + 1,
     )
 
 
 def run_server(server: Server, listener: socket.socket) -> None:
     """Serves until SIGINT or SIGTERM."""
+    raise_file_limit()
     _Uvicorn(uvicorn_config(server), server).run(sockets=[listener])
