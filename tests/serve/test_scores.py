@@ -10,7 +10,8 @@ import openai
 import pytest
 import torch
 
-from live_server import TOKENIZER, LiveServer, tiny_engine
+from live_server import TOKENIZER, LiveServer, tiny_engine, wait_for
+from lmchat.serve.run import Run
 from lmchat.types import UserError
 
 TEXT = "The cat – sat."
@@ -150,6 +151,31 @@ def lm_eval_score(choice: Any, context: int) -> tuple[float, bool]:
     logprobs = choice.logprobs.token_logprobs[context:-1]
     tops = choice.logprobs.top_logprobs[context:-1]
     return sum(logprobs), all(own == max(top.values()) for own, top in zip(logprobs, tops, strict=True))
+
+
+def test_whole_responses_have_limited_logprobs_and_streams_keep_none(
+    live: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = client_of(live)
+    options: Any = {"model": "lmchat", "prompt": ["a"] * 33, "n": 8, "max_tokens": 600, "logprobs": 20}
+    with pytest.raises(openai.BadRequestError, match="3326400 log-probabilities exceed 1000000; ask for fewer, or for"):
+        client.completions.create(**options)
+    with pytest.raises(openai.BadRequestError, match="1008000 log-probabilities"):
+        client.completions.create(**options | {"prompt": ["a" * 600] * 10, "max_tokens": 0, "echo": True})
+    kept: list[int] = []
+    close = Run.close
+
+    def closed(run: Run) -> None:
+        kept.append(len(run.answers[0].whole.tokens))
+        close(run)
+
+    monkeypatch.setattr(Run, "close", closed)
+    options |= {"prompt": "a", "n": 1, "max_tokens": 20, "seed": 1}
+    chunks = list(client.completions.create(stream=True, **options))
+    assert sum(len(chunk.choices[0].logprobs.tokens) for chunk in chunks) > 1
+    client.completions.create(**options)
+    wait_for(lambda: len(kept) == 2)
+    assert kept[0] == 0 < kept[1]
 
 
 @pytest.mark.parametrize("with_bos", [False, True])

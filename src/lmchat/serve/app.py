@@ -25,6 +25,7 @@ from lmchat.serve.openai_responses import ChatResponses, CompletionResponses, Re
 from lmchat.serve.openai_schema import (
     DEFAULT_CHAT_TOKENS,
     DEFAULT_COMPLETION_TOKENS,
+    MAX_LOGPROBS,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -149,6 +150,7 @@ class Server:
             chat=True,
             top_logprobs=top_logprobs,
         )
+        self._check_logprobs(wanted, plan, max_tokens)
         return self._generated(wanted, plan, ChatResponses(tokenizer, self.card.name))
 
     async def complete(self, request: Request) -> Response:
@@ -170,6 +172,7 @@ class Server:
             echo=sent if wanted.echo else None,
             top_logprobs=top_logprobs,
         )
+        self._check_logprobs(wanted, plan, max_tokens)
         return self._generated(wanted, plan, CompletionResponses(self.engine.tokenizer, self.card.name))
 
     async def tokenize(self, request: Request) -> Response:
@@ -231,6 +234,16 @@ class Server:
             raise APIError(message, param="best_of", code="unsupported_parameter")
         if wanted.stream_options and not wanted.stream:
             raise APIError("stream_options needs stream: true", param="stream_options")
+
+    def _check_logprobs(self, wanted: GenerationRequest, plan: Plan, max_tokens: int) -> None:
+        """Refuses responses that would take too much memory."""
+        if plan.top_logprobs is None or wanted.stream:
+            return
+        echoed = sum(map(len, plan.echo or ()))
+        tokens = plan.num_samples * (echoed + len(plan.prompts) * max_tokens)
+        if (count := tokens * (1 + plan.top_logprobs)) > MAX_LOGPROBS:
+            message = f"{count} log-probabilities exceed {MAX_LOGPROBS}; ask for fewer, or for a stream"
+            raise APIError(message, param="logprobs")
 
     def _check_model(self, name: str) -> None:
         if name not in (self.card.name, ANY_MODEL):

@@ -147,6 +147,8 @@ class GeneratedResponse(Response):
             chunks = (self._responses.chunk(run, number, delta) for number, delta in gained.items())
             if data := b"".join(_encode(chunk) for chunk in chunks if chunk):
                 await send({"type": "http.response.body", "body": data, "more_body": True})
+            for number in gained:  # sent tokens are not needed again; with log-probabilities they are large
+                run.answers[number].whole.tokens.clear()
         if self._usage:
             await self._event(send, self._responses.usage_chunk(run))
         await self._end(send)

@@ -15,6 +15,9 @@ from lmchat.types import Message, Part, UserError
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 200
 MAX_TOP_LOGPROBS = 20
+MAX_LOGPROBS = 1_000_000
+"""Log-probabilities of a whole response, which take 0.4 KB each while it is written."""
+
 DEFAULT_COMPLETION_TOKENS = 16
 """Default ``max_tokens`` of text completions, as in OpenAI's API."""
 
