@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from lmchat.generation import weights
-from lmchat.generation.cached_attention import DecodeCache, PrefillCache
+from lmchat.generation.cached_attention import Chunk, DecodeCache, PrefillCache
 from lmchat.generation.engine import Engine
+from lmchat.generation.packed_product import PackedLinear, can_pack
 from lmchat.generation.sampling import SamplingParams
 from lmchat.generation.sequence import Completion, StreamedToken
-from lmchat.generation.weights import InferenceWeights, PackedLinear, can_pack
+from lmchat.generation.weights import InferenceWeights
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT
 from lmchat.tokenizer.bpe import Tokenizer
@@ -122,11 +123,12 @@ def test_logprobs_equal_the_full_forward_pass(compute_dtype: torch.dtype, tolera
 def test_casting_weights_once_changes_nothing(compute_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The inference copy compared with a model that casts at every use; packed products sum in another order."""
     model, [prompt] = _model(compute_dtype), _prompts(50)
+    ids, cache = torch.tensor([prompt]), PrefillCache([Chunk(None, 0, 0, 50)], model.device)
     with torch.no_grad():
-        expected = model(torch.tensor([prompt]))
-        packed = InferenceWeights(model).net(torch.tensor([prompt]))
+        expected = model(ids)
+        packed = InferenceWeights(model).net(ids, cache)
         monkeypatch.setattr(weights, "can_pack", lambda *_: False)
-        plain = InferenceWeights(model).net(torch.tensor([prompt]))
+        plain = InferenceWeights(model).net(ids, cache)
     assert torch.equal(plain, expected)
     assert torch.allclose(packed, expected, atol=1e-4 if compute_dtype == torch.float32 else 0.5)
 

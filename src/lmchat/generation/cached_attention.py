@@ -6,7 +6,6 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lmchat.generation.kv_pool import KVPool, round_up
@@ -121,7 +120,7 @@ class DecodeCache:
         self.max_own = max_own
         self.groups = groups
         self._places: dict[int, Tensor] = {}
-        self._indices: dict[tuple[bool, int], Tensor] = {}
+        self._indices: dict[tuple[bool, int], tuple[Tensor, Tensor]] = {}
         self._masks: dict[int, Tensor] = {}
 
     def context_end(self, length: int) -> int:
@@ -186,8 +185,9 @@ class DecodeCache:
             return _product(weights.to(values.dtype), used.flatten(0, 1))
         return _gather_sum(weights, values, self._index(None, weights, values.size(2)))
 
-    def _index(self, groups: Groups | None, weights: Tensor, columns: int) -> Tensor:
-        """(n · queries, used): index among all columns of all slots and heads of what ``weights`` are for.
+    def _index(self, groups: Groups | None, weights: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+        """(n · queries · used,): index among all columns of all slots and heads of what ``weights`` are for, and where
+        each query's begin.
 
         These are the first columns of the groups' prompts, or without groups of the rows' own slots; ``weights`` is
         (n, queries, used). All layers of a window have the same.
@@ -197,7 +197,8 @@ class DecodeCache:
             count, queries, used = weights.shape
             slots = torch.arange(count) if groups is None else groups.places // groups.members.size(2)
             starts = (slots * columns).repeat_interleave(queries) if queries > 1 else slots * columns
-            self._indices[key] = starts[:, None] + torch.arange(used)
+            index = (starts[:, None] + torch.arange(used)).flatten()
+            self._indices[key] = index, torch.arange(0, len(index), used)
         return self._indices[key]
 
     def _place(self, kv_heads: int, columns: int) -> Tensor:
@@ -216,7 +217,10 @@ class DecodeCache:
         layers of a window have the same.
         """
         if window not in self._masks:
-            visible = _ring_distance(self.own, columns, used) <= self.own.clamp(max=window)[:, None]
+            if self.max_own < columns and self.max_own <= window:
+                visible = torch.arange(used, device=self.own.device) <= self.own[:, None]
+            else:
+                visible = _ring_distance(self.own, columns, used) <= self.own.clamp(max=window)[:, None]
             if prompt_columns is not None:
                 last = self.base - 1
                 distance = _ring_distance(last.clamp(min=0), prompt_columns, prompt_used)
@@ -241,13 +245,15 @@ def _scores(q: Tensor, keys: Tensor) -> Tensor:
     return _product(keys.flatten(0, 1), q.transpose(1, 2)).transpose(1, 2)
 
 
-def _gather_sum(weights: Tensor, values: Tensor, index: Tensor) -> Tensor:
-    """(n, queries, head_dim): sums of the values at ``index``, (n · queries, used), weighted by (n, queries, used).
+def _gather_sum(weights: Tensor, values: Tensor, index: tuple[Tensor, Tensor]) -> Tensor:
+    """(n, queries, head_dim): sums of the values at ``index``, weighted by (n, queries, used); see `_index`.
 
-    For a CPU: ``embedding_bag`` prefetches what it reads, and is up to twice as fast as a product of so few rows.
+    For a CPU: ``embedding_bag`` prefetches what it reads, and is up to twice as fast as a product of so few rows. The
+    one in ``torch.nn.functional`` would compute the starts in each layer.
     """
-    table, flat = values.view(-1, values.size(-1)), weights.flatten(0, 1)
-    return F.embedding_bag(index, table, mode="sum", per_sample_weights=flat).view(*weights.shape[:2], -1)
+    table = values.view(-1, values.size(-1))
+    sums = torch.embedding_bag(table, *index, False, 0, False, weights.reshape(-1))[0]
+    return sums.view(*weights.shape[:2], -1)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -419,8 +419,10 @@ class GPT(nn.Module):
         look_up = partial(compiled(_look_up) if fused else _look_up, ids, self.compute_dtype)
         x = norm(look_up(self.transformer.wte.weight))
         x0 = x
-        for layer, block in enumerate(self.blocks):
-            mix = (x0, self.resid_lambdas[layer], self.x0_lambdas[layer]) if self.config.residual_mix else None
+        mixes: list[ResidualMix | None] = [None] * self.config.n_layer
+        if self.config.residual_mix:
+            mixes = [(x0, *factors) for factors in zip(self.resid_lambdas, self.x0_lambdas, strict=True)]
+        for layer, (block, mix) in enumerate(zip(self.blocks, mixes, strict=True)):
             # Compiled blocks are for the fixed shapes of training; a growing cache would recompile them at every step.
             run: Callable[..., Tensor] = block if kv_cache is None else block.forward
             if self.checkpoint_blocks and torch.is_grad_enabled():
