@@ -197,6 +197,11 @@ CASES: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
         ["--config", "nowhere.yaml"],
         ["nowhere.yaml is not there", "give the path of a YAML file"],
     ),
+    "config that is an address": (
+        nothing,
+        ["--config", "https://example.com/x.yaml"],
+        ["--config https://example.com/x.yaml is not there; give the path of a YAML file"],
+    ),
     "broken yaml": (broken_yaml, [], ["tiny.yaml is not valid YAML", "line 2, column 1"]),
     "unknown key in a config": (
         with_config("modell: {depth: 3}"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from lmchat.cli.checks import check_config_files
 from lmchat.cli.early_checks import check_sizes, read_options
 from lmchat.scaling import config_for_depth
 from lmchat.types import UserError
@@ -108,6 +110,21 @@ def test_forms_of_an_option_in_a_config(text: str, config: list[str]) -> None:
     Path("own.yaml").write_text(text)
     model = read_options(["fit", *config, "--config=own.yaml"])["model"]
     assert (model["depth"], model["sequence_len"]) == (3, 32)
+
+
+def test_a_config_that_cannot_be_read_again_or_is_endless_is_refused(config: list[str]) -> None:
+    os.mkfifo("pipe.yaml")
+    with Path("sparse.yaml").open("wb") as file:
+        file.truncate(10 * 2**30)
+    refused = {
+        "pipe.yaml": "is a pipe or a device",
+        "/dev/zero": "is a pipe or a device",
+        "sparse.yaml": "is a file of 10,737,418,240 bytes",
+    }
+    for path, message in refused.items():
+        for check in (check_sizes, check_config_files):
+            with pytest.raises(UserError, match=f"^--config {path} {message}.*give the path of a YAML file"):
+                check(["fit", *config, f"--config={path}"])
 
 
 def test_defaults_are_those_of_the_model() -> None:

@@ -20,8 +20,7 @@ _BROKEN_CLASS = re.compile(
 _MISFIT = re.compile(r"Expected an? (.+?)\. Got value: (.*)")
 _UNION = re.compile(r"Subtypes: \[(.+)\]\n(?:(?!\s*Subtypes: ).*\n)*?.*Given value type: .*\n\s*Given value: (.*)")
 _TYPE = re.compile(r"<class '(?:\w+\.)*(\w+)'>|(?:typing\.)?Literal\[([^\]]*)\]|([^,\s](?:[^,\[]|\[[^\]]*\])*)")
-_PATH = re.compile(r"(Path is not a file|File does not exist): '(.*)'")
-_PATH_PROBLEMS = {"Path is not a file": "a folder", "File does not exist": "not there"}
+_PATH = re.compile(r"(Path is not a file|(?:File|Path) does not exist): '(.*)'")
 _STRANGER = re.compile(r"does not accept option '([^']+)'")
 _NO_MAPPING = re.compile(r"Unable to load config '([^']*)'")
 
@@ -38,10 +37,7 @@ def explain(message: str, args: Sequence[str]) -> str:
         message = before  # the option of another class; it is refused by the base class too
     option = ".".join(_KEY.findall(message))
     if path := _PATH.search(message):
-        return (
-            f"--{option} {path[2]} is {_PATH_PROBLEMS[path[1]]}; give the path of a YAML file "
-            "(those of lmchat are in the folder configs of its repository, and not installed with it)"
-        )
+        return unusable_path(f"--{option} {path[2]}", "a folder" if path[1] == "Path is not a file" else "not there")
     if rejected := _REJECTED.search(message):
         owner = match[1] if (match := _CLASS.search(message)) else command
         return (
@@ -80,6 +76,14 @@ def explain(message: str, args: Sequence[str]) -> str:
     if "Problems parsing config" in message:
         return f"{_configs(args)} is not valid YAML: {message.split(':', 1)[1]}"
     return message
+
+
+def unusable_path(name: str, problem: str) -> str:
+    """Message for a config that is ``problem``."""
+    return (
+        f"{name} is {problem}; give the path of a YAML file (those of lmchat are in the folder configs of its "
+        "repository, and not installed with it)"
+    )
 
 
 def _remedy(types: str, value: str) -> str:

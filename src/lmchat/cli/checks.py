@@ -12,6 +12,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from lmchat.cli.argument_errors import config_paths
+from lmchat.cli.early_checks import check_config_file
 from lmchat.cli.short_help import CLASSES, listing
 from lmchat.option_checks import check_count
 from lmchat.stages.base import check_precision
@@ -39,6 +40,7 @@ _DEVICES = re.compile(r"auto|-?\d+(,\s*\d+)*")
 def check_config_files(args: list[str]) -> None:
     """Raises UserError for a config that is not UTF-8 text, or that gives a key twice, of which YAML takes the last."""
     for path in map(Path, config_paths(args)):
+        check_config_file(path)
         try:
             root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
         except UnicodeDecodeError as error:

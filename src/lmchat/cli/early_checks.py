@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from lmchat.cli.argument_errors import config_paths, unusable_path
 from lmchat.hardware import host_memory_bytes, may_have_accelerator
 from lmchat.model.config import MAX_SEQUENCE_LEN
 from lmchat.option_checks import MAX_COUNT, check_count
@@ -35,6 +36,8 @@ LARGEST_DEVICE_BYTES = 10**12
 MOST_RANKS = 2**20
 """More ranks than a run has, to shard the optimizer's state over."""
 
+MAX_CONFIG_BYTES = 10**6
+
 Options = dict[str, dict[str, Any]]
 
 
@@ -44,6 +47,8 @@ def check_sizes(args: list[str]) -> None:
     Args:
         args: command line, starting with the name of the command.
     """
+    for path in config_paths(args):
+        check_config_file(Path(path))
     try:
         options = read_options(args)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
@@ -77,6 +82,16 @@ def check_sizes(args: list[str]) -> None:
         estimate if args[0] == "fit" else None,
         rows if type(rows) is int and rows > 0 else 1,
     )
+
+
+def check_config_file(path: Path) -> None:
+    """Raises UserError for a pipe or device, which can be read only once or without end, and for a large file."""
+    if not path.exists() or path.is_dir():
+        return  # reported by the parser
+    if not path.is_file():
+        raise UserError(unusable_path(f"--config {path}", "a pipe or a device (standard input is --config -)"))
+    if (size := path.stat().st_size) > MAX_CONFIG_BYTES:
+        raise UserError(unusable_path(f"--config {path}", f"a file of {size:,} bytes, more than any config has"))
 
 
 def read_options(args: list[str]) -> Options:
