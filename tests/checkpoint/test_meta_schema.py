@@ -78,6 +78,11 @@ WRONG: list[tuple[Change, str]] = [
     (put("model", "n_layer", value=HUGE), "model.n_layer is 1000000000; it must be a whole number from 1 to 10000"),
     (put("model", "sequence_len", value=2**24), "model.sequence_len is 16777216; it must be a whole number from 1 to"),
     (put("model", "n_embd", value=2048), r"n_embd 2048.* has at least 167,.* parameters, and the weights file has"),
+    (
+        put("files", "optim_000002_rank0.pt", "bytes", value=2**40),
+        r"optim_000002_rank0.pt has 1,099,511,627,776 bytes, and a model of this shape at most",
+    ),
+    (put("files", "model_000002.pt", "bytes", value=2**40), "model_000002.pt has 1,099,511,627,776 bytes"),
     (put("model", "n_head", value=0), "model.n_head is 0"),
     (put("model", "n_head", value=3), "n_embd 2 over n_head 3"),
     (put("model", "n_layer", value="4"), "model.n_layer is '4'"),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lmchat.checkpoint.layout import CheckpointPaths
-from lmchat.model.config import MAX_SEQUENCE_LEN, GPTConfig
+from lmchat.model.config import MAX_SEQUENCE_LEN, VOCAB_MULTIPLE, GPTConfig
 from lmchat.optim.param_groups import LEARNING_RATES
 from lmchat.option_checks import MAX_COUNT
 from lmchat.paths import is_folder_name
@@ -26,6 +26,9 @@ MAX_META_BYTES = 2**26
 MAX_NESTING = 32
 MAX_LAYERS = 10_000
 MAX_RANKS = 2**20
+MAX_BYTES_PER_PARAMETER = 64
+"""Limit for the file of a rank, whose optimizer state takes 8 or 16 bytes and callbacks may add to."""
+MAX_OTHER_BYTES = 2**30
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -126,7 +129,7 @@ def check_meta(meta: Any, paths: CheckpointPaths) -> None:
         raise UserError(f"step is {meta['step']}, and the file's name says {paths.step}")
     _check_files(meta["files"], paths, meta["world_size"])
     _check_fields(meta["learning_rates"], dict.fromkeys(LEARNING_RATES, NUMBER), {}, "learning_rates.")
-    _check_model(meta["model"], meta["files"][paths.model.name]["bytes"])
+    _check_model(meta["model"], meta["files"], paths.model.name)
     if "lightning" in meta:
         _check_lightning(meta["lightning"], meta["step"])
 
@@ -205,9 +208,9 @@ def _check_fields(
     for name, check in {**required, **optional_fields}.items():
         if name not in fields:
             if name in required:
-                raise UserError(f"{prefix}{name} is missing")
+                raise UserError(f"{prefix + name:.200} is missing")
         elif not check.accepts(fields[name]):
-            raise UserError(f"{prefix}{name} is {shown(fields[name])}; it must be {check.valid}")
+            raise UserError(f"{prefix + name:.200} is {shown(fields[name])}; it must be {check.valid}")
 
 
 def _check_files(files: Mapping[str, Any], paths: CheckpointPaths, world_size: int) -> None:
@@ -224,8 +227,10 @@ def _check_files(files: Mapping[str, Any], paths: CheckpointPaths, world_size: i
         _check_fields(record, {"bytes": integer(0, 2**63), "sha256": SHA256}, {}, f"files.{name}.")
 
 
-def _check_model(model: Mapping[str, Any], weights_bytes: int) -> None:
+def _check_model(model: Mapping[str, Any], files: Mapping[str, Any], weights: str) -> None:
+    """Checks the model, and that the sizes of the files fit it; reading much larger ones would take hours."""
     check_model_shape(model)
+    weights_bytes = files[weights]["bytes"]
     GPTConfig(**model)
     at_least = 10 * model["n_layer"] * model["n_embd"] ** 2 + 2 * model["vocab_size"] * model["n_embd"]
     if at_least > weights_bytes:
@@ -233,6 +238,16 @@ def _check_model(model: Mapping[str, Any], weights_bytes: int) -> None:
             f"model (n_layer {model['n_layer']}, n_embd {model['n_embd']}, vocab_size {model['vocab_size']}) has at "
             f"least {at_least:,} parameters, and the weights file has {weights_bytes:,} bytes"
         )
+    for name, record in files.items():
+        limit = _max_parameters(model) * MAX_BYTES_PER_PARAMETER + MAX_OTHER_BYTES
+        if record["bytes"] > limit:
+            raise UserError(f"{name} has {record['bytes']:,} bytes, and a model of this shape at most {limit:,}")
+
+
+def _max_parameters(model: Mapping[str, Any]) -> int:
+    """An upper bound of the number of parameters, with a value embedding in every layer."""
+    width, vocab = model["n_embd"], model["vocab_size"] + VOCAB_MULTIPLE
+    return (model["n_layer"] + 2) * (12 * width**2 + (vocab + 100) * width)
 
 
 def _check_lightning(lightning: Mapping[str, Any], step: int) -> None:
