@@ -86,3 +86,41 @@ torch.ones(120_000_000)
         pytest.skip("needs Linux")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 3e8 < int(done.stdout) < 5e8  # less 0.6 GB, which a run's libraries still take
+
+
+@pytest.mark.parametrize("command", ["fit --config configs/sft.yaml", "chat", "export hf"])
+def test_an_address_space_too_small_for_torch_is_reported(command: str) -> None:
+    """Torch's libraries may crash the process there."""
+    limited = ["bash", "-c", 'ulimit -v 460000; exec "$@"', "-", sys.executable, "-m", "lmchat", *command.split()]
+    done = subprocess.run(limited, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 2
+    assert done.stderr == (
+        "lmchat: `ulimit -v` allows 449 MiB, and PyTorch and its libraries take more than 768; raise it, e.g. "
+        "`ulimit -v 4000000`\n"
+    )
+
+
+def test_out_of_memory_is_reported_without_memory() -> None:
+    code = """
+import resource, sys
+from pathlib import Path
+from lmchat import __main__ as program
+held = []
+def exhaust(*_):
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + 2**24,) * 2)
+    for size in (2**20, 2**12, 2**9, 2**6):
+        try:
+            while True:
+                held.append(bytearray(size))
+        except MemoryError:
+            pass
+    raise MemoryError
+program._run_command = exhaust
+sys.exit(program.main(["report"]))
+"""
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("needs Linux")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("lmchat: out of memory (MemoryError); close other programs")

@@ -31,6 +31,9 @@ COMMANDS = {
 }
 
 
+USE_TORCH = ("eval", "chat", "serve", "export", "import", "demo")
+
+
 def help_text() -> str:
     """The list of commands."""
     rows = "\n".join(f"  {name:<11}{text}" for name, text in {**TRAINER_COMMANDS, **COMMANDS}.items())
@@ -45,11 +48,13 @@ def _run_trainer(args: list[str]) -> None:
     from lmchat.cli.early_checks import check_sizes
     from lmchat.cli.lean_imports import lean_imports
     from lmchat.cli.short_help import FULL_HELP, overview
+    from lmchat.hardware import check_address_space
 
     if "-h" in args or "--help" in args:
         print(overview(args[0]))
         return
     check_sizes(args)
+    check_address_space()
     args = ["--help" if arg == FULL_HELP else arg for arg in args]
 
     with lean_imports():
@@ -67,8 +72,11 @@ def _run_command(name: str, args: list[str]) -> None:
     from jsonargparse.typing import register_type
 
     from lmchat.cli.command_parser import CommandParser
+    from lmchat.hardware import check_address_space
     from lmchat.paths import expand_user
 
+    if name in USE_TORCH and not {"-h", "--help"}.intersection(args):
+        check_address_space()
     register_type(Path, str, expand_user, TypeError, type_check=isinstance, fail_already_registered=False)
     module = command_module(name)
     short = getattr(module, "SHORT_OPTIONS", {})
@@ -146,6 +154,7 @@ def _run(args: list[str]) -> int:
         from lmchat.cli.argument_errors import explain
         from lmchat.types import RankFailure, UserError
 
+    reserve = bytearray(2**22)  # freed for the report of an out-of-memory error
     try:
         if name in TRAINER_COMMANDS:
             _run_trainer(args)
@@ -163,6 +172,7 @@ def _run(args: list[str]) -> int:
             raise
         return _fail(f"cannot read a file in {error.encoding}, the encoding of this locale ({error}); set PYTHONUTF8=1")
     except (MemoryError, RuntimeError, ImportError) as error:
+        del reserve
         return _out_of_memory(error)
     return 0
 

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lmchat.types import UserError
+
 if TYPE_CHECKING:
     import torch
 
@@ -39,6 +41,7 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 """The memory limit of a container on Linux: bytes, or "max"."""
 
 
+MIN_ADDRESS_SPACE_BYTES = 768 * 2**20
 _LIBRARIES_BYTES = 600_000_000
 """Resident memory of a process that trains a model of some kilobytes."""
 
@@ -96,6 +99,18 @@ def host_memory_bytes() -> int | None:
     if CGROUP_LIMIT.exists() and (text := CGROUP_LIMIT.read_text().strip()).isdigit():
         limits.append(int(text))
     return min(limits)
+
+
+def check_address_space() -> None:
+    """Raises UserError if ``ulimit -v`` is too low to import torch, whose libraries may then crash the process."""
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY and limit < MIN_ADDRESS_SPACE_BYTES:
+        raise UserError(
+            f"`ulimit -v` allows {limit // 2**20} MiB, and PyTorch and its libraries take more than "
+            f"{MIN_ADDRESS_SPACE_BYTES // 2**20}; raise it, e.g. `ulimit -v 4000000`"
+        )
 
 
 def _address_space_of_libraries() -> int:
