@@ -11,7 +11,7 @@ SOURCE = Path(__file__).resolve().parent.parent / "src" / "lmchat"
 LAYERS = [
     {"__init__", "types"},
     {"messages", "option_checks", "paths", "losses", "schedules"},
-    {"files", "hardware", "precision", "progress", "provenance", "records"},
+    {"files", "hardware", "parquet_pages", "precision", "progress", "provenance", "records"},
     {"hub", "model", "tokenizer"},
     {"optim"},
     {"scaling", "batching", "stage_table"},

@@ -26,9 +26,6 @@ JSON_SUFFIXES = (".json",)
 TABLE_SUFFIXES = (".csv", ".tsv")
 COMPRESSION_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
 
-PARQUET_ROWS = 16
-"""Rows of a parquet file decoded at a time. Rows may be large, and a file of some kB may contain gigabytes of them."""
-
 DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
 """Errors of damaged compressed data."""
 

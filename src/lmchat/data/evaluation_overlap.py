@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from lmchat.data.word_grams import Hashes, gram_hashes, word_hashes
+from lmchat.parquet_pages import MAX_ROWS
 from lmchat.progress import ProgressBar
-from lmchat.records import DAMAGE, JSON_LINES_SUFFIXES, JSON_SUFFIXES, PARQUET_ROWS, json_values, kind_of, open_text
+from lmchat.records import DAMAGE, JSON_LINES_SUFFIXES, JSON_SUFFIXES, json_values, kind_of, open_text
 from lmchat.types import UserError
 
 EvaluationFile = Path | zipfile.Path
@@ -124,7 +125,7 @@ def read_records(path: EvaluationFile) -> Iterator[Any]:
         with path.open("rb") as raw:
             if _kind(path) == ".parquet":
                 with pq.ParquetFile(raw) as parquet:
-                    for batch in parquet.iter_batches(batch_size=PARQUET_ROWS):
+                    for batch in parquet.iter_batches(batch_size=MAX_ROWS):
                         yield from batch.to_pylist()
                 return
             with open_text(Path(str(path)), cast(BinaryIO, raw)) as (file, _):

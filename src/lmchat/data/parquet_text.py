@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lmchat.records import PARQUET_ROWS
+from lmchat.parquet_pages import rows_at_once
 from lmchat.types import UserError
 
 TEXT_COLUMN = "text"
@@ -67,7 +67,7 @@ def read_documents(path: Path, column: str = TEXT_COLUMN) -> Iterator[str | None
     with open_parquet(path) as parquet:
         check_text_column(parquet, path, column)
         with _readable(path):
-            for batch in parquet.iter_batches(batch_size=PARQUET_ROWS, columns=[column]):
+            for batch in parquet.iter_batches(batch_size=rows_at_once(path, parquet, column), columns=[column]):
                 yield from batch.column(0).to_pylist()
 
 

@@ -15,13 +15,13 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
+from lmchat.parquet_pages import rows_at_once
 from lmchat.paths import expand_user
 from lmchat.progress import ProgressBar
 from lmchat.records import (
     COMPRESSION_SUFFIXES,
     JSON_LINES_SUFFIXES,
     JSON_SUFFIXES,
-    PARQUET_ROWS,
     TABLE_SUFFIXES,
     json_values,
     kind_of,
@@ -261,7 +261,7 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
             parquet.ParquetFile(path) as file,
             ProgressBar(f"Reading {path.name}", file.metadata.num_rows, unit="rows") as bar,
         ):
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS):
+            for batch in file.iter_batches(batch_size=rows_at_once(path, file)):
                 yield from bar.track(batch.to_pylist())
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}; copy or download it again") from error
