@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -175,10 +176,16 @@ class Hostile:
         return exec, ("raise SystemExit('executed')",)
 
 
+class HostileModule:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch executed",)
+
+
 FOREIGN: dict[str, Callable[[Path], Any]] = {
     "pickle": lambda path: path.write_bytes(pickle.dumps({"a": 1})),
     "hostile pickle": lambda path: path.write_bytes(pickle.dumps(Hostile())),
     "legacy": lambda path: torch.save({"a": torch.ones(2)}, path, _use_new_zipfile_serialization=False),
+    "archive of a hostile module": lambda path: archive(path, {"a": HostileModule()}),
     "hostile archive": lambda path: archive(path, {"a": Hostile()}),
     "module": lambda path: archive(path, torch.nn.Linear(2, 2)),
     "list": lambda path: archive(path, [torch.ones(2)]),
@@ -200,6 +207,7 @@ def test_a_file_without_weights_is_refused(kind: str, folder: Path) -> None:
         with pytest.raises(DamagedCheckpoint, match=rf"{path.name} (is|contains) .*use an older checkpoint") as caught:
             load()
         assert str(caught.value).isprintable()
+        assert "Weights only load failed" not in str(caught.value)
 
 
 def test_weights_that_are_not_tensors_are_refused(folder: Path) -> None:

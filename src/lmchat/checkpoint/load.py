@@ -246,8 +246,9 @@ def _read_tensors(path: Path, *, mmap: bool = False) -> dict[Any, Any]:
     except MemoryError:
         raise
     except Exception as error:  # torch raises errors of many types for other files
-        *_, reason = str(error).split("WeightsUnpickler error: ")  # before it, advice to load the file anyway
-        reason = shown(reason.splitlines()[0] if reason else type(error).__name__)
+        lines = str(error).rpartition("WeightsUnpickler error: ")[2].splitlines()
+        reasons = [line for line in lines if line.strip() and not line.startswith(_LOADING_ADVICE)]
+        reason = shown(reasons[0] if reasons else type(error).__name__)
         raise DamagedCheckpoint(
             f"{path} contains more than tensors and plain values, or is damaged ({reason}); nothing in it was "
             f"executed; {_REMEDY}"
@@ -257,6 +258,8 @@ def _read_tensors(path: Path, *, mmap: bool = False) -> dict[Any, Any]:
     return content
 
 
+_LOADING_ADVICE = "Weights only load failed"
+"""How torch's advice begins to load the file nevertheless."""
 _OTHER_FILES = {b"\x93NUMPY": "a NumPy array", b"\x80": "a pickle", b"\x1f\x8b": "a gzip file"}
 
 
