@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 
 from lmchat.evaluation import chat_core
-from lmchat.evaluation.benchmark import summary
+from lmchat.evaluation.benchmark import evaluate_each, summary
 from lmchat.evaluation.chat_core import ChatCoreEvaluator, make_task
 from lmchat.evaluation.chat_tasks import grade
 from lmchat.evaluation.intervals import Z_95, bootstrap_interval, wilson_interval
 from lmchat.evaluation.sandbox import Sandbox
-from lmchat.evaluation.task_by_task import evaluate_each
 from lmchat.generation.sampling import SamplingParams
 from lmchat.tasks.base import Graded, Task, exchange
 from lmchat.tasks.base import graded as check_graded

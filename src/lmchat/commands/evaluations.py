@@ -17,14 +17,13 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from lmchat.checkpoint.load import find_model, load_model, load_tokenizer
-from lmchat.evaluation.benchmark import Benchmark, summary
+from lmchat.evaluation.benchmark import Benchmark, evaluate_each, summary
 from lmchat.evaluation.chat_core import CHAT_CORE, ChatCoreEvaluator
 from lmchat.evaluation.core import choose, read_bundle
 from lmchat.evaluation.core_evaluator import CoreEvaluator
 from lmchat.evaluation.evaluator import ranks
 from lmchat.evaluation.hf_model import HFModel
 from lmchat.evaluation.results import Result, read_results, results_file
-from lmchat.evaluation.task_by_task import evaluate_each
 from lmchat.files import write_json
 from lmchat.generation.policy import Policy
 from lmchat.paths import eval_bundle_dir, expand_user

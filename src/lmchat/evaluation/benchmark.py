@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from lmchat.evaluation.evaluator import Counts, Evaluator, Metrics
+from lmchat.evaluation.evaluator import Counts, Evaluator, Metrics, evaluate, ranks
 from lmchat.evaluation.intervals import bootstrap_interval, wilson_interval
-from lmchat.evaluation.results import Result
+from lmchat.evaluation.results import Result, read_results
+from lmchat.files import write_json
 from lmchat.hardware import is_out_of_memory
 from lmchat.progress import ProgressBar
 from lmchat.types import UserError
@@ -176,3 +179,37 @@ def summary(results: Mapping[str, Result]) -> Result | None:
         "interval_95": list(bootstrap_interval(correct, questions, baselines)),
         "tasks": list(results),
     }
+
+
+def evaluate_each(
+    evaluators: Iterable[Benchmark], model: Any, results_file: Path, identity: Result
+) -> Iterator[tuple[str, Result]]:
+    """Evaluates tasks one by one on all ranks, saves each result to ``results_file`` and yields its name and result.
+
+    Tasks with a result for the same settings in the file are not evaluated again. The result of a task that fails is
+    its message, as ``error``; the next call tries it again.
+
+    Args:
+        evaluators: evaluators of one task each.
+        model: what they evaluate: a `Policy`, or for CORE also an `HFModel`.
+        results_file: JSON file of the results.
+        identity: further settings that the results depend on, such as a digest of the weights.
+    """
+    rank, world_size = ranks()
+    results = read_results(results_file) if rank == 0 else {}
+    if world_size > 1:  # the file may change before another rank reads it
+        shared = [results]
+        dist.broadcast_object_list(shared)
+        (results,) = shared
+    for evaluator in evaluators:
+        (name,) = evaluator.task_names
+        settings, known = evaluator.settings(0) | identity, results.get(name, {})
+        if "accuracy" not in known or any(known.get(key) != value for key, value in settings.items()):
+            try:
+                evaluate(evaluator, model)
+                results[name] = settings | evaluator.results[name]
+            except UserError as error:  # out of memory
+                results[name] = settings | {"error": str(error)}
+            if rank == 0:
+                write_json(results_file, results)
+        yield name, results[name]

@@ -24,7 +24,6 @@ class BitsPerByte(Metric):
     """
 
     full_state_update = False
-    higher_is_better = False
 
     token_bytes: Tensor
     nats: Tensor
@@ -56,7 +55,7 @@ class BitsPerByteEvaluator(Evaluator):
     """Bits per byte of held-out text; the metric is ``bpb``.
 
     Args:
-        token_bytes: (vocab_size,) integers, bytes of each token.
+        token_bytes: as in `BitsPerByte`.
         batches: returns the batches of a rank, given rank and world size.
     """
 

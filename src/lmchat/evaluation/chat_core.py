@@ -59,11 +59,9 @@ class ChatCoreEvaluator(Benchmark):
     """Accuracy on each task as ``chat_core/TASK``, and the mean of the centered accuracies as ``chat_core``.
 
     Args:
-        tasks: tasks by name.
         batch_size: number of multiple-choice questions per batch. The other questions of a task are one request each
             to the engine, which batches them.
         max_new_tokens: maximum number of new tokens of an answer.
-        sandbox: where programs are run.
         every_n_steps, device: see `Benchmark`.
     """
 

@@ -10,6 +10,7 @@ import csv
 import hashlib
 import json
 import random
+import sys
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -68,17 +69,13 @@ class CoreTask:
             UserError: the file of items cannot be read.
         """
         settings = [self.name, self.kind, self.num_fewshot, self.delimiter, self.baseline]
-        digest = hashlib.sha256(json.dumps(settings).encode())
-        try:
-            with self.path.open("rb") as file:
-                while chunk := file.read(1 << 20):
-                    digest.update(chunk)
-        except (OSError, LookupError) as error:
-            raise self._unreadable(error) from error
-        return digest.hexdigest()[:16]
+        return hashlib.sha256(json.dumps(settings).encode() + self._content()).hexdigest()[:16]
 
-    def _unreadable(self, error: Exception) -> UserError:
-        return UserError(f"cannot read {self.path}: {error}; unpack the evaluation bundle again")
+    def _content(self) -> bytes:
+        try:
+            return self.path.read_bytes()
+        except (OSError, LookupError) as error:
+            raise UserError(f"cannot read {self.path}: {error}; unpack the evaluation bundle again") from error
 
     def items(self, max_items: int | None = None) -> list[Item]:
         """The items in nanochat's order, at most ``max_items``.
@@ -86,10 +83,11 @@ class CoreTask:
         Raises:
             UserError: the file is missing or not JSON lines.
         """
+        lines = self._content().split(b"\n")
         try:
-            items = [json.loads(line) for line in self.path.read_text(encoding="utf-8").split("\n") if line.strip()]
-        except (OSError, ValueError, LookupError) as error:
-            raise self._unreadable(error) from error
+            items = [json.loads(line) for line in lines if line.strip()]
+        except ValueError as error:
+            raise UserError(f"cannot read {self.path}: {error}; unpack the evaluation bundle again") from error
         random.Random(SHUFFLE_SEED).shuffle(items)
         return items[:max_items]
 
@@ -199,13 +197,18 @@ def make_example(
         start = common_prefix(options)
         options = options if kind == "multiple_choice" else options[1:]
         spans = [(start, len(option)) for option in options]
-    cut = False
-    if max_tokens is not None:
-        removed = [max(0, len(option) - max_tokens) for option in options]
-        cut = any(start - less < 1 for (start, _), less in zip(spans, removed, strict=True))
-        options = [option[less:] for option, less in zip(options, removed, strict=True)]
-        spans = [(max(1, start - less), end - less) for (start, end), less in zip(spans, removed, strict=True)]
-    return Example(options, spans, gold, cut)
+    return cut_example(options, spans, gold, max_tokens or sys.maxsize)
+
+
+def cut_example(options: list[list[int]], spans: list[tuple[int, int]], gold: int, max_tokens: int) -> Example:
+    """An example whose options are cut to ``max_tokens`` at the beginning."""
+    removed = [max(0, len(option) - max_tokens) for option in options]
+    return Example(
+        [option[less:] for option, less in zip(options, removed, strict=True)],
+        [(max(1, start - less), end - less) for (start, end), less in zip(spans, removed, strict=True)],
+        gold,
+        cut=any(start - less < 1 for (start, _), less in zip(spans, removed, strict=True)),
+    )
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:

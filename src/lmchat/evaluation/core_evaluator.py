@@ -22,8 +22,6 @@ class CoreEvaluator(Benchmark):
     """Centered accuracy of each task as ``core/TASK``, and their mean as ``core``.
 
     Args:
-        tasks: the tasks, see `lmchat.evaluation.core.read_bundle`.
-        tokenizer: the tokenizer of the model.
         max_per_task: maximum number of examples of a task.
         max_tokens: maximum length of a prompt; longer ones are cut at the beginning.
         every_n_steps, device: see `Benchmark`.

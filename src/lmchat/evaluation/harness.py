@@ -12,7 +12,7 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from lmchat.evaluation.core import Example
+from lmchat.evaluation.core import Example, cut_example
 from lmchat.evaluation.core_scoring import score_in_batches
 from lmchat.generation.engine import TokenEvent
 from lmchat.generation.policy import Policy
@@ -135,12 +135,8 @@ class HarnessModel(LM):
 
     def _example(self, options: list[list[int]], starts: list[int]) -> Example:
         """Options scored from ``starts`` on; those that are too long are cut at the beginning."""
-        removed = [max(0, len(option) - self.policy.context_limit) for option in options]
-        spans = [
-            (max(1, min(start, len(option) - 1) - less), len(option) - less)
-            for option, start, less in zip(options, starts, removed, strict=True)
-        ]
-        return Example([option[less:] for option, less in zip(options, removed, strict=True)], spans, 0)
+        spans = [(min(start, len(option) - 1), len(option)) for option, start in zip(options, starts, strict=True)]
+        return cut_example(options, spans, 0, self.policy.context_limit)
 
 
 def _with_spaces_moved(context: str, continuation: str) -> tuple[str, str]:
@@ -158,14 +154,10 @@ def evaluate_harness(
     num_fewshot: int | None = None,
     chat_template: bool = False,
 ) -> dict[str, Any]:
-    """Evaluates tasks of the harness, by default with their own ``num_fewshot``; returns `lm_eval.simple_evaluate`'s
-    result.
+    """Evaluates tasks or groups of the harness, by default with their own ``num_fewshot``.
 
-    Args:
-        tasks: names of tasks or groups.
-        include_path: folder with additional tasks.
-        limit: maximum number of documents per task.
-        chat_template: render contexts by the chat template.
+    ``include_path`` is a folder with additional tasks, ``limit`` the maximum number of documents per task. Returns the
+    result of `lm_eval.simple_evaluate`.
 
     Raises:
         UserError: there is no such task.

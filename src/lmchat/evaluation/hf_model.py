@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from lmchat.evaluation.core import Example
 from lmchat.evaluation.core_scoring import OptionScore, scores_of
@@ -90,9 +91,7 @@ class HFModel:
     def score(self, questions: Sequence[Example]) -> list[list[OptionScore]]:
         """Scores each example's options, see `lmchat.evaluation.core_scoring.score`."""
         rows = list(dict.fromkeys((tuple(o), s) for q in questions for o, s in zip(q.options, q.spans, strict=True)))
-        ids = torch.zeros(len(rows), max(len(option) for option, _ in rows), dtype=torch.int64)
-        for line, (option, _) in zip(ids, rows, strict=True):
-            line[: len(option)] = torch.tensor(option)
+        ids = pad_sequence([torch.tensor(option) for option, _ in rows], batch_first=True)
         first = min(start for _, (start, _) in rows) - 1
         logits = self._logits(ids.to(self.device), first)
         picked = [

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from lmchat.evaluation.core import Example, common_prefix
 from lmchat.model.attention import attend_banded, attention
@@ -58,8 +59,7 @@ class PackedTrees:
 
     Args:
         trees: the trees; attention is cheapest if their prefixes have similar lengths.
-        device: device of the network.
-        num_layers: number of its layers.
+        device, num_layers: those of the network.
 
     Attributes:
         ids: (1, N) int64, the tokens of all trees.
@@ -157,11 +157,12 @@ class _PaddedIndex:
     """Positions in the packed row as a padded table with one line per tree."""
 
     def __init__(self, places: Sequence[Sequence[int]], device: torch.device) -> None:
-        table = _padded(places, -1)
+        lines = [torch.tensor(line, dtype=torch.int64) for line in places]
+        table = pad_sequence(lines, batch_first=True, padding_value=-1)
         self.valid = (table >= 0).to(device)
         self._table = table.clamp(min=0).to(device)
         self._line, self._column = (each.to(device) for each in torch.where(table >= 0))
-        self._places = torch.tensor([place for line in places for place in line], dtype=torch.int64).to(device)
+        self._places = torch.cat(lines).to(device)
 
     @property
     def width(self) -> int:
@@ -175,10 +176,3 @@ class _PaddedIndex:
     def scatter(self, values: Tensor, out: Tensor) -> None:
         """Writes values (trees, width, heads, head_dim) to their positions in out (1, N, heads, head_dim)."""
         out[0, self._places] = values[self._line, self._column]
-
-
-def _padded(lines: Sequence[Sequence[int]], fill: int) -> Tensor:
-    table = torch.full((len(lines), max(map(len, lines))), fill, dtype=torch.int64)
-    for row, line in zip(table, lines, strict=True):
-        row[: len(line)] = torch.tensor(line, dtype=torch.int64)
-    return table
