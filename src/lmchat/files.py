@@ -50,6 +50,17 @@ def replacing(path: Path) -> Iterator[Path]:
         yield unfinished
 
 
+def json_object(text: str | bytes) -> dict[str, Any]:
+    """Parses a JSON object. Raises ValueError for any other text."""
+    try:
+        content = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"it is of type {type(content).__name__}, not a JSON object")
+    return content
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Replaces ``path`` by a file with ``content``, indented."""
     with replacing(path) as unfinished:

@@ -156,7 +156,10 @@ def change_tensor(folder: Path, name: str, value: float) -> None:
     [
         (lambda f: (f / "config.json").unlink(), "there is no config.json in"),
         (lambda f: (f / "config.json").write_text("{"), "config.json is damaged"),
-        (lambda f: (f / "config.json").write_text("[]"), "config.json is not a JSON object"),
+        (
+            lambda f: (f / "config.json").write_text("[]"),
+            "config.json is damaged (it is of type list, not a JSON object)",
+        ),
         (lambda f: (f / "config.json").write_text('{"model_type": "nanochat"}'), "has no valid"),
         (lambda f: change_json(f / "config.json", model_type="llama"), "its model_type is 'llama'"),
         (lambda f: change_json(f / "config.json", attention_bias=True), "its attention_bias is True"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from lmchat.checkpoint.layout import CheckpointPaths, checkpoint_dir, files_by_s
 from lmchat.checkpoint.meta_schema import check_settings
 from lmchat.checkpoint.tensors import check_finite, check_tensors, shapes
 from lmchat.checkpoint.writer import write_checkpoint
+from lmchat.files import json_object
 from lmchat.model.config import GPTConfig
 from lmchat.optim.param_groups import LEARNING_RATES
 from lmchat.paths import tokenizer_dir
@@ -49,14 +49,11 @@ class ImportedModel:
 def read_json(path: Path, missing: str) -> dict[str, Any]:
     """The JSON object in a file of a model to import; ``missing`` is the message where there is no such file."""
     try:
-        content = json.loads(path.read_bytes())
+        return json_object(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(missing) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); copy or download it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object; copy or download it again")
-    return content
 
 
 def save_imported(model: ImportedModel, *, stage: str, tag: str) -> CheckpointPaths:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lmchat.data.health import DataHealth, ShardHealth
-from lmchat.files import replacing
+from lmchat.files import write_json
 from lmchat.types import UserError
 
 _SHOWN_CHARACTERS = 40  # fits into 80 columns
@@ -112,10 +111,8 @@ def _table(title: str, name: str, *numbers: str) -> Table:
 
 def write_health(health: DataHealth, path: Path) -> None:
     """Writes the report as JSON. Raises `UserError` if the file cannot be written."""
-    text = json.dumps({**asdict(health), "total": asdict(health.total)}, indent=1)
     try:
-        with replacing(path) as unfinished:
-            unfinished.write_text(text + "\n", encoding="utf-8")
+        write_json(path, {**asdict(health), "total": asdict(health.total)})
     except OSError as error:
         raise UserError(f"cannot write the report {path} ({error.strerror}); choose another with --output") from error
     print(f"Report: {path}")

@@ -18,6 +18,7 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from lmchat.files import json_object
 from lmchat.paths import base_dir
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.types import UserError
@@ -66,9 +67,8 @@ class Header:
     def __post_init__(self) -> None:
         numbers = (self.documents, self.tokens, self.skipped, self.crc32, self.source.size)
         names = (self.tokenizer, self.source.footer, self.source.sha256)
-        if self.dtype not in _DTYPES or any(type(n) is not int or n < 0 for n in numbers):
-            raise ValueError("no header of a token file")
-        if any(type(name) is not str for name in names) or type(self.source.mtime_ns) is not int:
+        valid = self.dtype in _DTYPES and type(self.source.mtime_ns) is int
+        if not valid or any(type(n) is not int or n < 0 for n in numbers) or any(type(n) is not str for n in names):
             raise ValueError("no header of a token file")
 
     @classmethod
@@ -76,14 +76,12 @@ class Header:
         """Reads the header; None if the file is missing, truncated or in another format."""
         try:
             with path.open("rb") as file:
-                fields = json.loads(file.read(HEADER_BYTES))
+                fields = json_object(file.read(HEADER_BYTES))
                 size = os.fstat(file.fileno()).st_size
             if fields.pop("format") != _FORMAT:
                 return None
             header = cls(**{**fields, "source": Source(**fields["source"])})
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            return None
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError, KeyError, TypeError):
             return None
         return header if size == header.file_bytes else None
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from lmchat.files import json_object
 from lmchat.types import UserError
 
 Result = dict[str, Any]
@@ -24,12 +24,12 @@ def read_results(path: Path) -> dict[str, Result]:
         UserError: the file is not a results file.
     """
     try:
-        results = json.loads(path.read_text())
+        results = json_object(path.read_bytes())
     except FileNotFoundError:
         return {}
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is not a results file ({error}); move it away") from error
-    if not isinstance(results, dict) or not all(map(_is_result, results.values())):
+    if not all(map(_is_result, results.values())):
         raise UserError(f"{path} is not a results file; move it away")
     return results
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lmchat.files import write_json
+from lmchat.files import json_object, write_json
 from lmchat.model.attention import BACKENDS, probe
 from lmchat.model.gpt import GPT
 
@@ -122,10 +121,9 @@ def _step(name: str, shape: AttentionShape, device: torch.device) -> Callable[[]
 def _read(file: Path) -> dict[str, str]:
     """The remembered choices; none if the file is absent or damaged."""
     try:
-        remembered = json.loads(file.read_text())
+        return json_object(file.read_bytes())
     except (OSError, ValueError):
         return {}
-    return remembered if isinstance(remembered, dict) else {}
 
 
 def _write(file: Path, remembered: dict[str, str]) -> None:

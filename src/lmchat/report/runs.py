@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +15,7 @@ import numpy.typing as npt
 from lmchat.checkpoint.layout import CheckpointPaths, committed_steps
 from lmchat.checkpoint.load import open_checkpoint
 from lmchat.evaluation.results import Result, read_results, results_file
+from lmchat.files import json_object
 from lmchat.model.config import GPTConfig
 from lmchat.paths import base_dir, expand_user
 from lmchat.scaling import flops_per_token, parameter_counts
@@ -226,11 +226,9 @@ def _read_json_lines(path: Path, fields: Mapping[str, type]) -> list[dict[str, A
 
 def _read_json(text: bytes, path: Path, fields: Mapping[str, type]) -> dict[str, Any]:
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        content = json_object(text)
+    except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); move it away") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it is of type {type(content).__name__}, not an object; move it away")
     for name, kind in fields.items():
         if not isinstance(content.get(name), kind):
             raise UserError(f"{path} is damaged: {name} is not of type {kind.__name__}; move it away")

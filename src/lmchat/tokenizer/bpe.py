@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tiktoken
 
-from lmchat.files import naming_errors, replacing
+from lmchat.files import json_object, naming_errors, replacing
 from lmchat.paths import expand_user
 from lmchat.tokenizer import files
 from lmchat.types import UserError
@@ -144,7 +144,7 @@ class Tokenizer:
                 f"no tokenizer in {directory} ({_FILE} is missing): train one with `lmchat tokenizer train`"
             )
         try:
-            return cls(*files.from_hugging_face(files.read_object(path), SPECIAL_TOKENS))
+            return cls(*files.from_hugging_face(json_object(path.read_bytes()), SPECIAL_TOKENS))
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"the tokenizer {path} is damaged or not an lmchat tokenizer ({error}): "

@@ -7,13 +7,13 @@ damaged file; callers turn these into a UserError.
 
 from __future__ import annotations
 
-import json
 from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lmchat.files import json_object
 from lmchat.types import UserError
 
 if TYPE_CHECKING:
@@ -106,16 +106,6 @@ def hugging_face(ranks: Mapping[bytes, int], pattern: str, special_tokens: Seque
     return tokenizer
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-    if not isinstance(content, dict):
-        raise ValueError("it is not a JSON object")
-    return content
-
-
 def from_hugging_face(content: dict[str, Any], special_tokens: Sequence[str]) -> tuple[dict[bytes, int], str]:
     """Ranks and split pattern of a parsed ``tokenizer.json`` of a byte-level BPE with these special tokens."""
     added = {entry["content"]: entry["id"] for entry in content.get("added_tokens") or []}
@@ -169,7 +159,7 @@ def read_vocabulary(path: Path, special_tokens: Sequence[str], default_pattern: 
     """
     if path.suffix != ".json":
         return read_tiktoken_ranks(path), default_pattern
-    content = read_object(path)
+    content = json_object(path.read_bytes())
     if "mergeable_ranks" not in content:
         return from_hugging_face(content, special_tokens)
     ranks = {b64decode(token, validate=True): int(rank) for token, rank in content["mergeable_ranks"]}

@@ -11,10 +11,10 @@ encoding:
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lmchat.files import json_object, write_json
 from lmchat.tokenizer import files
 from lmchat.tokenizer.bpe import SPECIAL_TOKENS, Tokenizer
 from lmchat.types import UserError
@@ -41,7 +41,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, model_max_length: int) -
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", config)
     (folder / "chat_template.jinja").write_text(_TEMPLATE.read_text(encoding="utf-8"), encoding="utf-8")
 
 
@@ -68,7 +68,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     """
     path = folder / "tokenizer.json"
     try:
-        content = files.read_object(path)
+        content = json_object(path.read_bytes())
         replace = [{"type": "Replace", "pattern": {"String": code}, "content": text} for code, text in _UNESCAPED]
         if content.get("normalizer") not in (None, {"type": "Sequence", "normalizers": replace}):
             raise ValueError("its normalizer changes text")
