@@ -79,11 +79,12 @@ def config_for_depth(
     aspect_ratio: int = 64,
     head_dim: int = 128,
     n_kv_head: int | None = None,
-    window_pattern: str = "SSSL",
-    value_embeddings: bool = True,
-    residual_mix: bool = True,
+    **options: Any,
 ) -> GPTConfig:
-    """The shape of a model of `depth` layers: width depth · aspect_ratio, rounded up to whole heads."""
+    """The shape of a model of `depth` layers: width depth · aspect_ratio, rounded up to whole heads.
+
+    ``options`` are further fields of `GPTConfig`.
+    """
     check_count(None, 1, depth=depth, aspect_ratio=aspect_ratio, head_dim=head_dim)
     if head_dim % 2:
         raise UserError(f"head_dim is {head_dim}; rotary embeddings turn pairs of channels: use an even number")
@@ -95,9 +96,7 @@ def config_for_depth(
         n_head=n_head,
         n_kv_head=n_head if n_kv_head is None else n_kv_head,
         n_embd=n_head * head_dim,
-        window_pattern=window_pattern,
-        value_embeddings=value_embeddings,
-        residual_mix=residual_mix,
+        **options,
     )
 
 
@@ -143,7 +142,6 @@ def make_plan(
     average of the weights, in epochs, constant (arXiv:2405.13698).
 
     Args:
-        depth: number of blocks.
         ratio: training tokens per scaling parameter.
         target_flops: FLOPs of the whole run.
         max_steps: optimizer steps.

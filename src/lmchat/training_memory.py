@@ -78,13 +78,11 @@ def training_memory(
     """Memory per device of training with micro-batches of `rows` rows.
 
     Args:
-        config: shape of the model.
-        rows: rows per micro-batch.
         mode: how the blocks run; see the module.
         checkpoint_blocks: save only the input of each block and recompute the block in the backward pass.
         optimizer_shards: number of ranks that the optimizer state is sharded over.
         element_bytes: bytes per element of the compute dtype.
-        chunk_tokens: tokens per chunk of the loss.
+        chunk_tokens: as in `lmchat.losses.linear_cross_entropy`.
         on_gpu: add what CUDA and its libraries take.
     """
     tokens, width = rows * config.sequence_len, config.n_embd

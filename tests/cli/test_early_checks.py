@@ -12,6 +12,7 @@ import pytest
 
 from lmchat.cli.checks import check_config_files
 from lmchat.cli.early_checks import check_sizes, read_options
+from lmchat.model.config import GPTConfig
 from lmchat.scaling import config_for_depth
 from lmchat.types import UserError
 
@@ -130,6 +131,9 @@ def test_a_config_that_cannot_be_read_again_or_is_endless_is_refused(config: lis
 def test_defaults_are_those_of_the_model() -> None:
     from lmchat.stages.pretrain import PretrainModule
 
-    module, shape = (inspect.signature(each).parameters for each in (PretrainModule, config_for_depth))
+    module, options, fields = (
+        inspect.signature(each).parameters for each in (PretrainModule, config_for_depth, GPTConfig)
+    )
+    shape = {**fields, **options}
     shared = shape.keys() & module.keys() - {"depth", "sequence_len"}
     assert len(shared) == 6 and all(shape[name].default == module[name].default for name in shared)

@@ -36,7 +36,7 @@ class GCFreeze(StepCallback):
         elif step % self.every_n_steps == 0:
             gc.collect()
 
-    def _restore(self) -> None:
+    def on_train_end(self, *_: Any) -> None:
         if self._was_enabled is None:
             return
         gc.unfreeze()
@@ -44,8 +44,5 @@ class GCFreeze(StepCallback):
             gc.enable()
         self._was_enabled = None
 
-    def on_train_end(self, *_: Any) -> None:
-        self._restore()
-
     def on_exception(self, *_: Any) -> None:
-        self._restore()
+        self.on_train_end()

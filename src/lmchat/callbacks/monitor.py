@@ -202,15 +202,12 @@ class Monitor(StepCallback):
             self._bar.set(step)
 
     def on_train_end(self, *_: Any) -> None:
-        self._close()
-
-    def on_exception(self, *_: Any) -> None:
-        self._close()
-
-    def _close(self) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+    def on_exception(self, *_: Any) -> None:
+        self.on_train_end()
 
     def state_dict(self) -> dict[str, Any]:
         return {**self.loss_ema.state(), "tokens": self.tokens}

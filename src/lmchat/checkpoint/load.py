@@ -267,7 +267,6 @@ def load_tokenizer(checkpoint: Checkpoint, folder: Path | None = None) -> Tokeni
     """The tokenizer that the checkpoint's model was trained with.
 
     Args:
-        checkpoint: the checkpoint.
         folder: folder of the tokenizer; default is the ``tokenizer`` folder beside the checkpoint folders, or else
             ``$LMCHAT_BASE_DIR/tokenizer``.
 

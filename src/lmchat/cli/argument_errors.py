@@ -26,10 +26,9 @@ _NO_MAPPING = re.compile(r"Unable to load config '([^']*)'")
 
 
 def explain(message: str, args: Sequence[str]) -> str:
-    """Explains an error in one sentence with option, value and remedy; it may have line breaks.
+    """Explains a `jsonargparse.ArgumentError` in one sentence with option, value and remedy; it may have line breaks.
 
     Args:
-        message: message of a `jsonargparse.ArgumentError`.
         args: command line, starting with the name of the command.
     """
     command = f"lmchat {args[0]}"

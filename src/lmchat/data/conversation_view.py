@@ -36,8 +36,6 @@ def show_conversations(
     """Prints conversations of a mixture, then counts all of them, at most ``limit``.
 
     Args:
-        mixture: the conversations.
-        tokenizer: tokenizer to render them with.
         max_tokens: length that longer conversations are cut to.
         start, rows: index of the first conversation to print, and how many.
         only: print only truncated conversations, or only those without loss tokens (no_loss_tokens).

@@ -54,9 +54,6 @@ def _kind(file: EvaluationFile) -> str:
 class EvaluationOverlap:
     """Compares documents with evaluation sets. A set is a file, an example one record; its strings are compared.
 
-    Args:
-        files: the evaluation sets.
-
     Raises:
         UserError: a file cannot be read.
     """

@@ -27,7 +27,6 @@ def fingerprint(mixture: Mixture, checksums: npt.NDArray[np.uint32], **settings:
     """Fingerprint of a mixture: a digest per task by name, a digest of the order, and settings.
 
     Args:
-        mixture: the mixture.
         checksums: (conversations,) uint32 checksums in the order of the mixture.
         settings: other settings that determine the batches; keys are their names in messages.
     """

@@ -23,7 +23,6 @@ class MixturePart:
     """A task's share in a mixture.
 
     Args:
-        task: the task.
         epochs: number of times that each conversation occurs.
     """
 

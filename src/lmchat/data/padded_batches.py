@@ -29,10 +29,8 @@ class PaddedPlan:
     step is filled up with empty rows.
 
     Args:
-        conversations: the rendered conversations.
         sequence_len: T; a packed row has T + 1 tokens, since targets are the inputs shifted by one.
         rows_per_step: rows per optimizer step over all ranks.
-        progress: show a progress bar.
     """
 
     def __init__(

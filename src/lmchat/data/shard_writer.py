@@ -49,7 +49,6 @@ def write_shards(
     """Shuffles documents, drops exact duplicates and blank ones, and writes ``shard_00000.parquet`` and so on.
 
     Args:
-        documents: the texts.
         output: folder to create; it appears when it is complete.
         validation_fraction: share of the documents in the last shard. No shard is empty.
         shard_characters: size of a training shard in characters.

@@ -47,7 +47,6 @@ def train_tokenizer(
 
     Args:
         data: a folder of parquet shards, of which the last is held out, or of .txt files; or such files.
-        output: folder to write.
         vocab_size: size of the vocabulary, special tokens included.
         max_chars, doc_cap: maximum number of characters to read, in total and of a document.
         max_shards: maximum number of files to read, in order of their names.

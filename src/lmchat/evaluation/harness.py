@@ -32,7 +32,6 @@ class HarnessModel(LM):
     log-likelihoods use windows of the length of training rows.
 
     Args:
-        policy: the model.
         chat: whether contexts are rendered by the chat template, so that special tokens are parsed.
     """
 

@@ -58,8 +58,7 @@ def bootstrap_interval(
     The questions of each task are resampled with replacement; the number of correct ones among them is binomial.
 
     Args:
-        correct: correct answers of each task.
-        trials: questions of each task, at least one.
+        correct, trials: correct answers and questions of each task; at least one question.
         baselines: accuracy of each task that is centered at 0.
         replicates: number of bootstrap samples.
 

@@ -163,8 +163,7 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim
 
     Args:
         name: name of a backend, or "auto".
-        device: device of the tensors.
-        dtype: dtype of the tensors.
+        device, dtype: those of the tensors.
         head_dim: size of a head.
         grouped: whether several query heads share a key head.
 

@@ -58,7 +58,6 @@ def convert_linears(
     first.
 
     Args:
-        net: the network.
         recipe: scaling of the operands, see the module.
         lm_head: convert the output head too.
         pad: pad token counts to a multiple of 16, which the product for weight gradients needs; for batches whose

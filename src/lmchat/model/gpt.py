@@ -41,8 +41,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: (B, T, heads, head_dim).
-        cos: (T, 1, head_dim / 2), or (B, T, 1, head_dim / 2) for positions that differ between rows.
-        sin: likewise.
+        cos, sin: (T, 1, head_dim / 2), or (B, T, 1, head_dim / 2) for positions that differ between rows.
     """
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
@@ -116,8 +115,7 @@ class SelfAttention(nn.Module):
         Args:
             x: (B, T, n_embd), normed.
             value_embedding: (B, T, n_kv_head · head_dim), added to the values through the gate; None on other layers.
-            cos: rotary table of the positions, see `rotate`.
-            sin: likewise.
+            cos, sin: rotary tables of the positions, see `rotate`.
             kv_cache: keys and values of earlier tokens, to which those of ``x`` are added.
             only: (M,) int64 positions whose output is needed; None is all.
             starts: ``document_starts`` of a `lmchat.types.Batch`, to attend within documents only.
@@ -453,7 +451,3 @@ class GPT(nn.Module):
             return self.cos[:length], self.sin[:length]
         positions = kv_cache.positions(length)
         return self.cos[positions], self.sin[positions]
-
-    def extra_repr(self) -> str:
-        """Shows the compute dtype in ``print``."""
-        return f"compute_dtype={self.compute_dtype}"

@@ -299,9 +299,7 @@ def assign_owners(count: int, loads: list[float], weight: float) -> list[int]:
     """Assigns ``count`` equal matrices to ranks: round-robin, the remainder to the least loaded ranks.
 
     Args:
-        count: number of matrices.
-        loads: load of each rank in any unit; increased by ``weight`` for each matrix of the remainder.
-        weight: load of one matrix.
+        loads: load of each rank in any unit; increased by ``weight``, a matrix's, for each matrix of the remainder.
     """
     ranks = len(loads)
     in_turn, left = divmod(count, ranks)

@@ -131,14 +131,9 @@ class MuonAdamW(Optimizer):
     def step_matrices(
         self, group: dict[str, Any], key: str, params: Sequence[Tensor], grads: Tensor, live: Sequence[bool]
     ) -> None:
-        """Steps the matrices ``params`` of a Muon group that are ``live``.
+        """Steps the matrices ``params`` of a Muon group that are ``live``, i.e. have a gradient.
 
-        Args:
-            group: the parameter group.
-            key: name of their stack of state.
-            params: matrices of the group.
-            grads: (n, rows, cols) gradients.
-            live: whether each matrix has a gradient.
+        ``key`` is the name of their stack of state; ``grads`` are (n, rows, cols).
         """
         momentum_buffers, second_moments = self.muon_state(key, params)
         parts = [slice(0, len(params))] if all(live) else [slice(i, i + 1) for i, alive in enumerate(live) if alive]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -14,7 +14,8 @@ REFERENCE_WIDTH = 768
 """Width that the AdamW learning rates of tables are tuned for; otherwise they are × √(REFERENCE_WIDTH / n_embd)."""
 
 LEARNING_RATES = {"embedding_lr": 0.3, "unembedding_lr": 0.004, "matrix_lr": 0.02, "scalar_lr": 0.5}
-"""Default learning rates of pretraining, nanochat's, at width 768 and batch 2¹⁹."""
+"""Default learning rates of pretraining, nanochat's, at width 768 and batch 2¹⁹: of the token and value embeddings, the
+output head, Muon, and the residual scalars."""
 
 BETAS = (0.8, 0.95)
 """Betas of AdamW, except those of x0_lambdas."""
@@ -25,10 +26,7 @@ def build_param_groups(
     n_embd: int,
     *,
     lr_scale: float = 1.0,
-    embedding_lr: float = LEARNING_RATES["embedding_lr"],
-    unembedding_lr: float = LEARNING_RATES["unembedding_lr"],
-    matrix_lr: float = LEARNING_RATES["matrix_lr"],
-    scalar_lr: float = LEARNING_RATES["scalar_lr"],
+    learning_rates: Mapping[str, float] = LEARNING_RATES,
     weight_decay: float = 0.2,
 ) -> list[dict[str, Any]]:
     """nanochat's parameter groups in its order: head, tables, scalars, then one Muon group per matrix shape, ascending.
@@ -37,10 +35,7 @@ def build_param_groups(
         named_parameters: parameters of a GPT; the group depends on the name only.
         n_embd: width of the model.
         lr_scale: factor on every learning rate, from the batch size.
-        embedding_lr: learning rate of token and value embeddings.
-        unembedding_lr: learning rate of the output head.
-        matrix_lr: learning rate of Muon.
-        scalar_lr: learning rate of the residual scalars.
+        learning_rates: base learning rates, named as in `LEARNING_RATES`.
         weight_decay: weight decay of Muon; AdamW has none.
 
     Returns:
@@ -52,11 +47,11 @@ def build_param_groups(
     """
     table_scale = (n_embd / REFERENCE_WIDTH) ** -0.5
     adamw_groups = {
-        "lm_head": (unembedding_lr * table_scale, BETAS),
-        "wte": (embedding_lr * table_scale, BETAS),
-        "value_embeds": (embedding_lr * table_scale, BETAS),
-        "resid_lambdas": (scalar_lr * 0.01, BETAS),
-        "x0_lambdas": (scalar_lr, (0.96, 0.95)),
+        "lm_head": (learning_rates["unembedding_lr"] * table_scale, BETAS),
+        "wte": (learning_rates["embedding_lr"] * table_scale, BETAS),
+        "value_embeds": (learning_rates["embedding_lr"] * table_scale, BETAS),
+        "resid_lambdas": (learning_rates["scalar_lr"] * 0.01, BETAS),
+        "x0_lambdas": (learning_rates["scalar_lr"], (0.96, 0.95)),
     }
     members: dict[str | tuple[int, int], list[tuple[str, nn.Parameter]]] = defaultdict(list)
     for name, param in named_parameters:
@@ -69,7 +64,7 @@ def build_param_groups(
             groups.append(_group(key, members[key], settings))
     for shape in sorted(key for key in members if isinstance(key, tuple)):
         # Schedules set the momentum before the first step.
-        settings = {"kind": "muon", "lr": matrix_lr * lr_scale, "momentum": 0.95, "beta2": 0.95}
+        settings = {"kind": "muon", "lr": learning_rates["matrix_lr"] * lr_scale, "momentum": 0.95, "beta2": 0.95}
         groups.append(_group(f"muon_{shape[0]}x{shape[1]}", members[shape], settings | {"weight_decay": weight_decay}))
     return groups
 

@@ -23,7 +23,6 @@ class GroupRow:
     Args:
         prompt: number of tokens of the prompt; may be 0.
         samples: number of tokens of each sample.
-        device: device of the network.
     """
 
     def __init__(self, prompt: int, samples: Sequence[int], device: torch.device) -> None:

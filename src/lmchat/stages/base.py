@@ -106,12 +106,8 @@ class StageModule(L.LightningModule):
             check_folder_name("--model.tag", tag)
         self.tokenizer_dir = tokenizer_dir
         self.global_batch_tokens = global_batch_tokens
-        self.learning_rates = {
-            "embedding_lr": embedding_lr,
-            "unembedding_lr": unembedding_lr,
-            "matrix_lr": matrix_lr,
-            "scalar_lr": scalar_lr,
-        }
+        given = (embedding_lr, unembedding_lr, matrix_lr, scalar_lr)
+        self.learning_rates = dict(zip(LEARNING_RATES, given, strict=True))
         self.weight_decay = weight_decay
         check_range("model", weight_decay=weight_decay, **self.learning_rates)
         check_count("model", 1, global_batch_tokens=global_batch_tokens)
@@ -273,8 +269,8 @@ class StageModule(L.LightningModule):
             self.net.named_parameters(),
             n_embd=self.config.n_embd,
             lr_scale=self.plan.lr_scale,
+            learning_rates=self.learning_rates,
             weight_decay=self.plan.weight_decay,
-            **self.learning_rates,
         )
         on_gpu = self.net.device.type == "cuda"  # on a CPU Muon's matrix products dominate
         polar_dtype: Any = COMPUTE_DTYPES.get(self.polar_dtype, "auto")

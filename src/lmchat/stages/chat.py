@@ -12,6 +12,7 @@ from lmchat.evaluation.chat_tasks import ChatTaskEvaluator
 from lmchat.evaluation.evaluator import Evaluator
 from lmchat.model.config import GPTConfig
 from lmchat.optim.muon_adamw import MuonAdamW
+from lmchat.optim.param_groups import LEARNING_RATES
 from lmchat.option_checks import check_count, check_range
 from lmchat.stage_table import STAGES
 from lmchat.stages.base import StageModule
@@ -48,13 +49,8 @@ class ChatModule(StageModule):
     ) -> None:
         super().__init__(weight_decay=weight_decay, **kwargs)
         self.lr_scale = init_lr_fraction
-        given = {
-            "embedding_lr": embedding_lr,
-            "unembedding_lr": unembedding_lr,
-            "matrix_lr": matrix_lr,
-            "scalar_lr": scalar_lr,
-        }
-        self._given_learning_rates = {name: lr for name, lr in given.items() if lr is not None}
+        given = zip(LEARNING_RATES, (embedding_lr, unembedding_lr, matrix_lr, scalar_lr), strict=True)
+        self._given_learning_rates = {name: lr for name, lr in given if lr is not None}
         check_range("model", init_lr_fraction=init_lr_fraction, **self._given_learning_rates)
         self.warm_start_optimizer = warm_start_optimizer
         self._config: GPTConfig | None = None

@@ -37,6 +37,7 @@ class StageDataModule(L.LightningDataModule):
     """
 
     spec: StageSpec
+    trainer: L.Trainer
     mask_documents: bool = False
 
     def __init__(self, micro_batch_size: int | Literal["auto"] | None) -> None:
@@ -92,14 +93,11 @@ class StageDataModule(L.LightningDataModule):
 
     def loader(self, batches: IterableDataset[Any]) -> DataLoader:
         """Wraps ``batches`` for Lightning; pinned for a GPU, so that the copy does not block the CPU."""
-        assert self.trainer is not None
         on_gpu = self.trainer.strategy.root_device.type == "cuda"
         return DataLoader(batches, batch_size=None, pin_memory=on_gpu)
 
     def val_dataloader(self) -> list[DataLoader]:
-        trainer = self.trainer
-        assert trainer is not None
-        rank, world_size = trainer.global_rank, trainer.world_size
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
         return [self.loader(EvaluatorBatches(each, rank, world_size, self.is_due)) for each in self.evaluators]
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:

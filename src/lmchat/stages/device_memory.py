@@ -77,7 +77,7 @@ def choose_micro_batch(module: StageModule, global_batch_tokens: int, max_rows: 
     candidates are tried, on a CPU the memory model is used.
 
     Args:
-        module: module attached to its trainer.
+        module: module of the stage, with its trainer.
         global_batch_tokens: tokens per optimizer step over all ranks.
         max_rows: maximum number of rows, whatever the memory.
 

@@ -181,14 +181,12 @@ class FineWebDataModule(StageDataModule):
         )
 
     def train_dataloader(self) -> DataLoader:
-        assert self.trainer is not None
         rank, world_size = self.trainer.global_rank, self.trainer.world_size
         return self.loader(
             self._batches(self.train_shards, rank, world_size, state=self.position, long_documents=self.long_documents)
         )
 
     def val_dataloader(self) -> list[DataLoader]:
-        assert self.trainer is not None
         self._eval_batches(self.trainer.world_size)  # a wrong option is reported before training
         return super().val_dataloader()
 

@@ -173,7 +173,6 @@ class RolloutDataModule(ChatDataModule):
 
     def train_dataloader(self) -> DataLoader:
         trainer, mixture = self.trainer, self.mixtures["train"]
-        assert trainer is not None
         self.rollouts = Rollouts(
             mixture,
             lambda: self.spec.policy().engine,

@@ -104,7 +104,6 @@ class SFTDataModule(ChatDataModule):
         return base_dir() / "rendered" / self.spec.tag / split
 
     def prepare_data(self) -> None:
-        assert self.trainer is not None
         splits = tuple(self.mixtures) if self.trainer.state.fn == "fit" else ("val",)
         if "val" not in self.mixtures and self.trainer.state.fn != "fit":
             raise UserError("--data.val is empty, so there is nothing to evaluate; name a task, or use lmchat eval")
@@ -145,7 +144,6 @@ class SFTDataModule(ChatDataModule):
     def _plan(self, split: str) -> PaddedPlan:
         tokens, sequence_len = self.spec.global_batch_tokens, self.spec.sequence_len
         assert tokens is not None, "a checkpoint names the global batch"
-        assert self.trainer is not None
         conversations = RenderedConversations(self._folder(split))
         rows, first_rank = rows_per_step(tokens, sequence_len), self.trainer.is_global_zero
         return PaddedPlan(conversations, sequence_len, rows, progress=first_rank)
@@ -166,7 +164,6 @@ class SFTDataModule(ChatDataModule):
         )
 
     def train_dataloader(self) -> DataLoader:
-        assert self.trainer is not None
         plan = self.train_plan
         content = json.loads((self._folder("train") / FINGERPRINT).read_text())
         data = {"rows per step": str(plan.rows_per_step), **content}

@@ -230,7 +230,6 @@ def reduce_numbers(trainer: L.Trainer, numbers: Tensor, op: Any = dist.ReduceOp.
     RuntimeError if another rank has failed; NCCL would wait for that rank and ignore signals.
 
     Args:
-        trainer: the trainer.
         numbers: tensor on any device, with the same shape and dtype on all ranks; needs a device sync.
         op: a `torch.distributed.ReduceOp`.
     """

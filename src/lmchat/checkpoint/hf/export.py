@@ -68,9 +68,7 @@ def write_export(
     """Writes weights, configs, tokenizer, chat template and model card into ``folder``.
 
     Args:
-        checkpoint: a checkpoint of any stage.
-        tokenizer: the tokenizer that its model was trained with.
-        folder: an empty folder.
+        tokenizer: the tokenizer that the model was trained with.
         native: export as `NanoChatForCausalLM` instead of with lmchat's modelling file.
         dtype: dtype of the stored weights. bf16 halves the file; the factors of the residual mix stay fp32.
 
