@@ -228,7 +228,7 @@ def _format_warning(
 
 
 def _printable(line: str) -> str:
-    """The line with control characters as escapes; file contents may have some."""
+    """Escapes control characters, which may come from the contents of files."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 

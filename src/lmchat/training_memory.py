@@ -121,8 +121,8 @@ def check_fits(
 ) -> None:
     """Raises UserError if a model cannot fit a device with ``limit`` bytes of memory.
 
-    ``estimate`` is the memory of training with micro-batches of so many rows; None if the model is not trained.
-    ``rows`` is their number, if known.
+    ``estimate`` gives the memory of training by rows per micro-batch; None if the model is not trained. ``rows`` is the
+    number that will be used, if known.
     """
     weights = 4 * parameter_counts(config).total
     if weights > limit:

@@ -238,7 +238,7 @@ class StepCheckpoint(StepCallback, Checkpoint):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         boundary = self._boundary
         if boundary is None:
-            raise UserError("cannot save a checkpoint before the first optimizer step")
+            raise UserError("cannot save a checkpoint before the first optimizer step; save after one")
         checkpoint["global_step"] = boundary.step
         checkpoint["loops"]["fit_loop"] = boundary.fit_loop
         checkpoint |= boundary.data

@@ -69,6 +69,6 @@ class FP8(Callback):
         if reason is not None:
             raise UserError(
                 f"--fp8.enabled is true, but {module.device} cannot train in FP8: {reason}; "
-                "use --fp8.enabled auto, or --fp8.emulate true to try it slowly"
+                "use --fp8.enabled auto, or --fp8.emulate true, which is slow"
             )
         return True

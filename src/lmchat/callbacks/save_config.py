@@ -23,7 +23,7 @@ RUN_FILE = "run.json"
 
 
 def run_log_dir(trainer: L.Trainer, module: StageModule) -> Path:
-    """The folder that this start of the run logs to, which exists: the first logger's, or ``logs/<stage>/<tag>``.
+    """The log folder of this start of the run, created if missing: the first logger's, or ``logs/<stage>/<tag>``.
 
     Without such a logger, Lightning would write to the current folder and overwrite files there.
     """

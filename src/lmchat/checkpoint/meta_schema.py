@@ -214,7 +214,7 @@ def _check_fields(
 
 
 def _check_files(files: Mapping[str, Any], paths: CheckpointPaths, world_size: int) -> None:
-    """Checks that the files are the weights and every rank's state, with sizes and checksums."""
+    """Checks that ``files`` lists the weights and every rank's state, each with its size and checksum."""
     if len(files) != world_size + 1:
         raise UserError(
             f"files names {len(files)} files, and the weights and {world_size} rank(s) are {world_size + 1}"

@@ -123,7 +123,7 @@ class BestFitPacker(Iterator[PackedRow]):
         return row
 
     def _continued(self) -> tuple[PackedRow, int]:
-        """The beginning of a row, which is that of a document that was cut, and the room after it."""
+        """The first segment of the next row if it continues a cut document, and the room that is left in the row."""
         if self._cut is None:
             self.start = 0
             return [], self.row_tokens

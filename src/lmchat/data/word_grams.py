@@ -18,7 +18,7 @@ _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 def word_hashes(text: str) -> Hashes:
     """(words,) uint64 hashes of the words of a text in lower case, without punctuation; the same in every process.
 
-    Text without spaces (Chinese) has long words.
+    Text without spaces between words, such as Chinese, has few and long ones.
     """
     words = "\n".join(_WORD.findall(text.lower())).encode("utf-8", "surrogatepass").splitlines()
     return mix(np.fromiter(map(zlib.crc32, words), np.uint64, len(words)))

@@ -361,7 +361,7 @@ def fork(function: Callable[[], None]) -> int:
 
 
 def detach(*keep: int) -> list[int]:
-    """Starts a session with empty stdin, stdout redirected to stderr, and only ``keep`` open, under new numbers."""
+    """Starts a session with empty stdin and stdout as stderr; closes all but ``keep``; returns their new numbers."""
     os.setsid()
     os.dup2(os.pipe()[0], 0)
     os.dup2(2, 1)

@@ -102,7 +102,7 @@ def milliseconds(step: Callable[[], object]) -> float:
 
 
 def _step(name: str, shape: AttentionShape, device: torch.device) -> Callable[[], object]:
-    """Forward and backward pass at the shape; with documents, four equal ones per row."""
+    """A function that runs attention forward and backward; with documents, a row has four of equal length."""
     attend = BACKENDS[name]
     generator = torch.Generator(device).manual_seed(0)
 
@@ -127,7 +127,7 @@ def _read(file: Path) -> dict[str, str]:
 
 
 def _write(file: Path, remembered: dict[str, str]) -> None:
-    """Several runs may write at once, and the folder may be read-only."""
+    """Remembers the choices, if the folder can be written to."""
     try:
         write_json(file, remembered)
     except OSError as error:

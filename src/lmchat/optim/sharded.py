@@ -141,7 +141,7 @@ class ShardedMuonAdamW(MuonAdamW):
             bucket.finish()
 
     def _learn_order(self) -> None:
-        """Takes over, once, the order in which a backward pass on rank 0 completed the buckets."""
+        """Sets the order of the reductions, once, to that in which a backward pass on rank 0 completed the buckets."""
         if self._order is self._buckets and self._overlapping:
             complete = len(self._completed) == len(self._buckets)
             indices = self._collectives.broadcast_from_rank0(self._completed if complete else [-1] * len(self._buckets))

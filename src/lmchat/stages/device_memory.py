@@ -153,7 +153,7 @@ def run_micro_batches(net: GPT, rows: int) -> None:
 
 
 def out_of_memory(module: StageModule, error: BaseException) -> UserError:
-    """What to change after ``error``, in training: the largest micro-batch that would fit."""
+    """The error for running out of memory in training; its remedy is the largest micro-batch that should fit."""
     trainer = module.trainer
     device, plan = trainer.strategy.root_device, getattr(module, "plan", None)
     limit, step = memory_limit_bytes(device), trainer.global_step + 1
@@ -176,7 +176,7 @@ def out_of_memory(module: StageModule, error: BaseException) -> UserError:
 
 
 def smaller_model(module: StageModule) -> str:
-    """The remedy where no micro-batch is small enough."""
+    """The remedy if no micro-batch is small enough."""
     remedies = [] if module.checkpoint_blocks else ["--model.checkpoint_blocks true"]
     if module.scales_with_depth:
         remedies += ["a smaller --model.depth", "a smaller --model.sequence_len"]

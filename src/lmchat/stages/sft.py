@@ -125,7 +125,7 @@ class SFTDataModule(ChatDataModule):
             write_json(folder / FINGERPRINT, fingerprint(mixture, RenderedConversations(folder).checksums))
 
     def _mixtures_to_read(self) -> dict[str, Mixture]:
-        """Mixtures of copied tasks, so that what these read is freed when all is rendered."""
+        """Mixtures of copies of the tasks, so that the rows they read are freed after rendering."""
         return {
             split: Mixture([replace(part, task=copy(part.task)) for part in mixture.parts], mixture.shuffle_seed)
             for split, mixture in self.mixtures.items()

@@ -73,7 +73,7 @@ def set_batch_progress(fit_loop: dict[str, Any], micro_batches: int) -> None:
     """Sets the counters in the saved state of a fit loop to ``micro_batches`` processed micro-batches.
 
     Lightning uses them for optimizer steps, for validation, and for the position of loaders with a length. The state is
-    saved before the end of its micro-batch, hence ``completed`` is one less.
+    saved before the end of its micro-batch; therefore ``completed`` is one less.
     """
     progress = fit_loop["epoch_loop.batch_progress"]
     for counters in (progress["total"], progress["current"]):
