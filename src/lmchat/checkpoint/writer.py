@@ -284,7 +284,9 @@ class RunLock:
                 f"{directory} is in use by another run ({holder}); wait for it, stop it, or choose another folder"
             ) from error
         except OSError as error:
-            logger.warning("%s cannot be locked (%s): two runs that write into it would not notice", directory, error)
+            logger.warning(
+                "%s cannot be locked (%s): a second run that writes to it will not be refused", directory, error
+            )
         self._prepare(directory)
 
     def _prepare(self, directory: Path) -> None:

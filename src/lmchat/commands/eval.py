@@ -74,7 +74,9 @@ def evaluate(
     from lmchat.types import UserError
 
     if model and (harness or not core):
-        raise UserError("Hugging Face models are evaluated on CORE only; add --core eval_bundle.zip")
+        raise UserError(
+            f"--model is {model}; Hugging Face models are evaluated on CORE only: add --core eval_bundle.zip"
+        )
     check_count("", 1, batch_size=batch_size, max_new_tokens=max_new_tokens, limit=limit, max_tokens=max_tokens)
     load = partial(evaluations.load_subject, checkpoint, tokenizer, output)
     if model:

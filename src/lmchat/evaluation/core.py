@@ -141,8 +141,8 @@ def read_bundle(path: Path) -> list[CoreTask]:
                 raise ValueError(f"task {task.name!r} has the random baseline {task.baseline:.0%}")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError, zipfile.BadZipFile) as error:
         raise UserError(
-            f"{path} is not an evaluation bundle ({type(error).__name__}: {error}); a bundle has core.yaml, "
-            "eval_meta_data.csv and eval_data/"
+            f"{path} is not an evaluation bundle ({type(error).__name__}: {error}); give a folder or zip file "
+            "with core.yaml, eval_meta_data.csv and eval_data/"
         ) from error
     return tasks
 

@@ -155,7 +155,7 @@ def _locate(name: str) -> tuple[Path, str]:
     if tags:
         raise UserError(f"{name} has the runs {', '.join(tags)}; choose one, as in {name}/{tags[0]}")
     known = ", ".join(_tags(base_dir())) or "none"
-    raise UserError(f"there is no run {name}: no tag in {base_dir()} (there: {known}), and no folder with logs")
+    raise UserError(f"there is no run {name}; give a tag in {base_dir()} (there: {known}), or the folder of a run")
 
 
 def _tags(base: Path) -> list[str]:

@@ -156,7 +156,7 @@ class StageModule(L.LightningModule):
         if checkpoint.stage not in known:
             raise UserError(
                 f"{checkpoint.paths.meta} is a checkpoint of {checkpoint.stage}; {self.stage} starts from "
-                f"{' or '.join(known)}"
+                f"{' or '.join(known)}; give such a checkpoint with --ckpt_path"
             )
         if meta["tokenizer_fingerprint"] != self.tokenizer.fingerprint:
             raise UserError(

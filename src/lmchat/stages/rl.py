@@ -159,7 +159,7 @@ class RolloutDataModule(ChatDataModule):
         if self.max_steps < 1:
             raise UserError(
                 f"{questions} questions are fewer than one step of "
-                f"--data.questions_per_step {self.questions_per_step}; ask fewer per step"
+                f"--data.questions_per_step {self.questions_per_step}; lower it, or add questions"
             )
 
     def micro_batches_per_step(self, global_batch_tokens: int | None, world_size: int) -> int:

@@ -91,7 +91,7 @@ class Identity(GeneratedTask, Graded):
     ) -> None:
         super().__init__(split, size, seed, **slice)
         if not assistant.strip() or not maker.strip():
-            raise UserError(f"Identity: assistant='{assistant}', maker='{maker}': neither may be empty")
+            raise UserError(f"Identity: assistant is '{assistant}' and maker '{maker}'; give both a name")
         self.assistant = assistant
         self.maker = maker
 

@@ -106,8 +106,8 @@ class Tokenizer:
             raise UserError(f"vocab_size {vocab_size} is too large; use at most {_LARGEST_VOCABULARY}")
         if vocab_size < _SMALLEST_VOCABULARY:
             raise UserError(
-                f"vocab_size {vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} special tokens need "
-                f"{_SMALLEST_VOCABULARY}"
+                f"vocab_size {vocab_size} is too small; use at least {_SMALLEST_VOCABULARY}, for 256 bytes and "
+                f"{len(SPECIAL_TOKENS)} special tokens"
             )
         trained = HuggingFaceTokenizer(models.BPE())
         trained.pre_tokenizer = files.pre_tokenizer(pattern)
