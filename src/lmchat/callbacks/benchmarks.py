@@ -25,11 +25,7 @@ from lmchat.types import UserError
 
 
 class BenchmarkCallback(Callback):
-    """Evaluates a benchmark every ``every_n_steps`` optimizer steps and at the end, after the checkpoint of that step.
-
-    Its metrics are logged like those of every evaluator, and its results written to ``eval_STEP.json`` in the folder of
-    the checkpoints.
-    """
+    """Adds a benchmark to the evaluators, and writes its results to ``eval_STEP.json`` beside the checkpoints."""
 
     enabled: bool
     _evaluator: Benchmark | None = None

@@ -103,8 +103,6 @@ def check_shards(
     """Reads all shards of a folder once. Memory grows by up to 60 bytes per document.
 
     Args:
-        data_dir: folder of parquet shards.
-        evaluation: files of evaluation sets.
         similarity: Jaccard similarity of word 5-grams from which on documents are near duplicates.
         sequence_len: sequence length of the rows that token files are packed into.
 

@@ -43,13 +43,7 @@ def train_tokenizer(
     doc_cap: int = 10_000,
     max_shards: int | None = None,
 ) -> TrainedTokenizer:
-    """Trains a byte-level BPE and saves it.
-
-    Args:
-        data: a folder of parquet shards, of which the last is held out, or of .txt files; or such files.
-        vocab_size: size of the vocabulary, special tokens included.
-        max_chars, doc_cap: maximum number of characters to read, in total and of a document.
-        max_shards: maximum number of files to read, in order of their names.
+    """Trains a byte-level BPE and saves it to ``output``; the options are those of ``lmchat tokenizer train``.
 
     Raises:
         UserError: an option is out of range, there is no text, or ``output`` cannot be written.

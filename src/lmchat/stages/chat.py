@@ -97,13 +97,7 @@ class ChatModule(StageModule):
 
 
 class ChatDataModule(StageDataModule):
-    """Data of a stage that is evaluated by answers to questions.
-
-    Args:
-        micro_batch_size: as in `StageDataModule`.
-        eval_tasks: tasks to evaluate on; limit them with their ``stop``.
-        eval_batch_size: questions answered together.
-        eval_max_new_tokens: maximum number of new tokens of an answer in evaluation.
+    """Data of a stage that is evaluated by answers to questions; for the arguments see `SFTDataModule`.
 
     Attributes:
         mixtures: mixtures of conversations by split.
