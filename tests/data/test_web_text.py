@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmchat.data.documents import DocumentReader, find_files
-from lmchat.data.web_text import decode_page, html_text
+from lmchat.data.web_text import decode_page, html_text, warc_texts
 from lmchat.types import UserError
 
 pytest.importorskip("selectolax", reason="selectolax is not installed")
@@ -116,9 +116,28 @@ def test_warc(tmp_path: Path, compressed: bool) -> None:
 
 
 def test_a_damaged_warc_file_is_reported(tmp_path: Path) -> None:
-    (tmp_path / "bad.warc").write_bytes(b"not a warc file\n\n")
-    with pytest.raises(UserError, match=r"bad\.warc"):
-        read(tmp_path / "bad.warc")
+    no_address = b"WARC/1.0\r\nWARC-Type: response\r\nContent-Length: 4\r\n\r\nbody\r\n\r\n"
+    for content in (b"not a warc file\n\n", no_address):
+        (tmp_path / "bad.warc").write_bytes(content)
+        with pytest.raises(UserError, match=r"bad\.warc"):
+            read(tmp_path / "bad.warc")
+
+
+@pytest.mark.parametrize("line", [b"a" * 1000, b"Name: value\r\n"])
+@pytest.mark.parametrize("within_page", [False, True])
+def test_headers_of_a_warc_record_are_bounded(tmp_path: Path, line: bytes, within_page: bool) -> None:
+    """One long line, or many lines; also where the record claims to be as long."""
+    head = b"WARC/1.0\r\n"
+    if within_page:
+        head += b"WARC-Type: response\r\nContent-Type: application/http\r\nContent-Length: 99999999\r\n"
+        head += b"WARC-Target-URI: http://x/\r\n\r\n"
+        head += b"HTTP/1.1 200 OK\r\n"
+    path = tmp_path / "a.warc"
+    path.write_bytes(head + line * (20_000_000 // len(line)))
+    with path.open("rb") as file:
+        with pytest.raises(UserError, match=r"a\.warc .*a record has 4,194,304 bytes of headers"):
+            next(warc_texts(file, path, 10_000_000))
+        assert file.tell() < 6_000_000
 
 
 @pytest.mark.parametrize(("suffix", "module"), [("html", "selectolax.lexbor"), ("warc", "warcio.archiveiterator")])

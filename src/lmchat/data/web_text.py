@@ -22,6 +22,9 @@ _PARAGRAPHS = (
 _GAPS = {"td": " ", "th": " ", **dict.fromkeys(_LINES, "\n"), **dict.fromkeys(_PARAGRAPHS, "\n\n")}
 """What is before and after an element."""
 
+_MALFORMED = (AttributeError, LookupError, TypeError, ValueError)
+"""What warcio raises for missing and malformed headers."""
+_MAX_HEADER_BYTES = 1 << 22  # of a WARC record, with those of the page in it; warcio has no limit
 _CHARSET = re.compile(rb"charset\s*=\s*[\"']?\s*([\w.:-]+)", re.IGNORECASE)
 
 
@@ -85,8 +88,21 @@ def warc_texts(file: BinaryIO, path: Path, max_bytes: int) -> Iterator[str | Non
         from warcio.exceptions import ArchiveLoadFailed
     except ImportError as error:
         raise UserError("reading WARC files needs warcio; install it: pip install 'lmchat[web]'") from error
+    records, header_bytes = ArchiveIterator(file), 0
+    read_line = records.reader.readline
+
+    def read_bounded_line(length: int | None = None) -> bytes:
+        nonlocal header_bytes
+        line: bytes = read_line(_MAX_HEADER_BYTES if length is None else min(length, _MAX_HEADER_BYTES))
+        header_bytes += len(line)
+        if header_bytes >= _MAX_HEADER_BYTES:
+            raise ArchiveLoadFailed(f"a record has {_MAX_HEADER_BYTES:,} bytes of headers")
+        return line
+
+    records.reader.readline = read_bounded_line
     try:
-        for record in ArchiveIterator(file):
+        for record in records:
+            header_bytes = 0
             headers = record.http_headers if record.rec_type == "response" else record.rec_headers
             kind = (headers.get_header("Content-Type") or "").lower() if headers else ""
             charset = match[1].decode("ascii") if (match := _CHARSET.search(kind.encode())) else None
@@ -96,5 +112,5 @@ def warc_texts(file: BinaryIO, path: Path, max_bytes: int) -> Iterator[str | Non
             elif record.rec_type == "conversion" and kind.startswith("text/plain"):
                 content = record.content_stream().read(max_bytes + 1)
                 yield decode_page(content, charset) if len(content) <= max_bytes else None
-    except (ArchiveLoadFailed, EOFError, OSError) as error:
+    except (ArchiveLoadFailed, EOFError, OSError, *_MALFORMED) as error:
         raise UserError(f"{path} is not a WARC file, or it is damaged ({error}); copy or create it again") from error
