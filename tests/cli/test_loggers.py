@@ -15,6 +15,7 @@ from typing import Any
 
 import lightning as L
 import pytest
+from lightning.pytorch.loggers import tensorboard
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lmchat.__main__ import main
@@ -87,6 +88,23 @@ def test_a_failed_write_of_a_new_column_keeps_the_records(tmp_path: Path, monkey
         with pytest.raises(OSError, match=r"metrics\.csv"):
             logger.save()
     assert (tmp_path / "run" / "metrics.csv").read_text().split() == ["loss,step", "1.0,1"]
+
+
+def test_a_folder_that_is_removed_while_settings_are_written_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger = RunTensorBoardLogger(tmp_path, name="run")
+    logger.log_metrics({"loss": 1.0}, step=1)
+    write, removed = tensorboard.save_hparams_to_yaml, []
+
+    def remove_once(*args: Any) -> None:
+        if not removed:
+            removed.append(shutil.rmtree(logger.log_dir))
+        write(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tensorboard, "save_hparams_to_yaml", remove_once)
+    logger.save()
+    assert removed and (Path(logger.log_dir) / "hparams.yaml").exists()
 
 
 def raise_disk_full(*_: Any) -> None:

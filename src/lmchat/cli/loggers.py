@@ -46,9 +46,9 @@ class _RestoresFolder:
         with naming_errors(Path(self.log_dir)):
             try:
                 write(*args, **kwargs)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, RuntimeError) as error:
                 cause = error.__cause__ if isinstance(error, ValueError) else error  # Lightning wraps it
-                if not isinstance(cause, FileNotFoundError):
+                if not isinstance(cause, FileNotFoundError) and Path(self.log_dir).is_dir():
                     raise (cause if isinstance(cause, OSError) else error) from None
                 # The folder was removed after the check.
                 Path(self.log_dir).mkdir(parents=True, exist_ok=True)
