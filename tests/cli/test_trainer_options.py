@@ -142,6 +142,44 @@ def test_a_clipping_without_effect_is_refused(
     assert "gradient_clip_val is" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("trainer.overfit_batches", str(2**70)),
+        ("trainer.fast_dev_run", str(2**70)),
+        ("trainer.min_steps", str(2**70)),
+        ("trainer.min_epochs", "-5"),
+        ("trainer.num_nodes", "1000000000000"),
+        ("trainer.num_nodes", "0"),
+        ("trainer.gradient_clip_val", "1e400"),
+        ("trainer.strategy", "ddp_spawn"),
+        ("trainer.strategy", "ddp_notebook_find_unused_parameters_true"),
+        ("trainer.strategy", "ddp_fork"),
+    ],
+)
+def test_values_that_no_run_can_have_are_refused(
+    option: str,
+    value: str,
+    tiny_base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(tiny_base, tmp_path / "base")
+    monkeypatch.setenv("LMCHAT_BASE_DIR", str(tmp_path / "base"))
+    assert main(["fit", *config_options(tmp_path / "base", OWN), f"--{option}", value]) == 2
+    assert f"--{option} is " in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("law", ["--scaling_laws.tokens_per_parameter=1e21", "--scaling_laws.target_flops=1e300"])
+def test_scaling_laws_without_end_are_refused(
+    law: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit(tmp_path / "base", tiny_base, "max_steps", "-1", monkeypatch, law) == 2
+    assert "the scaling laws give a run of" in (message := capsys.readouterr().err.splitlines()[-1])
+    assert law.partition("=")[0] in message
+
+
 @pytest.mark.parametrize("callback", ["EarlyStopping", "ModelCheckpoint"])
 def test_a_missing_metric_is_reported(
     callback: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -8,7 +8,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from lmchat.callbacks.evaluate import Evaluate
-from lmchat.option_checks import check_range
+from lmchat.option_checks import MAX_COUNT, check_range
 from lmchat.run_plan import RunPlan, horizon, validation_interval
 from lmchat.scaling import Plan, make_plan
 from lmchat.stages.device_memory import choose_micro_batch
@@ -47,7 +47,7 @@ class TrainingPlan(Callback):
 
     def scale(self, module: Any, max_steps: int) -> Plan:
         """The scaling laws' plan of a module that scales with depth; ``max_steps`` is the trainer's (-1: not set)."""
-        return make_plan(
+        plan = make_plan(
             **module.shape,
             ratio=self.tokens_per_parameter,
             target_flops=self.target_flops,
@@ -55,6 +55,12 @@ class TrainingPlan(Callback):
             global_batch_tokens=module.global_batch_tokens,
             weight_decay=module.weight_decay,
         )
+        if plan.steps > MAX_COUNT:
+            raise UserError(
+                f"the scaling laws give a run of {plan.steps:.0e} steps, more than any has; use a lower "
+                "--scaling_laws.tokens_per_parameter or --scaling_laws.target_flops"
+            )
+        return plan
 
     def plan(self, trainer: L.Trainer, module: Any) -> RunPlan:
         data = trainer.datamodule  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -33,7 +34,12 @@ DECIDED_BY = {
 """Trainer options that the stages replace, and what to use instead."""
 
 BASE_CLASSES = {"StageModule", "ChatModule", "StageDataModule", "ChatDataModule"}
+COUNTS = (
+    "max_steps", "min_steps", "min_epochs", "fast_dev_run", "overfit_batches", "limit_train_batches",
+    "limit_val_batches", "limit_test_batches", "limit_predict_batches",
+)  # fmt: skip
 MAX_DEVICES = 1024
+MAX_NODES = 2**16
 _DEVICES = re.compile(r"auto|-?\d+(,\s*\d+)*")
 
 
@@ -128,8 +134,14 @@ def check_trainer_options(trainer: Mapping[str, Any] | Namespace, parser: Argume
                 f"use --{'data.eval_tokens' if name == 'limit_val_batches' else 'trainer.max_steps'}"
             )
     clip = trainer["gradient_clip_val"]
-    if clip is not None and not clip >= 0:  # also NaN
+    if clip is not None and not 0 <= clip < math.inf:  # also NaN
         raise UserError(f"--trainer.gradient_clip_val is {clip}, which clips nothing; give a positive number, or null")
-    for name in ("max_steps", "limit_train_batches", "limit_val_batches"):
+    for name in COUNTS:
         if isinstance(trainer[name], int):
             check_count("trainer", -1, **{name: trainer[name]})
+    check_count("trainer", 1, MAX_NODES, num_nodes=trainer["num_nodes"])
+    if re.search("spawn|fork|notebook", str(trainer["strategy"])):
+        raise UserError(
+            f"--trainer.strategy is {trainer['strategy']}, whose processes copy a run that is already set up; use ddp "
+            "or zero2_muon"
+        )
