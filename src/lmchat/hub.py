@@ -18,7 +18,7 @@ from lmchat.progress import ProgressBar
 from lmchat.types import UserError
 
 LISTING_SECONDS = 600.0
-LISTING_BYTES = 1 << 30
+LISTING_BYTES = 800_000_000
 """Limits of a repository's list of files; a million files, at a thousand per request, take some five minutes."""
 STALL_SECONDS = 600.0
 """Time without a new byte after which a download ends. A hub may ask its clients to come back in a day."""
