@@ -17,7 +17,7 @@ from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT
 from lmchat.rl.groups import Group
 from lmchat.stages.rl import GRPOModule
-from lmchat.types import IGNORE_INDEX, Rollout
+from lmchat.types import IGNORE_INDEX, Rollout, UserError
 
 PASSES = [slice(0, 8), slice(8, 16)]
 """The reference takes its 16 samples of a question in two passes; here each stands for a micro-batch."""
@@ -191,3 +191,9 @@ def test_reference_gradients(oracles: Path) -> None:
     for name in names:
         scale = float(measured[name].abs().max())
         torch.testing.assert_close(gradients[name], measured[name], rtol=0, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("momentum", [-1.0, 1.5, float("nan")])
+def test_a_momentum_outside_its_range_is_refused(momentum: float) -> None:
+    with pytest.raises(UserError, match=f"^--model.momentum is {momentum}; it must be a number from 0 to 1$"):
+        GRPOModule(momentum=momentum)

@@ -61,6 +61,7 @@ class GRPOModule(ChatModule):
     ) -> None:
         super().__init__(embedding_lr=embedding_lr, init_lr_fraction=init_lr_fraction, **kwargs)
         self.normalization = normalization
+        check_range("model", 1, momentum=momentum)
         self.momentum = momentum
         self._gap: torch.Tensor | None = None
 
