@@ -45,6 +45,8 @@ _BOMS = {  # UTF-32 first: its marks begin with those of UTF-16
     codecs.BOM_UTF16_BE: "utf-16-be",
     codecs.BOM_UTF8: "utf-8",
 }
+_XZ_MEMORY_BYTES = 300_000_000
+"""Limit of a decompressor's memory; `xz -9` needs 65 MB, and a file may ask for 4 GB."""
 _BETWEEN_VALUES = re.compile(r"[\s,]*")
 
 
@@ -124,7 +126,7 @@ def _decompressed(path: Path, raw: BinaryIO) -> Any:
 
         return bz2.BZ2File(raw)
     if suffix == ".xz":
-        return lzma.LZMAFile(raw)
+        return _XZ(path, raw)
     if suffix == ".zst":
         import pyarrow as pa
 
@@ -158,6 +160,43 @@ def _is_printed(head: bytes, encoding: str) -> bool:
         return False
     text = head[: len(head) // 4 * 4].decode(encoding, "replace")
     return sum(character.isprintable() or character in "\r\n\t\f" for character in text) > 0.98 * len(text)
+
+
+class _XZ(io.RawIOBase):
+    """Decompresses the streams of an xz file in bounded memory, unlike `lzma.LZMAFile`."""
+
+    def __init__(self, path: Path, raw: BinaryIO) -> None:
+        self._path = path
+        self._raw = raw
+        self._stream = lzma.LZMADecompressor(memlimit=_XZ_MEMORY_BYTES)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            content = b""
+            if self._stream.eof:
+                content = self._stream.unused_data.lstrip(b"\0")  # padding
+                while not content and (more := self._raw.read(_PROBE_BYTES)):
+                    content = more.lstrip(b"\0")
+                if not content:
+                    return 0
+                self._stream = lzma.LZMADecompressor(memlimit=_XZ_MEMORY_BYTES)
+            elif self._stream.needs_input and not (content := self._raw.read(_PROBE_BYTES)):
+                raise EOFError("it ends within its data")
+            try:
+                data = self._stream.decompress(content, len(buffer))
+            except lzma.LZMAError as error:
+                if "limit" not in str(error):
+                    raise
+                raise UserError(
+                    f"{self._path} takes more than {_XZ_MEMORY_BYTES / 1e6:.0f} MB of memory to decompress; "
+                    "compress it with `xz -9` or less"
+                ) from error
+            if data:
+                buffer[: len(data)] = data
+                return len(data)
 
 
 class _ToUTF8(io.RawIOBase):

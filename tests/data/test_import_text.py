@@ -12,6 +12,7 @@ import lzma
 import os
 import re
 import resource
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -440,3 +441,25 @@ def test_a_full_disk_is_reported(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("damage", ["", "dictionary", "end", "second stream"])
+def test_xz_files_of_several_streams_are_read_in_bounded_memory(tmp_path: Path, damage: str) -> None:
+    streams = [lzma.compress(f"part {number} ".encode() * 30_000, preset=number) for number in range(3)]
+    if damage == "dictionary":  # in the header of a block, with its checksum: of 1.5 GB
+        stream = bytearray(streams[1])
+        end = 12 + stream[12] * 4
+        stream[stream.index(b"\x21\x01", 12) + 2] = 37
+        stream[end : end + 4] = zlib.crc32(stream[12:end]).to_bytes(4, "little")
+        streams[1] = bytes(stream)
+    elif damage == "second stream":
+        streams[1] = b"garbage" + streams[1]
+    content = bytes(8).join(streams)
+    (tmp_path / "a.txt.xz").write_bytes(content[:-20] if damage == "end" else content)
+    reader = DocumentReader()
+    if not damage:
+        assert "".join(reader.read(tmp_path / "a.txt.xz")) == "".join(f"part {n} " * 30_000 for n in range(3))
+        return
+    problem = "takes more than 300 MB of memory to decompress; .*xz -9" if damage == "dictionary" else "is damaged"
+    with pytest.raises(UserError, match=rf"a\.txt\.xz {problem}"):
+        list(reader.read(tmp_path / "a.txt.xz"))
