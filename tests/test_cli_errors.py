@@ -443,6 +443,11 @@ CASES: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
         ["--model.attention", "flashy"],
         ["attention is 'flashy'", "choose auto or one of", "masked"],
     ),
+    "buffer without end": (
+        nothing,
+        ["--data.buffer_size", "1000000000000"],
+        ["--data.buffer_size is 1000000000000; it must be at most 1048576"],
+    ),
     "no micro-batch": (nothing, ["--data.micro_batch_size", "0"], ["--data.micro_batch_size is 0", "at least 1"]),
     "no monitor interval": (nothing, ["--monitor.every_n_steps", "0"], ["monitor.every_n_steps is 0", "at least 1"]),
     "accumulation by hand": (

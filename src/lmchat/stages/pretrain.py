@@ -23,6 +23,9 @@ from lmchat.stages.base import Schedule, StageModule
 from lmchat.stages.data_module import StageDataModule
 from lmchat.types import UserError
 
+MAX_BUFFER_SIZE = 2**20
+"""Documents; the buffer is filled before the first batch, with further epochs if need be."""
+
 
 class PretrainModule(StageModule):
     """Next-token prediction by a GPT; the scaling laws derive all other settings from ``depth``.
@@ -145,7 +148,8 @@ class FineWebDataModule(StageDataModule):
         mask_documents: bool = False,
     ) -> None:
         super().__init__(micro_batch_size)
-        check_count("data", 1, buffer_size=buffer_size, eval_tokens=eval_tokens)
+        check_count("data", 1, eval_tokens=eval_tokens)
+        check_count("data", 1, MAX_BUFFER_SIZE, buffer_size=buffer_size)
         self.data_dir = expand_user(data_dir) if data_dir else base_data_dir()
         self.buffer_size = buffer_size
         self.eval_tokens = eval_tokens
