@@ -231,7 +231,7 @@ class _Builder:
 
     def _add_tool_output(self, text: str, what: str) -> None:
         if not self.turns or self.turns[-1]["role"] != "assistant":
-            raise MalformedRow(f"{what} is a tool's result without an assistant message before it")
+            raise MalformedRow(f"{what} is a tool's, without an assistant message before it")
         self.notes.add("a tool's result read as the calculator's output")
         parts = [*_parts_of(self.turns[-1]), Part(type="python_output", text=text)]
         self.turns[-1]["content"] = parts
