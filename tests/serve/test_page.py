@@ -149,6 +149,25 @@ def test_a_reload_keeps_the_partial_answer(open_page: Open, live: LiveServer, mo
     assert texts(page, "assistant")[0] and "stopped" in page.inner_text(".note") and not page.locator(".error").count()
 
 
+def test_the_end_of_an_answer_does_not_scroll_a_reader_down(
+    open_page: Open, live: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page, step = open_page(), live.server.engine.step
+    answer_with(page, ("text", "line\n\n" * 100))
+    ask(page, "One")
+    page.unroute("**/v1/chat/completions")
+    monkeypatch.setattr(live.server.engine, "step", lambda: time.sleep(0.05) or step())
+    for reads_on, position in ((True, 0), (False, 1)):
+        page.fill("#question", "Two")
+        page.keyboard.press("Enter")
+        wait_for(lambda: page.evaluate("document.querySelector('.busy > .body')?.textContent.length > 2"))
+        page.evaluate(f"document.getElementById('log').scrollTop = {0 if reads_on else 10**6}")
+        page.keyboard.press("Escape")
+        page.wait_for_selector("#send:not([hidden])")
+        place = "(log => log.scrollTop / (log.scrollHeight - log.clientHeight))(document.getElementById('log'))"
+        assert page.evaluate(place) == pytest.approx(position, abs=0.01)
+
+
 def test_a_second_tab_does_not_lose_the_first_ones_turns(open_page: Open) -> None:
     page = open_page()
     ask(page, "One")
@@ -290,6 +309,10 @@ def test_settings_system_prompt_and_export(open_page: Open) -> None:
     page.fill("[name=system]", "Be brief.")
     for name, value in {"temperature": "0", "top_k": "7", "top_p": "0.9", "max_tokens": "11", "seed": "3"}.items():
         page.fill(f"[name={name}]", value)
+    page.fill("[name=seed]", str(2**53))  # JavaScript would send another number for some of these
+    page.click("#settings-dialog .main")
+    assert page.is_visible("#settings-dialog")
+    page.fill("[name=seed]", "3")
     page.click("#settings-dialog .main")
     bodies = answer_with(page, ("text", "Ok"))
     ask(page, "Hi")

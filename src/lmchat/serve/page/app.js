@@ -25,12 +25,15 @@ function button(name, label, action) {
   return element("button", { type: "button", className: "icon", "aria-label": label, title: label, onclick: action }, icon(name));
 }
 
-function draw() {
+/** Draws the conversation, and scrolls to its end, or with `stay` only where the end was in view. */
+function draw({ stay = false } = {}) {
+  const place = stay && !isAtEnd() ? log.scrollTop : null;
   log.replaceChildren(...(conversation.messages.length ? conversation.messages.map(drawMessage) : [welcome()]));
   document.title = conversation.title ? `${conversation.title} – lmchat` : "lmchat";
   $("export").disabled = !conversation.messages.length;
   drawList();
-  scrollDown();
+  if (place === null) scrollDown();
+  else log.scrollTo(0, place);
 }
 
 function welcome() {
@@ -164,7 +167,7 @@ async function generate() {
   keep(asked);
   const unfocused = [document.body, $("stop")].includes(document.activeElement);
   setBusy(false);
-  draw();
+  draw({ stay: true });
   if (unfocused) question.focus();
   say(message.error ?? (message.reason === "stopped" ? "Stopped" : `Answer: ${textOf(message)}`));
 }
@@ -241,7 +244,7 @@ function follow() {
   if (!changed || changed.updated === conversation.updated) drawList();
   else {
     conversation = changed;
-    draw();
+    draw({ stay: true });
   }
 }
 
@@ -257,9 +260,9 @@ function edit(made, index) {
   };
   text.onkeydown = (event) => {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); send(); }
-    if (event.key === "Escape") { event.stopPropagation(); draw(); question.focus(); }
+    if (event.key === "Escape") { event.stopPropagation(); draw({ stay: true }); question.focus(); }
   };
-  const cancel = element("button", { type: "button", onclick: draw }, "Cancel");
+  const cancel = element("button", { type: "button", onclick: () => draw({ stay: true }) }, "Cancel");
   const done = element("button", { type: "button", className: "main", onclick: send }, "Send");
   made.replaceChildren(element("div", { className: "editor" }, text, element("div", {}, cancel, done)));
   text.focus();
