@@ -19,7 +19,7 @@ TEXT = "The cat – sat."
 
 def log_softmax(ids: list[int]) -> torch.Tensor:
     """(tokens, vocabulary) by a plain forward pass."""
-    net = tiny_engine().runner.net
+    net = tiny_engine().runner.weights.source.eval()
     with torch.inference_mode():
         return net.logits(net.hidden(torch.tensor([ids])))[0].double().log_softmax(-1)
 
