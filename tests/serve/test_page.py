@@ -435,8 +435,9 @@ def test_a_server_with_a_key_asks_for_it(browser: Any) -> None:  # noqa: F811
         page = browser.new_context().new_page()
         page.goto(locked.url)
         page.fill("#token-dialog input", "€")  # no header can have it
-        page.keyboard.press("Enter")
-        page.wait_for_selector("#model-name:text('locked')")
+        with page.expect_response("**/v1/models"):
+            page.keyboard.press("Enter")
+        page.wait_for_selector("#token-dialog[open]")
         page.keyboard.press("Escape")
         assert not page.is_visible("#token-dialog")
         page.fill("#question", "Hi")
