@@ -22,8 +22,8 @@ from lmchat.model.gpt import GPT
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.types import UserError
 
-HEAD_LOGITS = 1 << 17
-"""Number of logits that a CPU samples from at a time, so that they stay in its cache."""
+HEAD_LOGITS = 1 << 20
+"""Number of logits that a CPU samples from at a time, which bounds the memory of the intermediate results."""
 
 SCORE_TOKENS = 256
 """Tokens scored at a time, which bounds the memory of logits."""
