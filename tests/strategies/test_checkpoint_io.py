@@ -68,6 +68,7 @@ def expected(rank: int = 0) -> dict[str, Any]:
 def test_round_trip(name: str, paths: CheckpointPaths) -> None:
     save(paths, 1)
     loaded = LMChatCheckpointIO().load_checkpoint(getattr(paths, name), weights_only=True)
+    assert loaded.pop("evaluated") is True  # not noted by the step's evaluation
     assert loaded.keys() == expected().keys()
     for key, value in expected().items():
         if key != "pytorch-lightning_version":

@@ -108,4 +108,6 @@ class Evaluate(Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         # Nothing was left to train, so that the hooks of training were not called.
         if self._unfinished and self._last_evaluated_step is None:
+            pl_module.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
             self.on_train_end(trainer, pl_module)
+            trainer.strategy.checkpoint_io.teardown()  # waits until the checkpoint is marked
