@@ -6,6 +6,7 @@ contain gigabytes. pyarrow does not tell the sizes of pages, so their headers ar
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -20,7 +21,8 @@ MAX_ROWS = 16
 """Rows to decode at a time, of small ones."""
 
 _BATCH_BYTES = 1 << 26
-_HEADER_BYTES = 1 << 12
+_HEADER_BYTES = 1 << 12, 1 << 24
+"""Bytes to read of a page header, and at most; statistics in it may hold the least and the largest document."""
 _SIZE, _COMPRESSED_SIZE = 2, 3
 """Fields of a page header, see https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift."""
 
@@ -50,14 +52,22 @@ def _largest_page(raw: BinaryIO, position: int, end: int) -> int:
     """Size of the largest page, uncompressed, up to the first header that is malformed, which pyarrow reports."""
     largest = 0
     while position < end:
-        raw.seek(position)
         try:
-            fields, length = _struct(raw.read(_HEADER_BYTES), 0)
+            fields, length = _header(raw, position)
         except (IndexError, ValueError):
             break
         largest = max(largest, fields.get(_SIZE, 0))
         position += length + max(0, fields.get(_COMPRESSED_SIZE, 0))
     return largest
+
+
+def _header(raw: BinaryIO, position: int) -> tuple[dict[int, int], int]:
+    """The numbers of the page header at ``position``, and its length."""
+    for size in _HEADER_BYTES:
+        raw.seek(position)
+        with contextlib.suppress(IndexError):
+            return _struct(raw.read(size), 0)
+    raise IndexError("the header does not end")
 
 
 def _struct(data: bytes, at: int) -> tuple[dict[int, int], int]:

@@ -112,5 +112,7 @@ def warc_texts(file: BinaryIO, path: Path, max_bytes: int) -> Iterator[str | Non
             elif record.rec_type == "conversion" and kind.startswith("text/plain"):
                 content = record.content_stream().read(max_bytes + 1)
                 yield decode_page(content, charset) if len(content) <= max_bytes else None
+    except UserError:
+        raise
     except (ArchiveLoadFailed, EOFError, OSError, *_MALFORMED) as error:
         raise UserError(f"{path} is not a WARC file, or it is damaged ({error}); copy or create it again") from error

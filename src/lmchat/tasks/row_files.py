@@ -263,6 +263,8 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
         ):
             for batch in file.iter_batches(batch_size=rows_at_once(path, file)):
                 yield from bar.track(batch.to_pylist())
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}; copy or download it again") from error
 
