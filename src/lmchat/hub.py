@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -146,9 +147,10 @@ class StallWatch:
 def file_sizes(folder: Path) -> list[int]:
     """Sizes of the files below a folder, some of which may vanish meanwhile."""
     sizes = []
-    for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):
-            sizes += [path.stat().st_size] if path.is_file() else []
+    for directory, _, names in os.walk(folder):  # passes over folders that have vanished
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                sizes.append(Path(directory, name).stat().st_size)
     return sizes
 
 

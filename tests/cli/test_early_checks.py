@@ -126,6 +126,9 @@ def test_a_config_that_cannot_be_read_again_or_is_endless_is_refused(config: lis
         for check in (check_sizes, check_config_files):
             with pytest.raises(UserError, match=f"^--config {path} {message}.*give the path of a YAML file"):
                 check(["fit", *config, f"--config={path}"])
+    inline = "--config={trainer: {max_steps: 3}, optimizer: " + "x" * 300 + "}"
+    for check in (check_sizes, check_config_files):
+        check(["fit", *config, inline])
 
 
 def test_defaults_are_those_of_the_model() -> None:

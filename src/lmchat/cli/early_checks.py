@@ -8,6 +8,7 @@ and tokenizer.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -86,12 +87,17 @@ def check_sizes(args: list[str]) -> None:
 
 def check_config_file(path: Path) -> None:
     """Raises UserError for a pipe or device, which can be read only once or without end, and for a large file."""
-    if not path.exists() or path.is_dir():
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        return  # reported by the parser, or an inline config
+    if stat.S_ISDIR(found.st_mode):
         return  # reported by the parser
-    if not path.is_file():
+    if not stat.S_ISREG(found.st_mode):
         raise UserError(unusable_path(f"--config {path}", "a pipe or a device (standard input is --config -)"))
-    if (size := path.stat().st_size) > MAX_CONFIG_BYTES:
-        raise UserError(unusable_path(f"--config {path}", f"a file of {size:,} bytes, more than any config has"))
+    if found.st_size > MAX_CONFIG_BYTES:
+        what = f"a file of {found.st_size:,} bytes, more than any config has"
+        raise UserError(unusable_path(f"--config {path}", what))
 
 
 def read_options(args: list[str]) -> Options:

@@ -53,7 +53,7 @@ def accept_former_names() -> None:
 
 def _check_scalars(text: str) -> None:
     """Raises YAMLError for a number that YAML 1.1 reads in base 8 or 60, and for a NUL character, which no path has."""
-    for token in yaml.scan(text, Loader=yaml.CSafeLoader):
+    for token in yaml.scan(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         if not isinstance(token, yaml.ScalarToken):
             continue
         line = token.start_mark.line + 1

@@ -79,10 +79,13 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
             packed = pack(weight, dtype)
             out = packed_product(x, packed)
             alone = [packed_product(x[:rows], packed) for rows in range(1, 4)]
+            positive = [packed_product(x[:rows], packed, "relu") for rows in (1, 5)]
         except (RuntimeError, AttributeError, NotImplementedError):  # Any failure means: plain products.
             return False
         expected = x.double() @ weight.double().T
         # With torch 2.11's AVX2 kernels a row's result depends on how many there are.
         if not all(torch.equal(part, out[: len(part)]) for part in alone):
+            return False
+        if not all(torch.equal(part, out[: len(part)].relu()) for part in positive):
             return False
         return bool(((out.double() - expected).norm() <= 0.01 * expected.norm()).item())

@@ -21,7 +21,11 @@ class CodeConversation(Conversation):
 
 
 class HumanEval(RowTask, GradedByTests):
-    """164 Python functions to complete, graded by their unit tests; for the options see `RowTask`."""
+    """164 Python functions to complete, graded by their unit tests.
+
+    Args:
+        options: see `RowTask`.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(hub=HubDataset("openai/openai_humaneval", None, "test"), **options)
