@@ -8,8 +8,7 @@ token needs a pass over the whole context.
 
 The rollouts are 16 questions of 100 to 150 tokens with 8 samples each of 20 to 256 tokens, most of them short. The
 engine decodes them together; the loop takes one question at a time until its longest sample ends; the reference engine,
-`tests/helpers/reference_engine.py`, starts all questions or one, and decodes the rows that are left. Useful tokens
-count.
+`tests/helpers/reference_engine.py`, starts them together and decodes the rows that are left. Useful tokens count.
 
 All variants are run in turn, so that other load affects them equally. Elapsed time is measured, with two threads by
 default (--threads); the best of several runs counts. The last line counts the operators of one decode step.
@@ -138,25 +137,18 @@ def rollouts(model: GPT, tokenizer: Tokenizer, top_k: int, repeats: int) -> Tabl
     def together() -> None:
         engine.generate([prompt for prompt, _ in requests], [params for _, params in requests])
 
-    def before(at_once: int = QUESTIONS) -> None:
+    def before() -> None:
         rows = [reference._row(tuple(p), each.seed, 0, each.max_new_tokens, (), True) for p, each in requests]
         with reference_engine._for_inference(model):
-            for start in range(0, len(rows), at_once * SAMPLES):
-                some = rows[start : start + at_once * SAMPLES]
-                for _ in reference._decode(some, reference_engine.Sampler(1.0, top_k), True):
-                    pass
+            for _ in reference._decode(rows, reference_engine.Sampler(1.0, top_k), True):
+                pass
 
     @torch.inference_mode()
     def question_by_question() -> None:
         for prompt, longest in zip(prompts, lengths.max(axis=1).tolist(), strict=True):
             plain_loop(model, prompt, SAMPLES, longest, top_k)
 
-    runs = {
-        "engine": together,
-        "reference engine": before,
-        "reference engine, question by question": lambda: before(1),
-        "plain loop, question by question": question_by_question,
-    }
+    runs = {"engine": together, "reference engine": before, "question by question": question_by_question}
     seconds = best_seconds(runs, repeats)
     useful = int(lengths.sum())
     table = Table("", "tokens/s", "engine's speed-up", title=f"rollouts, {useful:,} useful tokens")
