@@ -95,7 +95,7 @@ def test_an_address_space_too_small_for_torch_is_reported(command: str) -> None:
     done = subprocess.run(limited, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 2
     assert done.stderr == (
-        "lmchat: `ulimit -v` allows 449 MiB, and PyTorch and its libraries take more than 768; raise it, e.g. "
+        "lmchat: `ulimit -v` allows 449 MiB, and PyTorch and its libraries take more than 1024; raise it, e.g. "
         "`ulimit -v 4000000`\n"
     )
 

@@ -41,7 +41,7 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 """The memory limit of a container on Linux: bytes, or "max"."""
 
 
-MIN_ADDRESS_SPACE_BYTES = 768 * 2**20
+MIN_ADDRESS_SPACE_BYTES = 2**30
 _LIBRARIES_BYTES = 600_000_000
 """Resident memory of a process that trains a model of some kilobytes."""
 
