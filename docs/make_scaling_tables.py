@@ -50,23 +50,25 @@ def matrices(config: GPTConfig) -> Counter[tuple[int, int]]:
 
 
 def tables(config: GPTConfig) -> Counter[tuple[int, int]]:
-    """Number of token tables of each shape (rows, cols)."""
+    """Number of token tables of each shape (rows, cols), and of vectors of scalars, with one column."""
     shapes = Counter({(config.padded_vocab_size, config.n_embd): 2})
     shapes[config.padded_vocab_size, config.n_kv_head * config.head_dim] += len(config.value_embedding_layers)
+    shapes[config.n_layer, 1] += parameter_counts(config).scalars // config.n_layer
     return shapes
 
 
 def padded_elements(config: GPTConfig, ranks: int) -> int:
-    """Elements of all messages, with matrices of a shape and rows of a table padded to a multiple of the ranks."""
+    """Elements of all messages, with matrices of a shape and rows of a tensor padded to a multiple of the ranks."""
     rounds = sum(-(-count // ranks) * ranks * rows * cols for (rows, cols), count in matrices(config).items())
     return rounds + sum(count * -(-rows // ranks) * ranks * cols for (rows, cols), count in tables(config).items())
 
 
-def bytes_sent(config: GPTConfig, ranks: int) -> tuple[float, float, float]:
-    """Bytes sent by a rank in a step: reduce-scattered fp32 gradients, gathered bf16 parameters, summed scalars."""
+def bytes_sent(config: GPTConfig, ranks: int) -> tuple[float, float]:
+    """Bytes sent by a rank in a step: reduce-scattered fp32 gradients, gathered parameters, bf16 except for scalars."""
     share = (ranks - 1) / ranks
     elements = padded_elements(config, ranks)
-    return share * elements * FP32, share * elements * BF16, 2 * share * parameter_counts(config).scalars * FP32
+    scalars = sum(count * -(-rows // ranks) * ranks for (rows, cols), count in tables(config).items() if cols == 1)
+    return share * elements * FP32, share * (elements * BF16 + scalars * (FP32 - BF16))
 
 
 def state_bytes(config: GPTConfig, ranks: int) -> list[float]:
@@ -81,7 +83,7 @@ def state_bytes(config: GPTConfig, ranks: int) -> list[float]:
         for rank in range(ranks):
             own = max(0, min(per_rank, rows - rank * per_rank))
             state[rank] += count * 2 * FP32 * own * cols
-    return [own + 2 * FP32 * parameter_counts(config).scalars for own in state]
+    return state
 
 
 def activation_bytes(config: GPTConfig, rows: int) -> float:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from lmchat.optim.buckets import Bucket, ShardedBucket
+from lmchat.optim.buckets import Bucket
 
 FP32, BF16 = 4, 2
 
 
-def bytes_sent(buckets: Sequence[Bucket], world_size: int) -> tuple[float, float, float]:
-    """By reduce-scatter of fp32 gradients, all-gather of bf16 parameters, and all-reduce of small fp32 gradients."""
+def bytes_sent(buckets: Sequence[Bucket], world_size: int) -> tuple[float, float]:
+    """By reduce-scatter of fp32 gradients and all-gather of parameters, bf16 except for vectors."""
     share = (world_size - 1) / world_size
-    sharded = sum(math.prod(bucket.shape) for bucket in buckets if isinstance(bucket, ShardedBucket))
-    small = sum(math.prod(bucket.shape) for bucket in buckets if not isinstance(bucket, ShardedBucket))
-    return share * sharded * FP32, share * sharded * BF16, 2 * share * small * FP32
+    gradients = sum(math.prod(bucket.shape) * FP32 for bucket in buckets)
+    parameters = sum(math.prod(bucket.shape) * (BF16 if len(bucket.shape) > 2 else FP32) for bucket in buckets)
+    return share * gradients, share * parameters

@@ -7,17 +7,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lmchat.optim.muon_adamw import MuonAdamW
-
-SMALL_NUMEL = 1024
-"""AdamW tensors below this many elements are all-reduced and stepped by every rank."""
+from lmchat.optim.muon_adamw import MuonAdamW, adamw_update
 
 Group = dict[str, Any]
 
@@ -60,16 +56,6 @@ class Collectives:
 
         return finish
 
-    def all_reduce_mean(self, tensor: Tensor) -> Callable[[], Tensor]:
-        """Averages ``tensor`` over the ranks, in place."""
-        work = dist.all_reduce(tensor, group=self.process_group, async_op=True)
-
-        def finish() -> Tensor:
-            work.wait()
-            return tensor.div_(self.world_size)
-
-        return finish
-
     def all_gather(self, part: Tensor) -> Callable[[], Tensor]:
         """Gathers ``part`` (...) of every rank; the result is (world_size, ...)."""
         received = part.new_empty(self.world_size, *part.shape)
@@ -89,9 +75,16 @@ class Collectives:
 
 
 class Bucket(ABC):
-    """Parameters whose gradients are reduced in one message, a tensor of ``shape``."""
+    """Parameters whose gradients are reduced in one message, and whose new values are gathered in another.
+
+    Messages have the ``shape`` (world_size, ...); each rank steps its part and gathers the others.
+
+    Attributes:
+        rows: rows of its parameters that this rank steps, if any.
+    """
 
     shape: tuple[int, ...]
+    rows = slice(0, None)
 
     def __init__(self, params: Sequence[Tensor], collectives: Collectives) -> None:
         self.params = list(params)
@@ -100,6 +93,7 @@ class Bucket(ABC):
         self.sums: dict[Tensor, Tensor] = {}
         self._message: Tensor | None = None
         self._reduced: Callable[[], Tensor] | None = None
+        self._gathered: Callable[[], Tensor] | None = None
 
     @abstractmethod
     def _place(self, message: Tensor, param: Tensor) -> Tensor:
@@ -110,7 +104,12 @@ class Bucket(ABC):
         """Allocates the optimizer state that this rank keeps."""
 
     @abstractmethod
-    def _begin_reduction(self, message: Tensor) -> Callable[[], Tensor]: ...
+    def _part(self) -> Tensor:
+        """This rank's part of a message of parameters."""
+
+    @abstractmethod
+    def _take(self, values: Tensor) -> None:
+        """Copies the other ranks' parts of a message to the parameters."""
 
     @abstractmethod
     def step(self, optimizer: MuonAdamW, grads: Tensor, live: set[Tensor]) -> None:
@@ -134,7 +133,7 @@ class Bucket(ABC):
     def reduce(self) -> None:
         """Starts the reduction of the collected gradients."""
         assert self._message is not None and not self.missing
-        self._reduced = self._begin_reduction(self._message)
+        self._reduced = self.collectives.reduce_scatter_mean(self._message)
 
     def take(self) -> Tensor:
         """Waits for the reduced gradients and prepares the bucket for the next step."""
@@ -145,42 +144,20 @@ class Bucket(ABC):
         self.sums.clear()
         return reduced
 
-    @abstractmethod
     def gather(self, dtype: torch.dtype | None) -> None:
-        """Starts the exchange of new values in ``dtype``, by default the parameters' own."""
+        """Starts the exchange of new values in ``dtype``, by default the parameters' own; vectors are always exact."""
+        part = self._part()
+        narrow = dtype if part.ndim > 1 else None
+        self._gathered = self.collectives.all_gather(part.to(narrow or part.dtype))
 
-    @abstractmethod
     def finish(self) -> None:
         """Waits for the new values of the other ranks and copies them to the parameters."""
-
-
-class ShardedBucket(Bucket):
-    """A bucket whose messages have ranks as first dimension; each rank steps its part and gathers the others."""
-
-    _gathered: Callable[[], Tensor] | None = None
-
-    @abstractmethod
-    def _part(self) -> Tensor:
-        """This rank's part of a message of parameters."""
-
-    @abstractmethod
-    def _take(self, values: Tensor) -> None:
-        """Copies the other ranks' parts of a message to the parameters."""
-
-    def _begin_reduction(self, message: Tensor) -> Callable[[], Tensor]:
-        return self.collectives.reduce_scatter_mean(message)
-
-    def gather(self, dtype: torch.dtype | None) -> None:
-        part = self._part()
-        self._gathered = self.collectives.all_gather(part.to(dtype or part.dtype))
-
-    def finish(self) -> None:
         assert self._gathered is not None
         self._take(self._gathered())
         self._gathered = None
 
 
-class MatrixBucket(ShardedBucket):
+class MatrixBucket(Bucket):
     """Matrices of one Muon group, each owned by a rank; messages are (world_size, max per rank, rows, cols)."""
 
     def __init__(
@@ -192,7 +169,7 @@ class MatrixBucket(ShardedBucket):
         for param, owner in zip(params, owners, strict=True):
             by_owner[owner].append(param)
         self.own = by_owner[collectives.rank]
-        self.others = [param for param in params if all(param is not own for own in self.own)]
+        self.others = [param for param, owner in zip(params, owners, strict=True) if owner != collectives.rank]
         self.shape = (collectives.world_size, max(map(len, by_owner)), *params[0].shape)
         self._index = {param: (rank, i) for rank, owned in enumerate(by_owner) for i, param in enumerate(owned)}
 
@@ -216,21 +193,21 @@ class MatrixBucket(ShardedBucket):
         copy_all(self.others, [self._place(values, param) for param in self.others])
 
 
-class RowBucket(ShardedBucket):
-    """One large AdamW tensor, split by rows; messages are (world_size, rows per rank, ...), padded at the end."""
+class RowBucket(Bucket):
+    """One AdamW tensor, split by rows; messages are (world_size, rows per rank, ...), padded at the end."""
 
     def __init__(self, group: Group, param: Tensor, collectives: Collectives) -> None:
         super().__init__([param], collectives)
         self.group, self.param = group, param
         per_rank = -(-len(param) // collectives.world_size)
         self.shape = (collectives.world_size, per_rank, *param.shape[1:])
-        self.start = min(collectives.rank * per_rank, len(param))
-        self.stop = min(self.start + per_rank, len(param))
+        start = min(collectives.rank * per_rank, len(param))
+        self.rows = slice(start, min(start + per_rank, len(param)))
 
     @property
     def own(self) -> Tensor:
         """The rows that this rank steps."""
-        return self.param[self.start : self.stop]
+        return self.param[self.rows]
 
     def _place(self, message: Tensor, param: Tensor) -> Tensor:
         return message.flatten(0, 1)[: len(param)]
@@ -240,7 +217,7 @@ class RowBucket(ShardedBucket):
 
     def step(self, optimizer: MuonAdamW, grads: Tensor, live: set[Tensor]) -> None:
         state = optimizer.adamw_state(self.param, self.own)
-        optimizer.update_adamw(self.group, [self.own], [grads[: len(self.own)]], [state])
+        adamw_update(self.group, [self.own], [grads[: len(self.own)]], [state])
 
     def _part(self) -> Tensor:
         if len(self.own) == self.shape[1]:
@@ -251,42 +228,8 @@ class RowBucket(ShardedBucket):
 
     def _take(self, values: Tensor) -> None:
         values = self._place(values, self.param)
-        self.param[: self.start] = values[: self.start]
-        self.param[self.stop :] = values[self.stop :]
-
-
-class SmallBucket(Bucket):
-    """All small AdamW tensors in one flat message that is all-reduced; every rank steps all of them."""
-
-    def __init__(self, members: Sequence[tuple[Group, Tensor]], collectives: Collectives) -> None:
-        super().__init__([param for _, param in members], collectives)
-        self.groups = [group for group, _ in members]
-        ends = list(accumulate(param.numel() for param in self.params))
-        self.shape = (ends[-1],)
-        self._end = dict(zip(self.params, ends, strict=True))
-
-    def _place(self, message: Tensor, param: Tensor) -> Tensor:
-        end = self._end[param]
-        return message[end - param.numel() : end].view_as(param)
-
-    def allocate_state(self, optimizer: MuonAdamW) -> None:
-        for param in self.params:
-            optimizer.adamw_state(param, param)
-
-    def _begin_reduction(self, message: Tensor) -> Callable[[], Tensor]:
-        return self.collectives.all_reduce_mean(message)
-
-    def step(self, optimizer: MuonAdamW, grads: Tensor, live: set[Tensor]) -> None:
-        for group, param in zip(self.groups, self.params, strict=True):
-            if param in live:
-                state = optimizer.adamw_state(param, param)
-                optimizer.update_adamw(group, [param], [self._place(grads, param)], [state])
-
-    def gather(self, dtype: torch.dtype | None) -> None:
-        pass
-
-    def finish(self) -> None:
-        pass
+        self.param[: self.rows.start] = values[: self.rows.start]
+        self.param[self.rows.stop :] = values[self.rows.stop :]
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
@@ -317,13 +260,11 @@ def make_buckets(groups: Iterable[Group], collectives: Collectives, bucket_bytes
     """
     buckets: list[Bucket] = []
     loads = [0.0] * collectives.world_size
-    small: list[tuple[Group, Tensor]] = []
     by_size = sorted(groups, key=lambda group: -group["params"][0].numel())  # Large remainders are assigned first.
     for group in by_size:
         params = [param for param in reversed(group["params"]) if param.requires_grad]
         if group["kind"] == "adamw":
-            small += [(group, param) for param in params if param.numel() < SMALL_NUMEL]
-            buckets += [RowBucket(group, param, collectives) for param in params if param.numel() >= SMALL_NUMEL]
+            buckets += [RowBucket(group, param, collectives) for param in params]
             continue
         matrix_bytes = group["params"][0].nbytes
         per_rank = max(1, bucket_bytes // (matrix_bytes * collectives.world_size))
@@ -332,6 +273,4 @@ def make_buckets(groups: Iterable[Group], collectives: Collectives, bucket_bytes
             members = params[first : first + count]
             owners = assign_owners(len(members), loads, matrix_bytes)
             buckets.append(MatrixBucket(group, f"{group['name']}[{first}]", members, owners, collectives))
-    if small:
-        buckets.append(SmallBucket(small, collectives))
     return buckets

@@ -7,7 +7,7 @@ last two dimensions only, so splitting a stack, over calls or ranks, does not ch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -65,12 +65,12 @@ class MuonAdamW(Optimizer):
         self.compile = compile
         self._stacks: dict[str, tuple[Tensor, Tensor]] = {}
         self._names: dict[Tensor, str] = {}
-        self._skipped = False
         super().__init__([dict(group) for group in param_groups], defaults={})
 
     @cached_property
     def _compiled_update(self) -> Callable[..., None]:
-        return torch.compile(muon_update, dynamic=False)  # imports the compiler, which takes more than a second
+        limit = torch._dynamo.config.patch(recompile_limit=MAX_STACK_SHAPES)
+        return limit(torch.compile(muon_update, dynamic=False))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, which needs ``name``, ``kind`` and the settings of its update rule."""
@@ -93,8 +93,6 @@ class MuonAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._take_skipped():
-            self.zero_grad()
         for group in self.param_groups:
             if group["kind"] == "muon":
                 self._step_muon(group)
@@ -111,15 +109,11 @@ class MuonAdamW(Optimizer):
 
     def skip_step(self) -> None:
         """Makes the current step, whose closure has run, discard its gradients; parameters and state do not change."""
-        self._skipped = True
-
-    def _take_skipped(self) -> bool:
-        skipped, self._skipped = self._skipped, False
-        return skipped
+        self.zero_grad()
 
     def _step_adamw(self, group: dict[str, Any]) -> None:
         params = [param for param in group["params"] if param.grad is not None]
-        self.update_adamw(group, params, [param.grad for param in params], [self.adamw_state(p, p) for p in params])
+        adamw_update(group, params, [param.grad for param in params], [self.adamw_state(p, p) for p in params])
 
     def _step_muon(self, group: dict[str, Any]) -> None:
         params = group["params"]
@@ -135,42 +129,18 @@ class MuonAdamW(Optimizer):
 
         ``key`` is the name of their stack of state; ``grads`` are (n, rows, cols).
         """
-        momentum_buffers, second_moments = self.muon_state(key, params)
+        state = self.muon_state(key, params)
+        settings = {name: group[name] for name in ("lr", "momentum", "weight_decay", "beta2")}
+        update: Callable[..., None] = muon_update
+        if params[0].is_cuda if self.compile == "auto" else self.compile:
+            # Tensors, so that changing hyperparameters do not recompile.
+            settings = {name: torch.tensor(value, dtype=grads.dtype) for name, value in settings.items()}
+            update = self._compiled_update
         parts = [slice(0, len(params))] if all(live) else [slice(i, i + 1) for i, alive in enumerate(live) if alive]
         for part in parts:
             stacked = torch.stack(list(params[part]))
-            self.update_muon(group, stacked, grads[part], momentum_buffers[part], second_moments[part])
+            update(stacked, grads[part], *(each[part] for each in state), **settings, polar_dtype=self.polar_dtype_for(stacked))
             torch._foreach_copy_(list(params[part]), stacked.unbind())
-
-    def update_adamw(
-        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]]
-    ) -> None:
-        """Steps any parts of an AdamW group's tensors; ``states`` correspond to the parts."""
-        adamw_update(
-            params,
-            grads,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [state["step"] for state in states],
-            lr=group["lr"],
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-        )
-
-    def update_muon(
-        self, group: dict[str, Any], params: Tensor, grads: Tensor, momentum_buffers: Tensor, second_moments: Tensor
-    ) -> None:
-        """Steps a stack of any matrices of a Muon group."""
-        settings = {key: group[key] for key in ("lr", "momentum", "weight_decay", "beta2")}
-        state, polar_dtype = (momentum_buffers, second_moments), self.polar_dtype_for(params)
-        if not (params.is_cuda if self.compile == "auto" else self.compile):
-            muon_update(params, grads, *state, **settings, polar_dtype=polar_dtype)
-            return
-        # Tensors, so that changing hyperparameters do not recompile.
-        settings = {key: torch.tensor(value, dtype=params.dtype) for key, value in settings.items()}
-        with torch._dynamo.config.patch(recompile_limit=MAX_STACK_SHAPES):
-            self._compiled_update(params, grads, *state, **settings, polar_dtype=polar_dtype)
 
     def polar_dtype_for(self, params: Tensor) -> torch.dtype:
         """The dtype for orthogonalising matrices of the dtype and device of ``params``."""
@@ -208,7 +178,7 @@ class MuonAdamW(Optimizer):
         self._allocate_state()
         return {
             "state": {
-                self._names[param]: {**state, "row_start": self._first_row(param)}
+                self._names[param]: {**state, "row_start": self._own_rows(param).start}
                 for param, state in self.state.items()
             },
             "param_groups": [saved_group(group) for group in self.param_groups],
@@ -237,12 +207,12 @@ class MuonAdamW(Optimizer):
         check_same_parameters(self.param_groups, parts[0]["param_groups"])
         self._allocate_state()
         for param, state in self.state.items():
-            name = self._names[param]
+            name, rows = self._names[param], self._own_rows(param)
             pieces = [part["state"][name] for part in parts if name in part["state"]]
             for key, tensor in state.items():
-                restore(tensor, pieces, key, self._first_row(param), name)
+                restore(tensor, pieces, key, rows.start, name)
             if pieces and "param" in pieces[0]:
-                restore(self._own_part(param), pieces, "param", self._first_row(param), name)
+                restore(param[rows], pieces, "param", rows.start, name)
 
     def _allocate_state(self) -> None:
         for group in self.param_groups:
@@ -252,13 +222,9 @@ class MuonAdamW(Optimizer):
                 for param in group["params"]:
                     self.adamw_state(param, param)
 
-    def _first_row(self, param: Tensor) -> int:
-        """First row of ``param`` whose state is kept here."""
-        return 0
-
-    def _own_part(self, param: Tensor) -> Tensor:
-        """The part of ``param`` whose state is kept here."""
-        return param
+    def _own_rows(self, param: Tensor) -> slice:
+        """The rows of ``param`` whose state is kept here."""
+        return slice(0, None)
 
 
 def polar_express(matrices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -336,18 +302,9 @@ def muon_update(
 
 
 def adamw_update(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
+    settings: Mapping[str, Any], params: list[Tensor], grads: list[Tensor], states: Sequence[Mapping[str, Tensor]]
 ) -> None:
-    """Takes one step of AdamW (arXiv:1711.05101), in place on everything but ``grads``.
+    """Takes one step of AdamW (arXiv:1711.05101), in place on ``params`` and ``states``.
 
     torch's fused kernel makes one pass over memory for all tensors of a call.
 
@@ -355,24 +312,27 @@ def adamw_update(
     Elementwise, so splitting a tensor does not change the result.
 
     Args:
-        params: tensors of any shape; ``grads``, ``exp_avgs`` (m) and ``exp_avg_sqs`` (v) correspond one to one.
-        steps: 0-dim fp32 tensors on the parameters' devices, number of previous steps (t − 1).
+        settings: ``lr``, ``betas``, ``eps`` and ``weight_decay``, such as a parameter group.
+        params: tensors of any shape; ``grads`` and ``states`` correspond one to one.
+        states: ``exp_avg`` (m) and ``exp_avg_sq`` (v), like the parameter, and ``step``, a 0-dim fp32 tensor on its
+            device, number of previous steps (t − 1).
     """
+    beta1, beta2 = settings["betas"]
     adamw(
         params,
         [_laid_out_as(param, grad) for param, grad in zip(params, grads, strict=True)],
-        exp_avgs,
-        exp_avg_sqs,
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
         [],
-        steps,
+        [state["step"] for state in states],
         fused=True,
         amsgrad=False,
         maximize=False,
-        lr=lr,
-        beta1=betas[0],
-        beta2=betas[1],
-        eps=eps,
-        weight_decay=weight_decay,
+        lr=settings["lr"],
+        beta1=beta1,
+        beta2=beta2,
+        eps=settings["eps"],
+        weight_decay=settings["weight_decay"],
     )
 
 

@@ -1,9 +1,9 @@
 """MuonAdamW with optimizer state sharded over ranks: ZeRO-2 (arXiv:1910.02054) with Muon.
 
 A step of N ranks equals a step of one rank with the mean of their gradients. Muon needs whole matrices, so each matrix
-has an owner; AdamW is elementwise, so large tensors are split by rows, and small ones are stepped by every rank.
-Gradients are reduce-scattered to the ranks that need them, which compute the updates, and new parameters are
-all-gathered. Both use buckets: reductions overlap with the backward pass, gathers with updates.
+has an owner; AdamW is elementwise, so its tensors are split by rows. Gradients are reduce-scattered to the ranks that
+need them, which compute the updates, and new parameters are all-gathered. Both use buckets: reductions overlap with the
+backward pass, gathers with updates.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lmchat.optim.buckets import Bucket, Collectives, Group, RowBucket, make_buckets
+from lmchat.optim.buckets import Bucket, Collectives, Group, make_buckets
 from lmchat.optim.muon_adamw import MuonAdamW, StateDict, are_finite
 
 MISSING, FINITE, NON_FINITE = range(3)
@@ -56,6 +56,7 @@ class ShardedMuonAdamW(MuonAdamW):
         self._buckets = make_buckets(self.param_groups, self._collectives, bucket_bytes)
         self._bucket_of = {param: bucket for bucket in self._buckets for param in bucket.params}
         self._overlapping = False
+        self._skipped = False
         self._agree = agree
         self._completed: list[int] = []
         self._order = self._buckets
@@ -99,13 +100,15 @@ class ShardedMuonAdamW(MuonAdamW):
             for param in tuple(bucket.missing):
                 bucket.collect(param)
             bucket.reduce()
-        if self._take_skipped():
-            for bucket in buckets:
-                bucket.take()
-        else:
-            self._step_and_gather(buckets, live)
+        for bucket in buckets:
+            grads = bucket.take()
+            if not self._skipped:
+                bucket.step(self, grads, live)
+                bucket.gather(self._gather_dtype)
+        for bucket in buckets if not self._skipped else ():
+            bucket.finish()
         self._learn_order()
-        self._overlapping, self._reduced, self._agreed = False, 0, None
+        self._overlapping, self._skipped, self._reduced, self._agreed = False, False, 0, None
         self._completed.clear()
         return loss
 
@@ -117,6 +120,9 @@ class ShardedMuonAdamW(MuonAdamW):
         """
         worst = zip(self._bucket_of, self._agree_on_gradients(), strict=True)
         return [self._names[param] for param, state in worst if state == NON_FINITE]
+
+    def skip_step(self) -> None:
+        self._skipped = True
 
     def _agree_on_gradients(self) -> list[int]:
         """The status of each parameter's gradient, reduced over the ranks with max, once per step.
@@ -132,13 +138,6 @@ class ShardedMuonAdamW(MuonAdamW):
             here = [MISSING if total is None else FINITE if next(finite) else NON_FINITE for total in sums]
             self._agreed = self._agree(torch.tensor(here, dtype=torch.uint8)).tolist()
         return self._agreed
-
-    def _step_and_gather(self, buckets: Sequence[Bucket], live: set[Tensor]) -> None:
-        for bucket in buckets:
-            bucket.step(self, bucket.take(), live)
-            bucket.gather(self._gather_dtype)
-        for bucket in buckets:
-            bucket.finish()
 
     def _learn_order(self) -> None:
         """Sets the order of the reductions, once, to that in which a backward pass on rank 0 completed the buckets."""
@@ -165,20 +164,15 @@ class ShardedMuonAdamW(MuonAdamW):
         for bucket in self._buckets:
             bucket.allocate_state(self)
 
-    def _first_row(self, param: Tensor) -> int:
-        bucket = self._bucket_of[param]
-        return bucket.start if isinstance(bucket, RowBucket) else 0
-
-    def _own_part(self, param: Tensor) -> Tensor:
-        bucket = self._bucket_of[param]
-        return bucket.own if isinstance(bucket, RowBucket) else param
+    def _own_rows(self, param: Tensor) -> slice:
+        return self._bucket_of[param].rows
 
     def state_dict(self) -> StateDict:
         """This rank's state. With a narrower ``gather_dtype``, ``param`` holds the exact parameters of this rank."""
         saved = super().state_dict()
         if self._gather_dtype is not None:
             for param in self.state:
-                saved["state"][self._names[param]]["param"] = self._own_part(param).detach()
+                saved["state"][self._names[param]]["param"] = param[self._own_rows(param)].detach()
         return saved
 
     def load_state_dict(self, state_dict: StateDict | Sequence[StateDict]) -> None:
