@@ -139,7 +139,13 @@ class MuonAdamW(Optimizer):
         parts = [slice(0, len(params))] if all(live) else [slice(i, i + 1) for i, alive in enumerate(live) if alive]
         for part in parts:
             stacked = torch.stack(list(params[part]))
-            update(stacked, grads[part], *(each[part] for each in state), **settings, polar_dtype=self.polar_dtype_for(stacked))
+            update(
+                stacked,
+                grads[part],
+                *(each[part] for each in state),
+                **settings,
+                polar_dtype=self.polar_dtype_for(stacked),
+            )
             torch._foreach_copy_(list(params[part]), stacked.unbind())
 
     def polar_dtype_for(self, params: Tensor) -> torch.dtype:

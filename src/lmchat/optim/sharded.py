@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lmchat.optim.buckets import Bucket, Collectives, Group, make_buckets
+from lmchat.optim.buckets import Collectives, Group, make_buckets
 from lmchat.optim.muon_adamw import MuonAdamW, StateDict, are_finite
 
 MISSING, FINITE, NON_FINITE = range(3)
