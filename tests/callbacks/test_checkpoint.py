@@ -93,7 +93,10 @@ class Module(L.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=1e-2)
 
     def checkpoint_meta(self) -> dict[str, Any]:
-        return META
+        """With the loops' counters, but for the validation loop's: a resumed run does not repeat an evaluation."""
+        loops = self.trainer.fit_loop.state_dict()
+        loops["state_dict"].pop("combined_loader", None)
+        return {**META, "loops": {name: state for name, state in loops.items() if "val_loop" not in name}}
 
 
 class Interrupt(Callback):
@@ -192,10 +195,9 @@ def tensors_of(tree: Any) -> list[torch.Tensor]:
 
 
 def loop_counters(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Counters of the loops without the validation loop, since a resumed run does not repeat an evaluation."""
-    loop = checkpoint.meta["lightning"]["loops"]["fit_loop"]
+    loop: dict[str, Any] = checkpoint.meta["loops"]
     assert loop["epoch_loop.batch_progress"]["total"]["ready"] == checkpoint.step * ACCUMULATE
-    return {name: counters for name, counters in loop.items() if "val_loop" not in name}
+    return loop
 
 
 def assert_same_end(folder: Path, unbroken: Module) -> None:

@@ -103,7 +103,6 @@ WRONG: list[tuple[Change, str]] = [
     (put("compute_dtype", value="fp8"), "compute_dtype is 'fp8'; it must be one of bf16, fp32"),
     (put("weights_only", value="yes"), "weights_only is 'yes'"),
     (put("tokenizer_fingerprint", value=7), "tokenizer_fingerprint is 7"),
-    (put("lightning", value={}), "lightning.epoch is missing"),
     *((remove(name), f"{name} is missing") for name in ("files", "stage", "tag", "model", "learning_rates", "step")),
 ]
 
@@ -261,35 +260,6 @@ def test_a_meta_of_the_first_release_is_accepted(fixtures: Path) -> None:
     )
     check_meta(meta, CheckpointPaths(Path("d2"), 2))
     check_can_resume(Checkpoint(CheckpointPaths(Path("d2"), 2), meta))
-
-
-FIT_LOOP = ("lightning", "loops", "fit_loop")
-UPDATES = "epoch_loop.automatic_optimization.optim_progress"
-WRONG_LOOPS: list[tuple[Change, str]] = [
-    (
-        put(*FIT_LOOP, "epoch_progress", "current", "completed", value="-rf"),
-        r"epoch_progress.current.completed is '-rf'",
-    ),
-    (put(*FIT_LOOP, "epoch_progress", "total", value="~"), "epoch_progress.total is '~'; it must be an object"),
-    (put(*FIT_LOOP, "epoch_loop.val_loop.batch_progress", value=1), "val_loop.batch_progress is 1"),
-    (put(*FIT_LOOP, "state_dict", value=[]), r"fit_loop.state_dict is \[\]"),
-    (put(*FIT_LOOP, "epoch_loop.batch_progress", "is_last_batch", value=0), "is_last_batch is 0"),
-    (put(*FIT_LOOP, "epoch_loop.batch_progress", value={}), "batch_progress.total is missing"),
-    (put(*FIT_LOOP, UPDATES, "optimizer", "step", "total", "completed", value=7), "step.total.completed is 7"),
-    (put("lightning", "pytorch-lightning_version", value="1.9.0"), "pytorch-lightning_version is '1.9.0'"),
-    (put("lightning", "pytorch-lightning_version", value="2.x"), "must be a version of Lightning such as 2.6.5"),
-    (put(*FIT_LOOP, UPDATES, "optimizer", "zero_grad", value={"total": {}}), "zero_grad.current is missing"),
-    (put(*FIT_LOOP, UPDATES, value={}), "optim_progress.optimizer is missing"),
-    (put("lightning", "loops", "validate_loop", "batch_progress", "total", "ready", value=True), "ready is True"),
-]
-
-
-@pytest.mark.parametrize(("change", "message"), WRONG_LOOPS, ids=[message[:40] for _, message in WRONG_LOOPS])
-def test_wrong_progress_of_a_loop_is_reported(change: Change, message: str, fixtures: Path) -> None:
-    meta = json.loads((fixtures / "meta_format_1.json").read_text())
-    change(meta)
-    with pytest.raises(UserError, match=message):
-        check_meta(meta, CheckpointPaths(Path("d2"), 2))
 
 
 def test_settings_of_an_import_are_checked() -> None:

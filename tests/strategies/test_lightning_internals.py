@@ -124,7 +124,7 @@ def test_validation_runs_within_training(tmp_path: Path) -> None:
     assert count.validated == 2
 
 
-def test_between_batches_and_counters(tmp_path: Path) -> None:
+def test_between_batches(tmp_path: Path) -> None:
     during, after = [], []
     run = trainer(
         tmp_path,
@@ -135,11 +135,16 @@ def test_between_batches_and_counters(tmp_path: Path) -> None:
     )
     run.fit(BoringModel())
     assert not any(during) and all(after)
-    state = run.fit_loop.state_dict()
-    internals.set_batch_progress(state, 40)
-    for counters in ("total", "current"):
-        progress = state["epoch_loop.batch_progress"][counters]
-        assert (progress["ready"], progress["processed"], progress["completed"]) == (40, 40, 39)
+
+
+def test_counters_of_a_step_are_those_of_a_run(tmp_path: Path) -> None:
+    states: list[dict[str, Any]] = []
+    watch = Watch(after=lambda trainer: states.append(trainer.fit_loop.state_dict()))
+    options: Any = {"accumulate_grad_batches": 3, "max_epochs": -1, "max_steps": 3, "limit_train_batches": 12}
+    trainer(tmp_path, watch, **options).fit(BoringModel())
+    assert len(states) == 9
+    for step, state in enumerate(states[2::3], start=1):
+        assert internals.fit_loop_state(trainer(tmp_path, **options), step) == state
 
 
 def test_states_of_rank_0_are_broadcast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

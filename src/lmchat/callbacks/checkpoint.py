@@ -2,7 +2,7 @@
 
 Checkpoints are taken at step boundaries: after the micro-batch that completes an optimizer step. Weights and optimizer
 do not change until the next step, so a boundary can be saved later, if the small state that does change is copied at
-the boundary: loop counters, data position, RNG state. Ctrl-C, SIGTERM, an out-of-memory error or a failed evaluation
+the boundary: data position, RNG state. Ctrl-C, SIGTERM, an out-of-memory error or a failed evaluation
 therefore leave a checkpoint of the last complete step, also in the middle of gradient accumulation.
 
 Requirements:
@@ -17,7 +17,7 @@ Requirements:
 - Nothing depends on the time, and the loss depends on no other state of the module.
 
 A run may be resumed with another number of micro-batches per step. Lightning counts micro-batches, so its counters are
-recomputed from the step; a loader with a length counts the whole run in the new micro-batches.
+computed from the step; a loader with a length counts the whole run in the new micro-batches.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from lmchat.data.position import damaged_position
 from lmchat.option_checks import check_count
 from lmchat.paths import expand_user
 from lmchat.strategies.checkpoint_io import LMChatCheckpointIO
-from lmchat.strategies.lightning_internals import checkpoint_dict, is_between_batches, set_batch_progress
+from lmchat.strategies.lightning_internals import checkpoint_dict, fit_loop_state, is_between_batches
 from lmchat.strategies.zero2_muon import LeftBeforeStep
 from lmchat.types import UserError
 
@@ -60,20 +60,16 @@ class _Boundary:
 
     step: int
     micro_batches: int
-    fit_loop: dict[str, Any]
     data: dict[str, Any]
     """The DataModule's state, by its key in Lightning's checkpoints."""
     rng: dict[str, Any]
 
     @classmethod
     def now(cls, trainer: L.Trainer) -> _Boundary:
-        data, fit_loop = trainer.datamodule, trainer.fit_loop.state_dict()  # type: ignore[attr-defined]
-        # The loader's state is one batch ahead, the DataModule's is not.
-        fit_loop["state_dict"].pop("combined_loader", None)
+        data = trainer.datamodule  # type: ignore[attr-defined]
         return cls(
             step=trainer.global_step,
             micro_batches=trainer.fit_loop.total_batch_idx,
-            fit_loop=fit_loop,
             data=snapshot({type(data).__qualname__: data.state_dict()}),
             rng=capture_rng(),
         )
@@ -126,11 +122,9 @@ class StepCheckpoint(StepCallback, Checkpoint):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         self._rng_to_restore = checkpoint.get("rng")
-        if trainer.state.fn == TrainerFn.FITTING and "loops" in checkpoint:
+        if trainer.state.fn == TrainerFn.FITTING:
             self._saved_step = checkpoint["global_step"]
-            # Counters of the same step with this run's number of micro-batches.
-            micro_batches = checkpoint["global_step"] * trainer.accumulate_grad_batches
-            set_batch_progress(checkpoint["loops"]["fit_loop"], micro_batches)
+            checkpoint["loops"] = {"fit_loop": fit_loop_state(trainer, self._saved_step)}
             if (data := type(trainer.datamodule).__qualname__) not in checkpoint:  # type: ignore[attr-defined]
                 raise damaged_position(f"there is none for {data}")
 
@@ -239,8 +233,6 @@ class StepCheckpoint(StepCallback, Checkpoint):
         boundary = self._boundary
         if boundary is None:
             raise UserError("cannot save a checkpoint before the first optimizer step; save after one")
-        checkpoint["global_step"] = boundary.step
-        checkpoint["loops"]["fit_loop"] = boundary.fit_loop
         checkpoint |= boundary.data
         checkpoint["rng"] = boundary.rng
         checkpoint["meta"] = {**pl_module.checkpoint_meta(), "evaluated": checkpoint.pop("evaluated", True)}

@@ -307,7 +307,7 @@ _RANK_STATE: dict[str, type] = {"optimizer_states": list, "rng": dict, "callback
 
 def check_can_resume(checkpoint: Checkpoint) -> None:
     """Raises DamagedCheckpoint if ``meta`` lacks values that the trainer restores."""
-    for name in ("lightning", "compute_dtype", "total_steps"):
+    for name in ("compute_dtype", "total_steps"):
         if name not in checkpoint.meta:
             raise DamagedCheckpoint(
                 f"{checkpoint.paths.meta}: {name} is missing, so that no run can be resumed from it; {_REMEDY}"

@@ -66,13 +66,8 @@ MAPPING = Check(lambda value: type(value) is dict, "an object")
 TEXT = _string(lambda value: len(value) <= 1000, "a string of at most 1000 characters")
 FOLDER_NAME = _string(is_folder_name, "the name of a folder, without slashes")
 SHA256 = _string(re.compile("[0-9a-f]{64}").fullmatch, "a SHA-256 in hexadecimal")
-# The states of older versions of Lightning would be migrated.
-LIGHTNING_2 = _string(
-    re.compile(r"2\.\d+\.\d+(rc\d+|\.(post|dev)\d+)?").fullmatch, "a version of Lightning such as 2.6.5"
-)
 _COUNT = integer(1, MAX_COUNT)
 COUNTER = integer(0, 2**62)
-_COUNTERS = ("ready", "started", "processed", "completed", "_batches_that_stepped")
 _STAGE_NAMES = tuple(name for stage in STAGES.values() for name in (stage.name, *stage.former_names))
 
 REQUIRED: dict[str, Check] = {
@@ -101,7 +96,6 @@ OPTIONAL: dict[str, Check] = {
     "weights_only": FLAG,
     "evaluated": FLAG,
     "imported": MAPPING,
-    "lightning": MAPPING,
 }
 MODEL: dict[str, Check] = {
     "sequence_len": integer(1, MAX_SEQUENCE_LEN),
@@ -130,8 +124,6 @@ def check_meta(meta: Any, paths: CheckpointPaths) -> None:
     _check_files(meta["files"], paths, meta["world_size"])
     _check_fields(meta["learning_rates"], dict.fromkeys(LEARNING_RATES, NUMBER), {}, "learning_rates.")
     _check_model(meta["model"], meta["files"], paths.model.name)
-    if "lightning" in meta:
-        _check_lightning(meta["lightning"], meta["step"])
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
@@ -248,37 +240,6 @@ def _max_parameters(model: Mapping[str, Any]) -> int:
     """An upper bound of the number of parameters, with a value embedding in every layer."""
     width, vocab = model["n_embd"], model["vocab_size"] + VOCAB_MULTIPLE
     return (model["n_layer"] + 2) * (12 * width**2 + (vocab + 100) * width)
-
-
-def _check_lightning(lightning: Mapping[str, Any], step: int) -> None:
-    fields = {"epoch": integer(0, MAX_COUNT), "global_step": integer(0, MAX_COUNT), "loops": MAPPING}
-    _check_fields(lightning, {**fields, "pytorch-lightning_version": LIGHTNING_2}, {}, "lightning.")
-    if lightning["global_step"] != step:
-        raise UserError(f"lightning.global_step is {lightning['global_step']}, and step is {step}")
-    _check_fields(lightning["loops"], {"fit_loop": MAPPING, "validate_loop": MAPPING}, {}, "lightning.loops.")
-    _check_loops(lightning["loops"], "lightning.loops.")
-    place, fit_loop = "lightning.loops.fit_loop.", lightning["loops"]["fit_loop"]
-    batches, updates = "epoch_loop.batch_progress", "epoch_loop.automatic_optimization.optim_progress"
-    _check_fields(fit_loop, {batches: MAPPING, updates: MAPPING}, {}, place)
-    for name in ("total", "current"):
-        counters = dict.fromkeys(("ready", "started", "processed", "completed"), COUNTER)
-        _check_fields(fit_loop[batches][name], counters, {}, f"{place}{batches}.{name}.")
-    progress: Any = fit_loop[updates]
-    for name in ("optimizer", "step", "total"):
-        _check_fields(progress, {name: MAPPING}, {}, f"{place}{updates}.")
-        progress = progress[name]
-    _check_fields(progress, {"completed": integer(step, step)}, {}, f"{place}{updates}.optimizer.step.total.")
-
-
-def _check_loops(loops: Mapping[str, Any], place: str) -> None:
-    """Checks that the state of Lightning's loops has objects and counters where its classes have them."""
-    for name, value in loops.items():
-        check = FLAG if name == "is_last_batch" else COUNTER if name in _COUNTERS else MAPPING
-        _check_fields(loops, {name: check}, {}, place)
-        if check is MAPPING:
-            if name in ("step", "zero_grad") or (name.endswith("progress") and not name.endswith("optim_progress")):
-                _check_fields(value, {"total": MAPPING, "current": MAPPING}, {}, f"{place}{name}.")
-            _check_loops(value, f"{place}{name}.")
 
 
 def read_limited(path: Path) -> bytes:

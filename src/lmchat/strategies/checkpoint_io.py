@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import lightning as L
 from lightning.fabric.plugins import CheckpointIO
 
 from lmchat.checkpoint.attempt import UNFENCED
@@ -16,9 +17,12 @@ from lmchat.types import UserError
 _NETWORK = "net."
 _FORMER_CALLBACKS = {"NonFiniteLoss": "NonFiniteGuard"}
 """Former and current keys of callback states in checkpoints."""
-_IN_META = ("epoch", "global_step", "pytorch-lightning_version", "loops")
-# The options of a run are in the module's meta; Lightning's copy may contain objects that a safe loader refuses.
-_DROPPED = ("hparams_name", "hyper_parameters", "datamodule_hparams_name", "datamodule_hyper_parameters")
+# The loops' state follows from the step. The options of a run are in the module's meta; Lightning's copy may contain
+# objects that a safe loader refuses.
+_DROPPED = (
+    "epoch", "global_step", "pytorch-lightning_version", "loops",
+    "hparams_name", "hyper_parameters", "datamodule_hparams_name", "datamodule_hyper_parameters",
+)  # fmt: skip
 
 
 class LMChatCheckpointIO(CheckpointIO):
@@ -59,7 +63,7 @@ class LMChatCheckpointIO(CheckpointIO):
         network = rest.pop("state_dict")
         others = [name for name in network if not name.startswith(_NETWORK)]
         assert not others, f"only the network at module.net is saved, not {others}"
-        meta = {**rest.pop("meta"), "lightning": {key: rest.pop(key) for key in _IN_META}}
+        meta = rest.pop("meta")
         job = partial(
             write_checkpoint,
             CheckpointPaths.of(path),
@@ -105,7 +109,8 @@ class LMChatCheckpointIO(CheckpointIO):
                 state["callbacks"][name] = state["callbacks"].pop(former)
         weights = {_NETWORK + name: tensor for name, tensor in load_model_state(checkpoint).items()}
         evaluated = checkpoint.meta.get("evaluated", True)  # earlier versions did not note it
-        return {"state_dict": weights, "evaluated": evaluated, **checkpoint.meta["lightning"], **state}
+        version = {"pytorch-lightning_version": L.__version__}
+        return {"state_dict": weights, "evaluated": evaluated, "epoch": 0, "global_step": paths.step, **version, **state}
 
     def mark_evaluated(self, path: Any) -> None:
         """Notes, in the background, that the step of the saved checkpoint has been evaluated."""

@@ -69,19 +69,23 @@ def is_between_batches(trainer: L.Trainer) -> bool:
     return progress.processed == progress.ready  # type: ignore[attr-defined]
 
 
-def set_batch_progress(fit_loop: dict[str, Any], micro_batches: int) -> None:
-    """Sets the counters in the saved state of a fit loop to ``micro_batches`` processed micro-batches.
+def fit_loop_state(trainer: L.Trainer, step: int) -> dict[str, Any]:
+    """State of a fit loop at the end of the last micro-batch of an optimizer step, in the first epoch.
 
-    Lightning uses them for optimizer steps, for validation, and for the position of loaders with a length. The state is
-    saved before the end of its micro-batch; therefore ``completed`` is one less.
+    Lightning uses its counters for optimizer steps, for validation, and for the position of loaders with a length. The
+    micro-batch and the epoch do not count as completed yet.
     """
-    progress = fit_loop["epoch_loop.batch_progress"]
-    for counters in (progress["total"], progress["current"]):
-        counters.update(
-            ready=micro_batches, started=micro_batches, processed=micro_batches, completed=micro_batches - 1
+    state, batches = trainer.fit_loop.state_dict(), step * trainer.accumulate_grad_batches
+    optimizer = state["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
+    for part in ("total", "current"):
+        state["epoch_progress"][part].update(ready=1, started=1)
+        state["epoch_loop.batch_progress"][part].update(
+            ready=batches, started=batches, processed=batches, completed=batches - 1
         )
-    # Set at the last batch of a shorter run. Cleared, so that a longer run continues.
-    progress["is_last_batch"] = False
+        optimizer["step"][part].update(ready=step, completed=step)
+        optimizer["zero_grad"][part].update(ready=step, started=step, completed=step)
+    state["epoch_loop.state_dict"]["_batches_that_stepped"] = step - 1
+    return state
 
 
 def set_header_writer(writer: Any, rewrite: Callable[[list[str]], None]) -> None:
