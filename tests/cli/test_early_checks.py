@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lmchat.cli.checks import check_config_files
-from lmchat.cli.early_checks import check_sizes, read_options
+from lmchat.cli.early_checks import check_config_files, check_sizes, read_options
 from lmchat.model.config import GPTConfig
 from lmchat.scaling import config_for_depth
 from lmchat.types import UserError

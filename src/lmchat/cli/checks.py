@@ -6,14 +6,10 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from lmchat.cli.argument_errors import config_paths
-from lmchat.cli.early_checks import check_config_file
 from lmchat.cli.short_help import CLASSES, listing
 from lmchat.option_checks import check_count
 from lmchat.stages.base import check_precision
@@ -41,34 +37,6 @@ COUNTS = (
 MAX_DEVICES = 1024
 MAX_NODES = 2**16
 _DEVICES = re.compile(r"auto|-?\d+(,\s*\d+)*")
-
-
-def check_config_files(args: list[str]) -> None:
-    """Raises UserError for a config that is not UTF-8 text, or that gives a key twice, of which YAML takes the last."""
-    for path in map(Path, config_paths(args)):
-        check_config_file(path)
-        try:
-            root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-        except UnicodeDecodeError as error:
-            raise UserError(f"--config {path} is not text in UTF-8 ({error.reason}); save it as UTF-8") from error
-        except (OSError, yaml.YAMLError, RecursionError):
-            continue  # reported by the parser
-        waiting, seen = [root], set()
-        while waiting:
-            node = waiting.pop()
-            if id(node) in seen or not isinstance(node, yaml.CollectionNode):
-                continue
-            seen.add(id(node))
-            if isinstance(node, yaml.MappingNode):
-                _check_keys(path, [key for key, _ in node.value])
-            waiting += [child for item in node.value for child in (item if isinstance(item, tuple) else [item])]
-
-
-def _check_keys(path: Path, keys: list[yaml.Node]) -> None:
-    names = [str(key.value) for key in keys if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
-    if twice := [name for name in names if names.count(name) > 1]:
-        line = max(key.start_mark.line for key in keys if key.value == twice[0]) + 1
-        raise UserError(f"--config {path} sets {twice[0]} twice, the second time in line {line}; remove one")
 
 
 def check_groups(config: Namespace, parser: ArgumentParser) -> None:

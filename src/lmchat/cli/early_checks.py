@@ -48,8 +48,7 @@ def check_sizes(args: list[str]) -> None:
     Args:
         args: command line, starting with the name of the command.
     """
-    for path in config_paths(args):
-        check_config_file(Path(path))
+    check_config_files(args)
     try:
         options = read_options(args)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
@@ -85,19 +84,23 @@ def check_sizes(args: list[str]) -> None:
     )
 
 
-def check_config_file(path: Path) -> None:
-    """Raises UserError for a pipe or device, which can be read only once or without end, and for a large file."""
-    try:
-        found = path.stat()
-    except (OSError, ValueError):
-        return  # reported by the parser, or an inline config
-    if stat.S_ISDIR(found.st_mode):
-        return  # reported by the parser
-    if not stat.S_ISREG(found.st_mode):
-        raise UserError(unusable_path(f"--config {path}", "a pipe or a device (standard input is --config -)"))
-    if found.st_size > MAX_CONFIG_BYTES:
-        what = f"a file of {found.st_size:,} bytes, more than any config has"
-        raise UserError(unusable_path(f"--config {path}", what))
+def check_config_files(args: list[str]) -> None:
+    """Raises UserError for a config that is large, is not UTF-8 text, or can be read only once or without end."""
+    for path in map(Path, config_paths(args)):
+        try:
+            found = path.stat()
+            if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+                raise UserError(unusable_path(f"--config {path}", "a pipe or a device (standard input is --config -)"))
+            if found.st_size > MAX_CONFIG_BYTES:
+                what = f"a file of {found.st_size:,} bytes, more than any config has"
+                raise UserError(unusable_path(f"--config {path}", what))
+            path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"--config {path} is not text in UTF-8 ({error.reason}); save it as UTF-8") from error
+        except UserError:
+            raise
+        except (OSError, ValueError):
+            continue  # reported by the parser, or an inline config
 
 
 def read_options(args: list[str]) -> Options:

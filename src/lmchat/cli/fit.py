@@ -28,13 +28,13 @@ from lmchat.callbacks.training_plan import TrainingPlan
 from lmchat.cli.checks import (
     ENV_PREFIX,
     check_classes,
-    check_config_files,
     check_environment,
     check_groups,
     check_seed,
     check_trainer_options,
 )
 from lmchat.cli.class_errors import check_callbacks, explain_class_error
+from lmchat.cli.early_checks import check_config_files
 from lmchat.cli.exit_status import exit_with_signal_status, translate_out_of_memory, translate_peer_failure
 from lmchat.cli.former_names import accept_former_names, rename_arguments
 from lmchat.cli.loggers import RunCSVLogger, RunTensorBoardLogger

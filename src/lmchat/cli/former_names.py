@@ -1,4 +1,4 @@
-"""Former names of classes and option groups, accepted for one release."""
+"""Checks of YAML, and former names of classes and option groups, accepted for one release."""
 
 from __future__ import annotations
 
@@ -38,39 +38,43 @@ def accept_former_names() -> None:
 
     def load(text: str) -> Any:
         try:
-            _check_scalars(text)
-            value = load_yaml(text)
-            if _expanded_size(value, {}) > MAX_VALUES:
-                raise yaml.YAMLError(f"its aliases stand for more than {MAX_VALUES:,} values")
-            return _rename(value, at_top=True)
+            _check_nodes(yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
+            return _rename(load_yaml(text), at_top=True)
         except RecursionError:
-            raise yaml.YAMLError("it is nested too deeply, or an alias refers to the value that contains it") from None
+            raise yaml.YAMLError("it is nested too deeply") from None
         except ValueError as error:  # a number with thousands of digits
             raise yaml.YAMLError(str(error).partition(";")[0]) from None
 
     set_loader("yaml", load, exceptions=(yaml.YAMLError,))
 
 
-def _check_scalars(text: str) -> None:
-    """Raises YAMLError for a number that YAML 1.1 reads in base 8 or 60, and for a NUL character, which no path has."""
-    for token in yaml.scan(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-        if not isinstance(token, yaml.ScalarToken):
-            continue
-        line = token.start_mark.line + 1
-        if token.plain and _OTHER_BASES.fullmatch(token.value):
-            raise yaml.YAMLError(f"line {line}: {token.value} is a number in base 8 or 60; use base 10, or quotes")
-        if "\0" in token.value:
-            raise yaml.YAMLError(f"line {line}: a text has a NUL character; leave it out")
-
-
-def _expanded_size(value: Any, known: dict[int, int]) -> int:
-    """Number of values with aliases written out; ``known`` has that of mappings and lists by id."""
-    if not isinstance(value, dict | list):
-        return 1
-    if id(value) not in known:
-        children = value.values() if isinstance(value, dict) else value
-        known[id(value)] = 1 + sum(_expanded_size(child, known) for child in children)
-    return known[id(value)]
+def _check_nodes(root: yaml.Node | None) -> None:
+    """Raises YAMLError for values that YAML reads in an unexpected way, or that make a config endless."""
+    waiting, count = [root], 0
+    while waiting:
+        node, count = waiting.pop(), count + 1
+        if count > MAX_VALUES:
+            raise yaml.YAMLError(
+                f"its aliases stand for more than {MAX_VALUES:,} values, or an alias refers to the value that contains "
+                "it"
+            )
+        if isinstance(node, yaml.ScalarNode):
+            line = node.start_mark.line + 1
+            if not node.style and _OTHER_BASES.fullmatch(node.value):
+                raise yaml.YAMLError(f"line {line}: {node.value} is a number in base 8 or 60; use base 10, or quotes")
+            if "\0" in node.value:
+                raise yaml.YAMLError(f"line {line}: a text has a NUL character; leave it out")
+        elif isinstance(node, yaml.MappingNode):
+            names = set[str]()
+            for key, value in node.value:
+                name = str(key.value)
+                if name in names and name != "<<":
+                    line = key.start_mark.line + 1
+                    raise yaml.YAMLError(f"it sets {name} twice, the second time in line {line}; remove one")
+                names.add(name)
+                waiting += [key, value]
+        elif isinstance(node, yaml.SequenceNode):
+            waiting += node.value
 
 
 def rename_arguments(args: list[str]) -> list[str]:

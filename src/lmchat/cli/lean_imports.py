@@ -9,16 +9,11 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
-from pathlib import Path
-from types import ModuleType
 
-_FLAGS = "torchmetrics.utilities.imports"
-_LEFT_OUT = ("SCIPY", "SCIPI", "TRANSFORMERS", "MATPLOTLIB", "SCIENCEPLOT")
+_LEFT_OUT = ("scipy", "transformers", "matplotlib", "scienceplots")
 
 
 @contextmanager
@@ -50,45 +45,20 @@ def importing() -> Iterator[None]:
 def lean_imports() -> Iterator[None]:
     """Context manager for importing Lightning and torchmetrics without SciPy, transformers and Matplotlib.
 
-    These stay importable, but in this process torchmetrics treats them as not installed: import a metric that needs
-    one before. Includes `importing`.
+    Metrics imported in it treat these packages as not installed. Includes `importing`.
     """
+    from lightning_utilities.core import imports
+
+    is_available, is_met = imports.package_available, imports.RequirementCache.__bool__
+
+    def met(requirement: imports.RequirementCache) -> bool:
+        return not str(requirement.requirement).startswith(_LEFT_OUT) and is_met(requirement)
+
     with importing():
-        if "torchmetrics" in sys.modules:
+        imports.package_available = lambda name: name not in _LEFT_OUT and is_available(name)  # type: ignore[assignment]
+        imports.RequirementCache.__bool__ = met  # type: ignore[assignment,method-assign]
+        try:
             yield
-        else:
-            _preload_flags()
-            with _without_scipy_signal():
-                yield
-
-
-def _preload_flags() -> None:
-    """Loads torchmetrics' table of installed packages before torchmetrics and marks the packages as missing."""
-    package = find_spec("torchmetrics")
-    path = Path(package.origin).parent / "utilities" / "imports.py" if package and package.origin else None
-    spec = spec_from_file_location(_FLAGS, path) if path and path.is_file() else None
-    if spec is None or spec.loader is None:  # another layout: do a slow, complete import
-        return
-    flags = module_from_spec(spec)
-    spec.loader.exec_module(flags)
-    for name in vars(flags):
-        if name.startswith(tuple(f"_{package}_" for package in _LEFT_OUT)):
-            setattr(flags, name, False)
-    sys.modules[_FLAGS] = flags
-
-
-@contextmanager
-def _without_scipy_signal() -> Iterator[None]:
-    """Replaces scipy.signal, which torchmetrics imports only to add a function that SciPy has removed."""
-    name = "scipy.signal"
-    if name in sys.modules:
-        yield
-        return
-    stand_in = ModuleType(name)
-    stand_in.hamming = None  # type: ignore[attr-defined]
-    sys.modules[name] = stand_in
-    try:
-        yield
-    finally:
-        if sys.modules.get(name) is stand_in:
-            del sys.modules[name]
+        finally:
+            imports.package_available = is_available
+            imports.RequirementCache.__bool__ = is_met  # type: ignore[method-assign]

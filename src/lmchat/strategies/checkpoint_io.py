@@ -109,8 +109,8 @@ class LMChatCheckpointIO(CheckpointIO):
                 state["callbacks"][name] = state["callbacks"].pop(former)
         weights = {_NETWORK + name: tensor for name, tensor in load_model_state(checkpoint).items()}
         evaluated = checkpoint.meta.get("evaluated", True)  # earlier versions did not note it
-        version = {"pytorch-lightning_version": L.__version__}
-        return {"state_dict": weights, "evaluated": evaluated, "epoch": 0, "global_step": paths.step, **version, **state}
+        own = {"epoch": 0, "global_step": paths.step, "pytorch-lightning_version": L.__version__}
+        return {"state_dict": weights, "evaluated": evaluated, **own, **state}
 
     def mark_evaluated(self, path: Any) -> None:
         """Notes, in the background, that the step of the saved checkpoint has been evaluated."""
