@@ -89,6 +89,8 @@ class Session:
         guard_downloads()
         self.what = what
         self.warnings = _RecentWarnings()
+        self._received = -1
+        self._deadline = 0.0
 
     def list_files(self, listing: Callable[[ProgressBar], T]) -> T:
         """Runs ``listing`` in a thread with limits on time and memory, since a response could be endless.
@@ -119,29 +121,16 @@ class Session:
             UserError: it writes nothing for `STALL_SECONDS`.
         """
         future = in_thread(action)
-        watch = StallWatch(self)
         while not futures.wait([future], POLL_SECONDS).done:
-            watch.check(sum(size for folder in folders for size in file_sizes(folder)))
+            self.check_progress(sum(size for folder in folders for size in file_sizes(folder)))
         return future.result()
 
-
-class StallWatch:
-    """Notices that a download has stopped."""
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
-        self._received = -1
-        self._deadline = 0.0
-
-    def check(self, received: int, remedy: str = "try again") -> None:
+    def check_progress(self, received: int, remedy: str = "try again") -> None:
         """Takes the number of bytes received so far. Raises `UserError` if it has been the same for too long."""
         if received != self._received:
             self._received, self._deadline = received, time.monotonic() + STALL_SECONDS
         elif time.monotonic() > self._deadline:
-            raise UserError(
-                f"{self._session.what}: the hub sent nothing for {STALL_SECONDS:.0f} s{self._session.warnings}; "
-                f"{remedy}"
-            )
+            raise UserError(f"{self.what}: the hub sent nothing for {STALL_SECONDS:.0f} s{self.warnings}; {remedy}")
 
 
 def file_sizes(folder: Path) -> list[int]:

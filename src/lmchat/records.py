@@ -16,6 +16,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -102,7 +103,7 @@ def open_text(path: Path, raw: BinaryIO, encoding: str | None = None) -> Iterato
         if encoding == "utf-8":
             yield content, encoding
         else:
-            yield io.BufferedReader(cast(Any, _ToUTF8(content, encoding)), _CHUNK_BYTES), encoding
+            yield io.BufferedReader(_Stream(_recoded(content, encoding)), _CHUNK_BYTES), encoding
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not valid {error.encoding} text ({error.reason}); save it as UTF-8") from error
     except DAMAGE as error:
@@ -126,7 +127,7 @@ def _decompressed(path: Path, raw: BinaryIO) -> Any:
 
         return bz2.BZ2File(raw)
     if suffix == ".xz":
-        return _XZ(path, raw)
+        return _Stream(_unpacked_xz(path, raw))
     if suffix == ".zst":
         import pyarrow as pa
 
@@ -162,49 +163,11 @@ def _is_printed(head: bytes, encoding: str) -> bool:
     return sum(character.isprintable() or character in "\r\n\t\f" for character in text) > 0.98 * len(text)
 
 
-class _XZ(io.RawIOBase):
-    """Decompresses the streams of an xz file in bounded memory, unlike `lzma.LZMAFile`."""
+class _Stream(io.RawIOBase):
+    """A readable stream of the bytes that an iterator yields."""
 
-    def __init__(self, path: Path, raw: BinaryIO) -> None:
-        self._path = path
-        self._raw = raw
-        self._stream = lzma.LZMADecompressor(memlimit=_XZ_MEMORY_BYTES)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while True:
-            content = b""
-            if self._stream.eof:
-                content = self._stream.unused_data.lstrip(b"\0")  # padding
-                while not content and (more := self._raw.read(_PROBE_BYTES)):
-                    content = more.lstrip(b"\0")
-                if not content:
-                    return 0
-                self._stream = lzma.LZMADecompressor(memlimit=_XZ_MEMORY_BYTES)
-            elif self._stream.needs_input and not (content := self._raw.read(_PROBE_BYTES)):
-                raise EOFError("it ends within its data")
-            try:
-                data = self._stream.decompress(content, len(buffer))
-            except lzma.LZMAError as error:
-                if "limit" not in str(error):
-                    raise
-                raise UserError(
-                    f"{self._path} takes more than {_XZ_MEMORY_BYTES / 1e6:.0f} MB of memory to decompress; "
-                    "compress it with `xz -9` or less"
-                ) from error
-            if data:
-                buffer[: len(data)] = data
-                return len(data)
-
-
-class _ToUTF8(io.RawIOBase):
-    """Recodes a stream to UTF-8."""
-
-    def __init__(self, source: BinaryIO, encoding: str) -> None:
-        self._source = source
-        self._decoder = codecs.getincrementaldecoder(encoding)()
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks = chunks
         self._ready = b""
 
     def readable(self) -> bool:
@@ -212,13 +175,44 @@ class _ToUTF8(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
-            data = self._source.read(_CHUNK_BYTES)
-            self._ready = self._decoder.decode(data, final=not data).encode("utf-8", "surrogatepass")
-            if not data:
-                break
+            if (chunk := next(self._chunks, None)) is None:
+                return 0
+            self._ready = chunk
         size = min(len(buffer), len(self._ready))
         buffer[:size], self._ready = self._ready[:size], self._ready[size:]
         return size
+
+
+def _unpacked_xz(path: Path, raw: BinaryIO) -> Iterator[bytes]:
+    """Decompresses the streams of an xz file in bounded memory, unlike `lzma.LZMAFile`."""
+    content = raw.read(_PROBE_BYTES)
+    while True:
+        stream = lzma.LZMADecompressor(memlimit=_XZ_MEMORY_BYTES)
+        while not stream.eof:
+            if stream.needs_input and not (content := content or raw.read(_PROBE_BYTES)):
+                raise EOFError("it ends within its data")
+            try:
+                yield stream.decompress(content, _CHUNK_BYTES)
+            except lzma.LZMAError as error:
+                if "limit" not in str(error):
+                    raise
+                raise UserError(
+                    f"{path} takes more than {_XZ_MEMORY_BYTES / 1e6:.0f} MB of memory to decompress; "
+                    "compress it with `xz -9` or less"
+                ) from error
+            content = b""
+        content = stream.unused_data.lstrip(b"\0")  # padding
+        while not content and (more := raw.read(_PROBE_BYTES)):
+            content = more.lstrip(b"\0")
+        if not content:
+            return
+
+
+def _recoded(source: BinaryIO, encoding: str) -> Iterator[bytes]:
+    """Recodes a stream to UTF-8."""
+    chunks = iter(partial(source.read, _CHUNK_BYTES), b"")
+    for text in codecs.iterdecode(chunks, encoding):
+        yield text.encode("utf-8", "surrogatepass")
 
 
 def lines(file: BinaryIO, max_bytes: int) -> Iterator[tuple[int, bytes | None]]:

@@ -33,7 +33,7 @@ from huggingface_hub.utils import disable_progress_bars
 
 from lmchat.data.parquet_text import open_parquet
 from lmchat.files import locked, replacing
-from lmchat.hub import POLL_SECONDS, EndlessFile, Session, StallWatch, file_sizes, in_thread
+from lmchat.hub import POLL_SECONDS, EndlessFile, Session, file_sizes, in_thread
 from lmchat.option_checks import check_count
 from lmchat.progress import ProgressBar
 from lmchat.types import UserError
@@ -305,7 +305,7 @@ def _fetch_all(hub: _Hub, shards: Sequence[Shard], output: Path, num_workers: in
             done.append(shard)
 
     leftover, longest = sum(file_sizes(hub.staging)), max((shard.size for shard in shards), default=0)
-    watch = StallWatch(Session(hub.repo_id))
+    session = Session(hub.repo_id)
     workers = [in_thread(work) for _ in range(min(num_workers, len(shards)))]
     try:
         with ProgressBar("Downloading", sum(shard.size for shard in shards), unit="B") as bar:
@@ -317,7 +317,7 @@ def _fetch_all(hub: _Hub, shards: Sequence[Shard], output: Path, num_workers: in
                 if max(staged, default=0) > longest + _SMALL_FILE_BYTES:
                     shutil.rmtree(hub.staging, ignore_errors=True)
                     raise hub.endless_file()
-                watch.check(received, _CONTINUE)
+                session.check_progress(received, _CONTINUE)
                 bar.set(received, f"Downloading {len(done)} of {len(shards)} shards")
     finally:
         stop.set()
