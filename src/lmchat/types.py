@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
 
 if TYPE_CHECKING:
@@ -20,6 +22,23 @@ class UserError(ValueError):
 
     The message names the thing, the value and the remedy. The command line prints it without a traceback.
     """
+
+
+def reason(error: BaseException) -> str:
+    """Why something failed: the first line of the message, or the kind of error."""
+    text = getattr(error, "strerror", None) or str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+@contextlib.contextmanager
+def user_errors(problem: str, remedy: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Raises an error of these kinds as `UserError`: the problem, the reason and the remedy. A `UserError` passes."""
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds as error:
+        raise UserError(f"{problem} ({reason(error)}); {remedy}") from error
 
 
 class RankFailure(RuntimeError):

@@ -14,6 +14,7 @@ class ByteTokenizer:
     def __init__(self, fingerprint: str = "bytes", vocab_size: int = 257, fails_on: str | None = None) -> None:
         self.fingerprint = fingerprint
         self.vocab_size = vocab_size
+        self.dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
         self.fails_on = fails_on
         self.encoded: list[str] = []
 

@@ -6,7 +6,6 @@ A conversation that a mixture repeats is rendered once; ``index`` has the number
 from __future__ import annotations
 
 import os
-import sys
 import weakref
 import zlib
 from array import array
@@ -54,14 +53,10 @@ class RenderReport:
         )
 
 
-_NUMBERS: dict[str, np.dtype[Any]] = {
-    "index": np.dtype(np.uint32),
-    "offsets": np.dtype(np.int64),
-    "lengths": np.dtype(np.int32),
-    "loss_tokens": np.dtype(np.int32),
-    "cut_tokens": np.dtype(np.int32),
-    "checksums": np.dtype(np.uint32),
-}
+_NUMBERS = np.dtype(
+    [("start", "i8"), ("lengths", "i4"), ("loss_tokens", "i4"), ("cut_tokens", "i4"), ("checksums", "u4")]
+)
+"""Numbers of a rendering; it starts at the token ``start``."""
 
 
 def render_all(
@@ -74,40 +69,32 @@ def render_all(
     Raises:
         UserError: a conversation is malformed (the message has its index), or there is none.
     """
-    token_dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-    dtypes: dict[str, np.dtype[Any]] = {"tokens": token_dtype, "mask": np.dtype(bool), **_NUMBERS}
     total = len(conversations)
     if not total:
         raise UserError("there are no conversations; name at least one task that has some")
     folder.mkdir(parents=True, exist_ok=True)
-    numbers, rendered, tokens = array("I", [0]) * total, 0, 0  # of the renderings from 1; 0 is none yet
+    dtypes = {"tokens": tokenizer.dtype, "mask": np.dtype(bool), "numbers": _NUMBERS, "index": np.dtype(np.uint32)}
+    renderings, count, start = array("I", [0]) * total, 0, 0  # renderings by source, from 1; 0 is none yet
     with ExitStack() as stack, ProgressBar(title, total, unit="conversations") as bar:
-        files = {
-            name: stack.enter_context(_array_file(folder / f"{name}.npy", dtype)) for name, dtype in dtypes.items()
-        }
-
-        def write(**values: int) -> None:
-            for name, value in values.items():
-                files[name].write(value.to_bytes(dtypes[name].itemsize, sys.byteorder))
-
-        write(offsets=0)
+        tokens, masks, numbers, index = (
+            stack.enter_context(_array_file(folder / f"{name}.npy", dtype)) for name, dtype in dtypes.items()
+        )
         for position in bar.track(range(total)):
             source = conversations.source(position) if isinstance(conversations, Mixture) else position
-            if not numbers[source]:
-                rendered += 1
-                numbers[source] = rendered
+            if not renderings[source]:
+                count += 1
+                renderings[source] = count
                 try:
                     ids, mask = render_conversation(tokenizer, conversations[position], None)
                 except UserError as error:
                     raise UserError(f"conversation {position}: {error}") from error
-                cut = max(0, len(ids) - max_tokens)
-                tokens += len(ids) - cut
-                files["tokens"].write(row := np.array(ids[:max_tokens], dtype=token_dtype).tobytes())
-                files["mask"].write(row_mask := bytes(mask[:max_tokens]))
-                checksum = zlib.crc32(row_mask, zlib.crc32(row))
-                write(offsets=tokens, lengths=len(ids) - cut, loss_tokens=sum(row_mask), cut_tokens=cut)
-                write(checksums=checksum)
-            write(index=numbers[source] - 1)
+                tokens.write(row := np.array(ids[:max_tokens], dtype=tokenizer.dtype).tobytes())
+                masks.write(row_mask := bytes(mask[:max_tokens]))
+                length, checksum = len(row_mask), zlib.crc32(row_mask, zlib.crc32(row))
+                own = (start, length, sum(row_mask), len(ids) - length, checksum)
+                numbers.write(np.array(own, dtype=_NUMBERS).tobytes())
+                start += length
+            index.write(np.uint32(renderings[source] - 1).tobytes())
     return RenderedConversations(folder).report()
 
 
@@ -117,7 +104,7 @@ def _array_file(path: Path, dtype: np.dtype) -> Iterator[BinaryIO]:
 
     The file is replaced, not overwritten: a run that has mapped the old one keeps reading it.
     """
-    header = {"descr": dtype.str, "fortran_order": False}
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
     with replacing(path) as unfinished, unfinished.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, {**header, "shape": (0,)})
         start = file.tell()
@@ -139,7 +126,7 @@ class RenderedConversations:
     """
 
     def __init__(self, folder: Path) -> None:
-        paths = {name: folder / f"{name}.npy" for name in ("tokens", "mask", *_NUMBERS)}
+        paths = {name: folder / f"{name}.npy" for name in ("tokens", "mask", "numbers", "index")}
         self._mapped: dict[str, Any] = {name: np.load(path, mmap_mode="r") for name, path in paths.items()}
         self._files = {name: os.open(paths[name], os.O_RDONLY) for name in ("tokens", "mask")}
         for file in self._files.values():
@@ -147,7 +134,7 @@ class RenderedConversations:
 
     def _of_each(self, name: str) -> npt.NDArray[Any]:
         """The numbers of all conversations, gathered in pieces, since NumPy copies indices to int64."""
-        numbers, index = self._mapped[name], self._mapped["index"]
+        numbers, index = self._mapped["numbers"][name], self._mapped["index"]
         gathered = np.empty(len(index), numbers.dtype)
         for start in range(0, len(index), _PIECE):
             gathered[start : start + _PIECE] = numbers[index[start : start + _PIECE]]
@@ -182,12 +169,10 @@ class RenderedConversations:
         return len(self._mapped["index"])
 
     def __getitem__(self, index: int) -> tuple[npt.NDArray[np.unsignedinteger], npt.NDArray[np.bool_]]:
-        number = int(self._mapped["index"][index])
-        start, end = self._mapped["offsets"][number : number + 2].tolist()
-        return self._read("tokens", start, end), self._read("mask", start, end)
+        start, length, *_ = self._mapped["numbers"][self._mapped["index"][index]].tolist()
+        return self._read("tokens", start, length), self._read("mask", start, length)
 
-    def _read(self, name: str, start: int, end: int) -> npt.NDArray[Any]:
+    def _read(self, name: str, start: int, length: int) -> npt.NDArray[Any]:
         """Part of a file; mapped pages would count as memory of the process."""
         array, size = self._mapped[name], self._mapped[name].itemsize
-        content = os.pread(self._files[name], (end - start) * size, array.offset + start * size)
-        return np.frombuffer(content, array.dtype)
+        return np.frombuffer(os.pread(self._files[name], length * size, array.offset + start * size), array.dtype)

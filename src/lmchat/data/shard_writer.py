@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import sqlite3
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,11 +22,12 @@ import pyarrow.parquet as pq
 from lmchat.data.parquet_text import TEXT_COLUMN
 from lmchat.files import new_folder
 from lmchat.option_checks import check_count
-from lmchat.types import UserError
+from lmchat.types import UserError, user_errors
 
 _CACHE_KILOBYTES = 1 << 17
 _ROW_GROUP_DOCUMENTS = 1024
 _ROW_GROUP_CHARACTERS = 1 << 24
+_SCHEMA = pa.schema([(TEXT_COLUMN, pa.string())])
 
 
 @dataclass
@@ -62,112 +66,75 @@ def write_shards(
     check_count("", 1, shard_characters=shard_characters)
     if abs(seed) >= 2**63:
         raise UserError(f"seed is {seed}; it must be below 2^63 in size")
-    with new_folder(output) as folder, _database_errors(folder), _Sorter(folder / "documents.sqlite", seed) as sorter:
-        unique = sorter.add(documents)
+    counts: Counter[str] = Counter()
+    shards = characters = 0
+    with (
+        new_folder(output) as folder,
+        user_errors(f"cannot sort the documents in {folder}", "make room, or choose another --output", sqlite3.Error),
+        _sorted(folder / "documents.sqlite", _rows(documents, seed, counts)) as (unique, texts),
+    ):
         if unique < 2:
             raise UserError(
                 f"found {unique} document(s) with text, at least 2 are needed, as one is kept for validation; "
                 "give more files, or cut a long one into documents with --separator"
             )
         validation = min(max(1, round(validation_fraction * unique)), unique - 1)
-        with _ShardWriter(folder) as writer:
-            for number, text in enumerate(sorter):
-                full = number < unique - validation and writer.shard_characters >= shard_characters
-                if number in (0, unique - validation) or full:
-                    writer.start_shard()
-                writer.add(text)
+        for part, limit in ((islice(texts, unique - validation), shard_characters), (texts, math.inf)):
+            for first in part:
+                path = folder / f"shard_{shards:05d}.parquet"
+                characters += _write_shard(path, chain([first], part), limit)
+                shards += 1
     return WrittenShards(
-        train_shards=writer.shards - 1,
+        train_shards=shards - 1,
         train_documents=unique - validation,
         validation_documents=validation,
-        characters=writer.characters,
-        duplicates=sorter.documents - unique,
-        blank=sorter.blank,
+        characters=characters,
+        duplicates=counts["documents"] - unique,
+        blank=counts["blank"],
     )
 
 
+def _rows(documents: Iterable[str], seed: int, counts: Counter[str]) -> Iterator[tuple[bytes, bytes]]:
+    """Yields hash and UTF-8 of documents that are not blank, and counts both kinds."""
+    for text in documents:
+        if not text.strip():
+            counts["blank"] += 1
+            continue
+        counts["documents"] += 1
+        data = text.encode("utf-8", "replace")  # lone surrogates, which JSON may contain
+        yield hashlib.blake2b(data, digest_size=16, key=str(seed).encode()).digest(), data
+
+
 @contextlib.contextmanager
-def _database_errors(folder: Path) -> Iterator[None]:
-    """Reports errors of the temporary database, such as those of a full disk, as `UserError`."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise UserError(
-            f"cannot sort the documents in {folder} ({error}); make room, or choose another --output"
-        ) from error
-
-
-class _Sorter(contextlib.ExitStack):
-    """Sorts documents by their hashes in a temporary database, without duplicates and blank ones, which are counted."""
-
-    def __init__(self, path: Path, seed: int) -> None:
-        super().__init__()
-        self.documents = self.blank = 0
-        self._key = str(seed).encode()
-        self.callback(path.unlink)
-        self._database = self.enter_context(contextlib.closing(sqlite3.connect(path)))
+def _sorted(path: Path, rows: Iterable[tuple[bytes, bytes]]) -> Iterator[tuple[int, Iterator[str]]]:
+    """Sorts documents in a temporary database; yields the number of different ones, and their texts in order."""
+    with contextlib.closing(sqlite3.connect(path)) as database:
         for setting in ("journal_mode = OFF", "synchronous = OFF", f"cache_size = -{_CACHE_KILOBYTES}"):
-            self._database.execute(f"PRAGMA {setting}")
-        self._database.execute("CREATE TABLE documents (hash BLOB, text BLOB)")
-        self._database.execute("CREATE UNIQUE INDEX by_hash ON documents (hash)")
-
-    def add(self, documents: Iterable[str]) -> int:
-        """Adds documents; returns the number of different ones."""
-        self._database.executemany("INSERT OR IGNORE INTO documents VALUES (?, ?)", self._rows(documents))
-        return int(self._database.execute("SELECT count(*) FROM documents").fetchone()[0])
-
-    def _rows(self, documents: Iterable[str]) -> Iterator[tuple[bytes, bytes]]:
-        for text in documents:
-            if not text.strip():
-                self.blank += 1
-                continue
-            self.documents += 1
-            data = text.encode("utf-8", "replace")  # lone surrogates, which JSON may contain
-            yield hashlib.blake2b(data, digest_size=16, key=self._key).digest(), data
-
-    def __iter__(self) -> Iterator[str]:
-        for (data,) in self._database.execute("SELECT text FROM documents INDEXED BY by_hash ORDER BY hash"):
-            yield data.decode()
+            database.execute(f"PRAGMA {setting}")
+        database.execute("CREATE TABLE documents (hash BLOB, text BLOB)")
+        database.execute("CREATE UNIQUE INDEX by_hash ON documents (hash)")
+        database.executemany("INSERT OR IGNORE INTO documents VALUES (?, ?)", rows)
+        (unique,) = database.execute("SELECT count(*) FROM documents").fetchone()
+        found = database.execute("SELECT text FROM documents INDEXED BY by_hash ORDER BY hash")
+        yield unique, (data.decode() for (data,) in found)
+    path.unlink()
 
 
-class _ShardWriter(contextlib.AbstractContextManager["_ShardWriter"]):
-    """Writes texts to numbered parquet files of one column."""
-
-    def __init__(self, folder: Path) -> None:
-        self.shards = self.characters = self.shard_characters = 0
-        self._folder = folder
-        self._schema = pa.schema([(TEXT_COLUMN, pa.string())])
-        self._file: pq.ParquetWriter | None = None
-        self._group: list[str] = []
-        self._group_characters = 0
-
-    def start_shard(self) -> None:
-        self._finish_shard()
-        path = self._folder / f"shard_{self.shards:05d}.parquet"
-        self._file = pq.ParquetWriter(path, self._schema, compression="zstd")
-        self.shards += 1
-        self.shard_characters = 0
-
-    def add(self, text: str) -> None:
-        self._group.append(text)
-        self._group_characters += len(text)
-        self.shard_characters += len(text)
-        self.characters += len(text)
-        if len(self._group) == _ROW_GROUP_DOCUMENTS or self._group_characters >= _ROW_GROUP_CHARACTERS:
-            self._flush()
-
-    def _flush(self) -> None:
-        assert self._file is not None
-        self._file.write_table(pa.table({TEXT_COLUMN: self._group}, schema=self._schema))
-        self._group, self._group_characters = [], 0
-
-    def _finish_shard(self) -> None:
-        if self._file is not None:
-            if self._group:
-                self._flush()
-            self._file.close()
-            self._file = None
-
-    def __exit__(self, *exception: object) -> None:
-        if exception == (None, None, None):
-            self._finish_shard()
+def _write_shard(path: Path, texts: Iterable[str], max_characters: float) -> int:
+    """Writes texts until they have ``max_characters``; returns the number of their characters."""
+    characters = group_characters = 0
+    group: list[str] = []
+    with pq.ParquetWriter(path, _SCHEMA, compression="zstd") as file:
+        for text in texts:
+            group.append(text)
+            characters += len(text)
+            group_characters += len(text)
+            is_full = characters >= max_characters
+            if is_full or len(group) == _ROW_GROUP_DOCUMENTS or group_characters >= _ROW_GROUP_CHARACTERS:
+                file.write_table(pa.table({TEXT_COLUMN: group}, schema=_SCHEMA))
+                group, group_characters = [], 0
+            if is_full:
+                break
+        if group:
+            file.write_table(pa.table({TEXT_COLUMN: group}, schema=_SCHEMA))
+    return characters

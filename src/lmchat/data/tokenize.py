@@ -22,9 +22,11 @@ from lmchat.data.token_file import HEADER_BYTES, Header, Source, read_header, to
 from lmchat.files import locked, synced_file
 from lmchat.progress import ProgressBar
 from lmchat.tokenizer.bpe import Tokenizer
-from lmchat.types import UserError
+from lmchat.types import user_errors
 
 _CHUNK_CHARACTERS = 1 << 18
+
+_Chunk = tuple[int, npt.NDArray[np.unsignedinteger], npt.NDArray[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -60,18 +62,14 @@ def prepare_token_shards(data_dir: Path, tokenizer: Tokenizer, *, num_threads: i
     directory = token_dir(data_dir, tokenizer)
     stale = _stale(shards, directory, tokenizer)
     if stale:
-        try:
+        waiting = f"Waiting for another process to finish tokenizing into {directory}"
+        with user_errors(f"cannot write token files to {directory}", "make room or give write permission", OSError):
             directory.mkdir(parents=True, exist_ok=True)
-            waiting = f"Waiting for another process to finish tokenizing into {directory}"
             with locked(directory / ".lock", when_taken=partial(print, waiting, file=sys.stderr, flush=True)):
                 stale = [
                     shard for shard in _stale(stale, directory, tokenizer) if not _restamp(directory, shard, tokenizer)
                 ]
                 _tokenize_all(stale, directory, tokenizer, num_threads or os.cpu_count() or 1)
-        except OSError as error:
-            raise UserError(
-                f"cannot write token files to {directory} ({error.strerror}); make room or give it write permission"
-            ) from error
     headers = [read_header(token_path(directory, shard), tokenizer) for shard in shards]
     return TokenReport(
         directory=directory,
@@ -130,18 +128,11 @@ def _identify(shard: Path) -> Source:
 
 def _tokenize_all(shards: Sequence[Path], directory: Path, tokenizer: Tokenizer, num_threads: int) -> None:
     """Tokenizes shards one by one with a pool of threads; tiktoken and pyarrow release the GIL."""
-    if not shards:
-        return
-    total = sum(_count_rows(shard) for shard in shards)
-    with (
-        ThreadPoolExecutor(num_threads) as pool,
-        ProgressBar("Tokenizing", total, unit="documents") as bar,
-    ):
+    total = sum(map(_count_rows, shards))
+    with ThreadPoolExecutor(num_threads) as pool, ProgressBar("Tokenizing", total, unit="documents") as bar:
         for shard in shards:
-            encode = _OrderedEncoder(pool, tokenizer, look_ahead=2 * num_threads)
-            path = token_path(directory, shard)
-            for documents in _write_token_file(path, shard, encode, tokenizer.fingerprint):
-                bar.update(documents)
+            chunks = _encoded(_split(read_documents(shard)), tokenizer, pool, look_ahead=2 * num_threads)
+            _write_token_file(token_path(directory, shard), _identify(shard), chunks, tokenizer, bar)
 
 
 def _count_rows(shard: Path) -> int:
@@ -150,60 +141,48 @@ def _count_rows(shard: Path) -> int:
         return int(parquet.metadata.num_rows)
 
 
-@dataclass
-class _Chunk:
-    """Concatenated tokens of documents from ``rows`` rows of a parquet file."""
-
-    rows: int
-    tokens: npt.NDArray[np.unsignedinteger]
-    lengths: npt.NDArray[np.int64]
-
-
-class _OrderedEncoder:
-    """Encodes texts to chunks of tokens, in order, with a bounded number of chunks in progress."""
-
-    def __init__(self, pool: ThreadPoolExecutor, tokenizer: Tokenizer, look_ahead: int) -> None:
-        self.pool = pool
-        self.tokenizer = tokenizer
-        self.look_ahead = look_ahead
-        self.dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-
-    def __call__(self, texts: Iterable[str | None]) -> Iterator[_Chunk]:
-        pending: deque[Future[_Chunk]] = deque()
-        for chunk in _split(texts, _CHUNK_CHARACTERS):
-            pending.append(self.pool.submit(self._encode, chunk))
-            if len(pending) > self.look_ahead:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-
-    def _encode(self, texts: Sequence[str | None]) -> _Chunk:
-        bos = np.array([self.tokenizer.bos_id], dtype=self.dtype)
-        documents = [self.tokenizer.encode_to_numpy(text).astype(self.dtype) for text in texts if text]
-        lengths = np.array([1 + len(document) for document in documents], dtype=np.int64)
-        parts = [part for document in documents for part in (bos, document)]
-        return _Chunk(len(texts), np.concatenate(parts or [bos[:0]]), lengths)
-
-
-def _split(texts: Iterable[str | None], characters: int) -> Iterator[list[str | None]]:
-    """Yields lists of consecutive texts with at least ``characters`` characters, except the last."""
+def _split(texts: Iterable[str | None]) -> Iterator[list[str | None]]:
+    """Yields lists of consecutive texts, each long enough to be worth a thread's time."""
     chunk: list[str | None] = []
-    room = characters
+    room = _CHUNK_CHARACTERS
     for text in texts:
         chunk.append(text)
         room -= len(text or "") + 1
         if room <= 0:
             yield chunk
-            chunk, room = [], characters
+            chunk, room = [], _CHUNK_CHARACTERS
     if chunk:
         yield chunk
 
 
-def _write_token_file(path: Path, shard: Path, encode: _OrderedEncoder, fingerprint: str) -> Iterator[int]:
-    """Tokenizes one shard and yields the number of rows done. The file appears when it is complete."""
-    source = _identify(shard)
-    rows = tokens = crc = 0
-    lengths = [np.zeros(1, dtype=np.int64)]
+def _encoded(
+    chunks: Iterable[Sequence[str | None]], tokenizer: Tokenizer, pool: ThreadPoolExecutor, look_ahead: int
+) -> Iterator[_Chunk]:
+    """Encodes chunks, in order, with a bounded number of them in progress."""
+    pending: deque[Future[_Chunk]] = deque()
+    for texts in chunks:
+        pending.append(pool.submit(_encode, texts, tokenizer))
+        if len(pending) > look_ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+def _encode(texts: Sequence[str | None], tokenizer: Tokenizer) -> _Chunk:
+    """Number of rows, concatenated tokens of their documents, and the (documents,) lengths of these."""
+    bos = np.array([tokenizer.bos_id], dtype=tokenizer.dtype)
+    documents = [tokenizer.encode_to_numpy(text).astype(tokenizer.dtype) for text in texts if text]
+    lengths = np.array([1 + len(document) for document in documents], dtype=np.int64)
+    parts = [part for document in documents for part in (bos, document)]
+    return len(texts), np.concatenate(parts or [bos[:0]]), lengths
+
+
+def _write_token_file(
+    path: Path, source: Source, chunks: Iterable[_Chunk], tokenizer: Tokenizer, bar: ProgressBar
+) -> None:
+    """Writes a token file, which appears when it is complete."""
+    skipped = tokens = crc = 0
+    all_lengths = [np.zeros(1, dtype=np.int64)]
     with synced_file(path) as file:
 
         def append(array: npt.NDArray[Any]) -> None:
@@ -213,14 +192,14 @@ def _write_token_file(path: Path, shard: Path, encode: _OrderedEncoder, fingerpr
             file.write(data)
 
         file.write(bytes(HEADER_BYTES))
-        for chunk in encode(read_documents(shard)):
-            append(chunk.tokens)
-            lengths.append(chunk.lengths)
-            rows += chunk.rows
-            tokens += len(chunk.tokens)
-            yield chunk.rows
-        offsets = np.cumsum(np.concatenate(lengths))
-        documents = len(offsets) - 1
-        append(np.zeros(-tokens * encode.dtype.itemsize % 8, dtype=np.uint8))
+        for rows, ids, lengths in chunks:
+            append(ids)
+            all_lengths.append(lengths)
+            skipped += rows - len(lengths)
+            tokens += len(ids)
+            bar.update(rows)
+        offsets = np.cumsum(np.concatenate(all_lengths))
+        append(np.zeros(-tokens * tokenizer.dtype.itemsize % 8, dtype=np.uint8))
         append(offsets)
-        Header(fingerprint, encode.dtype.name, documents, tokens, rows - documents, crc, source).write(file)
+        dtype, documents = tokenizer.dtype.name, len(offsets) - 1
+        Header(tokenizer.fingerprint, dtype, documents, tokens, skipped, crc, source).write(file)

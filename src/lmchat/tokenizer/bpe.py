@@ -227,6 +227,11 @@ class Tokenizer:
         """Number of ids: ranks and special tokens."""
         return len(self.ranks) + len(SPECIAL_TOKENS)
 
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The smaller of uint16 and uint32 that holds all ids."""
+        return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+
     @cached_property
     def token_bytes(self) -> npt.NDArray[np.int32]:
         """(vocab_size,) int32: number of bytes of each token's text, 0 for special tokens."""
