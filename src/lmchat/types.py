@@ -27,7 +27,7 @@ class UserError(ValueError):
 def reason(error: BaseException) -> str:
     """Why something failed: the first line of the message, or the kind of error."""
     text = getattr(error, "strerror", None) or str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    return text.splitlines()[0][:500] if text else type(error).__name__
 
 
 @contextlib.contextmanager

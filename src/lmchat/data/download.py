@@ -22,7 +22,6 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
-    HTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -32,15 +31,15 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars
 
 from lmchat.data.parquet_text import open_parquet
-from lmchat.files import locked, replacing
-from lmchat.hub import POLL_SECONDS, EndlessFile, Session, file_sizes, in_thread
+from lmchat.files import json_object, locked, write_json
+from lmchat.hub import POLL_SECONDS, Session, file_sizes, in_thread
 from lmchat.option_checks import check_count
 from lmchat.progress import ProgressBar
-from lmchat.types import UserError
+from lmchat.types import UserError, reason, user_errors
 
 MAX_FILES = 1_000_000
 
-_NOT_LISTED = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
+_NOT_LISTED = (json.JSONDecodeError, TypeError, LookupError, AttributeError, RecursionError)
 """What huggingface_hub raises for a malformed response."""
 _ATTEMPTS = 5
 _FIRST_PAUSE_SECONDS = 0.5
@@ -76,10 +75,6 @@ class DownloadReport:
     size: int
 
 
-class _Damaged(Exception):
-    """A file's size or checksum differs from the Hub's."""
-
-
 def download_shards(
     repo_id: str,
     output: Path,
@@ -102,7 +97,8 @@ def download_shards(
     hub = _Hub(repo_id, revision, output / _STAGING)
     shards = _choose(hub.list_shards(pattern), num_shards, repo_id)
     with _claim(output, repo_id):
-        missing = [shard for shard in shards if not _is_present(output / shard.name, shard)]
+        sizes = {path.name: path.stat().st_size for path in output.glob("*") if path.is_file()}
+        missing = [shard for shard in shards if sizes.get(shard.name) != shard.size]
         _fetch_all(hub, missing, output, num_workers)
         shutil.rmtree(output / _STAGING, ignore_errors=True)
     return DownloadReport(output, len(shards), len(shards) - len(missing), sum(shard.size for shard in shards))
@@ -116,10 +112,6 @@ def _choose(shards: list[Shard], num_shards: int, repo_id: str) -> list[Shard]:
     return [validation, *(train if num_shards == -1 else train[:num_shards])]
 
 
-def _is_present(path: Path, shard: Shard) -> bool:
-    return path.is_file() and path.stat().st_size == shard.size
-
-
 @contextlib.contextmanager
 def _claim(output: Path, repo_id: str) -> Iterator[None]:
     """Creates and locks the folder, and records which repository its shards are from."""
@@ -128,30 +120,20 @@ def _claim(output: Path, repo_id: str) -> Iterator[None]:
         raise UserError(f"another download into {output} is running; wait for it, or stop it")
 
     with contextlib.ExitStack() as stack:
-        try:
+        with user_errors(f"cannot write to {output}", "make room, or choose another folder with --output", OSError):
             output.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(output / ".lock", when_taken=refuse))
             _note_source(output, repo_id)
-        except OSError as error:
-            raise UserError(
-                f"cannot write to {output} ({error.strerror}); make room, or choose another folder with --output"
-            ) from error
         yield
 
 
 def _note_source(output: Path, repo_id: str) -> None:
     source = output / _SOURCE
     if not source.exists():
-        with replacing(source) as unfinished:
-            unfinished.write_text(json.dumps({"repo_id": repo_id}) + "\n")
-        return
-    try:
-        other = json.loads(source.read_text())["repo_id"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{source}, which records the source of the shards, is damaged; delete it if that is {repo_id}, or "
-            "choose another folder with --output"
-        ) from error
+        write_json(source, {"repo_id": repo_id})
+    remedy = f"delete it if that is {repo_id}, or choose another folder with --output"
+    with user_errors(f"{source}, which records the source of the shards, is damaged", remedy, ValueError, KeyError):
+        other = json_object(source.read_text())["repo_id"]
     if other != repo_id:
         raise UserError(f"{output} contains shards of {other}, not of {repo_id}; choose another folder with --output")
 
@@ -185,18 +167,12 @@ class _Hub:
 
     def _list_files(self, bar: ProgressBar) -> list[Shard]:
         bar.set(0)
-        try:
+        problem = f"the Hub's response for {self.repo_id} is not a list of files"
+        with user_errors(problem, "check HF_ENDPOINT and the network", *_NOT_LISTED):
             self.revision = self.api.dataset_info(self.repo_id, revision=self.revision).sha or self.revision
             entries = self.api.list_repo_tree(self.repo_id, recursive=True, revision=self.revision, repo_type="dataset")
             listed = bar.track(islice(entries, MAX_FILES + 1))
             files = [_checked(entry) for entry in listed if isinstance(entry, RepoFile)]
-        except _NOT_LISTED as error:
-            if isinstance(error, UserError | HFValidationError | OSError | HTTPError):
-                raise
-            raise UserError(
-                f"the Hub's response for {self.repo_id} is not a list of files ({type(error).__name__}: "
-                f"{_first_line(error)[:200]}); check HF_ENDPOINT and the network"
-            ) from error
         if len(files) > MAX_FILES:
             raise UserError(
                 f"{self.repo_id} has more than {MAX_FILES:,} files, lmchat's limit; choose another data set"
@@ -208,25 +184,18 @@ class _Hub:
 
         def transfer() -> None:
             folder = self.staging / shard.name  # its own, since one file's path may be another's folder
-            try:
-                path = Path(
-                    self.api.hf_hub_download(
-                        self.repo_id, shard.path, repo_type="dataset", revision=self.revision, local_dir=folder
-                    )
+            path = Path(
+                self.api.hf_hub_download(
+                    self.repo_id, shard.path, repo_type="dataset", revision=self.revision, local_dir=folder
                 )
-            except EndlessFile as error:
-                raise self.endless_file() from error
-            try:
-                _verify(path, shard)
-            except _Damaged:
+            )
+            if damage := _damage(path, shard):
                 path.unlink()
-                raise
+                raise OSError(damage)
+            open_parquet(path).close()
             path.replace(output / shard.name)
 
         _persistently(transfer, f"{self.repo_id}/{shard.path}")
-
-    def endless_file(self) -> UserError:
-        return UserError(f"{self.repo_id}: the hub sends more than the size that it lists; {_CONTINUE}")
 
 
 def _checked(entry: RepoFile) -> Shard:
@@ -250,14 +219,13 @@ def _checked(entry: RepoFile) -> Shard:
     return Shard(path, size, sha256)
 
 
-def _verify(path: Path, shard: Shard) -> None:
+def _damage(path: Path, shard: Shard) -> str | None:
+    """How a file differs from the Hub's; None if it does not."""
     if (size := path.stat().st_size) != shard.size:
-        raise _Damaged(f"it has {size} bytes, not {shard.size}")
-    if shard.sha256 is not None:
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
-                raise _Damaged("its checksum is wrong")
-    open_parquet(path).close()
+        return f"it has {size} bytes, not {shard.size}"
+    with path.open("rb") as file:
+        differs = shard.sha256 not in (None, hashlib.file_digest(file, "sha256").hexdigest())
+    return "its checksum is wrong" if differs else None
 
 
 def _persistently(action: Callable[[], T], what: str) -> T:
@@ -267,32 +235,33 @@ def _persistently(action: Callable[[], T], what: str) -> T:
             time.sleep(_FIRST_PAUSE_SECONDS * 2 ** (attempt - 1))
         try:
             return action()
-        except RepositoryNotFoundError as error:
-            raise UserError(
-                f"cannot download {what}: there is no such data set on the Hub, or it is private or gated "
-                "(`hf auth login` gives access to yours); check --repo_id"
-            ) from error
-        except OfflineModeIsEnabled as error:  # its message names HF_HUB_OFFLINE
-            raise UserError(f"cannot download {what}: {_first_line(error)}") from error
-        except (RevisionNotFoundError, HFValidationError) as error:
-            raise UserError(f"cannot download {what}: {_first_line(error)}; check --repo_id and --revision") from error
         except (UserError, MemoryError):
             raise
         except Exception as error:  # huggingface_hub raises errors of many types, and wraps some
             if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
                 error = error.__cause__
-            if isinstance(error, HfHubHTTPError) and error.response.status_code in (400, 401, 403):
-                raise UserError(
-                    f"cannot download {what}: {_first_line(error)}; check --repo_id and your access (`hf auth login`)"
-                ) from error
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                raise UserError(f"cannot download {what}: no space is left; make room and run again") from error
+            if final := _final_reason(error):
+                raise UserError(f"cannot download {what}: {final}") from error
             last = error
-    raise UserError(f"cannot download {what}: {_first_line(last)} ({_ATTEMPTS} attempts); {_CONTINUE}") from last
+    raise UserError(f"cannot download {what}: {reason(last)} ({_ATTEMPTS} attempts); {_CONTINUE}") from last
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:500]
+def _final_reason(error: Exception) -> str | None:
+    """Reason and remedy of an error that would come again at once; None for another."""
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            "there is no such data set on the Hub, or it is private or gated (`hf auth login` gives access to yours); "
+            "check --repo_id"
+        )
+    if isinstance(error, OfflineModeIsEnabled):
+        return reason(error)  # names HF_HUB_OFFLINE
+    if isinstance(error, RevisionNotFoundError | HFValidationError):
+        return f"{reason(error)}; check --repo_id and --revision"
+    if isinstance(error, HfHubHTTPError) and error.response.status_code in (400, 401, 403):
+        return f"{reason(error)}; check --repo_id and your access (`hf auth login`)"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "no space is left; make room and run again"
+    return None
 
 
 def _fetch_all(hub: _Hub, shards: Sequence[Shard], output: Path, num_workers: int) -> None:
@@ -316,7 +285,7 @@ def _fetch_all(hub: _Hub, shards: Sequence[Shard], output: Path, num_workers: in
                 received = sum(shard.size for shard in done) + max(0, sum(staged) - leftover)
                 if max(staged, default=0) > longest + _SMALL_FILE_BYTES:
                     shutil.rmtree(hub.staging, ignore_errors=True)
-                    raise hub.endless_file()
+                    raise UserError(f"{hub.repo_id}: the hub sends more than the size that it lists; {_CONTINUE}")
                 session.check_progress(received, _CONTINUE)
                 bar.set(received, f"Downloading {len(done)} of {len(shards)} shards")
     finally:
