@@ -32,12 +32,15 @@ def reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def user_errors(problem: str, remedy: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Raises an error of these kinds as `UserError`: the problem, the reason and the remedy. A `UserError` passes."""
+    """Raises an error of these kinds as `UserError`: the problem, the reason and the remedy.
+
+    A `UserError` passes, and so does a MemoryError (pyarrow's is an ArrowException) unless it is one of the kinds.
+    """
     try:
         yield
-    except UserError:
-        raise
     except kinds as error:
+        if isinstance(error, UserError) or (isinstance(error, MemoryError) and MemoryError not in kinds):
+            raise
         raise UserError(f"{problem} ({reason(error)}); {remedy}") from error
 
 

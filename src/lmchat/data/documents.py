@@ -29,7 +29,7 @@ from lmchat.records import (
     table_rows,
     visible_files,
 )
-from lmchat.types import UserError
+from lmchat.types import UserError, user_errors
 
 PLAIN_SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst", ".adoc", ".org", ".tex", ".log")
 SUFFIXES = (
@@ -77,8 +77,16 @@ def find_files(source: Path) -> FoundFiles:
         raise UserError(f"nothing to import: {source} does not exist; give an existing file or folder")
     found = FoundFiles()
     files, found.hidden = ([source], 0) if source.is_file() else visible_files(source)
-    for file in files:
-        _sort_in(file, found)
+    for path in files:
+        kind, compression = kind_of(path)
+        if not path.exists():
+            found.broken_links.append(path)
+        elif not path.is_file():
+            found.others["not a regular file"] += 1
+        elif kind in SUFFIXES or (kind == ".parquet" and not compression):
+            found.files.append(path)
+        else:
+            found.others[kind + compression or "without a suffix"] += 1
     if not found.files:
         there = ", ".join(f"{count} {suffix}" for suffix, count in found.others.most_common(5))
         raise UserError(
@@ -86,18 +94,6 @@ def find_files(source: Path) -> FoundFiles:
             f"{f' (there are: {there}); convert them to one of these' if there else ''}"
         )
     return found
-
-
-def _sort_in(path: Path, found: FoundFiles) -> None:
-    kind, compression = kind_of(path)
-    if not path.exists():
-        found.broken_links.append(path)
-    elif not path.is_file():
-        found.others["not a regular file"] += 1
-    elif kind in SUFFIXES or (kind == ".parquet" and not compression):
-        found.files.append(path)
-    else:
-        found.others[kind + compression or "without a suffix"] += 1
 
 
 def parse_separator(separator: str | None) -> re.Pattern[str] | None:
@@ -159,8 +155,13 @@ class DocumentReader:
                 yield from self._bounded(text or "")
             self.bar.set(before + size)
             return
+        readable = user_errors(f"cannot read {path}", "correct it, or leave the file out", OSError)
         try:
-            with path.open("rb") as raw, open_text(path, raw, self._legacy_encoding(path)) as (file, encoding):
+            with (
+                readable,
+                path.open("rb") as raw,
+                open_text(path, raw, self._legacy_encoding(path)) as (file, encoding),
+            ):
                 if encoding != "utf-8":
                     self.recoded[encoding.upper()].append(str(path))
                 for text in self._texts(path, file):
@@ -172,10 +173,6 @@ class DocumentReader:
             self.left_out[NOT_AN_EXPORT].append(str(path))
         except LongRecord as error:
             raise UserError(f"{error}; raise --max_document_characters, or leave the file out") from error
-        except OSError as error:
-            raise UserError(
-                f"cannot read {path} ({error.strerror or error}); correct it, or leave the file out"
-            ) from error
         self.bar.set(before + size)
 
     def _legacy_encoding(self, path: Path) -> str | None:
@@ -200,7 +197,8 @@ class DocumentReader:
             for number, text in enumerate(warc_texts(file, path, limit), 1):
                 yield from self._web_page(text, f"{path}: page {number}")
         elif kind in WIKI_SUFFIXES:
-            yield from self._wiki(path, file)
+            limit = min(self.max_characters, MAX_PAGE_CHARACTERS)
+            yield from WikiPages(path, limit, self.left_out_pages, self.left_out[TOO_LONG]).read(file)
         elif kind in JSON_LINES_SUFFIXES:
             yield from self._json_lines(path, file, limit)
         elif kind in JSON_SUFFIXES:
@@ -215,12 +213,6 @@ class DocumentReader:
             self.left_out[TOO_LONG].append(place)
         else:
             yield from self._bounded(text)
-
-    def _wiki(self, path: Path, file: BinaryIO) -> Iterator[str]:
-        pages = WikiPages(path, min(self.max_characters, MAX_PAGE_CHARACTERS))
-        yield from pages.read(file)
-        self.left_out_pages += pages.left_out
-        self.left_out[TOO_LONG] += [f"{path}: page {title!r}" for title in pages.long_pages]
 
     def _json_lines(self, path: Path, file: BinaryIO, limit: int) -> Iterator[str]:
         for number, line in lines(file, limit):

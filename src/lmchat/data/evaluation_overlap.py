@@ -14,7 +14,7 @@ from lmchat.data.word_grams import Hashes, gram_hashes, word_hashes
 from lmchat.parquet_pages import MAX_ROWS
 from lmchat.progress import ProgressBar
 from lmchat.records import DAMAGE, JSON_LINES_SUFFIXES, JSON_SUFFIXES, json_values, kind_of, open_text
-from lmchat.types import UserError
+from lmchat.types import UserError, user_errors
 
 EvaluationFile = Path | zipfile.Path
 
@@ -22,6 +22,7 @@ GRAM_WORDS = 13
 _KINDS = (*JSON_LINES_SUFFIXES, *JSON_SUFFIXES, ".parquet")
 _MAX_CHARACTERS = 10_000_000
 _FILTER_BITS = 26
+_REMEDY = "restore it or leave it out"
 
 
 def evaluation_files(path: Path) -> list[EvaluationFile]:
@@ -36,10 +37,8 @@ def evaluation_files(path: Path) -> list[EvaluationFile]:
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
     elif path.suffix.lower() == ".zip":
-        try:
+        with user_errors(f"cannot read the evaluation set {path}", _REMEDY, OSError, zipfile.BadZipFile):
             archive = zipfile.ZipFile(path)
-        except (OSError, zipfile.BadZipFile) as error:
-            raise UserError(f"cannot read the evaluation set {path} ({error}); restore it or leave it out") from error
         files = [zipfile.Path(archive, name) for name in sorted(archive.namelist()) if not name.endswith("/")]
     found = [file for file in files if _kind(file) in _KINDS]
     if not found:
@@ -118,20 +117,15 @@ def read_records(path: EvaluationFile) -> Iterator[Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        with path.open("rb") as raw:
-            if _kind(path) == ".parquet":
-                with pq.ParquetFile(raw) as parquet:
-                    for batch in parquet.iter_batches(batch_size=MAX_ROWS):
-                        yield from batch.to_pylist()
-                return
+    kinds = (OSError, ValueError, pa.ArrowException, zipfile.BadZipFile, *DAMAGE)
+    with user_errors(f"cannot read the evaluation set {path}", _REMEDY, *kinds), path.open("rb") as raw:
+        if _kind(path) == ".parquet":
+            with pq.ParquetFile(raw) as parquet:
+                for batch in parquet.iter_batches(batch_size=MAX_ROWS):
+                    yield from batch.to_pylist()
+        else:
             with open_text(Path(str(path)), cast(BinaryIO, raw)) as (file, _):
                 yield from json_values(file, str(path), _MAX_CHARACTERS)
-    except (UserError, MemoryError):
-        raise
-    except (OSError, ValueError, RecursionError, pa.ArrowException, zipfile.BadZipFile, *DAMAGE) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"cannot read the evaluation set {path} ({reason}); restore it or leave it out") from error
 
 
 def strings_of(value: Any) -> Iterator[str]:

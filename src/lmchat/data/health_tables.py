@@ -13,7 +13,7 @@ from rich.text import Text
 
 from lmchat.data.health import DataHealth, ShardHealth
 from lmchat.files import write_json
-from lmchat.types import UserError
+from lmchat.types import user_errors
 
 _SHOWN_CHARACTERS = 40  # fits into 80 columns
 
@@ -111,8 +111,6 @@ def _table(title: str, name: str, *numbers: str) -> Table:
 
 def write_health(health: DataHealth, path: Path) -> None:
     """Writes the report as JSON. Raises `UserError` if the file cannot be written."""
-    try:
+    with user_errors(f"cannot write the report {path}", "choose another with --output", OSError):
         write_json(path, {**asdict(health), "total": asdict(health.total)})
-    except OSError as error:
-        raise UserError(f"cannot write the report {path} ({error.strerror}); choose another with --output") from error
     print(f"Report: {path}")

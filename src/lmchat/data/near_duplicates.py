@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lmchat.data.word_grams import Hashes, gram_hashes, mix
-from lmchat.types import UserError
+from lmchat.types import user_errors
 
 GRAM_WORDS = 5
 BANDS, ROWS = 20, 6
@@ -48,14 +48,10 @@ class NearDuplicates:
         hashes, counts = gram_hashes(documents, GRAM_WORDS)
         (present,) = counts.nonzero()
         if len(present):
-            signatures = self._signatures_of(hashes, counts[present]).tobytes()
-            try:
-                self._file.write(signatures)
-            except OSError as error:
-                raise UserError(
-                    f"cannot write the signatures of documents to {tempfile.gettempdir()}: {error.strerror}; make room "
-                    f"for {_SIGNATURE_BYTES} bytes per document, or name another folder in TMPDIR"
-                ) from error
+            problem = f"cannot write the signatures of documents to {tempfile.gettempdir()}"
+            remedy = f"make room for {_SIGNATURE_BYTES} bytes per document, or name another folder in TMPDIR"
+            with user_errors(problem, remedy, OSError):
+                self._file.write(self._signatures_of(hashes, counts[present]).tobytes())
             self._labels.extend(labels[document] for document in present.tolist())
 
     def _signatures_of(self, hashes: Hashes, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.uint16]:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lmchat.parquet_pages import rows_at_once
-from lmchat.types import UserError
+from lmchat.types import UserError, user_errors
 
 TEXT_COLUMN = "text"
 _NAME_COLUMN = "`lmchat data import FOLDER --text_field COLUMN` makes shards from another column"
@@ -73,15 +73,10 @@ def read_documents(path: Path, column: str = TEXT_COLUMN) -> Iterator[str | None
 
 @contextlib.contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    try:
+    damaged = f"cannot read {path}, truncated or not a parquet file"
+    large = f"{path} has too large documents for the free memory, since a page, so a document, is read as a whole"
+    with (
+        user_errors(damaged, "download or create it again", pa.ArrowException, OSError, UnicodeDecodeError),
+        user_errors(large, "write them as .txt or .jsonl files, which are read in parts", MemoryError),
+    ):
         yield
-    except MemoryError as error:  # pyarrow's is an ArrowException too
-        raise UserError(
-            f"{path} has too large documents for the free memory ({error}): a page of a parquet file, so a document, "
-            "is read as a whole; write them as .txt or .jsonl files, which are read in parts"
-        ) from error
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"cannot read {path}, truncated or not a parquet file ({reason}); download or create it again"
-        ) from error

@@ -26,7 +26,7 @@ from lmchat.data.token_file import (
     token_path,
 )
 from lmchat.tokenizer.bpe import Tokenizer
-from lmchat.types import UserError
+from lmchat.types import UserError, user_errors
 
 
 class TokenShard:
@@ -109,14 +109,10 @@ class TokenShards:
         for shard, (path, header) in enumerate(zip(self.paths, self._headers, strict=True)):
             if self._opened[shard] is None:  # open shards have been checked
                 try:
-                    TokenShard(path, header)
+                    with user_errors(f"cannot read the token file {path}", "check its disk, or delete it", OSError):
+                        TokenShard(path, header)
                 except UserError as error:
                     self._damage.append(error)
-                    return
-                except OSError as error:
-                    self._damage.append(
-                        UserError(f"cannot read the token file {path} ({error.strerror}); check its disk, or delete it")
-                    )
                     return
 
     def copy(self, document: int, into: npt.NDArray[np.unsignedinteger], start: int = 0) -> None:

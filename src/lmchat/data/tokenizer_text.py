@@ -13,7 +13,7 @@ from lmchat.data.parquet_text import list_shards, open_parquet, read_documents
 from lmchat.option_checks import check_count
 from lmchat.progress import ProgressBar
 from lmchat.tokenizer.bpe import Tokenizer
-from lmchat.types import UserError
+from lmchat.types import UserError, user_errors
 
 
 @dataclass(frozen=True)
@@ -91,18 +91,15 @@ def check_writable(directory: Path) -> None:
         UserError: the folder cannot be written.
     """
     missing: list[Path] = []
-    try:
-        missing += [folder for folder in (directory, *directory.parents) if not folder.exists()]
-        directory.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=directory).close()
-    except OSError as error:
-        raise UserError(
-            f"cannot write to the folder {directory} ({error.strerror}): choose another --output"
-        ) from error
-    finally:
-        for folder in missing:
+    with user_errors(f"cannot write to the folder {directory}", "choose another --output", OSError):
+        try:
+            missing += [folder for folder in (directory, *directory.parents) if not folder.exists()]
+            directory.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=directory).close()
+        finally:
             with contextlib.suppress(OSError):
-                folder.rmdir()
+                for folder in missing:
+                    folder.rmdir()
 
 
 def read_beginnings(files: Iterable[Path], max_chars: int, doc_cap: int) -> Iterator[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 from xml.parsers import expat
@@ -34,23 +33,21 @@ class NotAnExport(UserError):
     """An XML file is not a MediaWiki export."""
 
 
-@dataclass
 class WikiPages:
     """Reads the pages of one MediaWiki export as a stream, and counts those that are left out.
 
-    Attributes:
+    Args:
         path: name of the file for errors.
         max_characters: longest wikitext of a page.
-        left_out: number of pages that are not articles, by reason.
-        long_pages: titles of pages that are too long.
+        left_out: counts pages that are not articles, by reason.
+        long_pages: takes the places of pages that are too long.
     """
 
-    path: Path
-    max_characters: int = MAX_PAGE_CHARACTERS
-    left_out: Counter[str] = field(default_factory=Counter)
-    long_pages: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
+    def __init__(self, path: Path, max_characters: int, left_out: Counter[str], long_pages: list[str]) -> None:
+        self.path = path
+        self.max_characters = max_characters
+        self.left_out = left_out
+        self.long_pages = long_pages
         self._elements: list[str] = []  # open elements, outermost first
         self._page: dict[str, list[str]] = {}
         self._size = 0
@@ -138,7 +135,7 @@ class WikiPages:
         elif model not in ("", "wikitext"):
             self.left_out["pages not in wikitext"] += 1
         elif self._size > self.max_characters:
-            self.long_pages.append(title[:100])
+            self.long_pages.append(f"{self.path}: page {title[:100]!r}")
         else:
             self._ready.append((title, text))
 
