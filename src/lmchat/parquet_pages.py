@@ -1,4 +1,4 @@
-"""Bounds the memory of reading parquet files, whose pages are decoded as a whole.
+"""Opens parquet files, and bounds the memory of reading them, since their pages are decoded as a whole.
 
 A page may be one large document, or the dictionary of a column in which a document repeats: a file of some kB may
 contain gigabytes. pyarrow does not tell the sizes of pages, so their headers are read here.
@@ -7,10 +7,11 @@ contain gigabytes. pyarrow does not tell the sizes of pages, so their headers ar
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from lmchat.types import UserError
+from lmchat.types import UserError, user_errors
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
@@ -25,6 +26,23 @@ _HEADER_BYTES = 1 << 12, 1 << 24
 """Bytes to read of a page header, and at most; statistics in it may hold the least and the largest document."""
 _SIZE, _COMPRESSED_SIZE = 2, 3
 """Fields of a page header, see https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift."""
+
+
+@contextlib.contextmanager
+def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
+    """Opens a parquet file. Raises `UserError` if it is damaged, also for errors of reading it in the block."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    damaged = f"cannot read {path}, truncated or not a parquet file"
+    large = f"{path} has too large documents for the free memory"
+    remedy = "a page, so a document, is read as a whole: write .txt or .jsonl files, which are read in parts"
+    with (
+        user_errors(damaged, "download or create it again", pa.ArrowException, OSError, UnicodeDecodeError),
+        user_errors(large, remedy, MemoryError),
+        pq.ParquetFile(path) as file,
+    ):
+        yield file
 
 
 def rows_at_once(path: Path, file: pq.ParquetFile, column: str | None = None) -> int:

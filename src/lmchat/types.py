@@ -25,9 +25,11 @@ class UserError(ValueError):
 
 
 def reason(error: BaseException) -> str:
-    """Why something failed: the first line of the message, or the kind of error."""
-    text = getattr(error, "strerror", None) or str(error).strip()
-    return text.splitlines()[0][:500] if text else type(error).__name__
+    """Why something failed: the first line of the message, with the kind of error if that is not for people."""
+    text, kind = getattr(error, "strerror", None) or str(error).strip(), type(error).__name__
+    if not text or isinstance(error, LookupError | TypeError | AttributeError):
+        return f"{kind}: {text}"[:500] if text else kind
+    return text.splitlines()[0][:500]
 
 
 @contextlib.contextmanager

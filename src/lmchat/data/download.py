@@ -30,10 +30,10 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars
 
-from lmchat.data.parquet_text import open_parquet
 from lmchat.files import json_object, locked, write_json
 from lmchat.hub import POLL_SECONDS, Session, file_sizes, in_thread
 from lmchat.option_checks import check_count
+from lmchat.parquet_pages import open_parquet
 from lmchat.progress import ProgressBar
 from lmchat.types import UserError, reason, user_errors
 
@@ -192,7 +192,8 @@ class _Hub:
             if damage := _damage(path, shard):
                 path.unlink()
                 raise OSError(damage)
-            open_parquet(path).close()
+            with open_parquet(path):
+                pass
             path.replace(output / shard.name)
 
         _persistently(transfer, f"{self.repo_id}/{shard.path}")

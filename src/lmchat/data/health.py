@@ -19,9 +19,10 @@ import numpy.typing as npt
 from lmchat.data.evaluation_overlap import EvaluationFile, EvaluationOverlap
 from lmchat.data.mixture import Mixture
 from lmchat.data.near_duplicates import NearDuplicates
-from lmchat.data.parquet_text import list_shards, open_parquet, read_documents
+from lmchat.data.parquet_text import list_shards, read_documents
 from lmchat.data.token_health import check_mixture, check_tokens
 from lmchat.data.word_grams import Hashes, word_hashes
+from lmchat.parquet_pages import open_parquet
 from lmchat.progress import ProgressBar
 from lmchat.tasks.base import Task, message_text
 from lmchat.tokenizer.bpe import Tokenizer

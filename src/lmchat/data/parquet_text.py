@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lmchat.parquet_pages import rows_at_once
-from lmchat.types import UserError, user_errors
+from lmchat.parquet_pages import open_parquet, rows_at_once
+from lmchat.types import UserError
 
 TEXT_COLUMN = "text"
 _NAME_COLUMN = "`lmchat data import FOLDER --text_field COLUMN` makes shards from another column"
@@ -42,12 +41,6 @@ def list_shards(data_dir: Path) -> list[Path]:
     return shards
 
 
-def open_parquet(path: Path) -> pq.ParquetFile:
-    """Opens a parquet file. Raises `UserError` if it is truncated or not parquet."""
-    with _readable(path):
-        return pq.ParquetFile(path)
-
-
 def check_text_column(parquet: pq.ParquetFile, path: Path, column: str = TEXT_COLUMN) -> None:
     """Raises `UserError` unless the file has a string column of this name."""
     schema = parquet.schema_arrow
@@ -66,17 +59,5 @@ def read_documents(path: Path, column: str = TEXT_COLUMN) -> Iterator[str | None
     """Yields the texts of a shard in order, None for null. Raises `UserError` if the file cannot be read."""
     with open_parquet(path) as parquet:
         check_text_column(parquet, path, column)
-        with _readable(path):
-            for batch in parquet.iter_batches(batch_size=rows_at_once(path, parquet, column), columns=[column]):
-                yield from batch.column(0).to_pylist()
-
-
-@contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    damaged = f"cannot read {path}, truncated or not a parquet file"
-    large = f"{path} has too large documents for the free memory, since a page, so a document, is read as a whole"
-    with (
-        user_errors(damaged, "download or create it again", pa.ArrowException, OSError, UnicodeDecodeError),
-        user_errors(large, "write them as .txt or .jsonl files, which are read in parts", MemoryError),
-    ):
-        yield
+        for batch in parquet.iter_batches(batch_size=rows_at_once(path, parquet, column), columns=[column]):
+            yield from batch.column(0).to_pylist()

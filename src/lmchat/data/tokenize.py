@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lmchat.data.parquet_text import check_text_column, list_shards, open_parquet, read_documents
+from lmchat.data.parquet_text import check_text_column, list_shards, read_documents
 from lmchat.data.token_file import HEADER_BYTES, Header, Source, read_header, token_dir, token_path
 from lmchat.files import locked, synced_file
+from lmchat.parquet_pages import open_parquet
 from lmchat.progress import ProgressBar
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.types import user_errors
@@ -111,8 +112,7 @@ def _restamp(directory: Path, shard: Path, tokenizer: Tokenizer) -> bool:
 
 def _footer_digest(shard: Path) -> str:
     """Digest of a parquet file's footer, which has sizes, offsets and statistics of all column chunks."""
-    open_parquet(shard).close()
-    with shard.open("rb") as file:
+    with open_parquet(shard), shard.open("rb") as file:
         file.seek(-8, os.SEEK_END)
         length = int.from_bytes(file.read(4), "little")
         file.seek(-8 - length, os.SEEK_END)

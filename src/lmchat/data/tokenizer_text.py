@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lmchat.data.parquet_text import list_shards, open_parquet, read_documents
+from lmchat.data.parquet_text import list_shards, read_documents
 from lmchat.option_checks import check_count
+from lmchat.parquet_pages import open_parquet
 from lmchat.progress import ProgressBar
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.types import UserError, user_errors
@@ -121,4 +122,7 @@ def _documents(file: Path) -> Iterator[str]:
 
 
 def _count_documents(file: Path) -> int:
-    return 1 if file.suffix == ".txt" else open_parquet(file).metadata.num_rows
+    if file.suffix == ".txt":
+        return 1
+    with open_parquet(file) as parquet:
+        return int(parquet.metadata.num_rows)

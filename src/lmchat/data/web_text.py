@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lmchat.data.encodings import SAMPLE_BYTES, browser_encoding, detect_encoding
-from lmchat.types import UserError
+from lmchat.types import user_errors
 
 HTML_SUFFIXES = (".html", ".htm", ".xhtml")
 WARC_SUFFIXES = (".warc", ".wet")
@@ -34,10 +34,8 @@ def html_text(html: str) -> str:
     Raises:
         UserError: selectolax is not installed.
     """
-    try:
+    with user_errors("reading HTML needs selectolax", "install it: pip install 'lmchat[web]'", ImportError):
         from selectolax.lexbor import LexborHTMLParser
-    except ImportError as error:
-        raise UserError("reading HTML needs selectolax; install it: pip install 'lmchat[web]'") from error
     tree = LexborHTMLParser(html)
     if tree.body is None:
         return ""
@@ -83,11 +81,9 @@ def warc_texts(file: BinaryIO, path: Path, max_bytes: int) -> Iterator[str | Non
     Raises:
         UserError: warcio is not installed, or the file is damaged.
     """
-    try:
+    with user_errors("reading WARC files needs warcio", "install it: pip install 'lmchat[web]'", ImportError):
         from warcio.archiveiterator import ArchiveIterator
         from warcio.exceptions import ArchiveLoadFailed
-    except ImportError as error:
-        raise UserError("reading WARC files needs warcio; install it: pip install 'lmchat[web]'") from error
     records, header_bytes = ArchiveIterator(file), 0
     read_line = records.reader.readline
 
@@ -100,7 +96,8 @@ def warc_texts(file: BinaryIO, path: Path, max_bytes: int) -> Iterator[str | Non
         return line
 
     records.reader.readline = read_bounded_line
-    try:
+    damaged = f"{path} is not a WARC file, or it is damaged"
+    with user_errors(damaged, "copy or create it again", ArchiveLoadFailed, EOFError, OSError, *_MALFORMED):
         for record in records:
             header_bytes = 0
             headers = record.http_headers if record.rec_type == "response" else record.rec_headers
@@ -112,7 +109,3 @@ def warc_texts(file: BinaryIO, path: Path, max_bytes: int) -> Iterator[str | Non
             elif record.rec_type == "conversion" and kind.startswith("text/plain"):
                 content = record.content_stream().read(max_bytes + 1)
                 yield decode_page(content, charset) if len(content) <= max_bytes else None
-    except UserError:
-        raise
-    except (ArchiveLoadFailed, EOFError, OSError, *_MALFORMED) as error:
-        raise UserError(f"{path} is not a WARC file, or it is damaged ({error}); copy or create it again") from error

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from xml.parsers import expat
 
-from lmchat.types import UserError
+from lmchat.types import UserError, user_errors
 
 WIKI_SUFFIXES = (".xml",)
 
@@ -148,10 +148,8 @@ def wiki_text(wikitext: str, media_namespaces: set[str]) -> str:
     Raises:
         UserError: mwparserfromhell is not installed.
     """
-    try:
+    with user_errors("reading wikitext needs mwparserfromhell", "install it: pip install 'lmchat[web]'", ImportError):
         import mwparserfromhell
-    except ImportError as error:
-        raise UserError("reading wikitext needs mwparserfromhell; install it: pip install 'lmchat[web]'") from error
     parts: list[str] = []
     for section in _SECTION.split(wikitext):  # the parser's time and memory grow with the length of its input
         _add_text(mwparserfromhell.parse(section, skip_style_tags=True), media_namespaces, parts)

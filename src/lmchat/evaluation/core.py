@@ -13,6 +13,7 @@ import random
 import sys
 import zipfile
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources.abc import Traversable
@@ -21,7 +22,7 @@ from typing import Any, Literal, Protocol
 
 import yaml
 
-from lmchat.types import UserError
+from lmchat.types import UserError, user_errors
 
 SHUFFLE_SEED = 1337
 FEWSHOT_SEED = 1234
@@ -72,10 +73,11 @@ class CoreTask:
         return hashlib.sha256(json.dumps(settings).encode() + self._content()).hexdigest()[:16]
 
     def _content(self) -> bytes:
-        try:
+        with self._readable(OSError, LookupError):
             return self.path.read_bytes()
-        except (OSError, LookupError) as error:
-            raise UserError(f"cannot read {self.path}: {error}; unpack the evaluation bundle again") from error
+
+    def _readable(self, *kinds: type[Exception]) -> AbstractContextManager[None]:
+        return user_errors(f"cannot read {self.path}", "unpack the evaluation bundle again", *kinds)
 
     def items(self, max_items: int | None = None) -> list[Item]:
         """The items in nanochat's order, at most ``max_items``.
@@ -84,10 +86,8 @@ class CoreTask:
             UserError: the file is missing or not JSON lines.
         """
         lines = self._content().split(b"\n")
-        try:
+        with self._readable(ValueError):
             items = [json.loads(line) for line in lines if line.strip()]
-        except ValueError as error:
-            raise UserError(f"cannot read {self.path}: {error}; unpack the evaluation bundle again") from error
         random.Random(SHUFFLE_SEED).shuffle(items)
         return items[:max_items]
 
@@ -230,15 +230,11 @@ def examples(
     Raises:
         UserError: the task's file cannot be read, or an item lacks a field.
     """
-    items = task.items(max_items)
+    items, problem = task.items(max_items), f"{task.path}: an item is not valid for a {task.kind} task"
     for index in range(rank, len(items), world_size):
         item = items[index]
-        try:
+        with user_errors(problem, "correct or remove it", LookupError, TypeError, AttributeError):
             fewshot = [items[other] for other in fewshot_indices(index, len(items), task.num_fewshot)]
             prompts = render_prompts(task.kind, item, fewshot, task.delimiter)
             gold = 0 if task.kind == "language_modeling" else int(item["gold"])
-        except (LookupError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{task.path}: an item is not valid for a {task.kind} task ({error!r}); correct or remove it"
-            ) from error
         yield make_example(task.kind, prompts, gold, tokenizer, max_tokens)

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lmchat.evaluation.core import Example
 from lmchat.evaluation.core_scoring import OptionScore, scores_of
-from lmchat.types import UserError
+from lmchat.types import UserError, user_errors
 
 
 class HFModel:
@@ -27,20 +27,14 @@ class HFModel:
     """
 
     def __init__(self, path: Path, device: torch.device | str = "cpu") -> None:
-        try:
+        with user_errors("transformers is not installed", "install it: pip install 'lmchat[hf]'", ImportError):
             from transformers import AutoModelForCausalLM, AutoTokenizer
-        except ImportError as error:
-            raise UserError("transformers is not installed; install it: pip install 'lmchat[hf]'") from error
         self.path = path
         self.device = torch.device(device)
-        try:
+        problem = f"{path} has no causal language model for transformers"
+        with user_errors(problem, "give the folder of one", OSError, ValueError, KeyError):
             self._encoder = AutoTokenizer.from_pretrained(path, local_files_only=True)
             net: Any = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise UserError(
-                f"{path} has no causal language model for transformers ({reason}); give the folder of one"
-            ) from error
         self.net = net.to(self.device).eval()
         self._keeps_logits = "logits_to_keep" in inspect.signature(net.forward).parameters
 

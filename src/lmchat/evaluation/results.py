@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lmchat.files import json_object
-from lmchat.types import UserError
+from lmchat.types import user_errors
 
 Result = dict[str, Any]
 """Result of a task: ``accuracy`` and other values, or ``error``, and the settings it depends on."""
@@ -23,14 +23,12 @@ def read_results(path: Path) -> dict[str, Result]:
     Raises:
         UserError: the file is not a results file.
     """
-    try:
-        results = json_object(path.read_bytes())
-    except FileNotFoundError:
+    if not path.exists():
         return {}
-    except ValueError as error:
-        raise UserError(f"{path} is not a results file ({error}); move it away") from error
-    if not all(map(_is_result, results.values())):
-        raise UserError(f"{path} is not a results file; move it away")
+    with user_errors(f"{path} is not a results file", "move it away", ValueError):
+        results = json_object(path.read_bytes())
+        if not all(map(_is_result, results.values())):
+            raise ValueError("it has something else than results")
     return results
 
 

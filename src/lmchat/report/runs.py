@@ -20,7 +20,7 @@ from lmchat.model.config import GPTConfig
 from lmchat.paths import base_dir, expand_user
 from lmchat.scaling import flops_per_token, parameter_counts
 from lmchat.stage_table import STAGES
-from lmchat.types import UserError
+from lmchat.types import UserError, user_errors
 
 Points = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
 
@@ -208,13 +208,11 @@ def _merge(records: dict[int, dict[str, float]], new: Sequence[dict[str, float]]
 
 
 def _read_metrics(path: Path) -> list[dict[str, float]]:
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            records = [{key: float(text) for key, text in row.items() if key and text} for row in csv.DictReader(file)]
-    except (ValueError, csv.Error) as error:
-        raise UserError(f"{path} is not a metrics log ({error}); move it away") from error
-    if not all(0 <= record.get("step", -1) < 2**62 for record in records):
-        raise UserError(f"{path} is not a metrics log (a row has no step); move it away")
+    is_log = user_errors(f"{path} is not a metrics log", "move it away", ValueError, csv.Error)
+    with is_log, path.open(newline="", encoding="utf-8") as file:
+        records = [{key: float(text) for key, text in row.items() if key and text} for row in csv.DictReader(file)]
+        if not all(0 <= record.get("step", -1) < 2**62 for record in records):
+            raise ValueError("a row has no step")
     return records
 
 
@@ -225,11 +223,9 @@ def _read_json_lines(path: Path, fields: Mapping[str, type]) -> list[dict[str, A
 
 
 def _read_json(text: bytes, path: Path, fields: Mapping[str, type]) -> dict[str, Any]:
-    try:
+    with user_errors(f"{path} is damaged", "move it away", ValueError):
         content = json_object(text)
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); move it away") from error
-    for name, kind in fields.items():
-        if not isinstance(content.get(name), kind):
-            raise UserError(f"{path} is damaged: {name} is not of type {kind.__name__}; move it away")
+        for name, kind in fields.items():
+            if not isinstance(content.get(name), kind):
+                raise ValueError(f"{name} is not of type {kind.__name__}")
     return content

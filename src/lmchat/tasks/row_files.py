@@ -15,7 +15,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
-from lmchat.parquet_pages import rows_at_once
+from lmchat.parquet_pages import open_parquet, rows_at_once
 from lmchat.paths import expand_user
 from lmchat.progress import ProgressBar
 from lmchat.records import (
@@ -29,7 +29,7 @@ from lmchat.records import (
     table_rows,
     visible_files,
 )
-from lmchat.types import UserError
+from lmchat.types import UserError, user_errors
 
 PARQUET_SUFFIX = ".parquet"
 SUFFIXES = (*JSON_LINES_SUFFIXES, *JSON_SUFFIXES, *TABLE_SUFFIXES, PARQUET_SUFFIX)
@@ -144,11 +144,9 @@ class TextRows:
 
     @contextlib.contextmanager
     def _text(self) -> Iterator[tuple[BinaryIO, str]]:
-        try:
-            with self._raw() as raw, open_text(self.path, raw) as text:
-                yield text
-        except OSError as error:
-            raise UserError(f"cannot read {self.path}: {error}; copy or download it again") from error
+        readable = user_errors(f"cannot read {self.path}", "copy or download it again", OSError)
+        with readable, self._raw() as raw, open_text(self.path, raw) as text:
+            yield text
 
     def _index(self, lines: Iterable[bytes], unit: str, copied: bool) -> None:
         """Records where each row is. Each of ``lines`` is one row or blank."""
@@ -254,19 +252,12 @@ def _is_message(value: Any) -> bool:
 
 
 def _parquet_rows(path: Path) -> Iterator[Any]:
-    import pyarrow.parquet as parquet
-
-    try:
-        with (
-            parquet.ParquetFile(path) as file,
-            ProgressBar(f"Reading {path.name}", file.metadata.num_rows, unit="rows") as bar,
-        ):
-            for batch in file.iter_batches(batch_size=rows_at_once(path, file)):
-                yield from bar.track(batch.to_pylist())
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}; copy or download it again") from error
+    with (
+        open_parquet(path) as file,
+        ProgressBar(f"Reading {path.name}", file.metadata.num_rows, unit="rows") as bar,
+    ):
+        for batch in file.iter_batches(batch_size=rows_at_once(path, file)):
+            yield from bar.track(batch.to_pylist())
 
 
 def _unlike_json(value: Any) -> Any:
