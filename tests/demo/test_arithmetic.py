@@ -15,9 +15,8 @@ import pytest
 from lmchat.demo.tasks.arithmetic import MAX_STEPS, Arithmetic, WordProblem, _Draft
 from lmchat.demo.tasks.stories import FAMILIES, HE, PRONOUNS, SHE
 from lmchat.generation.calculator import calculate
-from lmchat.tasks.base import answer_text
+from lmchat.tasks.base import answer_text, in_split
 from lmchat.tasks.gsm8k import extract_answer, parse_answer
-from lmchat.tasks.split import in_split
 from lmchat.types import UserError
 
 NUMBER_WORDS = {"half": 2, "twice": 2, "doubles": 2}

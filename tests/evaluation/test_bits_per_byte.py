@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lmchat.evaluation.bits_per_byte import BitsPerByte, bits_per_byte
+from lmchat.evaluation.bits_per_byte import BitsPerByte
 from lmchat.types import IGNORE_INDEX
 
 
@@ -40,25 +40,25 @@ def test_sums_of_two_ranks_equal_one_rank(recorded: dict[str, torch.Tensor]) -> 
 def test_a_uniform_model_over_bytes_needs_eight_bits() -> None:
     targets = torch.arange(256)
     nll = torch.full((256,), math.log(256))
-    assert float(bits_per_byte(nll, targets, torch.ones(256, dtype=torch.int32))) == pytest.approx(8)
+    assert float(BitsPerByte(torch.ones(256, dtype=torch.int32))(nll, targets)) == pytest.approx(8)
 
 
 def test_special_tokens_and_ignored_targets_do_not_count() -> None:
     token_bytes = torch.tensor([0, 1, 3])
     nll = torch.tensor([[100.0, 1.0], [2.0, 50.0]])
     targets = torch.tensor([[0, 1], [2, IGNORE_INDEX]])
-    assert float(bits_per_byte(nll, targets, token_bytes)) == pytest.approx(3 / (4 * math.log(2)))
+    assert float(BitsPerByte(token_bytes)(nll, targets)) == pytest.approx(3 / (4 * math.log(2)))
 
 
 def test_nan_at_ignored_targets_has_no_effect() -> None:
     nll = torch.tensor([math.nan, 2.0])
-    assert float(bits_per_byte(nll, torch.tensor([IGNORE_INDEX, 1]), torch.tensor([1, 2]))) == pytest.approx(
+    assert float(BitsPerByte(torch.tensor([1, 2]))(nll, torch.tensor([IGNORE_INDEX, 1]))) == pytest.approx(
         1 / math.log(2)
     )
 
 
 def test_no_text_gives_infinity() -> None:
-    assert float(bits_per_byte(torch.ones(3), torch.tensor([0, 0, IGNORE_INDEX]), torch.tensor([0, 5]))) == math.inf
+    assert float(BitsPerByte(torch.tensor([0, 5]))(torch.ones(3), torch.tensor([0, 0, IGNORE_INDEX]))) == math.inf
 
 
 def test_sums_stay_exact_over_a_long_evaluation() -> None:

@@ -22,6 +22,6 @@ def score_plainly(logits_of: LogitsOf, questions: Sequence[Example]) -> list[lis
         scores = []
         for option, (start, end) in zip(example.options, example.spans, strict=True):
             logits = logits_of(torch.tensor([option]))[0, start - 1 : end - 1]
-            scores += scores_of(logits, [option[start:end]])
+            scores += scores_of(logits, [option[start:end]], torch.Tensor.float)
         results.append(scores)
     return results

@@ -46,11 +46,6 @@ class BitsPerByte(Metric):
         return torch.where(self.num_bytes > 0, self.nats / (math.log(2) * self.num_bytes.double()), math.inf)
 
 
-def bits_per_byte(nll: Tensor, targets: Tensor, token_bytes: Tensor) -> Tensor:
-    """Bits per byte of one batch, a float64 scalar; for the arguments see `BitsPerByte`."""
-    return BitsPerByte(token_bytes)(nll, targets)
-
-
 class BitsPerByteEvaluator(Evaluator):
     """Bits per byte of held-out text; the metric is ``bpb``.
 

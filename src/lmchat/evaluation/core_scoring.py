@@ -6,7 +6,7 @@ positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +52,7 @@ def score(net: GPT, questions: Sequence[Example]) -> list[list[OptionScore]]:
     trees = [PromptTree.of(example) for example in questions]
     packed = PackedTrees(trees, net.device, net.config.n_layer)
     hidden = net.hidden(packed.ids, packed, only=packed.predicting)[0, packed.order]
-    scores = iter(_scores_in_chunks(net, hidden, [target for tree in trees for target in tree.targets]))
+    scores = iter(scores_of(hidden, [target for tree in trees for target in tree.targets], net.logits))
     results = []
     for tree in trees:
         by_branch = [next(scores) for _ in tree.branches]
@@ -83,27 +83,21 @@ def batches_by_length(questions: Sequence[Example], max_tokens: int) -> Iterator
         yield batch
 
 
-def _scores_in_chunks(net: GPT, hidden: Tensor, targets: Sequence[Sequence[int]]) -> list[OptionScore]:
-    """`scores_of` of hidden states (tokens, n_embd), a few at a time: the logits of all would leave a CPU's caches."""
+def scores_of(hidden: Tensor, targets: Sequence[Sequence[int]], head: Callable[[Tensor], Tensor]) -> list[OptionScore]:
+    """Scores of options.
+
+    Args:
+        hidden: (tokens, ...), states that predict the tokens of all options, one option after another.
+        targets: tokens of each option.
+        head: gives the logits of some states, since the logits of all would leave a CPU's caches.
+    """
     flat = torch.tensor([token for tokens in targets for token in tokens], device=hidden.device)
     losses, hits = [], []
     chunk = LOGITS_CHUNK["cpu" if hidden.device.type == "cpu" else "cuda"]
     for rows, tokens in zip(hidden.split(chunk), flat.split(chunk), strict=True):
-        logits = net.logits(rows)
+        logits = head(rows)
         losses.append(F.cross_entropy(logits, tokens, reduction="none"))
         hits.append(logits.argmax(dim=-1) == tokens)
-    return _by_option(torch.cat(losses), torch.cat(hits), targets)
-
-
-def scores_of(logits: Tensor, targets: Sequence[Sequence[int]]) -> list[OptionScore]:
-    """Scores of options from logits (tokens, vocab_size), the rows of all options one after another."""
-    flat = torch.tensor([token for tokens in targets for token in tokens], device=logits.device)
-    losses = F.cross_entropy(logits.float(), flat, reduction="none")
-    return _by_option(losses, logits.argmax(dim=-1) == flat, targets)
-
-
-def _by_option(losses: Tensor, hits: Tensor, targets: Sequence[Sequence[int]]) -> list[OptionScore]:
-    """Scores from losses (tokens,) and whether each token is the most likely one."""
     lengths = [len(tokens) for tokens in targets]
-    pairs = zip(losses.cpu().split(lengths), hits.cpu().split(lengths), strict=True)
+    pairs = zip(torch.cat(losses).cpu().split(lengths), torch.cat(hits).cpu().split(lengths), strict=True)
     return [OptionScore(float(loss.mean()), bool(hit.all())) for loss, hit in pairs]

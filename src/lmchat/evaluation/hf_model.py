@@ -92,7 +92,7 @@ class HFModel:
             row_logits[start - 1 - first : end - 1 - first]
             for row_logits, (_, (start, end)) in zip(logits, rows, strict=True)
         ]
-        scores = scores_of(torch.cat(picked), [option[slice(*span)] for option, span in rows])
+        scores = scores_of(torch.cat(picked), [option[slice(*span)] for option, span in rows], torch.Tensor.float)
         by_row = dict(zip(rows, scores, strict=True))
         return [
             [by_row[tuple(option), span] for option, span in zip(example.options, example.spans, strict=True)]

@@ -173,22 +173,12 @@ def mount(source: str | None, target: str, kind: str | None, flags: int, options
 
 
 def restrict() -> None:
-    """Drops all capabilities for good, and forbids System V shared memory and message queues, which no limit counts."""
-    drop_capabilities()
-    forbid_persistent_memory()
+    """Drops all capabilities for good, and forbids System V shared memory and message queues, which no limit counts.
 
-
-def drop_capabilities() -> None:
-    """Drops all capabilities in the user namespace, and prevents programs from gaining any."""
+    The filter of system calls is a BPF program of (operation, jump if true, jump if false, constant), see seccomp(2).
+    """
     call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     call("capset", struct.pack("Ii", CAPABILITIES_V3, 0), bytes(24))
-
-
-def forbid_persistent_memory() -> None:
-    """Installs a filter of system calls, for which `drop_capabilities` must have been called.
-
-    The filter is a BPF program of (operation, jump if true, jump if false, constant), see seccomp(2).
-    """
     machine, _, shmget, msgget = system_calls()
     load, equal, at_least, answer = 0x20, 0x15, 0x35, 0x06
     steps = [

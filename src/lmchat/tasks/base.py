@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import random
 import re
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from lmchat.option_checks import check_count
-from lmchat.tasks.split import Split
 from lmchat.types import Conversation, Message, Part, UserError
+
+Split = Literal["train", "test"]
+
+TEST_SHARE = 10
+"""One in this many keys is a test key."""
 
 UNSEEN_WORDS_REWARD = 0.5
 """Reward of a correct answer with words in neither question nor reference."""
@@ -100,6 +105,14 @@ class GeneratedTask(Task):
     def rng(self, index: int) -> random.Random:
         """The random number generator of an example."""
         return random.Random(f"{self.seed}/{self.split}/{index}")
+
+
+def in_split(key: str, split: Split) -> bool:
+    """Whether ``key`` belongs to ``split``.
+
+    A hash of the key decides, so the splits of generated examples are disjoint for all options of the tasks.
+    """
+    return (zlib.crc32(key.encode()) % TEST_SHARE == 0) == (split == "test")
 
 
 @runtime_checkable

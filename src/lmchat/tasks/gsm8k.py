@@ -74,9 +74,11 @@ def answer_number(text: str) -> Fraction | None:
         return None
     sign = -1 if (found["sign"] or found["sign_"] or "+") in "-−" else 1
     if found["numerator"]:
-        if _GROUPED_NUMERATOR.match(found[0]):
+        whole, numerator, denominator = (int(found[part] or 0) for part in ("whole", "numerator", "denominator"))
+        is_improper = whole and numerator >= denominator
+        if denominator == 0 or is_improper or _GROUPED_NUMERATOR.match(found[0]):
             return None
-        return _mixed_number(sign, int(found["whole"] or 0), int(found["numerator"]), int(found["denominator"]))
+        return sign * (whole + Fraction(numerator, denominator))
     decimal = found["decimal"]
     if _AMBIGUOUS.fullmatch(decimal):
         return None
@@ -84,25 +86,16 @@ def answer_number(text: str) -> Fraction | None:
     return sign * Fraction(digits.removesuffix(".")) * Fraction(10) ** int(found["exponent"] or 0)
 
 
-def _mixed_number(sign: int, whole: int, numerator: int, denominator: int) -> Fraction | None:
-    """``whole numerator/denominator``; None if the denominator is 0 or the fraction after a whole is improper."""
-    if denominator == 0 or (whole and numerator >= denominator):
-        return None
-    return sign * (whole + Fraction(numerator, denominator))
-
-
 def parse_answer(answer: str) -> list[Part]:
     """Splits a solution into parts: each ``<<48/2=24>>`` is a calculator call and its output, the rest is text."""
-    return [part for piece in _CALL.split(answer) for part in _piece(piece)]
-
-
-def _piece(piece: str) -> list[Part]:
-    if not _CALL.fullmatch(piece):
-        return [{"type": "text", "text": piece}]
-    expression, equals, result = piece[2:-2].rpartition("=")
-    if not equals:
-        expression, result = result, ""
-    return [{"type": "python", "text": expression}, {"type": "python_output", "text": result}]
+    parts: list[Part] = []
+    for piece in _CALL.split(answer):
+        if _CALL.fullmatch(piece):
+            expression, _, result = (piece[2:-2] if "=" in piece else f"{piece[2:-2]}=").rpartition("=")
+            parts += [{"type": "python", "text": expression}, {"type": "python_output", "text": result}]
+        else:
+            parts.append({"type": "text", "text": piece})
+    return parts
 
 
 def word_problem(question: str, answer: str) -> Conversation:

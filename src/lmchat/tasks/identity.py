@@ -10,9 +10,8 @@ from typing import Any, cast
 
 import yaml
 
-from lmchat.tasks.base import GeneratedTask, Graded, reward_in_words_of
+from lmchat.tasks.base import GeneratedTask, Graded, Split, reward_in_words_of
 from lmchat.tasks.patterns import expand
-from lmchat.tasks.split import Split
 from lmchat.types import Conversation, Message, UserError
 
 TEST_EVERY = 5
@@ -41,20 +40,15 @@ class Topic:
     common: tuple[str, ...]
 
 
-def _topic(texts: dict[str, Any]) -> Topic:
-    return Topic(
+_TEXTS = yaml.safe_load((resources.files(__package__) / "identity.yaml").read_text(encoding="utf-8"))
+TOPICS = {
+    name: Topic(
         questions=expand(*texts["questions"]),
         answers=tuple(texts["answers"]),
         facts=tuple(map(tuple, texts["facts"])),
         common=tuple(texts["common"]),
     )
-
-
-TOPICS: dict[str, Topic] = {
-    name: _topic(texts)
-    for name, texts in yaml.safe_load(
-        (resources.files(__package__) / "identity.yaml").read_text(encoding="utf-8")
-    ).items()
+    for name, texts in _TEXTS.items()
 }
 
 

@@ -15,10 +15,18 @@ from typing import Any
 
 import yaml
 
-from lmchat.tasks.base import GeneratedTask, Graded, answer_text, exchange, reference_answer, reward_in_words_of
+from lmchat.tasks.base import (
+    GeneratedTask,
+    Graded,
+    Split,
+    answer_text,
+    exchange,
+    in_split,
+    reference_answer,
+    reward_in_words_of,
+)
 from lmchat.tasks.gsm8k import NumericAnswerTask
 from lmchat.tasks.patterns import pick
-from lmchat.tasks.split import Split, in_split
 from lmchat.tasks.words import read_words, split_words
 from lmchat.types import Conversation, Part, UserError
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lmchat.files import replacing
 from lmchat.paths import base_dir, expand_user
-from lmchat.tasks.split import Split, in_split
+from lmchat.tasks.base import Split, in_split
 from lmchat.types import UserError
 
 # Not part of a longer word, compound or contraction.

@@ -10,10 +10,9 @@ from operator import add, floordiv, mul, sub
 from typing import Any
 
 from lmchat.demo.tasks.stories import FAMILIES, PRONOUNS, WORKING, Family, Operation, Step
-from lmchat.tasks.base import GeneratedTask, answer_text, reward_in_words_of
+from lmchat.tasks.base import GeneratedTask, Split, answer_text, in_split, reward_in_words_of
 from lmchat.tasks.gsm8k import AnswerRule, NumericAnswerTask, word_problem
 from lmchat.tasks.patterns import pick
-from lmchat.tasks.split import Split, in_split
 from lmchat.types import Conversation, UserError
 
 MAX_TRIES = 10_000
