@@ -34,6 +34,7 @@ _ROLES = {
     **dict.fromkeys(("tool", "function", "observation", "ipython", "tool_response", "function_response"), "tool"),
     **dict.fromkeys(("function_call", "tool_call"), "call"),
 }
+_MEANINGS = {"tool": "a tool's result", "call": "a call of the calculator"}
 _OWN_ROLES = ("user", "assistant", "system")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _TOOL_PARTS = ("python", "python_output")
@@ -154,11 +155,11 @@ def _unused(row: dict[str, Any], used: set[str]) -> set[str]:
 
 
 class _Builder:
-    """Builds a conversation from messages of any format."""
+    """Builds a conversation from messages of any format. Contents are lists of parts until `finish`."""
 
     def __init__(self, notes: set[str]) -> None:
         self.notes = notes
-        self.turns: list[Message] = []
+        self.turns: list[dict[str, Any]] = []
         self._system: list[str] = []
         self._after_tool = False
 
@@ -173,18 +174,37 @@ class _Builder:
         if role is None:
             raise MalformedRow(f"{what} has unknown role {given!r}: use user, assistant, system or tool")
         if given not in _OWN_ROLES:
-            self.notes.add(f"role {given} read as {_meaning(role)}")
+            self.notes.add(f"role {given} read as {_MEANINGS.get(role, role)}")
         self.notes.update(f"field {name} of a message not used" for name in message if name not in _KNOWN_FIELDS)
         parts = _content(message, what, is_call=role == "call")
-        if role == "system":
-            self._add_system(_joined(parts, what))
-        elif role == "user":
-            self._add_user(_joined(parts, what))
-        elif role == "tool":
-            self._add_tool_output(_joined(parts, what), what)
-        else:
+        if role in ("assistant", "call"):
             self._add_assistant([*parts, *self._calls(message, what)], _weight(message, what), what)
+        elif any(part["type"] != "text" for part in parts):
+            raise MalformedRow(f"{what} has tool parts, which only the assistant's messages may have")
+        else:
+            text = "\n".join(part["text"] for part in parts)
+            if role == "system":
+                self._add_system(text)
+            elif role == "user":
+                self._add_user(text)
+            else:
+                self._add_tool_output(text, what)
         self._after_tool = role in ("tool", "call")
+
+    def _append(self, role: str, parts: list[Part]) -> None:
+        """Appends a turn, or continues the last one if it has the same role."""
+        if not self.turns or self.turns[-1]["role"] != role:
+            self.turns.append({"role": role, "content": parts})
+            return
+        before = self.turns[-1]["content"]
+        if before and parts and not self._after_tool:
+            self.notes.add(f"{role} messages in a row joined")
+            if before[-1]["type"] == parts[0]["type"] == "text":
+                parts = [_text_part(f"{before.pop()['text']}\n\n{parts[0]['text']}"), *parts[1:]]
+        before += parts
+
+    def _append_system(self) -> None:
+        self._append("system", [_text_part("\n\n".join(self._system))])
 
     def _add_system(self, text: str) -> None:
         if not text:
@@ -195,46 +215,29 @@ class _Builder:
         self._system.append(text)
 
     def _add_user(self, text: str) -> None:
-        if self.turns and self._system:
+        if self.turns:
             text = "\n\n".join([*self._system, text])
-            self._system = []
-        if self.turns and self.turns[-1]["role"] == "user":
-            self.notes.add("user messages in a row joined")
-            text = f"{self.turns.pop()['content']}\n\n{text}"
-        elif not self.turns and self._system:
-            self.turns.append({"role": "system", "content": "\n\n".join(self._system)})
-            self._system = []
-        self.turns.append({"role": "user", "content": text})
+        elif self._system:
+            self._append_system()
+        self._system = []
+        self._append("user", [_text_part(text)])
 
     def _add_assistant(self, parts: list[Part], weight: int, what: str) -> None:
         if self.turns and self._system:
             raise MalformedRow(f"{what} follows a system message in the middle, where a user message is expected")
-        if self.turns and self.turns[-1]["role"] == "assistant":
-            if self.turns[-1].get("weight", 1) != weight:
-                raise MalformedRow(f"{what} continues an assistant message of another weight")
-            self.turns[-1]["content"] = _simplest(self._continued(_parts_of(self.turns[-1]), parts))
-            return
-        turn: Message = {"role": "assistant", "content": _simplest(parts)}
+        last = self.turns[-1] if self.turns else {}
+        if last.get("role") == "assistant" and last.get("weight", 1) != weight:
+            raise MalformedRow(f"{what} continues an assistant message of another weight")
+        self._append("assistant", parts)
         if weight == 0:
-            turn["weight"] = 0
+            self.turns[-1]["weight"] = 0
             self.notes.add("an assistant message of weight 0 read without loss")
-        self.turns.append(turn)
-
-    def _continued(self, parts: list[Part], more: list[Part]) -> list[Part]:
-        if self._after_tool or not parts or not more:
-            return [*parts, *more]
-        self.notes.add("assistant messages in a row joined")
-        if parts[-1]["type"] == more[0]["type"] == "text":
-            joint = Part(type="text", text=f"{parts[-1]['text']}\n\n{more[0]['text']}")
-            return [*parts[:-1], joint, *more[1:]]
-        return [*parts, *more]
 
     def _add_tool_output(self, text: str, what: str) -> None:
         if not self.turns or self.turns[-1]["role"] != "assistant":
             raise MalformedRow(f"{what} is a tool's, without an assistant message before it")
         self.notes.add("a tool's result read as the calculator's output")
-        parts = [*_parts_of(self.turns[-1]), Part(type="python_output", text=text)]
-        self.turns[-1]["content"] = parts
+        self.turns[-1]["content"].append(Part(type="python_output", text=text))
 
     def _calls(self, message: dict[str, Any], what: str) -> list[Part]:
         calls = message.get("tool_calls", [])
@@ -251,7 +254,11 @@ class _Builder:
             if self.turns:
                 self.notes.add("a system message at the end left out")
             else:
-                self.turns.append({"role": "system", "content": "\n\n".join(self._system)})
+                self._append_system()
+        for turn in self.turns:
+            parts = turn["content"]
+            if len(parts) == 1 and parts[0]["type"] == "text":
+                turn["content"] = parts[0]["text"]
         try:
             check_messages(self.turns)
         except UserError as error:
@@ -260,11 +267,7 @@ class _Builder:
             raise MalformedRow("there is no assistant message to learn from")
         if self.turns[-1]["role"] == "user":
             self.notes.add("a last user message without an answer receives no loss")
-        return {"messages": self.turns}
-
-
-def _meaning(role: str) -> str:
-    return {"tool": "a tool's result", "call": "a call of the calculator"}.get(role, role)
+        return {"messages": cast(list[Message], self.turns)}
 
 
 def _content(message: dict[str, Any], what: str, is_call: bool = False) -> list[Part]:
@@ -274,7 +277,7 @@ def _content(message: dict[str, Any], what: str, is_call: bool = False) -> list[
     if is_call:
         return [Part(type="python", text=_call_text(content, what))]
     if isinstance(content, str):
-        return [Part(type="text", text=checked_text(content, what))]
+        return [_text_part(checked_text(content, what))]
     if not isinstance(content, list):
         raise MalformedRow(
             f"{what} has content of type {type(content).__name__}: it must be a string or a list of parts"
@@ -284,29 +287,16 @@ def _content(message: dict[str, Any], what: str, is_call: bool = False) -> list[
 
 def _part(part: Any, what: str) -> Part:
     if isinstance(part, str):
-        return Part(type="text", text=checked_text(part, what))
+        return _text_part(checked_text(part, what))
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     if kind not in (*_TEXT_PARTS, *_TOOL_PARTS):
         raise MalformedRow(f"{what} has a part of type {kind}, and lmchat's models read text only")
     text = checked_text(part.get("text"), what)
-    return Part(type="text", text=text) if kind in _TEXT_PARTS else cast(Part, {"type": kind, "text": text})
+    return _text_part(text) if kind in _TEXT_PARTS else cast(Part, {"type": kind, "text": text})
 
 
-def _joined(parts: list[Part], what: str) -> str:
-    """Text of a message, which must have no tool parts."""
-    if any(part["type"] != "text" for part in parts):
-        raise MalformedRow(f"{what} has tool parts, which only the assistant's messages may have")
-    return "\n".join(part["text"] for part in parts)
-
-
-def _parts_of(message: Message) -> list[Part]:
-    content = message["content"]
-    return [Part(type="text", text=content)] if isinstance(content, str) else content
-
-
-def _simplest(parts: list[Part]) -> str | list[Part]:
-    """The parts, or the text if there is only one text part."""
-    return parts[0]["text"] if len(parts) == 1 and parts[0]["type"] == "text" else parts
+def _text_part(text: str) -> Part:
+    return {"type": "text", "text": text}
 
 
 def _weight(message: dict[str, Any], what: str) -> int:
