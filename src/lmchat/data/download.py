@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -94,6 +94,7 @@ def download_shards(
             ``output`` has shards of another repository.
     """
     check_count("", 1, num_workers=num_workers, num_shards=None if num_shards == -1 else num_shards)
+    disable_progress_bars()
     hub = _Hub(repo_id, revision, output / _STAGING)
     shards = _choose(hub.list_shards(pattern), num_shards, repo_id)
     with _claim(output, repo_id):
@@ -138,15 +139,14 @@ def _note_source(output: Path, repo_id: str) -> None:
         raise UserError(f"{output} contains shards of {other}, not of {repo_id}; choose another folder with --output")
 
 
+@dataclass
 class _Hub:
     """One dataset at one commit."""
 
-    def __init__(self, repo_id: str, revision: str, staging: Path) -> None:
-        disable_progress_bars()
-        self.repo_id = repo_id
-        self.revision = revision
-        self.staging = staging
-        self.api = HfApi()
+    repo_id: str
+    revision: str
+    staging: Path
+    api: HfApi = field(default_factory=lambda: HfApi())
 
     def list_shards(self, pattern: str) -> list[Shard]:
         """The files that match, sorted by name. Raises `UserError` if there are fewer than two."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass
 from itertools import count, islice
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ DOCUMENTS_PER_ROW = 16
 """Room for document starts in a batch, doubled as often as needed."""
 
 
+@dataclass(eq=False)
 class PackedBatches(IterableDataset[Batch]):
     """The micro-batches of one rank, from a global sequence of packed rows.
 
@@ -42,39 +44,28 @@ class PackedBatches(IterableDataset[Batch]):
         UserError: the state is a position in other documents.
     """
 
-    def __init__(
-        self,
-        shards: TokenShards,
-        *,
-        sequence_len: int,
-        micro_batch_size: int,
-        buffer_size: int = 1000,
-        long_documents: Literal["crop", "split"] = "crop",
-        rank: int = 0,
-        world_size: int = 1,
-        state: dict[str, Any] | None = None,
-        num_batches: int | None = None,
-        mask_documents: bool = False,
-    ) -> None:
-        check_count(None, 1, sequence_len=sequence_len, micro_batch_size=micro_batch_size)
-        self.fingerprint = shards.fingerprint + {"crop": "", "split": " split"}[long_documents]
-        if state is not None and state.get("data") != self.fingerprint:
+    shards: TokenShards
+    _: KW_ONLY
+    sequence_len: int
+    micro_batch_size: int
+    buffer_size: int = 1000
+    long_documents: Literal["crop", "split"] = "crop"
+    rank: int = 0
+    world_size: int = 1
+    state: dict[str, Any] | None = None
+    num_batches: int | None = None
+    mask_documents: bool = False
+
+    def __post_init__(self) -> None:
+        check_count(None, 1, sequence_len=self.sequence_len, micro_batch_size=self.micro_batch_size)
+        self.fingerprint = self.shards.fingerprint + {"crop": "", "split": " split"}[self.long_documents]
+        if self.state is not None and self.state.get("data") != self.fingerprint:
             raise UserError(
-                f"the run to resume was trained on documents with the fingerprint {state.get('data')}, those of "
-                f"{shards.paths[0].parent} have {self.fingerprint}; give the data it began with by --data.data_dir and "
-                "--data.long_documents, or start a new run with another --model.tag"
+                f"the run to resume was trained on documents with the fingerprint {self.state.get('data')}, those of "
+                f"{self.shards.paths[0].parent} have {self.fingerprint}; give the data it began with by "
+                "--data.data_dir and --data.long_documents, or start a new run with another --model.tag"
             )
-        assert 0 <= rank < world_size
-        self.shards = shards
-        self.sequence_len = sequence_len
-        self.micro_batch_size = micro_batch_size
-        self.buffer_size = buffer_size
-        self.long_documents = long_documents
-        self.rank = rank
-        self.world_size = world_size
-        self.state = state
-        self.num_batches = num_batches
-        self.mask_documents = mask_documents
+        assert 0 <= self.rank < self.world_size
 
     def __iter__(self) -> Iterator[Batch]:
         packer = BestFitPacker(

@@ -228,11 +228,8 @@ class BestFitPacker(Iterator[PackedRow]):
 
     def _checked_cut(self, cut: Any, arrivals: npt.NDArray[np.int64]) -> tuple[int, int]:
         """Arrival and next token of a document that has entered, is not in the buffer and has tokens left."""
-        if not isinstance(cut, list | tuple) or len(cut) != 2 or any(type(number) is not int for number in cut):
-            raise damaged_position("the document to continue is not a pair of integers")
-        arrival, position = cut
-        if not 0 <= arrival < self._next or arrival in arrivals:
-            raise damaged_position("the document to continue has not been placed")
-        if not 1 <= position < self.lengths[arrival % len(self.lengths)]:
-            raise damaged_position("the document to continue has no such token")
-        return arrival, position
+        match cut:
+            case [int(arrival), int(position)] if 0 <= arrival < self._next and arrival not in arrivals:
+                if 1 <= position < self.lengths[arrival % len(self.lengths)]:
+                    return arrival, position
+        raise damaged_position("the document to continue has not been placed, or has no such token")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
+from dataclasses import KW_ONLY, InitVar, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -84,6 +85,7 @@ class PaddedPlan:
         return max(1, int(self.conversations.loss_tokens[documents].sum()))
 
 
+@dataclass(eq=False)
 class PaddedBatches(IterableDataset[Batch]):
     """The micro-batches of one rank: micro-batch k of the plan belongs to rank k mod W, as in pretraining.
 
@@ -99,29 +101,21 @@ class PaddedBatches(IterableDataset[Batch]):
         UserError: the state belongs to other data.
     """
 
-    def __init__(
-        self,
-        plan: PaddedPlan,
-        *,
-        bos_id: int,
-        micro_batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        fingerprint: dict[str, str] | None = None,
-        state: dict[str, Any] | None = None,
-        num_batches: int | None = None,
-    ) -> None:
-        self.plan = plan
-        self.bos_id = bos_id
-        self.micro_batch_size = micro_batch_size
-        self.rank = rank
-        self.world_size = world_size
-        self.fingerprint = fingerprint or {}
+    plan: PaddedPlan
+    _: KW_ONLY
+    bos_id: int
+    micro_batch_size: int
+    rank: int = 0
+    world_size: int = 1
+    fingerprint: dict[str, str] = field(default_factory=dict)
+    state: InitVar[dict[str, Any] | None] = None
+    num_batches: int | None = None
+
+    def __post_init__(self, state: dict[str, Any] | None) -> None:
         if state is not None:
             check_fingerprint(state.get("data"), self.fingerprint)
-        rows = count_in(state, "rows", plan.steps * plan.rows_per_step) if state else 0
-        self.first = rows // (micro_batch_size * world_size)
-        self.num_batches = num_batches
+        rows = count_in(state, "rows", self.plan.steps * self.plan.rows_per_step) if state else 0
+        self.first = rows // (self.micro_batch_size * self.world_size)
 
     @property
     def micro_batches_per_step(self) -> int:

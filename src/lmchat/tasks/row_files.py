@@ -11,6 +11,7 @@ import os
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
@@ -265,14 +266,13 @@ def _unlike_json(value: Any) -> Any:
     return {type(value).__name__: str(value)}
 
 
+@dataclass
 class TableRows:
     """The rows of an Arrow table, which may be memory-mapped."""
 
+    table: Any
+    source: str
     notes: Sequence[str] = ()
-
-    def __init__(self, table: Any, source: str) -> None:
-        self.table = table
-        self.source = source
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
