@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lmchat.checkpoint import attempt as module
-from lmchat.checkpoint.attempt import ATTEMPT_NAME, Attempt, AttemptWatch, Superseded
+from lmchat.checkpoint.attempt import ATTEMPT_NAME, Attempt, Superseded, watch_attempt
 from lmchat.checkpoint.layout import CheckpointPaths
 from lmchat.checkpoint.load import open_checkpoint
 from lmchat.checkpoint.writer import RunLock, write_file
@@ -139,7 +139,7 @@ def test_a_process_that_hangs_ends_when_a_later_attempt_begins(
     attempt = begin(tmp_path)
 
     def hang() -> None:
-        AttemptWatch(attempt)
+        watch_attempt(attempt)
         time.sleep(50)
 
     process = multiprocessing.get_context("fork").Process(target=hang)
@@ -162,11 +162,11 @@ def test_a_stopped_watch_ends_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     attempt = begin(tmp_path)
 
     def end_in_time() -> None:
-        watch = AttemptWatch(attempt)
+        watch = watch_attempt(attempt)
         [thread] = (each for each in threading.enumerate() if each.name == "attempt watch")
         assert run(lambda: begin(tmp_path)) == 0
         time.sleep(0.2)
-        watch.stop()
+        watch.set()
         thread.join(30)
         assert not thread.is_alive()
 
@@ -179,7 +179,7 @@ def test_a_process_may_begin_several_attempts(tmp_path: Path, monkeypatch: pytes
 
     def begin_twice() -> None:
         for _ in range(2):
-            AttemptWatch(begin(tmp_path))
+            watch_attempt(begin(tmp_path))
             time.sleep(0.3)
 
     assert run(begin_twice) == 0

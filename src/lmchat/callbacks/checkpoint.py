@@ -22,6 +22,7 @@ computed from the step; a loader with a length counts the whole run in the new m
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lmchat.callbacks.step import StepCallback
-from lmchat.checkpoint.attempt import Attempt, AttemptWatch
+from lmchat.checkpoint.attempt import Attempt, watch_attempt
 from lmchat.checkpoint.layout import CheckpointPaths, checkpoint_dir, committed_steps
 from lmchat.checkpoint.load import DamagedCheckpoint, open_checkpoint
 from lmchat.checkpoint.rng import capture_rng, restore_rng
@@ -95,7 +96,7 @@ class StepCheckpoint(StepCallback, Checkpoint):
         self.every_n_steps = every_n_steps
         self.keep_last = keep_last
         self._lock: RunLock | None = None
-        self._watch: AttemptWatch | None = None
+        self._watch: threading.Event | None = None
         self._boundary: _Boundary | None = None
         self._saved_step = 0
         self._stepping = False
@@ -113,7 +114,7 @@ class StepCheckpoint(StepCallback, Checkpoint):
         _on_rank_zero(trainer, self._claim_directory)
         name = trainer.strategy.broadcast(self._lock.attempt.name if self._lock is not None else "")
         self._io.attempt = Attempt(self.directory, name)
-        self._watch = AttemptWatch(self._io.attempt)
+        self._watch = watch_attempt(self._io.attempt)
         if self._io.rank > 0:  # fail now, not at the first save
             check_writable(self.directory, self._io.rank)
 
@@ -215,7 +216,7 @@ class StepCheckpoint(StepCallback, Checkpoint):
 
     def _release(self) -> None:
         if self._watch is not None:
-            self._watch.stop()
+            self._watch.set()
             self._watch = None
         if self._lock is not None:
             self._lock.release()

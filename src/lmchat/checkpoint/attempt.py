@@ -3,7 +3,7 @@
 Each start of a run is an attempt with a unique name, which all ranks know and which is stored in the file ``.attempt``.
 A rank that outlives its run, for example on a node that hung or lost the network, may wake up while a later attempt
 writes to the same folder. Names of temporary files and receipts therefore contain the attempt, and a rank renames or
-deletes files only while it holds a lock on ``.attempt`` and has read its own attempt there. `AttemptWatch` ends a rank
+deletes files only while it holds a lock on ``.attempt`` and has read its own attempt there. `watch_attempt` ends a rank
 that gets no further, as it may wait for a lost rank until the timeout of the process group.
 """
 
@@ -19,7 +19,6 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from lmchat.types import RankFailure, UserError
 
@@ -84,24 +83,17 @@ class Attempt:
         if not self.name:
             yield
             return
-        with _open_file, self._open() as file:
+        path, ends = self.directory / ATTEMPT_NAME, "this process ends and writes nothing more"
+        with _open_file, contextlib.ExitStack() as stack:
+            try:
+                file = stack.enter_context(path.open("rb"))
+            except FileNotFoundError as error:
+                raise Superseded(f"{path} is missing, so the run's folder or its files were removed; {ends}") from error
             with contextlib.suppress(OSError):  # a file system without locks; the run has warned at its start
                 fcntl.lockf(file, fcntl.LOCK_SH)
             if file.read() != self.name.encode():
-                raise Superseded(
-                    f"another attempt of this run is now writing to {self.directory}; this process ends and writes "
-                    "nothing more"
-                )
+                raise Superseded(f"another attempt of this run is now writing to {self.directory}; {ends}")
             yield
-
-    def _open(self) -> BinaryIO:
-        try:
-            return (self.directory / ATTEMPT_NAME).open("rb")
-        except FileNotFoundError as error:
-            raise Superseded(
-                f"{self.directory / ATTEMPT_NAME} is missing, so the run's folder or its files were removed; this "
-                "process ends and writes nothing more"
-            ) from error
 
     def check(self) -> None:
         """Raises Superseded if another attempt has begun."""
@@ -112,45 +104,37 @@ class Attempt:
 UNFENCED = Attempt(Path(), "")
 
 
-class AttemptWatch:
-    """A thread that ends the process if a later attempt has begun and nothing else ends it.
+def watch_attempt(attempt: Attempt) -> threading.Event:
+    """Ends the process if a later attempt has begun and nothing else ends it; returns an event that ends the watch."""
+    stopped = threading.Event()
+    threading.Thread(target=_watch, args=(attempt, stopped), name="attempt watch", daemon=True).start()
+    return stopped
 
-    Args:
-        attempt: attempt of this process.
-    """
 
-    def __init__(self, attempt: Attempt) -> None:
-        self._attempt = attempt
-        self._stopped = threading.Event()
-        threading.Thread(target=self._watch, name="attempt watch", daemon=True).start()
+def _watch(attempt: Attempt, stopped: threading.Event) -> None:
+    path, seen = attempt.directory / ATTEMPT_NAME, None
+    while not stopped.wait(WATCH_SECONDS):
+        # Where the file cannot be read, the next write says so.
+        with contextlib.suppress(OSError):
+            if (changed := path.stat().st_mtime_ns) == seen:
+                continue
+            with _open_file:
+                name = path.read_bytes()
+            if name == attempt.name.encode():
+                seen = changed
+            elif name and name not in _begun:  # empty while it is written; a notebook may begin several attempts
+                _end(attempt, stopped)
 
-    def stop(self) -> None:
-        """Ends the watch."""
-        self._stopped.set()
 
-    def _watch(self) -> None:
-        path, seen = self._attempt.directory / ATTEMPT_NAME, None
-        while not self._stopped.wait(WATCH_SECONDS):
-            # Where the file cannot be read, the next write says so.
-            with contextlib.suppress(OSError):
-                if (changed := path.stat().st_mtime_ns) == seen:
-                    continue
-                with _open_file:
-                    name = path.read_bytes()
-                if name == self._attempt.name.encode():
-                    seen = changed
-                elif name and name not in _begun:  # empty while it is written; a notebook may begin several attempts
-                    self._end()
-
-    def _end(self) -> None:
-        """Ends the process, if it has not ended by itself after `GRACE_SECONDS`."""
-        if self._stopped.wait(GRACE_SECONDS):
-            return
-        try:
-            self._attempt.check()  # a network file system may have shown an old name
-        except Superseded as error:
-            print(f"lmchat: {error}", file=sys.stderr, flush=True)
-            os._exit(1)
+def _end(attempt: Attempt, stopped: threading.Event) -> None:
+    """Ends the process, if it has not ended by itself after `GRACE_SECONDS`."""
+    if stopped.wait(GRACE_SECONDS):
+        return
+    try:
+        attempt.check()  # a network file system may have shown an old name
+    except Superseded as error:
+        print(f"lmchat: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 def _lock_exclusively(descriptor: int, directory: Path) -> None:
