@@ -157,7 +157,7 @@ def test_a_folder_instead_of_a_file_is_refused(folder: Path) -> None:
     for name in ("model_000002.pt", "meta_000002.json"):
         (folder / name).unlink()
         (folder / name).mkdir()
-        with pytest.raises(DamagedCheckpoint, match=rf"{name} is (not a regular file|damaged: it is a folder)"):
+        with pytest.raises(DamagedCheckpoint, match=rf"{name} is not a regular file"):
             find_checkpoint(folder / "meta_000002.json")
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from lmchat.checkpoint.layout import CheckpointPaths
@@ -21,8 +20,6 @@ from lmchat.paths import is_folder_name
 from lmchat.stage_table import STAGES
 from lmchat.types import UserError
 
-MAX_META_BYTES = 2**26
-"""Limit of the file size, far above the meta of a run on 100,000 ranks."""
 MAX_NESTING = 32
 MAX_LAYERS = 10_000
 MAX_RANKS = 2**20
@@ -240,19 +237,3 @@ def _max_parameters(model: Mapping[str, Any]) -> int:
     """An upper bound of the number of parameters, with a value embedding in every layer."""
     width, vocab = model["n_embd"], model["vocab_size"] + VOCAB_MULTIPLE
     return (model["n_layer"] + 2) * (12 * width**2 + (vocab + 100) * width)
-
-
-def read_limited(path: Path) -> bytes:
-    """Reads a ``meta`` file.
-
-    Raises:
-        UserError: it is not a regular file, or larger than `MAX_META_BYTES`; the message does not name the file.
-        OSError: it cannot be read.
-    """
-    if not path.is_file():
-        raise UserError("it is not a regular file" if not path.is_dir() else "it is a folder")
-    with path.open("rb") as file:
-        content = file.read(MAX_META_BYTES + 1)
-    if len(content) > MAX_META_BYTES:
-        raise UserError(f"it is larger than {MAX_META_BYTES} bytes")
-    return content

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from lmchat.checkpoint.imported import ImportedModel, read_json
+from lmchat.checkpoint.load import read_tensors
 from lmchat.checkpoint.meta_schema import check_model_shape
 from lmchat.model.config import GPTConfig
 from lmchat.optim.param_groups import LEARNING_RATES
@@ -28,7 +29,6 @@ _STAGES = {
     "chatsft_checkpoints": "sft",
     "chatrl_checkpoints": "rl",
 }
-_SHAPE = {"sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "window_pattern"}
 
 
 def read_nanochat(path: Path, tokenizer: Path | None = None) -> ImportedModel:
@@ -80,26 +80,14 @@ def _read_meta(path: Path) -> dict[str, Any]:
 
 
 def _read_state(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # damaged files raise errors of many types
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is damaged or not a state dict ({reason}); copy it again") from error
-    if not isinstance(state, Mapping) or not all(
-        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()
-    ):
+    state = read_tensors(path, mmap=True)
+    if not all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()):
         raise UserError(f"{path} is not a state dict of tensors; give a nanochat model file")
     # Prefix of the names of a compiled model.
     return {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
 
 
 def _config(shape: dict[str, Any], state: Mapping[str, torch.Tensor], path: Path) -> GPTConfig:
-    missing, unknown = sorted(_SHAPE - {"window_pattern"} - shape.keys()), sorted(shape.keys() - _SHAPE)
-    if missing or unknown:
-        what = f"lacks {', '.join(missing)}" if missing else f"has {', '.join(unknown)}, which lmchat does not know"
-        raise UserError(
-            f"the model_config of {path} {what}; give a model of nanochat's version of February 2026 or older"
-        )
     fields = {
         "window_pattern": "L",  # before windows were introduced, every layer attended to the whole context
         **shape,
@@ -110,7 +98,9 @@ def _config(shape: dict[str, Any], state: Mapping[str, torch.Tensor], path: Path
         check_model_shape(fields)
         return GPTConfig(**fields)
     except UserError as error:
-        raise UserError(f"the model_config of {path}: {error}; copy it again") from error
+        raise UserError(
+            f"the model_config of {path}: {error}; give a model of nanochat's version of February 2026 or older"
+        ) from error
 
 
 def _settings(meta: dict[str, Any]) -> dict[str, Any]:

@@ -31,16 +31,12 @@ def restore_rng(state: dict[str, Any]) -> None:
         UserError: ``state`` is malformed, e.g. from a damaged checkpoint.
     """
     try:
-        _restore(state)
+        torch.set_rng_state(state["torch"])
+        if state["cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda"])
+        words, position, has_gauss, gauss = state["numpy"]
+        np.random.set_state(("MT19937", words.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
+        version, words, gauss = state["python"]
+        random.setstate((version, tuple(words.tolist()), gauss))
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"the saved random number state is damaged ({error}); use an older checkpoint") from error
-
-
-def _restore(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-    numpy_words, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state(("MT19937", numpy_words.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
-    version, python_words, python_gauss = state["python"]
-    random.setstate((version, tuple(python_words.tolist()), python_gauss))

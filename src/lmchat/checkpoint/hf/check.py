@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,9 +69,10 @@ def check_export(folder: Path, checkpoint: Checkpoint, tokenizer: Tokenizer, *, 
             "pip install 'lmchat[hf]', or leave the check out with --check false"
         )
     net = _stored_model(checkpoint, dtype)
-    with _quiet(transformers.logging):
-        loaded, exported_tokenizer = _load(transformers, folder, trust_remote_code=not native)
-        _check_tokenizer(exported_tokenizer, tokenizer)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    loaded, exported_tokenizer = _load(transformers, folder, trust_remote_code=not native)
+    _check_tokenizer(exported_tokenizer, tokenizer)
     prompt = _prompt(net.config)
     with torch.inference_mode():
         expected, logits = net(prompt), loaded.eval()(prompt).logits
@@ -94,20 +93,6 @@ def _load(transformers: Any, folder: Path, trust_remote_code: bool) -> tuple[Any
         return model, transformers.AutoTokenizer.from_pretrained(folder, **options)
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise _different(f"transformers {transformers.__version__} does not load the export ({error})") from error
-
-
-@contextmanager
-def _quiet(logging: Any) -> Iterator[None]:
-    """Context manager that silences transformers' progress bars and warnings."""
-    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if had_bars:
-            logging.enable_progress_bar()
 
 
 def _different(how: str) -> UserError:

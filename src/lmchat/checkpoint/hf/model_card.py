@@ -50,8 +50,12 @@ def _facts(meta: dict[str, Any], config: GPTConfig, dtype: str) -> dict[str, str
         "vocabulary": f"{config.vocab_size:,}",
         "training context": f"{config.sequence_len:,} tokens",
         "attention windows": ", ".join(map(str, config.window_sizes)),
-        **_history(meta),
     }
+    if imported := meta.get("imported"):
+        facts["imported from"] = f"{imported['kind']}, step {imported['step'] or 'unknown'}"
+    else:
+        of = f" of {meta['total_steps']:,}" if meta.get("total_steps") else ""
+        facts["optimizer steps"] = f"{meta['step']:,}{of}"
     batch = meta.get("global_batch_tokens")
     if meta["stage"] == "pretrain" and batch:
         tokens = meta["step"] * batch
@@ -61,11 +65,3 @@ def _facts(meta: dict[str, Any], config: GPTConfig, dtype: str) -> dict[str, str
     facts["tokenizer"] = f"byte-level BPE, fingerprint {meta['tokenizer_fingerprint'][:16]}"
     facts["lmchat"] = meta.get("lmchat_version", "unknown")
     return facts
-
-
-def _history(meta: dict[str, Any]) -> dict[str, str]:
-    if imported := meta.get("imported"):
-        return {"imported from": f"{imported['kind']}, step {imported['step'] or 'unknown'}"}
-    return {
-        "optimizer steps": f"{meta['step']:,}" + (f" of {meta['total_steps']:,}" if meta.get("total_steps") else "")
-    }
