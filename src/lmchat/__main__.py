@@ -71,7 +71,7 @@ def _run_command(name: str, args: list[str]) -> None:
     from jsonargparse import auto_cli
     from jsonargparse.typing import register_type
 
-    from lmchat.cli.command_parser import CommandParser
+    from lmchat.cli.argument_errors import CommandParser
     from lmchat.hardware import check_address_space
     from lmchat.paths import expand_user
 

@@ -1,10 +1,14 @@
-"""Turns jsonargparse's errors into one readable sentence."""
+"""The commands' argument parser, and its errors as one readable sentence."""
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
+
+from jsonargparse import ArgumentParser
 
 from lmchat.cli.short_help import listing
 
@@ -23,6 +27,13 @@ _TYPE = re.compile(r"<class '(?:\w+\.)*(\w+)'>|(?:typing\.)?Literal\[([^\]]*)\]|
 _PATH = re.compile(r"(Path is not a file|(?:File|Path) does not exist): '(.*)'")
 _STRANGER = re.compile(r"does not accept option '([^']+)'")
 _NO_MAPPING = re.compile(r"Unable to load config '([^']*)'")
+
+
+class CommandParser(ArgumentParser):
+    """The parser of all commands but the trainer's: an error of printing its help, as of a full disk, is raised."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        (file or sys.stderr).write(message)
 
 
 def explain(message: str, args: Sequence[str]) -> str:
@@ -58,12 +69,9 @@ def explain(message: str, args: Sequence[str]) -> str:
         )
     if broken := _BROKEN_CLASS.search(message):
         return f"--{option}: {broken[1]}; correct the path of the class, or its module"
-    if misfit := _MISFIT.findall(message):
-        expected, value = misfit[-1]
+    if values := _MISFIT.findall(message) or (option and _UNION.findall(message)):
+        expected, value = values[-1]
         return f"--{option} is {value or 'empty'}; {_remedy(expected, value)}"
-    if option and (unions := _UNION.findall(message)):
-        choices, value = unions[-1]
-        return f"--{option} is {value or 'empty'}; {_remedy(choices, value)}"
     if unknown := re.search(r"unrecognized arguments: (.*)", message, re.DOTALL):
         return f"unknown option {unknown[1]}; options are written in full, `{listing(args[0])}` lists them"
     if missing := re.search(r"arguments are required: (.*)", message):

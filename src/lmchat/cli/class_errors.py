@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,22 +43,24 @@ def check_callbacks(callbacks: Any, groups: Mapping[str, type]) -> None:
 
 def explain_class_error(error: Exception) -> UserError | None:
     """The message for an error of a class that the user has named; None for other errors."""
-    text = str(error)
+    text, chain = str(error), list(_causes(error))
+    if isinstance(error, ValueError) and (known := [cause for cause in chain if isinstance(cause, UserError)]):
+        return known[0]  # jsonargparse wraps errors of the classes it creates
     if lacking := _NOT_INSTALLED.search(text):
         return UserError(f"{lacking[1]} needs {lacking[2]}; install it: pip install '{lacking[2]}'")
     if twice := _TWICE.match(text):
         return UserError(f"--trainer.callbacks has {twice[1]} twice, with equal options; leave one out")
     if isinstance(error, ValueError) and (created := _CREATED.search(text)):
-        return UserError(f"{created[1]} cannot be created: {_root(error)}; correct its options, or leave it out")
+        return UserError(f"{created[1]} cannot be created: {chain[-1]}; correct its options, or leave it out")
     if (name := _failed_callback(error)) is not None:
         return UserError(f"--trainer.callbacks: {name} failed: {error}; correct its options, or leave it out")
     return None
 
 
-def _root(error: BaseException) -> str:
-    while (cause := error.__cause__ or error.__context__) is not None:
-        error = cause
-    return str(error)
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _failed_callback(error: BaseException) -> str | None:

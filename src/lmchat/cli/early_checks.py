@@ -30,8 +30,10 @@ COUNTS = {
     "data": ("micro_batch_size", "buffer_size", "eval_tokens"),
 }
 """Options that are refused above `MAX_COUNT`, or ``sequence_len`` above `MAX_SEQUENCE_LEN`."""
-SHAPE = ("depth", "sequence_len", "aspect_ratio", "head_dim", "n_kv_head", "window_pattern")
-SWITCHES = ("value_embeddings", "residual_mix")
+SHAPE = (
+    "depth", "sequence_len", "aspect_ratio", "head_dim", "n_kv_head", "window_pattern", "value_embeddings",
+    "residual_mix",
+)  # fmt: skip
 LARGEST_DEVICE_BYTES = 10**12
 """More memory than any single accelerator has."""
 MOST_RANKS = 2**20
@@ -58,15 +60,16 @@ def check_sizes(args: list[str]) -> None:
             if type(value := options[group].get(name)) is int and value > 0:
                 check_count(group, 1, MAX_SEQUENCE_LEN if name == "sequence_len" else MAX_COUNT, **{name: value})
     model, trainer = options["model"], options["trainer"]
-    shape = {name: model[name] for name in (*SHAPE, *SWITCHES) if name in model}
+    shape = {name: model[name] for name in SHAPE if name in model}
     host, accelerator = host_memory_bytes(), trainer.get("accelerator", "auto")
-    if host is None or not _is_class(model, "PretrainModule") or not _is_valid(shape):
+    plain = all(isinstance(value, int | str | None) for value in shape.values())
+    if host is None or not plain or "depth" not in shape or not _is_class(model, "PretrainModule"):
         return
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not may_have_accelerator())
     try:
         config = config_for_depth(**{"sequence_len": DEFAULT_SEQUENCE_LEN, "vocab_size": 1} | shape)
-    except UserError:
-        return
+    except (ValueError, TypeError, ArithmeticError):
+        return  # reported by the parser
     estimate = partial(
         training_memory,
         config,
@@ -151,12 +154,3 @@ def _update(options: Options, name: str, given: Any) -> None:
 def _is_class(options: dict[str, Any], name: str) -> bool:
     path = options.get("class_path")
     return isinstance(path, str) and path in (name, f"lmchat.stages.pretrain.{name}")
-
-
-def _is_valid(shape: dict[str, Any]) -> bool:
-    """Whether there is a depth, and all values have their type; otherwise the parser reports it."""
-    types: dict[str, Any] = {"n_kv_head": (int, type(None)), "window_pattern": str} | dict.fromkeys(SWITCHES, bool)
-    return "depth" in shape and all(
-        isinstance(value, types.get(name, int)) and isinstance(value, bool) == (name in SWITCHES)
-        for name, value in shape.items()
-    )

@@ -269,8 +269,7 @@ def main(args: list[str], cli: type[LMChatCLI] = LMChatCLI) -> LMChatCLI:
     except (UserError, MemoryError):
         raise
     except Exception as error:
-        user_error = _user_error_in(error) if isinstance(error, ValueError) else None
-        if (user_error := user_error or explain_class_error(error)) is None:
+        if (user_error := explain_class_error(error)) is None:
             raise
         raise user_error from None
 
@@ -282,10 +281,3 @@ def _with_strategy_class(args: list[str]) -> list[str]:
         return args
     joined = [arg.replace(f"{option}=zero2_muon", f"{option}={name}") for arg in args]
     return [name if pair == (option, "zero2_muon") else pair[1] for pair in zip(["", *joined], joined, strict=False)]
-
-
-def _user_error_in(error: BaseException | None) -> UserError | None:
-    """The UserError in the chain of ``error``, if any; jsonargparse wraps errors of the classes it instantiates."""
-    while error is not None and not isinstance(error, UserError):
-        error = error.__cause__ or error.__context__
-    return error

@@ -76,8 +76,10 @@ def demo(text: Path | None = None, output: Path = Path("runs/demo"), minutes: fl
     console.print(*result_tables(run, summary))
     console.print(f"The demo took {summary['minutes']:.1f} minutes.")
     console.print(f"Metrics: {run.summary}. To chat with the model, here or in a browser:", soft_wrap=True)
+    program = LMCHAT.relative_to(Path.cwd()) if LMCHAT.is_relative_to(Path.cwd()) else LMCHAT
     for command in ("chat", "serve"):
-        console.print(f"  {_next_command(run, command)}", soft_wrap=True, highlight=False)
+        line = f"LMCHAT_BASE_DIR={shlex.quote(str(run.output))} {shlex.quote(str(program))} {command}"
+        console.print(f"  {line}", soft_wrap=True, highlight=False)
 
 
 COMMANDS = demo
@@ -110,13 +112,3 @@ def _open_summary(run: Demo) -> dict[str, Any]:
             "--output (make demo OUTPUT=folder)"
         )
     return summary
-
-
-def _next_command(run: Demo, command: str) -> str:
-    """A command on the demo's model."""
-    return f"LMCHAT_BASE_DIR={shlex.quote(str(run.output))} {shlex.quote(_short(LMCHAT))} {command}"
-
-
-def _short(path: Path) -> str:
-    """The path relative to the current folder, if it is in it."""
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

@@ -12,18 +12,15 @@ from lmchat.types import UserError
 
 def mixtures(source: Path, overlay: list[Path], split: str = "train") -> dict[str, Mixture]:
     """The mixtures of a config by split, among them ``split``, or the conversations of a file, in order."""
-    if source.suffix in (".yaml", ".yml"):
-        return _mixtures_of_configs([source, *overlay], split)
-    if overlay:
-        raise UserError(f"--overlay {overlay[0]} overrides a config, but {source} is not a config; leave it out")
-    return {split: Mixture([MixturePart(JSONLConversations(str(source)))], shuffle_seed=None)}
-
-
-def _mixtures_of_configs(configs: list[Path], split: str) -> dict[str, Mixture]:
+    if source.suffix not in (".yaml", ".yml"):
+        if overlay:
+            raise UserError(f"--overlay {overlay[0]} overrides a config, but {source} is not a config; leave it out")
+        return {split: Mixture([MixturePart(JSONLConversations(str(source)))], shuffle_seed=None)}
     with lean_imports():
         from lmchat.cli.fit import read_data_module
     from lmchat.stages.chat import ChatDataModule
 
+    configs = [source, *overlay]
     data = read_data_module(configs)
     if not isinstance(data, ChatDataModule) or split not in data.mixtures:
         raise UserError(
