@@ -18,7 +18,7 @@ from lmchat.model.config import GPTConfig
 from lmchat.optim.param_groups import LEARNING_RATES
 from lmchat.paths import tokenizer_dir
 from lmchat.tokenizer.bpe import Tokenizer
-from lmchat.types import UserError
+from lmchat.types import UserError, user_errors
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,10 @@ class ImportedModel:
 
 def read_json(path: Path, missing: str) -> dict[str, Any]:
     """The JSON object in a file of a model to import; ``missing`` is the message where there is no such file."""
-    try:
+    if not path.exists():
+        raise UserError(missing)
+    with user_errors(f"{path} is damaged", "copy or download it again", ValueError):
         return json_object(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(missing) from error
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); copy or download it again") from error
 
 
 def save_imported(model: ImportedModel, *, stage: str, tag: str) -> CheckpointPaths:

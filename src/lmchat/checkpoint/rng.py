@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lmchat.types import UserError
+from lmchat.types import user_errors
 
 
 def capture_rng() -> dict[str, Any]:
@@ -30,7 +30,8 @@ def restore_rng(state: dict[str, Any]) -> None:
     Raises:
         UserError: ``state`` is malformed, e.g. from a damaged checkpoint.
     """
-    try:
+    damage = (KeyError, TypeError, ValueError, AttributeError, RuntimeError)
+    with user_errors("the saved random number state is damaged", "use an older checkpoint", *damage):
         torch.set_rng_state(state["torch"])
         if state["cuda"] is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(state["cuda"])
@@ -38,5 +39,3 @@ def restore_rng(state: dict[str, Any]) -> None:
         np.random.set_state(("MT19937", words.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
         version, words, gauss = state["python"]
         random.setstate((version, tuple(words.tolist()), gauss))
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise UserError(f"the saved random number state is damaged ({error}); use an older checkpoint") from error

@@ -21,8 +21,9 @@ from lmchat.demo.run import Demo, Metrics
 from lmchat.demo.text import collect_text, measure_baselines, tokenize, train_tokenizer
 from lmchat.demo.training import finetune, pretrain, reinforce
 from lmchat.files import write_json
-from lmchat.types import UserError
+from lmchat.types import UserError, user_errors
 
+_ELSEWHERE = "choose another folder with --output (make demo OUTPUT=folder)"
 LMCHAT = Path(sys.executable).with_name("lmchat")
 
 STAGES: dict[str, tuple[str, Callable[[Demo], Metrics]]] = {
@@ -90,25 +91,15 @@ def _open_summary(run: Demo) -> dict[str, Any]:
     recipe = run.recipe()
     if not run.summary.exists():
         if run.output.exists() and (not run.output.is_dir() or any(run.output.iterdir())):
-            raise UserError(
-                f"{run.output} is not the output of a demo; choose another folder with --output "
-                "(make demo OUTPUT=folder)"
-            )
+            raise UserError(f"{run.output} is not the output of a demo; {_ELSEWHERE}")
         summary = {"minutes": 0.0, "recipe": recipe, "stages": {}}
         run.output.mkdir(parents=True, exist_ok=True)
         write_json(run.summary, summary)
         return summary
-    try:
+    problem, remedy = f"{run.summary} is damaged or was not written by a demo", f"delete {run.output}, or {_ELSEWHERE}"
+    with user_errors(problem, remedy, ValueError, TypeError, KeyError, AttributeError):
         summary = json.loads(run.summary.read_text())
         changed = [name for name, value in recipe.items() if summary["recipe"].get(name) != value]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(
-            f"{run.summary} is damaged or was not written by a demo ({error}); delete {run.output}, or choose another "
-            "folder with --output (make demo OUTPUT=folder)"
-        ) from error
     if changed:
-        raise UserError(
-            f"{run.output} contains a demo with another {', '.join(changed)}; delete it, or choose another folder with "
-            "--output (make demo OUTPUT=folder)"
-        )
+        raise UserError(f"{run.output} contains a demo with another {', '.join(changed)}; delete it, or {_ELSEWHERE}")
     return summary

@@ -15,12 +15,14 @@ from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT
 from lmchat.tokenizer.bpe import SPECIAL_TOKENS, Tokenizer
 from lmchat.tokenizer.render import render_conversation, render_for_completion
-from lmchat.types import Conversation, UserError
+from lmchat.types import Conversation, UserError, user_errors
 
 TOLERANCE = 1e-4
 """Maximum difference of fp32 logits, which are between -15 and 15."""
 
 NEW_TOKENS = 16
+
+_NOT_WRITTEN = "nothing was written (--check false writes it anyway)"
 
 CONVERSATIONS: tuple[Conversation, ...] = (
     {"messages": [{"role": "user", "content": "What is 12 × 34?"}]},
@@ -88,15 +90,14 @@ def check_export(folder: Path, checkpoint: Checkpoint, tokenizer: Tokenizer, *, 
 def _load(transformers: Any, folder: Path, trust_remote_code: bool) -> tuple[Any, Any]:
     """Loads the export's model, in fp32, and its tokenizer."""
     options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
-    try:
+    problem = f"transformers {transformers.__version__} does not load the export"
+    with user_errors(problem, _NOT_WRITTEN, OSError, ValueError, RuntimeError, TypeError, KeyError):
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
         return model, transformers.AutoTokenizer.from_pretrained(folder, **options)
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-        raise _different(f"transformers {transformers.__version__} does not load the export ({error})") from error
 
 
 def _different(how: str) -> UserError:
-    return UserError(f"{how}; nothing was written (--check false writes it anyway)")
+    return UserError(f"{how}; {_NOT_WRITTEN}")
 
 
 def _stored_model(checkpoint: Checkpoint, dtype: str) -> GPT:

@@ -17,7 +17,7 @@ from lmchat.checkpoint.load import Checkpoint, load_network_state
 from lmchat.files import write_json
 from lmchat.model.config import GPTConfig
 from lmchat.tokenizer.bpe import Tokenizer
-from lmchat.types import UserError
+from lmchat.types import UserError, user_errors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _MODELING = "modeling_lmchat.py"
@@ -87,12 +87,8 @@ def write_export(
         if part:
             # Copied, since safetensors writes the whole storage of a tensor, even if the tensor is only a part of it.
             stored = {key: tensor.to(stored_dtype(key, dtype), copy=True).contiguous() for key, tensor in part.items()}
-            try:
+            with user_errors(f"cannot write {folder / name}", "make room, or choose another folder", SafetensorError):
                 save_file(stored, folder / name, metadata={"format": "pt"})
-            except SafetensorError as error:
-                raise UserError(
-                    f"cannot write {folder / name}: {error}; make room, or choose another folder"
-                ) from error
             shutil.copymode(folder / "config.json", folder / name)  # safetensors lets only the owner read it
     write_tokenizer(tokenizer, folder, form.context_limit(config, native))
     meta = {key: value for key, value in checkpoint.meta.items() if key not in _OF_THE_FILES}

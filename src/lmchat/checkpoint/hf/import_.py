@@ -15,7 +15,7 @@ from lmchat.checkpoint.tensors import check_tensors, shapes
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import EPS
 from lmchat.stage_table import STAGES
-from lmchat.types import UserError
+from lmchat.types import UserError, user_errors
 
 _INHERITED = ("learning_rates", "global_batch_tokens", "micro_batch_size", "weight_decay", "lr_scale")
 _REMEDY = "copy or download it again"
@@ -83,10 +83,8 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     load_file = need("safetensors.torch", "reading a Hugging Face model").load_file
     if not path.exists():
         raise UserError(f"{path} is missing; weights are read from safetensors files only; {_REMEDY}")
-    try:
+    with user_errors(f"{path} is damaged", _REMEDY, Exception):  # of safetensors, or of torch for wrong sizes
         return load_file(path)
-    except Exception as error:  # of safetensors, or of torch for wrong sizes
-        raise UserError(f"{path} is damaged ({error}); {_REMEDY}") from error
 
 
 def _from_native(folder: Path, model: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
