@@ -18,7 +18,7 @@ from lmchat.__main__ import main
 from lmchat.data.encodings import UnknownEncoding, detect_encoding, legacy_encoding
 from lmchat.data.parquet_text import list_shards
 from lmchat.tokenizer.bpe import Tokenizer
-from lmchat.tokenizer.scripts import count_scripts
+from lmchat.tokenizer.compression import count_scripts
 
 LOCALES = [Path("/usr/share/locale"), *(Path(folder) for folder in site.getsitepackages())]
 CODECS = Path(next(iter(__import__("test").__path__)), "cjkencodings")

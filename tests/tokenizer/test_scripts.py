@@ -7,7 +7,7 @@ import unicodedata
 import pytest
 
 from lmchat.tokenizer.bpe import Tokenizer
-from lmchat.tokenizer.scripts import count_scripts, script_table
+from lmchat.tokenizer.compression import count_scripts, script_table
 
 SENTENCES = {
     "Latin": "The lamp is on the table, naïve as it may be. ",

@@ -61,8 +61,14 @@ def evaluate(tokenizer: Path | None = None, data: Path | None = None) -> None:
     from lmchat.data.parquet_text import list_shards
     from lmchat.data.tokenizer_text import read_beginnings
     from lmchat.tokenizer.bpe import Tokenizer
-    from lmchat.tokenizer.compression import BASELINES, compression_table, load_baselines
-    from lmchat.tokenizer.scripts import POOR_BYTES_PER_TOKEN, count_scripts, script_table
+    from lmchat.tokenizer.compression import (
+        BASELINES,
+        POOR_BYTES_PER_TOKEN,
+        compression_table,
+        count_scripts,
+        load_baselines,
+        script_table,
+    )
 
     ours = Tokenizer.load(tokenizer or tokenizer_dir())
     samples = resources.files("lmchat.tokenizer") / "samples.yaml"

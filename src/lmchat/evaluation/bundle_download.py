@@ -14,7 +14,7 @@ from urllib.request import urlopen
 from lmchat.evaluation.core import read_bundle
 from lmchat.files import new_folder
 from lmchat.progress import ProgressBar
-from lmchat.types import UserError
+from lmchat.types import UserError, user_errors
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 MAX_BYTES = 1 << 30
@@ -47,16 +47,15 @@ def download_bundle(output: Path, url: str = BUNDLE_URL) -> int:
 
 def _fetch(url: str, path: Path) -> None:
     """Downloads ``url``; retries after network and server errors."""
-    for attempt in range(_ATTEMPTS):
-        if attempt:
-            time.sleep(_FIRST_PAUSE_SECONDS * 2 ** (attempt - 1))
-        try:
-            return _transfer(url, path)
-        except (OSError, HTTPException, ValueError) as error:
-            problem = error
-            if isinstance(error, ValueError) or (isinstance(error, HTTPError) and error.code < 500):
+    with user_errors(f"cannot download {url}", "check the address and the network", OSError, HTTPException, ValueError):
+        for attempt in range(_ATTEMPTS):
+            try:
+                _transfer(url, path)
                 break
-    raise UserError(f"cannot download {url}: {problem}; check the address and the network") from problem
+            except (OSError, HTTPException) as error:
+                if attempt == _ATTEMPTS - 1 or (isinstance(error, HTTPError) and error.code < 500):
+                    raise
+            time.sleep(_FIRST_PAUSE_SECONDS * 2**attempt)
 
 
 def _transfer(url: str, path: Path) -> None:

@@ -75,7 +75,7 @@ def _charts(runs: Sequence[Run], stage: str) -> str:
     for metric in charted_metrics(list(stages.values())):
         charts = []
         for axis, x_label in AXES.items():
-            series = {run.name: run.stages.get(stage, StageRun(stage, {})).curve(metric, axis) for run in runs}
+            series = {run.name: run.stages.get(stage, StageRun(stage)).curve(metric, axis) for run in runs}
             known = any(len(x) for x, _ in series.values())
             chart = line_chart(series, x_label, label(metric)) if known else f"<p>{x_label} are not known</p>"
             charts.append(f'<div class="x x-{axis}">{chart}</div>')

@@ -28,7 +28,7 @@ AXES = {"step": "optimizer steps", "tokens": "tokens", "seconds": "seconds of tr
 """Choices for the x axis of curves."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class StageRun:
     """One stage of a run.
 
@@ -43,7 +43,7 @@ class StageRun:
     """
 
     stage: str
-    records: dict[int, dict[str, float]]
+    records: dict[int, dict[str, float]] = field(default_factory=dict)
     starts: list[dict[str, Any]] = field(default_factory=list)
     config: str = ""
     samples: dict[str, str] = field(default_factory=dict)
@@ -169,32 +169,28 @@ def _read_stage(base: Path, stage: str, tag: str) -> StageRun:
     versions = sorted(numbered, key=lambda path: int(path.name.removeprefix("version_"))) or [logs]
     # ``lmchat validate`` logs too; only a start of training leaves a ``run.json``.
     trained = [path for path in versions if (path / "run.json").exists()] or versions
-    records: dict[int, dict[str, float]] = {}
-    starts, config = [], ""
-    samples: dict[str, str] = {}
-    intervals: dict[int, dict[str, list[float]]] = {}
+    found = StageRun(stage)
     for version in versions:
         for path in sorted(version.rglob("metrics.csv")):
             new = _read_metrics(path)
             # Earlier versions of ``lmchat validate`` logged at step 0.
-            _merge(records, new if version in trained else [record for record in new if record["step"]])
+            _merge(found.records, new if version in trained else [record for record in new if record["step"]])
         for record in _read_json_lines(version / "intervals.jsonl", {"step": int, "intervals": dict}):
-            intervals.setdefault(record["step"], {}).update(record["intervals"])
+            found.intervals.setdefault(record["step"], {}).update(record["intervals"])
         if version not in trained:
             continue
-        if (version / "run.json").exists():
-            start = version / "run.json"
-            starts.append(_read_json(start.read_bytes(), start, {"versions": dict}))
+        if (start := version / "run.json").exists():
+            found.starts.append(_read_json(start.read_bytes(), start, {"versions": dict}))
         if (version / "config.yaml").exists():
-            config = (version / "config.yaml").read_text(encoding="utf-8", errors="replace")
+            found.config = (version / "config.yaml").read_text(encoding="utf-8", errors="replace")
         for record in _read_json_lines(version / "samples.jsonl", {"samples": dict}):
-            samples = {prompt: str(text) for prompt, text in record["samples"].items()}
+            found.samples = {prompt: str(text) for prompt, text in record["samples"].items()}
+    found.records = dict(sorted(found.records.items()))
     checkpoints = base / STAGES[stage].checkpoints / tag
-    meta, results = None, {}
     if steps := committed_steps(checkpoints):
-        meta = open_checkpoint(CheckpointPaths(checkpoints, steps[-1]), files=()).meta
-        results = read_results(results_file(checkpoints, steps[-1]))
-    return StageRun(stage, dict(sorted(records.items())), starts, config, samples, meta, results, intervals)
+        found.meta = open_checkpoint(CheckpointPaths(checkpoints, steps[-1]), files=()).meta
+        found.results = read_results(results_file(checkpoints, steps[-1]))
+    return found
 
 
 def _merge(records: dict[int, dict[str, float]], new: Sequence[dict[str, float]]) -> None:

@@ -1,15 +1,18 @@
-"""Bytes per token of a tokenizer, compared with GPT-2's and GPT-4's encodings."""
+"""Bytes per token of a tokenizer, compared with GPT-2's and GPT-4's encodings, and by script."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 from lmchat.tokenizer.bpe import Tokenizer
 
 if TYPE_CHECKING:
+    import regex
     import tiktoken
     from rich.table import Table
 
@@ -17,6 +20,16 @@ BASELINES = {"GPT-2": "gpt2", "GPT-4": "cl100k_base"}
 """Column title and name of the encoding in tiktoken."""
 
 DOWNLOAD_TIMEOUT_SECONDS = 20
+
+SCRIPTS = (
+    "Latin", "Greek", "Cyrillic", "Armenian", "Georgian", "Hebrew", "Arabic", "Devanagari", "Bengali", "Gurmukhi",
+    "Gujarati", "Tamil", "Telugu", "Kannada", "Malayalam", "Sinhala", "Thai", "Lao", "Myanmar", "Khmer", "Tibetan",
+    "Ethiopic", "Hangul", "Hiragana", "Katakana", "Han",
+)  # fmt: skip
+"""Unicode scripts that are distinguished; others are not counted."""
+
+POOR_BYTES_PER_TOKEN = 1.5
+"""Below this, a script is encoded almost byte by byte."""
 
 
 def load_baselines() -> dict[str, tiktoken.Encoding]:
@@ -63,5 +76,66 @@ def compression_table(
             f"{n_bytes:,}",
             *(f"{n_bytes / count:.2f}" for count in (own, *theirs)),
             *(f"{count / own - 1:+.1%}" for count in theirs),
+        )
+    return table
+
+
+@dataclass(frozen=True)
+class ScriptCount:
+    """Characters, UTF-8 bytes and tokens of a script in a text, spaces and punctuation within included."""
+
+    characters: int
+    n_bytes: int
+    tokens: int
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.n_bytes / self.tokens
+
+    @property
+    def is_poor(self) -> bool:
+        return self.bytes_per_token < POOR_BYTES_PER_TOKEN
+
+
+def count_scripts(tokenizer: Tokenizer, text: str) -> dict[str, ScriptCount]:
+    """Counts by script, the most frequent first; each run of characters of a script is encoded separately."""
+    runs: dict[str, list[str]] = {}
+    for match in _runs().finditer(text):
+        runs.setdefault(str(match.lastgroup), []).append(match[0])
+    counts = {
+        script: ScriptCount(
+            characters=sum(map(len, own)),
+            n_bytes=sum(len(run.encode()) for run in own),
+            tokens=sum(len(tokenizer.encode(run)) for run in own),
+        )
+        for script, own in runs.items()
+    }
+    return dict(sorted(counts.items(), key=lambda item: -item[1].characters))
+
+
+@cache
+def _runs() -> regex.Pattern[str]:
+    """Matches runs of one script, starting with a letter, with their spaces, punctuation, digits and marks."""
+    import regex
+
+    # A character shared by all scripts belongs to the run before it.
+    groups = (rf"(?P<{name}>\p{{Script={name}}}[\p{{Script={name}}}\p{{Common}}\p{{Inherited}}]*)" for name in SCRIPTS)
+    return regex.compile("|".join(groups))
+
+
+def script_table(counts: dict[str, ScriptCount]) -> Table:
+    """Table of the scripts of a text."""
+    from rich.table import Table
+
+    table = Table("script", title="bytes per token by script")
+    for title in ("characters", "bytes per token", "tokens per character"):
+        table.add_column(title, justify="right")
+    for script, count in counts.items():
+        table.add_row(
+            script,
+            f"{count.characters:,}",
+            f"{count.bytes_per_token:.2f}",
+            f"{count.tokens / count.characters:.2f}",
+            style="yellow" if count.is_poor else "",
         )
     return table
