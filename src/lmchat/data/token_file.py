@@ -120,12 +120,7 @@ def read_offsets(path: Path, header: Header) -> npt.NDArray[np.int64]:
         UserError: they are damaged.
     """
     offsets = np.fromfile(path, dtype=np.int64, count=header.documents + 1, offset=header.offsets_at)
-    check_offsets(path, header, offsets)
-    return offsets
-
-
-def check_offsets(path: Path, header: Header, offsets: npt.NDArray[np.int64]) -> None:
-    """Raises `UserError` unless the offsets fit the header."""
     whole = len(offsets) == header.documents + 1 and offsets[0] == 0 and offsets[-1] == header.tokens
     if not whole or (np.diff(offsets) < 1).any():
         raise UserError(f"the token file {path} is damaged (wrong offsets); delete it; it will be written again")
+    return offsets

@@ -19,7 +19,6 @@ from lmchat.data.parquet_text import list_shards
 from lmchat.data.token_file import (
     HEADER_BYTES,
     Header,
-    check_offsets,
     read_header,
     read_offsets,
     token_dir,
@@ -48,7 +47,6 @@ class TokenShard:
             raise UserError(f"the token file {path} is damaged (wrong checksum); delete it; it will be written again")
         self.tokens = np.frombuffer(data, dtype=header.dtype, count=header.tokens, offset=HEADER_BYTES)
         self.offsets = np.frombuffer(data, dtype=np.int64, offset=header.offsets_at)
-        check_offsets(path, header, self.offsets)
 
 
 class TokenShards:

@@ -61,15 +61,13 @@ def prepare_token_shards(data_dir: Path, tokenizer: Tokenizer, *, num_threads: i
     """
     shards = list_shards(data_dir)
     directory = token_dir(data_dir, tokenizer)
-    stale = _stale(shards, directory, tokenizer)
+    stale = [shard for shard in shards if not _is_current(shard, directory, tokenizer)]
     if stale:
         waiting = f"Waiting for another process to finish tokenizing into {directory}"
         with user_errors(f"cannot write token files to {directory}", "make room or give write permission", OSError):
             directory.mkdir(parents=True, exist_ok=True)
             with locked(directory / ".lock", when_taken=partial(print, waiting, file=sys.stderr, flush=True)):
-                stale = [
-                    shard for shard in _stale(stale, directory, tokenizer) if not _restamp(directory, shard, tokenizer)
-                ]
+                stale = [shard for shard in stale if not _is_current(shard, directory, tokenizer, restamp=True)]
                 _tokenize_all(stale, directory, tokenizer, num_threads or os.cpu_count() or 1)
     headers = [read_header(token_path(directory, shard), tokenizer) for shard in shards]
     return TokenReport(
@@ -82,28 +80,19 @@ def prepare_token_shards(data_dir: Path, tokenizer: Tokenizer, *, num_threads: i
     )
 
 
-def _stale(shards: Iterable[Path], directory: Path, tokenizer: Tokenizer) -> list[Path]:
-    return [shard for shard in shards if not _is_current(token_path(directory, shard), shard, tokenizer)]
+def _is_current(shard: Path, directory: Path, tokenizer: Tokenizer, *, restamp: bool = False) -> bool:
+    """Whether a shard has an up-to-date token file.
 
-
-def _is_current(path: Path, shard: Path, tokenizer: Tokenizer) -> bool:
-    header, status = Header.read(path), shard.stat()
-    return (
-        header is not None
-        and header.tokenizer == tokenizer.fingerprint
-        and (header.source.size, header.source.mtime_ns) == (status.st_size, status.st_mtime_ns)
-        and header.source.footer == _footer_digest(shard)
-    )
-
-
-def _restamp(directory: Path, shard: Path, tokenizer: Tokenizer) -> bool:
-    """Updates the time stamp in the header if only that has changed, as in a copy; returns whether it did."""
-    path = token_path(directory, shard)
+    If only the shard's time stamp has changed, as in a copy, ``restamp`` updates the one in the header.
+    """
+    path, status = token_path(directory, shard), shard.stat()
     header = Header.read(path)
     if header is None or header.tokenizer != tokenizer.fingerprint:
         return False
-    source = _identify(shard)
-    if replace(header.source, mtime_ns=source.mtime_ns) != source:
+    known = header.source
+    if (known.size, known.mtime_ns, known.footer) == (status.st_size, status.st_mtime_ns, _footer_digest(shard)):
+        return True
+    if not restamp or replace(known, mtime_ns=status.st_mtime_ns) != (source := _identify(shard)):
         return False
     with path.open("r+b") as file:
         replace(header, source=source).write(file)

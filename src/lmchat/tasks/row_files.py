@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple
 
 from lmchat.parquet_pages import open_parquet, rows_at_once
 from lmchat.paths import expand_user
@@ -65,22 +65,6 @@ def checked_text(text: Any, what: str) -> str:
     except UnicodeEncodeError:
         raise MalformedRow(f"{what} contains half a surrogate pair, which is not a character") from None
     return text
-
-
-class Rows(Protocol):
-    """A sequence of rows that knows the location of each row."""
-
-    @property
-    def notes(self) -> Sequence[str]:
-        """Remarks on the files for the user: encodings other than UTF-8, skipped files."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Any:
-        """The row. Raises `MalformedRow` if it cannot be read."""
-
-    def location(self, index: int) -> str:
-        """File and line (or row) for error messages."""
 
 
 class _Places(NamedTuple):
@@ -285,14 +269,14 @@ class TableRows:
 
 
 class ChainedRows:
-    """Several sources one after the other."""
+    """Several files one after the other."""
 
-    def __init__(self, sources: Sequence[Rows], notes: Sequence[str] = ()) -> None:
+    def __init__(self, sources: Sequence[TextRows], notes: Sequence[str] = ()) -> None:
         self.sources = sources
         self.ends = list(accumulate(map(len, sources)))
         self.notes = [*notes, *(note for source in sources for note in source.notes)]
 
-    def _locate(self, index: int) -> tuple[Rows, int]:
+    def _locate(self, index: int) -> tuple[TextRows, int]:
         source = bisect.bisect_right(self.ends, index)
         return self.sources[source], index - (self.ends[source - 1] if source else 0)
 
@@ -308,7 +292,15 @@ class ChainedRows:
         return rows.location(local)
 
 
-def read_rows(path: str | Path, split: str | None = None) -> Rows:
+Rows = TableRows | ChainedRows
+"""A sequence of rows.
+
+``notes`` are remarks on the files for the user, ``location`` gives a row's file and line for errors. Access to a row
+raises `MalformedRow` if it cannot be read.
+"""
+
+
+def read_rows(path: str | Path, split: str | None = None) -> ChainedRows:
     """Reads the rows of a file, or of the data files of a folder in the order of their names.
 
     Args:
