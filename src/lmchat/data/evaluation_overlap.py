@@ -22,6 +22,7 @@ GRAM_WORDS = 13
 _KINDS = (*JSON_LINES_SUFFIXES, *JSON_SUFFIXES, ".parquet")
 _MAX_CHARACTERS = 10_000_000
 _FILTER_BITS = 26
+_FILTER_SHIFT = np.uint64(64 - _FILTER_BITS)
 _REMEDY = "restore it or leave it out"
 
 
@@ -77,18 +78,14 @@ class EvaluationOverlap:
         self._example_of = np.repeat(np.arange(len(lengths)), lengths)
         self._found = np.zeros(len(self._grams), dtype=bool)
         self._filter = np.zeros(1 << _FILTER_BITS if len(self._grams) else 1, dtype=bool)
-        self._filter[self._slots(self._grams)] = True
-
-    @staticmethod
-    def _slots(hashes: Hashes) -> Hashes:
-        return hashes >> np.uint64(64 - _FILTER_BITS)
+        self._filter[self._grams >> _FILTER_SHIFT] = True
 
     def count(self, documents: Sequence[Hashes]) -> npt.NDArray[np.int64]:
         """(documents,) numbers of 13-grams that occur in an evaluation set, given the word hashes of each document."""
         if not len(self._grams):
             return np.zeros(len(documents), dtype=np.int64)
         hashes, counts = gram_hashes(documents, GRAM_WORDS)
-        (possible,) = self._filter[self._slots(hashes)].nonzero()
+        (possible,) = self._filter[hashes >> _FILTER_SHIFT].nonzero()
         positions = np.searchsorted(self._grams, hashes[possible]).clip(max=len(self._grams) - 1)
         equal = self._grams[positions] == hashes[possible]
         self._found[positions[equal]] = True

@@ -28,25 +28,19 @@ from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.types import UserError, user_errors
 
 
-class TokenShard:
-    """A memory-mapped token file.
-
-    Attributes:
-        tokens: (tokens,) uint16 or uint32.
-        offsets: (documents + 1,) int64.
+def map_tokens(path: Path, header: Header) -> tuple[npt.NDArray[np.unsignedinteger], npt.NDArray[np.int64]]:
+    """Maps the (tokens,) tokens, uint16 or uint32, and the (documents + 1,) offsets of a token file.
 
     Raises:
         UserError: the checksum is wrong. Computing it also reads the file into the page cache.
     """
-
-    def __init__(self, path: Path, header: Header) -> None:
-        # Arrow closes the file descriptor after mapping, so thousands of shards stay within the limit of open files.
-        with pa.memory_map(str(path)) as file:
-            data = file.read_buffer()
-        if header.file_bytes != len(data) or zlib.crc32(data[HEADER_BYTES:]) != header.crc32:
-            raise UserError(f"the token file {path} is damaged (wrong checksum); delete it; it will be written again")
-        self.tokens = np.frombuffer(data, dtype=header.dtype, count=header.tokens, offset=HEADER_BYTES)
-        self.offsets = np.frombuffer(data, dtype=np.int64, offset=header.offsets_at)
+    # Arrow closes the file descriptor after mapping, so thousands of shards stay within the limit of open files.
+    with pa.memory_map(str(path)) as file:
+        data = file.read_buffer()
+    if header.file_bytes != len(data) or zlib.crc32(data[HEADER_BYTES:]) != header.crc32:
+        raise UserError(f"the token file {path} is damaged (wrong checksum); delete it; it will be written again")
+    tokens = np.frombuffer(data, dtype=header.dtype, count=header.tokens, offset=HEADER_BYTES)
+    return tokens, np.frombuffer(data, dtype=np.int64, offset=header.offsets_at)
 
 
 class TokenShards:
@@ -62,7 +56,7 @@ class TokenShards:
     def __init__(self, paths: Sequence[Path], tokenizer: Tokenizer) -> None:
         self.paths = list(paths)
         self._headers = [read_header(path, tokenizer) for path in self.paths]
-        self._opened: list[TokenShard | None] = [None] * len(self.paths)
+        self._opened: dict[int, tuple[npt.NDArray[np.unsignedinteger], npt.NDArray[np.int64]]] = {}
         self._damage: list[UserError] = []
         # The first document of each shard, and the number of documents.
         self._firsts: list[int] = np.cumsum([0, *(header.documents for header in self._headers)]).tolist()
@@ -105,10 +99,10 @@ class TokenShards:
 
     def _check_all(self) -> None:
         for shard, (path, header) in enumerate(zip(self.paths, self._headers, strict=True)):
-            if self._opened[shard] is None:  # open shards have been checked
+            if shard not in self._opened:  # open shards have been checked
                 try:
                     with user_errors(f"cannot read the token file {path}", "check its disk, or delete it", OSError):
-                        TokenShard(path, header)
+                        map_tokens(path, header)
                 except UserError as error:
                     self._damage.append(error)
                     return
@@ -122,8 +116,8 @@ class TokenShards:
         if self._damage:
             raise self._damage[0]
         number = self.shard_of(document)
-        shard = self._opened[number]
-        if shard is None:
-            shard = self._opened[number] = TokenShard(self.paths[number], self._headers[number])
-        start += int(shard.offsets[document - self._firsts[number]])
-        into[:] = shard.tokens[start : start + len(into)]
+        if number not in self._opened:
+            self._opened[number] = map_tokens(self.paths[number], self._headers[number])
+        tokens, offsets = self._opened[number]
+        start += int(offsets[document - self._firsts[number]])
+        into[:] = tokens[start : start + len(into)]

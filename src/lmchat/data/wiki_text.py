@@ -81,15 +81,15 @@ class WikiPages:
                 raise UserError(f"{self.path} is damaged or truncated ({error}); copy or create it again") from error
             size += len(chunk)
             if size - self._parser.CurrentByteIndex > _MAX_TAG_BYTES:
-                raise UserError(
-                    f"{self.path} is not a MediaWiki export: it has a tag longer than {_MAX_TAG_BYTES:,} bytes; leave "
-                    "the file out"
-                )
+                raise self._refusal(f"it has a tag longer than {_MAX_TAG_BYTES:,} bytes")
             for title, text in self._ready:
                 yield f"{title}\n\n{wiki_text(text, self._media)}".strip()
             self._ready.clear()
             if not chunk:
                 return
+
+    def _refusal(self, reason: str) -> UserError:
+        return UserError(f"{self.path} is not a MediaWiki export: {reason}; leave the file out")
 
     def _refuse_doctype(self, *_: Any) -> None:
         raise NotAnExport(f"{self.path} has a DOCTYPE, which MediaWiki exports do not have")
@@ -99,10 +99,7 @@ class WikiPages:
         if not self._elements and name != "mediawiki":
             raise NotAnExport(f"{self.path} is not a MediaWiki export: its first element is {name[:40]}")
         if len(self._elements) > _MAX_DEPTH:
-            raise UserError(
-                f"{self.path} is not a MediaWiki export: it is nested deeper than {_MAX_DEPTH} levels; leave the file "
-                "out"
-            )
+            raise self._refusal(f"it is nested deeper than {_MAX_DEPTH} levels")
         self._is_export = True
         self._elements.append(name)
         if name == "page":

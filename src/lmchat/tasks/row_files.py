@@ -153,9 +153,10 @@ class TextRows:
         self._index(lines, unit, copied=True)
 
     def _is_by_line(self, kind: str) -> bool:
-        first = self._line(0)
-        is_one_row = kind in JSON_LINES_SUFFIXES and not first.startswith(b"[")
-        return (len(self) > 1 or is_one_row) and _is_json(first)
+        with contextlib.suppress(MalformedRow):
+            self[0]
+            return len(self) > 1 or (kind in JSON_LINES_SUFFIXES and not self._line(0).startswith(b"["))
+        return False
 
     def _read_values(self, kind: str) -> None:
         """Reads an array of rows, one row, or several. Lines stay as they are if that fails or if each is a row."""
@@ -222,14 +223,6 @@ def _bounded_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
 
 def _row_of(line: bytes) -> bytes:
     return line.removeprefix(codecs.BOM_UTF8).strip().rstrip(b",")
-
-
-def _is_json(content: Any) -> bool:
-    try:
-        json.loads(content)
-    except (ValueError, RecursionError):
-        return False
-    return True
 
 
 def _is_message(value: Any) -> bool:

@@ -142,20 +142,16 @@ class RowTask(Task):
                     if len(complaints) < REPORTED_ROWS:
                         complaints.append(f"{self.rows.location(index)}: {error}")
         if complaints:
-            self._report(complaints, len(self.rows) - len(good), refuse=not self.skip_malformed or not good)
+            count = len(self.rows) - len(good)
+            listed = "\n  ".join(complaints + ["..."] * (count > len(complaints)))
+            summary = f"{self.path or self.name}: {count} of {len(self.rows)} rows are malformed:\n  {listed}"
+            if not self.skip_malformed or not good:
+                alternative = ", or set `skip_malformed: true` to train without them" if good else ""
+                raise UserError(f"{summary}; correct them{alternative}")
+            warnings.warn(f"skipped, {summary}", stacklevel=2)
         if not good:
             raise UserError(f"{self.name}: {self.path or self.hub} contains no rows; give another path")
         return np.asarray(good)
-
-    def _report(self, complaints: list[str], count: int, refuse: bool) -> None:
-        listed = "\n  ".join(complaints + ["..."] * (count > len(complaints)))
-        summary = f"{self.path or self.name}: {count} of {len(self.rows)} rows are malformed:\n  {listed}"
-        if refuse:
-            others = count < len(self.rows)
-            raise UserError(
-                f"{summary}; correct them{', or set `skip_malformed: true` to train without them' if others else ''}"
-            )
-        warnings.warn(f"skipped, {summary}", stacklevel=3)
 
     def chosen(self) -> np.ndarray:
         """Indices of the rows to use, integers, in order: all that are not malformed."""
