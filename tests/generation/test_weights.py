@@ -11,10 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from live_server import tiny_engine
-from lmchat.generation import packed_block
 from lmchat.generation.packed_product import PackedLinear, can_pack, padded_rows
 from lmchat.generation.sampling import SamplingParams
-from lmchat.model.gpt import norm, rotate
 
 pytestmark = pytest.mark.skipif(
     not can_pack(torch.device("cpu"), torch.float32), reason="packed products are not exact with this torch"
@@ -43,18 +41,6 @@ def test_rows_do_not_depend_on_their_number() -> None:
         assert torch.equal(linear(x[:rows]), expected[:rows])
     assert linear(x.view(3, 100, 64)).shape == (3, 100, 96)
     assert torch.equal(linear(x.view(20, 15, 64)[:, 1:4]), expected.view(20, 15, 96)[:, 1:4])
-
-
-def test_norm_and_rotation_are_the_networks() -> None:
-    """In few operators, also where epsilon matters, and for each row alone."""
-    torch.manual_seed(0)
-    x = torch.randn(7, 3, 4, 32) * torch.tensor([0.0, 1e-6, 1e-4, 1e-2, 1.0, 1e3, 1e10]).view(-1, 1, 1, 1)
-    torch.testing.assert_close(packed_block._norm(x), norm(x), rtol=1e-6, atol=1e-9)
-    torch.testing.assert_close(packed_block._norm(x.bfloat16()), norm(x.bfloat16()))
-    assert all(torch.equal(packed_block._norm(row), packed_block._norm(x)[i]) for i, row in enumerate(x))
-    x, angles = torch.randn_like(x), torch.randn(7, 3, 1, 16)
-    cos, sin = angles.cos(), angles.sin()
-    torch.testing.assert_close(packed_block._rotate(x, cos, sin), rotate(x, cos, sin))
 
 
 def test_padding_is_little() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from lmchat.generation import cpu_kernels
 from lmchat.generation.kv_pool import KVPool, round_up
 from lmchat.model.attention import attend_banded, attention, window_mask
 
@@ -93,6 +95,13 @@ class Groups:
     places: Tensor
     max_prompt: int
 
+    @cached_property
+    def by_row(self) -> tuple[Tensor, Tensor]:
+        """(rows,) int64 group of each row, and rows in the order of their groups."""
+        _, kv_heads, size = self.members.shape
+        groups = self.places[::kv_heads] // (kv_heads * size)
+        return groups, groups.argsort()
+
 
 class DecodeCache:
     """One new token for each of the first rows of a pool; see `AttentionCache`.
@@ -120,7 +129,6 @@ class DecodeCache:
         self.max_own = max_own
         self.groups = groups
         self._places: dict[int, Tensor] = {}
-        self._indices: dict[tuple[bool, int], tuple[Tensor, Tensor]] = {}
         self._masks: dict[int, Tensor] = {}
 
     def context_end(self, length: int) -> int:
@@ -129,6 +137,18 @@ class DecodeCache:
 
     def positions(self, length: int) -> Tensor:
         return self.row_positions[:, None]
+
+    def attend_projected(
+        self, layer: int, projected: Tensor, value_embedding: Tensor | None, rotary: tuple[Tensor, Tensor], window: int
+    ) -> Tensor:
+        """`attend` with the kernels for CPUs, whose heads are yet to be rotated and normed; see `cpu_kernels.attend`.
+
+        Returns:
+            (rows, 1, heads · head_dim) fp32.
+        """
+        shared = None if self.groups is None else self.groups.by_row
+        tokens = cpu_kernels.NewTokens(self.pool, self.prompts, self.row_positions, self.base, shared)
+        return cpu_kernels.attend(tokens, layer, window, projected, value_embedding, rotary)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         keys, values = self.pool.keys[layer], self.pool.values[layer]
@@ -172,34 +192,14 @@ class DecodeCache:
         mask = self._mask(window, kv_heads, values.size(2), own_scores.size(-1), prompt_columns, used)
         weights = torch.cat((prompt_scores, own_scores), dim=-1).add_(mask).softmax(dim=-1)
         prompt_weights, own_weights = weights.split((used, own_scores.size(-1)), dim=-1)
-        own = self._mix(own_weights, values)
-        if own.is_cuda:
-            prompt_values = prompt_values[:num_groups, :, :used].flatten(0, 1)
-            return own + to_rows(_product(to_groups(prompt_weights.to(prompt_values.dtype)), prompt_values))
-        return own + _gather_sum(prompt_weights, prompt_values, self._index(groups, prompt_weights, prompt_columns))
+        prompt_values = prompt_values[:num_groups, :, :used].flatten(0, 1)
+        from_prompts = _product(to_groups(prompt_weights.to(prompt_values.dtype)), prompt_values)
+        return self._mix(own_weights, values) + to_rows(from_prompts)
 
     def _mix(self, weights: Tensor, values: Tensor) -> Tensor:
         """Sums of the first columns of the rows' own slots, weighted by (rows · kv heads, heads per kv head, used)."""
-        if weights.is_cuda:
-            used = values[: len(self.own), :, : weights.size(-1)]
-            return _product(weights.to(values.dtype), used.flatten(0, 1))
-        return _gather_sum(weights, values, self._index(None, weights, values.size(2)))
-
-    def _index(self, groups: Groups | None, weights: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-        """(n · queries · used,): index among all columns of all slots and heads of what ``weights`` are for, and where
-        each query's begin.
-
-        These are the first columns of the groups' prompts, or without groups of the rows' own slots; ``weights`` is
-        (n, queries, used). All layers of a window have the same.
-        """
-        key = (groups is None, columns)
-        if key not in self._indices:
-            count, queries, used = weights.shape
-            slots = torch.arange(count) if groups is None else groups.places // groups.members.size(2)
-            starts = (slots * columns).repeat_interleave(queries) if queries > 1 else slots * columns
-            index = (starts[:, None] + torch.arange(used)).flatten()
-            self._indices[key] = index, torch.arange(0, len(index), used)
-        return self._indices[key]
+        used = values[: len(self.own), :, : weights.size(-1)]
+        return _product(weights.to(values.dtype), used.flatten(0, 1))
 
     def _place(self, kv_heads: int, columns: int) -> Tensor:
         """(rows · kv heads,) index of each new token among all columns of all slots and heads."""
@@ -243,17 +243,6 @@ def _scores(q: Tensor, keys: Tensor) -> Tensor:
     With the keys on the left, a CPU reads them 1.3 to 2.5 times as fast.
     """
     return _product(keys.flatten(0, 1), q.transpose(1, 2)).transpose(1, 2)
-
-
-def _gather_sum(weights: Tensor, values: Tensor, index: tuple[Tensor, Tensor]) -> Tensor:
-    """(n, queries, head_dim): sums of the values at ``index``, weighted by (n, queries, used); see `_index`.
-
-    For a CPU: ``embedding_bag`` prefetches what it reads, and is up to twice as fast as a product of so few rows. The
-    one in ``torch.nn.functional`` would compute the starts in each layer.
-    """
-    table = values.view(-1, values.size(-1))
-    sums = torch.embedding_bag(table, *index, False, 0, False, weights.reshape(-1))[0]
-    return sums.view(*weights.shape[:2], -1)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lmchat.generation.cached_attention import DecodeCache
+from lmchat.generation.cpu_kernels import add_and_norm, has_kernels
 from lmchat.generation.packed_product import pack, packed_product
 from lmchat.model.attention import AttentionCache
-from lmchat.model.gpt import EPS, Block, ResidualMix, norm
+from lmchat.model.gpt import Block, ResidualMix, norm, rotate
 
 
 class PackedBlock(nn.Module):
     """`lmchat.model.gpt.Block` with packed weights and fewer operators, whose cost is that of a step of few rows.
 
     Queries, keys, values and the gate of the value embedding are one product; factors of the residual mix are numbers
-    on the host; the squared ReLU, the rotation and sums work in place.
+    on the host; in fp32, sums with their norm, and a decode step's attention, are kernels of `cpu_kernels.c`.
 
     Args:
         block: the block to take the weights from; it is not modified.
@@ -30,6 +29,7 @@ class PackedBlock(nn.Module):
         super().__init__()
         self.layer, self.window, self.head_dim = block.attn.layer, block.attn.window, block.attn.head_dim
         self.dtype = dtype
+        self.fused = has_kernels(dtype)
         self.pack(block, factors)
 
     def pack(self, block: Block, factors: tuple[Tensor, Tensor] | None) -> None:
@@ -59,36 +59,33 @@ class PackedBlock(nn.Module):
     ) -> Tensor:
         """See `Block.forward`; of ``mix`` only the normed embedding is read."""
         if mix is not None and self.factors is not None:
-            x = (x * self.factors[0]).add_(mix[0], alpha=self.factors[1])
-        heads, v, *gate = packed_product(_norm(x), self._projection).split_with_sizes(self.sizes, dim=-1)
-        q, k = _norm(_rotate(heads.unflatten(-1, (-1, self.head_dim)), cos, sin)).split_with_sizes(self.heads, dim=2)
+            x, normed = self._add_and_norm(x, mix[0], *self.factors)
+        else:
+            normed = norm(x)
+        projected = packed_product(normed, self._projection)
+        if self.fused and isinstance(kv_cache, DecodeCache):
+            attended = kv_cache.attend_projected(self.layer, projected, value_embedding, (cos, sin), self.window)
+        else:
+            attended = self._attend(projected, value_embedding, cos, sin, kv_cache)
+        x, normed = self._add_and_norm(x, packed_product(attended, self._attention_out))
+        inner = packed_product(normed, self._mlp_in, "relu").square_()
+        return x.add_(packed_product(inner, self._mlp_out))
+
+    def _add_and_norm(
+        self, x: Tensor, added: Tensor, factor: float = 1.0, added_factor: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        if self.fused:
+            return add_and_norm(x, added, factor, added_factor)
+        total = factor * x + added_factor * added
+        return total, norm(total)
+
+    def _attend(
+        self, projected: Tensor, value_embedding: Tensor | None, cos: Tensor, sin: Tensor, kv_cache: AttentionCache
+    ) -> Tensor:
+        heads, v, *gate = projected.split_with_sizes(self.sizes, dim=-1)
+        heads = norm(rotate(heads.unflatten(-1, (-1, self.head_dim)), cos, sin))
+        q, k = heads.split_with_sizes(self.heads, dim=2)
         v = v.unflatten(-1, (-1, self.head_dim))
         if value_embedding is not None:
             v = torch.addcmul(v, gate[0].sigmoid().unsqueeze(-1), value_embedding.view_as(v), value=2)
-        attended = kv_cache.attend(self.layer, q, k, v, self.window).flatten(2)
-        x = x + packed_product(attended, self._attention_out)
-        inner = packed_product(_norm(x), self._mlp_in, "relu").square_()
-        return x.add_(packed_product(inner, self._mlp_out))
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """See `lmchat.model.gpt.rotate`."""
-    halves = x.unflatten(-1, (2, -1))
-    rotated = halves * cos.unsqueeze(-2)
-    (first, second), (new_first, new_second) = halves.unbind(-2), rotated.unbind(-2)
-    new_first.addcmul_(second, sin)
-    new_second.addcmul_(first, sin, value=-1)
-    return rotated.flatten(-2)
-
-
-def _norm(x: Tensor) -> Tensor:
-    """See `lmchat.model.gpt.norm`; x / sqrt(mean(x²) + eps) in four operators, where `rms_norm` has six on a CPU."""
-    if x.dtype != torch.float32:
-        return norm(x)
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return (x / torch.hypot(length, _smallest_length(x.size(-1)))).mul_(math.sqrt(x.size(-1)))
-
-
-@cache
-def _smallest_length(width: int) -> Tensor:
-    return torch.tensor(math.sqrt(width * EPS))
+        return kv_cache.attend(self.layer, q, k, v, self.window).flatten(2)

@@ -1,0 +1,191 @@
+"""Kernels of decode steps on a CPU, in C: compiled at their first use, and called through ctypes.
+
+`torch.utils.cpp_extension` would need ninja and import setuptools, which takes longer than this compilation.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from contextlib import suppress
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lmchat.generation.kv_pool import KVPool
+from lmchat.model.gpt import EPS
+
+logger = logging.getLogger(__name__)
+
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+"""The OpenMP that is found is torch's, which has been loaded before, so that both use the same threads."""
+
+COMPILE_SECONDS = 120
+
+
+class _Slots(ctypes.Structure):
+    """``Slots`` of `cpu_kernels.c`."""
+
+    _fields_ = [("keys", ctypes.c_void_p), ("values", ctypes.c_void_p), ("columns", ctypes.c_int64)]
+
+    @classmethod
+    def of(cls, pool: KVPool, layer: int) -> _Slots:
+        if not pool.num_slots:
+            return cls()
+        keys, values = pool.keys[layer], pool.values[layer]
+        return cls(_address(keys), _address(values), keys.size(2))
+
+
+class _Step(ctypes.Structure):
+    """``Step`` of `cpu_kernels.c`."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("rows", "heads", "kv_heads", "head_dim", "window", "stride")),
+        ("eps", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("projected", "value_embedding", "cos", "sin")),
+        *((name, ctypes.c_void_p) for name in ("positions", "bases", "prompt_slots", "order")),
+        ("own", _Slots),
+        ("prompts", _Slots),
+        ("out", ctypes.c_void_p),
+    ]
+
+
+def has_kernels(dtype: torch.dtype) -> bool:
+    """Whether there are kernels for a compute dtype. Compiles them at the first call, and warns if that fails."""
+    return dtype == torch.float32 and _library() is not None
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    try:
+        library = _load()
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        output = getattr(error, "stderr", None)
+        logger.warning(
+            "generation on this CPU is up to 1.5 times slower than it could be, since its kernels cannot be compiled; "
+            "install a C compiler, or name one in CC: %.500s",
+            output.decode(errors="replace").strip() if output else error,
+        )
+        return None
+    size, number, pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+    library.attend.argtypes = [ctypes.POINTER(_Step), ctypes.c_int]
+    library.add_and_norm.argtypes = [size, size, number, *[pointer] * 2, *[number] * 2, *[pointer] * 2, ctypes.c_int]
+    return library
+
+
+def _load() -> ctypes.CDLL:
+    source = resources.files("lmchat.generation").joinpath("cpu_kernels.c").read_bytes()
+    compiler = os.environ.get("CC") or "cc"
+    # The macros tell the compiler and the instructions of this CPU: machines can share a home.
+    macros = _run([compiler, *FLAGS, "-dM", "-E", "-x", "c", os.devnull])
+    name = f"cpu_kernels-{hashlib.sha256(source + macros + ' '.join(FLAGS).encode()).hexdigest()[:16]}.so"
+    cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmchat" / "kernels" / name
+    if cached.exists():
+        return ctypes.CDLL(str(cached))
+    with tempfile.TemporaryDirectory() as folder:
+        built = Path(folder) / name
+        _run([compiler, "-x", "c", "-", *FLAGS, "-o", str(built), "-lm"], source)
+        _keep(built, cached)
+        return ctypes.CDLL(str(built))
+
+
+def _run(command: list[str], source: bytes | None = None) -> bytes:
+    return subprocess.run(command, input=source, capture_output=True, check=True, timeout=COMPILE_SECONDS).stdout
+
+
+def _keep(built: Path, cached: Path) -> None:
+    """Copies the library to the cache for the next start, at once, since several processes can do so together."""
+    copy = cached.with_name(f"{cached.name}.{os.getpid()}")
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(built, copy)
+        copy.replace(cached)
+    except OSError:  # a home without room or permission: it is compiled again
+        with suppress(OSError):
+            copy.unlink()
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    if tensor is None:
+        return None
+    assert tensor.is_contiguous()
+    return tensor.data_ptr()
+
+
+def _kernels() -> ctypes.CDLL:
+    library = _library()
+    assert library is not None
+    return library
+
+
+def add_and_norm(x: Tensor, added: Tensor, factor: float = 1.0, added_factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """factor · x + added_factor · added, (..., width) fp32 each, and its norm."""
+    total, normed = torch.empty_like(x), torch.empty_like(x)
+    _kernels().add_and_norm(
+        x.numel() // x.size(-1), x.size(-1), EPS, _address(x), _address(added), factor, added_factor,
+        _address(total), _address(normed), torch.get_num_threads(),
+    )  # fmt: skip
+    return total, normed
+
+
+class NewTokens(NamedTuple):
+    """One new token per row, as of `lmchat.generation.cached_attention.DecodeCache`.
+
+    Attributes:
+        pool: slots of the sequences, row r in slot r.
+        prompts: slots of shared prompts.
+        positions: (rows,) int64 position of each new token.
+        bases: (rows,) int64 tokens of the shared prompt, 0 without one; the row's slot has those from there on.
+        shared: (rows,) int64 slot of each row's shared prompt, any where ``bases`` is 0; and the rows in an order in
+            which those that share a prompt are neighbors. None if no row has one.
+    """
+
+    pool: KVPool
+    prompts: KVPool
+    positions: Tensor
+    bases: Tensor
+    shared: tuple[Tensor, Tensor] | None
+
+
+def attend(
+    tokens: NewTokens,
+    layer: int,
+    window: int,
+    projected: Tensor,
+    value_embedding: Tensor | None,
+    rotary: tuple[Tensor, Tensor],
+) -> Tensor:
+    """Stores keys and values of new tokens in a layer, and attends from each to the ``window`` before it and itself.
+
+    Args:
+        tokens: where they are.
+        layer: index of the layer.
+        window: number of tokens.
+        projected: (rows, 1, n) fp32 queries, keys and values of all heads before rotation and norm, and with
+            ``value_embedding`` the logits of its gates.
+        value_embedding: (rows, 1, kv heads · head_dim) fp32, added to the values through the gates.
+        rotary: cos and sin, (rows, 1, 1, head_dim / 2) fp32.
+
+    Returns:
+        (rows, 1, heads · head_dim) fp32.
+    """
+    config = tokens.pool.layout.config
+    rows = len(projected)
+    out = torch.empty(rows, 1, config.n_head * config.head_dim)
+    step = _Step(
+        rows, config.n_head, config.n_kv_head, config.head_dim, window, projected.size(-1), EPS,
+        _address(projected), _address(value_embedding), *map(_address, rotary),
+        _address(tokens.positions), _address(tokens.bases), *map(_address, tokens.shared or (None, None)),
+        _Slots.of(tokens.pool, layer), _Slots.of(tokens.prompts, layer), _address(out),
+    )  # fmt: skip
+    _kernels().attend(step, torch.get_num_threads())
+    return out
