@@ -53,33 +53,6 @@ class LossEMA:
         self._steps = torch.tensor(state["ema_steps"], dtype=torch.int64)
 
 
-class Stopwatch:
-    """Seconds of training; paused time does not count."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._paused = 0.0
-        self._pause_start: float | None = None
-
-    def pause(self) -> None:
-        """Pauses the watch if it runs."""
-        if self._pause_start is None:
-            self._pause_start = time.perf_counter()
-
-    def resume(self, since: float) -> None:
-        """Resumes the watch if it is paused, counting from ``since``, a value of `time.perf_counter`."""
-        if self._pause_start is not None:
-            self._paused += since - self._pause_start
-            self._pause_start = None
-
-    def lap(self) -> float:
-        """Seconds since the last lap."""
-        now = time.perf_counter()
-        seconds = now - self._start - self._paused
-        self._start, self._paused = now, 0.0
-        return seconds
-
-
 class Monitor(StepCallback):
     """Measures training at step boundaries, with one device sync per logged step and none in between.
 
@@ -101,7 +74,8 @@ class Monitor(StepCallback):
         self.loss_ema = LossEMA()
         self.tokens = 0
         self._bar: ProgressBar | None = None
-        self._watch = Stopwatch()
+        self._lap_start = 0.0
+        self._pause_start: float | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         super().on_train_start(trainer, pl_module)
@@ -113,7 +87,7 @@ class Monitor(StepCallback):
         if trainer.is_global_zero:
             print(self._description(trainer, pl_module), flush=True)
             self._bar = ProgressBar("Training", trainer.max_steps, unit="steps", done=self.first_step, log=False)
-        self._watch = Stopwatch()
+        self._lap_start, self._pause_start = time.perf_counter(), None
 
     def _description(self, trainer: L.Trainer, module: StageModule) -> str:
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -127,13 +101,15 @@ class Monitor(StepCallback):
         )
 
     def on_validation_start(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.state.fn == "fit":
-            self._watch.pause()
+        if trainer.state.fn == "fit" and self._pause_start is None:
+            self._pause_start = time.perf_counter()
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         # Not in on_validation_end: callbacks after this one may still generate samples, which is not training time. The
         # time to get this batch counts, since reinforcement learning samples its batches.
-        self._watch.resume(pl_module.evaluated_at)
+        if self._pause_start is not None:
+            self._lap_start += pl_module.evaluated_at - self._pause_start
+            self._pause_start = None
 
     def on_step_end(self, trainer: L.Trainer, pl_module: Any, step: int) -> None:
         loss, metrics = pl_module.pop_step_loss(), pl_module.pop_step_metrics()
@@ -148,7 +124,8 @@ class Monitor(StepCallback):
     def _record(self, trainer: L.Trainer, module: StageModule, tracked: dict[str, torch.Tensor]) -> None:
         means = reduce_numbers(trainer, torch.stack(list(tracked.values())) / trainer.world_size).tolist()
         position = trainer.datamodule.progress()  # type: ignore[attr-defined]
-        step, seconds = trainer.global_step, self._watch.lap()
+        step, now = trainer.global_step, time.perf_counter()
+        seconds, self._lap_start = now - self._lap_start, now
         rate = self._lap_tokens / seconds
         metrics = {
             **dict(zip(tracked, means, strict=True)),

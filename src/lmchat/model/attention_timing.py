@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -52,14 +53,19 @@ def choose_by_timing(net: GPT, rows: int, documents: bool, file: Path) -> dict[i
     config = net.config
     sizes = rows, config.sequence_len, config.n_head, config.n_kv_head, config.head_dim
     shapes = {window: AttentionShape(*sizes, window, documents, net.compute_dtype) for window in config.window_sizes}
-    remembered = _read(file)
+    remembered: dict[str, str] = {}
+    with suppress(OSError, ValueError):  # absent or damaged
+        remembered = json_object(file.read_bytes())
     versions = [torch.cuda.get_device_name(net.device), torch.__version__, torch.backends.cudnn.version()]
     keys = {window: " ".join(map(str, [*versions, *astuple(shape)])) for window, shape in shapes.items()}
     missing = [window for window, shape in shapes.items() if remembered.get(keys[window]) not in shape.candidates]
     for window in missing:
         remembered[keys[window]] = fastest(shapes[window], net.device) or net.attention_backend
-    if missing:
-        _write(file, remembered)
+    try:
+        if missing:
+            write_json(file, remembered)
+    except OSError as error:
+        logger.warning("cannot remember the fastest attention (%s); the next run times it again", error)
     return {window: remembered[key] for window, key in keys.items()}
 
 
@@ -116,19 +122,3 @@ def _step(name: str, shape: AttentionShape, device: torch.device) -> Callable[[]
         starts = torch.arange(4 * shape.rows + 1, device=device, dtype=torch.int32) * (shape.length // 4)
         starts[-1] = tokens
     return lambda: torch.autograd.grad(attend(q, k, v, shape.window, starts), (q, k, v), grad)
-
-
-def _read(file: Path) -> dict[str, str]:
-    """The remembered choices; none if the file is absent or damaged."""
-    try:
-        return json_object(file.read_bytes())
-    except (OSError, ValueError):
-        return {}
-
-
-def _write(file: Path, remembered: dict[str, str]) -> None:
-    """Remembers the choices, if the folder can be written to."""
-    try:
-        write_json(file, remembered)
-    except OSError as error:
-        logger.warning("cannot remember the fastest attention (%s); the next run times it again", error)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lmchat.optim.muon_adamw import MuonAdamW, adamw_update
+from lmchat.optim.muon_adamw import MuonAdamW, step_adamw
 
 Group = dict[str, Any]
 
@@ -217,7 +217,7 @@ class RowBucket(Bucket):
 
     def step(self, optimizer: MuonAdamW, grads: Tensor, live: set[Tensor]) -> None:
         state = optimizer.adamw_state(self.param, self.own)
-        adamw_update(self.group, [self.own], [grads[: len(self.own)]], [state])
+        step_adamw(self.group, [self.own], [grads[: len(self.own)]], [state])
 
     def _part(self) -> Tensor:
         if len(self.own) == self.shape[1]:

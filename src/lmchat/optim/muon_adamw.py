@@ -113,7 +113,7 @@ class MuonAdamW(Optimizer):
 
     def _step_adamw(self, group: dict[str, Any]) -> None:
         params = [param for param in group["params"] if param.grad is not None]
-        adamw_update(group, params, [param.grad for param in params], [self.adamw_state(p, p) for p in params])
+        step_adamw(group, params, [param.grad for param in params], [self.adamw_state(p, p) for p in params])
 
     def _step_muon(self, group: dict[str, Any]) -> None:
         params = group["params"]
@@ -307,10 +307,27 @@ def muon_update(
     params.sub_((update + decay) * (lr * max(1, rows / cols) ** 0.5))
 
 
-def adamw_update(
-    settings: Mapping[str, Any], params: list[Tensor], grads: list[Tensor], states: Sequence[Mapping[str, Tensor]]
+def step_adamw(
+    group: Mapping[str, Any], params: list[Tensor], grads: list[Tensor], states: Sequence[Mapping[str, Tensor]]
 ) -> None:
-    """Takes one step of AdamW (arXiv:1711.05101), in place on ``params`` and ``states``.
+    """Steps any parts of an AdamW group's tensors; ``states`` correspond to the parts."""
+    lists = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+    adamw_update(params, grads, *lists, **{name: group[name] for name in ("lr", "betas", "eps", "weight_decay")})
+
+
+def adamw_update(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """Takes one step of AdamW (arXiv:1711.05101), in place on everything but ``grads``.
 
     torch's fused kernel makes one pass over memory for all tensors of a call.
 
@@ -318,27 +335,24 @@ def adamw_update(
     Elementwise, so splitting a tensor does not change the result.
 
     Args:
-        settings: ``lr``, ``betas``, ``eps`` and ``weight_decay``, such as a parameter group.
-        params: tensors of any shape; ``grads`` and ``states`` correspond one to one.
-        states: ``exp_avg`` (m) and ``exp_avg_sq`` (v), like the parameter, and ``step``, a 0-dim fp32 tensor on its
-            device, number of previous steps (t − 1).
+        params: tensors of any shape; ``grads``, ``exp_avgs`` (m) and ``exp_avg_sqs`` (v) correspond one to one.
+        steps: 0-dim fp32 tensors on the parameters' devices, number of previous steps (t − 1).
     """
-    beta1, beta2 = settings["betas"]
     adamw(
         params,
         [_laid_out_as(param, grad) for param, grad in zip(params, grads, strict=True)],
-        [state["exp_avg"] for state in states],
-        [state["exp_avg_sq"] for state in states],
+        exp_avgs,
+        exp_avg_sqs,
         [],
-        [state["step"] for state in states],
+        steps,
         fused=True,
         amsgrad=False,
         maximize=False,
-        lr=settings["lr"],
-        beta1=beta1,
-        beta2=beta2,
-        eps=settings["eps"],
-        weight_decay=settings["weight_decay"],
+        lr=lr,
+        beta1=betas[0],
+        beta2=betas[1],
+        eps=eps,
+        weight_decay=weight_decay,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from lmchat.tokenizer.render import render_for_completion
 from lmchat.types import Conversation, Rollout
 
 
+@dataclass(eq=False)
 class Rollouts(IterableDataset[Rollout]):
     """On-policy micro-batches of one rank: all groups of a step are sampled before the first row is trained on.
 
@@ -47,35 +48,26 @@ class Rollouts(IterableDataset[Rollout]):
         UserError: the state is a position in other questions.
     """
 
-    def __init__(
-        self,
-        mixture: Mixture,
-        engine: Callable[[], Engine],
-        sampling: SamplingParams,
-        *,
-        questions_per_step: int,
-        steps: int,
-        seed: int,
-        rank: int,
-        world_size: int,
-        all_reduce: Callable[[Tensor], Tensor],
-        fingerprint: dict[str, str],
-        state: dict[str, Any] | None = None,
-    ) -> None:
-        assert questions_per_step % world_size == 0
-        self.mixture = mixture
-        self.engine = engine
-        self.sampling = replace(sampling, logprobs=True)
-        self.questions_per_step = questions_per_step
-        self.steps = steps
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.all_reduce = all_reduce
-        self.fingerprint = fingerprint
-        if state is not None:
-            check_fingerprint(state.get("data"), fingerprint)
-        self.first_step = count_in(state, "steps", len(mixture) // questions_per_step) if state else 0
+    mixture: Mixture
+    engine: Callable[[], Engine]
+    sampling: SamplingParams
+    _: KW_ONLY
+    questions_per_step: int
+    steps: int
+    seed: int
+    rank: int
+    world_size: int
+    all_reduce: Callable[[Tensor], Tensor]
+    fingerprint: dict[str, str]
+    state: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        assert self.questions_per_step % self.world_size == 0
+        self.sampling = replace(self.sampling, logprobs=True)
+        self.first_step = 0
+        if self.state is not None:
+            check_fingerprint(self.state.get("data"), self.fingerprint)
+            self.first_step = count_in(self.state, "steps", len(self.mixture) // self.questions_per_step)
         self.sampled_at = time.perf_counter()
 
     def __len__(self) -> int:

@@ -12,7 +12,6 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp
 
 from lmchat.generation.engine import Engine
 from lmchat.serve.engine_worker import EngineWorker
@@ -83,7 +82,15 @@ class Server:
         self.max_prompt_tokens = min(limits.max_prompt_tokens or engine.context_limit, engine.context_limit - 1)
         self.max_new_tokens = min(limits.max_new_tokens or engine.context_limit, engine.context_limit - 1)
         self._longest_token = int(engine.tokenizer.token_bytes.max())
-        self.app = self._gated(self._routes(), api_key, loopback)
+        pages = {"/", *(f"/{name}" for name in PAGE), "/health"}
+        self.app = Gate(
+            app=self._routes(),
+            metrics=self.metrics,
+            public=frozenset(pages),
+            counted=frozenset(pages | {"/v1/chat/completions", "/v1/completions", "/v1/models", "/metrics"}),
+            api_key=api_key,
+            loopback=loopback,
+        )
 
     def _routes(self) -> FastAPI:
         app = FastAPI(title="lmchat", docs_url=None, redoc_url=None, openapi_url=None, lifespan=self._lifespan)
@@ -104,18 +111,6 @@ class Server:
         app.add_exception_handler(APIError, _on_api_error)
         app.add_exception_handler(HTTPException, _on_http_error)
         return app
-
-    def _gated(self, app: FastAPI, api_key: str | None, loopback: bool) -> ASGIApp:
-        page = {"/", *(f"/{name}" for name in PAGE)}
-        api = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/metrics"}
-        return Gate(
-            app,
-            metrics=self.metrics,
-            public=frozenset(page | {"/health"}),
-            counted=frozenset(page | api | {"/health"}),
-            api_key=api_key,
-            loopback=loopback,
-        )
 
     @asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:

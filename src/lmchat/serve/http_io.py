@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -60,32 +61,22 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     return bytes(body)
 
 
+@dataclass(eq=False)
 class GeneratedResponse(Response):
     """Runs a plan and sends its answers, as one JSON object or as a stream of events, which may end with its usage.
 
     The run is cancelled if the client disconnects or the time limit is exceeded.
     """
 
-    def __init__(
-        self,
-        worker: EngineWorker,
-        admission: Admission,
-        metrics: Metrics,
-        plan: Plan,
-        responses: Responses,
-        *,
-        stream: bool,
-        usage: bool,
-    ) -> None:
-        self.background = None
-        self._worker = worker
-        self._admission = admission
-        self._metrics = metrics
-        self._plan = plan
-        self._responses = responses
-        self._streams = stream
-        self._usage = usage
-        self._begun = False
+    worker: EngineWorker
+    admission: Admission
+    metrics: Metrics
+    plan: Plan
+    responses: Responses
+    stream: bool
+    usage: bool
+    background = None
+    _begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         work = asyncio.ensure_future(self._respond(scope, receive, send))
@@ -93,7 +84,7 @@ class GeneratedResponse(Response):
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
-                self._metrics.disconnects.inc()
+                self.metrics.disconnects.inc()
         finally:
             work.cancel()
             gone.cancel()
@@ -102,9 +93,9 @@ class GeneratedResponse(Response):
             work.result()
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
-        limits = self._admission.limits
+        limits = self.admission.limits
         try:
-            with self._admission.admit(len(self._plan.prompts) * self._plan.num_samples):
+            with self.admission.admit(len(self.plan.prompts) * self.plan.num_samples):
                 async with asyncio.timeout(limits.max_seconds):
                     await self._run(scope, receive, send)
             return
@@ -126,31 +117,31 @@ class GeneratedResponse(Response):
                     await self._end(send)
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
-        run = Run(self._worker, self._plan, self._metrics)
+        run = Run(self.worker, self.plan, self.metrics)
         try:
             await run.start()
-            if self._streams:
+            if self.stream:
                 await self._send_stream(run, send)
                 return
             await run.finish()
         finally:
             run.close()
-        await JSONResponse(self._responses.whole(run))(scope, receive, send)
+        await JSONResponse(self.responses.whole(run))(scope, receive, send)
 
     async def _send_stream(self, run: Run, send: Send) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         self._begun = True
-        for chunk in self._responses.opening(run):
+        for chunk in self.responses.opening(run):
             await self._event(send, chunk)
         async for gained in run.deltas():
-            chunks = (self._responses.chunk(run, number, delta) for number, delta in gained.items())
+            chunks = (self.responses.chunk(run, number, delta) for number, delta in gained.items())
             if data := b"".join(_encode(chunk) for chunk in chunks if chunk):
                 await send({"type": "http.response.body", "body": data, "more_body": True})
             for number in gained:  # sent tokens are not needed again; with log-probabilities they are large
                 run.answers[number].whole.tokens.clear()
-        if self._usage:
-            await self._event(send, self._responses.usage_chunk(run))
+        if self.usage:
+            await self._event(send, self.responses.usage_chunk(run))
         await self._end(send)
 
     async def _event(self, send: Send, data: JSON) -> None:

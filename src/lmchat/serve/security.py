@@ -7,7 +7,8 @@ import hmac
 import ipaddress
 import logging
 import secrets
-from urllib.parse import urlsplit
+from dataclasses import dataclass
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -53,6 +54,7 @@ def check_api_key(key: str) -> str:
     return key
 
 
+@dataclass(frozen=True, kw_only=True)
 class Gate:
     """ASGI middleware: checks Host, Origin and bearer token, adds headers, counts responses, handles other exceptions.
 
@@ -65,22 +67,12 @@ class Gate:
             prevents DNS rebinding.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        *,
-        metrics: Metrics,
-        public: frozenset[str],
-        counted: frozenset[str],
-        api_key: str | None,
-        loopback: bool,
-    ) -> None:
-        self.app = app
-        self.metrics = metrics
-        self.public = public
-        self.counted = counted
-        self.loopback = loopback
-        self._digest = _digest(api_key.encode()) if api_key is not None else None
+    app: ASGIApp
+    metrics: Metrics
+    public: frozenset[str]
+    counted: frozenset[str]
+    api_key: str | None
+    loopback: bool
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -117,16 +109,16 @@ class Gate:
     def _check(self, path: str, headers: Headers) -> None:
         """Raises APIError if the request is not allowed."""
         host = headers.get("host", "")
-        if self.loopback and not is_loopback(_hostname(f"//{host}")):
+        if self.loopback and not is_loopback(_split(f"//{host}").hostname or ""):
             raise APIError("this server answers requests to this machine only; use localhost", status=403)
         origin = headers.get("origin")
-        if origin is not None and _netloc(origin) != host.lower():
+        if origin is not None and _split(origin).netloc.lower() != host.lower():
             raise APIError("pages of other origins may not use this server", status=403)
-        if self._digest is None or path in self.public:
+        if self.api_key is None or path in self.public:
             return
         scheme, _, token = headers.get("authorization", "").partition(" ")
         given = _digest(token.strip().encode("latin-1", "replace"))
-        if not hmac.compare_digest(given, self._digest) or scheme.lower() != "bearer":
+        if not hmac.compare_digest(given, _digest(self.api_key.encode())) or scheme.lower() != "bearer":
             raise APIError(
                 "a valid bearer token is missing: send `Authorization: Bearer TOKEN`",
                 status=401,
@@ -140,16 +132,9 @@ def _digest(token: bytes) -> bytes:
     return hashlib.sha256(token).digest()
 
 
-def _hostname(url: str) -> str:
+def _split(url: str) -> SplitResult:
+    """The parts of a URL; those of an invalid one are empty."""
     try:
-        return urlsplit(url).hostname or ""
+        return urlsplit(url)
     except ValueError:
-        return ""
-
-
-def _netloc(url: str) -> str:
-    """Host and port of a URL in lower case; empty if it has none."""
-    try:
-        return urlsplit(url).netloc.lower()
-    except ValueError:
-        return ""
+        return urlsplit("")

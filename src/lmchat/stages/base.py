@@ -239,7 +239,7 @@ class StageModule(L.LightningModule):
 
     def _time_attention(self) -> None:
         """On a GPU, rank 0 times the attention backends for the fixed shapes of training, for all ranks."""
-        if self.attention != "auto" or self.net.device.type != "cuda" or not self.packed_rows:
+        if self.attention != "auto" or self.net.device.type != "cuda":
             return
         chosen: dict[int, str] = {}
         if self.trainer.global_rank == 0:
@@ -248,8 +248,8 @@ class StageModule(L.LightningModule):
         use_backends(self.net, self.trainer.strategy.broadcast(chosen))
 
     def compiles_blocks(self) -> bool:
-        """Whether the blocks are compiled in training."""
-        return self._compiles(pays=self._compiling_pays())
+        """Whether the blocks are compiled in training; never where every micro-batch has another shape."""
+        return self.packed_rows and self._compiles(pays=self._compiling_pays())
 
     def _compiles(self, pays: bool) -> bool:
         """Whether to compile; ``pays`` is the answer for "auto" if the compiler works."""
@@ -258,8 +258,8 @@ class StageModule(L.LightningModule):
         return self.compile_mode
 
     def _compiling_pays(self) -> bool:
-        if not self.packed_rows or self.device.type != "cpu":
-            return self.packed_rows and self.device.type == "cuda"
+        if self.device.type != "cpu":
+            return self.device.type == "cuda"
         assert self.plan.global_batch_tokens is not None
         tokens = self.total_steps * self.plan.global_batch_tokens
         return tokens * flops_per_token(self.config) >= COMPILE_FLOPS_ON_CPU

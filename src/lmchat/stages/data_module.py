@@ -49,7 +49,6 @@ class StageDataModule(L.LightningDataModule):
         self.position: dict[str, Any] | None = None
         self.max_steps: int | None = None
         self.is_due: Callable[[Evaluator], bool] = lambda evaluator: True
-        self._copy_stream: torch.cuda.Stream | None = None
 
     @property
     def micro_batch_size(self) -> int:
@@ -107,27 +106,11 @@ class StageDataModule(L.LightningDataModule):
         return batch
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Copies a batch to the device; on a GPU in a separate stream, in parallel to the step (never run on a GPU)."""
+        """Copies a batch to the device; from pinned memory the CPU does not wait for it."""
         if isinstance(batch, EvalBatch):
             data = self.transfer_batch_to_device(batch.data, device, dataloader_idx)
             return EvalBatch(batch.evaluator, data)
-        if device.type != "cuda":
-            return super().transfer_batch_to_device(batch, device, dataloader_idx)
-        compute = torch.cuda.current_stream(device)
-        with torch.cuda.stream(self.copy_stream(device)):
-            batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
-        compute.wait_stream(self.copy_stream(device))
-        for value in batch.values() if isinstance(batch, dict) else ():
-            if isinstance(value, torch.Tensor):
-                # Otherwise the copy stream could reuse its memory while the step still reads it.
-                value.record_stream(compute)
-        return batch
-
-    def copy_stream(self, device: torch.device) -> torch.cuda.Stream:
-        """The CUDA stream that batches are copied on."""
-        if self._copy_stream is None:
-            self._copy_stream = torch.cuda.Stream(device)
-        return self._copy_stream
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position}

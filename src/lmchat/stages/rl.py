@@ -68,9 +68,6 @@ class GRPOModule(ChatModule):
     def schedule(self, step: int) -> Schedule:
         return Schedule(rl_lr_multiplier(step, self.total_steps), self.momentum, self.plan.weight_decay)
 
-    def compiles_blocks(self) -> bool:
-        return False  # every micro-batch has another shape
-
     def training_step(self, batch: Rollout, batch_idx: int) -> torch.Tensor:
         if not batch["inputs"].numel():
             # No gradients, so that a step without samples changes no optimizer state.
