@@ -145,8 +145,7 @@ class Server:
             chat=True,
             top_logprobs=top_logprobs,
         )
-        self._check_logprobs(wanted, plan, max_tokens)
-        return self._generated(wanted, plan, ChatResponses(tokenizer, self.card.name))
+        return self._generated(wanted, plan, max_tokens, ChatResponses(tokenizer, self.card.name))
 
     async def complete(self, request: Request) -> Response:
         """``POST /v1/completions``."""
@@ -167,8 +166,7 @@ class Server:
             echo=sent if wanted.echo else None,
             top_logprobs=top_logprobs,
         )
-        self._check_logprobs(wanted, plan, max_tokens)
-        return self._generated(wanted, plan, CompletionResponses(self.engine.tokenizer, self.card.name))
+        return self._generated(wanted, plan, max_tokens, CompletionResponses(self.engine.tokenizer, self.card.name))
 
     async def tokenize(self, request: Request) -> Response:
         """``POST /tokenize``, as of vLLM. A text that is the name of a special token is that token."""
@@ -213,11 +211,17 @@ class Server:
 
     # -----------------------------------------------------------------------------------------------------------------
 
-    def _generated(self, wanted: GenerationRequest, plan: Plan, responses: Responses) -> Response:
-        usage = bool(wanted.stream_options and wanted.stream_options.include_usage)
-        return GeneratedResponse(
-            self.worker, self.admission, self.metrics, plan, responses, stream=bool(wanted.stream), usage=usage
-        )
+    def _generated(self, wanted: GenerationRequest, plan: Plan, max_tokens: int, responses: Responses) -> Response:
+        """The response to a request; one that would take too much memory is refused."""
+        stream, options = bool(wanted.stream), wanted.stream_options
+        if plan.top_logprobs is not None and not stream:
+            echoed = sum(map(len, plan.echo or ()))
+            tokens = plan.num_samples * (echoed + len(plan.prompts) * max_tokens)
+            if (count := tokens * (1 + plan.top_logprobs)) > MAX_LOGPROBS:
+                message = f"{count} log-probabilities exceed {MAX_LOGPROBS}; ask for fewer, or for a stream"
+                raise APIError(message, param="logprobs")
+        usage = bool(options and options.include_usage)
+        return GeneratedResponse(self.worker, self.admission, self.metrics, plan, responses, stream, usage)
 
     def _check(self, wanted: GenerationRequest) -> None:
         if wanted.model is not None:
@@ -229,16 +233,6 @@ class Server:
             raise APIError(message, param="best_of", code="unsupported_parameter")
         if wanted.stream_options and not wanted.stream:
             raise APIError("stream_options needs stream: true", param="stream_options")
-
-    def _check_logprobs(self, wanted: GenerationRequest, plan: Plan, max_tokens: int) -> None:
-        """Refuses responses that would take too much memory."""
-        if plan.top_logprobs is None or wanted.stream:
-            return
-        echoed = sum(map(len, plan.echo or ()))
-        tokens = plan.num_samples * (echoed + len(plan.prompts) * max_tokens)
-        if (count := tokens * (1 + plan.top_logprobs)) > MAX_LOGPROBS:
-            message = f"{count} log-probabilities exceed {MAX_LOGPROBS}; ask for fewer, or for a stream"
-            raise APIError(message, param="logprobs")
 
     def _check_model(self, name: str) -> None:
         if name not in (self.card.name, ANY_MODEL):

@@ -7,9 +7,10 @@ import logging
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from lmchat.generation.engine import Engine, TokenEvent, TokenScores
+from lmchat.generation.engine import Engine, TokenEvent
 from lmchat.generation.sampling import SamplingParams
 from lmchat.types import UserError
 
@@ -120,20 +121,16 @@ class EngineWorker:
             self._owners.update(zip(requests, ((generation, start) for start in starts), strict=True))
             return generation
 
-        def abandon(future: asyncio.Future[Generation]) -> None:
+        def abandon(future: Future[Generation]) -> None:
             if not future.cancelled() and future.exception() is None:
                 future.result().close()
 
-        future = asyncio.ensure_future(self.call(add))
+        future = self._submit(add)
         try:
-            return await asyncio.shield(future)
+            return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
             future.add_done_callback(abandon)
             raise
-
-    async def score(self, ids: Sequence[int], top: int) -> TokenScores:
-        """`Engine.score` in the engine's thread."""
-        return await self.call(lambda: self.engine.score(ids, top))
 
     async def call(self, function: Callable[[], T]) -> T:
         """Calls ``function`` in the engine's thread between two steps and returns its result.
@@ -141,26 +138,24 @@ class EngineWorker:
         Raises:
             EngineFailure: the engine has failed before.
         """
-        future: asyncio.Future[T] = self._loop.create_future()
+        return await asyncio.wrap_future(self._submit(function))
 
-        def finish(result: T) -> None:
-            if not future.done():
-                future.set_result(result)
-
-        def fail(error: Exception) -> None:
-            if not future.done():
-                future.set_exception(error)
+    def _submit(self, function: Callable[[], T]) -> Future[T]:
+        """Queues a call of ``function`` in the engine's thread."""
+        future: Future[T] = Future()
 
         def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
             try:
-                self._in_loop(finish, function())
+                future.set_result(function())
             except Exception as error:
-                self._in_loop(fail, error)
+                future.set_exception(error)
 
         if self.failed or self._closed:
             raise EngineFailure("the engine has stopped; restart the server")
         self._commands.put(run)
-        return await future
+        return future
 
     def cancel(self, request: int, sample: int | None = None) -> None:
         """Cancels a sample of a request, or all of them, before the next step."""

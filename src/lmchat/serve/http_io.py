@@ -123,7 +123,8 @@ class GeneratedResponse(Response):
             if self.stream:
                 await self._send_stream(run, send)
                 return
-            await run.finish()
+            async for _ in run.deltas():
+                pass
         finally:
             run.close()
         await JSONResponse(self.responses.whole(run))(scope, receive, send)

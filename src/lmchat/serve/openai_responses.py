@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from lmchat.tokenizer.bpe import Tokenizer
 JSON = dict[str, Any]
 
 
-class Responses:
+class Responses(ABC):
     """Formats the answers of one request; ``model`` is the name of the model that answers."""
 
     prefix: str
@@ -38,14 +39,28 @@ class Responses:
 
     def chunk(self, run: Run, number: int, delta: Delta) -> JSON | None:
         """A chunk of a stream; None if there is nothing to send."""
-        raise NotImplementedError
+        tokens = run.plan.top_logprobs is not None and delta.tokens
+        if not (delta.parts or delta.finish_reason or tokens):
+            return None
+        return self._envelope(self.chunk_object, [self._part(run, number, delta)])
 
     def usage_chunk(self, run: Run) -> JSON:
         """The last chunk of a stream whose client asks for its usage."""
         return self._envelope(self.chunk_object, []) | {"usage": usage(run)}
 
+    @abstractmethod
     def _choice(self, run: Run, number: int) -> JSON:
-        raise NotImplementedError
+        """A complete answer."""
+
+    @abstractmethod
+    def _part(self, run: Run, number: int, delta: Delta) -> JSON:
+        """A choice with the next part of an answer."""
+
+    @abstractmethod
+    def _logprobs(self, tokens: Sequence[Token]) -> JSON: ...
+
+    def _wanted_logprobs(self, run: Run, tokens: Sequence[Token]) -> JSON | None:
+        return None if run.plan.top_logprobs is None else self._logprobs(tokens)
 
     def _envelope(self, kind: str, choices: list[JSON]) -> JSON:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
@@ -61,23 +76,19 @@ class ChatResponses(Responses):
             choice = {"index": number, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
             yield self._envelope(self.chunk_object, [choice])
 
-    def chunk(self, run: Run, number: int, delta: Delta) -> JSON | None:
-        if not delta.parts and not delta.finish_reason and not delta.tokens:
-            return None
+    def _part(self, run: Run, number: int, delta: Delta) -> JSON:
         content: JSON = {"content": delta.text} if delta.text else {}
         if any(part["type"] != "text" for part in delta.parts):
             content["parts"] = delta.parts
         choice = {"index": number, "delta": content, "finish_reason": delta.finish_reason}
-        if run.plan.top_logprobs is not None:
-            choice["logprobs"] = self._logprobs(delta.tokens)
-        elif not content and not delta.finish_reason:
-            return None
-        return self._envelope(self.chunk_object, [choice])
+        if (logprobs := self._wanted_logprobs(run, delta.tokens)) is not None:
+            choice["logprobs"] = logprobs
+        return choice
 
     def _choice(self, run: Run, number: int) -> JSON:
         answer = run.answers[number].whole
         message = {"role": "assistant", "content": answer.text, "refusal": None, "parts": answer.parts}
-        logprobs = None if run.plan.top_logprobs is None else self._logprobs(answer.tokens)
+        logprobs = self._wanted_logprobs(run, answer.tokens)
         return {"index": number, "message": message, "logprobs": logprobs, "finish_reason": answer.finish_reason}
 
     def _logprobs(self, tokens: Sequence[Token]) -> JSON:
@@ -102,11 +113,6 @@ class CompletionResponses(Responses):
             for number in range(len(run.answers)):
                 yield self._envelope(self.chunk_object, [self._part(run, number, run.echo_of(number))])
 
-    def chunk(self, run: Run, number: int, delta: Delta) -> JSON | None:
-        if not delta.text and not delta.finish_reason and (run.plan.top_logprobs is None or not delta.tokens):
-            return None
-        return self._envelope(self.chunk_object, [self._part(run, number, delta)])
-
     def _choice(self, run: Run, number: int) -> JSON:
         whole = Delta()
         whole.add(run.echo_of(number))
@@ -114,8 +120,7 @@ class CompletionResponses(Responses):
         return self._part(run, number, whole)
 
     def _part(self, run: Run, number: int, delta: Delta) -> JSON:
-        """A choice with the next part of an answer, or of its prompt."""
-        logprobs = None if run.plan.top_logprobs is None else self._logprobs(delta.tokens)
+        logprobs = self._wanted_logprobs(run, delta.tokens)
         return {"index": number, "text": delta.text, "logprobs": logprobs, "finish_reason": delta.finish_reason}
 
     def _logprobs(self, tokens: Sequence[Token]) -> JSON:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from lmchat.generation.sampling import SamplingParams
 from lmchat.serve.answers import Answer, Delta, Token, text_offsets
@@ -82,7 +83,8 @@ class Run:
             self._generation = await self._worker.generate(self.plan.prompts, self.plan.params)
         if self.plan.echo is not None and self.plan.top_logprobs is not None:
             for prompt, ids, echo in zip(self.plan.prompts, self.plan.echo, self.echoes, strict=True):
-                scores = await self._worker.score(prompt, self.plan.top_logprobs)
+                score = partial(self._worker.engine.score, prompt, self.plan.top_logprobs)
+                scores = await self._worker.call(score)
                 columns = (prompt, (None, *scores.logprobs), ((), *scores.top))
                 offsets = text_offsets(self._worker.engine.tokenizer, ids)
                 echo.tokens += map(Token, *(column[len(prompt) - len(ids) :] for column in columns), offsets)
@@ -104,11 +106,6 @@ class Run:
                     if answer.done:
                         self._generation.cancel(number)
             yield gained
-
-    async def finish(self) -> None:
-        """Waits for the complete answers."""
-        async for _ in self.deltas():
-            pass
 
     def close(self) -> None:
         """Cancels unfinished completions and records the metrics."""

@@ -70,19 +70,34 @@ class TerminalChat:
         """Reads lines from standard input until it ends or the user leaves."""
         print(HELP, file=sys.stderr)
         for line in _lines():
-            match line.split(maxsplit=1):
-                case ["/quit" | "/exit"]:
+            try:
+                if self._handle(line):
                     return
-                case ["/reset"]:
-                    self.reset(self.system)
-                case ["/system", *text]:
-                    self._set_system(text[0] if text else None)
-                case ["/help" | "/?"]:
-                    print(HELP, file=sys.stderr)
-                case [word, *_] if word.startswith("/"):
-                    print(f"unknown command {word}. {HELP}", file=sys.stderr)
-                case [_, *_]:
-                    self._take(line)
+            except UserError as error:
+                is_command = line.startswith("/")
+                rest = "the conversation goes on as before" if is_command else "this message is ignored"
+                print(f"{error}; {rest}", file=sys.stderr)
+            except KeyboardInterrupt:
+                if not _is_interactive():
+                    raise
+                print("\n(stopped; this message and its answer are ignored)", file=sys.stderr)
+
+    def _handle(self, line: str) -> bool:
+        """Runs a command or answers a question; returns whether the user leaves."""
+        match line.split(maxsplit=1):
+            case ["/quit" | "/exit"]:
+                return True
+            case ["/reset"]:
+                self.reset(self.system)
+            case ["/system", *text]:
+                self.reset(text[0] if text else None)
+            case ["/help" | "/?"]:
+                print(HELP, file=sys.stderr)
+            case [word, *_] if word.startswith("/"):
+                print(f"unknown command {word}. {HELP}", file=sys.stderr)
+            case [_, *_] if self._make_room(line):
+                self.ask(line)
+        return False
 
     def ask(self, question: str) -> str:
         """Prints the answer to ``question`` as it is generated and returns its text.
@@ -110,25 +125,6 @@ class TerminalChat:
         if parts:
             self.messages += [asked, {"role": "assistant", "content": parts}]
         return "".join(part["text"] for part in parts)
-
-    def _set_system(self, system: str | None) -> None:
-        """Starts a new conversation; on errors the old one goes on."""
-        try:
-            self.reset(system)
-        except UserError as error:
-            print(f"{error}; the conversation goes on as before", file=sys.stderr)
-
-    def _take(self, question: str) -> None:
-        """Answers a line of the user; on errors the conversation does not change."""
-        try:
-            if self._make_room(question):
-                self.ask(question)
-        except UserError as error:
-            print(f"{error}; this message is ignored", file=sys.stderr)
-        except KeyboardInterrupt:
-            if not _is_interactive():
-                raise
-            print("\n(stopped; this message and its answer are ignored)", file=sys.stderr)
 
     def _make_room(self, question: str) -> bool:
         """Removes the oldest turns if the conversation exceeds the context; False if the user declines."""
