@@ -48,21 +48,6 @@ def groups_per_rank(questions_per_step: int, world_size: int) -> int:
     return groups
 
 
-def rows_per_step(global_batch_tokens: int, sequence_len: int) -> int:
-    """Rows per optimizer step over all ranks.
-
-    Raises:
-        UserError: the global batch is not a multiple of the row length.
-    """
-    rows, rest = divmod(global_batch_tokens, sequence_len)
-    if rest or not rows:
-        raise UserError(
-            f"global_batch_tokens {global_batch_tokens} is not a multiple of sequence_len {sequence_len}; "
-            f"use --model.global_batch_tokens {max(1, rows) * sequence_len}"
-        )
-    return rows
-
-
 def nearest_divisors(number: int, near: int) -> list[int]:
     """The divisors of ``number`` next below and next above ``near``, where they exist."""
     found = divisors(number)

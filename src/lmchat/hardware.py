@@ -43,7 +43,7 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 MIN_ADDRESS_SPACE_BYTES = 2**30
 _LIBRARIES_BYTES = 600_000_000
-"""Resident memory of a process that trains a model of some kilobytes."""
+"""Resident memory of Python, torch and Lightning in a process that trains a model of some kilobytes."""
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -95,7 +95,8 @@ def host_memory_bytes() -> int | None:
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
     if address_space != resource.RLIM_INFINITY:
-        limits.append(max(0, address_space - _address_space_of_libraries()))
+        mapped, resident = mapped_and_resident_bytes()
+        limits.append(max(0, address_space - (mapped - resident) - _LIBRARIES_BYTES))
     if CGROUP_LIMIT.exists() and (text := CGROUP_LIMIT.read_text().strip()).isdigit():
         limits.append(int(text))
     return min(limits)
@@ -111,12 +112,6 @@ def check_address_space() -> None:
             f"`ulimit -v` allows {limit // 2**20} MiB, and PyTorch and its libraries take more than "
             f"{MIN_ADDRESS_SPACE_BYTES // 2**20}; raise it, e.g. `ulimit -v 4000000`"
         )
-
-
-def _address_space_of_libraries() -> int:
-    """Bytes of address space that are mapped but not in use, and what Python, torch and Lightning have in use."""
-    mapped, resident = mapped_and_resident_bytes()
-    return mapped - resident + _LIBRARIES_BYTES
 
 
 def mapped_and_resident_bytes() -> tuple[int, int]:

@@ -68,25 +68,22 @@ def _compiled_flex() -> Any:
 @torch.compiler.disable  # compiled code would ignore the cache
 @cache
 def _block_mask(length: int, window: int, device: torch.device) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= key) & (query - key <= window)
-
-    with torch.inference_mode(False):  # Evaluation may create the mask first, and training must be able to use it.
-        return create_block_mask(visible, None, None, length, length, device=str(device))
+    return _create_mask(None, length, device, window)
 
 
 @torch.compiler.disable
 @lru_cache(maxsize=2)  # masks of the last batch, for S and L; keys are compared by identity
 def _document_mask(rows: int, length: int, window: int, starts: Tensor) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
+    return _create_mask(document_ids(starts, rows, length), length, starts.device, window)
 
-    documents = document_ids(starts, rows, length)
+
+def _create_mask(documents: Tensor | None, length: int, device: torch.device, window: int) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
 
     def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         near = (query >= key) & (query - key <= window)
-        return near & (documents[row, query] == documents[row, key])
+        return near if documents is None else near & (documents[row, query] == documents[row, key])
 
-    with torch.inference_mode(False):
-        return create_block_mask(visible, rows, None, length, length, device=str(starts.device))
+    with torch.inference_mode(False):  # Evaluation may create the mask first, and training must be able to use it.
+        rows = None if documents is None else len(documents)
+        return create_block_mask(visible, rows, None, length, length, device=str(device))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal, cast
 
@@ -30,7 +30,7 @@ TOLERANCE = 0.1
 """Relative error (of norms) of an FP8 product against fp32; emulated, 0.06 (tensorwise) and 0.04 (rowwise)."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Conversion:
     """Result of `convert_linears`.
 
@@ -39,8 +39,8 @@ class Conversion:
         left: reason for each layer that was not converted, by name.
     """
 
-    converted: list[str] = field(default_factory=list)
-    left: dict[str, str] = field(default_factory=dict)
+    converted: list[str]
+    left: dict[str, str]
 
     def describe(self) -> str:
         """One-line description; layers with equal name and reason are counted."""
@@ -64,19 +64,12 @@ def convert_linears(
             shape varies.
         emulate: round operands to FP8 and multiply in fp32. Slow, for tests on any device.
     """
-    conversion = Conversion()
-    chosen: dict[str, Linear] = {}
-    for name, module in net.named_modules():
-        if isinstance(module, Linear):
-            reason = why_not(name, module, lm_head)
-            if reason is None:
-                chosen[name] = module
-                conversion.converted.append(name)
-            else:
-                conversion.left[name] = reason
+    layers = {name: module for name, module in net.named_modules() if isinstance(module, Linear)}
+    reasons = {name: why_not(name, layer, lm_head) for name, layer in layers.items()}
+    chosen = {name: layers[name] for name, reason in reasons.items() if reason is None}
     for name, twin in _fp8_twins(chosen, recipe, pad, emulate).items():
         chosen[name].fp8 = (twin,)  # in a tuple, so that torch does not register it as a submodule
-    return conversion
+    return Conversion(list(chosen), {name: reason for name, reason in reasons.items() if reason is not None})
 
 
 def why_not(name: str, layer: Linear, lm_head: bool) -> str | None:

@@ -308,9 +308,8 @@ class GPT(nn.Module):
         if self.device.type == "meta":  # without operators, which would import torch._dynamo there
             shape = (ROTARY_ROWS * config.sequence_len, 1, config.head_dim // 2)
             for name in ("cos", "sin"):
-                self.register_buffer(
-                    name, torch.empty(shape, dtype=self.compute_dtype, device="meta"), persistent=False
-                )
+                table = torch.empty(shape, dtype=self.compute_dtype, device="meta")
+                self.register_buffer(name, table, persistent=False)
             return
         channels = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
         frequencies = 1.0 / (ROTARY_BASE ** (channels / config.head_dim))
@@ -416,10 +415,9 @@ class GPT(nn.Module):
         fused = self.fused_ends and kv_cache is None
         look_up = partial(compiled(_look_up) if fused else _look_up, ids, self.compute_dtype)
         x = norm(look_up(self.transformer.wte.weight))
-        x0 = x
         mixes: list[ResidualMix | None] = [None] * self.config.n_layer
         if self.config.residual_mix:
-            mixes = [(x0, *factors) for factors in zip(self.resid_lambdas, self.x0_lambdas, strict=True)]
+            mixes = [(x, *factors) for factors in zip(self.resid_lambdas, self.x0_lambdas, strict=True)]
         for layer, (block, mix) in enumerate(zip(self.blocks, mixes, strict=True)):
             # Compiled blocks are for the fixed shapes of training; a growing cache would recompile them at every step.
             run: Callable[..., Tensor] = block if kv_cache is None else block.forward
@@ -432,10 +430,9 @@ class GPT(nn.Module):
             value_embedding = None
             if str(layer) in self.value_embeds:
                 value_embedding = look_up(cast(Embedding, self.value_embeds[str(layer)]).weight)
-            if self.mix_in_blocks:
-                x = run(x, value_embedding, cos, sin, kv_cache, mix)
-            else:
-                x = run(mix_residual(x, mix), value_embedding, cos, sin, kv_cache)
+            if not self.mix_in_blocks:
+                x, mix = mix_residual(x, mix), None
+            x = run(x, value_embedding, cos, sin, kv_cache, mix)
         if kv_cache is not None:
             kv_cache.advance(ids.size(1))
         return norm(x)

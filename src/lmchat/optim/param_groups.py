@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -57,15 +57,20 @@ def build_param_groups(
     for name, param in named_parameters:
         members[_group_key(name, param)].append((name, param))
 
-    groups = []
+    groups: list[dict[str, Any]] = []
+
+    def add(name: str, key: str | tuple[int, int], **settings: Any) -> None:
+        names, params = zip(*members[key], strict=True)
+        settings |= {"initial_lr": settings["lr"], "weight_decay": settings.get("weight_decay", 0.0)}
+        groups.append({"name": name, "params": list(params), "param_names": list(names), **settings})
+
     for key, (lr, betas) in adamw_groups.items():
         if key in members:
-            settings = {"kind": "adamw", "lr": lr * lr_scale, "betas": betas, "eps": 1e-10, "weight_decay": 0.0}
-            groups.append(_group(key, members[key], settings))
+            add(key, key, kind="adamw", lr=lr * lr_scale, betas=betas, eps=1e-10)
     for shape in sorted(key for key in members if isinstance(key, tuple)):
         # Schedules set the momentum before the first step.
         settings = {"kind": "muon", "lr": learning_rates["matrix_lr"] * lr_scale, "momentum": 0.95, "beta2": 0.95}
-        groups.append(_group(f"muon_{shape[0]}x{shape[1]}", members[shape], settings | {"weight_decay": weight_decay}))
+        add(f"muon_{shape[0]}x{shape[1]}", shape, **settings, weight_decay=weight_decay)
     return groups
 
 
@@ -80,14 +85,3 @@ def _group_key(name: str, param: nn.Parameter) -> str | tuple[int, int]:
         f"parameter {name} of shape {tuple(param.shape)} belongs to no optimizer group; name it as in GPT, or give "
         "MuonAdamW param groups of your own"
     )
-
-
-def _group(name: str, members: Sequence[tuple[str, nn.Parameter]], settings: dict[str, Any]) -> dict[str, Any]:
-    names, params = zip(*members, strict=True)
-    return {
-        "name": name,
-        "params": list(params),
-        "param_names": list(names),
-        "initial_lr": settings["lr"],
-        **settings,
-    }

@@ -155,11 +155,6 @@ class ShardedMuonAdamW(MuonAdamW):
         for bucket in self._buckets:
             bucket.finish()
 
-    def add_param_group(self, param_group: Group) -> None:
-        if hasattr(self, "_buckets"):
-            raise NotImplementedError("groups cannot be added to a sharded optimizer; make a new one")
-        super().add_param_group(param_group)
-
     def _allocate_state(self) -> None:
         for bucket in self._buckets:
             bucket.allocate_state(self)

@@ -74,7 +74,7 @@ class TerminalChat:
                 if self._handle(line):
                     return
             except UserError as error:
-                is_command = line.startswith("/")
+                is_command = line.lstrip().startswith("/")
                 rest = "the conversation goes on as before" if is_command else "this message is ignored"
                 print(f"{error}; {rest}", file=sys.stderr)
             except KeyboardInterrupt:

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
 import lmchat.tasks  # noqa: F401  (makes every task known by its short class name)
-from lmchat.batching import rows_per_step
+from lmchat.batching import accumulation_steps
 from lmchat.data.fingerprint import fingerprint
 from lmchat.data.mixture import Mixture, MixturePart
 from lmchat.data.padded_batches import PaddedBatches, PaddedPlan
@@ -145,7 +145,7 @@ class SFTDataModule(ChatDataModule):
         tokens, sequence_len = self.spec.global_batch_tokens, self.spec.sequence_len
         assert tokens is not None, "a checkpoint names the global batch"
         conversations = RenderedConversations(self._folder(split))
-        rows, first_rank = rows_per_step(tokens, sequence_len), self.trainer.is_global_zero
+        rows, first_rank = accumulation_steps(tokens, 1, sequence_len, world_size=1), self.trainer.is_global_zero
         return PaddedPlan(conversations, sequence_len, rows, progress=first_rank)
 
     def _validation_batches(self, plan: PaddedPlan, rank: int, world_size: int) -> PaddedBatches:
