@@ -29,15 +29,11 @@ class LossEMA:
         self._mean = torch.zeros((), dtype=torch.float32)
         self._steps = torch.zeros((), dtype=torch.int64)
 
-    def to(self, device: torch.device) -> None:
-        """Moves the average to the device of the losses."""
-        self._mean, self._steps = self._mean.to(device), self._steps.to(device)
-
     def update(self, loss: torch.Tensor) -> None:
         """Adds a loss, a 0-dim fp32 tensor. Non-finite losses are ignored, or the average would stay NaN."""
-        is_finite = loss.isfinite()
-        self._mean = torch.where(is_finite, EMA_DECAY * self._mean + (1 - EMA_DECAY) * loss, self._mean)
-        self._steps = self._steps + is_finite
+        is_finite, mean = loss.isfinite(), self._mean.to(loss.device)
+        self._mean = torch.where(is_finite, EMA_DECAY * mean + (1 - EMA_DECAY) * loss, mean)
+        self._steps = self._steps.to(loss.device) + is_finite
 
     def value(self) -> torch.Tensor:
         """The average, a 0-dim fp32 tensor; NaN before the first update."""
@@ -81,7 +77,6 @@ class Monitor(StepCallback):
         super().on_train_start(trainer, pl_module)
         self.first_step = trainer.global_step
         self._peak = peak_flops(pl_module.device)
-        self.loss_ema.to(pl_module.device)
         self._lap_steps = self._lap_tokens = 0
         self._warm_seconds, self._warm_steps = 0.0, 0
         if trainer.is_global_zero:

@@ -152,7 +152,10 @@ class Server:
         wanted = parse(CompletionRequest, await read_body(request, self.limits.max_body_bytes))
         self._check(wanted)
         self.admission.check(len(wanted.prompts) * wanted.samples)
-        sent = await self._encoded(wanted.prompts)
+        sent = [await self._tokens(prompt) if isinstance(prompt, str) else prompt for prompt in wanted.prompts]
+        size = self.engine.config.vocab_size
+        if any(not 0 <= token < size for ids in sent for token in ids):
+            raise APIError(f"the prompt must have token ids from 0 to {size - 1}", param="prompt")
         bos = self.engine.tokenizer.bos_id
         prompts = [ids if ids[:1] == [bos] else [bos, *ids] for ids in sent]  # as in training
         max_tokens = DEFAULT_COMPLETION_TOKENS if wanted.max_tokens is None else wanted.max_tokens
@@ -248,14 +251,6 @@ class Server:
                 code="context_length_exceeded",
                 param=param,
             )
-
-    async def _encoded(self, prompts: list[str] | list[list[int]]) -> list[list[int]]:
-        """Token ids of prompts."""
-        encoded = [await self._tokens(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-        size = self.engine.config.vocab_size
-        if any(not 0 <= token < size for ids in encoded for token in ids):
-            raise APIError(f"the prompt must have token ids from 0 to {size - 1}", param="prompt")
-        return encoded
 
     async def _tokens(self, text: str) -> list[int]:
         self._check_size(text, param="prompt")

@@ -202,21 +202,18 @@ def messages_of(request: ChatRequest) -> list[Message]:
 
 
 def _message(index: int, message: Any) -> Message:
-    """Converts a message: lists become a string, or for the assistant a list of parts."""
+    """Converts a message: lists become a string, or for the assistant a list of parts. The rest is checked later."""
     if not isinstance(message, dict):
-        raise UserError(f"message {index} must be an object with role and content")
+        return message
     role, content = message.get("role"), message.get("content")
     if any(message.get(name) for name in ("tool_calls", "function_call", "audio")):
         raise UserError(f"message {index} has tool calls or audio, which this server does not support; leave them out")
     if isinstance(content, list):
         kinds = PART_TYPES if role == "assistant" else ("text",)
-        parts: list[Part] = [_part(index, part, kinds) for part in content]
+        for part in content:
+            if not isinstance(part, dict) or part.get("type") not in kinds or not isinstance(part.get("text"), str):
+                raise UserError(f"message {index} has a part other than {{'type': {' or '.join(kinds)}, 'text': ...}}")
+        parts: list[Part] = [{"type": part["type"], "text": part["text"]} for part in content]
         plain = all(part["type"] == "text" for part in parts)
         content = "".join(part["text"] for part in parts) if plain else parts
     return {"role": "system" if role == "developer" else role, "content": content}  # type: ignore[typeddict-item]
-
-
-def _part(index: int, part: Any, kinds: tuple[str, ...]) -> Part:
-    if not isinstance(part, dict) or part.get("type") not in kinds or not isinstance(part.get("text"), str):
-        raise UserError(f"message {index} has a part other than {{'type': {' or '.join(kinds)}, 'text': ...}}")
-    return {"type": part["type"], "text": part["text"]}

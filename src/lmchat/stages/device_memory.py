@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -41,13 +40,6 @@ def estimate(module: StageModule, rows: int, *, recompute: bool = False) -> Trai
         element_bytes=2 if module.network_dtype(trainer.strategy.root_device) == torch.bfloat16 else 4,
         on_gpu=on_gpu,
     )
-
-
-def memory_per_process(trainer: L.Trainer) -> float | None:
-    """Bytes that a process of the trainer may use on its device; None if unknown."""
-    device = trainer.strategy.root_device
-    limit = memory_limit_bytes(device)
-    return limit and (CPU_SHARE * limit / trainer.num_devices if device.type == "cpu" else limit)
 
 
 def check_model_fits(module: StageModule, trains: bool, rows: int = 1) -> None:
@@ -91,7 +83,9 @@ def choose_micro_batch(module: StageModule, global_batch_tokens: int, max_rows: 
     device = trainer.strategy.root_device
     chosen, how = None, "estimated"
     if trainer.global_rank == 0:
-        limit = memory_per_process(trainer)
+        limit: float | None = memory_limit_bytes(device)
+        if limit and device.type == "cpu":
+            limit *= CPU_SHARE / trainer.num_devices
         sizes = [rows for rows in divisors(rows_per_step) if rows <= max(1, max_rows)]
         candidates = _candidates(module, sizes, limit)
         if device.type == "cuda":

@@ -164,7 +164,12 @@ class FineWebDataModule(StageDataModule):
         if stage == "fit" and self.trainer is not None and self.trainer.local_rank == 0:
             self.train_shards.check_in_background()
         if stage == "fit" and self.long_documents == "crop":
-            warn_of_unread_text(self.train_shards, self.spec.sequence_len + 1)
+            row_tokens = self.spec.sequence_len + 1
+            if (share := self.train_shards.share_beyond(row_tokens)) > MAX_SHARE_UNREAD:
+                rank_zero_warn(
+                    f"{share:.1%} of the training tokens come after the first {row_tokens:,} tokens of their document "
+                    "and are never read; read them with --data.long_documents split, or import with --separator"
+                )
 
         def validation_batches(rank: int, world_size: int) -> PackedBatches:
             return self._batches(val_shards, rank, world_size, num_batches=self._eval_batches(world_size))
@@ -208,13 +213,3 @@ class FineWebDataModule(StageDataModule):
                 f"use --data.eval_tokens {tokens} or more"
             )
         return num_batches
-
-
-def warn_of_unread_text(shards: TokenShards, row_tokens: int) -> None:
-    """Warns if cropping leaves more than `MAX_SHARE_UNREAD` of the tokens unread."""
-    share = shards.share_beyond(row_tokens)
-    if share > MAX_SHARE_UNREAD:
-        rank_zero_warn(
-            f"{share:.1%} of the training tokens come after the first {row_tokens:,} tokens of their document and are "
-            "never read; read them with --data.long_documents split, or import with --separator"
-        )

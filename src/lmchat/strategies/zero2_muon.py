@@ -95,23 +95,19 @@ class Zero2MuonStrategy(DDPStrategy):
                 "gradients; leave it null"
             )
         self._take_over_signals(trainer)
-        plain = self.optimizers[0]
+        plain, network = self.optimizers[0], getattr(self.lightning_module, "net", None)
+        computes_in = getattr(network, "compute_dtype", torch.float32)
+        narrow = self._gather_dtype == "bf16" or (self._gather_dtype == "auto" and computes_in == torch.bfloat16)
         self.optimizers = [
             ShardedMuonAdamW(
                 plain.param_groups,
                 self._agree,
-                gather_dtype=self._narrow_gather_dtype(),
+                gather_dtype=torch.bfloat16 if narrow else None,
                 bucket_bytes=self._bucket_bytes,
                 polar_dtype=plain.polar_dtype,
                 compile=plain.compile,
             )
         ]
-
-    def _narrow_gather_dtype(self) -> torch.dtype | None:
-        network = getattr(self.lightning_module, "net", None)
-        computes_in = getattr(network, "compute_dtype", torch.float32)
-        narrow = self._gather_dtype == "bf16" or (self._gather_dtype == "auto" and computes_in == torch.bfloat16)
-        return torch.bfloat16 if narrow else None
 
     @property
     def optimizer(self) -> ShardedMuonAdamW:
