@@ -86,9 +86,10 @@ def test_auto_leaves_a_micro_batch_for_the_evaluation(
 def test_a_gpu_tries_the_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest size that runs is chosen; candidates without recomputation are tried first."""
     net = GPT(CONFIG)
-    largest = 0
+    largest, tried = 0, list[int]()
 
     def run(net: GPT, rows: int) -> None:
+        tried.append(rows)
         if rows > largest:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -96,10 +97,11 @@ def test_a_gpu_tries_the_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     module = StandIn(net)
     for limit, largest in ((80e9, 16), (80e9, 3), (24e9, 99)):
         set_memory(monkeypatch, limit)
-        tried = list(device_memory._candidates(module, [1, 2, 4, 8, 16, 32, 64], limit))
-        assert tried and not device_memory.needs_recomputing(module, tried[0])
+        tried.clear()
         chosen = device_memory.choose_micro_batch(module, 64 * 2048, sys.maxsize)
-        assert chosen == next(rows for rows in tried if rows <= largest)
+        assert chosen == tried[-1] <= largest < min(tried[:-1], default=sys.maxsize)
+        recomputing = [device_memory.needs_recomputing(module, rows) for rows in tried]
+        assert not recomputing[0] and recomputing == sorted(recomputing)
     largest = 0
     with pytest.raises(device_memory.UserError, match=r"not one row .* --model.checkpoint_blocks true"):
         device_memory.choose_micro_batch(module, 64 * 2048, sys.maxsize)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -81,17 +82,18 @@ def choose_micro_batch(module: StageModule, global_batch_tokens: int, max_rows: 
     if (kept := module.resumed_micro_batch_size) and kept <= max_rows and rows_per_step % kept == 0:
         return kept
     device = trainer.strategy.root_device
-    chosen, how = None, "estimated"
+    chosen, how = None, "tried" if device.type == "cuda" else "estimated"
     if trainer.global_rank == 0:
-        limit: float | None = memory_limit_bytes(device)
-        if limit and device.type == "cpu":
-            limit *= CPU_SHARE / trainer.num_devices
+        limit = memory_limit_bytes(device) or math.inf
+        limit *= {"cuda": MODEL_ERROR, "cpu": CPU_SHARE / trainer.num_devices}.get(device.type, 1.0)
+
+        def fits(rows: int) -> bool:
+            needed = estimate(module, rows, recompute=needs_recomputing(module, rows))
+            return needed.total <= limit and (device.type != "cuda" or _runs(module, rows))
+
         sizes = [rows for rows in divisors(rows_per_step) if rows <= max(1, max_rows)]
-        candidates = _candidates(module, sizes, limit)
-        if device.type == "cuda":
-            how = "tried"
-            candidates = (rows for rows in candidates if _runs(module, rows))
-        chosen = next(iter(candidates), None)
+        sizes.sort(key=lambda rows: (needs_recomputing(module, rows), -rows))  # those without recomputation first
+        chosen = next(filter(fits, sizes), None)
     chosen = trainer.strategy.broadcast(chosen)
     if chosen is None:
         raise UserError(f"not one row of {length} tokens fits {device}; {smaller_model(module)}")
@@ -100,17 +102,6 @@ def choose_micro_batch(module: StageModule, global_batch_tokens: int, max_rows: 
         + (f"; at most {max_rows}, by --data.eval_tokens" if chosen * 2 > max_rows else "")
     )
     return chosen
-
-
-def _candidates(module: StageModule, rows: list[int], limit: float | None) -> Any:
-    """The sizes in ``rows`` that may fit: those without recomputation first, each in descending order."""
-    on_gpu = module.trainer.strategy.root_device.type == "cuda"
-    slack = MODEL_ERROR if on_gpu else 1.0
-    for recompute in (False, True) if on_gpu else (False,):
-        for number in sorted(rows, reverse=True):
-            fits = limit is None or estimate(module, number, recompute=recompute).total <= slack * limit
-            if fits and recompute == needs_recomputing(module, number):
-                yield number
 
 
 def _runs(module: StageModule, rows: int) -> bool:
