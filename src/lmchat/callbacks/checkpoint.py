@@ -111,15 +111,15 @@ class StepCheckpoint(StepCallback, Checkpoint):
             return
         meta = pl_module.checkpoint_meta()
         self.directory = expand_user(self.dirpath) if self.dirpath else checkpoint_dir(meta["stage"], meta["tag"])
-        _on_rank_zero(trainer, self._claim_directory)
-        name = trainer.strategy.broadcast(self._lock.attempt.name if self._lock is not None else "")
-        self._io.attempt = Attempt(self.directory, name)
+        self._io.attempt = Attempt(self.directory, _on_rank_zero(trainer, self._claim_directory))
         self._watch = watch_attempt(self._io.attempt)
         if self._io.rank > 0:  # fail now, not at the first save
             check_writable(self.directory, self._io.rank)
 
-    def _claim_directory(self) -> None:
+    def _claim_directory(self) -> str:
+        """Locks the folder; returns the name of the attempt."""
         self._lock = RunLock(self.directory)
+        return self._lock.attempt.name
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         self._rng_to_restore = checkpoint.get("rng")
@@ -165,9 +165,7 @@ class StepCheckpoint(StepCallback, Checkpoint):
             _save_loggers(trainer)
             self._io.mark_evaluated(CheckpointPaths(self.directory, trainer.global_step).meta)
         boundary = self._boundary
-        if boundary is None:
-            return
-        if boundary.micro_batches == trainer.fit_loop.total_batch_idx:
+        if boundary is not None and boundary.micro_batches == trainer.fit_loop.total_batch_idx:
             restore_rng(boundary.rng)
 
     def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
@@ -245,17 +243,18 @@ def _save_loggers(trainer: L.Trainer) -> None:
         logger.save()
 
 
-def _on_rank_zero(trainer: L.Trainer, check: Callable[[], None]) -> None:
-    """Runs ``check`` on rank 0; its `UserError` is raised on every rank."""
-    problem = None
+def _on_rank_zero(trainer: L.Trainer, function: Callable[[], str | None]) -> Any:
+    """Runs ``function`` on rank 0 and returns its result on every rank, where its `UserError` is raised too."""
+    result, problem = None, None
     if trainer.is_global_zero:
         try:
-            check()
+            result = function()
         except UserError as error:
             problem = str(error)
-    problem = trainer.strategy.broadcast(problem)
+    result, problem = trainer.strategy.broadcast((result, problem))
     if problem is not None:
         raise UserError(problem)
+    return result
 
 
 def _refuse_later_checkpoints(directory: Path, step: int) -> None:

@@ -68,7 +68,7 @@ class TrainingPlan(Callback):
         batch = laws.global_batch_tokens if laws else module.global_batch_tokens
         if data.chooses_micro_batch and batch is not None:
             max_rows = data.max_micro_batch_size(trainer.world_size)
-            data.set_micro_batch_size(choose_micro_batch(module, batch, max_rows))
+            data.own_micro_batch_size = choose_micro_batch(module, batch, max_rows)
         accumulate = data.micro_batches_per_step(batch, trainer.world_size)
         lr_scale, weight_decay = module.lr_scale, module.weight_decay
         if laws:

@@ -28,7 +28,8 @@ class StageDataModule(L.LightningDataModule):
 
     Attributes:
         spec: settings of the stage; must be set before the trainer runs, as ``lmchat fit`` does.
-        chooses_micro_batch: whether the run's plan must call `set_micro_batch_size`.
+        chooses_micro_batch: whether the run's plan must set `own_micro_batch_size`.
+        own_micro_batch_size: ``micro_batch_size`` if it is a number, or the run's choice for "auto".
         evaluators: evaluators of the run, in order; complete after `setup`. Callbacks may add their own.
         position: state of the data after the last micro-batch that was trained on.
         max_steps: optimizer steps that the data lasts; None is unlimited. Known after `setup`.
@@ -43,8 +44,8 @@ class StageDataModule(L.LightningDataModule):
     def __init__(self, micro_batch_size: int | Literal["auto"] | None) -> None:
         super().__init__()
         self.chooses_micro_batch = micro_batch_size == "auto"
-        self._micro_batch_size = None if micro_batch_size == "auto" else micro_batch_size
-        check_count("data", 1, micro_batch_size=self._micro_batch_size)
+        self.own_micro_batch_size = None if micro_batch_size == "auto" else micro_batch_size
+        check_count("data", 1, micro_batch_size=self.own_micro_batch_size)
         self.evaluators: list[Evaluator] = []
         self.position: dict[str, Any] | None = None
         self.max_steps: int | None = None
@@ -53,16 +54,12 @@ class StageDataModule(L.LightningDataModule):
     @property
     def micro_batch_size(self) -> int:
         """Rows per micro-batch and rank. Raises UserError if neither the user nor a checkpoint gives it."""
-        size = self._micro_batch_size or self.spec.micro_batch_size
+        size = self.own_micro_batch_size or self.spec.micro_batch_size
         if size is None:
             raise UserError(
                 "the micro-batch size is neither set nor known from a checkpoint; give --data.micro_batch_size 16"
             )
         return size
-
-    def set_micro_batch_size(self, rows: int) -> None:
-        """Sets the size that is used for ``micro_batch_size="auto"``."""
-        self._micro_batch_size = rows
 
     def max_micro_batch_size(self, world_size: int) -> int:
         """Maximum rows of an automatic micro-batch, whatever the memory."""
