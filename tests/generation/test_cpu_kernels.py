@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -186,10 +187,52 @@ def test_kernels_are_compiled_once(fresh: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @compiled
-def test_kernels_work_without_a_cache(fresh: Path, tmp_path: Path) -> None:
-    fresh.parent.parent.mkdir(exist_ok=True)
+def test_kernels_work_without_a_cache(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fresh.parent.write_text("a file where the folder would be")
     assert has_kernels(torch.float32)
+    cpu_kernels._library.cache_clear()
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", _no_home)
+    assert has_kernels(torch.float32)
+
+
+def _no_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
+@compiled
+@pytest.mark.parametrize("damage", ["empty", "truncated", "folder"])
+def test_damaged_kernels_are_compiled_again(fresh: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert has_kernels(torch.float32)
+    [library] = fresh.iterdir()
+    content = library.read_bytes()
+    library.unlink()
+    if damage == "folder":
+        library.mkdir()
+    else:
+        library.write_bytes(content[: 0 if damage == "empty" else len(content) // 2])
+    cpu_kernels._library.cache_clear()
+    assert has_kernels(torch.float32) and not caplog.messages
+    assert damage == "folder" or library.read_bytes() == content
+
+
+@compiled
+def test_the_compiler_can_have_arguments(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", f"{os.environ.get('CC') or 'cc'} -O1")
+    assert has_kernels(torch.float32)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_default_dtype_does_not_matter(dtype: torch.dtype) -> None:
+    engine = tiny_engine()
+    params = SamplingParams(max_new_tokens=20, stop_tokens=())
+    expected = engine.generate([[1, 2, 3]], params)
+    torch.set_default_dtype(dtype)
+    try:
+        assert engine.generate([[1, 2, 3]], params) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_without_a_compiler_a_warning_and_equal_answers(

@@ -141,7 +141,7 @@ class DecodeCache:
     def attend_projected(
         self, layer: int, projected: Tensor, value_embedding: Tensor | None, rotary: tuple[Tensor, Tensor], window: int
     ) -> Tensor:
-        """`attend` with the kernels for CPUs, whose heads are yet to be rotated and normed; see `cpu_kernels.attend`.
+        """`attend` on projections before rotation and norm, by a kernel for CPUs; see `cpu_kernels.attend`.
 
         Returns:
             (rows, 1, heads · head_dim) fp32.

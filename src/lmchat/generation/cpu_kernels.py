@@ -9,10 +9,9 @@ import ctypes
 import hashlib
 import logging
 import os
-import shutil
+import shlex
 import subprocess
 import tempfile
-from contextlib import suppress
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -27,7 +26,7 @@ from lmchat.model.gpt import EPS
 logger = logging.getLogger(__name__)
 
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
-"""The OpenMP that is found is torch's, which has been loaded before, so that both use the same threads."""
+"""libgomp resolves to torch's copy where that has been loaded under this name, so that both share their threads."""
 
 COMPILE_SECONDS = 120
 
@@ -68,56 +67,76 @@ def has_kernels(dtype: torch.dtype) -> bool:
 def _library() -> ctypes.CDLL | None:
     try:
         library = _load()
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        size, number, pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+        library.attend.argtypes = [ctypes.POINTER(_Step), ctypes.c_int]
+        library.add_and_norm.argtypes = [
+            size,
+            size,
+            number,
+            *[pointer] * 2,
+            *[number] * 2,
+            *[pointer] * 2,
+            ctypes.c_int,
+        ]
+    except (OSError, ValueError, AttributeError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None)
         logger.warning(
-            "generation on this CPU is up to 1.5 times slower than it could be, since its kernels cannot be compiled; "
-            "install a C compiler, or name one in CC: %.500s",
+            "generation on this CPU is slower than it could be, since its kernels cannot be compiled or loaded; install "
+            "a C compiler, or name one in CC: %.500s",
             output.decode(errors="replace").strip() if output else error,
         )
         return None
-    size, number, pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
-    library.attend.argtypes = [ctypes.POINTER(_Step), ctypes.c_int]
-    library.add_and_norm.argtypes = [size, size, number, *[pointer] * 2, *[number] * 2, *[pointer] * 2, ctypes.c_int]
     return library
 
 
 def _load() -> ctypes.CDLL:
     source = resources.files("lmchat.generation").joinpath("cpu_kernels.c").read_bytes()
-    compiler = os.environ.get("CC") or "cc"
+    command = [*shlex.split(os.environ.get("CC") or "cc"), *FLAGS]
     # The macros tell the compiler and the instructions of this CPU: machines can share a home.
-    macros = _run([compiler, *FLAGS, "-dM", "-E", "-x", "c", os.devnull])
-    name = f"cpu_kernels-{hashlib.sha256(source + macros + ' '.join(FLAGS).encode()).hexdigest()[:16]}.so"
-    cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmchat" / "kernels" / name
-    if cached.exists():
-        return ctypes.CDLL(str(cached))
-    with tempfile.TemporaryDirectory() as folder:
-        built = Path(folder) / name
-        _run([compiler, "-x", "c", "-", *FLAGS, "-o", str(built), "-lm"], source)
-        _keep(built, cached)
-        return ctypes.CDLL(str(built))
+    macros = _run([*command, "-dM", "-E", "-x", "c", os.devnull])
+    key = _digest(source, macros, " ".join(FLAGS).encode())
+    try:
+        return _load_from(_cache_folder(), key, command, source)
+    except (OSError, RuntimeError):  # no home, no permission, no room, or a file system without programs
+        with tempfile.TemporaryDirectory() as folder:
+            return _load_from(Path(folder), key, command, source)
+
+
+def _cache_folder() -> Path:
+    """A folder that only this user can write to, for compiled kernels."""
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    folder = (given if given.is_absolute() else Path.home() / ".cache") / "lmchat" / "kernels"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise PermissionError(f"{folder} belongs to another user")
+    return folder
+
+
+def _load_from(folder: Path, key: str, command: list[str], source: bytes) -> ctypes.CDLL:
+    """Loads the kernels from a file of the folder, named by its contents so that a damaged one is compiled again."""
+    for path in folder.glob(f"{key}-*.so"):
+        if path.is_file() and path.stem == f"{key}-{_digest(path.read_bytes())}":
+            return ctypes.CDLL(str(path))
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        built = Path(scratch) / "kernels.so"
+        _run([*command, "-x", "c", "-", "-o", str(built), "-lm"], source)
+        path = folder / f"{key}-{_digest(built.read_bytes())}.so"
+        built.replace(path)
+    return ctypes.CDLL(str(path))
+
+
+def _digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
 def _run(command: list[str], source: bytes | None = None) -> bytes:
     return subprocess.run(command, input=source, capture_output=True, check=True, timeout=COMPILE_SECONDS).stdout
 
 
-def _keep(built: Path, cached: Path) -> None:
-    """Copies the library to the cache for the next start, at once, since several processes can do so together."""
-    copy = cached.with_name(f"{cached.name}.{os.getpid()}")
-    try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(built, copy)
-        copy.replace(cached)
-    except OSError:  # a home without room or permission: it is compiled again
-        with suppress(OSError):
-            copy.unlink()
-
-
 def _address(tensor: Tensor | None) -> int | None:
     if tensor is None:
         return None
-    assert tensor.is_contiguous()
+    assert tensor.is_cpu and tensor.is_contiguous() and tensor.dtype in (torch.float32, torch.int64)
     return tensor.data_ptr()
 
 
@@ -180,7 +199,7 @@ def attend(
     """
     config = tokens.pool.layout.config
     rows = len(projected)
-    out = torch.empty(rows, 1, config.n_head * config.head_dim)
+    out = projected.new_empty(rows, 1, config.n_head * config.head_dim)
     step = _Step(
         rows, config.n_head, config.n_kv_head, config.head_dim, window, projected.size(-1), EPS,
         _address(projected), _address(value_embedding), *map(_address, rotary),

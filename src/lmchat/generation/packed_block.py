@@ -76,7 +76,7 @@ class PackedBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         if self.fused:
             return add_and_norm(x, added, factor, added_factor)
-        total = factor * x + added_factor * added
+        total = (x * factor).add_(added, alpha=added_factor)
         return total, norm(total)
 
     def _attend(
