@@ -81,8 +81,8 @@ def _library() -> ctypes.CDLL | None:
     except (OSError, ValueError, AttributeError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None)
         logger.warning(
-            "generation on this CPU is slower than it could be, since its kernels cannot be compiled or loaded; install "
-            "a C compiler, or name one in CC: %.500s",
+            "generation on this CPU is slower than it could be, since its kernels cannot be compiled or loaded; "
+            "install a C compiler, or name one in CC: %.500s",
             output.decode(errors="replace").strip() if output else error,
         )
         return None
