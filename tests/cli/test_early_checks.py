@@ -71,6 +71,7 @@ LEFT_TO_THE_PARSER = [
     "--model.depth 1000000 --model my.PretrainModule",
     "--model.depth 1000000 --print_config",
     "--model.depth 1000000 --model.sequence_len many",
+    "--model.depth 1000000 --model.sequence_len null",
     "--model.depth 1000000 --model.n_kv_head 3",
     "--model.depth 1000000 --config nowhere.yaml",
     "--model.depth 1000000 --config broken.yaml",

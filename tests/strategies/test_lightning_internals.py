@@ -143,8 +143,12 @@ def test_counters_of_a_step_are_those_of_a_run(tmp_path: Path) -> None:
     options: Any = {"accumulate_grad_batches": 3, "max_epochs": -1, "max_steps": 3, "limit_train_batches": 12}
     trainer(tmp_path, watch, **options).fit(BoringModel())
     assert len(states) == 9
+    used = trainer(tmp_path, max_epochs=2, limit_train_batches=3, limit_val_batches=0)
+    used.fit(BoringModel())
+    used.accumulate_grad_batches = 3
     for step, state in enumerate(states[2::3], start=1):
         assert internals.fit_loop_state(trainer(tmp_path, **options), step) == state
+        assert internals.fit_loop_state(used, step) == state
 
 
 def test_states_of_rank_0_are_broadcast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -229,8 +229,13 @@ def load_network_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     return state
 
 
-def read_tensors(path: Path, *, mmap: bool = False) -> dict[Any, Any]:
+def read_tensors(path: Path, *, mmap: bool = False, remedy: str = _REMEDY) -> dict[Any, Any]:
     """Reads the dictionary in a file of `torch.save`, without executing anything in it.
+
+    Args:
+        path: the file.
+        mmap: map the tensors into memory instead of reading them.
+        remedy: what the user can do if it cannot be read.
 
     Raises:
         DamagedCheckpoint: it is another kind of file, or contains more than tensors and plain values.
@@ -238,7 +243,7 @@ def read_tensors(path: Path, *, mmap: bool = False) -> dict[Any, Any]:
     with path.open("rb") as file:
         start = file.read(4)
     if start != b"PK\x03\x04":
-        raise DamagedCheckpoint(f"{path} is not a file of torch.save; {_REMEDY}")
+        raise DamagedCheckpoint(f"{path} is not a file of torch.save since version 1.6; {remedy}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of TorchScript archives
@@ -251,10 +256,10 @@ def read_tensors(path: Path, *, mmap: bool = False) -> dict[Any, Any]:
         reason = shown(reasons[0] if reasons else type(error).__name__)
         raise DamagedCheckpoint(
             f"{path} contains more than tensors and plain values, or is damaged ({reason}); nothing in it was "
-            f"executed; {_REMEDY}"
+            f"executed; {remedy}"
         ) from error
     if not isinstance(content, dict):
-        raise DamagedCheckpoint(f"{path} is of type {type(content).__name__}, not named tensors; {_REMEDY}")
+        raise DamagedCheckpoint(f"{path} is of type {type(content).__name__}, not named tensors; {remedy}")
     return content
 
 

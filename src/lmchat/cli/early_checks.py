@@ -62,7 +62,9 @@ def check_sizes(args: list[str]) -> None:
     model, trainer = options["model"], options["trainer"]
     shape = {name: model[name] for name in SHAPE if name in model}
     host, accelerator = host_memory_bytes(), trainer.get("accelerator", "auto")
-    plain = all(isinstance(value, int | str | None) for value in shape.values())
+    plain = all(
+        isinstance(value, int | str) or (value is None and name == "n_kv_head") for name, value in shape.items()
+    )
     if host is None or not plain or "depth" not in shape or not _is_class(model, "PretrainModule"):
         return
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not may_have_accelerator())
@@ -92,18 +94,19 @@ def check_config_files(args: list[str]) -> None:
     for path in map(Path, config_paths(args)):
         try:
             found = path.stat()
-            if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
-                raise UserError(unusable_path(f"--config {path}", "a pipe or a device (standard input is --config -)"))
-            if found.st_size > MAX_CONFIG_BYTES:
-                what = f"a file of {found.st_size:,} bytes, more than any config has"
-                raise UserError(unusable_path(f"--config {path}", what))
+        except (OSError, ValueError):
+            continue  # reported by the parser, or an inline config
+        if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+            raise UserError(unusable_path(f"--config {path}", "a pipe or a device (standard input is --config -)"))
+        if found.st_size > MAX_CONFIG_BYTES:
+            what = f"a file of {found.st_size:,} bytes, more than any config has"
+            raise UserError(unusable_path(f"--config {path}", what))
+        try:
             path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise UserError(f"--config {path} is not text in UTF-8 ({error.reason}); save it as UTF-8") from error
-        except UserError:
-            raise
-        except (OSError, ValueError):
-            continue  # reported by the parser, or an inline config
+        except OSError:
+            continue  # reported by the parser
 
 
 def read_options(args: list[str]) -> Options:

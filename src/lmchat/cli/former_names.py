@@ -67,11 +67,11 @@ def _check_nodes(root: yaml.Node | None) -> None:
         elif isinstance(node, yaml.MappingNode):
             names = set[str]()
             for key, value in node.value:
-                name = str(key.value)
-                if name in names and name != "<<":
-                    line = key.start_mark.line + 1
-                    raise yaml.YAMLError(f"it sets {name} twice, the second time in line {line}; remove one")
-                names.add(name)
+                if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                    if key.value in names:
+                        line = key.start_mark.line + 1
+                        raise yaml.YAMLError(f"it sets {key.value} twice, the second time in line {line}; remove one")
+                    names.add(key.value)
                 waiting += [key, value]
         elif isinstance(node, yaml.SequenceNode):
             waiting += node.value

@@ -52,7 +52,9 @@ def lean_imports() -> Iterator[None]:
     is_available, is_met = imports.package_available, imports.RequirementCache.__bool__
 
     def met(requirement: imports.RequirementCache) -> bool:
-        return not str(requirement.requirement).startswith(_LEFT_OUT) and is_met(requirement)
+        if str(requirement.requirement).startswith(_LEFT_OUT):
+            requirement.available, requirement.message = False, f"{requirement.requirement} was not imported"
+        return is_met(requirement)
 
     with importing():
         imports.package_available = lambda name: name not in _LEFT_OUT and is_available(name)  # type: ignore[assignment]

@@ -224,9 +224,11 @@ def _damage(path: Path, shard: Shard) -> str | None:
     """How a file differs from the Hub's; None if it does not."""
     if (size := path.stat().st_size) != shard.size:
         return f"it has {size} bytes, not {shard.size}"
+    if shard.sha256 is None:
+        return None
     with path.open("rb") as file:
-        differs = shard.sha256 not in (None, hashlib.file_digest(file, "sha256").hexdigest())
-    return "its checksum is wrong" if differs else None
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    return None if found == shard.sha256 else "its checksum is wrong"
 
 
 def _persistently(action: Callable[[], T], what: str) -> T:

@@ -229,7 +229,9 @@ class BestFitPacker(Iterator[PackedRow]):
     def _checked_cut(self, cut: Any, arrivals: npt.NDArray[np.int64]) -> tuple[int, int]:
         """Arrival and next token of a document that has entered, is not in the buffer and has tokens left."""
         match cut:
-            case [int(arrival), int(position)] if 0 <= arrival < self._next and arrival not in arrivals:
+            case [int(arrival), int(position)] if (
+                bool not in map(type, cut) and 0 <= arrival < self._next and arrival not in arrivals
+            ):
                 if 1 <= position < self.lengths[arrival % len(self.lengths)]:
                     return arrival, position
         raise damaged_position("the document to continue has not been placed, or has no such token")

@@ -98,8 +98,8 @@ def check_writable(directory: Path) -> None:
             directory.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=directory).close()
         finally:
-            with contextlib.suppress(OSError):
-                for folder in missing:
+            for folder in missing:
+                with contextlib.suppress(OSError):
                     folder.rmdir()
 
 

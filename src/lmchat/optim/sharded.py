@@ -105,8 +105,9 @@ class ShardedMuonAdamW(MuonAdamW):
             if not self._skipped:
                 bucket.step(self, grads, live)
                 bucket.gather(self._gather_dtype)
-        for bucket in buckets if not self._skipped else ():
-            bucket.finish()
+        if not self._skipped:
+            for bucket in buckets:
+                bucket.finish()
         self._learn_order()
         self._overlapping, self._skipped, self._reduced, self._agreed = False, False, 0, None
         self._completed.clear()

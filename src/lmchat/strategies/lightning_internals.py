@@ -77,8 +77,11 @@ def fit_loop_state(trainer: L.Trainer, step: int) -> dict[str, Any]:
     """
     state, batches = trainer.fit_loop.state_dict(), step * trainer.accumulate_grad_batches
     optimizer = state["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
+    # That of a trainer that has run before can have ended its epoch.
+    state["epoch_loop.batch_progress"]["is_last_batch"] = False
     for part in ("total", "current"):
-        state["epoch_progress"][part].update(ready=1, started=1)
+        state["epoch_progress"][part].update(ready=1, started=1, processed=0, completed=0)
+        state["epoch_loop.scheduler_progress"][part].update(ready=0, completed=0)
         state["epoch_loop.batch_progress"][part].update(
             ready=batches, started=batches, processed=batches, completed=batches - 1
         )

@@ -91,7 +91,8 @@ def parse_answer(answer: str) -> list[Part]:
     parts: list[Part] = []
     for piece in _CALL.split(answer):
         if _CALL.fullmatch(piece):
-            expression, _, result = (piece[2:-2] if "=" in piece else f"{piece[2:-2]}=").rpartition("=")
+            call = piece[2:-2]
+            expression, _, result = call.rpartition("=") if "=" in call else (call, "", "")
             parts += [{"type": "python", "text": expression}, {"type": "python_output", "text": result}]
         else:
             parts.append({"type": "text", "text": piece})
