@@ -64,7 +64,7 @@ def prepare_token_shards(data_dir: Path, tokenizer: Tokenizer, *, num_threads: i
     stale = [shard for shard in shards if not _is_current(shard, directory, tokenizer)]
     if stale:
         waiting = f"Waiting for another process to finish tokenizing into {directory}"
-        with user_errors(f"cannot write token files to {directory}", "make room or give write permission", OSError):
+        with user_errors(f"cannot write token files to {directory}", "make room or give it write permission", OSError):
             directory.mkdir(parents=True, exist_ok=True)
             with locked(directory / ".lock", when_taken=partial(print, waiting, file=sys.stderr, flush=True)):
                 stale = [shard for shard in stale if not _is_current(shard, directory, tokenizer, restamp=True)]
