@@ -2,8 +2,8 @@
 
 Checkpoints are taken at step boundaries: after the micro-batch that completes an optimizer step. Weights and optimizer
 do not change until the next step, so a boundary can be saved later, if the small state that does change is copied at
-the boundary: data position, RNG state. Ctrl-C, SIGTERM, an out-of-memory error or a failed evaluation
-therefore leave a checkpoint of the last complete step, also in the middle of gradient accumulation.
+the boundary: data position, RNG state. Ctrl-C, SIGTERM, an out-of-memory error or a failed evaluation therefore leave a
+checkpoint of the last complete step, also in the middle of gradient accumulation.
 
 Requirements:
 

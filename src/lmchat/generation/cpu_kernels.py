@@ -29,6 +29,7 @@ FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 """libgomp resolves to torch's copy where that has been loaded under this name, so that both share their threads."""
 
 COMPILE_SECONDS = 120
+"""Seconds after which a compiler is taken to hang."""
 
 
 class _Slots(ctypes.Structure):
@@ -67,17 +68,9 @@ def has_kernels(dtype: torch.dtype) -> bool:
 def _library() -> ctypes.CDLL | None:
     try:
         library = _load()
-        size, number, pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+        sizes, number, pointers = [ctypes.c_int64] * 2, ctypes.c_float, [ctypes.c_void_p] * 2
         library.attend.argtypes = [ctypes.POINTER(_Step), ctypes.c_int]
-        library.add_and_norm.argtypes = [
-            size,
-            size,
-            number,
-            *[pointer] * 2,
-            *[number] * 2,
-            *[pointer] * 2,
-            ctypes.c_int,
-        ]
+        library.add_and_norm.argtypes = [*sizes, number, *pointers, number, number, *pointers, ctypes.c_int]
     except (OSError, ValueError, AttributeError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None)
         logger.warning(
@@ -97,7 +90,7 @@ def _load() -> ctypes.CDLL:
     key = _digest(source, macros, " ".join(FLAGS).encode())
     try:
         return _load_from(_cache_folder(), key, command, source)
-    except (OSError, RuntimeError):  # no home, no permission, no room, or a file system without programs
+    except (OSError, RuntimeError):  # no home, permission or room, or a file system that is mounted noexec
         with tempfile.TemporaryDirectory() as folder:
             return _load_from(Path(folder), key, command, source)
 
