@@ -7,7 +7,7 @@ import hmac
 import ipaddress
 import logging
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -71,7 +71,7 @@ class Gate:
     metrics: Metrics
     public: frozenset[str]
     counted: frozenset[str]
-    api_key: str | None
+    api_key: str | None = field(repr=False)
     loopback: bool
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
