@@ -177,13 +177,13 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_kernels_are_compiled_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert has_kernels(torch.float32) and not has_kernels(torch.bfloat16)
     [library] = fresh.iterdir()
-    before = library.stat()
+    before = library.stat().st_mtime_ns
     commands: list[list[str]] = []
     run = cpu_kernels._run
     monkeypatch.setattr(cpu_kernels, "_run", lambda command, *rest: commands.append(command) or run(command, *rest))
     cpu_kernels._library.cache_clear()
     assert has_kernels(torch.float32)
-    assert library.stat() == before and ["-E" in command for command in commands] == [True]
+    assert library.stat().st_mtime_ns == before and ["-E" in command for command in commands] == [True]
 
 
 @compiled
@@ -220,6 +220,23 @@ def test_damaged_kernels_are_compiled_again(fresh: Path, damage: str, caplog: py
 def test_the_compiler_can_have_arguments(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", f"{os.environ.get('CC') or 'cc'} -O1")
     assert has_kernels(torch.float32)
+
+
+@compiled
+def test_a_compiler_without_openmp(fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Apple's compiler refuses ``-fopenmp``: the kernels then run on one thread, with the same results."""
+    x, added = torch.randn(2, 9, 96).unbind()
+    expected = cpu_kernels.add_and_norm(x, added)
+    compiler = tmp_path / "apple-cc"
+    refusal = "echo \"unsupported option '-fopenmp'\" >&2; exit 1"
+    usual = os.environ.get("CC") or "cc"
+    compiler.write_text(f'#!/bin/sh\nfor flag; do [ "$flag" != -fopenmp ] || {{ {refusal}; }}; done\n{usual} "$@"\n')
+    compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("CC", str(compiler))
+    cpu_kernels._library.cache_clear()
+    for actual, wanted in zip(cpu_kernels.add_and_norm(x, added), expected, strict=True):
+        assert torch.equal(actual, wanted)
+    assert not all(b"GOMP" in library.read_bytes() for library in fresh.iterdir())
 
 
 @compiled

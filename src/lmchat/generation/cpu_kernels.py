@@ -25,8 +25,12 @@ from lmchat.model.gpt import EPS
 
 logger = logging.getLogger(__name__)
 
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
-"""libgomp resolves to torch's copy where that has been loaded under this name, so that both share their threads."""
+FLAGS = ("-O3", "-shared", "-fPIC")
+VARIANTS = (("-march=native", "-fopenmp"), ("-march=native", "-fopenmp-simd"), ("-mcpu=native", "-fopenmp-simd"))
+"""Flags to try in turn: Apple's compiler has no OpenMP but its vector loops, and may know a CPU only as ``-mcpu``.
+
+libgomp resolves to torch's copy where that has been loaded under this name, so that both share their threads.
+"""
 
 COMPILE_SECONDS = 120
 """Seconds after which a compiler is taken to hang."""
@@ -84,10 +88,19 @@ def _library() -> ctypes.CDLL | None:
 
 def _load() -> ctypes.CDLL:
     source = resources.files("lmchat.generation").joinpath("cpu_kernels.c").read_bytes()
-    command = [*shlex.split(os.environ.get("CC") or "cc"), *FLAGS]
+    compiler, errors = shlex.split(os.environ.get("CC") or "cc"), []
+    for variant in VARIANTS:
+        try:
+            return _load_compiled([*compiler, *FLAGS, *variant], source)
+        except (OSError, subprocess.CalledProcessError) as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _load_compiled(command: list[str], source: bytes) -> ctypes.CDLL:
     # The macros tell the compiler and the instructions of this CPU: machines can share a home.
     macros = _run([*command, "-dM", "-E", "-x", "c", os.devnull])
-    key = _digest(source, macros, " ".join(FLAGS).encode())
+    key = _digest(source, macros, " ".join(command).encode())
     try:
         return _load_from(_cache_folder(), key, command, source)
     except (OSError, RuntimeError):  # no home, permission or room, or a file system that is mounted noexec
@@ -113,9 +126,9 @@ def _load_from(folder: Path, key: str, command: list[str], source: bytes) -> cty
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         built = Path(scratch) / "kernels.so"
         _run([*command, "-x", "c", "-", "-o", str(built), "-lm"], source)
-        path = folder / f"{key}-{_digest(built.read_bytes())}.so"
-        built.replace(path)
-    return ctypes.CDLL(str(path))
+        library = ctypes.CDLL(str(built))
+        built.replace(folder / f"{key}-{_digest(built.read_bytes())}.so")
+    return library
 
 
 def _digest(*parts: bytes) -> str:
