@@ -487,7 +487,7 @@ def test_rendering_again_does_not_change_open_readers(tiny_base: Path, tmp_path:
     render_all(Arithmetic("train", size=3), tokenizer, 128, tmp_path, title="")
     assert [tuple(array.tolist() for array in running[index]) for index in range(len(running))] == before
     assert len(RenderedConversations(tmp_path)) == 3
-    assert not [path for path in tmp_path.iterdir() if path.suffix != ".npy"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index", "renderings", "tokens"]
 
 
 @pytest.mark.parametrize(

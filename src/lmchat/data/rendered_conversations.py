@@ -1,6 +1,7 @@
 """Renders conversations once to files of tokens and loss masks, which all processes of a node read.
 
-A conversation that a mixture repeats is rendered once; ``index`` has the number of the rendering of each conversation.
+Each file is the content of an array: ``tokens``, uint32; numbers of the ``renderings``; and ``index``, uint32, the
+rendering of each conversation, since one that a mixture repeats is rendered once.
 """
 
 from __future__ import annotations
@@ -9,12 +10,11 @@ import os
 import weakref
 import zlib
 from array import array
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -53,10 +53,12 @@ class RenderReport:
         )
 
 
-_NUMBERS = np.dtype(
+_LOSS = 1 << 31
+"""Added to the ids of tokens with loss."""
+_RENDERING = np.dtype(
     [("start", "i8"), ("lengths", "i4"), ("loss_tokens", "i4"), ("cut_tokens", "i4"), ("checksums", "u4")]
 )
-"""Numbers of a rendering; it starts at the token ``start``."""
+"""Numbers of a rendering; its first token is ``start``."""
 
 
 def render_all(
@@ -73,46 +75,28 @@ def render_all(
     if not total:
         raise UserError("there are no conversations; name at least one task that has some")
     folder.mkdir(parents=True, exist_ok=True)
-    dtypes = {"tokens": tokenizer.dtype, "mask": np.dtype(bool), "numbers": _NUMBERS, "index": np.dtype(np.uint32)}
-    renderings, count, start = array("I", [0]) * total, 0, 0  # renderings by source, from 1; 0 is none yet
+    rendered, count, start = array("I", [0]) * total, 0, 0  # renderings by source, from 1; 0 is none yet
     with ExitStack() as stack, ProgressBar(title, total, unit="conversations") as bar:
-        tokens, masks, numbers, index = (
-            stack.enter_context(_array_file(folder / f"{name}.npy", dtype)) for name, dtype in dtypes.items()
-        )
+        # Files are replaced, not overwritten: a run that has opened the old ones keeps reading them.
+        unfinished = [stack.enter_context(replacing(folder / name)) for name in ("tokens", "renderings", "index")]
+        tokens, renderings, index = (stack.enter_context(path.open("wb")) for path in unfinished)
         for position in bar.track(range(total)):
             source = conversations.source(position) if isinstance(conversations, Mixture) else position
-            if not renderings[source]:
+            if not rendered[source]:
                 count += 1
-                renderings[source] = count
+                rendered[source] = count
                 try:
                     ids, mask = render_conversation(tokenizer, conversations[position], None)
                 except UserError as error:
                     raise UserError(f"conversation {position}: {error}") from error
-                tokens.write(row := np.array(ids[:max_tokens], dtype=tokenizer.dtype).tobytes())
-                masks.write(row_mask := bytes(mask[:max_tokens]))
-                length, checksum = len(row_mask), zlib.crc32(row_mask, zlib.crc32(row))
-                own = (start, length, sum(row_mask), len(ids) - length, checksum)
-                numbers.write(np.array(own, dtype=_NUMBERS).tobytes())
+                row, learned = np.array(ids[:max_tokens], tokenizer.dtype), np.array(mask[:max_tokens], bool)
+                tokens.write((row + learned * np.uint32(_LOSS)).tobytes())
+                length, checksum = len(row), zlib.crc32(learned.tobytes(), zlib.crc32(row.tobytes()))
+                own = (start, length, int(learned.sum()), len(ids) - length, checksum)
+                renderings.write(np.array(own, _RENDERING).tobytes())
                 start += length
-            index.write(np.uint32(renderings[source] - 1).tobytes())
+            index.write(np.uint32(rendered[source] - 1).tobytes())
     return RenderedConversations(folder).report()
-
-
-@contextmanager
-def _array_file(path: Path, dtype: np.dtype) -> Iterator[BinaryIO]:
-    """Opens an .npy file for the content of an array of one dimension.
-
-    The file is replaced, not overwritten: a run that has mapped the old one keeps reading it.
-    """
-    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
-    with replacing(path) as unfinished, unfinished.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, {**header, "shape": (0,)})
-        start = file.tell()
-        yield file
-        length = (file.tell() - start) // dtype.itemsize
-        file.seek(0)
-        np.lib.format.write_array_header_1_0(file, {**header, "shape": (length,)})  # of the same size
-        assert file.tell() == start
 
 
 class RenderedConversations:
@@ -126,18 +110,17 @@ class RenderedConversations:
     """
 
     def __init__(self, folder: Path) -> None:
-        paths = {name: folder / f"{name}.npy" for name in ("tokens", "mask", "numbers", "index")}
-        self._mapped: dict[str, Any] = {name: np.load(path, mmap_mode="r") for name, path in paths.items()}
-        self._files = {name: os.open(paths[name], os.O_RDONLY) for name in ("tokens", "mask")}
-        for file in self._files.values():
-            weakref.finalize(self, os.close, file)
+        self._renderings = np.memmap(folder / "renderings", _RENDERING, "r")
+        self._index = np.memmap(folder / "index", np.uint32, "r")
+        self._tokens = os.open(folder / "tokens", os.O_RDONLY)  # mapped pages would count as memory of the process
+        weakref.finalize(self, os.close, self._tokens)
 
     def _of_each(self, name: str) -> npt.NDArray[Any]:
         """The numbers of all conversations, gathered in pieces, since NumPy copies indices to int64."""
-        numbers, index = self._mapped["numbers"][name], self._mapped["index"]
-        gathered = np.empty(len(index), numbers.dtype)
-        for start in range(0, len(index), _PIECE):
-            gathered[start : start + _PIECE] = numbers[index[start : start + _PIECE]]
+        numbers = self._renderings[name]
+        gathered = np.empty(len(self), numbers.dtype)
+        for start in range(0, len(self), _PIECE):
+            gathered[start : start + _PIECE] = numbers[self._index[start : start + _PIECE]]
         return gathered
 
     @property
@@ -166,13 +149,10 @@ class RenderedConversations:
         )
 
     def __len__(self) -> int:
-        return len(self._mapped["index"])
+        return len(self._index)
 
-    def __getitem__(self, index: int) -> tuple[npt.NDArray[np.unsignedinteger], npt.NDArray[np.bool_]]:
-        start, length, *_ = self._mapped["numbers"][self._mapped["index"][index]].tolist()
-        return self._read("tokens", start, length), self._read("mask", start, length)
-
-    def _read(self, name: str, start: int, length: int) -> npt.NDArray[Any]:
-        """Part of a file; mapped pages would count as memory of the process."""
-        array, size = self._mapped[name], self._mapped[name].itemsize
-        return np.frombuffer(os.pread(self._files[name], length * size, array.offset + start * size), array.dtype)
+    def __getitem__(self, index: int) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.bool_]]:
+        """(tokens,) ids and loss mask of a conversation."""
+        start, length, *_ = self._renderings[self._index[index]].tolist()
+        tokens = np.frombuffer(os.pread(self._tokens, 4 * length, 4 * start), np.uint32)
+        return tokens & np.uint32(_LOSS - 1), tokens >= _LOSS
