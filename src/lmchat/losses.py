@@ -165,9 +165,9 @@ def _losses_and_gradients(
     losses = torch.empty_like(coefficients)
     grad_hidden = torch.empty_like(hidden)
     grad_weight = torch.zeros_like(weight)
-    differentiate = compiled(_loss_and_logit_gradient_fused) if options.fused else _loss_and_logit_gradient
+    differentiate = compiled(_loss_and_logit_gradient) if options.fused else _loss_and_logit_gradient
     for chunk, picks, logits in _logits(hidden, weight, targets, options):
-        chunk_losses, grad = differentiate(logits, picks, coefficients[chunk, None], cap)
+        chunk_losses, grad = differentiate(logits, picks, coefficients[chunk, None], cap, options.fused)
         losses[chunk] = chunk_losses[:, 0]
         torch.mm(grad, cast_weight, out=grad_hidden[chunk])
         grad_weight[:vocab_size] += grad.T @ hidden[chunk]
@@ -182,7 +182,7 @@ def _losses_and_projected_gradients(
     losses = torch.empty_like(coefficients)
     grad_hidden = torch.empty_like(hidden)
     grad_weight = torch.zeros_like(weight)
-    differentiate = compiled(_loss_and_logit_gradient_fused) if options.fused else _loss_and_logit_gradient
+    differentiate = compiled(_loss_and_logit_gradient) if options.fused else _loss_and_logit_gradient
     for start in range(0, len(targets), options.chunk_tokens):
         chunk = slice(start, start + options.chunk_tokens)
         picks, scale = targets[chunk, None].clamp(min=0), coefficients[chunk, None]
@@ -192,7 +192,7 @@ def _losses_and_projected_gradients(
         values = logits.detach()[:, : options.vocab_size]
         if values.dtype == scale.dtype:
             values = values.clone()  # overwritten below, and autograd owns the logits
-        chunk_losses, grad = differentiate(values, picks, scale, options.softcap)
+        chunk_losses, grad = differentiate(values, picks, scale, options.softcap, options.fused)
         losses[chunk] = chunk_losses[:, 0]
         grad = torch.nn.functional.pad(grad, (0, len(weight) - options.vocab_size))
         grad_hidden[chunk], chunk_grad_weight = torch.autograd.grad(logits, (states, weight), grad)
@@ -200,33 +200,28 @@ def _losses_and_projected_gradients(
     return losses, grad_hidden, grad_weight
 
 
-def _loss_and_logit_gradient(logits: Tensor, picks: Tensor, scale: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+def _loss_and_logit_gradient(
+    logits: Tensor, picks: Tensor, scale: Tensor, cap: float, fused: bool = False
+) -> tuple[Tensor, Tensor]:
     """scale · nll (tokens, 1) and its gradient by the raw logits (tokens, vocab), in place where their dtype allows.
 
     cap · tanh(z / cap) = 2 cap · s - cap with s = sigmoid(2 z / cap); the constant cancels in the softmax p. So
-    nll = log Σ exp(2 cap · s) - 2 cap · s[target], and d nll / dz = (p - onehot) · 4 s (1 - s).
+    nll = log Σ exp(2 cap · s) - 2 cap · s[target], and d nll / dz = (p - onehot) · 4 s (1 - s). ``fused`` is for the
+    compiler: without a scatter, which would materialize the fp32 gradient.
     """
-    losses, grad, target_grad = _softmax_gradient(logits, picks, scale, cap)
-    grad.scatter_add_(1, picks, -target_grad)
-    return losses, grad.to(logits.dtype)
-
-
-def _loss_and_logit_gradient_fused(logits: Tensor, picks: Tensor, scale: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """`_loss_and_logit_gradient` for the compiler, without a scatter, which would materialize the fp32 gradient."""
-    losses, grad, target_grad = _softmax_gradient(logits, picks, scale, cap)
-    is_target = torch.arange(logits.size(1), device=logits.device) == picks
-    return losses, torch.where(is_target, grad - target_grad, grad).to(logits.dtype)
-
-
-def _softmax_gradient(logits: Tensor, picks: Tensor, scale: Tensor, cap: float) -> tuple[Tensor, Tensor, Tensor]:
-    """scale · nll (tokens, 1), scale · p · 4 s (1 - s) (tokens, vocab), and scale · 4 s (1 - s) at the targets."""
     s = _sigmoid_(logits.to(scale.dtype), cap)
     picked = s.gather(1, picks)
     grad = (s * (2 * cap)).exp_()
     normalizer = grad.sum(1, keepdim=True)
     losses = (normalizer.log() - 2 * cap * picked) * scale
     grad.mul_(4 * scale / normalizer).mul_(s.addcmul_(s, s, value=-1))
-    return losses, grad, 4 * scale * picked * (1 - picked)
+    target_grad = 4 * scale * picked * (1 - picked)
+    if fused:
+        is_target = torch.arange(logits.size(1), device=logits.device) == picks
+        grad = torch.where(is_target, grad - target_grad, grad)
+    else:
+        grad.scatter_add_(1, picks, -target_grad)
+    return losses, grad.to(logits.dtype)
 
 
 def _sigmoid_(logits: Tensor, cap: float) -> Tensor:
