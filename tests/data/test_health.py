@@ -173,7 +173,7 @@ def test_strings_are_found_at_any_depth_in_order() -> None:
     assert "".join(strings_of(value)) == "abcd" + 50_000 * "e"
 
 
-def test_cropped_and_split_tokens_equal_one_epoch_of_packing(write_shards: WriteShards) -> None:
+def test_cropped_tokens_equal_one_epoch_of_packing(write_shards: WriteShards) -> None:
     rng = random.Random(5)
     texts = ["a" * int(rng.lognormvariate(3, 1)) + "b" for _ in range(3000)]
     folder = write_shards(texts[:2000], texts[2000:2900], texts[2900:])
@@ -203,22 +203,6 @@ def test_cropped_and_split_tokens_equal_one_epoch_of_packing(write_shards: Write
         assert shard["cropped"] == pytest.approx(1 - sum(kept for kept, _ in own) / sum(length for _, length in own))
         assert shard["padded"] == shard["masked_rows"] == 0
     assert 0 < report["shards"][2]["cropped"] < 1  # validation, packed by itself
-    packer = BestFitPacker(train, row_tokens=64, policy="split")
-    pieces: list[list[int]] = []  # per placed document, tokens of each piece
-    last = False
-    while not last:
-        last = packer.placed >= len(train)
-        row = next(packer)
-        if pieces and pieces[-1] == [1] and not packer.start:
-            pieces.pop()  # a row ended with a BOS, which the next row repeats; every text has at least one token
-        if packer.start:
-            pieces[-1].append(row[0][1] - 1)
-        if not last:
-            pieces += [[taken] for _, taken in row[packer.start > 0 :]]
-    # The next row shows whether the last one cut a document, but not all of its remaining tokens.
-    assert report["packed"]["split_documents"] == sum(len(each) > 1 for each in pieces) / len(pieces) > 0
-    later = sum(sum(each[1:]) for each in pieces) / sum(map(sum, pieces))
-    assert report["packed"]["split_tokens"] == pytest.approx(later, abs=0.01)
 
 
 def _chat(path: Path, *exchanges: tuple[str, str]) -> JSONLConversations:

@@ -65,8 +65,6 @@ def token_tables(health: DataHealth) -> list[Table]:
             counts = [_cell(part, key, ",") for key in ("documents", "tokens", "longer_than_a_row")]
             shares = [_cell(part, key, ".2%") for key in ("cropped", "padded")]
             table.add_row(_name(part["shard"]), *counts, *shares, _cell(part, "masked_rows", ","))
-        if "split_documents" in each["packed"]:
-            table.caption = f"--data.long_documents split cuts {each['packed']['split_documents']:.2%} of the documents"
         lengths = _table(f"Lengths ({each['name']})", "tokens", "documents", "share")
         for start, count in each["total"]["histogram"].items():
             share = count / each["total"]["documents"]

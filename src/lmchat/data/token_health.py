@@ -1,4 +1,4 @@
-"""Lengths in tokens: their histogram, and what packing into rows crops, splits or pads."""
+"""Lengths in tokens: their histogram, and what packing into rows crops or pads."""
 
 from __future__ import annotations
 
@@ -45,10 +45,11 @@ def _check_folder(folder: Path, shards: Sequence[Path], sequence_len: int) -> di
             lengths[shard.name] = np.diff(read_offsets(path, header))
     if not lengths:
         return None
-    train = [name for name in lengths if name != shards[-1].name]
-    packed, cropped = packing_losses([lengths[name] for name in train], sequence_len)
-    if len(train) < len(lengths):
-        cropped += packing_losses([lengths[shards[-1].name]], sequence_len)[1]
+    documents = np.concatenate(list(lengths.values()))
+    training = sum(len(each) for name, each in lengths.items() if name != shards[-1].name)
+    streams = [_cropped(part, sequence_len) for part in (documents[:training], documents[training:])]
+    starts = np.cumsum([len(each) for each in lengths.values()])[:-1]
+    cropped = map(_share, *(np.split(each, starts) for each in np.concatenate(streams, axis=1)))
     return {
         "name": f"tokenizer {folder.name}",
         "sequence_len": sequence_len,
@@ -56,8 +57,8 @@ def _check_folder(folder: Path, shards: Sequence[Path], sequence_len: int) -> di
             {"shard": name, **_summary(each, sequence_len + 1), "cropped": share, **FULL_ROWS}
             for (name, each), share in zip(lengths.items(), cropped, strict=True)
         ],
-        "total": _summary(np.concatenate(list(lengths.values())), sequence_len + 1),
-        "packed": {**packed, **FULL_ROWS},
+        "total": _summary(documents, sequence_len + 1),
+        "packed": {"cropped": _share(*streams[0]), **FULL_ROWS},
     }
 
 
@@ -113,43 +114,19 @@ def length_histogram(lengths: Lengths) -> dict[str, int]:
     return {str(1 << int(e)): int(count) for e, count in zip(*np.unique(exponents, return_counts=True), strict=True)}
 
 
-def packing_losses(shards: Sequence[Lengths], sequence_len: int) -> tuple[dict[str, float], list[float]]:
-    """What training does to the documents that it packs until each has been placed once, with the default buffer.
+def _cropped(lengths: Lengths, sequence_len: int) -> npt.NDArray[np.int64]:
+    """(2, documents): tokens of each that ``--data.long_documents crop`` discards, and all of its tokens.
 
-    Args:
-        shards: lengths of each shard's documents, which are packed as one stream.
-        sequence_len: T; packed rows have T + 1 tokens.
-
-    Returns:
-        ``cropped``: share of the tokens that ``--data.long_documents crop`` discards. ``split_documents``,
-        ``split_tokens``: share of the documents that ``split`` cuts into pieces, and of the tokens after the first cut.
-        And for each shard the share of its tokens that ``crop`` discards.
+    The documents are packed as one stream, with the default buffer, until each has been placed once; those that are
+    placed more often count as often.
     """
-    lengths = np.concatenate([np.zeros(0, np.int64), *shards])
-    placed, _, cropped = _cuts(lengths, sequence_len, "crop")
-    tokens, starts = placed * lengths, np.cumsum([len(shard) for shard in shards])[:-1]
-    times, cuts, after = _cuts(lengths, sequence_len, "split")
-    return {
-        "cropped": _share(cropped, tokens),
-        "split_documents": _share(cuts, times),
-        "split_tokens": _share(after, times * lengths),
-    }, [_share(*each) for each in zip(np.split(cropped, starts), np.split(tokens, starts), strict=True)]
-
-
-def _cuts(lengths: Lengths, sequence_len: int, policy: Any) -> npt.NDArray[np.int64]:
-    """(3, documents): how often each document was placed, how often cut, and its tokens after the first cut."""
-    found = np.zeros((len(lengths), 3), dtype=np.int64)
+    found = np.zeros((2, len(lengths)), dtype=np.int64)
     if not len(lengths):
-        return found.T
-    packer = BestFitPacker(lengths, row_tokens=sequence_len + 1, policy=policy)
-    with ProgressBar(f"Packing ({policy})", len(lengths), unit="documents") as bar:
+        return found
+    packer = BestFitPacker(lengths, row_tokens=sequence_len + 1)
+    with ProgressBar("Packing", len(lengths), unit="documents") as bar:
         while packer.placed < len(lengths):
-            row = next(packer)
-            # A row that starts inside a document continues one that has been counted.
-            for document, taken in row[packer.start > 0 :]:
-                length = int(lengths[document])
-                if policy == "split" and taken == 1 < length:
-                    continue  # the next row repeats this token, so the document starts there
-                found[document] += (1, taken < length, length - taken)
+            for document, taken in next(packer):
+                found[:, document] += lengths[document] - taken, lengths[document]
             bar.set(packer.placed)
-    return found.T
+    return found
