@@ -6,10 +6,8 @@ from typing import Any
 
 import pytest
 
-from lmchat.tasks.arc import ARC
 from lmchat.tasks.base import MultipleChoice
-from lmchat.tasks.mmlu import MMLU
-from lmchat.tasks.multiple_choice import render_multiple_choice
+from lmchat.tasks.multiple_choice import ARC, MMLU, render_multiple_choice
 from lmchat.types import UserError
 
 

@@ -3,13 +3,12 @@
 Importing this package makes each task known to configs by its short class name.
 """
 
-from lmchat.tasks.arc import ARC
 from lmchat.tasks.base import Task
 from lmchat.tasks.gsm8k import GSM8K
 from lmchat.tasks.humaneval import HumanEval
 from lmchat.tasks.identity import Identity
 from lmchat.tasks.jsonl import JSONLConversations
-from lmchat.tasks.mmlu import MMLU
+from lmchat.tasks.multiple_choice import ARC, MMLU
 from lmchat.tasks.smoltalk import SmolTalk
 from lmchat.tasks.spelling import SimpleSpelling, SpellingBee
 
