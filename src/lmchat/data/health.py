@@ -19,10 +19,9 @@ import numpy.typing as npt
 from lmchat.data.evaluation_overlap import EvaluationFile, EvaluationOverlap
 from lmchat.data.mixture import Mixture
 from lmchat.data.near_duplicates import NearDuplicates
-from lmchat.data.parquet_text import list_shards, read_documents
+from lmchat.data.parquet_text import count_documents, list_shards, read_documents
 from lmchat.data.token_health import check_mixture, check_tokens
 from lmchat.data.word_grams import Hashes, word_hashes
-from lmchat.parquet_pages import open_parquet
 from lmchat.progress import ProgressBar
 from lmchat.tasks.base import Task, message_text
 from lmchat.tokenizer.bpe import Tokenizer
@@ -110,11 +109,9 @@ def check_shards(
     Raises:
         UserError: a shard, token file or evaluation set cannot be read.
     """
-    shards, sources = list_shards(data_dir), []
+    shards = list_shards(data_dir)
     tokens = check_tokens(data_dir, shards, sequence_len)
-    for shard in shards:
-        with open_parquet(shard) as parquet:
-            sources.append(TextSource(shard.name, parquet.metadata.num_rows, partial(read_documents, shard)))
+    sources = [TextSource(shard.name, count_documents(shard), partial(read_documents, shard)) for shard in shards]
     return _check(sources, evaluation, similarity, tokens)
 
 

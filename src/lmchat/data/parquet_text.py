@@ -55,6 +55,13 @@ def check_text_column(parquet: pq.ParquetFile, path: Path, column: str = TEXT_CO
         raise UserError(f"column `{column}` of {path} contains {kind}, not strings; {_NAME_COLUMN}")
 
 
+def count_documents(path: Path) -> int:
+    """Number of rows of a shard. Raises `UserError` if it has no text."""
+    with open_parquet(path) as parquet:
+        check_text_column(parquet, path)
+        return int(parquet.metadata.num_rows)
+
+
 def read_documents(path: Path, column: str = TEXT_COLUMN) -> Iterator[str | None]:
     """Yields the texts of a shard in order, None for null. Raises `UserError` if the file cannot be read."""
     with open_parquet(path) as parquet:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lmchat.data.parquet_text import check_text_column, list_shards, read_documents
+from lmchat.data.parquet_text import count_documents, list_shards, read_documents
 from lmchat.data.token_file import HEADER_BYTES, Header, Source, read_header, token_dir, token_path
 from lmchat.files import locked, synced_file
 from lmchat.parquet_pages import open_parquet
@@ -117,17 +117,11 @@ def _identify(shard: Path) -> Source:
 
 def _tokenize_all(shards: Sequence[Path], directory: Path, tokenizer: Tokenizer, num_threads: int) -> None:
     """Tokenizes shards one by one with a pool of threads; tiktoken and pyarrow release the GIL."""
-    total = sum(map(_count_rows, shards))
+    total = sum(map(count_documents, shards))
     with ThreadPoolExecutor(num_threads) as pool, ProgressBar("Tokenizing", total, unit="documents") as bar:
         for shard in shards:
             chunks = _encoded(_split(read_documents(shard)), tokenizer, pool, look_ahead=2 * num_threads)
             _write_token_file(token_path(directory, shard), _identify(shard), chunks, tokenizer, bar)
-
-
-def _count_rows(shard: Path) -> int:
-    with open_parquet(shard) as parquet:
-        check_text_column(parquet, shard)
-        return int(parquet.metadata.num_rows)
 
 
 def _split(texts: Iterable[str | None]) -> Iterator[list[str | None]]:

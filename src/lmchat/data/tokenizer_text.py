@@ -9,9 +9,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lmchat.data.parquet_text import list_shards, read_documents
+from lmchat.data.parquet_text import count_documents, list_shards, read_documents
 from lmchat.option_checks import check_count
-from lmchat.parquet_pages import open_parquet
 from lmchat.progress import ProgressBar
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.types import UserError, user_errors
@@ -54,7 +53,7 @@ def train_tokenizer(
     files = training_files(data)[:max_shards]
     if missing := [file for file in files if not file.is_file()]:
         raise UserError(f"there is no file {missing[0]}; give existing files with --data")
-    total_documents = sum(map(_count_documents, files))
+    total_documents = sum(1 if file.suffix == ".txt" else count_documents(file) for file in files)
     check_writable(output)
     started, documents, characters = time.perf_counter(), 0, 0
     with ProgressBar("Reading text", 1.0) as bar:
@@ -119,10 +118,3 @@ def _documents(file: Path) -> Iterator[str]:
         yield from (text for text in read_documents(file) if text)
     elif text := file.read_text(encoding="utf-8", errors="replace"):
         yield text
-
-
-def _count_documents(file: Path) -> int:
-    if file.suffix == ".txt":
-        return 1
-    with open_parquet(file) as parquet:
-        return int(parquet.metadata.num_rows)
