@@ -39,8 +39,7 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of soft-capped logits ``hidden @ weight.T`` against `targets`.
 
-    The forward pass also computes the gradients, chunk by chunk; with "none" the backward pass recomputes the logits.
-    Differentiable once.
+    The forward pass also computes the gradients, chunk by chunk. Differentiable once.
 
     Args:
         hidden: (..., width), in the compute dtype.
@@ -48,7 +47,8 @@ def linear_cross_entropy(
         targets: (...) integer ids, `IGNORE_INDEX` where no loss is computed.
         vocab_size: number of tokens.
         softcap: bound of the logits; at most 30, so that exp(2 softcap) cannot overflow.
-        reduction: "sum", "mean" or "none". "mean" divides by the number of targets not ignored, not by their weights.
+        reduction: "sum", "mean" or "none". "mean" divides by the number of targets not ignored, not by their weights;
+            "none", for evaluation, has no gradient.
         weights: (...) constant factor per token, for policy gradients.
         token_losses: (...) fp32, receives the losses that "sum" or "mean" add up, without gradient.
         chunk_tokens: tokens per chunk; default is that of the device in `CHUNK_TOKENS`.
@@ -72,8 +72,8 @@ def linear_cross_entropy(
     chunk_tokens = chunk_tokens or CHUNK_TOKENS.get(hidden.device.type, 1024)
     options = _Options(vocab_size, softcap, chunk_tokens, fused, project)
     if reduction == "none":
-        losses = _TokenLosses.apply(flat_hidden, weight, flat_targets, coefficients, options)
-        return losses.view(targets.shape)
+        with torch.no_grad():
+            return _token_losses(flat_hidden, weight, flat_targets, coefficients, options).view(targets.shape)
     filtered = hidden.device.type == "cpu" and not live.all()
     if filtered:  # Needs a device sync on a GPU: how many targets there are.
         flat_hidden, flat_targets, coefficients = flat_hidden[live], flat_targets[live], coefficients[live]
@@ -118,25 +118,6 @@ class _SummedLoss(torch.autograd.Function):
         # In fp32: rounding a loss scale such as 1 / 6 to bf16 would scale one of the two gradients differently.
         scaled_hidden = (grad_hidden.to(grad_output.dtype) * grad_output).to(grad_hidden.dtype)
         return scaled_hidden, grad_weight * grad_output, None, None, None
-
-
-class _TokenLosses(torch.autograd.Function):
-    """coefficient · nll per token; the backward pass computes its gradients."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, coefficients: Tensor, options: _Options
-    ) -> Tensor:
-        ctx.save_for_backward(hidden, weight, targets, coefficients)
-        ctx.options = options
-        return _token_losses(hidden, weight, targets, coefficients, options)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> Any:
-        hidden, weight, targets, coefficients = ctx.saved_tensors
-        _, *gradients = _losses_and_gradients(hidden, weight, targets, coefficients * grad_output, ctx.options)
-        return *gradients, None, None, None
 
 
 def _token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, coefficients: Tensor, options: _Options) -> Tensor:
