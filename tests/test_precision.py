@@ -23,17 +23,23 @@ def claim(monkeypatch: pytest.MonkeyPatch, amx: bool = False, avx512: bool = Fal
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
-    monkeypatch.setattr(precision, "_seconds", lambda a, b, **_: 1.0 if a.dtype == torch.float32 else 1 / speedup)
+    monkeypatch.setattr(precision, "_seconds", lambda a, b, _: 1.0 if a.dtype == torch.float32 else 1 / speedup)
 
 
-def test_a_very_slow_product_is_repeated_three_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(range(1000))
-    monkeypatch.setattr(precision.time, "perf_counter", lambda: next(clock))
-    one = torch.ones(1, 1)
-    assert precision._seconds(one, one, stop_above=0.5) == 1
-    assert next(clock) == 2 * 3
-    assert precision._seconds(one, one, stop_above=2.0) == 1
-    assert next(clock) == 2 * 3 + 1 + 2 * 20
+@pytest.mark.parametrize(("speedup", "repeats"), [(0.01, [20, 3]), (0.8, [20, 3, 20])])
+def test_an_emulated_product_is_repeated_three_times(
+    monkeypatch: pytest.MonkeyPatch, speedup: float, repeats: list[int]
+) -> None:
+    claim(monkeypatch, amx=True)
+    measured = []
+
+    def seconds(a: torch.Tensor, b: torch.Tensor, repeats: int) -> float:
+        measured.append(repeats)
+        return 1.0 if a.dtype == torch.float32 else 1 / speedup
+
+    monkeypatch.setattr(precision, "_seconds", seconds)
+    assert not cpu_multiplies_bf16()
+    assert measured == repeats
 
 
 def test_kernels_limited_to_avx2_have_no_bf16_units(monkeypatch: pytest.MonkeyPatch) -> None:
