@@ -32,9 +32,11 @@ DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
 
 _BEGINNINGS = {
     ".gz": rb"\x1f\x8b",
-    ".bz2": rb"BZh",
+    ".bz2": rb"BZh[1-9]",
     ".xz": rb"\xfd7zXZ\0|\x5d\0\0",
     ".zst": rb"\x28\xb5\x2f\xfd|[P-_]\x2aM\x18",
+    ".parquet": rb"PAR1",
+    ".zip": rb"PK\x03\x04",
 }
 
 _CHUNK_BYTES = 1 << 20
@@ -110,16 +112,18 @@ def open_text(path: Path, raw: BinaryIO, encoding: str | None = None) -> Iterato
         raise UserError(f"{path} is damaged ({error}); copy or create it again") from error
 
 
+def packed_as(head: bytes) -> str | None:
+    """Suffix of the compression or container that the first bytes of a file belong to; None for plain text."""
+    return next((suffix for suffix, beginning in _BEGINNINGS.items() if re.match(beginning, head)), None)
+
+
 def _decompressed(path: Path, raw: BinaryIO) -> Any:
     suffix = kind_of(path)[1]
     head = cast(Any, raw).peek(_PROBE_BYTES)[:_PROBE_BYTES] if suffix else b""
-    if head and not re.match(_BEGINNINGS[suffix], head):
-        others = [other for other, beginning in _BEGINNINGS.items() if re.match(beginning, head)]
-        what = f"{others[0]} data" if others else "no compressed data"  # browsers decompress, and keep the name
-        raise UserError(
-            f"{path} is damaged or has a wrong name: it contains {what}; copy it again, or "
-            f"{f'end its name in {others[0]}' if others else f'remove {suffix} from its name'}"
-        )
+    if head and (found := packed_as(head)) != suffix:  # browsers decompress, and keep the name
+        what = f"{found or 'no compressed'} data; copy it again, or "
+        remedy = f"end its name in {found}" if found else f"remove {suffix} from its name"
+        raise UserError(f"{path} is damaged or has a wrong name: it contains {what}{remedy}")
     if suffix == ".gz":
         return gzip.GzipFile(fileobj=raw)
     if suffix == ".bz2":

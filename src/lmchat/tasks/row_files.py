@@ -27,6 +27,7 @@ from lmchat.records import (
     json_values,
     kind_of,
     open_text,
+    packed_as,
     table_rows,
     visible_files,
 )
@@ -38,15 +39,6 @@ SUFFIXES = (*JSON_LINES_SUFFIXES, *JSON_SUFFIXES, *TABLE_SUFFIXES, PARQUET_SUFFI
 
 MAX_LINE_BYTES = 2**27
 """Limit of a line, which may be a whole array, so that no compressed file without line breaks fills the memory."""
-
-_PACKED = {
-    b"\x1f\x8b": "gzip data; unpack it, or add .gz to its name",
-    b"\x28\xb5\x2f\xfd": "zstd data; unpack it, or add .zst to its name",
-    b"\xfd7zXZ\0": "xz data; unpack it, or add .xz to its name",
-    b"PAR1": "parquet; end its name in .parquet",
-    b"PK\x03\x04": "a ZIP archive or a spreadsheet; unpack it, or save the table as CSV",
-}
-"""First bytes of files that are often found under another name."""
 
 _CHUNK_BYTES = 1 << 20
 _KINDS = f"{', '.join(SUFFIXES)} (all but parquet also with {', '.join(COMPRESSION_SUFFIXES)})"
@@ -208,10 +200,11 @@ class TextRows:
 
 def _refuse_packed(path: Path) -> None:
     with path.open("rb") as file:
-        head = file.read(max(map(len, _PACKED)))
-    for magic, advice in _PACKED.items():
-        if head.startswith(magic):
-            raise UserError(f"{path} contains {advice}")
+        found = packed_as(file.read(16))
+    if found == ".zip":
+        raise UserError(f"{path} contains a ZIP archive or a spreadsheet; unpack it, or save the table as CSV")
+    if found is not None:
+        raise UserError(f"{path} contains {found} data; unpack it, or end its name in {found}")
 
 
 def _bounded_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
