@@ -17,7 +17,7 @@ from pathlib import Path
 from lmchat.hardware import DENSE_BF16_PEAK
 from lmchat.model.config import GATE_CHANNELS, GPTConfig
 from lmchat.optim.buckets import assign_owners
-from lmchat.scaling import make_plan, parameter_counts
+from lmchat.scaling import flops_per_token, make_plan, parameter_counts
 
 PAGE = Path(__file__).with_name("scaling.md")
 DEPTHS = (12, 16, 20, 24, 26, 32)
@@ -134,7 +134,7 @@ def cell(depth: int, gpus: int) -> tuple[str, str]:
         f"{fixed:.1f} + {need.activations / 1e9:.1f} ({need.micro_batch_rows})" if need.micro_batch_rows else "too much"
     )
     sent = sum(bytes_sent(config, gpus))
-    compute = plan.flops_per_token * batch / gpus / FLOPS
+    compute = flops_per_token(config) * batch / gpus / FLOPS
     link = "within a node" if gpus <= GPUS_PER_NODE else "between nodes"
     talk = sent / BYTES_PER_SECOND[link]
     spent = f"{sent / 1e9:.2f} GB, {1e3 * talk:,.0f} of {1e3 * compute:,.0f} ms" if gpus > 1 else "0"
@@ -154,7 +154,11 @@ def make_tables() -> str:
         lines = [f"**{title}**", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         for depth in DEPTHS:
             plan = make_plan(depth, vocab_size=VOCAB_SIZE, sequence_len=SEQUENCE_LEN)
-            facts = [f"d{depth}", f"{plan.counts.total / 1e9:.2f} B", f"2^{int(math.log2(plan.global_batch_tokens))}"]
+            facts = [
+                f"d{depth}",
+                f"{parameter_counts(plan.config).total / 1e9:.2f} B",
+                f"2^{int(math.log2(plan.global_batch_tokens))}",
+            ]
             lines.append("| " + " | ".join([*facts, *(pair[number] for pair in rows[depth])]) + " |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)

@@ -26,7 +26,7 @@ D12 = {"vocab_size": 32768, "sequence_len": 2048}
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"d{case['depth']}-{case['ratio']}")
 def test_plans_match_the_reference(case: dict) -> None:
     plan = make_plan(case["depth"], ratio=case["ratio"], **case["options"])
-    config, counts = plan.config, plan.counts
+    config, counts, flops = plan.config, parameter_counts(plan.config), flops_per_token(plan.config)
     assert (config.n_embd, config.n_head, config.n_kv_head, config.head_dim) == (
         case["model_dim"],
         case["n_head"],
@@ -37,17 +37,14 @@ def test_plans_match_the_reference(case: dict) -> None:
     assert list(config.value_embedding_layers) == case["ve_layers"]
     assert {name: getattr(counts, name) for name in case["param_counts"]} == case["param_counts"]
     assert counts.scaling == case["scaling_params"]
-    assert plan.target_tokens == case["target_tokens"]
-    assert plan.reference_tokens == case["D_REF"]
+    assert int(case["ratio"] * counts.scaling) == case["target_tokens"]
     assert plan.global_batch_tokens == case["total_batch_size"]
     assert plan.lr_scale == pytest.approx(case["batch_lr_scale"], rel=1e-12)
     assert plan.weight_decay == pytest.approx(case["weight_decay_scaled"], rel=1e-12)
     assert plan.steps == case["num_iterations"]
     assert plan.steps * plan.global_batch_tokens == case["total_training_tokens"]
-    assert plan.flops_per_token == case["flops_per_token"]
-    assert case["total_training_tokens"] * plan.flops_per_token == pytest.approx(
-        case["total_training_flops"], rel=1e-12
-    )
+    assert flops == case["flops_per_token"]
+    assert case["total_training_tokens"] * flops == pytest.approx(case["total_training_flops"], rel=1e-12)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 5, 7, 11, 13])
@@ -87,18 +84,20 @@ def test_parameter_counts_equal_those_of_a_built_model(depth: int, options: dict
 def test_the_native_variant_is_scaled_from_its_own_depth_12() -> None:
     full, native = make_plan(12, **D12), make_plan(12, **D12, **NATIVE)
     gates = 6 * 6 * 32  # in six layers one gate of 32 channels for each of six heads
-    assert native.counts.scaling == full.counts.scaling - gates
-    assert (native.counts.value_embeds, native.counts.scalars) == (0, 0)
+    counts = parameter_counts(native.config)
+    assert counts.scaling == parameter_counts(full.config).scaling - gates
+    assert (counts.value_embeds, counts.scalars) == (0, 0)
     assert native.lr_scale == 1.0
-    assert native.reference_tokens == 10.5 * native.counts.scaling
+    assert native.weight_decay == pytest.approx(0.2, rel=1e-6)  # depth 12 is its own reference
 
 
 def test_max_steps_override_flops_which_override_the_ratio() -> None:
     by_ratio = make_plan(12, **D12)
     by_flops = make_plan(12, **D12, target_flops=1e18)
     by_steps = make_plan(12, **D12, target_flops=1e18, max_steps=77)
-    assert by_ratio.steps == by_ratio.target_tokens // by_ratio.global_batch_tokens
-    assert by_flops.steps * by_flops.global_batch_tokens * by_flops.flops_per_token == pytest.approx(1e18, rel=0.01)
+    counts, flops = parameter_counts(by_ratio.config), flops_per_token(by_ratio.config)
+    assert by_ratio.steps == int(10.5 * counts.scaling) // by_ratio.global_batch_tokens
+    assert by_flops.steps * by_flops.global_batch_tokens * flops == pytest.approx(1e18, rel=0.01)
     assert by_steps.steps == 77
     assert by_ratio.global_batch_tokens == by_flops.global_batch_tokens == by_steps.global_batch_tokens
 

@@ -51,25 +51,17 @@ class Plan:
 
     Attributes:
         config: shape of the model.
-        counts: its parameters.
-        target_tokens: training tokens by the ratio of tokens to scaling parameters.
-        reference_tokens: the same for the depth-12 model, not rounded.
         global_batch_tokens: tokens per optimizer step over all ranks.
         lr_scale: factor on every base learning rate.
         weight_decay: scaled weight decay of Muon.
         steps: optimizer steps.
-        flops_per_token: FLOPs of the forward and backward pass.
     """
 
     config: GPTConfig
-    counts: ParameterCounts
-    target_tokens: int
-    reference_tokens: float
     global_batch_tokens: int
     lr_scale: float
     weight_decay: float
     steps: int
-    flops_per_token: int
 
 
 def config_for_depth(
@@ -156,23 +148,17 @@ def make_plan(
         raise UserError(f"ratio is {ratio}; tokens per parameter must be a number above 0")
     config = config_for_depth(depth, **shape)
     reference = config_for_depth(REFERENCE_DEPTH, **{**shape, "n_kv_head": None})
-    counts = parameter_counts(config)
-    target_tokens = int(ratio * counts.scaling)
+    target_tokens = int(ratio * parameter_counts(config).scaling)
     reference_tokens = ratio * parameter_counts(reference).scaling
     check_count(None, 1, global_batch_tokens=global_batch_tokens)
     batch = global_batch_tokens or optimal_batch_tokens(target_tokens, reference_tokens)
-    flops = flops_per_token(config)
     lr_scale = math.sqrt(batch / REFERENCE_BATCH_TOKENS)
     return Plan(
         config=config,
-        counts=counts,
-        target_tokens=target_tokens,
-        reference_tokens=reference_tokens,
         global_batch_tokens=batch,
         lr_scale=lr_scale,
         weight_decay=weight_decay * lr_scale * (reference_tokens / target_tokens),
-        steps=_horizon(max_steps, target_flops, target_tokens, flops, batch),
-        flops_per_token=flops,
+        steps=_horizon(max_steps, target_flops, target_tokens, flops_per_token(config), batch),
     )
 
 
