@@ -24,6 +24,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, bool]]:
 
     def kernel(name: str):  # type: ignore[no-untyped-def]
         def attend(q, k, v, window, starts=None):  # type: ignore[no-untyped-def]
+            assert not torch.backends.cuda.cudnn_sdp_enabled()  # it would run in place of flash
             calls.append((name, window, starts is not None))
             return attend_masked(q, k, v, window, starts)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -75,6 +76,22 @@ def test_cudnn_is_excluded_but_in_its_own_backend(monkeypatch: pytest.MonkeyPatc
     net.hidden(ids)
     assert allowed == [False] * 4 + [False, True]
     assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_checkpointed_blocks_exclude_cudnn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They run again in the backward pass, and must save what they saved before."""
+    net, ids, allowed = GPT(CONFIG), torch.zeros(1, 8, dtype=torch.int64), list[bool]()
+    usual = attention.attention
+
+    def attend(*args: Any) -> Tensor:
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return usual(*args)
+
+    monkeypatch.setattr(attention, "attention", attend)
+    net.checkpoint_blocks = True
+    net.init_weights()
+    net.loss(ids, ids).backward()
+    assert allowed == [False] * 2 * CONFIG.n_layer
 
 
 def test_the_mix_within_the_blocks_is_the_mix_before_them() -> None:

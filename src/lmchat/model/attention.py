@@ -214,7 +214,7 @@ def probe(
 def _output_and_gradients(
     attend: Attend, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, window: int, starts: Tensor | None
 ) -> tuple[Tensor, ...]:
-    with torch.enable_grad():
+    with torch.enable_grad(), exclude_cudnn():
         inputs = [x.detach().requires_grad_() for x in (q, k, v)]
         out = attend(inputs[0], inputs[1], inputs[2], window, starts)
         return (out.detach(), *torch.autograd.grad(out, inputs, grad))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lmchat.files import json_object, write_json
-from lmchat.model.attention import BACKENDS, probe
+from lmchat.model.attention import BACKENDS, exclude_cudnn, probe
 from lmchat.model.gpt import GPT
 
 logger = logging.getLogger(__name__)
@@ -121,4 +121,10 @@ def _step(name: str, shape: AttentionShape, device: torch.device) -> Callable[[]
     if shape.documents:
         starts = torch.arange(4 * shape.rows + 1, device=device, dtype=torch.int32) * (shape.length // 4)
         starts[-1] = tokens
-    return lambda: torch.autograd.grad(attend(q, k, v, shape.window, starts), (q, k, v), grad)
+
+    def step() -> object:
+        with exclude_cudnn():  # as in the model
+            out = attend(q, k, v, shape.window, starts)
+        return torch.autograd.grad(out, (q, k, v), grad)
+
+    return step

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Self, cast
 
@@ -209,6 +210,11 @@ class Transformer(nn.Module):
 def _look_up(ids: Tensor, dtype: torch.dtype, table: Tensor) -> Tensor:
     """Rows of a token table, (..., width). Compiled, rows and their gradients move in ``dtype``; sums stay fp32."""
     return F.embedding(ids, table).to(dtype)
+
+
+def _same_kernels_again() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts of a checkpointed block's two forward passes; the second one runs after `GPT.hidden` has returned."""
+    return nullcontext(), exclude_cudnn()
 
 
 class GPT(nn.Module):
@@ -422,7 +428,9 @@ class GPT(nn.Module):
             # Compiled blocks are for the fixed shapes of training; a growing cache would recompile them at every step.
             run: Callable[..., Tensor] = block if kv_cache is None else block.forward
             if self.checkpoint_blocks and torch.is_grad_enabled():
-                run = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
+                run = partial(
+                    checkpoint, block, use_reentrant=False, preserve_rng_state=False, context_fn=_same_kernels_again
+                )
             if only is not None and layer == len(self.blocks) - 1:
                 run = partial(run, only=only)
             if starts is not None:
