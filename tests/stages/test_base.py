@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch.utils.data._utils.pin_memory import pin_memory
 
+from lmchat.evaluation.evaluator import EvalBatch
 from lmchat.stages import base
 from lmchat.stages.data_module import StageDataModule
 from lmchat.stages.pretrain import PretrainModule
@@ -23,6 +26,27 @@ def test_batches_are_not_copied_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Non
     moved = StageDataModule(micro_batch_size=2).transfer_batch_to_device(batch, torch.device("cpu"), 0)
     assert moved.keys() == batch.keys()
     assert all(moved[name] is batch[name] for name in ("inputs", "targets"))
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("auto", True), (True, True), (False, False)])
+def test_compilation_is_decided_before_the_run_is_planned(
+    mode: Any, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An automatic micro-batch is chosen before, when only the network is on the GPU, not the module."""
+    monkeypatch.setattr(base, "compiler_works", lambda device_type: True)
+    module = PretrainModule(depth=2, compile=mode)
+    module.net = SimpleNamespace(device=torch.device("cuda"))
+    assert module.compiles_blocks() == expected
+
+
+def test_batches_of_evaluators_are_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self + 1)
+    evaluator: Any = object()
+    ids, questions = torch.zeros(2, dtype=torch.int64), ["a question"]
+    pinned = pin_memory(EvalBatch(evaluator, {"inputs": ids, "loss_tokens": 3}))
+    assert pinned.evaluator is evaluator
+    assert pinned.data["inputs"].tolist() == [1, 1] and pinned.data["loss_tokens"] == 3
+    assert pin_memory(EvalBatch(evaluator, questions)).data is questions
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -78,6 +78,13 @@ class EvalBatch:
         self.evaluator = evaluator
         self.data = data
 
+    def pin_memory(self) -> EvalBatch:
+        """Pins the tensors of a dict; called by torch's DataLoader, for GPUs."""
+        data = self.data
+        if isinstance(data, dict):
+            data = {name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in data.items()}
+        return EvalBatch(self.evaluator, data)
+
 
 class EvaluatorBatches(IterableDataset[EvalBatch]):
     """The batches of one evaluator on one rank, as a dataset for Lightning's validation loop.

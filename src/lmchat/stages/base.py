@@ -258,8 +258,9 @@ class StageModule(L.LightningModule):
         return self.compile_mode
 
     def _compiling_pays(self) -> bool:
-        if self.device.type != "cpu":
-            return self.device.type == "cuda"
+        device = self.net.device  # the module's own is still a CPU when a micro-batch is chosen
+        if device.type != "cpu":
+            return device.type == "cuda"
         assert self.plan.global_batch_tokens is not None
         tokens = self.total_steps * self.plan.global_batch_tokens
         return tokens * flops_per_token(self.config) >= COMPILE_FLOPS_ON_CPU
