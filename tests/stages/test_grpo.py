@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from lmchat.generation.sequence import Completion
@@ -17,6 +19,7 @@ from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT
 from lmchat.rl.groups import Group
 from lmchat.stages.rl import GRPOModule
+from lmchat.strategies.zero2_muon import Zero2MuonStrategy
 from lmchat.types import IGNORE_INDEX, Rollout, UserError
 
 PASSES = [slice(0, 8), slice(8, 16)]
@@ -94,6 +97,17 @@ def test_normalization_by_step_weights_all_tokens_equally(
     advantages = rewards.double().numpy() - 0.25  # four of the sixteen answers are right
     expected = -(recorded["logp"].double().numpy() * advantages[:, None]).sum() / 335
     assert float(step) == pytest.approx(expected, rel=1e-5)
+
+
+def test_several_processes_need_a_strategy_for_samples_without_gradient() -> None:
+    """DDP waits for the gradients of every process, and an empty batch has none."""
+    grpo = GRPOModule()
+    for kind, world_size, refused in ((DDPStrategy, 2, True), (DDPStrategy, 1, False), (Zero2MuonStrategy, 2, False)):
+        grpo._trainer = SimpleNamespace(  # type: ignore[assignment]
+            precision="32-true", world_size=world_size, strategy=kind()
+        )
+        with pytest.raises(UserError, match="zero2_muon") if refused else nullcontext():
+            grpo.setup("fit")
 
 
 def test_an_empty_batch_has_no_gradient(recorded: dict[str, Tensor]) -> None:

@@ -24,7 +24,7 @@ from lmchat.run_plan import RunPlan
 from lmchat.schedules import rl_lr_multiplier
 from lmchat.stages.base import Schedule
 from lmchat.stages.chat import ChatDataModule, ChatModule, sum_over_step
-from lmchat.strategies.zero2_muon import reduce_numbers
+from lmchat.strategies.zero2_muon import Zero2MuonStrategy, reduce_numbers
 from lmchat.tasks.base import Task, graded
 from lmchat.types import IGNORE_INDEX, Rollout, UserError
 
@@ -64,6 +64,14 @@ class GRPOModule(ChatModule):
         check_range("model", 1, momentum=momentum)
         self.momentum = momentum
         self._gap: torch.Tensor | None = None
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit" and self.trainer.world_size > 1 and not isinstance(self.trainer.strategy, Zero2MuonStrategy):
+            raise UserError(
+                "RL on several processes needs --trainer.strategy zero2_muon: where no sample of a process has a "
+                "gradient, the others would wait for it; use that strategy, or --trainer.devices 1"
+            )
 
     def schedule(self, step: int) -> Schedule:
         return Schedule(rl_lr_multiplier(step, self.total_steps), self.momentum, self.plan.weight_decay)
