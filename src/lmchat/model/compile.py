@@ -26,6 +26,7 @@ def compile_blocks(net: GPT, *, recompute: bool = False) -> None:
             19.7 (in units of one bf16 activation), for an estimated 2 % of a training step.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    torch._dynamo.config.optimize_ddp = False  # it would cut each block in parts; between blocks DDP overlaps anyway
     on_gpu = net.device.type == "cuda"
     for block in net.blocks:
         block.compile(dynamic=False, backend=recomputing("inductor") if recompute else "inductor")
