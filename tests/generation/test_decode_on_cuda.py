@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
 
 from fake_cuda import fake_cuda
+from lmchat.generation import cuda_graphs
 from lmchat.generation.decode_state import StepOutput
 from lmchat.generation.runner import Runner, _read
 from lmchat.generation.sampling import SamplingMode
@@ -56,6 +58,34 @@ def test_a_decode_step_does_not_wait_for_the_device(
         assert waits.count == 0
         assert all(field.is_cuda and field.shape[0] == 6 for field in output)
         assert output.top_ids.shape == output.top_logprobs.shape == (6, mode.top_logprobs)
+
+
+class FakeGraph:
+    """A CUDA graph whose replay does nothing."""
+
+    def pool(self) -> int:
+        return 1
+
+    def replay(self) -> None:
+        pass
+
+
+def test_a_server_keeps_a_limited_number_of_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (
+        ("CUDAGraph", FakeGraph), ("graph", lambda graph, pool: nullcontext()), ("synchronize", lambda: None)
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 5)
+    graphs, captured = cuda_graphs.GraphedSteps(torch.zeros(4, dtype=torch.bool)), list[int]()
+
+    def step(key: int) -> StepOutput:
+        captured.append(key)
+        return StepOutput(*(torch.full((4,), key) for _ in StepOutput._fields))
+
+    for key in (0, 1, 2, 3, 4, 0, 5, 6, 5, 0):
+        assert graphs.run(key, partial(step, key), None).tokens.tolist() == [key] * 4
+        assert len(graphs._graphs) <= 5
+    assert captured[::2] == [0, 1, 2, 3, 4, 5, 6, 0]  # each is a warmup and a capture
 
 
 class OnGPU(torch.Tensor):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,9 @@ def _logits(rows: int, vocab: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def _sample(raw: torch.Tensor, params: SamplingParams | list[SamplingParams], uniforms: torch.Tensor) -> Sampled:
+def _sample(
+    raw: torch.Tensor, params: SamplingParams | list[SamplingParams], uniforms: torch.Tensor, rounded: bool = False
+) -> Sampled:
     """`sample` for raw logits (rows, vocab), padded to whole blocks as a model's head does."""
     rows, vocab = raw.shape
     all_params = [params] * rows if isinstance(params, SamplingParams) else params
@@ -41,7 +44,8 @@ def _sample(raw: torch.Tensor, params: SamplingParams | list[SamplingParams], un
         greedy=torch.tensor([each.is_greedy for each in all_params]),
         uniforms=uniforms.double(),
     )
-    return sample(padded, vocab, SamplingMode.of(all_params, vocab), row_params)
+    mode = SamplingMode.of(all_params, vocab)
+    return sample(padded, vocab, mode.rounded(vocab) if rounded else mode, row_params)
 
 
 def _expected_probabilities(raw: np.ndarray, params: SamplingParams) -> np.ndarray:
@@ -118,6 +122,18 @@ def test_a_row_does_not_depend_on_the_settings_of_other_rows() -> None:
     together = _sample(raw, kinds, uniforms).tokens
     alone = [int(_sample(raw[[i]], kind, uniforms[[i]])[0]) for i, kind in enumerate(kinds)]
     assert together.tolist() == alone
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 2, 5, 50, 64, 70, 250])
+@pytest.mark.parametrize("top_logprobs", [0, 1, 3])
+def test_rounded_numbers_of_candidates_give_the_same_tokens(top_k: int | None, top_logprobs: int) -> None:
+    raw, uniforms = _logits(500, 200), torch.rand(500, generator=torch.Generator().manual_seed(1))
+    params = SamplingParams(temperature=0.9, top_k=top_k, logprobs=True, top_logprobs=top_logprobs)
+    exact, rounded = (_sample(raw, params, uniforms, rounded) for rounded in (False, True))
+    assert rounded.tokens.equal(exact.tokens) and rounded.logprobs.equal(exact.logprobs)
+    assert rounded.top_ids[:, :top_logprobs].equal(exact.top_ids)
+    modes = {SamplingMode.of([replace(params, top_k=k)], 200).rounded(200) for k in range(1, 200)}
+    assert len(modes) < 20
 
 
 def test_greedy_rows_take_the_first_of_equal_logits_in_any_batch() -> None:

@@ -12,6 +12,9 @@ from torch import Tensor
 from lmchat.generation.cached_attention import Groups
 from lmchat.generation.decode_state import StepOutput
 
+MAX_GRAPHS = 256
+"""Graphs to keep, as a limit of their memory; a server may meet many shapes."""
+
 
 class GraphedSteps:
     """Captures a decode step when its shape first occurs, and replays it afterwards.
@@ -36,6 +39,8 @@ class GraphedSteps:
     def run(self, key: Hashable, step: Callable[[], StepOutput], groups: Groups | None) -> StepOutput:
         """Runs ``step``, whose shapes are determined by ``key``, and returns copies of its outputs."""
         if key not in self._graphs:
+            if len(self._graphs) == MAX_GRAPHS:
+                self.clear()
             self._capture(key, step, groups)
         graph, output, captured = self._graphs[key]
         if captured is not None and groups is not None:

@@ -142,6 +142,7 @@ class Runner:
         multiple = GPU_COLUMNS if self.graphs is not None else 1
         max_own = round_up(max(sequence.num_own for sequence in sequences) + steps, multiple) - 1
         mode = SamplingMode.of((sequence.params for sequence in sequences), self.state.vocab_size)
+        mode = mode if self.graphs is None else mode.rounded(self.state.vocab_size)
         groups = self._groups(rows, shared, members, multiple) if shared else None
         uniforms = self._uniforms(sequences, steps, rows)
         outputs = []

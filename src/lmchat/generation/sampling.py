@@ -117,6 +117,14 @@ class SamplingMode(NamedTuple):
             mixed=len(set(limits)) > 1 or any(each.top_p is not None for each in params),
         )
 
+    def rounded(self, vocab_size: int) -> SamplingMode:
+        """One of few modes that serve these rows too: with numbers rounded up to powers of two."""
+        top_k, top_logprobs = (
+            min(1 << (number - 1).bit_length(), vocab_size) if number else 0
+            for number in (self.top_k, self.top_logprobs)
+        )
+        return self._replace(top_k=top_k, top_logprobs=top_logprobs, mixed=self.mixed or top_k > self.top_k)
+
 
 def candidates(params: SamplingParams, vocab_size: int) -> int:
     """Number of most likely tokens that are sampled from; 0 for the whole vocabulary and for greedy decoding."""
