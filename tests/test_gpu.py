@@ -26,9 +26,10 @@ CONFIG = GPTConfig(sequence_len=256, vocab_size=512, n_layer=4, n_head=2, n_kv_h
 
 def network(device: str, dtype: torch.dtype = torch.float32) -> GPT:
     # flash does not support fp32, and compiling FlexAttention for every shape would take minutes.
-    net = GPT(CONFIG, compute_dtype=dtype, attention="banded" if dtype == torch.float32 else "auto")
-    net.init_weights(torch.Generator().manual_seed(0))
-    return net.to(device)
+    with torch.device("meta"):  # a named backend applies to the first device that the network is on
+        net = GPT(CONFIG, compute_dtype=dtype, attention="banded" if dtype == torch.float32 else "auto")
+    net.to_empty(device=device).init_weights(torch.Generator().manual_seed(0))
+    return net
 
 
 def batch(device: str) -> tuple[torch.Tensor, torch.Tensor]:
