@@ -227,8 +227,8 @@ def head(training: bool) -> Counts:
     logits = torch.empty(tokens, VOCAB_SIZE, dtype=torch.bfloat16)
     picks, scale = torch.empty(tokens, 1, dtype=torch.int64), torch.empty(tokens, 1)
     if training:
-        return count(lambda *inputs: losses._loss_and_logit_gradient(*inputs, 15.0, fused=True), logits, picks, scale)
-    return count(lambda *inputs: losses._chunk_losses(*inputs, 15.0), logits, picks, scale[:, 0])
+        return count(lambda *inputs: losses._loss_and_logit_gradient(*inputs, fused=True), logits, picks, scale)
+    return count(lambda *inputs: losses._chunk_losses(*inputs), logits, picks, scale[:, 0])
 
 
 def look_up(config: GPTConfig, rows: int) -> Counts:

@@ -95,7 +95,7 @@ def test_a_step_and_an_evaluation_on_a_mac(monkeypatch: pytest.MonkeyPatch) -> N
         optimizer = MuonAdamW(build_param_groups(net.named_parameters(), n_embd=64), compile=False)
         ids = torch.zeros(2, 64, dtype=torch.int64, device=device)
         hidden = net.hidden(ids).flatten(0, 1)
-        options = losses._Options(300, 15.0, 50, False)
+        options = losses._Options(300, 50, False)
         losses._losses_and_gradients(hidden, net.lm_head.weight, ids.flatten(), torch.ones(128, device=device), options)
         for weight in net.parameters():
             weight.grad = torch.empty_like(weight)
@@ -124,7 +124,7 @@ def test_a_training_step_does_not_wait_for_the_device(fused: bool, monkeypatch: 
             hidden = net.hidden(ids).flatten(0, 1)
             scale = torch.ones(128, device="cuda")
             _, grad_hidden, grad_weight = losses._losses_and_gradients(
-                hidden, net.lm_head.weight, ids.flatten(), scale, losses._Options(300, 15.0, 50, fused)
+                hidden, net.lm_head.weight, ids.flatten(), scale, losses._Options(300, 50, fused)
             )
             assert grad_hidden.dtype == torch.bfloat16 and grad_weight.dtype == torch.float32
             for weight in net.parameters():

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lmchat.data.documents import MAX_DOCUMENT_CHARACTERS, DocumentReader, FoundFiles, find_files, parse_separator
 from lmchat.data.encodings import browser_encoding
@@ -64,14 +65,12 @@ def import_folder(
     separator: str | None = None,
     encoding: str | None = None,
     max_document_characters: int = MAX_DOCUMENT_CHARACTERS,
-    validation_fraction: float = 0.01,
-    shard_characters: int = 250_000_000,
-    seed: int = 0,
+    **shards: Any,
 ) -> ImportReport:
     """Writes parquet shards from all text files under a folder; see `lmchat.data.documents` for the kinds.
 
-    A plain text file is one document, or several with a ``separator``. Memory stays below 1 GB. For the options see
-    `DocumentReader` and `write_shards`.
+    A plain text file is one document, or several with a ``separator``. Memory stays below 1 GB. The options are
+    those of `DocumentReader` and `write_shards`.
 
     Raises:
         UserError: there is nothing to import, a line or file is malformed, the separator occurs nowhere, or ``output``
@@ -90,19 +89,13 @@ def import_folder(
     with ProgressBar("Reading text", size, unit="B") as bar:
         reader = DocumentReader(text_field, pattern, encoding, max_document_characters, bar)
         try:
-            shards = write_shards(
-                _documents(reader, found.files, separator),
-                output,
-                validation_fraction=validation_fraction,
-                shard_characters=shard_characters,
-                seed=seed,
-            )
+            written = write_shards(_documents(reader, found.files, separator), output, **shards)
         except UserError as error:
             left_out = "; ".join(
                 f"{len(places)} {reason}, such as {places[0]}" for reason, places in reader.left_out.items() if places
             )
             raise UserError(f"{error} (left out: {left_out})" if left_out else str(error)) from error
-    return ImportReport(output, shards, found, reader)
+    return ImportReport(output, written, found, reader)
 
 
 def _documents(reader: DocumentReader, files: Iterable[Path], separator: str | None) -> Iterator[str]:
