@@ -6,7 +6,6 @@ import contextlib
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from lmchat.data.parquet_text import count_documents, list_shards, read_documents
@@ -14,24 +13,6 @@ from lmchat.option_checks import check_count
 from lmchat.progress import ProgressBar
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.types import UserError, user_errors
-
-
-@dataclass(frozen=True)
-class TrainedTokenizer:
-    """A trained tokenizer, its folder, and statistics of its training."""
-
-    tokenizer: Tokenizer
-    directory: Path
-    documents: int
-    characters: int
-    seconds: float
-
-    def __str__(self) -> str:
-        return (
-            f"trained {self.tokenizer.vocab_size:,} tokens on {self.characters:,} characters of {self.documents:,} "
-            f"documents in {self.seconds:.0f} s ({self.characters / self.seconds / 1e6:.1f} M characters/s): "
-            f"{self.directory}"
-        )
 
 
 def train_tokenizer(
@@ -42,8 +23,10 @@ def train_tokenizer(
     max_chars: int = 2_000_000_000,
     doc_cap: int = 10_000,
     max_shards: int | None = None,
-) -> TrainedTokenizer:
+) -> str:
     """Trains a byte-level BPE and saves it to ``output``; the options are those of ``lmchat tokenizer train``.
+
+    Returns a summary in a sentence.
 
     Raises:
         UserError: an option is out of range, there is no text, or ``output`` cannot be written.
@@ -70,7 +53,11 @@ def train_tokenizer(
 
         tokenizer = Tokenizer.train(texts(), vocab_size)
     tokenizer.save(output)
-    return TrainedTokenizer(tokenizer, output, documents, characters, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return (
+        f"trained {vocab_size:,} tokens on {characters:,} characters of {documents:,} documents in {seconds:.0f} s "
+        f"({characters / seconds / 1e6:.1f} M characters/s): {output}"
+    )
 
 
 def training_files(data: list[Path] | Path) -> list[Path]:

@@ -93,12 +93,12 @@ def train_tokenizer(run: Demo) -> Metrics:
 
     vocab_size = VOCAB_SIZE
     try:
-        trained = train(run.data_dir, run.tokenizer_dir, vocab_size=vocab_size)
+        summary = train(run.data_dir, run.tokenizer_dir, vocab_size=vocab_size)
     except TooFewMerges as error:
         vocab_size = error.possible_vocab_size
         print(f"this text is too small for {VOCAB_SIZE:,} entries; the tokenizer has {vocab_size:,}")
-        trained = train(run.data_dir, run.tokenizer_dir, vocab_size=vocab_size)
-    print(trained)
+        summary = train(run.data_dir, run.tokenizer_dir, vocab_size=vocab_size)
+    print(summary)
     return {"vocab_size": vocab_size}
 
 
