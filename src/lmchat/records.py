@@ -1,4 +1,4 @@
-"""Readers of JSON lines, JSON arrays and CSV files, compressed or not, in UTF-8, UTF-16 or UTF-32.
+"""Finds and reads JSON lines, JSON arrays and CSV files, compressed or not, in UTF-8, UTF-16 or UTF-32.
 
 Files are read as streams: memory is bounded by the longest record allowed.
 """
@@ -15,7 +15,9 @@ import lzma
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -25,6 +27,7 @@ from lmchat.types import UserError
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
 JSON_SUFFIXES = (".json",)
 TABLE_SUFFIXES = (".csv", ".tsv")
+PARQUET_SUFFIX = ".parquet"
 COMPRESSION_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
 
 DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
@@ -35,7 +38,7 @@ _BEGINNINGS = {
     ".bz2": rb"BZh[1-9]",
     ".xz": rb"\xfd7zXZ\0|\x5d\0\0",
     ".zst": rb"\x28\xb5\x2f\xfd|[P-_]\x2aM\x18",
-    ".parquet": rb"PAR1",
+    PARQUET_SUFFIX: rb"PAR1",
     ".zip": rb"PK\x03\x04",
 }
 
@@ -64,23 +67,53 @@ def kind_of(path: Path) -> tuple[str, str]:
     return (before, last) if last in COMPRESSION_SUFFIXES else (last, "")
 
 
-def visible_files(folder: Path) -> tuple[list[Path], int]:
-    """The files below a folder, sorted, and the number of hidden files and folders, which are left out.
+@dataclass
+class FoundFiles:
+    """What `find_files` found.
+
+    Attributes:
+        files: files to read, sorted by name.
+        others: number of files of other kinds, by suffix.
+        hidden: number of files and folders that begin with a dot; they are left out.
+        broken_links: broken symbolic links.
+    """
+
+    files: list[Path] = field(default_factory=list)
+    others: Counter[str] = field(default_factory=Counter)
+    hidden: int = 0
+    broken_links: list[Path] = field(default_factory=list)
+
+    def other_kinds(self) -> str:
+        """Numbers of the most frequent other kinds, such as ``3 .pdf, 1 .png``."""
+        return ", ".join(f"{count} {kind}" for kind, count in self.others.most_common(10))
+
+
+def find_files(source: Path, kinds: Collection[str]) -> FoundFiles:
+    """Finds the files of some kinds, compressed or not, in a folder and its subfolders, or takes ``source`` itself.
 
     Links to folders are followed, each folder once.
     """
-    files: list[Path] = []
-    hidden, visited = 0, set()
-    for root, folders, names in os.walk(folder, followlinks=True):
+    found, files, visited = FoundFiles(), [] if source.is_dir() else [source], set()
+    for root, folders, names in os.walk(source, followlinks=True):
         if (real := os.path.realpath(root)) in visited:
             folders.clear()
             continue
         visited.add(real)
         visible = {name for name in (*folders, *names) if not name.startswith(".")}
-        hidden += len(folders) + len(names) - len(visible)
+        found.hidden += len(folders) + len(names) - len(visible)
         folders[:] = sorted(visible.intersection(folders))
         files += [Path(root, name) for name in names if name in visible]
-    return sorted(files), hidden
+    for path in sorted(files):
+        kind, compression = kind_of(path)
+        if not path.exists():
+            found.broken_links.append(path)
+        elif not path.is_file():
+            found.others["not a regular file"] += 1
+        elif kind in kinds and not (kind == PARQUET_SUFFIX and compression):
+            found.files.append(path)
+        else:
+            found.others[kind + compression or "without a suffix"] += 1
+    return found
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmchat.data.documents import DocumentReader, find_files
+from lmchat.data.documents import DocumentReader, text_files
 from lmchat.data.web_text import decode_page, html_text, warc_texts
 from lmchat.types import UserError
 
@@ -35,7 +35,7 @@ def read(path: Path) -> list[str]:
 def test_visible_text_is_read_in_paragraphs(tmp_path: Path) -> None:
     (tmp_path / "page.html").write_text(PAGE)
     (tmp_path / "page.htm.gz").write_bytes(gzip.compress(PAGE.encode()))
-    found = find_files(tmp_path)
+    found = text_files(tmp_path)
     assert [read(path) for path in found.files] == [[TEXT], [TEXT]]
 
 
@@ -112,7 +112,7 @@ def test_warc(tmp_path: Path, compressed: bool) -> None:
             )
         )
         response("text/html", PAGE.encode())
-    assert [read(found) for found in find_files(tmp_path).files] == [["café", "plain text", TEXT]]
+    assert [read(found) for found in text_files(tmp_path).files] == [["café", "plain text", TEXT]]
 
 
 def test_a_damaged_warc_file_is_reported(tmp_path: Path) -> None:

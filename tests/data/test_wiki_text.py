@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmchat.data.documents import NOT_AN_EXPORT, TOO_LONG, DocumentReader, find_files
+from lmchat.data.documents import NOT_AN_EXPORT, TOO_LONG, DocumentReader, text_files
 from lmchat.data.import_text import import_folder
 from lmchat.data.wiki_text import MAX_PAGE_CHARACTERS, wiki_text
 from lmchat.types import UserError
@@ -83,7 +83,7 @@ def test_articles_are_read_and_the_rest_is_counted(
         page("Größe", "eins"),
     )
     (tmp_path / name).write_bytes(compress(dump.encode()))
-    [path] = find_files(tmp_path).files
+    [path] = text_files(tmp_path).files
     texts, reader = read(path)
     assert texts == [f"Lampe\n\n{TEXT}", "Größe\n\neins"]
     assert reader.left_out_pages == {"redirects": 1, "pages of other namespaces": 1, "pages not in wikitext": 1}

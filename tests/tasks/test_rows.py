@@ -339,7 +339,7 @@ def test_a_folder_is_read_with_its_subfolders_but_without_hidden_files(tmp_path:
     rows = read_rows(tmp_path / "data")
     assert [rows[index]["text"] for index in range(len(rows))] == ["a.jsonl", "b/rows.jsonl", "linked"]
     assert any("hidden files and folders passed over: 3" in note for note in rows.notes)
-    assert any("2 file(s) of other kinds passed over, such as notes.txt" in note for note in rows.notes)
+    assert any("files of other kinds passed over: 1 .txt, 1 not a regular file" in note for note in rows.notes)
     assert any("1 link(s) that point nowhere passed over, such as lost.jsonl" in note for note in rows.notes)
     with pytest.raises(UserError, match="is not a regular file"):
         read_rows(tmp_path / "data" / "pipe.jsonl")

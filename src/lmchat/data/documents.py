@@ -20,14 +20,16 @@ from lmchat.records import (
     COMPRESSION_SUFFIXES,
     JSON_LINES_SUFFIXES,
     JSON_SUFFIXES,
+    PARQUET_SUFFIX,
     TABLE_SUFFIXES,
+    FoundFiles,
     LongRecord,
+    find_files,
     json_values,
     kind_of,
     lines,
     open_text,
     table_rows,
-    visible_files,
 )
 from lmchat.types import UserError, user_errors
 
@@ -50,24 +52,7 @@ _JSON_BYTES_PER_CHARACTER = 6  # of an escape like \u00e9
 _ESCAPES = {r"\n": "\n", r"\r": "\r", r"\t": "\t"}
 
 
-@dataclass
-class FoundFiles:
-    """What `find_files` found.
-
-    Attributes:
-        files: files to read, sorted by name.
-        others: number of files of other kinds, by suffix.
-        hidden: number of files and folders that begin with a dot; they are left out.
-        broken_links: broken symbolic links.
-    """
-
-    files: list[Path] = field(default_factory=list)
-    others: Counter[str] = field(default_factory=Counter)
-    hidden: int = 0
-    broken_links: list[Path] = field(default_factory=list)
-
-
-def find_files(source: Path) -> FoundFiles:
+def text_files(source: Path) -> FoundFiles:
     """Finds the text files in a folder and its subfolders, following links; or ``source`` itself, if it is a file.
 
     Raises:
@@ -75,24 +60,10 @@ def find_files(source: Path) -> FoundFiles:
     """
     if not source.exists():
         raise UserError(f"nothing to import: {source} does not exist; give an existing file or folder")
-    found = FoundFiles()
-    files, found.hidden = ([source], 0) if source.is_file() else visible_files(source)
-    for path in files:
-        kind, compression = kind_of(path)
-        if not path.exists():
-            found.broken_links.append(path)
-        elif not path.is_file():
-            found.others["not a regular file"] += 1
-        elif kind in SUFFIXES or (kind == ".parquet" and not compression):
-            found.files.append(path)
-        else:
-            found.others[kind + compression or "without a suffix"] += 1
+    found = find_files(source, (*SUFFIXES, PARQUET_SUFFIX))
     if not found.files:
-        there = ", ".join(f"{count} {suffix}" for suffix, count in found.others.most_common(5))
-        raise UserError(
-            f"nothing to import: {source} has no file of the kinds {KINDS}"
-            f"{f' (there are: {there}); convert them to one of these' if there else ''}"
-        )
+        there = f" (there are: {found.other_kinds()}); convert them to one of these" if found.others else ""
+        raise UserError(f"nothing to import: {source} has no file of the kinds {KINDS}{there}")
     return found
 
 

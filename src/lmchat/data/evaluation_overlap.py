@@ -13,13 +13,22 @@ import numpy.typing as npt
 from lmchat.data.word_grams import Hashes, gram_hashes, word_hashes
 from lmchat.parquet_pages import MAX_ROWS
 from lmchat.progress import ProgressBar
-from lmchat.records import DAMAGE, JSON_LINES_SUFFIXES, JSON_SUFFIXES, json_values, kind_of, open_text
+from lmchat.records import (
+    DAMAGE,
+    JSON_LINES_SUFFIXES,
+    JSON_SUFFIXES,
+    PARQUET_SUFFIX,
+    find_files,
+    json_values,
+    kind_of,
+    open_text,
+)
 from lmchat.types import UserError, user_errors
 
 EvaluationFile = Path | zipfile.Path
 
 GRAM_WORDS = 13
-_KINDS = (*JSON_LINES_SUFFIXES, *JSON_SUFFIXES, ".parquet")
+_KINDS = (*JSON_LINES_SUFFIXES, *JSON_SUFFIXES, PARQUET_SUFFIX)
 _MAX_CHARACTERS = 10_000_000
 _FILTER_BITS = 26
 _FILTER_SHIFT = np.uint64(64 - _FILTER_BITS)
@@ -34,21 +43,14 @@ def evaluation_files(path: Path) -> list[EvaluationFile]:
     """
     if not path.exists():
         raise UserError(f"there is no evaluation set {path}; give files of {' '.join(_KINDS)} with --evaluation")
-    files: Sequence[EvaluationFile] = [path]
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-    elif path.suffix.lower() == ".zip":
+    files: list[EvaluationFile] = [*find_files(path, _KINDS).files]
+    if path.suffix.lower() == ".zip":
         with user_errors(f"cannot read the evaluation set {path}", _REMEDY, OSError, zipfile.BadZipFile):
             archive = zipfile.ZipFile(path)
-        files = [zipfile.Path(archive, name) for name in sorted(archive.namelist()) if not name.endswith("/")]
-    found = [file for file in files if _kind(file) in _KINDS]
-    if not found:
+        files = [zipfile.Path(archive, name) for name in sorted(archive.namelist()) if kind_of(Path(name))[0] in _KINDS]
+    if not files:
         raise UserError(f"{path} contains no evaluation set; the kinds are {' '.join(_KINDS)}, JSON also compressed")
-    return found
-
-
-def _kind(file: EvaluationFile) -> str:
-    return kind_of(Path(file.name))[0]
+    return files
 
 
 class EvaluationOverlap:
@@ -116,7 +118,7 @@ def read_records(path: EvaluationFile) -> Iterator[Any]:
 
     kinds = (OSError, ValueError, pa.ArrowException, zipfile.BadZipFile, *DAMAGE)
     with user_errors(f"cannot read the evaluation set {path}", _REMEDY, *kinds), path.open("rb") as raw:
-        if _kind(path) == ".parquet":
+        if path.suffix.lower() == PARQUET_SUFFIX:
             with pq.ParquetFile(raw) as parquet:
                 for batch in parquet.iter_batches(batch_size=MAX_ROWS):
                     yield from batch.to_pylist()

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lmchat.data.documents import MAX_DOCUMENT_CHARACTERS, DocumentReader, FoundFiles, find_files, parse_separator
+from lmchat.data.documents import MAX_DOCUMENT_CHARACTERS, DocumentReader, parse_separator, text_files
 from lmchat.data.encodings import browser_encoding
 from lmchat.data.parquet_text import TEXT_COLUMN
 from lmchat.data.shard_writer import WrittenShards, write_shards
 from lmchat.option_checks import check_count
 from lmchat.progress import ProgressBar
+from lmchat.records import FoundFiles
 from lmchat.types import UserError
 
 _LISTED = 10
@@ -30,13 +31,12 @@ class ImportReport:
 
     def __str__(self) -> str:
         shards, found, reader = self.shards, self.found, self.reader
-        others = ", ".join(f"{count} {suffix}" for suffix, count in found.others.most_common(_LISTED))
         lines = [
             f"{shards.train_documents:,} documents for training in {shards.train_shards} shards and "
             f"{shards.validation_documents:,} for validation in one, {shards.characters:,} characters, in "
             f"{self.output}",
             f"left out: {shards.duplicates:,} duplicates, {shards.blank:,} blank documents, "
-            f"{found.others.total():,} files of other kinds{f' ({others})' if others else ''}, "
+            f"{found.others.total():,} files of other kinds{f' ({found.other_kinds()})' if found.others else ''}, "
             f"{found.hidden:,} hidden files and folders",
         ]
         lines += [f"  {count:,} {reason}" for reason, count in reader.left_out_pages.items()]
@@ -84,7 +84,7 @@ def import_folder(
             f"--encoding is {encoding}, which Python does not know; use one such as cp1251, koi8-r or gb18030"
         )
     pattern = parse_separator(separator)
-    found = find_files(source)
+    found = text_files(source)
     size = sum(path.stat().st_size for path in found.files)
     with ProgressBar("Reading text", size, unit="B") as bar:
         reader = DocumentReader(text_field, pattern, encoding, max_document_characters, bar)

@@ -23,17 +23,17 @@ from lmchat.records import (
     COMPRESSION_SUFFIXES,
     JSON_LINES_SUFFIXES,
     JSON_SUFFIXES,
+    PARQUET_SUFFIX,
     TABLE_SUFFIXES,
+    find_files,
     json_values,
     kind_of,
     open_text,
     packed_as,
     table_rows,
-    visible_files,
 )
 from lmchat.types import UserError, user_errors
 
-PARQUET_SUFFIX = ".parquet"
 SUFFIXES = (*JSON_LINES_SUFFIXES, *JSON_SUFFIXES, *TABLE_SUFFIXES, PARQUET_SUFFIX)
 """Supported kinds of files; all but parquet may be compressed (`COMPRESSION_SUFFIXES`)."""
 
@@ -302,38 +302,27 @@ def read_rows(path: str | Path, split: str | None = None) -> ChainedRows:
         raise UserError(f"there is no file or folder {path}; give the path of a {_KINDS} file or folder")
     if not path.is_dir() and not path.is_file():
         raise UserError(f"{path} is not a regular file; save its content to one")
+    found = find_files(path, SUFFIXES)
     if path.is_file():
-        if not _has_rows(path):
+        if not found.files:
             raise UserError(f"{path} is not one of {_KINDS}; convert it to JSON lines")
         return ChainedRows([TextRows(path)])
-    visible, hidden = visible_files(path)
-    if split is not None:
-        visible = [file for file in visible if file.parent == path]
-    files = [file for file in visible if _matches(file, split)]
+    files = found.files if split is None else [file for file in found.files if _is_of(split, file, path)]
+    hidden = f"hidden files and folders passed over: {found.hidden}"
     if not files:
         wanted = " or ".join(f"{split or '*'}{suffix}" for suffix in SUFFIXES)
-        unseen = f" (hidden files and folders passed over: {hidden})" if hidden else ""
         raise UserError(
-            f"folder {path} contains no {wanted}{unseen}; give the path of the file itself or of another folder"
+            f"folder {path} contains no {wanted}{f' ({hidden})' if found.hidden else ''}; give the path of the file "
+            "itself or of another folder"
         )
-    notes = [f"{path}: hidden files and folders passed over: {hidden}"] if hidden else []
-    others = sorted(set(visible) - set(files)) if split is None else []
-    for kind, passed in (
-        ("file(s) of other kinds", [file for file in others if file.exists()]),
-        ("link(s) that point nowhere", [file for file in others if not file.exists()]),
-    ):
-        if passed:
-            notes.append(f"{path}: {len(passed)} {kind} passed over, such as {passed[0].name}")
+    notes = [f"{path}: {hidden}"] if found.hidden else []
+    if split is None and found.others:
+        notes.append(f"{path}: files of other kinds passed over: {found.other_kinds()}")
+    if split is None and (links := found.broken_links):
+        notes.append(f"{path}: {len(links)} link(s) that point nowhere passed over, such as {links[0].name}")
     return ChainedRows([TextRows(file) for file in files], notes)
 
 
-def _has_rows(file: Path) -> bool:
-    kind, compression = kind_of(file)
-    return kind in SUFFIXES and not (kind == PARQUET_SUFFIX and compression)
-
-
-def _matches(file: Path, split: str | None) -> bool:
-    if not _has_rows(file) or not file.is_file():
-        return False
+def _is_of(split: str, file: Path, folder: Path) -> bool:
     stem = file.name.split(".")[0]
-    return split is None or stem == split or stem.startswith((f"{split}-", f"{split}_"))
+    return file.parent == folder and (stem == split or stem.startswith((f"{split}-", f"{split}_")))
