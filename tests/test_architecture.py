@@ -14,7 +14,7 @@ LAYERS = [
     {"files", "hardware", "parquet_pages", "precision", "progress", "provenance", "records"},
     {"hub", "model", "tokenizer"},
     {"optim"},
-    {"scaling", "batching", "stage_table"},
+    {"scaling", "stage_table"},
     {"training_memory"},
     {"run_plan"},
     {"tasks"},

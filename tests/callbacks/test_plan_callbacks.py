@@ -16,13 +16,13 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 
-from lmchat.batching import accumulation_steps
 from lmchat.callbacks.checkpoint import StepCheckpoint
 from lmchat.callbacks.evaluate import Evaluate
 from lmchat.callbacks.gc_freeze import GCFreeze
 from lmchat.callbacks.monitor import EMA_DECAY, Monitor
 from lmchat.callbacks.training_plan import TrainingPlan
 from lmchat.checkpoint.load import find_checkpoint
+from lmchat.run_plan import accumulation_steps
 from lmchat.scaling import make_plan
 from lmchat.stages.pretrain import FineWebDataModule, PretrainModule
 from lmchat.types import UserError

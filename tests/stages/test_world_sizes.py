@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from lmchat.batching import accumulation_steps, divisors
 from lmchat.data.mixture import MixturePart
 from lmchat.demo.tasks import Arithmetic
+from lmchat.run_plan import accumulation_steps, divisors
 from lmchat.stages.rl import RolloutDataModule
 from lmchat.types import UserError
 

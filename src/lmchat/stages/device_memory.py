@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lmchat.batching import accumulation_steps, divisors
 from lmchat.hardware import is_out_of_memory, memory_limit_bytes
 from lmchat.model.compile import compile_blocks
 from lmchat.model.gpt import GPT
+from lmchat.run_plan import accumulation_steps, divisors
 from lmchat.scaling import parameter_counts
 from lmchat.training_memory import MODEL_ERROR, Mode, TrainingMemory, check_fits, training_memory
 from lmchat.types import UserError

@@ -12,7 +12,6 @@ import torch
 from torch.utils.data import DataLoader
 
 import lmchat.tasks  # noqa: F401  (makes every task known by its short class name)
-from lmchat.batching import groups_per_rank
 from lmchat.data.fingerprint import conversation_checksums, fingerprint
 from lmchat.data.mixture import Mixture, MixturePart
 from lmchat.evaluation.pass_at_k import PassAtKEvaluator
@@ -20,7 +19,7 @@ from lmchat.generation.sampling import SamplingParams
 from lmchat.option_checks import check_count, check_range
 from lmchat.rl.group_row import GroupRow
 from lmchat.rl.rollouts import Rollouts
-from lmchat.run_plan import RunPlan
+from lmchat.run_plan import RunPlan, groups_per_rank
 from lmchat.schedules import rl_lr_multiplier
 from lmchat.stages.base import Schedule
 from lmchat.stages.chat import ChatDataModule, ChatModule, sum_over_step

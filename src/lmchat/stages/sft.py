@@ -14,7 +14,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
 import lmchat.tasks  # noqa: F401  (makes every task known by its short class name)
-from lmchat.batching import accumulation_steps
 from lmchat.data.fingerprint import fingerprint
 from lmchat.data.mixture import Mixture, MixturePart
 from lmchat.data.padded_batches import PaddedBatches, PaddedPlan
@@ -23,6 +22,7 @@ from lmchat.evaluation.bits_per_byte import BitsPerByteEvaluator
 from lmchat.files import write_json
 from lmchat.option_checks import check_count, check_range
 from lmchat.paths import base_dir
+from lmchat.run_plan import accumulation_steps
 from lmchat.schedules import muon_momentum, sft_lr_multiplier
 from lmchat.stages.base import Schedule
 from lmchat.stages.chat import ChatDataModule, ChatModule, sum_over_step
