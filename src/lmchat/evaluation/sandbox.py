@@ -7,16 +7,13 @@ against.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import selectors
 import signal
 import struct
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -92,84 +89,52 @@ class Sandbox:
             return list(pool.map(self._run, checks))
 
     def _run(self, check: CodeCheck) -> Verdict:
-        with tempfile.TemporaryDirectory(prefix="lmchat_sandbox_", ignore_cleanup_errors=True) as root:
+        with (
+            tempfile.TemporaryDirectory(prefix="lmchat_sandbox_", ignore_cleanup_errors=True) as root,
+            tempfile.TemporaryFile() as printed,
+        ):
             Path(root).chmod(0o777 if self.allow_weak else 0o755)
-            process = subprocess.Popen(
+            with subprocess.Popen(
                 [sys.executable, "-I", "-S", "-B", str(self.driver)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
+                stderr=printed,  # its size is limited like that of the program's own files
                 env={},
                 cwd="/",
                 start_new_session=True,
-            )
-            try:
-                _send(process, self._messages(check, root))
-                message, problem = self._await_verdict(process)
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                for pipe in (process.stdin, process.stdout, process.stderr):
-                    assert pipe is not None
-                    with contextlib.suppress(OSError):
-                        pipe.close()
+            ) as process:
+                try:
+                    answer, _ = process.communicate(self._messages(check, root), timeout=self.limits.seconds)
+                except subprocess.TimeoutExpired:
+                    return Verdict(False, f"longer than {self.limits.seconds:g} s")
+                finally:
+                    if process.returncode is None:
+                        os.killpg(process.pid, signal.SIGKILL)
+            if os.fstat(printed.fileno()).st_size > self.limits.output_bytes:
+                return Verdict(False, f"more than {self.limits.output_bytes} bytes of output")
+        message = _parsed(answer)
         if "missing" in message:
             lacking = ", ".join(MISSING[name] for name in message["missing"])
             raise UserError(
                 f"generated programs cannot be run safely: this kernel refuses {lacking}; allow it, or "
                 f"accept the risk with {self.option} true"
             )
-        if problem or not isinstance(message.get("passed"), bool):
-            return Verdict(False, problem or "the sandbox ended without a verdict")
+        if not isinstance(message.get("passed"), bool):
+            return Verdict(False, "the sandbox ended without a verdict")
         return Verdict(message["passed"], str(message["reason"]))
 
-    def _messages(self, check: CodeCheck, root: str) -> list[dict[str, Any]]:
-        return [
-            {
-                "root": root,
-                "allow_weak": self.allow_weak,
-                "limits": asdict(self.limits),
-                "program": check.program,
-                "entry_point": check.entry_point,
-            },
-            {"setup": check.setup, "tests": check.tests, "entry_point": check.entry_point},
-        ]
-
-    def _await_verdict(self, process: subprocess.Popen[bytes]) -> tuple[dict[str, Any], str]:
-        """The driver's message, or the reason why there is none."""
-        assert process.stdout is not None and process.stderr is not None
-        deadline = time.monotonic() + self.limits.seconds
-        verdict, printed = b"", 0
-        with selectors.DefaultSelector() as selector:
-            for pipe in (process.stdout, process.stderr):
-                selector.register(pipe, selectors.EVENT_READ)
-            while selector.get_map():
-                ready = selector.select(max(0.0, deadline - time.monotonic()))
-                if time.monotonic() >= deadline:
-                    return {}, f"longer than {self.limits.seconds:g} s"
-                for key, _ in ready:
-                    chunk = os.read(key.fd, 1 << 16)
-                    if key.fileobj is process.stdout:
-                        verdict += chunk
-                        if not chunk:
-                            return _parsed(verdict), ""
-                    else:
-                        printed += len(chunk)
-                        if not chunk:
-                            selector.unregister(key.fileobj)
-                    if printed > self.limits.output_bytes:
-                        return {}, f"more than {self.limits.output_bytes} bytes of output"
-        return {}, ""
-
-
-def _send(process: subprocess.Popen[bytes], messages: Sequence[dict[str, Any]]) -> None:
-    assert process.stdin is not None
-    with contextlib.suppress(BrokenPipeError):
-        for message in messages:
-            data = json.dumps(message).encode()
-            process.stdin.write(struct.pack("I", len(data)) + data)
-        process.stdin.flush()
+    def _messages(self, check: CodeCheck, root: str) -> bytes:
+        """What the driver reads; see `lmchat.evaluation.sandbox_driver`."""
+        program = {
+            "root": root,
+            "allow_weak": self.allow_weak,
+            "limits": asdict(self.limits),
+            "program": check.program,
+            "entry_point": check.entry_point,
+        }
+        tests = {"setup": check.setup, "tests": check.tests, "entry_point": check.entry_point}
+        encoded = [json.dumps(message).encode() for message in (program, tests)]
+        return b"".join(struct.pack("I", len(data)) + data for data in encoded)
 
 
 def _parsed(message: bytes) -> dict[str, Any]:

@@ -238,25 +238,30 @@ def write_message(descriptor: int, message: Any) -> None:
         data = data[os.write(descriptor, data) :]
 
 
+SCALARS: dict[type, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+    int: (hex, lambda digits: int(digits, 16)),
+    float: (float.hex, float.fromhex),
+    complex: (lambda value: [value.real.hex(), value.imag.hex()], lambda parts: complex(*map(float.fromhex, parts))),
+    bytes: (bytes.hex, bytes.fromhex),
+    bytearray: (bytearray.hex, bytearray.fromhex),
+    str: (  # not as it is, since JSON would join two surrogates to one character
+        lambda text: str.encode(text, errors="surrogatepass").hex(),
+        lambda digits: bytes.fromhex(digits).decode(errors="surrogatepass"),
+    ),
+}
+"""How values are written and read, by type."""
+KINDS = {kind.__name__: kind for kind in (*SCALARS, list, tuple, set, frozenset, dict)}
+
+
 def encoded(value: Any) -> Any:
     """A value as JSON with its type; instances of subclasses become those of the class. TypeError for other values."""
     if value is None or isinstance(value, bool):
         return value
-    if isinstance(value, int):
-        return ["int", hex(value)]
-    if isinstance(value, float):
-        return ["float", float(value).hex()]
-    if isinstance(value, complex):
-        return ["complex", [value.real.hex(), value.imag.hex()]]
-    if isinstance(value, str):
-        return ["str", [*map(ord, value)] if any("\ud800" <= c <= "\udfff" for c in value) else str(value)]
-    if isinstance(value, bytes | bytearray):
-        return [bytes.__name__ if isinstance(value, bytes) else bytearray.__name__, value.hex()]
-    if isinstance(value, dict):
-        return ["dict", [[encoded(key), encoded(item)] for key, item in value.items()]]
-    for kind in (list, tuple, set, frozenset):
+    for name, kind in KINDS.items():
         if isinstance(value, kind):
-            return [kind.__name__, [encoded(item) for item in value]]
+            if kind in SCALARS:
+                return [name, SCALARS[kind][0](value)]
+            return [name, [encoded(item) for item in (value.items() if kind is dict else value)]]
     raise TypeError(f"a value of type {type(value).__name__} cannot be passed")
 
 
@@ -264,21 +269,9 @@ def decoded(value: Any) -> Any:
     """The inverse of `encoded`."""
     if value is None or isinstance(value, bool):
         return value
-    kind, content = value
-    if kind == "int":
-        return int(content, 16)
-    if kind == "float":
-        return float.fromhex(content)
-    if kind == "complex":
-        return complex(*map(float.fromhex, content))
-    if kind == "str":
-        return content if isinstance(content, str) else "".join(map(chr, content))
-    if kind in ("bytes", "bytearray"):
-        return bytes.fromhex(content) if kind == "bytes" else bytearray.fromhex(content)
-    if kind == "dict":
-        return {decoded(key): decoded(item) for key, item in content}
-    makers: dict[str, Any] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
-    return makers[kind](decoded(item) for item in content)
+    name, content = value
+    kind = KINDS[name]
+    return SCALARS[kind][1](content) if kind in SCALARS else kind(map(decoded, content))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
