@@ -15,7 +15,8 @@ from torch import Tensor
 
 from live_server import tiny_engine
 from lmchat.generation import cpu_kernels
-from lmchat.generation.cpu_kernels import NewTokens, add_and_norm, attend, has_kernels
+from lmchat.generation.cached_attention import DecodeCache, Groups
+from lmchat.generation.cpu_kernels import add_and_norm, attend, has_kernels
 from lmchat.generation.engine import Engine
 from lmchat.generation.kv_pool import KVPool, SlotLayout
 from lmchat.generation.sampling import SamplingParams
@@ -69,13 +70,13 @@ class Case:
         picked = torch.tensor(rows)
         positions = torch.tensor([len(self.contexts[row][0]) for row in rows])
         slots = torch.tensor([self.prompts[row] for row in rows])
-        tokens = NewTokens(
-            pool, prompts, positions, torch.tensor(bases), (slots, slots.argsort()) if any(bases) else None
-        )
+        kv_heads = self.config.n_kv_head
+        groups = Groups(torch.zeros(2, kv_heads, 1), slots.repeat_interleave(kv_heads) * kv_heads, 300)
+        cache = DecodeCache(pool, prompts, positions, torch.tensor(bases), 300, groups if any(bases) else None)
         embedding = None if self.value_embedding is None else self.value_embedding[picked]
         cos, sin = self.rotary
         window = self.config.window_sizes[0]
-        return attend(tokens, 0, window, self.projected[picked], embedding, (cos[picked], sin[picked])), pool
+        return attend(cache, 0, window, self.projected[picked], embedding, (cos[picked], sin[picked])), pool
 
     def expected(self, row: int) -> Tensor:
         """(heads, head_dim) fp64, by the definition."""

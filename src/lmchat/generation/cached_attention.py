@@ -9,7 +9,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lmchat.generation import cpu_kernels
 from lmchat.generation.kv_pool import KVPool, round_up
 from lmchat.model.attention import attend_banded, attention, window_mask
 
@@ -137,18 +136,6 @@ class DecodeCache:
 
     def positions(self, length: int) -> Tensor:
         return self.row_positions[:, None]
-
-    def attend_projected(
-        self, layer: int, projected: Tensor, value_embedding: Tensor | None, rotary: tuple[Tensor, Tensor], window: int
-    ) -> Tensor:
-        """`attend` on projections before rotation and norm, by a kernel for CPUs; see `cpu_kernels.attend`.
-
-        Returns:
-            (rows, 1, heads · head_dim) fp32.
-        """
-        shared = None if self.groups is None else self.groups.by_row
-        tokens = cpu_kernels.NewTokens(self.pool, self.prompts, self.row_positions, self.base, shared)
-        return cpu_kernels.attend(tokens, layer, window, projected, value_embedding, rotary)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         keys, values = self.pool.keys[layer], self.pool.values[layer]

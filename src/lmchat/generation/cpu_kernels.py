@@ -15,11 +15,11 @@ import tempfile
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lmchat.generation.cached_attention import DecodeCache
 from lmchat.generation.kv_pool import KVPool
 from lmchat.model.gpt import EPS
 
@@ -162,27 +162,8 @@ def add_and_norm(x: Tensor, added: Tensor, factor: float = 1.0, added_factor: fl
     return total, normed
 
 
-class NewTokens(NamedTuple):
-    """One new token per row, as of `lmchat.generation.cached_attention.DecodeCache`.
-
-    Attributes:
-        pool: slots of the sequences, row r in slot r.
-        prompts: slots of shared prompts.
-        positions: (rows,) int64 position of each new token.
-        bases: (rows,) int64 tokens of the shared prompt, 0 without one; the row's slot has those from there on.
-        shared: (rows,) int64 slot of each row's shared prompt, any where ``bases`` is 0; and the rows in an order in
-            which those that share a prompt are neighbors. None if no row has one.
-    """
-
-    pool: KVPool
-    prompts: KVPool
-    positions: Tensor
-    bases: Tensor
-    shared: tuple[Tensor, Tensor] | None
-
-
 def attend(
-    tokens: NewTokens,
+    cache: DecodeCache,
     layer: int,
     window: int,
     projected: Tensor,
@@ -192,7 +173,7 @@ def attend(
     """Stores keys and values of new tokens in a layer, and attends from each to the ``window`` before it and itself.
 
     Args:
-        tokens: where they are.
+        cache: the rows and their pools.
         layer: index of the layer.
         window: number of tokens.
         projected: (rows, 1, n) fp32 queries, keys and values of all heads before rotation and norm, and with
@@ -203,14 +184,15 @@ def attend(
     Returns:
         (rows, 1, heads · head_dim) fp32.
     """
-    config = tokens.pool.layout.config
+    config = cache.pool.layout.config
     rows = len(projected)
+    shared = (None, None) if cache.groups is None else cache.groups.by_row
     out = projected.new_empty(rows, 1, config.n_head * config.head_dim)
     step = _Step(
         rows, config.n_head, config.n_kv_head, config.head_dim, window, projected.size(-1), EPS,
         _address(projected), _address(value_embedding), *map(_address, rotary),
-        _address(tokens.positions), _address(tokens.bases), *map(_address, tokens.shared or (None, None)),
-        _Slots.of(tokens.pool, layer), _Slots.of(tokens.prompts, layer), _address(out),
+        _address(cache.row_positions), _address(cache.base), *map(_address, shared),
+        _Slots.of(cache.pool, layer), _Slots.of(cache.prompts, layer), _address(out),
     )  # fmt: skip
     _kernels().attend(step, torch.get_num_threads())
     return out

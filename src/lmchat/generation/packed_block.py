@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lmchat.generation import cpu_kernels
 from lmchat.generation.cached_attention import DecodeCache
-from lmchat.generation.cpu_kernels import add_and_norm, has_kernels
 from lmchat.generation.packed_product import pack, packed_product
 from lmchat.model.attention import AttentionCache
 from lmchat.model.gpt import Block, ResidualMix, norm, rotate
@@ -29,7 +29,7 @@ class PackedBlock(nn.Module):
         super().__init__()
         self.layer, self.window, self.head_dim = block.attn.layer, block.attn.window, block.attn.head_dim
         self.dtype = dtype
-        self.fused = has_kernels(dtype)
+        self.fused = cpu_kernels.has_kernels(dtype)
         self.pack(block, factors)
 
     def pack(self, block: Block, factors: tuple[Tensor, Tensor] | None) -> None:
@@ -64,7 +64,7 @@ class PackedBlock(nn.Module):
             normed = norm(x)
         projected = packed_product(normed, self._projection)
         if self.fused and isinstance(kv_cache, DecodeCache):
-            attended = kv_cache.attend_projected(self.layer, projected, value_embedding, (cos, sin), self.window)
+            attended = cpu_kernels.attend(kv_cache, self.layer, self.window, projected, value_embedding, (cos, sin))
         else:
             attended = self._attend(projected, value_embedding, cos, sin, kv_cache)
         x, normed = self._add_and_norm(x, packed_product(attended, self._attention_out))
@@ -75,7 +75,7 @@ class PackedBlock(nn.Module):
         self, x: Tensor, added: Tensor, factor: float = 1.0, added_factor: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         if self.fused:
-            return add_and_norm(x, added, factor, added_factor)
+            return cpu_kernels.add_and_norm(x, added, factor, added_factor)
         total = (x * factor).add_(added, alpha=added_factor)
         return total, norm(total)
 

@@ -51,26 +51,16 @@ class PrefixCache:
         if len(tokens) >= MIN_TOKENS:
             self._held[slot] = Held(tokens, written)
 
-    def make_free(self, slot: int, rows: int) -> None:
-        """Frees ``slot``. Its contents move to a free slot from ``rows`` + 1 on, or replace the oldest."""
-        held = self._held.pop(slot, None)
-        if held is None:
-            return
-        free = (other for other in range(rows + 1, self.pool.num_slots) if other not in self._held)
-        oldest = next(iter(self._held), None)
-        target = next(free, oldest)
-        if target is None:
-            return
-        self._held.pop(target, None)
-        self.pool.copy(slot, target, len(held.tokens))
-        self._held[target] = held
-
     def vacate(self, start: int, end: int) -> None:
-        """Frees slots ``start`` to ``end`` - 1. Their contents move to free slots from ``end`` on, or are dropped."""
+        """Frees slots ``start`` to ``end`` - 1. Their contents move to free slots from ``end`` on, or replace the
+        oldest there."""
         for slot in [slot for slot in self._held if start <= slot < end]:
             held = self._held.pop(slot)
-            target = next((other for other in range(end, self.pool.num_slots) if other not in self._held), None)
+            free = (other for other in range(end, self.pool.num_slots) if other not in self._held)
+            oldest = next((other for other in self._held if other >= end), None)
+            target = next(free, oldest)
             if target is not None:
+                self._held.pop(target, None)
                 self.pool.copy(slot, target, len(held.tokens))
                 self._held[target] = held
 
@@ -82,10 +72,10 @@ class PrefixCache:
         """
         slot, length, written = self._longest(wanted, running)
         if slot is None:
-            self.make_free(row, row)
+            self.vacate(row, row + 1)
             return 0, 0
         if slot < row:
-            self.make_free(row, row)
+            self.vacate(row, row + 1)
             self.pool.copy(slot, row, length)
             return length, written
         tokens = self._held.pop(slot).tokens
@@ -106,16 +96,13 @@ class PrefixCache:
         for slot, tokens, written in known:
             if tokens[:MIN_TOKENS] != wanted[:MIN_TOKENS]:
                 continue
-            length = common_prefix(tokens, wanted)
+            length = _common_prefix(tokens, wanted)
             length = self.pool.layout.usable_prefix(written, length, self.pool.capacity)
             if length > best[1]:
                 best = slot, length, written
         return best
 
 
-def common_prefix(a: Seq[int], b: Seq[int]) -> int:
-    """Length of the longest common prefix."""
-    for index, (left, right) in enumerate(zip(a, b, strict=False)):
-        if left != right:
-            return index
-    return min(len(a), len(b))
+def _common_prefix(a: Seq[int], b: Seq[int]) -> int:
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((index for index, (left, right) in pairs if left != right), min(len(a), len(b)))

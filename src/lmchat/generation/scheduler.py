@@ -171,7 +171,7 @@ class Scheduler:
         """Assigns the next row to the sequence, and loads the cached prefix of its prompt."""
         row = len(self.running)
         if sequence.base:
-            self.prefixes.make_free(row, row)
+            self.prefixes.vacate(row, row + 1)
             sequence.prefilled = len(sequence.prompt) - 1
         else:
             sequence.prefilled, sequence.inherited = self.prefixes.load(sequence.prompt[:-1], row, self.running)
