@@ -95,7 +95,7 @@ def test_random_requests(count: int) -> None:
         if not memory and added >= count // 2:
             memory, tensors = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, _tensor_bytes()
     assert engine.num_running == engine.num_waiting == 0 and engine.step() == []
-    assert not (engine.scheduler.shared or engine._requests or engine._places or engine.scheduler._prompt_of)
+    assert not (engine.scheduler.shared or engine._requests)
     assert len(engine.prefixes) <= engine.runner.pool.num_slots
     if count >= 10_000:
         assert _tensor_bytes() < tensors + 1_000_000

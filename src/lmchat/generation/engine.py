@@ -95,8 +95,7 @@ class Engine:
         self.budget = MemoryBudget(self.runner.layout, self.runner.device, max_bytes)
         self.prefixes = PrefixCache(self.runner.pool)
         self.scheduler = Scheduler(self.runner, max_rows, self.budget, self.prefixes)
-        self._requests: dict[int, list[Sequence]] = {}
-        self._places: dict[Sequence, tuple[int, int]] = {}
+        self._requests: dict[int, list[Sequence]] = {}  # unfinished samples by request
         self._next_id = 0
 
     @property
@@ -186,11 +185,7 @@ class Engine:
 
     def cancel(self, request: int, sample: int | None = None) -> None:
         """Cancels a request or one of its samples. Has no effect on finished ones."""
-        sequences = [
-            sequence
-            for number, sequence in enumerate(self._requests.get(request, ()))
-            if sequence in self._places and sample in (None, number)
-        ]
+        sequences = [each for each in self._requests.get(request, ()) if sample in (None, each.sample)]
         self.scheduler.remove(sequences)
         for sequence in sequences:
             self._forget(sequence)
@@ -310,7 +305,6 @@ class Engine:
     def _append(self, sequence: Sequence, token: int, forced: bool, logprob: float, top: list[list[Any]]) -> TokenEvent:
         """Appends a token to a running sequence."""
         forced_next = sequence.append(token, forced, logprob)
-        request, sample = self._places[sequence]
         reason: FinishReason | None = None
         if sequence.done:
             reason = "stop" if sequence.completion.finished else "length"
@@ -318,20 +312,22 @@ class Engine:
             self.scheduler.resume(sequence, forced_next)
         shown = sequence.params.logprobs and not forced
         likely = list(zip(*top, strict=True))[: sequence.params.top_logprobs] if shown else []
-        return TokenEvent(request, sample, token, forced, logprob if shown else None, likely, reason)
+        return TokenEvent(sequence.request, sequence.sample, token, forced, logprob if shown else None, likely, reason)
 
     def _register(self, sequences: list[Sequence]) -> int:
         request = self._next_id
         self._next_id += 1
-        self._requests[request] = sequences
-        self._places.update((sequence, (request, sample)) for sample, sequence in enumerate(sequences))
+        self._requests[request] = list(sequences)
+        for sequence in sequences:
+            sequence.request = request
         return request
 
     def _forget(self, sequence: Sequence) -> None:
         """Removes a finished sequence, and its request if it was the last one."""
-        request, _ = self._places.pop(sequence)
-        if not any(other in self._places for other in self._requests[request]):
-            del self._requests[request]
+        unfinished = self._requests[sequence.request]
+        unfinished.remove(sequence)
+        if not unfinished:
+            del self._requests[sequence.request]
 
     def _checked(self, name: str, prompt: Seq[int], max_new_tokens: int) -> tuple[int, ...]:
         vocab_size, limit = self.config.vocab_size, self.context_limit

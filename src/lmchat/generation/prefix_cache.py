@@ -91,7 +91,9 @@ class PrefixCache:
         best: tuple[int | None, int, int] = None, MIN_TOKENS - 1, 0
         if len(wanted) < MIN_TOKENS:
             return None, 0, 0
-        known = [(row, each.prompt[: each.num_own], each.written) for row, each in enumerate(running) if not each.base]
+        known = [
+            (row, each.prompt[: each.num_own], each.written) for row, each in enumerate(running) if not each.shared
+        ]
         known += [(slot, *held) for slot, held in self._held.items()]
         for slot, tokens, written in known:
             if tokens[:MIN_TOKENS] != wanted[:MIN_TOKENS]:

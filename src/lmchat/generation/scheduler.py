@@ -39,7 +39,6 @@ class Scheduler:
         self.waiting: deque[Sequence | SharedPrompt] = deque()
         self.running: list[Sequence] = []
         self.shared: list[SharedPrompt] = []
-        self._prompt_of: dict[Sequence, SharedPrompt] = {}
 
     @property
     def num_waiting(self) -> int:
@@ -51,9 +50,7 @@ class Scheduler:
         """Adds sequences of one prompt to the queue."""
         prompt = sequences[0].prompt
         if len(sequences) > 1 and len(prompt) > 1:
-            shared = SharedPrompt(prompt, sequences)
-            self._prompt_of.update(dict.fromkeys(sequences, shared))
-            self.waiting.append(shared)
+            self.waiting.append(SharedPrompt(prompt, sequences))
         else:
             self.waiting.extend(sequences)
 
@@ -68,8 +65,6 @@ class Scheduler:
         for row in reversed(range(len(self.running))):
             if self.running[row] in removed:
                 self._free(row)
-        for sequence in removed:
-            self._prompt_of.pop(sequence, None)
         self._drop_unused_prompts()
 
     def prepare(self) -> None:
@@ -88,8 +83,8 @@ class Scheduler:
         self.prefixes.vacate(len(self.running), self.runner.bucket(len(self.running)))
         members: dict[SharedPrompt, list[int]] = {shared: [] for shared in self.shared if shared.running}
         for row, sequence in enumerate(self.running):
-            if shared := self._prompt_of.get(sequence):
-                members[shared].append(row)
+            if sequence.shared:
+                members[sequence.shared].append(row)
         # Only shared prompts in the first slots are read: those with running sequences come first.
         used = self.shared[: max((index + 1 for index, each in enumerate(self.shared) if each.running), default=0)]
         for shared in used:
@@ -170,7 +165,7 @@ class Scheduler:
     def _start(self, sequence: Sequence) -> None:
         """Assigns the next row to the sequence, and loads the cached prefix of its prompt."""
         row = len(self.running)
-        if sequence.base:
+        if sequence.shared:
             self.prefixes.vacate(row, row + 1)
             sequence.prefilled = len(sequence.prompt) - 1
         else:
@@ -221,9 +216,9 @@ class Scheduler:
         """Removes the sequence from its row; the last row moves there."""
         runner, last = self.runner, len(self.running) - 1
         sequence, moved = self.running[row], self.running[last]
-        if shared := self._prompt_of.get(sequence):
-            shared.running -= 1
-        if sequence.reusable and sequence.is_prefilled:
+        if sequence.shared:
+            sequence.shared.running -= 1
+        if not sequence.shared and sequence.is_prefilled:
             held = sequence.num_own
             if row != last:
                 runner.pool.swap(row, last, max(held, moved.num_own + 1))
@@ -234,7 +229,6 @@ class Scheduler:
             runner.state.move(last, row)
             self.running[row] = moved
         self.running.pop()
-        self._prompt_of.pop(sequence, None)
 
     def _drop_unused_prompts(self) -> None:
         """Frees the slots of shared prompts without sequences; the last prompts move there."""

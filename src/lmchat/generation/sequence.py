@@ -100,15 +100,18 @@ class Sequence:
     Attributes:
         uniforms: (max_new_tokens,) float64 random numbers, one per token.
         completion: what has been generated so far.
-        base: position of the first token in its slot; the tokens before it are in the slot of a shared prompt.
+        request: id of its request, assigned by the engine.
+        shared: the prompt that it shares with other sequences, if any.
         prefilled: tokens of the prompt that are in the KV pool. All but the last are read before decoding starts.
         inherited: number of tokens in its slot before it was assigned, some of which are reused.
-        reusable: whether its slot is kept as a cached prefix when it ends.
     """
 
     def __init__(self, prompt: tuple[int, ...], params: SamplingParams, sample: int, tokenizer: Tokenizer) -> None:
         self.prompt = prompt
         self.params = params
+        self.sample = sample
+        self.request = -1
+        self.shared: SharedPrompt | None = None
         self.uniforms = sample_uniforms(params.seed, sample, params.max_new_tokens)
         stop_tokens = params.stop_tokens
         if stop_tokens is None:
@@ -116,15 +119,18 @@ class Sequence:
         self.stop_tokens = frozenset(stop_tokens)
         self.tool = ToolUse(tokenizer) if params.calculator else None
         self.completion = Completion()
-        self.base = 0
         self.prefilled = 0
         self.inherited = 0
-        self.reusable = True
 
     @property
     def done(self) -> bool:
         """Whether it has stopped or reached ``max_new_tokens``."""
         return self.completion.finished or len(self.completion.ids) >= self.params.max_new_tokens
+
+    @property
+    def base(self) -> int:
+        """Position of the first token in its slot; the tokens before it are in the slot of the shared prompt."""
+        return len(self.prompt) - 1 if self.shared else 0
 
     @property
     def is_prefilled(self) -> bool:
@@ -180,8 +186,7 @@ class SharedPrompt:
         self.running = 0
         self.prefilled = 0
         for sequence in sequences:
-            sequence.base = len(prompt) - 1
-            sequence.reusable = False
+            sequence.shared = self
 
     @property
     def is_prefilled(self) -> bool:
