@@ -1,14 +1,13 @@
-"""The thread that owns the engine. Coroutines submit and cancel requests through a queue and receive tokens."""
+"""The thread that owns the engine. Coroutines submit and cancel requests between steps, and receive tokens."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import queue
-import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
-from typing import Any, TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from typing import TypeVar
 
 from lmchat.generation.engine import Engine, TokenEvent
 from lmchat.generation.sampling import SamplingParams
@@ -84,20 +83,20 @@ class EngineWorker:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.failed = False
-        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._owners: dict[int, tuple[Generation, int]] = {}  # by request, with the number of its first sample
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._step_is_scheduled = False
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
 
     def start(self) -> None:
-        """Starts the thread; called in the event loop that will use it."""
+        """Must be called in the event loop that will use the worker, before it does."""
         self._loop = asyncio.get_running_loop()
-        self._thread.start()
 
     def close(self) -> None:
-        """Stops the thread after the current step; open generations receive an error."""
-        self._commands.put(self._close)
-        self._thread.join()
+        """Stops after the current step; open generations receive an error."""
+        self._closed = True
+        self._thread.submit(self._close)
+        self._thread.shutdown()
 
     async def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Generation:
         """Queues prompts in the engine.
@@ -119,6 +118,7 @@ class EngineWorker:
             generation = Generation(self, requests, params.num_samples)
             starts = range(0, len(requests) * params.num_samples, params.num_samples)
             self._owners.update(zip(requests, ((generation, start) for start in starts), strict=True))
+            self._schedule_step()
             return generation
 
         def abandon(future: Future[Generation]) -> None:
@@ -141,21 +141,9 @@ class EngineWorker:
         return await asyncio.wrap_future(self._submit(function))
 
     def _submit(self, function: Callable[[], T]) -> Future[T]:
-        """Queues a call of ``function`` in the engine's thread."""
-        future: Future[T] = Future()
-
-        def run() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                future.set_result(function())
-            except Exception as error:
-                future.set_exception(error)
-
         if self.failed or self._closed:
             raise EngineFailure("the engine has stopped; restart the server")
-        self._commands.put(run)
-        return future
+        return self._thread.submit(function)
 
     def cancel(self, request: int, sample: int | None = None) -> None:
         """Cancels a sample of a request, or all of them, before the next step."""
@@ -164,37 +152,32 @@ class EngineWorker:
             self.engine.cancel(request, sample)
             self._forget_ended([request])
 
-        self._commands.put(run)
+        with suppress(EngineFailure):
+            self._submit(run)
 
     # -----------------------------------------------------------------------------------------------------------------
     # In the thread
 
-    def _run(self) -> None:
-        while not self._closed:
-            self._take_commands()
-            if self._closed or not self._owners:
-                continue
-            try:
-                events = self.engine.step()
-            except UserError as error:  # non-finite logits: the engine has cancelled everything and can continue
-                logger.error("%s", error)
-                self._fail_all(EngineFailure(str(error)))
-            except Exception:
-                logger.exception("the engine has failed")
-                self.failed = True
-                self._fail_all(EngineFailure("the engine has failed; restart the server"))
-            else:
-                self._deliver(events)
+    def _schedule_step(self) -> None:
+        """Queues a step behind what has been submitted so far, as long as there are requests."""
+        if self._owners and not self._step_is_scheduled and not self._closed:
+            self._step_is_scheduled = True
+            self._thread.submit(self._step)
 
-    def _take_commands(self) -> None:
-        """Runs all queued commands; waits for one if there are no requests."""
-        if not self._owners:
-            self._commands.get()()
-        while not self._closed:
-            try:
-                self._commands.get_nowait()()
-            except queue.Empty:
-                return
+    def _step(self) -> None:
+        self._step_is_scheduled = False
+        try:
+            events = self.engine.step()
+        except UserError as error:  # non-finite logits: the engine has cancelled everything and can continue
+            logger.error("%s", error)
+            self._fail_all(EngineFailure(str(error)))
+        except Exception:
+            logger.exception("the engine has failed")
+            self.failed = True
+            self._fail_all(EngineFailure("the engine has failed; restart the server"))
+        else:
+            self._deliver(events)
+        self._schedule_step()
 
     def _deliver(self, events: list[TokenEvent]) -> None:
         batches: dict[Generation, list[Numbered]] = {}
@@ -202,7 +185,7 @@ class EngineWorker:
             generation, start = self._owners[event.request]
             batches.setdefault(generation, []).append((start + event.sample, event))
         self._forget_ended({event.request for event in events})
-        self._in_loop(_deliver_all, batches)
+        self._send(batches)
 
     def _forget_ended(self, requests: Iterable[int]) -> None:
         for request in requests:
@@ -212,19 +195,17 @@ class EngineWorker:
     def _fail_all(self, error: EngineFailure) -> None:
         batches = {generation: error for generation, _ in self._owners.values()}
         self._owners.clear()
-        self._in_loop(_deliver_all, batches)
+        self._send(batches)
 
     def _close(self) -> None:
-        self._closed = True
         for request in self._owners:
             self.engine.cancel(request)
         self._fail_all(EngineFailure("the server has shut down"))
 
-    def _in_loop(self, function: Callable[..., None], *arguments: Any) -> None:
+    def _send(self, batches: Mapping[Generation, list[Numbered] | Exception]) -> None:
+        def deliver() -> None:
+            for generation, events in batches.items():
+                generation.deliver(events)
+
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(function, *arguments)
-
-
-def _deliver_all(batches: Mapping[Generation, list[Numbered] | Exception]) -> None:
-    for generation, events in batches.items():
-        generation.deliver(events)
+            self._loop.call_soon_threadsafe(deliver)
