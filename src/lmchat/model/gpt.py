@@ -121,10 +121,11 @@ class SelfAttention(nn.Module):
             only: (M,) int64 positions whose output is needed; None is all.
             starts: ``document_starts`` of a `lmchat.types.Batch`, to attend within documents only.
         """
-        q, k, v, gate = self.project(x, cos, sin)
+        q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)) for linear in (self.c_q, self.c_k, self.c_v))
         if value_embedding is not None:
-            assert gate is not None
-            v = v + (2 * torch.sigmoid(gate)).unsqueeze(-1) * value_embedding.view_as(v)
+            gate = 2 * torch.sigmoid(self.ve_gate(x[..., :GATE_CHANNELS]))
+            v = v + gate.unsqueeze(-1) * value_embedding.view_as(v)
+        q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
         if only is not None:
             q = q[:, only]
         if kv_cache is None:
@@ -132,12 +133,6 @@ class SelfAttention(nn.Module):
         else:
             out = kv_cache.attend(self.layer, q, k, v, self.window)
         return self.c_proj(out.flatten(2))
-
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Rotated, normed queries and keys, and values (B, T, heads, head_dim); gate logits (B, T, n_kv_head)."""
-        q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)) for linear in (self.c_q, self.c_k, self.c_v))
-        gate = self.ve_gate(x[..., :GATE_CHANNELS]) if hasattr(self, "ve_gate") else None
-        return norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin)), v, gate
 
 
 class MLP(nn.Module):
@@ -411,12 +406,6 @@ class GPT(nn.Module):
         Raises:
             UserError: the context is longer than the rotary tables.
         """
-        with exclude_cudnn():
-            return self._hidden(ids, kv_cache, only, document_starts)
-
-    def _hidden(
-        self, ids: Tensor, kv_cache: AttentionCache | None, only: Tensor | None, starts: Tensor | None
-    ) -> Tensor:
         cos, sin = self._rotary_tables(ids.size(1), kv_cache)
         fused = self.fused_ends and kv_cache is None
         look_up = partial(compiled(_look_up) if fused else _look_up, ids, self.compute_dtype)
@@ -424,23 +413,24 @@ class GPT(nn.Module):
         mixes: list[ResidualMix | None] = [None] * self.config.n_layer
         if self.config.residual_mix:
             mixes = [(x, *factors) for factors in zip(self.resid_lambdas, self.x0_lambdas, strict=True)]
-        for layer, (block, mix) in enumerate(zip(self.blocks, mixes, strict=True)):
-            # Compiled blocks are for the fixed shapes of training; a growing cache would recompile them at every step.
-            run: Callable[..., Tensor] = block if kv_cache is None else block.forward
-            if self.checkpoint_blocks and torch.is_grad_enabled():
-                run = partial(
-                    checkpoint, block, use_reentrant=False, preserve_rng_state=False, context_fn=_same_kernels_again
-                )
-            if only is not None and layer == len(self.blocks) - 1:
-                run = partial(run, only=only)
-            if starts is not None:
-                run = partial(run, starts=starts)
-            value_embedding = None
-            if str(layer) in self.value_embeds:
-                value_embedding = look_up(cast(Embedding, self.value_embeds[str(layer)]).weight)
-            if not self.mix_in_blocks:
-                x, mix = mix_residual(x, mix), None
-            x = run(x, value_embedding, cos, sin, kv_cache, mix)
+        with exclude_cudnn():
+            for layer, (block, mix) in enumerate(zip(self.blocks, mixes, strict=True)):
+                # Compiled blocks are for the fixed shapes of training; a growing cache would recompile them.
+                run: Callable[..., Tensor] = block if kv_cache is None else block.forward
+                if self.checkpoint_blocks and torch.is_grad_enabled():
+                    run = partial(
+                        checkpoint, block, use_reentrant=False, preserve_rng_state=False, context_fn=_same_kernels_again
+                    )
+                if only is not None and layer == len(self.blocks) - 1:
+                    run = partial(run, only=only)
+                if document_starts is not None:
+                    run = partial(run, starts=document_starts)
+                value_embedding = None
+                if str(layer) in self.value_embeds:
+                    value_embedding = look_up(cast(Embedding, self.value_embeds[str(layer)]).weight)
+                if not self.mix_in_blocks:
+                    x, mix = mix_residual(x, mix), None
+                x = run(x, value_embedding, cos, sin, kv_cache, mix)
         if kv_cache is not None:
             kv_cache.advance(ids.size(1))
         return norm(x)
