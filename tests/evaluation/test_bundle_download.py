@@ -13,12 +13,11 @@ import pytest
 
 from core_bundle import write_bundle
 from lmchat.__main__ import main
-from lmchat.evaluation import bundle_download
 from lmchat.evaluation.core import read_bundle
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """Serves files; drops the first connection for files named ``once``."""
+    """Serves files; drops the first connection for the file ``flaky``."""
 
     dropped: bool = False
 
@@ -55,8 +54,11 @@ def download(url: str) -> int:
 def test_the_bundle_is_fetched_and_unpacked(
     name: str, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bundle_download, "_FIRST_PAUSE_SECONDS", 0.0)
     monkeypatch.setenv("LMCHAT_BASE_DIR", str(tmp_path / "base"))
+    if name == "flaky.zip":
+        assert download(f"{server}/{name}") == 2
+        assert "the connection ended after 100 of" in capsys.readouterr().err
+        assert not (tmp_path / "base" / "eval_bundle").exists()
     assert download(f"{server}/{name}") == 0
     fetched, served = (read_bundle(folder / "eval_bundle") for folder in (tmp_path / "base", tmp_path))
     assert [task.fingerprint for task in fetched] == [task.fingerprint for task in served]

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import time
 import zipfile
 from http.client import HTTPException
 from pathlib import Path
-from urllib.error import HTTPError
 from urllib.request import urlopen
 
 from lmchat.evaluation.core import read_bundle
@@ -19,8 +17,6 @@ from lmchat.types import UserError, user_errors
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 MAX_BYTES = 1 << 30
 """Limit of the file's packed and unpacked size: ten times the size of the bundle."""
-_ATTEMPTS = 4
-_FIRST_PAUSE_SECONDS = 1.0
 _CHUNK_BYTES = 1 << 20
 _TIMEOUT_SECONDS = 60
 
@@ -46,20 +42,12 @@ def download_bundle(output: Path, url: str = BUNDLE_URL) -> int:
 
 
 def _fetch(url: str, path: Path) -> None:
-    """Downloads ``url``; retries after network and server errors."""
-    with user_errors(f"cannot download {url}", "check the address and the network", OSError, HTTPException, ValueError):
-        for attempt in range(_ATTEMPTS):
-            try:
-                _transfer(url, path)
-                break
-            except (OSError, HTTPException) as error:
-                if attempt == _ATTEMPTS - 1 or (isinstance(error, HTTPError) and error.code < 500):
-                    raise
-            time.sleep(_FIRST_PAUSE_SECONDS * 2**attempt)
-
-
-def _transfer(url: str, path: Path) -> None:
-    with urlopen(url, timeout=_TIMEOUT_SECONDS) as answer, path.open("wb") as file:
+    remedy = "check the address and the network, and run again"
+    with (
+        user_errors(f"cannot download {url}", remedy, OSError, HTTPException, ValueError),
+        urlopen(url, timeout=_TIMEOUT_SECONDS) as answer,
+        path.open("wb") as file,
+    ):
         size = int(answer.headers.get("Content-Length") or 0)
         with ProgressBar("Downloading", size or None, unit="B") as progress:
             while chunk := answer.read(_CHUNK_BYTES):
