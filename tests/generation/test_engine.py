@@ -137,7 +137,8 @@ def test_casting_weights_once_changes_nothing(compute_dtype: torch.dtype, monkey
 def test_a_row_of_a_matrix_product_does_not_depend_on_other_rows() -> None:
     generator = torch.Generator().manual_seed(0)
     for width in (32, 96, 256):
-        layer = PackedLinear(torch.randn(321, width, generator=generator), torch.float32)
+        layer = PackedLinear(torch.float32)
+        layer.pack(torch.randn(321, width, generator=generator))
         x = torch.randn(200, width, generator=generator)
         with torch.inference_mode():
             together = layer(x)

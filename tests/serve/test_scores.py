@@ -27,15 +27,15 @@ def log_softmax(ids: list[int]) -> torch.Tensor:
 def test_scores_equal_a_plain_forward_pass() -> None:
     engine = tiny_engine()
     ids = [TOKENIZER.bos_id, *(i % 256 for i in range(7, 1800, 3))][: engine.context_limit]
-    scores, plain = engine.score(ids, top=3), log_softmax(ids)
-    assert len(scores.logprobs) == len(scores.top) == len(ids) - 1
+    (logprobs, top), plain = engine.score(ids, top=3), log_softmax(ids)
+    assert len(logprobs) == len(top) == len(ids) - 1
     for place in range(len(ids) - 1):
-        assert math.isclose(scores.logprobs[place], plain[place, ids[place + 1]].item(), abs_tol=1e-4)
+        assert math.isclose(logprobs[place], plain[place, ids[place + 1]].item(), abs_tol=1e-4)
         values, chosen = plain[place].topk(3)
-        assert [token for token, _ in scores.top[place]] == chosen.tolist()
-        assert [logprob for _, logprob in scores.top[place]] == pytest.approx(values.tolist(), abs=1e-4)
+        assert [token for token, _ in top[place]] == chosen.tolist()
+        assert [logprob for _, logprob in top[place]] == pytest.approx(values.tolist(), abs=1e-4)
     assert engine.score([5]) == ([], [])
-    assert engine.score([5, 6]).top == [[]]
+    assert engine.score([5, 6])[1] == [[]]
     with pytest.raises(UserError, match="the text is empty"):
         engine.score([])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,18 +24,6 @@ from lmchat.types import UserError
 FinishReason = Literal["stop", "length"]
 
 NOT_FINITE = "the model's logits are not finite; its training diverged or its checkpoint is damaged"
-
-
-class TokenScores(NamedTuple):
-    """Log-probabilities of a text under the model's full distribution.
-
-    Attributes:
-        logprobs: log-probability of each token from the second on.
-        top: the most likely tokens at the same positions, as (token id, log-probability), most likely first.
-    """
-
-    logprobs: list[float]
-    top: list[list[tuple[int, float]]]
 
 
 @dataclass(frozen=True)
@@ -116,7 +104,7 @@ class Engine:
     def refresh(self) -> None:
         """Copies the network's current weights. Must not be called while requests are running."""
         assert not self._requests, "the weights may not change under a running request; cancel or finish it first"
-        self.runner.refresh()
+        self.runner.weights.refill()
         self.prefixes.clear()
 
     def release_memory(self) -> None:
@@ -282,12 +270,16 @@ class Engine:
             tokens += len(prompt)
         return torch.cat([self.runner.next_logits(batch) for batch in batches])
 
-    def score(self, ids: Seq[int], top: int = 0) -> TokenScores:
-        """Log-probabilities of the tokens of a text, each given the tokens before it; see `TokenScores`.
+    def score(self, ids: Seq[int], top: int = 0) -> tuple[list[float], list[list[tuple[int, float]]]]:
+        """Log-probabilities of the tokens of a text under the model's full distribution.
 
         Args:
             ids: token ids, at least one.
             top: number of most likely tokens to return at each position.
+
+        Returns:
+            The log-probability of each token from the second on, and the most likely tokens at the same positions, as
+            (token id, log-probability), most likely first.
 
         Raises:
             UserError: as in `add_request`, or the model's logits are not finite.
@@ -295,10 +287,8 @@ class Engine:
         logprobs, top_logprobs, top_ids = self.runner.score(self._checked("the text", ids, 0), top)
         if not logprobs.isfinite().all():
             raise UserError(NOT_FINITE)
-        return TokenScores(
-            logprobs.tolist(),
-            [list(zip(*each, strict=True)) for each in zip(top_ids.tolist(), top_logprobs.tolist(), strict=True)],
-        )
+        likely = zip(top_ids.tolist(), top_logprobs.tolist(), strict=True)
+        return logprobs.tolist(), [list(zip(*each, strict=True)) for each in likely]
 
     # -----------------------------------------------------------------------------------------------------------------
 

@@ -20,20 +20,19 @@ class PackedBlock(nn.Module):
     on the host; in fp32, sums with their norm, and a decode step's attention, are kernels of `cpu_kernels.c`.
 
     Args:
-        block: the block to take the weights from; it is not modified.
-        factors: factors of the residual stream and of the normed embedding, scalars; None without a mix.
+        block: a block of the same shape; `pack` takes its weights.
         dtype: compute dtype.
     """
 
-    def __init__(self, block: Block, factors: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> None:
+    def __init__(self, block: Block, dtype: torch.dtype) -> None:
         super().__init__()
         self.layer, self.window, self.head_dim = block.attn.layer, block.attn.window, block.attn.head_dim
         self.dtype = dtype
         self.fused = cpu_kernels.has_kernels(dtype)
-        self.pack(block, factors)
 
     def pack(self, block: Block, factors: tuple[Tensor, Tensor] | None) -> None:
-        """Takes new weights."""
+        """Takes the weights of ``block``, and the factors of the residual stream and the normed embedding if there is
+        a mix."""
         attention = block.attn
         q, k, v = attention.c_q.weight, attention.c_k.weight, attention.c_v.weight
         weights = [q, k, v]

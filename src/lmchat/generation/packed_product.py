@@ -20,17 +20,15 @@ class PackedLinear(nn.Module):
     on the number of rows.
 
     Args:
-        weight: (out, in).
         dtype: dtype of the inputs.
     """
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
-        self.pack(weight)
 
     def pack(self, weight: Tensor) -> None:
-        """Takes a new weight."""
+        """Takes a weight (out, in)."""
         self.weight = weight.detach()
         self._packed = pack(self.weight, self.dtype)
 

@@ -80,10 +80,6 @@ class Runner:
         self.graphs = GraphedSteps(self.state.frozen) if device.type == "cuda" else None
         self._grouped: tuple[list[list[int]], tuple[Tensor, Tensor]] | None = None
 
-    def refresh(self) -> None:
-        """Copies the source's current weights, in place."""
-        self.weights.refill()
-
     def bucket(self, rows: int) -> int:
         """Number of rows to compute for ``rows`` sequences; on a GPU one of few sizes, each captured once."""
         if self.graphs is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lmchat.generation.packed_block import PackedBlock
 from lmchat.generation.packed_product import PackedLinear, can_pack
@@ -33,46 +33,31 @@ class InferenceWeights:
                 rotary_dtype=source.rotary_dtype,
             )
         if can_pack(source.device, source.compute_dtype):
-            self._pack()
-        own_modules = dict(self.net.named_modules())
-        for path, module in source.named_modules():
-            own = own_modules.get(path)
-            if own is None or isinstance(own, PackedLinear):
-                continue
-            for name, weight in module.named_parameters(recurse=False):
-                dtype = source.compute_dtype if isinstance(module, Linear) else weight.dtype
-                setattr(own, name, nn.Parameter(weight.detach().to(dtype), requires_grad=False))
+            for layer, block in enumerate(source.blocks):
+                self.net.transformer.h[layer] = PackedBlock(block, source.compute_dtype)
+            self.net.lm_head = PackedLinear(source.compute_dtype)  # type: ignore[assignment]
+            self.net.mix_in_blocks = True
+        self.refill()
         self.net.cos, self.net.sin = source.cos, source.sin
         self.net.eval()
 
-    def _pack(self) -> None:
-        """Replaces the blocks and the head by packed ones."""
-        dtype = self.source.compute_dtype
-        for layer, block in enumerate(self.source.blocks):
-            self.net.transformer.h[layer] = PackedBlock(block, self._factors(layer), dtype)
-        self.net.mix_in_blocks = True
-        self.net.lm_head = PackedLinear(self.source.lm_head.weight, dtype)  # type: ignore[assignment]
-
-    def _factors(self, layer: int) -> tuple[Tensor, Tensor] | None:
-        """Factors of a layer's residual mix, if it has one."""
-        source = self.source
-        return (source.resid_lambdas[layer], source.x0_lambdas[layer]) if source.config.residual_mix else None
-
     @torch.no_grad()
     def refill(self) -> None:
-        """Copies the source's weights in place, so that addresses stay valid."""
-        own_modules = dict(self.net.named_modules())
-        for path, module in self.source.named_modules():
+        """Copies the source's weights, in place where they are cast, so that addresses stay valid."""
+        source, own_modules = self.source, dict(self.net.named_modules())
+        for path, module in source.named_modules():
             own = own_modules.get(path)
             if isinstance(own, PackedLinear):
                 own.pack(module.get_parameter("weight"))
             elif isinstance(own, PackedBlock):
                 assert isinstance(module, Block)
-                own.pack(module, self._factors(own.layer))
+                layer, mixes = own.layer, source.config.residual_mix
+                own.pack(module, (source.resid_lambdas[layer], source.x0_lambdas[layer]) if mixes else None)
             elif own is not None:
                 for name, weight in module.named_parameters(recurse=False):
                     mine = own.get_parameter(name)
-                    if mine.dtype != weight.dtype:
+                    if mine.is_meta or mine.dtype == weight.dtype:
+                        dtype = source.compute_dtype if isinstance(module, Linear) else weight.dtype
+                        setattr(own, name, nn.Parameter(weight.detach().to(dtype), requires_grad=False))
+                    else:
                         mine.copy_(weight)
-                    elif mine.data_ptr() != weight.data_ptr():
-                        mine.data = weight.detach()

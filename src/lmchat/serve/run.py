@@ -84,8 +84,8 @@ class Run:
         if self.plan.echo is not None and self.plan.top_logprobs is not None:
             for prompt, ids, echo in zip(self.plan.prompts, self.plan.echo, self.echoes, strict=True):
                 score = partial(self._worker.engine.score, prompt, self.plan.top_logprobs)
-                scores = await self._worker.call(score)
-                columns = (prompt, (None, *scores.logprobs), ((), *scores.top))
+                logprobs, top = await self._worker.call(score)
+                columns = (prompt, (None, *logprobs), ((), *top))
                 offsets = text_offsets(self._worker.engine.tokenizer, ids)
                 echo.tokens += map(Token, *(column[len(prompt) - len(ids) :] for column in columns), offsets)
 
