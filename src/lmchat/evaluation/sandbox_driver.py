@@ -250,7 +250,7 @@ SCALARS: dict[type, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     ),
 }
 """How values are written and read, by type."""
-KINDS = {kind.__name__: kind for kind in (*SCALARS, list, tuple, set, frozenset, dict)}
+KINDS: dict[str, Any] = {kind.__name__: kind for kind in (*SCALARS, list, tuple, set, frozenset, dict)}
 
 
 def encoded(value: Any) -> Any:
