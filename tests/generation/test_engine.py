@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lmchat.generation import weights
 from lmchat.generation.cached_attention import Chunk, DecodeCache, PrefillCache
 from lmchat.generation.engine import Engine
-from lmchat.generation.packed_product import PackedLinear, can_pack
+from lmchat.generation.packed import PackedLinear, can_pack
 from lmchat.generation.sampling import SamplingParams
 from lmchat.generation.sequence import Completion, StreamedToken
 from lmchat.generation.weights import InferenceWeights

@@ -126,7 +126,8 @@ def test_a_request_that_does_not_fit_now_waits() -> None:
     engine.step()
     assert (engine.num_running, engine.num_waiting) == (2, 3)
     while engine.step():
-        assert engine.runner.pool.num_bytes <= engine.budget.max_bytes
+        pool = engine.runner.pool
+        assert pool.num_slots * pool.layout.slot_bytes(pool.capacity) <= engine.budget.max_bytes
         assert engine.num_running <= 2
     assert engine.num_waiting == 0
 

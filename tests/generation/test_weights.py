@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from live_server import tiny_engine
-from lmchat.generation.packed_product import PackedLinear, can_pack, padded_rows
+from lmchat.generation.packed import PackedLinear, can_pack, padded_rows
 from lmchat.generation.sampling import SamplingParams
 
 pytestmark = pytest.mark.skipif(

@@ -92,11 +92,6 @@ class KVPool:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all slots."""
-        return self.num_slots * self.layout.slot_bytes(self.capacity)
-
     @torch.inference_mode()
     def resize(self, num_slots: int, capacity: int) -> None:
         """Enlarges slots or changes their number; the first slots keep their contents.

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lmchat.generation.packed_block import PackedBlock
-from lmchat.generation.packed_product import PackedLinear, can_pack
+from lmchat.generation.packed import PackedBlock, PackedLinear, can_pack
 from lmchat.model.gpt import GPT, Block, Linear
 
 

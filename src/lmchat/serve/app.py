@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from lmchat.generation.engine import Engine
 from lmchat.serve.engine_worker import EngineWorker
 from lmchat.serve.errors import APIError
-from lmchat.serve.http_io import GeneratedResponse, error_response, read_body
+from lmchat.serve.http_io import GeneratedResponse, read_body
 from lmchat.serve.limits import Admission, Limits
 from lmchat.serve.load import ModelCard
 from lmchat.serve.metrics import Metrics
@@ -108,8 +108,8 @@ class Server:
             content = (files("lmchat.serve") / "page" / name).read_bytes()
             path = "/" if name == "index.html" else f"/{name}"
             get(path)(_static(content, kind))
-        app.add_exception_handler(APIError, _on_api_error)
-        app.add_exception_handler(HTTPException, _on_http_error)
+        app.add_exception_handler(APIError, _on_error)
+        app.add_exception_handler(HTTPException, _on_error)
         return app
 
     @asynccontextmanager
@@ -298,14 +298,11 @@ def _static(content: bytes, kind: str) -> Any:
     return send
 
 
-async def _on_api_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, APIError)
-    return error_response(error)
-
-
-async def _on_http_error(request: Request, error: Exception) -> Response:
+async def _on_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, APIError):
+        return error.response
     assert isinstance(error, HTTPException)
     message = f"{request.method[:20]} {request.url.path[:100]}: {error.detail}"
-    response = error_response(APIError(message, status=error.status_code))
+    response = APIError(message, status=error.status_code).response
     response.headers.update(error.headers or {})
     return response

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from starlette.responses import JSONResponse, Response
+
 
 class APIError(Exception):
     """A request that is answered with an error: a message with problem and remedy, and an HTTP status.
@@ -39,7 +41,8 @@ class APIError(Exception):
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
     @property
-    def headers(self) -> dict[str, str]:
-        """Additional headers of the response. By default, OpenAI's clients retry after timeouts and status 500."""
+    def response(self) -> Response:
+        """The response. By default, OpenAI's clients retry after timeouts and status 500."""
         headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
-        return headers | ({"x-should-retry": "false"} if self.status in (408, 500, 504) else {})
+        headers |= {"x-should-retry": "false"} if self.status in (408, 500, 504) else {}
+        return JSONResponse(self.body, status_code=self.status, headers=headers)

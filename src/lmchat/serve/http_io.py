@@ -28,10 +28,6 @@ BODY_SECONDS = 30
 logger = logging.getLogger(__name__)
 
 
-def error_response(error: APIError) -> Response:
-    return JSONResponse(error.body, status_code=error.status, headers=error.headers)
-
-
 async def read_body(request: Request, max_bytes: int) -> bytes:
     """Reads the body of a request.
 
@@ -109,7 +105,7 @@ class GeneratedResponse(Response):
             message = f"the answer took longer than {limits.max_seconds:g} seconds; ask for fewer tokens"
             error = APIError(message, status=504, code="timeout")
         if not self._begun:
-            await error_response(error)(scope, receive, send)
+            await error.response(scope, receive, send)
         else:
             with suppress(TimeoutError):  # of a client that does not read
                 async with asyncio.timeout(BODY_SECONDS):

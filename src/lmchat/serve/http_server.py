@@ -18,7 +18,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from lmchat.serve import http_io
 from lmchat.serve.app import Server
 from lmchat.serve.errors import APIError
-from lmchat.serve.http_io import error_response
 from lmchat.types import UserError
 
 HEADER_SECONDS = 20
@@ -86,7 +85,7 @@ class _Protocol(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         """Answers bytes that are not HTTP, unless an answer has begun, and closes the connection."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            response = error_response(APIError("the request is not valid HTTP"))
+            response = APIError("the request is not valid HTTP").response
             headers = [*response.raw_headers, (b"connection", b"close")]
             for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=bytes(response.body))):
                 self.transport.write(self.conn.send(event) or b"")

@@ -14,7 +14,6 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lmchat.serve.errors import APIError
-from lmchat.serve.http_io import error_response
 from lmchat.serve.metrics import Metrics
 from lmchat.types import UserError
 
@@ -98,13 +97,13 @@ class Gate:
             self._check(scope["path"], Headers(scope=scope))
             await self.app(scope, receive, send_with_headers)
         except APIError as error:
-            await error_response(error)(scope, receive, send_with_headers)
+            await error.response(scope, receive, send_with_headers)
         except Exception:
             logger.exception("%s %s failed", scope["method"], scope["path"])
             if begun:
                 raise
             failure = APIError("the server failed; its log says why", status=500)
-            await error_response(failure)(scope, receive, send_with_headers)
+            await failure.response(scope, receive, send_with_headers)
 
     def _check(self, path: str, headers: Headers) -> None:
         """Raises APIError if the request is not allowed."""
