@@ -30,12 +30,13 @@ class Generation:
 
     Attributes:
         remaining: numbers of the completions that have not ended.
+        requests: the engine's requests, one per prompt, once they are queued.
     """
 
-    def __init__(self, worker: EngineWorker, requests: Sequence[int], num_samples: int) -> None:
-        self.remaining = set(range(len(requests) * num_samples))
+    def __init__(self, worker: EngineWorker, num_prompts: int, num_samples: int) -> None:
+        self.remaining = set(range(num_prompts * num_samples))
+        self.requests: list[int] = []
         self._worker = worker
-        self._requests = requests
         self._num_samples = num_samples
         self._events: asyncio.Queue[list[Numbered] | Exception] = asyncio.Queue()
 
@@ -61,13 +62,12 @@ class Generation:
         if number in self.remaining:
             self.remaining.remove(number)
             prompt, sample = divmod(number, self._num_samples)
-            self._worker.cancel(self._requests[prompt], sample)
+            self._worker.cancel(self.requests[prompt : prompt + 1], sample)
 
     def close(self) -> None:
         if self.remaining:
             self.remaining = set()
-            for request in self._requests:
-                self._worker.cancel(request)
+            self._worker.cancel(self.requests)
 
 
 class EngineWorker:
@@ -105,32 +105,27 @@ class EngineWorker:
             UserError: the engine refuses one.
             EngineFailure: the engine has failed before.
         """
+        generation = Generation(self, len(prompts), params.num_samples)
+        requests = generation.requests
 
-        def add() -> Generation:
-            requests: list[int] = []
-            for prompt in prompts:
-                try:
+        def add() -> None:
+            try:
+                for prompt in prompts:
                     requests.append(self.engine.add_request(prompt, params))
-                except UserError:
-                    for request in requests:
-                        self.engine.cancel(request)
-                    raise
-            generation = Generation(self, requests, params.num_samples)
-            starts = range(0, len(requests) * params.num_samples, params.num_samples)
-            self._owners.update(zip(requests, ((generation, start) for start in starts), strict=True))
+            except UserError:
+                for request in requests:
+                    self.engine.cancel(request)
+                raise
+            for number, request in enumerate(requests):
+                self._owners[request] = generation, number * params.num_samples
             self._schedule_step()
-            return generation
 
-        def abandon(future: Future[Generation]) -> None:
-            if not future.cancelled() and future.exception() is None:
-                future.result().close()
-
-        future = self._submit(add)
         try:
-            return await asyncio.wrap_future(future)
+            await self.call(add)
         except asyncio.CancelledError:
-            future.add_done_callback(abandon)
+            generation.close()  # behind `add`, if that runs at all
             raise
+        return generation
 
     async def call(self, function: Callable[[], T]) -> T:
         """Calls ``function`` in the engine's thread between two steps and returns its result.
@@ -145,12 +140,13 @@ class EngineWorker:
             raise EngineFailure("the engine has stopped; restart the server")
         return self._thread.submit(function)
 
-    def cancel(self, request: int, sample: int | None = None) -> None:
-        """Cancels a sample of a request, or all of them, before the next step."""
+    def cancel(self, requests: Sequence[int], sample: int | None = None) -> None:
+        """Cancels a sample of requests, or all of them, before the next step."""
 
         def run() -> None:
-            self.engine.cancel(request, sample)
-            self._forget_ended([request])
+            for request in requests:
+                self.engine.cancel(request, sample)
+            self._forget_ended(requests)
 
         with suppress(EngineFailure):
             self._submit(run)
