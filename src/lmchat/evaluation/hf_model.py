@@ -78,8 +78,7 @@ class HFModel:
 
     def release_memory(self) -> None:
         """Frees torch's cache of free blocks."""
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
     @torch.inference_mode()
     def score(self, questions: Sequence[Example]) -> list[list[OptionScore]]:

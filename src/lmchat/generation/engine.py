@@ -107,13 +107,6 @@ class Engine:
         self.runner.weights.refill()
         self.prefixes.clear()
 
-    def release_memory(self) -> None:
-        """Frees the memory of keys and values until the next request; cached prefixes are lost."""
-        assert not self._requests, "a request is running; cancel or finish it first"
-        self.prefixes.clear()
-        self.runner.pool.release()
-        self.runner.prompts.release()
-
     # -----------------------------------------------------------------------------------------------------------------
     # Requests, step by step
 

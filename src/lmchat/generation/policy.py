@@ -43,8 +43,7 @@ class Policy:
     def release_memory(self) -> None:
         """Frees the engine, which is created again when needed, and torch's cache of free blocks."""
         self.__dict__.pop("_engine", None)
-        if self.net.device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
     @cached_property
     def _engine(self) -> Engine:
