@@ -164,21 +164,16 @@ def fewshot_indices(index: int, num_items: int, num_fewshot: int) -> list[int]:
 
 def render_prompts(kind: Kind, item: Item, fewshot: Sequence[Item], delimiter: str) -> list[str]:
     """The prompts of an item: one per option, or for language modelling without and with the continuation."""
-    before = "".join(f"{_solved(kind, example, delimiter)}\n\n" for example in fewshot)
+    before = ""
+    for example in fewshot:
+        gold = -1 if kind == "language_modeling" else example["gold"]
+        before += render_prompts(kind, example, (), delimiter)[gold] + "\n\n"
     if kind == "multiple_choice":
         return [f"{before}{item['query']}{delimiter}{choice}" for choice in item["choices"]]
     if kind == "schema":
         return [f"{before}{context}{delimiter}{item['continuation']}" for context in item["context_options"]]
     context = f"{before}{item['context'].strip()}{delimiter}"
     return [context.strip(), context + item["continuation"]]
-
-
-def _solved(kind: Kind, item: Item, delimiter: str) -> str:
-    if kind == "multiple_choice":
-        return f"{item['query']}{delimiter}{item['choices'][item['gold']]}"
-    if kind == "schema":
-        return f"{item['context_options'][item['gold']]}{delimiter}{item['continuation']}"
-    return f"{item['context'].strip()}{delimiter}{item['continuation']}"
 
 
 def make_example(

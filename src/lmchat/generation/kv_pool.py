@@ -50,12 +50,8 @@ class SlotLayout:
     dtype: torch.dtype
 
     def columns(self, layer: int, capacity: int) -> int:
-        """Columns of a layer in a slot for ``capacity`` tokens."""
-        return min(round_up(capacity), self.ring(layer))
-
-    def ring(self, layer: int) -> int:
-        """Columns needed for everything a token can see in a layer, including itself."""
-        return round_up(self.config.window_sizes[layer] + 1)
+        """Columns of a layer in a slot for ``capacity`` tokens; no more than a token can see, including itself."""
+        return round_up(min(capacity, self.config.window_sizes[layer] + 1))
 
     def slot_bytes(self, capacity: int) -> int:
         """Bytes of a slot for ``capacity`` tokens."""
@@ -101,16 +97,13 @@ class KVPool:
         old_keys, old_values, kept = self.keys, self.values, min(num_slots, self.num_slots)
         self.capacity, self.num_slots = max(self.capacity, round_up(capacity)), num_slots
         self.keys, self.values = [], []
-        for layer in range(self.layout.config.n_layer):
+        config = self.layout.config
+        for layer in range(config.n_layer):
+            shape = (num_slots, config.n_kv_head, self.layout.columns(layer, self.capacity), config.head_dim)
             for new, old in ((self.keys, old_keys), (self.values, old_values)):
-                new.append(self._empty(layer))
+                new.append(torch.zeros(shape, dtype=self.layout.dtype, device=self.device))
                 if kept:
                     new[-1][:kept, :, : old[layer].size(2)] = old[layer][:kept]
-
-    def _empty(self, layer: int) -> Tensor:
-        config = self.layout.config
-        shape = (self.num_slots, config.n_kv_head, self.layout.columns(layer, self.capacity), config.head_dim)
-        return torch.zeros(shape, dtype=self.layout.dtype, device=self.device)
 
     def release(self) -> None:
         """Frees the memory of all slots."""
