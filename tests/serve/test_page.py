@@ -442,10 +442,32 @@ def test_a_server_with_a_key_asks_for_it(browser: Any) -> None:  # noqa: F811
         assert not page.is_visible("#token-dialog")
         page.fill("#question", "Hi")
         page.keyboard.press("Enter")
+        page.wait_for_selector(".error")
         page.fill("#token-dialog input", "s3cret")
         page.keyboard.press("Enter")
         page.wait_for_selector("#model-details:not(:empty)")
         page.click("text=Try again")
         page.wait_for_selector(".message.assistant .note:not(:empty)")
         assert texts(page, "assistant")[0] and page.locator(".error").count() == 0
+        page.context.close()
+
+
+def test_a_question_refused_after_a_new_key_was_given_is_sent_again(browser: Any) -> None:  # noqa: F811
+    """The dialog opened a second time, for the key before."""
+    with live_server(tiny_engine(), api_key="s3cret") as locked:
+        page, held = browser.new_context().new_page(), []
+        page.route("**/v1/chat/completions", lambda route: route.continue_() if held else held.append(route))
+        page.goto(locked.url)
+        page.wait_for_selector("#token-dialog[open]")
+        page.keyboard.press("Escape")
+        page.fill("#question", "Hi")
+        page.keyboard.press("Enter")
+        page.fill("#token-dialog input", "s3cret")
+        wait_for(lambda: page.evaluate("true") and held)
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#model-details:not(:empty)")
+        held[0].continue_()
+        page.wait_for_selector(".message.assistant .note:not(:empty)")
+        assert texts(page, "assistant")[0] and page.locator(".error").count() == 0
+        assert not page.is_visible("#token-dialog")
         page.context.close()

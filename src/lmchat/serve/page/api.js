@@ -20,7 +20,8 @@ export class ApiError extends Error {
 
 async function request(path, options = {}) {
   const headers = { "Content-Type": "application/json" };
-  if (token) headers.Authorization = `Bearer ${token.replace(/[^ -~]/g, "?")}`; // headers are ASCII
+  const sent = token;
+  if (sent) headers.Authorization = `Bearer ${sent.replace(/[^ -~]/g, "?")}`; // headers are ASCII
   let response;
   try {
     response = await fetch(path, { ...options, headers, cache: "no-store" });
@@ -29,6 +30,7 @@ async function request(path, options = {}) {
     throw new ApiError("The server does not answer. Is it running?", 0, "unreachable");
   }
   if (response.ok) return response;
+  if (response.status === 401 && sent !== token) return request(path, options); // the user has given another key since
   const error = (await response.json().catch(() => null))?.error;
   throw new ApiError(error?.message ?? response.statusText, response.status, error?.code);
 }
