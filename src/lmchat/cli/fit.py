@@ -97,10 +97,13 @@ class LMChatCLI(LightningCLI):
     stage with the same tag, or else none; finished runs are skipped.
     """
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Lightning's subcommands that the stages implement."""
-        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in ("fit", "validate")}
+    def __init__(self, *args: Any, command: str, **options: Any) -> None:
+        self._command = command
+        super().__init__(*args, **options)
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # Lightning calls it on the instance
+        """Only the command in use, since building a parser is slow."""
+        return {self._command: LightningCLI.subcommands()[self._command]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for group, callback in CALLBACKS.items():
@@ -244,7 +247,7 @@ def main(args: list[str], cli: type[LMChatCLI] = LMChatCLI) -> LMChatCLI:
     )
     check_config_files(args)
     accept_former_names()
-    args = rename_arguments(args)
+    args, command = rename_arguments(args), args[0]
     options = {"exit_on_error": False, "allow_abbrev": False}
     try:
         return cli(
@@ -256,12 +259,9 @@ def main(args: list[str], cli: type[LMChatCLI] = LMChatCLI) -> LMChatCLI:
             save_config_callback=SaveConfig,
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=42,
-            parser_kwargs={
-                "default_env": True,
-                "env_prefix": ENV_PREFIX,
-                **options,
-                **{name: dict(options) for name in LMChatCLI.subcommands()},
-            },
+            parser_kwargs={"default_env": True, "env_prefix": ENV_PREFIX, **options, command: dict(options)},
+            load_from_checkpoint_support=False,  # dumps the config for it; lmchat's checkpoints have their own format
+            command=command,
             args=_with_strategy_class(args),
         )
     except MisconfigurationException as error:
