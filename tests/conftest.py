@@ -20,6 +20,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.update(ATEN_CPU_CAPABILITY="avx2", MKL_CBWR="AVX2", ONEDNN_MAX_CPU_ISA="AVX2")
 # Compiled kernels depend on that choice, which is not part of torch's cache key: tests have a separate cache.
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / f"lmchat_test_kernels_avx2_{os.getuid()}")
+# Tests start many processes, which would all compile lmchat's source.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # Mock Hubs listen on the loopback interface, so these tests also run offline.
 for _variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_MODULES_CACHE"):
     os.environ.pop(_variable, None)
