@@ -48,6 +48,7 @@ _FAMILIES = (  # letters of a script, its encodings by preference, the alphabets
 )  # fmt: skip
 _CANDIDATES = [name for _, names, _ in _FAMILIES for name in names] + _OTHERS + _MULTIBYTE
 _WORD = re.compile(r"[^\W\d_]{2,}")
+_ASCII = re.compile(r"[\0-\x7f]+")
 
 
 def browser_encoding(name: str) -> str | None:
@@ -98,7 +99,7 @@ def detect_encoding(sample: bytes) -> str | None:
     """The encoding of some text that is not Unicode; None if there is too little of it, or none fits."""
     if _ESCAPE in sample:
         return next((name for name in _SEVEN_BIT if _decoded(sample, name) is not None), None)
-    size = sum(byte > 127 for byte in sample)
+    size = len(sample.translate(None, bytes(range(128))))
     if size < _MIN_LATIN_BYTES or _is_damaged_utf8(sample):
         return None
     name = _best_guess(sample, _CANDIDATES)
@@ -134,12 +135,12 @@ def _decoded(sample: bytes, encoding: str) -> str | None:
 def _is_damaged_utf8(sample: bytes) -> bool:
     """Whether most of the non-ASCII characters are valid UTF-8."""
     text = sample.decode("utf-8", "replace")
-    return 2 * text.count("\ufffd") < sum(character > "\x7f" for character in text)
+    return 2 * text.count("\ufffd") < len(_ASCII.sub("", text))
 
 
 def _share(text: str, letters: str) -> float:
     """Share of some letters among those that are not ASCII."""
-    others = "".join(character for character in text if character > "\x7f" and character.isalpha())
+    others = "".join(filter(str.isalpha, _ASCII.sub("", text)))
     return len(re.findall(letters, others)) / max(1, len(others))
 
 
@@ -148,11 +149,11 @@ def _fit(sample: bytes, encoding: str, alphabets: list[str]) -> float:
     text = _decoded(sample, encoding)
     if text is None:
         return -1
-    counts = Counter(character for character in text if character > "\x7f")
+    counts = Counter(_ASCII.sub("", text))
     known = max(
         sum(count for character, count in counts.items() if character.lower() in alphabet + _PUNCTUATION)
         for alphabet in alphabets
     )
     words = _WORD.findall(text)
-    capitals = sum(letter.isupper() for word in words for letter in word[1:])
+    capitals = sum(map(str.isupper, "".join(word[1:] for word in words)))
     return known / max(1, counts.total()) - capitals / max(1, sum(map(len, words)))
