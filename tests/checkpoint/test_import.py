@@ -25,6 +25,7 @@ from lmchat.model.config import GPTConfig
 from lmchat.tokenizer.bpe import SPECIAL_TOKENS, Tokenizer
 from lmchat.types import UserError
 from random_checkpoint import NATIVE, SHAPE, random_state, save_random_checkpoint
+from rank_file import write_ranks
 
 VOCAB_SIZE = 512
 TRAINING = {"learning_rates", "global_batch_tokens", "micro_batch_size"}
@@ -100,9 +101,8 @@ def test_a_model_that_transformers_saved(
     theirs = NanoChatForCausalLM(config).to(torch.bfloat16).eval()
     theirs.save_pretrained(folder, max_shard_size="100KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
-    tokenizer.save(tmp_path / "own")
     converter = TikTokenConverter(
-        vocab_file=str(tmp_path / "own" / "ranks.tiktoken"),
+        vocab_file=str(write_ranks(tmp_path / "ranks.tiktoken", tokenizer)),
         pattern=tokenizer.pattern,
         extra_special_tokens=list(SPECIAL_TOKENS),
     )

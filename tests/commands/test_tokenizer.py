@@ -15,6 +15,7 @@ from lmchat.commands import tokenizer as commands
 from lmchat.tokenizer import compression
 from lmchat.tokenizer.bpe import SPLIT_PATTERN, Tokenizer
 from lmchat.types import UserError
+from rank_file import write_ranks
 
 
 def write_shard(path: Path, texts: list[str | None], column: str = "text") -> None:
@@ -181,7 +182,7 @@ class TestShow:
 
 class TestImport:
     def test_round_trip(self, trained: Tokenizer, base: Path) -> None:
-        commands.import_tokenizer(base / "tokenizer" / "ranks.tiktoken", output=base / "imported")
+        commands.import_tokenizer(write_ranks(base / "ranks.tiktoken", trained), output=base / "imported")
         assert Tokenizer.load(base / "imported").fingerprint == trained.fingerprint
 
     def test_missing_file(self, base: Path) -> None:

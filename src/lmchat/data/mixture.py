@@ -93,10 +93,8 @@ class Mixture:
     @property
     def part_numbers(self) -> np.ndarray:
         """(conversations,) of the smallest unsigned dtype, index in ``parts`` of the part of each conversation."""
-        numbers = np.zeros(len(self), np.min_scalar_type(len(self.parts)))
-        for end in self._ends[:-1]:
-            numbers += self._order >= end
-        return numbers
+        numbers = np.searchsorted(self._ends, self._order, side="right")
+        return numbers.astype(np.min_scalar_type(len(self.parts)))
 
     def notes(self) -> list[str]:
         """Remarks on the tasks' data for the user, without repetitions."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tiktoken
 
-from lmchat.files import json_object, naming_errors, replacing
+from lmchat.files import json_object, replacing
 from lmchat.paths import expand_user
 from lmchat.tokenizer import files
 from lmchat.types import UserError
@@ -170,25 +169,12 @@ class Tokenizer:
             ) from error
 
     def save(self, directory: str | Path) -> None:
-        """Writes ``tokenizer.json``, and for other programs ``ranks.tiktoken`` and ``token_bytes.npy``; all or none."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        hugging_face = files.hugging_face(self.ranks, self.pattern, SPECIAL_TOKENS)
-        # tokenizer.json is renamed last: a folder with it is complete.
-        writers: dict[str, Callable[[Path], Any]] = {
-            _FILE: lambda path: path.write_text(hugging_face.to_str(pretty=True), encoding="utf-8"),
-            "ranks.tiktoken": lambda path: files.write_tiktoken_ranks(path, self.ranks),
-            "token_bytes.npy": self._write_token_bytes,
-        }
-        with ExitStack() as stack:
-            for name, write in writers.items():
-                unfinished = stack.enter_context(replacing(directory / name))
-                with naming_errors(directory / name):
-                    write(unfinished)
-
-    def _write_token_bytes(self, path: Path) -> None:
-        with path.open("wb") as file:
-            np.save(file, self.token_bytes, allow_pickle=False)
+        """Writes ``tokenizer.json``, which Hugging Face's library reads too."""
+        path = Path(directory) / _FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = files.hugging_face(self.ranks, self.pattern, SPECIAL_TOKENS).to_str(pretty=True)
+        with replacing(path) as unfinished:
+            unfinished.write_text(content, encoding="utf-8")
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``. Special tokens in it are ordinary characters; lone surrogates become U+FFFD."""

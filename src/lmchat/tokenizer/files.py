@@ -7,7 +7,7 @@ damaged file; callers turn these into a UserError.
 
 from __future__ import annotations
 
-from base64 import b64decode, b64encode
+from base64 import b64decode
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -138,29 +138,18 @@ def _split_pattern(content: dict[str, Any]) -> str:
     raise ValueError("its pre_tokenizer is not a Split by a regular expression followed by ByteLevel")
 
 
-def write_tiktoken_ranks(path: Path, ranks: Mapping[bytes, int]) -> None:
-    """Writes tiktoken's rank file: on each line a token in base64 and its rank."""
-    lines = (f"{b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
-    path.write_text("".join(lines), encoding="ascii")
-
-
-def read_tiktoken_ranks(path: Path) -> dict[bytes, int]:
-    """The inverse of `write_tiktoken_ranks`."""
-    pairs = (line.split() for line in path.read_text(encoding="ascii").splitlines() if line)
-    return {b64decode(token, validate=True): int(rank) for token, rank in pairs}
-
-
 def read_vocabulary(path: Path, special_tokens: Sequence[str], default_pattern: str) -> tuple[dict[bytes, int], str]:
     """Reads ranks and split pattern from a file in any of three formats.
 
     - ``tokenizer.json`` of the Hugging Face library;
     - a JSON object with ``mergeable_ranks`` [[base64, rank], ...] and ``pattern`` or ``split_pattern``;
-    - tiktoken's rank file, which has no pattern; ``default_pattern`` is used.
+    - tiktoken's rank file, with a token in base64 and its rank on each line; its pattern is ``default_pattern``.
     """
     if path.suffix != ".json":
-        return read_tiktoken_ranks(path), default_pattern
-    content = json_object(path.read_bytes())
-    if "mergeable_ranks" not in content:
-        return from_hugging_face(content, special_tokens)
-    ranks = {b64decode(token, validate=True): int(rank) for token, rank in content["mergeable_ranks"]}
-    return ranks, content.get("pattern") or content.get("split_pattern") or default_pattern
+        pairs, pattern = [line.split() for line in path.read_text(encoding="ascii").splitlines() if line], None
+    else:
+        content = json_object(path.read_bytes())
+        if "mergeable_ranks" not in content:
+            return from_hugging_face(content, special_tokens)
+        pairs, pattern = content["mergeable_ranks"], content.get("pattern") or content.get("split_pattern")
+    return {b64decode(token, validate=True): int(rank) for token, rank in pairs}, pattern or default_pattern
