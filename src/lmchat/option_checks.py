@@ -1,8 +1,10 @@
-"""Range checks of numeric options."""
+"""Range checks of numbers: of options, and of data positions in checkpoints."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from lmchat.types import UserError
 
@@ -29,3 +31,20 @@ def check_count(group: str | None, min: int, max: int = MAX_COUNT, /, **numbers:
             raise UserError(f"{option} is {value}; it must be at least {min}")
         if value is not None and value > max:
             raise UserError(f"{option} is {value}; it must be at most {max}")
+
+
+def damaged_position(reason: str) -> UserError:
+    """The error for a data position that no run has saved."""
+    return UserError(f"the data position in the checkpoint is damaged ({reason}); use an older checkpoint")
+
+
+def count_in(state: Any, name: str, maximum: int) -> int:
+    """The integer ``state[name]``.
+
+    Raises:
+        UserError: it is missing, no integer, or not between 0 and ``maximum``.
+    """
+    value = state.get(name) if isinstance(state, Mapping) else None
+    if type(value) is not int or not 0 <= value <= maximum:
+        raise damaged_position(f"{name} is {str(value)[:40]}, not an integer from 0 to {maximum}")
+    return value

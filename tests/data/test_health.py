@@ -152,6 +152,7 @@ def test_a_zip_file_is_compared_like_its_folder(tmp_path: Path) -> None:
     (folder / "a.jsonl").write_text(json.dumps({"question": text}))
     pq.write_table(pa.table({"question": [text, "short"]}), folder / "b.parquet")
     (folder / "notes.txt").write_text(text)
+    (folder / "folder.json").mkdir()
     with zipfile.ZipFile(tmp_path / "bundle.zip", "w") as archive:
         for path in folder.iterdir():
             archive.write(path, f"bundle/{path.name}")

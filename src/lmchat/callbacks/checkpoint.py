@@ -46,8 +46,7 @@ from lmchat.checkpoint.writer import (
     prune,
     snapshot,
 )
-from lmchat.data.position import damaged_position
-from lmchat.option_checks import check_count
+from lmchat.option_checks import check_count, damaged_position
 from lmchat.paths import expand_user
 from lmchat.strategies.checkpoint_io import LMChatCheckpointIO
 from lmchat.strategies.lightning_internals import checkpoint_dict, fit_loop_state, is_between_batches

@@ -47,7 +47,8 @@ def evaluation_files(path: Path) -> list[EvaluationFile]:
     if path.suffix.lower() == ".zip":
         with user_errors(f"cannot read the evaluation set {path}", _REMEDY, OSError, zipfile.BadZipFile):
             archive = zipfile.ZipFile(path)
-        files = [zipfile.Path(archive, name) for name in sorted(archive.namelist()) if kind_of(Path(name))[0] in _KINDS]
+        names = [info.filename for info in archive.infolist() if not info.is_dir()]
+        files = [zipfile.Path(archive, name) for name in sorted(names) if kind_of(Path(name))[0] in _KINDS]
     if not files:
         raise UserError(f"{path} contains no evaluation set; the kinds are {' '.join(_KINDS)}, JSON also compressed")
     return files

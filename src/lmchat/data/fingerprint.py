@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lmchat.data.mixture import Mixture
-from lmchat.data.position import damaged_position
+from lmchat.option_checks import damaged_position
 from lmchat.types import UserError
 
 _ORDER = "order"

@@ -14,8 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from lmchat.data.position import count_in, damaged_position
-from lmchat.option_checks import check_count
+from lmchat.option_checks import check_count, count_in, damaged_position
 from lmchat.types import UserError
 
 PackedRow = list[tuple[int, int]]

@@ -14,8 +14,8 @@ from torch.utils.data import IterableDataset
 
 from lmchat.data.fingerprint import check_fingerprint
 from lmchat.data.packing import BestFitPacker
-from lmchat.data.position import count_in
 from lmchat.data.rendered_conversations import RenderedConversations
+from lmchat.option_checks import count_in
 from lmchat.progress import ProgressBar
 from lmchat.types import IGNORE_INDEX, Batch
 

@@ -13,10 +13,10 @@ from torch.utils.data import IterableDataset
 
 from lmchat.data.fingerprint import check_fingerprint
 from lmchat.data.mixture import Mixture
-from lmchat.data.position import count_in
 from lmchat.generation.engine import Engine
 from lmchat.generation.sampling import SamplingParams
 from lmchat.generation.sequence import Completion
+from lmchat.option_checks import count_in
 from lmchat.rl.groups import Group
 from lmchat.tasks.base import Task, graded
 from lmchat.tokenizer.render import render_for_completion

@@ -10,9 +10,8 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from lmchat.data.position import damaged_position
 from lmchat.evaluation.evaluator import EvalBatch, Evaluator, EvaluatorBatches
-from lmchat.option_checks import check_count
+from lmchat.option_checks import check_count, damaged_position
 from lmchat.run_plan import RunPlan, accumulation_steps
 from lmchat.stages.spec import StageSpec
 from lmchat.types import UserError
