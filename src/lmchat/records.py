@@ -252,19 +252,6 @@ def _recoded(source: BinaryIO, encoding: str) -> Iterator[bytes]:
         yield text.encode("utf-8", "surrogatepass")
 
 
-def lines(file: BinaryIO, max_bytes: int) -> Iterator[tuple[int, bytes | None]]:
-    """Yields the number (from 1) and content of each non-blank line; content is None if it exceeds ``max_bytes``."""
-    number = 0
-    while line := file.readline(max_bytes + 1):
-        number += 1
-        if len(line) > max_bytes:
-            while line and not line.endswith(b"\n"):
-                line = file.readline(_CHUNK_BYTES)
-            yield number, None
-        elif line.strip():
-            yield number, line
-
-
 def json_values(file: BinaryIO, what: str, max_characters: int) -> Iterator[Any]:
     """Yields the elements of JSON arrays, or consecutive JSON values, with or without commas or line breaks between.
 

@@ -8,6 +8,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,7 +28,6 @@ from lmchat.records import (
     find_files,
     json_values,
     kind_of,
-    lines,
     open_text,
     table_rows,
 )
@@ -186,15 +186,18 @@ class DocumentReader:
             yield from self._bounded(text)
 
     def _json_lines(self, path: Path, file: BinaryIO, limit: int) -> Iterator[str]:
-        for number, line in lines(file, limit):
-            if line is None:
-                self.left_out[TOO_LONG].append(f"{path}:{number}")
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}:{number} is not valid JSON ({error}); correct or remove the line") from error
-            yield from self._bounded(self._text_of(record, f"{path}:{number}"))
+        for number, line in enumerate(iter(partial(file.readline, limit + 1), b""), 1):
+            place = f"{path}:{number}"
+            if len(line) > limit:
+                self.left_out[TOO_LONG].append(place)
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(_CHUNK_BYTES)
+            elif line.strip():
+                try:
+                    record = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise UserError(f"{place} is not valid JSON ({error}); correct or remove the line") from error
+                yield from self._bounded(self._text_of(record, place))
 
     def _text_of(self, record: Any, place: str) -> str:
         if isinstance(record, str):

@@ -203,9 +203,6 @@ class _Builder:
                 parts = [_text_part(f"{before.pop()['text']}\n\n{parts[0]['text']}"), *parts[1:]]
         before += parts
 
-    def _append_system(self) -> None:
-        self._append("system", [_text_part("\n\n".join(self._system))])
-
     def _add_system(self, text: str) -> None:
         if not text:
             self.notes.add("an empty system message left out")
@@ -215,12 +212,11 @@ class _Builder:
         self._system.append(text)
 
     def _add_user(self, text: str) -> None:
-        if self.turns:
-            text = "\n\n".join([*self._system, text])
-        elif self._system:
-            self._append_system()
+        if self._system and not self.turns:
+            self._append("system", [_text_part("\n\n".join(self._system))])
+            self._system = []
+        self._append("user", [_text_part("\n\n".join([*self._system, text]))])
         self._system = []
-        self._append("user", [_text_part(text)])
 
     def _add_assistant(self, parts: list[Part], weight: int, what: str) -> None:
         if self.turns and self._system:
@@ -250,11 +246,8 @@ class _Builder:
         return [Part(type="python", text=_call_text(call, what)) for call in calls]
 
     def finish(self) -> Conversation:
-        if self._system:
-            if self.turns:
-                self.notes.add("a system message at the end left out")
-            else:
-                self._append_system()
+        if self._system and self.turns:
+            self.notes.add("a system message at the end left out")
         for turn in self.turns:
             parts = turn["content"]
             if len(parts) == 1 and parts[0]["type"] == "text":
