@@ -107,6 +107,7 @@ class EvaluationOverlap:
                 "examples": self._examples[number],
                 "checked": int(checked[number]),
                 "overlapping": int(overlapping[number]),
+                "share": float(overlapping[number] / max(checked[number], 1)),
             }
             for number, path in enumerate(self.files)
         ]

@@ -39,12 +39,8 @@ def _tables(health: DataHealth) -> Iterator[Table]:
     shards = ({**asdict(each), "millions": f"{each.characters / 1e6:,.1f}"} for each in [*health.shards, health.total])
     keys = "shard documents millions empty exact_duplicates near_duplicates overlapping"
     yield _table("Documents", keys, shards)
-    sets = (
-        {**each, "file": Path(each["file"]).name, "found": found, "share": found / max(each["checked"], 1)}
-        for each in health.evaluation
-        for found in [each["overlapping"]]
-    )
-    yield _table("Evaluation sets", "file examples checked found share", sets)
+    names = ({**each, "file": Path(each["file"]).name, "found": each["overlapping"]} for each in health.evaluation)
+    yield _table("Evaluation sets", "file examples checked found share", names)
     for tokens in health.tokens:
         total, title = tokens["total"], f"Tokens in rows of {tokens['sequence_len']:,} ({tokens['name']})"
         parts = [*tokens["shards"], {"shard": "all", **total}, {"shard": "in training", **tokens["packed"]}]
