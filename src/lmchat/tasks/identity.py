@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, cast
@@ -34,22 +35,14 @@ class Topic:
         common: the most frequent questions; all are in the training split, and drawn more often than others.
     """
 
-    questions: tuple[str, ...]
-    answers: tuple[str, ...]
-    facts: tuple[tuple[str, ...], ...]
-    common: tuple[str, ...]
+    questions: Sequence[str]
+    answers: Sequence[str]
+    facts: Sequence[Sequence[str]]
+    common: Sequence[str]
 
 
 _TEXTS = yaml.safe_load((resources.files(__package__) / "identity.yaml").read_text(encoding="utf-8"))
-TOPICS = {
-    name: Topic(
-        questions=expand(*texts["questions"]),
-        answers=tuple(texts["answers"]),
-        facts=tuple(map(tuple, texts["facts"])),
-        common=tuple(texts["common"]),
-    )
-    for name, texts in _TEXTS.items()
-}
+TOPICS = {name: Topic(**{**texts, "questions": expand(*texts["questions"])}) for name, texts in _TEXTS.items()}
 
 
 class IdentityConversation(Conversation):
