@@ -275,18 +275,24 @@ def test_a_run_without_a_final_evaluation_is_finished(option: str, new_base: Cal
     assert "is finished" in logged_fit(base, 0, option, "--ckpt_path", "auto")
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(new_base: Callable[[], Path]) -> Path:
+    base = new_base()
+    logged_fit(base, 0)
+    return base
+
+
 @pytest.mark.parametrize(
     ("every_n_steps", "step", "hook"),
     [(5, 5, IN_TRAINING), (3, 3, IN_TRAINING), (3, 6, IN_EVALUATION), (3, 8, IN_EVALUATION)],
 )
 def test_a_killed_and_resumed_run_has_the_log_of_an_uninterrupted_one(
-    every_n_steps: int, step: int, hook: str, new_base: Callable[[], Path]
+    every_n_steps: int, step: int, hook: str, uninterrupted: Path, new_base: Callable[[], Path]
 ) -> None:
-    unbroken, killed = new_base(), new_base()
-    logged_fit(unbroken, 0)
+    killed = new_base()
     logged_fit(killed, -signal.SIGKILL, callbacks=KILL.format(step=step, hook=hook), every_n_steps=every_n_steps)
     logged_fit(killed, 0, "--ckpt_path", "auto")
-    expected, found = logged(unbroken), logged(killed)
+    expected, found = logged(uninterrupted), logged(killed)
     assert ("train/loss", "2") in expected[0] and ("val/bpb", "3") in expected[0] and ("val/bpb", 3) in expected[1]
     assert list(expected[2]) == [0, 3, 6, 8]
     assert found == expected

@@ -7,8 +7,6 @@ import errno
 import functools
 import os
 import shutil
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import pytest
 from lightning.pytorch.loggers import tensorboard
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from forked import exit_statuses, python, start
 from lmchat.__main__ import main
 from lmchat.cli import loggers
 from lmchat.cli.loggers import RunCSVLogger, RunTensorBoardLogger
@@ -114,9 +113,10 @@ def raise_disk_full(*_: Any) -> None:
 RUN_WITH_LIMIT = """
 import resource, sys, tempfile
 tempfile.gettempdir()
+sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # the former were no pipes
 resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
 from lmchat.__main__ import main
-sys.exit(main())
+sys.exit(main({args}))
 """
 
 
@@ -129,10 +129,11 @@ def test_a_disk_that_is_full_at_the_first_records_is_reported_with_the_file(
     monkeypatch.setenv("LMCHAT_BASE_DIR", str(base))
     assert main(["data", "tokenize"]) == 0
     options = config_options(base, "{trainer: {max_steps: 2}, model: {init_args: {tag: tiny}}}")
-    command = [sys.executable, "-c", RUN_WITH_LIMIT.format(size=size), "fit", *options]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == (
+    os.mkfifo(pipe := tmp_path / "output")  # the limit is not for pipes
+    run = start(python, RUN_WITH_LIMIT.format(size=size, args=["fit", *options]), output=pipe)
+    output = pipe.read_text()
+    assert exit_statuses([run]) == [2], output
+    assert output.splitlines()[-1] == (
         f"lmchat: {base}/logs/pretrain/tiny/{file}: File too large; make room and run it again"
     )
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in output

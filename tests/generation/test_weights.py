@@ -54,10 +54,9 @@ def test_few_shapes_are_multiplied() -> None:
     """Memory stays flat: every shape costs 0.6 MB, and there are as many as there are lengths of prompts."""
     engine, rng = tiny_engine(max_rows=64, sequence_len=256), random.Random(0)
     with PackedShapes() as shapes:
-        for _ in range(150):
-            prompts = [[rng.randrange(256) for _ in range(rng.randint(2, 30))] for _ in range(rng.randint(1, 64))]
-            params = [SamplingParams(max_new_tokens=rng.randint(1, 2), seed=seed) for seed in range(len(prompts))]
-            engine.generate(prompts, params)
+        for count in rng.sample(range(1, 65), 64):
+            prompts = [[rng.randrange(256) for _ in range(rng.randint(2, 30))] for _ in range(count)]
+            engine.generate(prompts, [SamplingParams(max_new_tokens=2, seed=seed) for seed in range(count)])
     counts: set[int] = set().union(*shapes.rows.values())
     # Up to 64 there are 48, and then 8 per power of two.
     assert max(counts) > 512 and len([rows for rows in counts if rows > 64]) <= 8 * (max(counts).bit_length() - 6)

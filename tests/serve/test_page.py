@@ -11,8 +11,12 @@ import pytest
 
 from headless import browser  # noqa: F401  (a fixture)
 from live_server import LiveServer, live_server, tiny_engine, wait_for
+from lmchat.serve.limits import Limits
 
 Open = Callable[..., Any]
+
+
+SHORT_ANSWERS = """try { localStorage["lmchat.settings"] ??= '{"max_tokens": 24}'; } catch { /* about:blank */ }"""
 
 
 @pytest.fixture
@@ -23,6 +27,7 @@ def open_page(browser: Any, live: LiveServer) -> Iterator[Open]:  # noqa: F811
 
     def open_it(width: int = 1280, height: int = 800, script: str = "", **options: Any) -> Any:
         context = browser.new_context(viewport={"width": width, "height": height}, accept_downloads=True, **options)
+        context.add_init_script(SHORT_ANSWERS)
         context.add_init_script(script)
         contexts.append(context)
         page = context.new_page()
@@ -431,7 +436,7 @@ def test_keyboard_and_screen_reader(open_page: Open) -> None:
 
 
 def test_a_server_with_a_key_asks_for_it(browser: Any) -> None:  # noqa: F811
-    with live_server(tiny_engine(), api_key="s3cret") as locked:
+    with live_server(tiny_engine(), Limits(max_running=8, max_new_tokens=24), api_key="s3cret") as locked:
         page = browser.new_context().new_page()
         page.goto(locked.url)
         page.fill("#token-dialog input", "€")  # no header can have it
