@@ -103,6 +103,24 @@ def test_non_finite_steps_can_be_skipped_and_are_counted(
     assert float(losses["4"][1]) == pytest.approx(ema / (1 - EMA_DECAY ** len(counted)), rel=1e-5)
 
 
+@pytest.mark.parametrize(("action", "status", "steps"), [("stop", 2, []), ("skip", 0, [1])])
+def test_a_divergence_in_the_last_step_ends_the_run_and_is_not_saved(
+    action: str,
+    status: int,
+    steps: list[int],
+    base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    options = ["--model.matrix_lr=1e30", "--trainer.max_steps=1", "--non_finite_guard.action", action]
+    assert train(base, monkeypatch, "loss", 1, *options) == status
+    message = (
+        "lmchat: the loss is not finite after the last step, 1; the step is not saved: resume an earlier checkpoint"
+    )
+    assert (message in capfd.readouterr().err) == bool(status)
+    assert committed_steps(base / "base_checkpoints" / "d1") == steps
+
+
 @pytest.mark.parametrize(
     ("losses", "rank", "world_size", "expected"),
     [

@@ -33,6 +33,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from lmchat.callbacks.non_finite_guard import Diverged
 from lmchat.callbacks.step import StepCallback
 from lmchat.checkpoint.attempt import Attempt, watch_attempt
 from lmchat.checkpoint.layout import CheckpointPaths, checkpoint_dir, committed_steps
@@ -188,7 +189,7 @@ class StepCheckpoint(StepCallback, Checkpoint):
     def _save_interrupted(self, trainer: L.Trainer, exception: BaseException) -> None:
         if isinstance(exception, LeftBeforeStep):
             self._stepping = False
-        if self._stepping and is_between_batches(trainer):
+        if self._stepping and is_between_batches(trainer) and not isinstance(exception, Diverged):
             self._mark_boundary(trainer)  # the step is complete; an earlier callback failed
         self._io.peer_timeout_seconds = INTERRUPTED_PEER_TIMEOUT_SECONDS
         try:

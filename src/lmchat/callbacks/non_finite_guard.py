@@ -19,12 +19,19 @@ from lmchat.strategies.zero2_muon import reduce_numbers
 from lmchat.types import UserError
 
 NOWHERE = 2**62
+LARGE_WEIGHT = 100.0
+"""Weights below do not overflow activations; trained ones rarely are above."""
+
+
+class Diverged(UserError):
+    """The weights after the last optimizer step are of no use; they are not saved."""
 
 
 class NonFiniteGuard(Callback):
     """Prevents optimizer steps in which a micro-batch's loss, or the gradient, is not finite on any rank.
 
-    The ranks agree once per step. On a GPU the losses are copied to the CPU while the last backward pass runs.
+    The ranks agree once per step. On a GPU the losses are copied to the CPU while the last backward pass runs. If the
+    last step leaves large weights, the loss of its last micro-batch is computed again, as no later step does it.
 
     Args:
         action: "stop" ends the run before that step; "skip" discards the step's gradients, counts it in
@@ -60,6 +67,24 @@ class NonFiniteGuard(Callback):
         rank_zero_warn(f"{finding}: the step is skipped ({self.skipped_steps} so far)")
         for logger in trainer.loggers:
             logger.log_metrics({"train/skipped_steps": self.skipped_steps}, step=trainer.global_step + 1)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step < trainer.max_steps:
+            return
+        largest = torch.stack([weight.detach().norm(torch.inf) for weight in pl_module.parameters()]).max()
+        is_large = torch.logical_not(largest <= LARGE_WEIGHT).long()  # or NaN
+        if not int(reduce_numbers(trainer, is_large, dist.ReduceOp.MAX)):
+            return
+        loss = pl_module.training_step(batch, batch_idx).detach()
+        pl_module.pop_step_loss()  # neither this loss nor its metrics belong to a step
+        pl_module.pop_step_metrics()
+        place = _first_non_finite(loss[None], trainer.global_rank, trainer.world_size)
+        if int(reduce_numbers(trainer, place, dist.ReduceOp.MIN)) == NOWHERE:
+            return
+        finding = f"the loss is not finite after the last step, {trainer.global_step}"
+        if self.action == "stop":
+            raise Diverged(f"{finding}; the step is not saved: resume an earlier checkpoint with a lower learning rate")
+        rank_zero_warn(f"{finding}: the run has diverged")
 
     def _finding(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Optimizer) -> str | None:
         """Description of the non-finite loss or gradient, equal on all ranks; None if all are finite."""
