@@ -171,6 +171,19 @@ def test_values_that_no_run_can_have_are_refused(
     assert f"--{option} is " in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_own_classes_may_have_any_name(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    strategy = "{class_path: own_classes.NotebookStrategy, init_args: {folder: spawn/fork}}"
+    assert fit(tmp_path / "base", tiny_base, "strategy", strategy, monkeypatch, "--model=own_classes.ChatModule") == 0
+
+
+def test_a_strategy_that_copies_processes_is_refused_by_its_launcher(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    strategy = "{class_path: own_classes.NotebookStrategy, init_args: {folder: a, start_method: spawn}}"
+    assert fit(tmp_path / "base", tiny_base, "strategy", strategy, monkeypatch) == 2
+    assert "--trainer.strategy is own_classes.NotebookStrategy" in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize("law", ["--scaling_laws.tokens_per_parameter=1e21", "--scaling_laws.target_flops=1e300"])
 def test_scaling_laws_without_end_are_refused(
     law: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

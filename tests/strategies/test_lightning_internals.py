@@ -80,6 +80,12 @@ def test_the_launcher_does_not_kill_other_ranks() -> None:
     internals.keep_other_ranks_alive(None)
 
 
+@pytest.mark.parametrize(("strategy", "copies"), [("ddp", False), ("ddp_spawn", True), ("ddp_notebook", True)])
+def test_launchers_that_copy_processes_are_known(strategy: str, copies: bool, tmp_path: Path) -> None:
+    assert internals.copies_processes(trainer(tmp_path, strategy=strategy, devices=2).strategy.launcher) == copies
+    assert not internals.copies_processes(None)
+
+
 def test_a_checkpoint_is_made_without_a_barrier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[dict[str, Any]] = []
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
+from pydoc import locate
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
 from lmchat.cli.short_help import CLASSES, listing
 from lmchat.option_checks import check_count, check_range
-from lmchat.stages.base import check_precision
+from lmchat.stages.base import StageModule, check_precision
+from lmchat.stages.chat import ChatDataModule, ChatModule
+from lmchat.stages.data_module import StageDataModule
 from lmchat.types import UserError
 
 ENV_PREFIX = "LMCHAT"
@@ -28,7 +31,7 @@ DECIDED_BY = {
 }
 """Trainer options that the stages replace, and what to use instead."""
 
-BASE_CLASSES = {"StageModule", "ChatModule", "StageDataModule", "ChatDataModule"}
+BASE_CLASSES = (StageModule, ChatModule, StageDataModule, ChatDataModule)
 COUNTS = (
     "max_steps", "min_steps", "min_epochs", "fast_dev_run", "overfit_batches", "limit_train_batches",
     "limit_val_batches", "limit_test_batches", "limit_predict_batches",
@@ -50,8 +53,9 @@ def check_groups(config: Namespace, parser: ArgumentParser) -> None:
 def check_classes(option: Callable[[str], Any]) -> None:
     """Raises UserError for a base class of the stages as model or data; jsonargparse accepts it."""
     for group, names in CLASSES.items():
-        name = getattr(option(group), "class_path", "").rpartition(".")[2]
-        if name in BASE_CLASSES:
+        path = getattr(option(group), "class_path", "")
+        if locate(path) in BASE_CLASSES:
+            name = path.rpartition(".")[2]
             raise UserError(f"--{group} is {name}, a base class; use {', '.join(names)} or a subclass of your own")
 
 
@@ -104,8 +108,3 @@ def check_trainer_options(trainer: Mapping[str, Any] | Namespace, parser: Argume
         if isinstance(trainer[name], int):
             check_count("trainer", -1, **{name: trainer[name]})
     check_count("trainer", 1, MAX_NODES, num_nodes=trainer["num_nodes"])
-    if re.search("spawn|fork|notebook", str(trainer["strategy"])):
-        raise UserError(
-            f"--trainer.strategy is {trainer['strategy']}, whose processes copy a run that is already set up; use ddp "
-            "or zero2_muon"
-        )

@@ -47,7 +47,12 @@ from lmchat.stages.chat import ChatModule
 from lmchat.stages.data_module import StageDataModule
 from lmchat.stages.device_memory import check_model_fits
 from lmchat.strategies import zero2_muon
-from lmchat.strategies.lightning_internals import set_global_step, subcommand_option, subcommand_parser
+from lmchat.strategies.lightning_internals import (
+    copies_processes,
+    set_global_step,
+    subcommand_option,
+    subcommand_parser,
+)
 from lmchat.types import UserError
 
 TRAINER_DEFAULTS = {
@@ -161,9 +166,16 @@ class LMChatCLI(LightningCLI):
                 SLURMEnvironment(auto_requeue=False),
             ]
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
             raise UserError(f"--trainer: {error}") from error
+        if copies_processes(trainer.strategy.launcher):
+            strategy = self._option("trainer")["strategy"]
+            raise UserError(
+                f"--trainer.strategy is {getattr(strategy, 'class_path', strategy)}, whose processes copy a run that "
+                "is already set up; use ddp or zero2_muon"
+            )
+        return trainer
 
     def _is_finished(self) -> bool:
         """Whether ``--ckpt_path auto`` has found the run's last step, evaluated, and no further steps are requested."""

@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.overrides.distributed import _sync_module_states
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 
 OVERRIDDEN_CLI_HOOKS = ("_parse_ckpt_path", "_set_seed", "_run_subcommand")
 """Private methods of `LightningCLI` that lmchat's command line overrides."""
@@ -34,6 +34,11 @@ def keep_other_ranks_alive(launcher: Any) -> None:
     """Keeps Lightning's launcher from killing the other ranks as soon as one of them exits with an error."""
     if isinstance(launcher, _SubprocessScriptLauncher):
         launcher.procs.clear()
+
+
+def copies_processes(launcher: Any) -> bool:
+    """Whether Lightning's launcher starts the ranks as copies of this process, by fork or spawn."""
+    return isinstance(launcher, _MultiProcessingLauncher)
 
 
 def broadcast_module_states(module: L.LightningModule) -> None:
