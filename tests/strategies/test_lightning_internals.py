@@ -177,7 +177,7 @@ def test_states_of_rank_0_are_broadcast(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_the_hooks_of_the_command_line_exist() -> None:
-    for name in (*internals.OVERRIDDEN_CLI_HOOKS, "_get"):
+    for name in internals.OVERRIDDEN_CLI_HOOKS:
         assert callable(getattr(LightningCLI, name)), name
     assert "_subcommand_parsers" in Path(__import__("inspect").getsourcefile(LightningCLI)).read_text()
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
 from pydoc import locate
-from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -32,10 +30,6 @@ DECIDED_BY = {
 """Trainer options that the stages replace, and what to use instead."""
 
 BASE_CLASSES = (StageModule, ChatModule, StageDataModule, ChatDataModule)
-COUNTS = (
-    "max_steps", "min_steps", "min_epochs", "fast_dev_run", "overfit_batches", "limit_train_batches",
-    "limit_val_batches", "limit_test_batches", "limit_predict_batches",
-)  # fmt: skip
 MAX_NODES = 2**16
 _DEVICES = re.compile(r"auto|-?\d{1,3}(,\s*\d{1,3})*")
 
@@ -50,10 +44,10 @@ def check_groups(config: Namespace, parser: ArgumentParser) -> None:
             raise UserError(f"--{name} is {shown}; it must be a mapping, as in {name}: {{option: value}}")
 
 
-def check_classes(option: Callable[[str], Any]) -> None:
+def check_classes(config: Namespace) -> None:
     """Raises UserError for a base class of the stages as model or data; jsonargparse accepts it."""
     for group, names in CLASSES.items():
-        path = getattr(option(group), "class_path", "")
+        path = getattr(config[group], "class_path", "")
         if locate(path) in BASE_CLASSES:
             name = path.rpartition(".")[2]
             raise UserError(f"--{group} is {name}, a base class; use {', '.join(names)} or a subclass of your own")
@@ -76,7 +70,7 @@ def check_seed(seed: int | None) -> None:
         raise UserError(f"--seed_everything is {seed}; it must be a number from 0 to {2**32 - 1}")
 
 
-def check_trainer_options(trainer: Mapping[str, Any] | Namespace, parser: ArgumentParser, subcommand: str) -> None:
+def check_trainer_options(trainer: Namespace, parser: ArgumentParser, subcommand: str) -> None:
     """Raises UserError for a trainer option that would have no effect or would change the dtype of the weights."""
     for name, decisive in DECIDED_BY.items():
         if trainer[name] != parser.get_default(f"trainer.{name}"):
@@ -104,7 +98,7 @@ def check_trainer_options(trainer: Mapping[str, Any] | Namespace, parser: Argume
                 f"use --{'data.eval_tokens' if name == 'limit_val_batches' else 'trainer.max_steps'}"
             )
     check_range("trainer", gradient_clip_val=trainer["gradient_clip_val"])
-    for name in COUNTS:
-        if isinstance(trainer[name], int):
-            check_count("trainer", -1, **{name: trainer[name]})
+    for name, value in vars(trainer).items():
+        if isinstance(value, int):
+            check_count("trainer", -1, **{name: value})
     check_count("trainer", 1, MAX_NODES, num_nodes=trainer["num_nodes"])

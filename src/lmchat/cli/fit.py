@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lmchat.callbacks.benchmarks import ChatCore, Core
 from lmchat.callbacks.checkpoint import StepCheckpoint
@@ -25,6 +25,8 @@ from lmchat.callbacks.non_finite_guard import NonFiniteGuard
 from lmchat.callbacks.samples import Samples
 from lmchat.callbacks.save_config import SaveConfig
 from lmchat.callbacks.training_plan import TrainingPlan
+from lmchat.checkpoint.layout import checkpoint_dir, committed_steps
+from lmchat.checkpoint.load import Checkpoint, find_checkpoint
 from lmchat.cli.checks import (
     ENV_PREFIX,
     check_classes,
@@ -38,8 +40,7 @@ from lmchat.cli.early_checks import check_config_files
 from lmchat.cli.exit_status import exit_with_signal_status, translate_out_of_memory, translate_peer_failure
 from lmchat.cli.former_names import accept_former_names, rename_arguments
 from lmchat.cli.loggers import RunCSVLogger, RunTensorBoardLogger
-from lmchat.cli.resume import find_start, resumable
-from lmchat.paths import log_dir
+from lmchat.paths import expand_user, log_dir
 from lmchat.stage_table import STAGES
 from lmchat.stages import pretrain, rl, sft  # noqa: F401  (known to jsonargparse by their short class names)
 from lmchat.stages.base import StageModule
@@ -47,12 +48,7 @@ from lmchat.stages.chat import ChatModule
 from lmchat.stages.data_module import StageDataModule
 from lmchat.stages.device_memory import check_model_fits
 from lmchat.strategies import zero2_muon
-from lmchat.strategies.lightning_internals import (
-    copies_processes,
-    set_global_step,
-    subcommand_option,
-    subcommand_parser,
-)
+from lmchat.strategies.lightning_internals import copies_processes, set_global_step, subcommand_parser
 from lmchat.types import UserError
 
 TRAINER_DEFAULTS = {
@@ -118,49 +114,42 @@ class LMChatCLI(LightningCLI):
         """Disabled: the checkpoint's hyperparameters would override the user's options."""
 
     @property
-    def _options(self) -> ArgumentParser:
-        """The parser of the command in use."""
-        return subcommand_parser(self)
-
-    def _option(self, name: str) -> Any:
-        """The value of an option of the command in use."""
-        return subcommand_option(self, self.config, name)
+    def _options(self) -> Namespace:
+        """The options of the command in use."""
+        return self.config[self.subcommand]
 
     def before_instantiate_classes(self) -> None:
-        assert self.subcommand is not None
-        check_groups(self.config.get(self.subcommand, self.config), self._options)
-        check_classes(self._option)
-        check_environment(self.subcommand, self._options)
-        if self.subcommand == "validate" and self._option("ckpt_path") is None:
+        parser = subcommand_parser(self)
+        check_groups(self._options, parser)
+        check_classes(self._options)
+        check_environment(str(self.subcommand), parser)
+        if self.subcommand == "validate" and self._options["ckpt_path"] is None:
             raise UserError("lmchat validate evaluates a checkpoint; give one with --ckpt_path, e.g. --ckpt_path last")
 
     def _set_seed(self) -> None:
-        check_seed(self._option("seed_everything"))
+        check_seed(self._options["seed_everything"])
         super()._set_seed()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        assert self.subcommand is not None
-        check_trainer_options(self._option("trainer"), self._options, self.subcommand)
-        check_callbacks(subcommand_option(self, self.config_init, "trainer")["callbacks"], CALLBACKS)
-        self.checkpoint = find_start(
-            self._option("ckpt_path"),
-            self.model.stage,
-            self.model.tag,
-            self._option("checkpoint")["dirpath"],
-        )
-        if self.checkpoint is not None:
-            self.model.load_from(self.checkpoint)
+        created = self.config_init[self.subcommand]["trainer"]
+        check_trainer_options(self._options["trainer"], subcommand_parser(self), str(self.subcommand))
+        check_callbacks(created["callbacks"], CALLBACKS)
+        start = self._find_start()
+        if start is not None:
+            self.model.load_from(start)
         elif isinstance(self.model, ChatModule):
             # Before its data sets are downloaded.
             raise self.model.checkpoint_missing()
+        # Of a checkpoint of another stage, or an imported one, only the weights are used.
+        self.resumed = start if start and start.stage == self.model.stage and not start.weights_only else None
         self.datamodule.spec = self.model.spec()
-        if subcommand_option(self, self.config_init, "trainer")["logger"] in (None, True):
+        if created["logger"] in (None, True):
             folder = log_dir(STAGES[self.model.stage].logs, self.model.tag)
             tensorboard = RunTensorBoardLogger(folder.parent, name=folder.name)
             kwargs["logger"] = [tensorboard, RunCSVLogger(tensorboard.log_dir, "csv", "", flush_logs_every_n_steps=10)]
         if SLURMEnvironment.detect():
             # For requeueing, Lightning would save within a signal handler, and to another folder.
-            plugins = subcommand_option(self, self.config_init, "trainer")["plugins"] or []
+            plugins = created["plugins"] or []
             kwargs["plugins"] = [
                 *(plugins if isinstance(plugins, list) else [plugins]),
                 SLURMEnvironment(auto_requeue=False),
@@ -170,27 +159,46 @@ class LMChatCLI(LightningCLI):
         except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
             raise UserError(f"--trainer: {error}") from error
         if copies_processes(trainer.strategy.launcher):
-            strategy = self._option("trainer")["strategy"]
+            strategy = self._options["trainer"]["strategy"]
             raise UserError(
                 f"--trainer.strategy is {getattr(strategy, 'class_path', strategy)}, whose processes copy a run that "
                 "is already set up; use ddp or zero2_muon"
             )
         return trainer
 
+    def _find_start(self) -> Checkpoint | None:
+        """The checkpoint of ``--ckpt_path``; None starts from initial weights.
+
+        Raises:
+            UserError: the checkpoint does not exist or is damaged.
+        """
+        path, given = self._options["ckpt_path"], self._options["checkpoint"]["dirpath"]
+        stage, tag = self.model.stage, self.model.tag
+        own = expand_user(given) if given else checkpoint_dir(stage, tag)
+        if path == "auto":
+            earlier = [checkpoint_dir(name, tag) for name in STAGES[stage].predecessors]
+            path = next((folder for folder in [own, *earlier] if committed_steps(folder)), None)
+        if path == "last" and not given and not own.exists():
+            raise UserError(
+                f"there is no run named {tag} of stage {stage} ({own} is missing); train one first (lmchat fit), name "
+                "another with --model.tag, or give the folder of its checkpoints with --ckpt_path"
+            )
+        return None if path is None else find_checkpoint(path, directory=own, warn=rank_zero_warn)
+
     def _is_finished(self) -> bool:
         """Whether ``--ckpt_path auto`` has found the run's last step, evaluated, and no further steps are requested."""
-        resumed = resumable(self.checkpoint, self.model.stage)
-        if resumed is None or self._option("ckpt_path") != "auto":
+        resumed, options = self.resumed, self._options
+        if resumed is None or options["ckpt_path"] != "auto":
             return False
-        if self._option("eval")["at_end"] and not resumed.meta.get("evaluated", True):
+        if options["eval"]["at_end"] and not resumed.meta.get("evaluated", True):
             return False
-        steps = self._option("trainer")["max_steps"]
+        steps = options["trainer"]["max_steps"]
         if self.model.scales_with_depth:
-            steps = subcommand_option(self, self.config_init, "scaling_laws").scale(self.model, steps).steps
+            steps = self.config_init[self.subcommand]["scaling_laws"].scale(self.model, steps).steps
         return resumed.step >= max(resumed.meta.get("total_steps", 0), steps)
 
     def fit(self, model: StageModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
-        resumed = resumable(self.checkpoint, self.model.stage)
+        resumed = self.resumed
         path = resumed.paths.meta if resumed else None
         if self._is_finished():
             rank_zero_info(f"{self.model.stage} {self.model.tag} is finished: {path}")
@@ -213,11 +221,10 @@ class LMChatCLI(LightningCLI):
     def validate(self, model: StageModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
         model.trainer = self.trainer
         check_model_fits(model, trains=False)
-        resumed = resumable(self.checkpoint, self.model.stage)
-        if resumed:
-            set_global_step(self.trainer, resumed.step)
+        if self.resumed:
+            set_global_step(self.trainer, self.resumed.step)
         with translate_peer_failure(self.trainer), translate_out_of_memory(model):
-            self.trainer.validate(model, ckpt_path=resumed.paths.meta if resumed else None, **kwargs)
+            self.trainer.validate(model, ckpt_path=self.resumed.paths.meta if self.resumed else None, **kwargs)
 
 
 class DataModuleCLI(LMChatCLI):
@@ -227,9 +234,7 @@ class DataModuleCLI(LMChatCLI):
         """Not needed: creating a DataModule uses no random numbers."""
 
     def instantiate_classes(self) -> None:
-        assert self.subcommand is not None
-        data = Namespace(data=self._option("data"))
-        self.datamodule = self._options.instantiate(data).data
+        self.datamodule = subcommand_parser(self).instantiate(Namespace(data=self._options["data"])).data
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Runs nothing."""

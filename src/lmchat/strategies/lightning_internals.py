@@ -102,10 +102,4 @@ def set_header_writer(writer: Any, rewrite: Callable[[list[str]], None]) -> None
 
 
 def subcommand_parser(cli: LightningCLI) -> Any:
-    assert cli.subcommand is not None
-    return cli._subcommand_parsers[cli.subcommand]
-
-
-def subcommand_option(cli: LightningCLI, config: Any, name: str) -> Any:
-    """The value of the top-level option ``name`` in a config of the subcommand in use."""
-    return cli._get(config, name)
+    return cli._subcommand_parsers[str(cli.subcommand)]
