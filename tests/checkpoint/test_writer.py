@@ -320,7 +320,7 @@ class TestBackgroundWriter:
         background.wait()
         assert most == [1] * 5
 
-    @pytest.mark.parametrize("surface", ["start", "check", "wait"])
+    @pytest.mark.parametrize("surface", ["check", "wait"])
     def test_an_error_is_raised_once(self, surface: str) -> None:
         background = BackgroundWriter()
 
@@ -328,11 +328,24 @@ class TestBackgroundWriter:
             raise UserError("no space left")
 
         background.start(fail)
-        while not background._job.done():
+        while not background._jobs[0].done():
             time.sleep(0.001)
         with pytest.raises(UserError, match="no space left"):
-            getattr(background, surface)(*([lambda: None] if surface == "start" else []))
+            getattr(background, surface)()
         background.wait()
+
+    def test_an_error_is_kept_while_a_later_job_runs(self) -> None:
+        background, release = BackgroundWriter(), threading.Event()
+
+        def fail() -> None:
+            raise UserError("no space left")
+
+        background.start(fail)
+        background.start(lambda: None if release.wait(10) else pytest.fail("blocked"))
+        background.check()
+        release.set()
+        with pytest.raises(UserError, match="no space left"):
+            background.wait()
 
     def test_the_interpreter_waits_for_it(self, tmp_path: Path) -> None:
         code = (

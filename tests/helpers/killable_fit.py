@@ -44,7 +44,7 @@ class KillAfterCheckpoint(Callback):
 
     def _kill(self, trainer: Any, *_: Any) -> None:
         if trainer.global_step == self.step:
-            trainer.strategy.checkpoint_io.wait()
+            trainer.strategy.checkpoint_io.writer.wait()
             os.kill(os.getpid(), signal.SIGKILL)
 
 

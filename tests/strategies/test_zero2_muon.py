@@ -185,7 +185,7 @@ def test_a_failed_run_leaves_no_pending_collective(
     monkeypatch.setattr(dist, "destroy_process_group", lambda group="default": calls.append(f"destroy {group}"))
     monkeypatch.setattr(DDPStrategy, "on_exception", lambda *_: None)
     monkeypatch.setattr(DDPStrategy, "teardown", lambda _: calls.append("teardown"))
-    strategy._control_group = "control"  # type: ignore[assignment]
+    strategy.control_group = "control"  # type: ignore[assignment]
     strategy.on_exception(exception)
     strategy.teardown()
     assert calls == expected

@@ -144,7 +144,7 @@ class StepCheckpoint(StepCallback, Checkpoint):
         self._stepping = True
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        self._io.check()
+        self._io.writer.check()
         super().on_train_batch_end(trainer, pl_module)
 
     def on_step_end(self, trainer: L.Trainer, pl_module: Any, step: int) -> None:
@@ -195,7 +195,7 @@ class StepCheckpoint(StepCallback, Checkpoint):
         try:
             if not self._stepping:
                 self._save(trainer)
-            self._io.wait()  # also for an earlier step that is still being written
+            self._io.writer.wait()  # also for an earlier step that is still being written
             if not trainer.is_global_zero and self._saved_step:
                 # A rank that exits with an error makes the launcher kill the others.
                 await_commit(CheckpointPaths(self.directory, self._saved_step), INTERRUPTED_PEER_TIMEOUT_SECONDS)

@@ -313,36 +313,24 @@ def _remove_remains(directory: Path) -> None:
 
 
 class BackgroundWriter:
-    """Runs one write at a time in a thread. The interpreter does not exit before it is done."""
+    """Runs writes in a thread, one after the other. The interpreter does not exit before they are done."""
 
     def __init__(self) -> None:
         self._pool = futures.ThreadPoolExecutor(1, "checkpoint writer")
-        self._job: futures.Future[None] | None = None
+        self._jobs: list[futures.Future[None]] = []
 
     def start(self, job: Callable[[], None]) -> None:
-        """Waits for the previous job, raises its error, if any, and starts ``job``."""
-        self.wait()
-        self._job = self._pool.submit(job)
-
-    def start_after(self, job: Callable[[], None]) -> None:
-        """Runs ``job`` after the one in progress, without waiting for it. If that one fails, its error is kept."""
-        previous = self._job
-
-        def run() -> None:
-            if previous is not None:
-                previous.result()
-            job()
-
-        self._job = self._pool.submit(run)
+        """Runs ``job`` after those in progress."""
+        self._jobs.append(self._pool.submit(job))
 
     def check(self) -> None:
-        """Raises the error of a finished job; does not wait."""
-        if self._job is not None and self._job.done():
+        """Raises the error of finished jobs; does not wait."""
+        if all(job.done() for job in self._jobs):
             self.wait()
 
     def wait(self) -> None:
-        """Waits for the job in progress and raises its error."""
-        if self._job is not None:
-            futures.wait([self._job])
-            job, self._job = self._job, None
+        """Waits for the jobs in progress and raises the first error."""
+        futures.wait(self._jobs)
+        jobs, self._jobs = self._jobs, []
+        for job in jobs:
             job.result()

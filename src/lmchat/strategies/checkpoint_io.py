@@ -29,7 +29,7 @@ class LMChatCheckpointIO(CheckpointIO):
     """Saves and loads checkpoints in the layout of `lmchat.checkpoint.layout`.
 
     `save_checkpoint` copies the state to CPU memory and returns; files are written by a thread, one checkpoint at a
-    time. An error of that thread is raised by the next `save_checkpoint`, `check`, `wait` or `teardown`.
+    time. An error of that thread is raised by the next `save_checkpoint` or `teardown`, or by ``writer``.
 
     Lightning's strategies save on rank 0. A strategy that shards the optimizer creates its own instance with ``rank``
     and ``world_size`` (before the callbacks' ``setup``) and calls `save_checkpoint` on every rank, with the rank's
@@ -38,10 +38,11 @@ class LMChatCheckpointIO(CheckpointIO):
     Args:
         rank: rank of this process.
         world_size: number of processes that save; each writes one optimizer file.
-        elastic: whether the strategy can load optimizer shards of another world size. They are then in
-            ``optimizer_shards`` of the loaded dictionary instead of ``optimizer_states``.
+        elastic: whether the strategy can load optimizer shards of another world size; each of ``optimizer_states`` in
+            the loaded dictionary is then a tuple of all ranks' states.
 
     Attributes:
+        writer: the thread that writes.
         attempt: attempt of the run that saves.
         keep_last: number of complete checkpoints to keep in the folder; None keeps all.
         peer_timeout_seconds: how long rank 0 waits for the other ranks' files; changes apply to a write in progress.
@@ -54,11 +55,11 @@ class LMChatCheckpointIO(CheckpointIO):
         self.attempt = UNFENCED
         self.keep_last: int | None = None
         self.peer_timeout_seconds = PEER_TIMEOUT_SECONDS
-        self._writer = BackgroundWriter()
+        self.writer = BackgroundWriter()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Saves Lightning's checkpoint with `StepCheckpoint`'s additions, ``meta`` and ``rng``."""
-        self._writer.wait()
+        self.writer.wait()
         rest = {key: value for key, value in checkpoint.items() if key not in _DROPPED}
         network = rest.pop("state_dict")
         others = [name for name in network if not name.startswith(_NETWORK)]
@@ -78,7 +79,7 @@ class LMChatCheckpointIO(CheckpointIO):
             keep_last=self.keep_last,
             peer_timeout_seconds=lambda: self.peer_timeout_seconds,
         )
-        self._writer.start(job)
+        self.writer.start(job)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Verifies and loads the files of the checkpoint whose ``model_*.pt`` or ``meta_*.json`` is at ``path``.
@@ -102,8 +103,8 @@ class LMChatCheckpointIO(CheckpointIO):
         state = shards[0]
         if not same_world:
             # RNG states are per rank and cannot be continued with another number of ranks.
-            state = {key: value for key, value in state.items() if key not in ("optimizer_states", "rng")}
-            state["optimizer_shards"] = [shard["optimizer_states"] for shard in shards]
+            state = {key: value for key, value in state.items() if key != "rng"}
+            state["optimizer_states"] = list(zip(*(shard["optimizer_states"] for shard in shards), strict=True))
         for former, name in _FORMER_CALLBACKS.items():
             if former in state.get("callbacks", {}):
                 state["callbacks"][name] = state["callbacks"].pop(former)
@@ -114,18 +115,10 @@ class LMChatCheckpointIO(CheckpointIO):
 
     def mark_evaluated(self, path: Any) -> None:
         """Notes, in the background, that the step of the saved checkpoint has been evaluated."""
-        self._writer.start_after(partial(mark_evaluated, CheckpointPaths.of(path), self.attempt))
+        self.writer.start(partial(mark_evaluated, CheckpointPaths.of(path), self.attempt))
 
     def remove_checkpoint(self, path: Any) -> None:
         raise NotImplementedError("checkpoints are pruned by keep_last, after a newer one is complete")
 
-    def check(self) -> None:
-        """Raises the error of a finished write; does not wait for one in progress."""
-        self._writer.check()
-
-    def wait(self) -> None:
-        """Waits for the write in progress and raises its error."""
-        self._writer.wait()
-
     def teardown(self) -> None:
-        self.wait()
+        self.writer.wait()

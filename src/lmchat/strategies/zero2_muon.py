@@ -52,6 +52,7 @@ class Zero2MuonStrategy(DDPStrategy):
         kwargs: arguments of `DDPStrategy`, e.g. ``process_group_backend``, ``timeout``.
 
     Attributes:
+        control_group: group of all ranks on the CPU, for a few numbers; during training only.
         agreed_signal: the signal that ended the run on all ranks, 0 for none.
     """
 
@@ -67,7 +68,7 @@ class Zero2MuonStrategy(DDPStrategy):
         super().__init__(*args, **kwargs)
         self._gather_dtype = gather_dtype
         self._bucket_bytes = bucket_mebibytes * 2**20
-        self._control_group: dist.ProcessGroup | None = None
+        self.control_group: dist.ProcessGroup | None = None
         self._signal_here = 0
         self._sigint_handler: Any = None
         self._abandoned = False
@@ -129,17 +130,12 @@ class Zero2MuonStrategy(DDPStrategy):
         return output
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._agree_while_evaluating(busy=True)
+        self.agree_while_evaluating(busy=True)
         return super().validation_step(*args, **kwargs)
 
-    def await_evaluation(self) -> None:
-        """Waits until all ranks have evaluated their batches, whose numbers may differ."""
-        while self._agree_while_evaluating(busy=False):
-            pass
-
-    def _agree_while_evaluating(self, busy: bool) -> bool:
+    def agree_while_evaluating(self, busy: bool) -> bool:
         """Whether any rank is still evaluating. Raises SIGTERMException on all ranks after a signal on any rank."""
-        if self._control_group is None:  # not training
+        if self.control_group is None:  # not training
             return False
         any_busy = bool(self._agree(torch.tensor([busy], dtype=torch.uint8)))
         if self.agreed_signal:
@@ -151,20 +147,15 @@ class Zero2MuonStrategy(DDPStrategy):
         """The maximum of ``flags`` over the ranks; also exchanges the signals they have received."""
         message = torch.cat([flags, flags.new_tensor([self._signal_here])])
         try:
-            dist.all_reduce(message, op=dist.ReduceOp.MAX, group=self._control_group)
+            dist.all_reduce(message, op=dist.ReduceOp.MAX, group=self.control_group)
         except RuntimeError as error:
             raise LeftBeforeStep("another rank has failed") from error
         self.agreed_signal = int(message[-1])
         return message[:-1]
 
-    def reduce_numbers(self, numbers: Tensor, op: Any) -> Tensor:
-        """Reduces a few numbers on the CPU in place over the control group; for use during training."""
-        dist.all_reduce(numbers, op=op, group=self._control_group)
-        return numbers
-
     def _take_over_signals(self, trainer: L.Trainer) -> None:
         # A separate group on the CPU neither waits for the device nor interferes with its collectives.
-        self._control_group = dist.new_group(backend="gloo")
+        self.control_group = dist.new_group(backend="gloo")
         # First in the list, since later callbacks reduce metrics over the ranks.
         trainer.callbacks.insert(0, _AwaitEvaluation())  # type: ignore[attr-defined]
         take_over_sigterm(trainer, self._on_signal)
@@ -182,10 +173,10 @@ class Zero2MuonStrategy(DDPStrategy):
         """Closes the connections to the other ranks, which may be waiting for this one. Saving does not need them."""
         super().on_exception(exception)
         keep_other_ranks_alive(self.launcher)
-        if self._control_group is None or isinstance(exception, SIGTERMException):  # all ranks have been notified
+        if self.control_group is None or isinstance(exception, SIGTERMException):  # all ranks have been notified
             return
-        dist.destroy_process_group(self._control_group)
-        self._control_group = None
+        dist.destroy_process_group(self.control_group)
+        self.control_group = None
         if self.root_device.type == "cpu":
             dist.destroy_process_group()
         else:
@@ -211,13 +202,6 @@ class Zero2MuonStrategy(DDPStrategy):
         """Saves on every rank; each writes its own optimizer file."""
         self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """The checkpoint with this rank's optimizer state, or with that of all ranks if the world size has changed."""
-        checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
-        if "optimizer_shards" in checkpoint:
-            checkpoint["optimizer_states"] = list(zip(*checkpoint.pop("optimizer_shards"), strict=True))
-        return checkpoint
-
 
 def reduce_numbers(trainer: L.Trainer, numbers: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
     """Reduces a few numbers over the ranks; returns them on the CPU.
@@ -232,18 +216,21 @@ def reduce_numbers(trainer: L.Trainer, numbers: Tensor, op: Any = dist.ReduceOp.
     if trainer.world_size == 1:
         return numbers.cpu()
     if isinstance(trainer.strategy, Zero2MuonStrategy):
-        return trainer.strategy.reduce_numbers(numbers.cpu(), op)
-    numbers = numbers.to(trainer.strategy.root_device)
-    dist.all_reduce(numbers, op=op)
+        device, group = torch.device("cpu"), trainer.strategy.control_group
+    else:
+        device, group = trainer.strategy.root_device, None
+    numbers = numbers.to(device)
+    dist.all_reduce(numbers, op=op, group=group)
     return numbers.cpu()
 
 
 class _AwaitEvaluation(Callback):
-    """Waits for all ranks at the end of an evaluation, before its metrics are reduced."""
+    """Waits until all ranks have evaluated their batches, whose numbers may differ, before metrics are reduced."""
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         assert isinstance(trainer.strategy, Zero2MuonStrategy)
-        trainer.strategy.await_evaluation()
+        while trainer.strategy.agree_while_evaluating(busy=False):
+            pass
 
 
 StrategyRegistry.register(
