@@ -20,10 +20,10 @@ CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWith
 
 
 class LMChatConfig(PretrainedConfig):
-    """Hyperparameters of an lmchat GPT.
+    """Hyperparameters of an lmchat GPT; ``config.json`` has all of them.
 
-    Args:
-        vocab_size: number of tokens; the token tables have ``padded_vocab_size`` rows.
+    Besides those with the names of other models:
+        padded_vocab_size: rows of the token tables, of which the first ``vocab_size`` are tokens.
         window_sizes: per layer, how many tokens back it attends to, the token itself not counted.
         value_embedding_layers: indices of the layers that add a gated token table to the attention's values.
         gate_channels: channels of a layer's input that the gate of its value embedding reads.
@@ -34,44 +34,7 @@ class LMChatConfig(PretrainedConfig):
     model_type = "lmchat"
     keys_to_ignore_at_inference = ("past_key_values", "cache")
 
-    def __init__(
-        self,
-        vocab_size: int = 32768,
-        padded_vocab_size: int = 32768,
-        hidden_size: int = 768,
-        intermediate_size: int = 3072,
-        num_hidden_layers: int = 12,
-        num_attention_heads: int = 6,
-        num_key_value_heads: int = 6,
-        max_position_embeddings: int = 20480,
-        window_sizes: list[int] | None = None,
-        value_embedding_layers: list[int] | None = None,
-        gate_channels: int = 32,
-        residual_mix: bool = True,
-        rope_theta: float = 10000.0,
-        rotary_dtype: str = "bfloat16",
-        rms_norm_eps: float = 1.1920928955078125e-07,
-        final_logit_softcapping: float = 15.0,
-        use_cache: bool = True,
-        tie_word_embeddings: bool = False,
-        **kwargs,
-    ) -> None:
-        self.vocab_size = vocab_size
-        self.padded_vocab_size = padded_vocab_size
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads
-        self.max_position_embeddings = max_position_embeddings
-        self.window_sizes = window_sizes if window_sizes is not None else [max_position_embeddings] * num_hidden_layers
-        self.value_embedding_layers = value_embedding_layers if value_embedding_layers is not None else []
-        self.gate_channels = gate_channels
-        self.residual_mix = residual_mix
-        self.rope_theta = rope_theta
-        self.rotary_dtype = rotary_dtype
-        self.rms_norm_eps = rms_norm_eps
-        self.final_logit_softcapping = final_logit_softcapping
+    def __init__(self, use_cache: bool = True, tie_word_embeddings: bool = False, **kwargs) -> None:
         self.use_cache = use_cache
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
