@@ -30,11 +30,11 @@ from lmchat.paths import tokenizer_dir as default_tokenizer_dir
 from lmchat.run_plan import RunPlan
 from lmchat.scaling import flops_per_token
 from lmchat.stage_table import STAGES
-from lmchat.stages.device_memory import first_line, needs_recomputing
+from lmchat.stages.device_memory import needs_recomputing
 from lmchat.stages.spec import StageSpec
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.training_memory import no_room
-from lmchat.types import UserError
+from lmchat.types import UserError, reason
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -216,7 +216,7 @@ class StageModule(L.LightningModule):
                 net = GPT(self.config, compute_dtype=self.network_dtype(device), attention=self.attention)
             net.to_empty(device=device)
         except (RuntimeError, MemoryError) as error:
-            raise no_room(self.config, device, first_line(error)) from error
+            raise no_room(self.config, device, reason(error)) from error
         net.checkpoint_blocks = self.checkpoint_blocks
         net.init_weights()
         if self._start is not None:

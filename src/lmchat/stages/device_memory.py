@@ -15,7 +15,7 @@ from lmchat.model.gpt import GPT
 from lmchat.run_plan import accumulation_steps, divisors
 from lmchat.scaling import parameter_counts
 from lmchat.training_memory import MODEL_ERROR, Mode, TrainingMemory, check_fits, training_memory
-from lmchat.types import UserError
+from lmchat.types import UserError, reason
 
 if TYPE_CHECKING:
     from lmchat.stages.base import StageModule
@@ -144,7 +144,7 @@ def out_of_memory(module: StageModule, error: BaseException) -> UserError:
     limit, step = memory_limit_bytes(device), trainer.global_step + 1
     size = f" ({limit / 1e9:,.1f} GB)" if limit else ""
     when = f"in step {step}" if plan else "before the first step"
-    what = f"out of memory on {device}{size} {when}: {first_line(error)}"
+    what = f"out of memory on {device}{size} {when}: {reason(error)}"
     if plan is None:
         return UserError(f"{what}; {smaller_model(module)}")
     if plan.global_batch_tokens is None:
@@ -170,8 +170,3 @@ def smaller_model(module: StageModule) -> str:
     if module.trainer.world_size > 1 and not getattr(module.trainer.strategy, "shards_optimizer", False):
         remedies += ["--trainer.strategy zero2_muon"]
     return f"use {' or '.join(remedies)}"
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its name."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
