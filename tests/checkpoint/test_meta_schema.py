@@ -25,6 +25,7 @@ from lmchat.checkpoint.load import (
     open_checkpoint,
 )
 from lmchat.checkpoint.meta_schema import COUNTER, check_meta, check_settings, check_state
+from lmchat.checkpoint.tensors import check_tensors
 from lmchat.checkpoint.writer import json_digest
 from lmchat.types import UserError
 
@@ -210,16 +211,20 @@ def test_a_file_without_weights_is_refused(kind: str, folder: Path) -> None:
 
 
 def test_weights_that_are_not_tensors_are_refused(folder: Path) -> None:
-    checkpoint = find_checkpoint(folder)
-    for content in ({"a": 1}, {1: torch.ones(2)}, {"a": torch.ones(2, dtype=torch.int64)}):
-        torch.save(content, checkpoint.paths.model)
-        with pytest.raises(DamagedCheckpoint, match="not a floating-point tensor"):
-            load_model_state(checkpoint)
+    checkpoint, expected = find_checkpoint(folder), {"a": torch.ones(2)}
     nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
-    for tensor in (torch.ones(2).to_sparse(), torch.ones(2, device="meta"), nested):
-        torch.save({"a": tensor}, checkpoint.paths.model)
-        with pytest.raises(DamagedCheckpoint, match="not a dense tensor"):
-            load_model_state(checkpoint)
+    contents: dict[str, list[Any]] = {
+        "contains 1, which this architecture does not have": [{1: torch.ones(2), **expected}],
+        "of type torch.int64; give": [{"a": torch.ones(2, dtype=torch.int64)}],
+        "not a dense tensor": [
+            {"a": value} for value in (1, torch.ones(2).to_sparse(), torch.ones(2, device="meta"), nested)
+        ],
+    }
+    for message, states in contents.items():
+        for state in states:
+            torch.save(state, checkpoint.paths.model)
+            with pytest.raises(UserError, match=f"weights.pt .*{message}"):
+                check_tensors(load_model_state(checkpoint), expected, "weights.pt", "copy it")
 
 
 RANK_STATE: dict[str, Any] = {"optimizer_states": [{}], "rng": {}, "callbacks": {}, "lr_schedulers": []}

@@ -11,7 +11,7 @@ import torch
 
 from lmchat.checkpoint.layout import CheckpointPaths, checkpoint_dir, files_by_step
 from lmchat.checkpoint.meta_schema import check_settings
-from lmchat.checkpoint.tensors import check_finite, check_tensors, shapes
+from lmchat.checkpoint.tensors import check_finite, check_tensors, empty_state
 from lmchat.checkpoint.writer import write_checkpoint
 from lmchat.files import json_object
 from lmchat.model.config import GPTConfig
@@ -65,7 +65,7 @@ def save_imported(model: ImportedModel, *, stage: str, tag: str) -> CheckpointPa
         check_settings({**model.settings, "stage": stage, "tag": tag})
     except UserError as error:
         raise UserError(f"cannot import {model.source}: {error}; correct its files, or give another --tag") from error
-    check_tensors(model.state, shapes(model.config), str(model.source), "copy or download it again")
+    check_tensors(model.state, empty_state(model.config), str(model.source), "copy or download it again")
     check_finite(model.state, str(model.source))
     if model.tokenizer.vocab_size != model.config.vocab_size:
         raise UserError(

@@ -14,7 +14,7 @@ import torch
 
 from lmchat.checkpoint.layout import CheckpointPaths, committed_steps, files_by_step
 from lmchat.checkpoint.meta_schema import check_meta, shown
-from lmchat.checkpoint.tensors import check_tensors, shapes
+from lmchat.checkpoint.tensors import check_tensors, empty_state
 from lmchat.checkpoint.writer import FORMAT, json_digest
 from lmchat.files import json_object
 from lmchat.model.config import GPTConfig
@@ -200,32 +200,22 @@ def _verify(path: Path, record: dict[str, Any]) -> None:
 
 
 def load_model_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """The GPT's state dict on the CPU, mapped from the file: copied only where it is used.
+    """The GPT's state dict on the CPU, mapped from the file: copied only where it is used. Not checked.
 
     Raises:
-        DamagedCheckpoint: the file is not a state dict.
+        DamagedCheckpoint: the file is not a dictionary of tensors and plain values.
     """
-    path = checkpoint.paths.model
-    state = read_tensors(path, mmap=True)
-    for name, tensor in state.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            raise DamagedCheckpoint(f"{path} contains {shown(name)}, which is not a floating-point tensor; {_REMEDY}")
-        if tensor.layout is not torch.strided or tensor.is_nested or tensor.device.type != "cpu":
-            raise DamagedCheckpoint(f"{path} contains {shown(name)}, which is not a dense tensor on the CPU; {_REMEDY}")
-    return state
+    return read_tensors(checkpoint.paths.model, mmap=True)
 
 
 def load_network_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """`load_model_state`, checked against the names and shapes required by ``model`` in ``meta``.
 
     Raises:
-        DamagedCheckpoint: names or shapes differ.
+        UserError: names or shapes differ.
     """
     state = load_model_state(checkpoint)
-    try:
-        check_tensors(state, shapes(GPTConfig(**checkpoint.meta["model"])), str(checkpoint.paths.model), _REMEDY)
-    except UserError as error:
-        raise DamagedCheckpoint(str(error)) from error
+    check_tensors(state, empty_state(GPTConfig(**checkpoint.meta["model"])), str(checkpoint.paths.model), _REMEDY)
     return state
 
 
@@ -324,7 +314,7 @@ def load_model(
     """The checkpoint's network in eval mode; ``compute_dtype`` None is the default of ``device``.
 
     Raises:
-        DamagedCheckpoint: the model file is damaged, or does not fit the model's shape.
+        UserError: the model file is damaged, or does not fit the model's shape.
     """
     with torch.device("meta"):
         net = GPT(GPTConfig(**checkpoint.meta["model"]), compute_dtype=compute_dtype or default_compute_dtype(device))

@@ -81,10 +81,8 @@ def _read_meta(path: Path) -> dict[str, Any]:
 
 def _read_state(path: Path) -> dict[str, torch.Tensor]:
     state = read_tensors(path, mmap=True, remedy="copy it from where the model is")
-    if not all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()):
-        raise UserError(f"{path} is not a state dict of tensors; give a nanochat model file")
     # Prefix of the names of a compiled model.
-    return {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
+    return {str(name).removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
 
 
 def _config(shape: dict[str, Any], state: Mapping[str, torch.Tensor], path: Path) -> GPTConfig:

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lmchat.checkpoint.load import Checkpoint, load_network_state
-from lmchat.checkpoint.tensors import check_tensors, shapes
+from lmchat.checkpoint.tensors import check_tensors, empty_state
 from lmchat.evaluation.evaluator import EvalBatch, update_within_memory
 from lmchat.generation.policy import Policy
 from lmchat.model.allocator import tune_malloc
@@ -226,7 +226,7 @@ class StageModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         weights = {name.removeprefix("net."): tensor for name, tensor in checkpoint["state_dict"].items()}
         where = f"the model file of step {checkpoint['global_step']}"
-        check_tensors(weights, shapes(self.config), where, "use an older checkpoint")
+        check_tensors(weights, empty_state(self.config), where, "use an older checkpoint")
 
     def network_dtype(self, device: torch.device) -> torch.dtype:
         """The compute dtype on ``device``."""

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmchat.checkpoint.tensors import check_tensors, shapes
 from lmchat.losses import LOGIT_SOFTCAP
 from lmchat.model.config import GATE_CHANNELS, GPTConfig
 from lmchat.model.gpt import EPS, ROTARY_BASE, ROTARY_ROWS
@@ -43,21 +42,15 @@ def native_names(config: GPTConfig) -> dict[str, str]:
     return names
 
 
-def native_shape(name: str, shape: torch.Size, config: GPTConfig) -> torch.Size:
-    """Shape of a tensor in a native model, where token tables have no padding, given lmchat's name and shape."""
-    return torch.Size((config.vocab_size, *shape[1:])) if name in _TABLES else shape
-
-
 def to_native(state: Mapping[str, Tensor], config: GPTConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Converts to a native model's tensors by transformers' names, and the padding rows by lmchat's names.
 
     Raises:
         UserError: a tensor has no counterpart in `NanoChatForCausalLM`.
     """
-    names = native_names(config)
-    expected = shapes(config)
-    check_tensors(state, {name: expected[name] for name in names}, "the checkpoint", "export it without --native")
-    tokens = config.vocab_size
+    names, tokens = native_names(config), config.vocab_size
+    if other := sorted(state.keys() - names.keys()):
+        raise UserError(f"NanoChatForCausalLM has no place for {other[0]}; export the checkpoint without --native")
     model = {names[name]: tensor[:tokens] if name in _TABLES else tensor for name, tensor in state.items()}
     padding = {name: state[name][tokens:] for name in _TABLES if tokens < config.padded_vocab_size}
     return model, padding

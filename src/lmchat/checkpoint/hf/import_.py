@@ -11,7 +11,7 @@ from lmchat.checkpoint.hf.export import need
 from lmchat.checkpoint.hf.tokenizer import read_tokenizer
 from lmchat.checkpoint.imported import ImportedModel, read_json
 from lmchat.checkpoint.meta_schema import check_model_shape
-from lmchat.checkpoint.tensors import check_tensors, shapes
+from lmchat.checkpoint.tensors import check_tensors, empty_state
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import EPS
 from lmchat.stage_table import STAGES
@@ -90,9 +90,8 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 def _from_native(folder: Path, model: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
     path = folder / form.PADDING_FILE
     padding = _read_file(path) if path.exists() else {}
-    whole = shapes(config)
-    expected = {
-        native: form.native_shape(name, whole[name], config) for name, native in form.native_names(config).items()
-    }
+    expected, expected_padding = form.to_native(empty_state(config), config)
     check_tensors(model, expected, str(folder), _REMEDY)
+    if padding:
+        check_tensors(padding, expected_padding, str(path), _REMEDY)
     return form.from_native(model, padding, config)
