@@ -7,7 +7,6 @@ supported; versions with additional tensors are not.
 from __future__ import annotations
 
 import pickle
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from lmchat.checkpoint.imported import ImportedModel, read_json
+from lmchat.checkpoint.layout import CheckpointPaths, files_by_step
 from lmchat.checkpoint.load import read_tensors
 from lmchat.checkpoint.meta_schema import check_model_shape
 from lmchat.model.config import GPTConfig
@@ -22,7 +22,6 @@ from lmchat.optim.param_groups import LEARNING_RATES
 from lmchat.tokenizer.bpe import SPECIAL_TOKENS, Tokenizer
 from lmchat.types import UserError
 
-_MODEL_NAME = re.compile(r"model_(\d+)\.pt")
 _STAGES = {
     "base_checkpoints": "pretrain",
     "mid_checkpoints": "pretrain",
@@ -41,33 +40,37 @@ def read_nanochat(path: Path, tokenizer: Path | None = None) -> ImportedModel:
     Raises:
         UserError: a file is missing, damaged or of another version.
     """
-    model_path = _find_model(path)
-    folder, step = model_path.parent, int(_MODEL_NAME.fullmatch(model_path.name)[1])  # type: ignore[index]
-    meta = _read_meta(folder / f"meta_{step:06d}.json")
-    state = _read_state(model_path)
+    paths = _find_paths(path)
+    folder, meta = paths.directory, _read_meta(paths.meta)
+    # Prefix of the names of a compiled model.
+    state = {
+        str(name).removeprefix("_orig_mod."): tensor
+        for name, tensor in read_tensors(paths.model, mmap=True, remedy="copy it from where the model is").items()
+    }
     return ImportedModel(
-        source=model_path,
+        source=paths.model,
         kind="nanochat",
-        config=_config(meta["model_config"], state, model_path),
+        config=_config(meta["model_config"], state, paths.model),
         state=state,
         tokenizer=read_pickled_tokenizer(_find_tokenizer(folder, tokenizer)),
         stage=_STAGES.get(folder.absolute().parent.name),
         tag=folder.absolute().name,
-        step=step,
+        step=paths.step,
         settings=_settings(meta),
     )
 
 
-def _find_model(path: Path) -> Path:
-    if _MODEL_NAME.fullmatch(path.name) and path.is_file():
-        return path
-    found = {int(match[1]): file for file in path.glob("model_*.pt") if (match := _MODEL_NAME.fullmatch(file.name))}
-    if not found:
+def _find_paths(path: Path) -> CheckpointPaths:
+    """The files of the checkpoint; their names are the same as lmchat's."""
+    if path.is_file():
+        return CheckpointPaths.of(path)
+    steps = [step for step in files_by_step(path) if CheckpointPaths(path, step).model.exists()]
+    if not steps:
         raise UserError(
             f"there is no nanochat checkpoint in {path}; give the folder with model_005000.pt and "
             "meta_005000.json, e.g. base_checkpoints/d20"
         )
-    return found[max(found)]
+    return CheckpointPaths(path, max(steps))
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
@@ -77,12 +80,6 @@ def _read_meta(path: Path) -> dict[str, Any]:
     if not isinstance(meta.get("model_config"), dict):
         raise UserError(f"{path} has no model_config; give the folder of a nanochat checkpoint")
     return meta
-
-
-def _read_state(path: Path) -> dict[str, torch.Tensor]:
-    state = read_tensors(path, mmap=True, remedy="copy it from where the model is")
-    # Prefix of the names of a compiled model.
-    return {str(name).removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
 
 
 def _config(shape: dict[str, Any], state: Mapping[str, torch.Tensor], path: Path) -> GPTConfig:
