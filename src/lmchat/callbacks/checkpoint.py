@@ -22,8 +22,8 @@ computed from the step; a loader with a length counts the whole run in the new m
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,8 +95,7 @@ class StepCheckpoint(StepCallback, Checkpoint):
         self.dirpath = dirpath
         self.every_n_steps = every_n_steps
         self.keep_last = keep_last
-        self._lock: RunLock | None = None
-        self._watch: threading.Event | None = None
+        self._held = ExitStack()  # the lock on the folder, and the watch of the attempt
         self._boundary: _Boundary | None = None
         self._saved_step = 0
         self._stepping = False
@@ -112,14 +111,15 @@ class StepCheckpoint(StepCallback, Checkpoint):
         meta = pl_module.checkpoint_meta()
         self.directory = expand_user(self.dirpath) if self.dirpath else checkpoint_dir(meta["stage"], meta["tag"])
         self._io.attempt = Attempt(self.directory, _on_rank_zero(trainer, self._claim_directory))
-        self._watch = watch_attempt(self._io.attempt)
+        self._held.callback(watch_attempt(self._io.attempt).set)
         if self._io.rank > 0:  # fail now, not at the first save
             check_writable(self.directory, self._io.rank)
 
     def _claim_directory(self) -> str:
         """Locks the folder; returns the name of the attempt."""
-        self._lock = RunLock(self.directory)
-        return self._lock.attempt.name
+        lock = RunLock(self.directory)
+        self._held.callback(lock.release)
+        return lock.attempt.name
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         self._rng_to_restore = checkpoint.get("rng")
@@ -184,7 +184,7 @@ class StepCheckpoint(StepCallback, Checkpoint):
             if self._boundary is not None or self._stepping:
                 self._save_interrupted(trainer, exception)
         finally:
-            self._release()
+            self._held.close()
 
     def _save_interrupted(self, trainer: L.Trainer, exception: BaseException) -> None:
         if isinstance(exception, LeftBeforeStep):
@@ -210,15 +210,7 @@ class StepCheckpoint(StepCallback, Checkpoint):
             rank_zero_info(f"interrupted at step {trainer.global_step}; there is no checkpoint in {self.directory}")
 
     def teardown(self, *_: Any, **__: Any) -> None:
-        self._release()
-
-    def _release(self) -> None:
-        if self._watch is not None:
-            self._watch.set()
-            self._watch = None
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+        self._held.close()
 
     def _save(self, trainer: L.Trainer) -> None:
         boundary = self._boundary
