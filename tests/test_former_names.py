@@ -11,7 +11,7 @@ from jsonargparse import get_loader
 
 from lmchat.__main__ import main
 from lmchat.cli.fit import read_data_module
-from lmchat.cli.former_names import CLASSES, accept_former_names, rename_arguments
+from lmchat.cli.former_names import CLASSES, accept_former_names, rename_argument
 from lmchat.demo.tasks import Arithmetic
 from lmchat.types import UserError
 from tiny_fit import config_options
@@ -39,7 +39,7 @@ def test_former_names_in_configs_are_accepted(tmp_path: Path, recwarn: pytest.Wa
 def test_former_names_in_arguments_are_accepted() -> None:
     former = "lmchat.callbacks.time_budget.TimeBudget"
     arguments = ["fit", "--non_finite_loss.action", "skip", f"--trainer.callbacks+={former}", former]
-    assert rename_arguments(arguments) == [
+    assert [rename_argument(argument) for argument in arguments] == [
         "fit",
         "--non_finite_guard.action",
         "skip",

@@ -64,12 +64,6 @@ def check_environment(subcommand: str, parser: ArgumentParser) -> None:
         )
 
 
-def check_seed(seed: int | None) -> None:
-    """Raises UserError for a seed that torch or NumPy would refuse."""
-    if seed is None or not 0 <= seed < 2**32:
-        raise UserError(f"--seed_everything is {seed}; it must be a number from 0 to {2**32 - 1}")
-
-
 def check_trainer_options(trainer: Namespace, parser: ArgumentParser, subcommand: str) -> None:
     """Raises UserError for a trainer option that would have no effect or would change the dtype of the weights."""
     for name, decisive in DECIDED_BY.items():

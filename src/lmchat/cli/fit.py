@@ -27,18 +27,11 @@ from lmchat.callbacks.save_config import SaveConfig
 from lmchat.callbacks.training_plan import TrainingPlan
 from lmchat.checkpoint.layout import checkpoint_dir, committed_steps
 from lmchat.checkpoint.load import Checkpoint, find_checkpoint
-from lmchat.cli.checks import (
-    ENV_PREFIX,
-    check_classes,
-    check_environment,
-    check_groups,
-    check_seed,
-    check_trainer_options,
-)
+from lmchat.cli.checks import ENV_PREFIX, check_classes, check_environment, check_groups, check_trainer_options
 from lmchat.cli.class_errors import check_callbacks, explain_class_error
 from lmchat.cli.early_checks import check_config_files
 from lmchat.cli.exit_status import exit_with_signal_status, translate_out_of_memory, translate_peer_failure
-from lmchat.cli.former_names import accept_former_names, rename_arguments
+from lmchat.cli.former_names import accept_former_names, rename_argument
 from lmchat.cli.loggers import RunCSVLogger, RunTensorBoardLogger
 from lmchat.paths import expand_user, log_dir
 from lmchat.stage_table import STAGES
@@ -127,7 +120,9 @@ class LMChatCLI(LightningCLI):
             raise UserError("lmchat validate evaluates a checkpoint; give one with --ckpt_path, e.g. --ckpt_path last")
 
     def _set_seed(self) -> None:
-        check_seed(self._options["seed_everything"])
+        seed = self._options["seed_everything"]
+        if seed is None or not 0 <= seed < 2**32:  # torch or NumPy would refuse it
+            raise UserError(f"--seed_everything is {seed}; it must be a number from 0 to {2**32 - 1}")
         super()._set_seed()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -264,7 +259,7 @@ def main(args: list[str], cli: type[LMChatCLI] = LMChatCLI) -> LMChatCLI:
     )
     check_config_files(args)
     accept_former_names()
-    args, command = rename_arguments(args), args[0]
+    command = args[0]
     options = {"exit_on_error": False, "allow_abbrev": False}
     try:
         return cli(
@@ -279,7 +274,7 @@ def main(args: list[str], cli: type[LMChatCLI] = LMChatCLI) -> LMChatCLI:
             parser_kwargs={"default_env": True, "env_prefix": ENV_PREFIX, **options, command: dict(options)},
             load_from_checkpoint_support=False,  # dumps the config for it; lmchat's checkpoints have their own format
             command=command,
-            args=_with_strategy_class(args),
+            args=_with_strategy_class([rename_argument(arg) for arg in args]),
         )
     except MisconfigurationException as error:
         raise explain_class_error(error) or UserError(str(error)) from error

@@ -79,12 +79,8 @@ def _check_nodes(root: yaml.Node | None) -> None:
             waiting += node.value
 
 
-def rename_arguments(args: list[str]) -> list[str]:
-    """Replaces former names in a command line, with a warning for each."""
-    return [_rename_argument(argument) for argument in args]
-
-
-def _rename_argument(argument: str) -> str:
+def rename_argument(argument: str) -> str:
+    """Replaces former names in an argument of the command line, with a warning for each."""
     option, equals, value = argument.partition("=")
     if argument in CLASSES:
         return _renamed(argument, CLASSES[argument])
