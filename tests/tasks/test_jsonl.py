@@ -10,8 +10,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from lmchat.tasks.conversation_formats import convert
-from lmchat.tasks.jsonl import JSONLConversations
-from lmchat.tasks.smoltalk import SmolTalk
+from lmchat.tasks.jsonl import JSONLConversations, SmolTalk
 from lmchat.types import UserError
 
 USER = {"role": "user", "content": "hello"}

@@ -16,6 +16,7 @@ CLASSES = {
     "lmchat.tasks.Dialogue": "lmchat.demo.tasks.Dialogue",
     "lmchat.tasks.arc.ARC": "ARC",
     "lmchat.tasks.mmlu.MMLU": "MMLU",
+    "lmchat.tasks.smoltalk.SmolTalk": "SmolTalk",
     "lmchat.tasks.arithmetic.Arithmetic": "lmchat.demo.tasks.Arithmetic",
     "lmchat.tasks.dialogue.Dialogue": "lmchat.demo.tasks.Dialogue",
     "lmchat.callbacks.time_budget.TimeBudget": "lmchat.demo.time_budget.TimeBudget",

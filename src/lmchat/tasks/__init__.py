@@ -7,9 +7,8 @@ from lmchat.tasks.base import Task
 from lmchat.tasks.gsm8k import GSM8K
 from lmchat.tasks.humaneval import HumanEval
 from lmchat.tasks.identity import Identity
-from lmchat.tasks.jsonl import JSONLConversations
+from lmchat.tasks.jsonl import JSONLConversations, SmolTalk
 from lmchat.tasks.multiple_choice import ARC, MMLU
-from lmchat.tasks.smoltalk import SmolTalk
 from lmchat.tasks.spelling import SimpleSpelling, SpellingBee
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Conversations from files."""
+"""Recorded conversations: from files, and SmolTalk's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lmchat.tasks.conversation_formats import FORMATS, Format, convert
-from lmchat.tasks.rows import RowTask
+from lmchat.tasks.rows import HubDataset, RowTask
 from lmchat.types import Conversation, UserError
 
 
@@ -106,3 +106,20 @@ class JSONLConversations(RowTask):
         notes = [*self.rows.notes, f"{self.path}: {read:,} of {rows:,} records read"]
         notes += [f"{self.path}: {count:,} × {what}" for what, count in sorted(self._counts.items())]
         return [note if note.isprintable() else ascii(note) for note in notes]
+
+
+class SmolTalk(RowTask):
+    """The small variant of SmolTalk: 460 K conversations to train on, 24 K to test.
+
+    See https://huggingface.co/datasets/HuggingFaceTB/smol-smoltalk.
+
+    Args:
+        split: part of the dataset.
+        options: see `RowTask`.
+    """
+
+    def __init__(self, split: Literal["train", "test"] = "train", **options: Any) -> None:
+        super().__init__(hub=HubDataset("HuggingFaceTB/smol-smoltalk", None, split), **options)
+
+    def conversation(self, row: Any) -> Conversation:
+        return convert(row, "messages").conversation
