@@ -4,6 +4,7 @@ import io
 import random
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pyarrow as pa
@@ -124,7 +125,7 @@ class TestEvaluate:
         plain_bytes = tiktoken.Encoding(
             "bytes", pat_str=SPLIT_PATTERN, mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={}
         )
-        monkeypatch.setattr(compression, "load_baseline", lambda name: plain_bytes if name == "gpt2" else None)
+        monkeypatch.setattr(compression, "load_baselines", lambda: {"GPT-2": plain_bytes})
         commands.evaluate()
         output = capsys.readouterr().out
         for kind in ("English", "code", "maths", "German", "Korean", "conversation"):
@@ -144,7 +145,7 @@ class TestEvaluate:
     def test_a_shard_without_text(
         self, trained: Tokenizer, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        monkeypatch.setattr(compression, "load_baseline", lambda name: None)
+        monkeypatch.setattr(compression, "load_baselines", dict)
         write_shard(data / "shard_00009.parquet", [None, ""])
         commands.evaluate()
         assert "German" in (output := capsys.readouterr().out) and "validation shard" not in output
@@ -154,11 +155,21 @@ class TestEvaluate:
             commands.evaluate()
 
     def test_baseline_that_cannot_be_loaded(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def unreachable(name: str) -> None:
-            raise ConnectionError(name)
+        def get_encoding(name: str) -> str:
+            if name == "gpt2":
+                raise ConnectionError(name)
+            return name
 
-        monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
-        assert compression.load_baseline("gpt2") is None
+        monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
+        assert compression.load_baselines() == {"GPT-4": "cl100k_base"}
+
+    def test_a_download_that_hangs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        released = threading.Event()
+        monkeypatch.setattr(compression, "BASELINES", {"GPT-2": "gpt2"})
+        monkeypatch.setattr(tiktoken, "get_encoding", lambda name: released.wait() and name)
+        monkeypatch.setattr(compression, "DOWNLOAD_TIMEOUT_SECONDS", 0.01)
+        assert compression.load_baselines() == {}
+        released.set()
 
 
 class TestShow:

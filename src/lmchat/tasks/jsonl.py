@@ -111,8 +111,6 @@ class JSONLConversations(RowTask):
 class SmolTalk(RowTask):
     """The small variant of SmolTalk: 460 K conversations to train on, 24 K to test.
 
-    See https://huggingface.co/datasets/HuggingFaceTB/smol-smoltalk.
-
     Args:
         split: part of the dataset.
         options: see `RowTask`.

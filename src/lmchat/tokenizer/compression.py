@@ -33,26 +33,21 @@ POOR_BYTES_PER_TOKEN = 1.5
 
 
 def load_baselines() -> dict[str, tiktoken.Encoding]:
-    """The encodings of `BASELINES` that tiktoken has in its cache or can download, by title."""
-    loaded = {title: load_baseline(name) for title, name in BASELINES.items()}
-    return {title: encoding for title, encoding in loaded.items() if encoding is not None}
-
-
-def load_baseline(name: str) -> tiktoken.Encoding | None:
-    """Loads an encoding from tiktoken's cache or the network; None if it is not available within the timeout."""
+    """The encodings of `BASELINES` by title, as far as they are in tiktoken's cache or arrive within the timeout."""
     import tiktoken
 
-    loaded: list[tiktoken.Encoding] = []
+    loaded: dict[str, tiktoken.Encoding] = {}
 
     def load() -> None:
-        with contextlib.suppress(OSError, ValueError):
-            loaded.append(tiktoken.get_encoding(name))
+        for title, name in BASELINES.items():
+            with contextlib.suppress(OSError, ValueError):
+                loaded[title] = tiktoken.get_encoding(name)
 
     # tiktoken downloads without a timeout.
     thread = threading.Thread(target=load, daemon=True)
     thread.start()
     thread.join(DOWNLOAD_TIMEOUT_SECONDS)
-    return loaded[0] if loaded else None
+    return dict(loaded)
 
 
 def compression_table(
