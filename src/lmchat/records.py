@@ -20,7 +20,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import IO, Any, AnyStr, BinaryIO, cast
 
 from lmchat.types import UserError
 
@@ -317,7 +317,7 @@ def table_rows(file: BinaryIO, what: str, column: str | None, max_characters: in
         LongRecord: a cell is longer than ``max_characters``.
     """
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
-    source = _bounded_lines(text, what, max_characters)
+    source = bounded_lines(text, what, max_characters)
     header = next(source, None)
     if header is None:
         return
@@ -342,8 +342,13 @@ def table_rows(file: BinaryIO, what: str, column: str | None, max_characters: in
         csv.field_size_limit(before)
 
 
-def _bounded_lines(text: io.TextIOWrapper, what: str, max_characters: int) -> Iterator[str]:
-    while line := text.readline(max_characters + 1):
-        if len(line) > max_characters:
-            raise LongRecord(f"{what} has a line longer than {max_characters:,} characters")
+def bounded_lines(file: IO[AnyStr], what: str, max_length: int) -> Iterator[AnyStr]:
+    """Yields the lines of a file; ``what`` is its name for errors.
+
+    Raises:
+        LongRecord: a line is longer than ``max_length`` bytes or characters.
+    """
+    while line := file.readline(max_length + 1):
+        if len(line) > max_length:
+            raise LongRecord(f"{what} has a line longer than {max_length:,} characters; save each record as a line")
         yield line

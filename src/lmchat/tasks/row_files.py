@@ -25,6 +25,7 @@ from lmchat.records import (
     JSON_SUFFIXES,
     PARQUET_SUFFIX,
     TABLE_SUFFIXES,
+    bounded_lines,
     find_files,
     json_values,
     kind_of,
@@ -104,10 +105,10 @@ class TextRows:
             if kind in TABLE_SUFFIXES:
                 self._keep_rows(table_rows(file, str(path), None, MAX_LINE_BYTES), "row")
             elif not in_place:
-                self._index(_bounded_lines(path, file), "line", copied=True)
+                self._index(bounded_lines(file, str(path), MAX_LINE_BYTES), "line", copied=True)
         if in_place:
             with self._raw() as raw:  # positions in the file, of which a byte order mark is a part
-                self._index(_bounded_lines(path, raw), "line", copied=False)
+                self._index(bounded_lines(raw, str(path), MAX_LINE_BYTES), "line", copied=False)
         if self._places.unit == "line" and len(self) and not self._is_by_line(kind):
             self._read_values(kind)
 
@@ -205,13 +206,6 @@ def _refuse_packed(path: Path) -> None:
         raise UserError(f"{path} contains a ZIP archive or a spreadsheet; unpack it, or save the table as CSV")
     if found is not None:
         raise UserError(f"{path} contains {found} data; unpack it, or end its name in {found}")
-
-
-def _bounded_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    while line := file.readline(MAX_LINE_BYTES + 1):
-        if len(line) > MAX_LINE_BYTES:
-            raise UserError(f"{path} has a line of more than {MAX_LINE_BYTES:,} bytes; save each row as one line")
-        yield line
 
 
 def _row_of(line: bytes) -> bytes:
