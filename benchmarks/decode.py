@@ -52,9 +52,6 @@ class PlainCache:
         self.held = torch.zeros(shape, dtype=model.compute_dtype)
         self.longest = 0
 
-    def context_end(self, length: int) -> int:
-        return self.longest + length
-
     def positions(self, length: int) -> Tensor:
         return torch.arange(self.longest, self.longest + length)[None]
 

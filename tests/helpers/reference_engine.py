@@ -465,10 +465,6 @@ class KVCache:
         """Tokens in the fullest row."""
         return int(self.lengths.max())
 
-    def context_end(self, length: int) -> int:
-        """Length of the fullest row once ``length`` more tokens are in."""
-        return self.longest + length
-
     def positions(self, length: int) -> Tensor:
         """(B, T) positions of the next `length` tokens of each row, on the cache's device."""
         return self._expect(length).positions

@@ -97,7 +97,6 @@ class PackedTrees:
         self.order = torch.tensor([index[place] for places in predicting for place in places]).to(device)
         self.ids = torch.tensor([ids]).to(device)
         self._positions = torch.tensor([positions]).to(device)
-        self._end = max(positions) + 1
         self._prefix = _PaddedIndex(prefixes, device)
         self._branch = _PaddedIndex([[place for branch in own for place in branch] for own in branches], device)
         number = torch.full((len(ids),), -1)
@@ -108,9 +107,6 @@ class PackedTrees:
         self._picked = _PaddedIndex([[index[place] for place in places] for places in distinct], device)
         self._last_layer = num_layers - 1
         self._masks: dict[tuple[int, bool], Tensor] = {}
-
-    def context_end(self, length: int) -> int:
-        return self._end
 
     def positions(self, length: int) -> Tensor:
         """(1, N) positions of the tokens within their options."""

@@ -36,10 +36,6 @@ class PrefillCache:
         self.chunks = chunks
         positions = [torch.arange(chunk.start, chunk.start + chunk.length) for chunk in chunks]
         self._positions = torch.cat(positions).to(device, non_blocking=True)[None]
-        self._end = max(chunk.start + chunk.length for chunk in chunks)
-
-    def context_end(self, length: int) -> int:
-        return self._end
 
     def positions(self, length: int) -> Tensor:
         return self._positions
@@ -129,10 +125,6 @@ class DecodeCache:
         self.groups = groups
         self._places: dict[int, Tensor] = {}
         self._masks: dict[int, Tensor] = {}
-
-    def context_end(self, length: int) -> int:
-        """Returns 0: the engine checks lengths, and positions are not known on the host."""
-        return 0
 
     def positions(self, length: int) -> Tensor:
         return self.row_positions[:, None]

@@ -33,11 +33,9 @@ class Attend(Protocol):
 class AttentionCache(Protocol):
     """Interface between the model and a cache of keys and values."""
 
-    def context_end(self, length: int) -> int:
-        """Length of the longest context after adding ``length`` tokens per row."""
-
     def positions(self, length: int) -> Tensor:
-        """(B, T) int64 positions of the next ``length`` tokens of each row, on the device of the model."""
+        """(B, T) int64 positions of the next ``length`` tokens of each row, on the device of the model, within its
+        rotary tables."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         """Adds k and v (B, T, kv heads, head_dim) of new tokens; returns the attention of q to all visible tokens."""

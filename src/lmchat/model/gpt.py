@@ -404,7 +404,7 @@ class GPT(nn.Module):
             document_starts: those of a `lmchat.types.Batch`, to attend within documents only; without a cache.
 
         Raises:
-            UserError: the context is longer than the rotary tables.
+            UserError: ``ids`` are longer than the rotary tables. With a cache, its owner checks lengths.
         """
         cos, sin = self._rotary_tables(ids.size(1), kv_cache)
         fused = self.fused_ends and kv_cache is None
@@ -436,13 +436,12 @@ class GPT(nn.Module):
         return norm(x)
 
     def _rotary_tables(self, length: int, kv_cache: AttentionCache | None) -> tuple[Tensor, Tensor]:
-        end = length if kv_cache is None else kv_cache.context_end(length)
-        if end > len(self.cos):
+        if kv_cache is not None:
+            positions = kv_cache.positions(length)
+            return self.cos[positions], self.sin[positions]
+        if length > len(self.cos):
             raise UserError(
-                f"a context of {end} tokens is longer than this model's limit of {len(self.cos)} "
+                f"a context of {length} tokens is longer than this model's limit of {len(self.cos)} "
                 f"({ROTARY_ROWS} x sequence_len {self.config.sequence_len}); shorten it"
             )
-        if kv_cache is None:
-            return self.cos[:length], self.sin[:length]
-        positions = kv_cache.positions(length)
-        return self.cos[positions], self.sin[positions]
+        return self.cos[:length], self.sin[:length]

@@ -28,7 +28,6 @@ class GroupRow:
     def __init__(self, prompt: int, samples: Sequence[int], device: torch.device) -> None:
         self._prompt = prompt
         lengths, columns = np.array(samples), np.arange(max(samples))
-        self._end = prompt + len(columns)
         inside = columns < lengths[:, None]
         table = np.where(inside, (prompt + lengths.cumsum() - lengths)[:, None] + columns, 0)
         queries = np.where(inside, prompt + columns, HIDDEN)
@@ -42,10 +41,6 @@ class GroupRow:
         self._row, self._inside = on_device(row), on_device(np.flatnonzero(inside))
         self._table, self._queries, self._keys = on_device(table), on_device(queries), on_device(keys)
         self._masks: dict[int, Tensor] = {}
-
-    def context_end(self, length: int) -> int:
-        """Number of tokens of the prompt and the longest sample."""
-        return self._end
 
     def positions(self, length: int) -> Tensor:
         """(1, N) positions of the tokens: those of each sample follow the prompt's."""
