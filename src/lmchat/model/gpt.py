@@ -282,15 +282,15 @@ class GPT(nn.Module):
         return self
 
     def _follow_device(self) -> None:
-        """Builds the rotary tables, which `to_empty` leaves unset, and chooses the attention backend.
+        """Builds the rotary tables and chooses the attention backend, except on the meta device.
 
         A backend given by name applies to the first device only, since Lightning moves the model to the CPU after
         training.
         """
-        self._build_rotary_tables()
         if self.device.type == "meta":
             self.attention_backend = self.attention
             return
+        self._build_rotary_tables()
         config = self.config
         self._first_device = self._first_device or self.device.type
         self.attention_backend = choose_backend(
@@ -306,12 +306,6 @@ class GPT(nn.Module):
     def _build_rotary_tables(self) -> None:
         """Registers ``cos`` and ``sin``, (positions, 1, head_dim / 2), computed on the CPU, equal on all devices."""
         config = self.config
-        if self.device.type == "meta":  # without operators, which would import torch._dynamo there
-            shape = (ROTARY_ROWS * config.sequence_len, 1, config.head_dim // 2)
-            for name in ("cos", "sin"):
-                table = torch.empty(shape, dtype=self.compute_dtype, device="meta")
-                self.register_buffer(name, table, persistent=False)
-            return
         channels = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
         frequencies = 1.0 / (ROTARY_BASE ** (channels / config.head_dim))
         positions = torch.arange(ROTARY_ROWS * config.sequence_len, dtype=torch.float32, device="cpu")
