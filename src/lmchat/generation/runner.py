@@ -123,15 +123,12 @@ class Runner:
         return self.net.hidden(torch.tensor([ids]).to(self.device, non_blocking=True), cache)
 
     @torch.inference_mode()
-    def decode(
-        self, sequences: Seq[Sequence], shared: Seq[SharedPrompt], members: dict[SharedPrompt, list[int]]
-    ) -> Decoded:
+    def decode(self, sequences: Seq[Sequence], members: dict[SharedPrompt, list[int]]) -> Decoded:
         """Decodes the sequences, which are in the first slots of the pool, for a few steps.
 
         Args:
             sequences: sequences by row.
-            shared: prompts shared by several rows, in the order of their slots.
-            members: rows of each shared prompt.
+            members: rows of each shared prompt, in the order of the prompts' slots.
         """
         rows = self.bucket(len(sequences))
         steps = GPU_STEPS_PER_READ if self.graphs is not None else 1
@@ -139,7 +136,7 @@ class Runner:
         max_own = round_up(max(sequence.num_own for sequence in sequences) + steps, multiple) - 1
         mode = SamplingMode.of((sequence.params for sequence in sequences), self.state.vocab_size)
         mode = mode if self.graphs is None else mode.rounded(self.state.vocab_size)
-        groups = self._groups(rows, shared, members, multiple) if shared else None
+        groups = self._groups(rows, members, multiple) if members else None
         uniforms = self._uniforms(sequences, steps, rows)
         outputs = []
         for step in range(steps):
@@ -175,16 +172,14 @@ class Runner:
             parts.append(sample(raw[part], vocab_size, mode, RowParams(*(field[part] for field in params))))
         return Sampled(*map(torch.cat, zip(*parts, strict=True)))
 
-    def _groups(
-        self, rows: int, shared: Seq[SharedPrompt], members: dict[SharedPrompt, list[int]], multiple: int
-    ) -> Groups:
-        by_group = [list(members[prompt]) for prompt in shared]
+    def _groups(self, rows: int, members: dict[SharedPrompt, list[int]], multiple: int) -> Groups:
+        by_group = [list(own) for own in members.values()]
         grouped = {row for own in by_group for row in own}
         for row in set(range(rows)) - grouped:
             min(by_group, key=len).append(row)
         if self._grouped is None or self._grouped[0] != by_group:  # Most steps have the groups of the step before them.
             self._grouped = by_group, self._group_rows(rows, by_group)
-        max_prompt = round_up(max(len(prompt.prompt) - 1 for prompt in shared), multiple)
+        max_prompt = round_up(max(len(shared.prompt) - 1 for shared in members), multiple)
         return Groups(*self._grouped[1], max_prompt)
 
     def _group_rows(self, rows: int, by_group: list[list[int]]) -> tuple[Tensor, Tensor]:

@@ -81,15 +81,13 @@ class Scheduler:
         """Decodes all rows for a few steps. Returns their sequences and tokens."""
         # Rows that only fill up a bucket write to their slots too.
         self.prefixes.vacate(len(self.running), self.runner.bucket(len(self.running)))
-        members: dict[SharedPrompt, list[int]] = {shared: [] for shared in self.shared if shared.running}
+        # Only shared prompts in the first slots are read: those with running sequences come first.
+        used = self.shared[: max((index + 1 for index, each in enumerate(self.shared) if each.running), default=0)]
+        members: dict[SharedPrompt, list[int]] = {shared: [] for shared in used}
         for row, sequence in enumerate(self.running):
             if sequence.shared:
                 members[sequence.shared].append(row)
-        # Only shared prompts in the first slots are read: those with running sequences come first.
-        used = self.shared[: max((index + 1 for index, each in enumerate(self.shared) if each.running), default=0)]
-        for shared in used:
-            members.setdefault(shared, [])
-        return list(self.running), self.runner.decode(self.running, used, members)
+        return list(self.running), self.runner.decode(self.running, members)
 
     def resume(self, sequence: Sequence, forced: list[int]) -> None:
         """Resumes a sequence after a calculator call."""
@@ -182,35 +180,22 @@ class Scheduler:
         """Prefills the next chunk of each incomplete prompt, about ``max_tokens`` tokens in total."""
         chunks: list[Chunk] = []
         ids: list[int] = []
-        for slot, shared in enumerate(self.shared):
-            self._add_chunk(chunks, ids, self.runner.prompts, slot, shared, max_tokens)
-        rows = []
-        for row, sequence in enumerate(self.running):
-            if self._add_chunk(chunks, ids, self.runner.pool, row, sequence, max_tokens):
-                rows.append(row)
+        pool, prompts = self.runner.pool, self.runner.prompts
+        slots: Iterable[tuple[KVPool, int, Sequence | SharedPrompt]] = (
+            *((prompts, slot, shared) for slot, shared in enumerate(self.shared)),
+            *((pool, row, sequence) for row, sequence in enumerate(self.running)),
+        )
+        for where, slot, unit in slots:
+            if not unit.is_prefilled and len(ids) < max_tokens:
+                start = unit.prefilled
+                unit.prefilled = min(len(unit.prompt) - 1, (start // CHUNK_TOKENS + 1) * CHUNK_TOKENS)
+                chunks.append(Chunk(where, slot, start, unit.prefilled - start))
+                ids += unit.prompt[start : unit.prefilled]
         if chunks:
             self.runner.prefill(chunks, ids)
-        for row in rows:
-            self._set_state(row)
-
-    def _add_chunk(
-        self,
-        chunks: list[Chunk],
-        ids: list[int],
-        pool: KVPool,
-        slot: int,
-        unit: Sequence | SharedPrompt,
-        max_tokens: int,
-    ) -> bool:
-        """Adds the next chunk of a prompt; False if the prompt is complete or ``ids`` are enough."""
-        start = unit.prefilled
-        if unit.is_prefilled or len(ids) >= max_tokens:
-            return False
-        end = min(len(unit.prompt) - 1, (start // CHUNK_TOKENS + 1) * CHUNK_TOKENS)
-        chunks.append(Chunk(pool, slot, start, end - start))
-        ids.extend(unit.prompt[start:end])
-        unit.prefilled = end
-        return True
+        for chunk in chunks:
+            if chunk.pool is pool:
+                self._set_state(chunk.slot)
 
     def _free(self, row: int) -> None:
         """Removes the sequence from its row; the last row moves there."""
