@@ -71,17 +71,19 @@ class PackedTrees:
     def __init__(self, trees: Sequence[PromptTree], device: torch.device, num_layers: int) -> None:
         ids: list[int] = []
         positions: list[int] = []
+        numbers: list[int] = []  # of the branches; −1 for prefixes
         prefixes: list[range] = []
         branches: list[list[range]] = []
         for tree in trees:
-            prefixes.append(range(len(ids), len(ids) + len(tree.prefix)))
-            ids += tree.prefix
-            positions += range(len(tree.prefix))
-            branches.append([])
-            for branch in tree.branches:
-                branches[-1].append(range(len(ids), len(ids) + len(branch)))
-                ids += branch
-                positions += range(len(tree.prefix), len(tree.prefix) + len(branch))
+            parts = []
+            for number, tokens in enumerate((tree.prefix, *tree.branches), start=-1):
+                start = 0 if number < 0 else len(tree.prefix)
+                parts.append(range(len(ids), len(ids) + len(tokens)))
+                ids += tokens
+                positions += range(start, start + len(tokens))
+                numbers += [number] * len(tokens)
+            prefixes.append(parts[0])
+            branches.append(parts[1:])
         predicting = [
             [
                 place
@@ -99,11 +101,7 @@ class PackedTrees:
         self._positions = torch.tensor([positions]).to(device)
         self._prefix = _PaddedIndex(prefixes, device)
         self._branch = _PaddedIndex([[place for branch in own for place in branch] for own in branches], device)
-        number = torch.full((len(ids),), -1)
-        for own in branches:
-            for each, branch_range in enumerate(own):
-                number[list(branch_range)] = each
-        self._number = number[None].to(device)
+        self._numbers = torch.tensor([numbers]).to(device)
         self._picked = _PaddedIndex([[index[place] for place in places] for places in distinct], device)
         self._last_layer = num_layers - 1
         self._masks: dict[tuple[int, bool], Tensor] = {}
@@ -136,13 +134,13 @@ class PackedTrees:
         """(trees, 1, queries, prefix and branch tokens) bool: what branch tokens, or those of ``predicting``, see."""
         if (window, picked) not in self._masks:
             prefix, branch = self._prefix, self._branch
-            rows = (self._positions, self._number)
+            rows = (self._positions, self._numbers)
             of_queries = [
                 self._picked.gather(row[:, self.predicting]) if picked else branch.gather(row) for row in rows
             ]
             of_keys = [torch.cat([prefix.gather(row), branch.gather(row)], 1) for row in rows]
             distance = of_queries[0][:, :, None] - of_keys[0][:, None]
-            # A token of the prefix, number −1, is seen by all; one of a branch by those of the same branch.
+            # A token of a prefix, number −1, is seen by all; one of a branch by those of the same branch.
             same = (of_keys[1][:, None] == -1) | (of_queries[1][:, :, None] == of_keys[1][:, None])
             valid = torch.cat([prefix.valid, branch.valid], 1)[:, None]
             self._masks[window, picked] = (valid & same & (distance >= 0) & (distance <= window))[:, None]
