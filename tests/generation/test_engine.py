@@ -473,6 +473,20 @@ def test_refresh_copies_new_weights_in_place(compute_dtype: torch.dtype) -> None
     assert _generate(engine, prompts, **options) == before
 
 
+def test_a_stream_ends_when_another_one_fails() -> None:
+    model = _model()
+    engine = Engine(model, TOKENIZER)
+    params = SamplingParams(max_new_tokens=20, stop_tokens=[], calculator=False)
+    first, second = engine.stream([1, 2], params), engine.stream([3], params)
+    next(first), next(second)
+    with torch.no_grad():
+        model.transformer.wte.weight.fill_(float("nan"))
+    engine.runner.weights.refill()
+    with pytest.raises(UserError, match="not finite"):
+        list(first)
+    assert len(list(second)) < 20
+
+
 def test_model_is_restored_after_an_error() -> None:
     model = _model(torch.bfloat16)
     masters = [id(weight) for weight in model.parameters()]

@@ -233,7 +233,7 @@ class Engine:
         request = self._register([sequence])
         stream, completion, read = TokenStream(self.tokenizer), sequence.completion, 0
         try:
-            while read < len(completion.ids) or not sequence.done:
+            while read < len(completion.ids) or request in self._requests:
                 if read == len(completion.ids):
                     self.step()
                 while read < len(completion.ids):
