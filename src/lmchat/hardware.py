@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import resource
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -68,8 +70,6 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def _peak_resident_bytes() -> int:
-    import resource
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -85,13 +85,8 @@ def memory_limit_bytes(device: torch.device) -> int | None:
     return host_memory_bytes() if device.type == "cpu" else None
 
 
-def host_memory_bytes() -> int | None:
-    """Bytes of main memory that this process may use; None if unknown."""
-    import os
-    import resource
-
-    if not hasattr(os, "sysconf"):
-        return None
+def host_memory_bytes() -> int:
+    """Bytes of main memory that this process may use."""
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
     if address_space != resource.RLIM_INFINITY:
@@ -104,8 +99,6 @@ def host_memory_bytes() -> int | None:
 
 def check_address_space() -> None:
     """Raises UserError if ``ulimit -v`` is too low to import torch, whose libraries may then crash the process."""
-    import resource
-
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY and limit < MIN_ADDRESS_SPACE_BYTES:
         raise UserError(
@@ -116,8 +109,6 @@ def check_address_space() -> None:
 
 def mapped_and_resident_bytes() -> tuple[int, int]:
     """Bytes of this process's address space, and of those in main memory; without /proc, the latter's peak for both."""
-    import resource
-
     statm = Path("/proc/self/statm")
     if not statm.exists():
         return _peak_resident_bytes(), _peak_resident_bytes()

@@ -61,7 +61,5 @@ def _host() -> str:
     if cpuinfo.exists():
         models = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         processor = next(iter(models), processor)
-    parts = [processor, f"{os.cpu_count()} cores"]
-    if hasattr(os, "sysconf"):
-        parts.append(f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9:.0f} GB")
-    return ", ".join(parts)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return f"{processor}, {os.cpu_count()} cores, {memory / 1e9:.0f} GB"

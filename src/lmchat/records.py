@@ -5,6 +5,7 @@ Files are read as streams: memory is bounded by the longest record allowed.
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import contextlib
 import csv
@@ -160,8 +161,6 @@ def _decompressed(path: Path, raw: BinaryIO) -> Any:
     if suffix == ".gz":
         return gzip.GzipFile(fileobj=raw)
     if suffix == ".bz2":
-        import bz2
-
         return bz2.BZ2File(raw)
     if suffix == ".xz":
         return _Stream(_unpacked_xz(path, raw))

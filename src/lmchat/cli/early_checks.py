@@ -65,7 +65,7 @@ def check_sizes(args: list[str]) -> None:
     plain = all(
         isinstance(value, int | str) or (value is None and name == "n_kv_head") for name, value in shape.items()
     )
-    if host is None or not plain or "depth" not in shape or not _is_class(model, "PretrainModule"):
+    if not plain or "depth" not in shape or not _is_class(model, "PretrainModule"):
         return
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not may_have_accelerator())
     try:
