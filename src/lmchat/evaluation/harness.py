@@ -14,7 +14,6 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from lmchat.evaluation.core import Example, cut_example
 from lmchat.evaluation.core_scoring import score_in_batches
-from lmchat.generation.engine import TokenEvent
 from lmchat.generation.policy import Policy
 from lmchat.generation.sampling import SamplingParams
 from lmchat.tokenizer.bpe import SPECIAL_TOKENS
@@ -114,23 +113,20 @@ class HarnessModel(LM):
         try:
             while running:
                 for event in engine.step():
-                    if event.request in running and self._take(event, running[event.request], texts):
+                    if event.request not in running:
+                        continue
+                    index, ids, until = running[event.request]
+                    if event.finish_reason != "stop":
+                        ids.append(event.token)
+                    text = self.policy.tokenizer.decode(ids)
+                    texts[index] = min((text.partition(each)[0] for each in until if each), key=len, default=text)
+                    if event.finish_reason or texts[index] != text:
                         engine.cancel(event.request)
                         del running[event.request]
         finally:
             for number in running:
                 engine.cancel(number)
         return texts
-
-    def _take(self, event: TokenEvent, state: tuple[int, list[int], list[str]], texts: list[str]) -> bool:
-        """Updates the text of a request; returns whether it is complete."""
-        index, ids, until = state
-        if event.finish_reason != "stop":
-            ids.append(event.token)
-        text = self.policy.tokenizer.decode(ids)
-        found = [place for each in until if each and (place := text.find(each)) >= 0]
-        texts[index] = text[: min(found)] if found else text
-        return bool(found) or event.finish_reason is not None
 
     def _example(self, options: list[list[int]], starts: list[int]) -> Example:
         """Options scored from ``starts`` on; those that are too long are cut at the beginning."""
