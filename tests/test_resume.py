@@ -16,8 +16,8 @@ from lmchat.checkpoint.layout import committed_steps
 from lmchat.checkpoint.load import find_checkpoint, load_model_state, load_rank_state
 from tiny_fit import config_options, same
 
-STEPS = 30
-LATEST_KILL = 12  # long before the end, so that a run cannot finish before the signal
+STEPS = 20
+LATEST_KILL = 8  # long before the end, so that a run cannot finish before the signal
 CONFIG = f"""
 trainer: {{max_steps: {STEPS}}}
 model: {{init_args: {{global_batch_tokens: 384}}}}
