@@ -51,6 +51,7 @@ def test_the_peak_of_a_cpu_is_unknown() -> None:
         (torch.OutOfMemoryError("CUDA"), True),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"), True),
         (RuntimeError("can't start new thread"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (ImportError("libtorch.so: failed to map segment from shared object"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
     ],

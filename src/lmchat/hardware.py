@@ -124,7 +124,7 @@ def may_have_accelerator() -> bool:
 _OUT_OF_MEMORY = re.compile(
     r"out ?of ?memory|can't allocate memory|cannot allocate memory|unable to allocate|not enough memory|bad_alloc"
     r"|unable to mmap|can't start new thread|failed to map segment|could not create a primitive$"
-    r"|\[enforce fail at alloc_cpu",
+    r"|\[enforce fail at alloc_cpu|STATUS_ALLOC_FAILED",
     re.IGNORECASE,
 )
 """Out-of-memory messages of torch, Python and the system's loader."""

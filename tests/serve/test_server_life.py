@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 
 from live_server import CARD, LiveServer, live_server, tiny_engine, wait_for
 from lmchat.__main__ import main
@@ -131,7 +132,7 @@ def test_a_failed_engine_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     engine = tiny_engine()
 
     def fail() -> list[TokenEvent]:
-        raise RuntimeError("out of memory")
+        raise RuntimeError("an illegal memory access")
 
     engine.step = fail  # type: ignore[method-assign]
     with live_server(engine) as live, httpx.Client(base_url=live.url) as client:
@@ -139,7 +140,24 @@ def test_a_failed_engine_is_reported(caplog: pytest.LogCaptureFixture) -> None:
             answer = client.post("/v1/completions", json={"prompt": "a"})
             assert answer.status_code == 500 and answer.json()["error"]["code"] == "engine_failure"
         assert client.get("/health").status_code == 503
-    assert "out of memory" in caplog.text
+    assert "an illegal memory access" in caplog.text
+
+
+def test_a_server_continues_after_a_lack_of_memory() -> None:
+    engine = tiny_engine()
+    prepare, lacking = engine.scheduler.prepare, [1]
+
+    def prepare_or_fail() -> None:
+        prepare()
+        if lacking:
+            raise torch.OutOfMemoryError(f"CUDA out of memory ({lacking.pop()})")
+
+    engine.scheduler.prepare = prepare_or_fail  # type: ignore[method-assign]
+    with live_server(engine) as live, httpx.Client(base_url=live.url) as client:
+        answers = [client.post("/v1/completions", json={"prompt": "a", "temperature": 0}) for _ in range(3)]
+        assert [answer.status_code for answer in answers] == [500, 200, 200]
+        assert "send fewer or shorter requests" in answers[0].json()["error"]["message"]
+        assert client.get("/health").json()["running"] == 0
 
 
 @pytest.fixture

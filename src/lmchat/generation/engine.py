@@ -137,16 +137,19 @@ class Engine:
             The new tokens; those of a sequence are in order. Empty if there are no requests.
 
         Raises:
-            UserError: the model's logits are not finite. All requests are cancelled.
+            UserError: the model's logits are not finite. After this or another error, such as a lack of memory, all
+                requests are cancelled, and the engine can be used again.
         """
-        self.scheduler.prepare()
-        if not self.scheduler.running:
-            return []
-        sequences, decoded = self.scheduler.decode()
-        if (decoded.tokens == -1).any():
-            for request in list(self._requests):
-                self.cancel(request)
-            raise UserError(NOT_FINITE)
+        try:
+            self.scheduler.prepare()
+            if not self.scheduler.running:
+                return []
+            sequences, decoded = self.scheduler.decode()
+            if (decoded.tokens == -1).any():
+                raise UserError(NOT_FINITE)
+        except Exception:
+            self._reset()
+            raise
         events: list[TokenEvent] = []
         columns = (values.swapaxes(0, 1).tolist() for values in decoded)
         for sequence, *column in zip(sequences, *columns, strict=True):
@@ -304,6 +307,12 @@ class Engine:
         for sequence in sequences:
             sequence.request = request
         return request
+
+    def _reset(self) -> None:
+        """Drops all requests, and all slots, whose contents may be wrong: attention reads NaN even where it masks."""
+        self._requests.clear()
+        self.scheduler.clear()
+        self.budget.measure_again()
 
     def _forget(self, sequence: Sequence) -> None:
         """Removes a finished sequence, and its request if it was the last one."""

@@ -94,16 +94,15 @@ class KVPool:
 
         New columns are zero, since attention reads, and masks, columns before they are written.
         """
-        old_keys, old_values, kept = self.keys, self.values, min(num_slots, self.num_slots)
-        self.capacity, self.num_slots = max(self.capacity, round_up(capacity)), num_slots
-        self.keys, self.values = [], []
-        config = self.layout.config
+        capacity, kept = max(self.capacity, round_up(capacity)), min(num_slots, self.num_slots)
+        config, keys, values = self.layout.config, list[Tensor](), list[Tensor]()
         for layer in range(config.n_layer):
-            shape = (num_slots, config.n_kv_head, self.layout.columns(layer, self.capacity), config.head_dim)
-            for new, old in ((self.keys, old_keys), (self.values, old_values)):
+            shape = (num_slots, config.n_kv_head, self.layout.columns(layer, capacity), config.head_dim)
+            for new, old in ((keys, self.keys), (values, self.values)):
                 new.append(torch.zeros(shape, dtype=self.layout.dtype, device=self.device))
                 if kept:
                     new[-1][:kept, :, : old[layer].size(2)] = old[layer][:kept]
+        self.keys, self.values, self.num_slots, self.capacity = keys, values, num_slots, capacity
 
     def release(self) -> None:
         """Frees the memory of all slots."""
@@ -130,13 +129,13 @@ class MemoryBudget:
     Args:
         layout: size of the slots.
         device: device of the slots.
-        max_bytes: memory for keys and values; None is `MEMORY_SHARE` of the free memory at the first use.
+        max_bytes: memory for keys and values; None is `MEMORY_SHARE` of the free memory when it is needed first.
     """
 
     def __init__(self, layout: SlotLayout, device: torch.device, max_bytes: int | None = None) -> None:
         self.layout = layout
         self.device = device
-        self._max_bytes = max_bytes
+        self._given = self._max_bytes = max_bytes
 
     @property
     def max_bytes(self) -> int:
@@ -145,9 +144,17 @@ class MemoryBudget:
             self._max_bytes = int(MEMORY_SHARE * free_memory(self.device))
         return self._max_bytes
 
+    def measure_again(self) -> None:
+        """Measures the free memory again at the next use; call it when there are no slots."""
+        self._max_bytes = self._given
+
     def slots(self, capacity: int) -> int:
-        """Number of slots of ``capacity`` tokens that fit, leaving room for one shared prompt per two slots."""
+        """Number of slots of ``capacity`` tokens that fit; a third of the memory is for shared prompts."""
         return int(self.max_bytes // (1.5 * self.layout.slot_bytes(round_up(capacity))))
+
+    def prompt_slots(self, capacity: int) -> int:
+        """Number of slots for shared prompts of ``capacity`` tokens that fit beside those of the sequences."""
+        return self.max_bytes // (3 * self.layout.slot_bytes(round_up(capacity)))
 
     def check(self, tokens: int) -> None:
         """Raises UserError if one sequence of ``tokens`` tokens does not fit."""

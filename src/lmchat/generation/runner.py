@@ -93,6 +93,14 @@ class Runner:
         if self.graphs is not None:
             self.graphs.clear()
 
+    def release(self) -> None:
+        """Frees all slots, and on a GPU the memory of the error that made this necessary."""
+        self.pool.release()
+        self.prompts.release()
+        if self.graphs is not None:
+            self.graphs.clear()
+            torch.cuda.empty_cache()
+
     @torch.inference_mode()
     def prefill(self, chunks: Seq[Chunk], ids: Seq[int]) -> None:
         """Prefills chunks of prompts, whose ``ids`` are concatenated, into their slots."""
@@ -134,6 +142,7 @@ class Runner:
         steps = GPU_STEPS_PER_READ if self.graphs is not None else 1
         multiple = GPU_COLUMNS if self.graphs is not None else 1
         max_own = round_up(max(sequence.num_own for sequence in sequences) + steps, multiple) - 1
+        max_own = min(max_own, max(keys.size(2) for keys in self.pool.keys))  # from there on all columns are read
         mode = SamplingMode.of((sequence.params for sequence in sequences), self.state.vocab_size)
         mode = mode if self.graphs is None else mode.rounded(self.state.vocab_size)
         groups = self._groups(rows, members, multiple) if members else None

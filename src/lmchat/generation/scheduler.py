@@ -67,6 +67,14 @@ class Scheduler:
                 self._free(row)
         self._drop_unused_prompts()
 
+    def clear(self) -> None:
+        """Removes all sequences, and frees all slots."""
+        self.waiting.clear()
+        self.running.clear()
+        self.shared.clear()
+        self.prefixes.clear()
+        self.runner.release()
+
     def prepare(self) -> None:
         """Admits sequences that fit and prefills prompts, so that at least one sequence can decode."""
         self._admit()
@@ -142,9 +150,7 @@ class Scheduler:
             capacity = wanted
             affordable = min(self.max_rows, self.budget.slots(capacity))
         if capacity > pool.capacity or rows > pool.num_slots:
-            # On a CPU memory is only used once written; a GPU gets as many slots as are used, and some spare ones.
-            on_cpu = self.runner.device.type == "cpu"
-            num_slots = affordable if on_cpu else min(affordable, max(8, 2 * pool.num_slots, rows))
+            num_slots = self._num_slots(pool, rows, affordable)
             self.prefixes.drop_from(num_slots)
             self.runner.resize(pool, num_slots, capacity)
         return True
@@ -153,12 +159,17 @@ class Scheduler:
         """Makes room for one more shared prompt."""
         prompts, count = self.runner.prompts, len(self.shared) + 1
         if tokens > prompts.capacity or count > prompts.num_slots:
-            limit = max(1, self.max_rows // 2)
+            limit = max(1, min(self.max_rows // 2, self.budget.prompt_slots(max(tokens, prompts.capacity))))
             if count > limit:
                 return False
-            num_slots = limit if self.runner.device.type == "cpu" else min(limit, max(8, 2 * prompts.num_slots))
-            self.runner.resize(prompts, num_slots, tokens)
+            self.runner.resize(prompts, self._num_slots(prompts, count, limit), tokens)
         return True
+
+    def _num_slots(self, pool: KVPool, needed: int, limit: int) -> int:
+        """The new number of slots. On a CPU memory is used once written; a GPU gets those needed, and some to spare."""
+        if self.runner.device.type == "cpu":
+            return limit
+        return min(limit, pool.num_slots if needed <= pool.num_slots else max(8, 2 * pool.num_slots, needed))
 
     def _start(self, sequence: Sequence) -> None:
         """Assigns the next row to the sequence, and loads the cached prefix of its prompt."""

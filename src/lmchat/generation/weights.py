@@ -40,6 +40,7 @@ class InferenceWeights:
         self.net.cos, self.net.sin = source.cos, source.sin
         self.net.eval()
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def refill(self) -> None:
         """Copies the source's weights, in place where they are cast, so that addresses stay valid."""

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from lmchat.generation.engine import Engine, TokenEvent
 from lmchat.generation.sampling import SamplingParams
+from lmchat.hardware import is_out_of_memory
 from lmchat.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -164,13 +165,14 @@ class EngineWorker:
         self._step_is_scheduled = False
         try:
             events = self.engine.step()
-        except UserError as error:  # non-finite logits: the engine has cancelled everything and can continue
+        except UserError as error:  # non-finite logits: the engine has dropped all requests and can continue
             logger.error("%s", error)
             self._fail_all(EngineFailure(str(error)))
-        except Exception:
+        except Exception as error:
             logger.exception("the engine has failed")
-            self.failed = True
-            self._fail_all(EngineFailure("the engine has failed; restart the server"))
+            self.failed = not is_out_of_memory(error)
+            remedy = "restart the server" if self.failed else "it ran out of memory: send fewer or shorter requests"
+            self._fail_all(EngineFailure(f"the engine has failed; {remedy}"))
         else:
             self._deliver(events)
         self._schedule_step()
