@@ -6,15 +6,20 @@ import pytest
 import torch
 
 from checkpoint_meta import MODEL
+from lmchat.checkpoint import load as loading
 from lmchat.checkpoint.layout import CheckpointPaths
 from lmchat.checkpoint.load import (
     DamagedCheckpoint,
     find_checkpoint,
+    load_inference_model,
+    load_model,
     load_model_state,
     load_rank_state,
     open_checkpoint,
 )
+from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.types import UserError
+from random_checkpoint import save_random_checkpoint
 
 FILES = ["model_000002.pt", "optim_000002_rank0.pt", "meta_000002.json"]
 
@@ -149,3 +154,16 @@ def test_loading_runs_no_code_from_the_file(folder: Path, tmp_path: Path) -> Non
         ):
             load()
     assert not (tmp_path / "owned").exists()
+
+
+def test_an_inference_model_has_weights_of_its_compute_dtype_and_the_same_results(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loading, "default_compute_dtype", lambda device: torch.bfloat16)
+    tokenizer = Tokenizer({bytes([byte]): byte for byte in range(256)})
+    checkpoint, ids = open_checkpoint(save_random_checkpoint(tokenizer)), torch.arange(12).view(1, 12)
+    exact, cast = load_model(checkpoint), load_inference_model(checkpoint)
+    assert {weight.dtype for weight in exact.parameters()} == {torch.float32}
+    assert cast.lm_head.weight.dtype == cast.transformer.wte.weight.dtype == torch.bfloat16
+    assert cast.resid_lambdas.dtype == torch.float32
+    assert cast(ids).equal(exact(ids))

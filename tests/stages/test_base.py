@@ -13,6 +13,7 @@ from lmchat.evaluation.evaluator import EvalBatch
 from lmchat.stages import base
 from lmchat.stages.data_module import StageDataModule
 from lmchat.stages.pretrain import PretrainModule
+from lmchat.stages.rl import GRPOModule
 from lmchat.types import Batch
 
 
@@ -62,3 +63,19 @@ def test_rank_0_times_attention_for_all_ranks(rank: int, monkeypatch: pytest.Mon
         module.plan = SimpleNamespace(micro_batch_size=8, mask_documents=True)
         module._time_attention()
     assert used == [{16: "8 True"} if rank == 0 else {16: "broadcast"}]
+
+
+@pytest.mark.parametrize(("device", "kind", "released"), [
+    ("cuda", PretrainModule, True), ("cpu", PretrainModule, False), ("cuda", GRPOModule, False),
+])  # fmt: skip
+def test_evaluation_leaves_a_gpus_memory_to_training(
+    device: str, kind: Any, released: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in reinforcement learning, where each step samples."""
+    calls: list[bool] = []
+    policy = SimpleNamespace(release_memory=lambda: calls.append(True))
+    monkeypatch.setattr(kind, "policy", policy)
+    module = kind(**({"depth": 2} if kind is PretrainModule else {}))
+    module.net = SimpleNamespace(device=torch.device(device))
+    module.on_validation_end()
+    assert bool(calls) == released

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lmchat.checkpoint.layout import CheckpointPaths, committed_steps, files_by_step
 from lmchat.checkpoint.meta_schema import check_meta, shown
@@ -311,7 +312,7 @@ def check_can_resume(checkpoint: Checkpoint) -> None:
 def load_model(
     checkpoint: Checkpoint, device: torch.device | str = "cpu", compute_dtype: torch.dtype | None = None
 ) -> GPT:
-    """The checkpoint's network in eval mode; ``compute_dtype`` None is the default of ``device``.
+    """The checkpoint's network in eval mode, with fp32 weights; ``compute_dtype`` None is the default of ``device``.
 
     Raises:
         UserError: the model file is damaged, or does not fit the model's shape.
@@ -321,3 +322,15 @@ def load_model(
     net.to_empty(device=device)
     net.load_state_dict(load_network_state(checkpoint))
     return net.eval()
+
+
+def load_inference_model(checkpoint: Checkpoint) -> GPT:
+    """As `load_model`, on the GPU if there is one, with matrices and token tables in the compute dtype.
+
+    Both are cast to it at each use anyway, so results are the same.
+    """
+    net = load_model(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
+    for module in net.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            module.weight = nn.Parameter(module.weight.detach().to(net.compute_dtype), requires_grad=False)
+    return net

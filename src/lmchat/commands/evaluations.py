@@ -16,7 +16,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 
-from lmchat.checkpoint.load import find_model, load_model, load_tokenizer
+from lmchat.checkpoint.load import find_model, load_inference_model, load_tokenizer
 from lmchat.evaluation.benchmark import Benchmark, evaluate_each, summary
 from lmchat.evaluation.chat_core import CHAT_CORE, ChatCoreEvaluator
 from lmchat.evaluation.core import choose, read_bundle
@@ -87,9 +87,8 @@ def load_subject(checkpoint: Path | None, tokenizer: Path | None, output: Path |
     """Loads the model of a checkpoint, by default the newest."""
     found = find_model(checkpoint)
     print(f"{found.stage} {found.meta['tag']}, step {found.step}")
-    net = load_model(found, _device())
     return Subject(
-        Policy(net, load_tokenizer(found, tokenizer)),
+        Policy(load_inference_model(found), load_tokenizer(found, tokenizer)),
         output or results_file(found.paths.directory, found.step),
         {"weights": found.meta["files"][found.paths.model.name]["sha256"][:16]},
     )

@@ -64,11 +64,11 @@ class BitsPerByteEvaluator(Evaluator):
         return self._batches(rank, world_size)
 
     def update(self, policy: Policy, batch: Batch) -> None:
+        on_mps = policy.net.device.type == "mps"  # without float64
+        self._metric.to("cpu" if on_mps else policy.net.device)  # first: NCCL cannot reduce a failed rank's on a CPU
         starts, targets = batch.get("document_starts"), batch["targets"]
         nll = policy.net.loss(batch["inputs"], targets, reduction="none", document_starts=starts)
-        if nll.device.type == "mps":  # MPS has no float64
-            nll, targets = nll.cpu(), targets.cpu()
-        self._metric.to(nll.device).update(nll, targets)
+        self._metric.update(*((nll.cpu(), targets.cpu()) if on_mps else (nll, targets)))
 
     def compute(self) -> Metrics:
         value = self._metric.compute()

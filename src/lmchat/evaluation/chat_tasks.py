@@ -33,8 +33,9 @@ class ChatTaskEvaluator(Evaluator):
         return question_batches(self.task, self.batch_size, rank, world_size)
 
     def update(self, policy: Policy, batch: list[Conversation]) -> None:
+        self._counts.to(policy.net.device)  # first: NCCL cannot reduce a failed rank's on a CPU
         correct = grade(policy.engine, self.task, batch, max_new_tokens=self.max_new_tokens)
-        self._counts.to(policy.net.device).update([len(correct), sum(correct)])
+        self._counts.update([len(correct), sum(correct)])
 
     def compute(self) -> Metrics:
         questions, correct = self._counts.pop()

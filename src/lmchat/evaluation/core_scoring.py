@@ -19,8 +19,8 @@ from lmchat.model.gpt import GPT
 
 MAX_BATCH_TOKENS = {"cpu": 1 << 11, "cuda": 1 << 14}
 """Tokens per batch; larger batches do not fit into a CPU's caches."""
-LOGITS_CHUNK = {"cpu": 1 << 6, "cuda": 1 << 13}
-"""Tokens whose logits are computed together, likewise."""
+LOGITS_CHUNK = {"cpu": 1 << 6, "cuda": 1 << 11}
+"""Tokens whose logits are computed together, likewise; on a GPU they take 0.9 GB with a vocabulary of 32,768."""
 
 
 def max_batch_tokens(device: torch.device) -> int:

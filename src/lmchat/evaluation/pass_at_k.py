@@ -55,6 +55,7 @@ class PassAtKEvaluator(Evaluator):
         return question_batches(self.task, self.batch_size, rank, world_size)
 
     def update(self, policy: Policy, batch: list[Conversation]) -> None:
+        self._questions.to(policy.net.device)  # first: NCCL cannot reduce a failed rank's on a CPU
         prompts = [render_for_completion(policy.tokenizer, conversation) for conversation in batch]
         samples = policy.engine.generate(prompts, self.sampling)
         correct = torch.tensor(
@@ -65,7 +66,7 @@ class PassAtKEvaluator(Evaluator):
             dtype=torch.int64,  # a rank may have no questions
             device=policy.net.device,
         )
-        self._questions.to(policy.net.device).update(torch.bincount(correct, minlength=self.sampling.num_samples + 1))
+        self._questions.update(torch.bincount(correct, minlength=self.sampling.num_samples + 1))
 
     def compute(self) -> Metrics:
         questions, samples = self._questions.pop(), self.sampling.num_samples

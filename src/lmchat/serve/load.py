@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from lmchat.checkpoint.load import Checkpoint, load_model, load_tokenizer
+from lmchat.checkpoint.load import Checkpoint, load_inference_model, load_tokenizer
 from lmchat.generation.engine import Engine
 from lmchat.scaling import parameter_counts
 
@@ -29,8 +27,7 @@ def load_engine(checkpoint: Checkpoint, tokenizer_folder: Path | None = None, *,
         UserError: the tokenizer is missing, or is not the model's.
     """
     tokenizer = load_tokenizer(checkpoint, tokenizer_folder)
-    net = load_model(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
-    return Engine(net, tokenizer, max_rows=max_rows)
+    return Engine(load_inference_model(checkpoint), tokenizer, max_rows=max_rows)
 
 
 def model_card(checkpoint: Checkpoint, engine: Engine) -> ModelCard:

@@ -78,6 +78,8 @@ class StageModule(L.LightningModule):
     scales_with_depth: ClassVar[bool] = False
     packed_rows: ClassVar[bool] = True
     """All micro-batches have the same shape and loss at every token."""
+    samples_in_training: ClassVar[bool] = False
+    """The engine is used in every step, not only in evaluations."""
     net: GPT
     sequence_len: int
     plan: RunPlan
@@ -297,6 +299,8 @@ class StageModule(L.LightningModule):
         update_within_memory(batch.evaluator, self.policy, batch.data)
 
     def on_validation_end(self) -> None:
+        if self.net.device.type == "cuda" and not self.samples_in_training:
+            self.policy.release_memory()  # training, whose micro-batch may be as large as fits, needs it
         # Runs after all callbacks; training time resumes.
         self.evaluated_at = time.perf_counter()
 

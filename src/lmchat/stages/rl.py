@@ -48,6 +48,7 @@ class GRPOModule(ChatModule):
 
     stage: ClassVar[str] = "rl"
     packed_rows: ClassVar[bool] = False
+    samples_in_training: ClassVar[bool] = True
 
     def __init__(
         self,
