@@ -211,3 +211,10 @@ def test_non_finite_steps_can_be_skipped(fault: str, tiny_base: Path, tmp_path: 
         (folder / path.name).symlink_to(path)
     assert run(tmp_path, tiny_base, fault, (*options, "--ckpt_path", "last")) == [0, 0], output(tmp_path)
     assert_saved(tmp_path, STEPS, unbroken)
+
+
+@pytest.mark.slow
+def test_a_divergence_in_the_last_step_ends_all_ranks(tiny_base: Path, tmp_path: Path) -> None:
+    assert run(tmp_path, tiny_base, "", ("--model.matrix_lr=1e30", "--trainer.max_steps=1")) == [2, 2]
+    assert output(tmp_path).count("lmchat: the loss is not finite after the last step, 1; the step is not saved") == 2
+    assert committed_steps(tmp_path / "base_checkpoints" / "d2") == []
