@@ -130,10 +130,8 @@ def candidates(params: SamplingParams, vocab_size: int) -> int:
     """Number of most likely tokens that are sampled from; 0 for the whole vocabulary and for greedy decoding."""
     if params.is_greedy:
         return 0
-    limited = params.top_k is not None and params.top_k < vocab_size
-    if params.top_p is not None and params.top_p < 1:
-        return min(params.top_k or vocab_size, vocab_size)
-    return params.top_k or 0 if limited else 0
+    limit = min(params.top_k or vocab_size, vocab_size)
+    return limit if limit < vocab_size or (params.top_p or 1) < 1 else 0
 
 
 class RowParams(NamedTuple):
