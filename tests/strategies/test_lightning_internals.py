@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -74,10 +76,17 @@ def test_sigterm_calls_the_given_handler(tmp_path: Path) -> None:
 
 def test_the_launcher_does_not_kill_other_ranks() -> None:
     launcher = _SubprocessScriptLauncher(LightningEnvironment(), num_processes=2, num_nodes=1)
-    launcher.procs.append(SimpleNamespace())  # type: ignore[arg-type]
-    internals.keep_other_ranks_alive(launcher)
-    assert launcher.procs == []
+    first: Any = SimpleNamespace()
+    launcher.procs.append(first)
+    for _ in range(2):
+        internals.keep_other_ranks_alive(launcher)
+        assert launcher.procs == [] and internals.other_ranks(launcher) == [first]
     internals.keep_other_ranks_alive(None)
+    assert internals.other_ranks(None) == []
+
+
+def test_the_timeout_of_collectives_is_known() -> None:
+    assert internals.process_group_timeout(DDPStrategy(timeout=timedelta(hours=2))) == timedelta(hours=2)
 
 
 @pytest.mark.parametrize(("strategy", "copies"), [("ddp", False), ("ddp_spawn", True), ("ddp_notebook", True)])

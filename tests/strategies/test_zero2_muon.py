@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from lmchat.__main__ import main
 from lmchat.cli.fit import LMChatCLI
 from lmchat.optim.muon_adamw import MuonAdamW
 from lmchat.strategies import zero2_muon
-from lmchat.strategies.zero2_muon import Zero2MuonStrategy
+from lmchat.strategies.zero2_muon import Zero2MuonStrategy, reduce_numbers
 from lmchat.types import UserError
 from zero2_ranks import MICRO_BATCHES_PER_STEP, STEPS
 
@@ -189,3 +190,16 @@ def test_a_failed_run_leaves_no_pending_collective(
     strategy.on_exception(exception)
     strategy.teardown()
     assert calls == expected
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_numbers_are_reduced_where_the_group_of_ranks_can(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL has no tensors on a CPU; the group for these exists in training only."""
+    used: list[tuple[str, Any]] = []
+    monkeypatch.setattr(dist, "all_reduce", lambda x, op, group: used.append((x.device.type, group)))
+    control = object() if training else None
+    strategy = SimpleNamespace(control_group=control, root_device=torch.device("meta"))
+    trainer: Any = SimpleNamespace(world_size=2, strategy=strategy)
+    with nullcontext() if training else pytest.raises(NotImplementedError, match="meta"):
+        reduce_numbers(trainer, torch.ones(2))
+    assert used == [("cpu" if training else "meta", control)]

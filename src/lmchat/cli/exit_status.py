@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import re
 import signal
+import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import lightning as L
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lmchat.checkpoint.writer import INTERRUPTED_PEER_TIMEOUT_SECONDS
 from lmchat.hardware import is_out_of_memory
 from lmchat.stages.base import StageModule
 from lmchat.stages.device_memory import out_of_memory
+from lmchat.strategies.lightning_internals import other_ranks
 from lmchat.types import RankFailure
+
+PEER_SECONDS = INTERRUPTED_PEER_TIMEOUT_SECONDS + 10
+"""Seconds that other ranks have to write their part of a checkpoint and exit, after an error on this one."""
 
 _CONNECTION_LOST = re.compile(r"gloo/transport/\S+ ([\w ]+\w)|(ncclRemoteError)")
 """Messages of gloo and NCCL after another process has exited; a group matches the reason."""
@@ -38,6 +45,24 @@ def exit_with_signal_status(trainer: L.Trainer) -> Iterator[None]:
         sys.exit(128 + signal.SIGINT if isinstance(status.__context__, KeyboardInterrupt) else status.code)
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+@contextmanager
+def ending_other_ranks(trainer: L.Trainer) -> Iterator[None]:
+    """After an error, ends the ranks that this process has started, if they do not end by themselves in time.
+
+    On GPUs they may wait for this rank in NCCL, for 30 minutes by default, and hold their memory.
+    """
+    try:
+        yield
+    except BaseException:
+        deadline = time.monotonic() + PEER_SECONDS
+        for process in other_ranks(trainer.strategy.launcher):
+            try:
+                process.wait(max(0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+        raise
 
 
 @contextmanager

@@ -30,7 +30,12 @@ from lmchat.checkpoint.load import Checkpoint, find_checkpoint
 from lmchat.cli.checks import ENV_PREFIX, check_classes, check_environment, check_groups, check_trainer_options
 from lmchat.cli.class_errors import check_callbacks, explain_class_error
 from lmchat.cli.early_checks import check_config_files
-from lmchat.cli.exit_status import exit_with_signal_status, translate_out_of_memory, translate_peer_failure
+from lmchat.cli.exit_status import (
+    ending_other_ranks,
+    exit_with_signal_status,
+    translate_out_of_memory,
+    translate_peer_failure,
+)
 from lmchat.cli.former_names import accept_former_names, rename_argument
 from lmchat.cli.loggers import RunCSVLogger, RunTensorBoardLogger
 from lmchat.paths import expand_user, log_dir
@@ -202,6 +207,7 @@ class LMChatCLI(LightningCLI):
         fixed_rows = model.packed_rows and not self.datamodule.chooses_micro_batch
         check_model_fits(model, trains=True, rows=self.datamodule.micro_batch_size if fixed_rows else 1)
         with (
+            ending_other_ranks(self.trainer),
             exit_with_signal_status(self.trainer),
             translate_peer_failure(self.trainer),
             translate_out_of_memory(model),
@@ -218,7 +224,7 @@ class LMChatCLI(LightningCLI):
         check_model_fits(model, trains=False)
         if self.resumed:
             set_global_step(self.trainer, self.resumed.step)
-        with translate_peer_failure(self.trainer), translate_out_of_memory(model):
+        with ending_other_ranks(self.trainer), translate_peer_failure(self.trainer), translate_out_of_memory(model):
             self.trainer.validate(model, ckpt_path=self.resumed.paths.meta if self.resumed else None, **kwargs)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.overrides.distributed import _sync_module_states
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 
 OVERRIDDEN_CLI_HOOKS = ("_parse_ckpt_path", "_set_seed", "_run_subcommand")
@@ -33,7 +36,20 @@ def take_over_sigterm(trainer: L.Trainer, handler: Callable[..., None]) -> None:
 def keep_other_ranks_alive(launcher: Any) -> None:
     """Keeps Lightning's launcher from killing the other ranks as soon as one of them exits with an error."""
     if isinstance(launcher, _SubprocessScriptLauncher):
+        launcher.kept_alive = other_ranks(launcher)  # type: ignore[attr-defined]
         launcher.procs.clear()
+
+
+def other_ranks(launcher: Any) -> list[subprocess.Popen[bytes]]:
+    """Processes of the ranks that Lightning's launcher has started from this one."""
+    if not isinstance(launcher, _SubprocessScriptLauncher):
+        return []
+    return [*getattr(launcher, "kept_alive", []), *launcher.procs]
+
+
+def process_group_timeout(strategy: DDPStrategy) -> timedelta | None:
+    """The ``timeout`` of a strategy's collectives."""
+    return strategy._timeout
 
 
 def copies_processes(launcher: Any) -> bool:

@@ -25,6 +25,7 @@ from lmchat.strategies.lightning_internals import (
     broadcast_module_states,
     ends_optimizer_step,
     keep_other_ranks_alive,
+    process_group_timeout,
     stop_after_batch,
     take_over_sigterm,
 )
@@ -155,7 +156,7 @@ class Zero2MuonStrategy(DDPStrategy):
 
     def _take_over_signals(self, trainer: L.Trainer) -> None:
         # A separate group on the CPU neither waits for the device nor interferes with its collectives.
-        self.control_group = dist.new_group(backend="gloo")
+        self.control_group = dist.new_group(backend="gloo", timeout=process_group_timeout(self))
         # First in the list, since later callbacks reduce metrics over the ranks.
         trainer.callbacks.insert(0, _AwaitEvaluation())  # type: ignore[attr-defined]
         take_over_sigterm(trainer, self._on_signal)
@@ -206,8 +207,8 @@ class Zero2MuonStrategy(DDPStrategy):
 def reduce_numbers(trainer: L.Trainer, numbers: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
     """Reduces a few numbers over the ranks; returns them on the CPU.
 
-    Lightning's ``Strategy.reduce`` would add a barrier. zero2_muon reduces over its CPU group, which raises
-    RuntimeError if another rank has failed; NCCL would wait for that rank and ignore signals.
+    Lightning's ``Strategy.reduce`` would add a barrier. In training, zero2_muon reduces over its CPU group, which
+    raises RuntimeError if another rank has failed; NCCL would wait for that rank and ignore signals.
 
     Args:
         numbers: tensor on any device, with the same shape and dtype on all ranks; needs a device sync.
@@ -215,11 +216,8 @@ def reduce_numbers(trainer: L.Trainer, numbers: Tensor, op: Any = dist.ReduceOp.
     """
     if trainer.world_size == 1:
         return numbers.cpu()
-    if isinstance(trainer.strategy, Zero2MuonStrategy):
-        device, group = torch.device("cpu"), trainer.strategy.control_group
-    else:
-        device, group = trainer.strategy.root_device, None
-    numbers = numbers.to(device)
+    group = getattr(trainer.strategy, "control_group", None)
+    numbers = numbers.to(trainer.strategy.root_device if group is None else "cpu")
     dist.all_reduce(numbers, op=op, group=group)
     return numbers.cpu()
 
