@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from lmchat.evaluation.bits_per_byte import BitsPerByte
+from lmchat.evaluation.bits_per_byte import BitsPerByte, BitsPerByteEvaluator
+from lmchat.model.config import GPTConfig
+from lmchat.model.gpt import GPT
 from lmchat.types import IGNORE_INDEX
+from random_weights import with_random_weights
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +73,20 @@ def test_sums_stay_exact_over_a_long_evaluation() -> None:
         metric.update(nll, targets)
     assert int(metric.num_bytes) == 2_000_000
     assert float(metric.compute()) == pytest.approx(float(nll[0]) / math.log(2), rel=1e-9)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 4])
+def test_parts_of_a_batch_keep_its_documents(parts: int) -> None:
+    config = GPTConfig(sequence_len=32, vocab_size=70, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
+    policy: Any = SimpleNamespace(net=with_random_weights(GPT(config), 0.3, embeddings=1.0))
+    ids = torch.randint(70, (4, 33), generator=torch.Generator().manual_seed(0))
+    starts = torch.tensor([0, 5, 32, 50, 64, 96, 100, 127, 128, 128, 128], dtype=torch.int32)
+    batch: Any = {"inputs": ids[:, :-1], "targets": ids[:, 1:], "document_starts": starts}
+    values = []
+    for pieces in (1, parts):
+        evaluator = BitsPerByteEvaluator(torch.ones(70, dtype=torch.int64), lambda rank, world_size: [batch])
+        for piece in evaluator.split(batch, pieces):
+            assert len(piece["document_starts"]) == len(starts)
+            evaluator.update(policy, piece)
+        values.append(evaluator.compute()["bpb"])
+    assert float(values[1]) == pytest.approx(float(values[0]), rel=1e-6)

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from lmchat.__main__ import main
 from lmchat.checkpoint.load import find_checkpoint
 from lmchat.model.gpt import GPT
-from lmchat.scaling import config_for_depth
+from lmchat.scaling import config_for_depth, parameter_counts
 from lmchat.stages import device_memory
 from lmchat.training_memory import training_memory
 from tiny_fit import config_options
@@ -105,6 +106,15 @@ def test_a_gpu_tries_the_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     largest = 0
     with pytest.raises(device_memory.UserError, match=r"not one row .* --model.checkpoint_blocks true"):
         device_memory.choose_micro_batch(module, 64 * 2048, sys.maxsize)
+
+
+def test_ddp_takes_buffers_for_all_gradients() -> None:
+    module: Any = StandIn(GPT(CONFIG))
+    alone = device_memory.estimate(module, 8).states
+    module.world_size = 2
+    assert device_memory.estimate(module, 8).states - alone == 4 * parameter_counts(module.config).total
+    module.shards_optimizer = True
+    assert device_memory.estimate(module, 8).states < alone
 
 
 class StandIn:

@@ -77,6 +77,8 @@ class Monitor(StepCallback):
         super().on_train_start(trainer, pl_module)
         self.first_step = trainer.global_step
         self._peak = peak_flops(pl_module.device)
+        if pl_module.device.type == "cuda":  # not that of sizes that were tried before
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
         self._lap_steps = self._lap_tokens = 0
         self._warm_seconds, self._warm_steps = 0.0, 0
         if trainer.is_global_zero:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -62,6 +64,17 @@ class BitsPerByteEvaluator(Evaluator):
 
     def batches(self, rank: int, world_size: int) -> Iterable[Batch]:
         return self._batches(rank, world_size)
+
+    def split(self, batch: Any, parts: int) -> list[Any]:
+        starts = batch.get("document_starts")
+        pieces = super().split({name: value for name, value in batch.items() if name != "document_starts"}, parts)
+        first = 0
+        for piece in pieces if starts is not None else []:
+            tokens = piece["inputs"].numel()
+            own = starts[(starts >= first) & (starts < first + tokens)] - first
+            piece["document_starts"] = F.pad(own, (0, len(starts) - len(own)), value=tokens)
+            first += tokens
+        return pieces
 
     def update(self, policy: Policy, batch: Batch) -> None:
         on_mps = policy.net.device.type == "mps"  # without float64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,7 @@ def estimate(module: StageModule, rows: int, *, recompute: bool = False) -> Trai
     if on_gpu and module.packed_rows and module.compile_mode is not False:
         mode = "recomputing" if recompute else "compiled"
     sharded = getattr(trainer.strategy, "shards_optimizer", False)
-    return training_memory(
+    memory = training_memory(
         module.config,
         rows,
         mode=mode,
@@ -41,6 +42,9 @@ def estimate(module: StageModule, rows: int, *, recompute: bool = False) -> Trai
         element_bytes=2 if module.network_dtype(trainer.strategy.root_device) == torch.bfloat16 else 4,
         on_gpu=on_gpu,
     )
+    if trainer.world_size > 1 and not sharded:  # DDP reduces gradients in buffers of their size
+        memory = replace(memory, states=memory.states + 4 * parameter_counts(module.config).total)
+    return memory
 
 
 def check_model_fits(module: StageModule, trains: bool, rows: int = 1) -> None:
