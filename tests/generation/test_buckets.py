@@ -18,7 +18,7 @@ def conversations() -> tuple[list[list[int]], int]:
     engine.prefixes.load = lambda *given: reused.append(load(*given)) or reused[-1]  # type: ignore[method-assign, func-returns-value]
     answers: list[list[int]] = []
     earlier: list[list[int]] = []
-    for _ in range(60):
+    for _ in range(30):
         prompts = []
         for _ in range(rng.randint(1, 5)):
             if earlier and rng.random() < 0.7:
