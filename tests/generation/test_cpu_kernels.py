@@ -19,6 +19,7 @@ from lmchat.generation.cached_attention import DecodeCache, Groups
 from lmchat.generation.cpu_kernels import add_and_norm, attend, has_kernels
 from lmchat.generation.engine import Engine
 from lmchat.generation.kv_pool import KVPool, SlotLayout
+from lmchat.generation.packed import can_pack
 from lmchat.generation.sampling import SamplingParams
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import norm, rotate
@@ -253,6 +254,7 @@ def test_the_default_dtype_does_not_matter(dtype: torch.dtype) -> None:
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.skipif(not can_pack(torch.device("cpu"), torch.float32), reason="kernels are used with packed products")
 def test_without_a_compiler_a_warning_and_equal_answers(
     fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
