@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -85,8 +86,7 @@ class BestFitPacker(Iterator[PackedRow]):
         self._keys: list[int] = []
         # With "split", the buffered documents longer than a row, in order of arrival. Only `_first_long` takes them.
         self._long = deque[int]()
-        # Documents from `_next` on, the last one first.
-        self._upcoming: list[int] = []
+        self._upcoming = self._keys_from(0)
         self.start = 0
         # Arrival and next token of the document that the next row continues.
         self._cut: tuple[int, int] | None = None
@@ -145,17 +145,10 @@ class BestFitPacker(Iterator[PackedRow]):
     def _top_up(self) -> bool:
         """Refills the buffer; returns whether it has ``buffer_size`` documents."""
         keys = self._keys
-        while len(keys) < self.buffer_size and self._next < self._end:
-            stop = min(self._next + self.refill, self._end)
-            while self._next < stop:
-                if not self._upcoming:
-                    self._upcoming = self._read_ahead()
-                count = min(stop - self._next, len(self._upcoming))
-                entering = self._upcoming[: -count - 1 : -1]
-                keys += entering
-                self._long.extend(self._too_long(entering))
-                del self._upcoming[-count:]
-                self._next += count
+        while len(keys) < self.buffer_size and (entering := list(islice(self._upcoming, self.refill))):
+            keys += entering
+            self._long.extend(self._too_long(entering))
+            self._next += len(entering)
         keys.sort()
         return len(keys) >= self.buffer_size
 
@@ -163,11 +156,13 @@ class BestFitPacker(Iterator[PackedRow]):
         """With ``split``, the documents that are longer than a row."""
         return [key for key in keys if key >> _ARRIVAL_BITS > self.row_tokens] if self.policy == "split" else []
 
-    def _read_ahead(self) -> list[int]:
-        """Keys of the next documents, the last one first. Converting one at a time would take longer than packing."""
-        first = self._next % len(self.lengths)
-        lengths = self.lengths[first : first + min(_READ_AHEAD, self._end - self._next)]
-        return self._to_keys(lengths, np.arange(self._next, self._next + len(lengths)))[::-1]
+    def _keys_from(self, arrival: int) -> Iterator[int]:
+        """Yields the keys of documents, converted many at a time: one by one would take longer than packing."""
+        while arrival < self._end:
+            first = arrival % len(self.lengths)
+            lengths = self.lengths[first : first + min(_READ_AHEAD, self._end - arrival)]
+            yield from self._to_keys(lengths, np.arange(arrival, arrival + len(lengths)))
+            arrival += len(lengths)
 
     def _to_keys(self, lengths: npt.NDArray[np.integer], arrivals: npt.NDArray[np.int64]) -> list[int]:
         lengths = lengths.astype(np.int64)
@@ -205,7 +200,7 @@ class BestFitPacker(Iterator[PackedRow]):
             UserError: it is not the state of a packer.
         """
         self._next = count_in(state, "next", self._end)
-        self._upcoming = []
+        self._upcoming = self._keys_from(self._next)
         arrivals = self._checked_buffer(state.get("buffer"))
         self._cut = self._checked_cut(state["cut"], arrivals) if "cut" in state else None
         lengths = self.lengths[arrivals % len(self.lengths)]
