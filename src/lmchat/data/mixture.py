@@ -50,9 +50,9 @@ class Mixture:
         self.shuffle_seed = shuffle_seed
 
     @cached_property
-    def _ends(self) -> list[int]:
-        """End (exclusive) of each part before the shuffle."""
-        return list(accumulate(len(part.task) * part.epochs for part in self.parts))
+    def _starts(self) -> list[int]:
+        """Start of each part before the shuffle, and the end of the last one."""
+        return list(accumulate((len(part.task) * part.epochs for part in self.parts), initial=0))
 
     @cached_property
     def _order(self) -> np.ndarray:
@@ -63,7 +63,7 @@ class Mixture:
         return np.asarray(order)
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return self._starts[-1]
 
     def locate(self, index: int) -> tuple[Task, int]:
         """The task at ``index``, and the index of the conversation within it."""
@@ -72,16 +72,13 @@ class Mixture:
 
     def _find(self, index: int) -> tuple[int, int]:
         position = int(self._order[index])
-        part = bisect.bisect_right(self._ends, position)
-        return part, (position - self._start(part)) % len(self.parts[part].task)
-
-    def _start(self, part: int) -> int:
-        return self._ends[part - 1] if part else 0
+        part = bisect.bisect_right(self._starts, position) - 1
+        return part, (position - self._starts[part]) % len(self.parts[part].task)
 
     def source(self, index: int) -> int:
         """A number below the length, which is the same for all repetitions of a conversation by its part."""
         part, local = self._find(index)
-        return self._start(part) + local
+        return self._starts[part] + local
 
     def __getitem__(self, index: int) -> Conversation:
         task, local = self.locate(index)
@@ -93,7 +90,7 @@ class Mixture:
     @property
     def part_numbers(self) -> np.ndarray:
         """(conversations,) of the smallest unsigned dtype, index in ``parts`` of the part of each conversation."""
-        numbers = np.searchsorted(self._ends, self._order, side="right")
+        numbers = np.searchsorted(self._starts, self._order, side="right") - 1
         return numbers.astype(np.min_scalar_type(len(self.parts)))
 
     def notes(self) -> list[str]:
