@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+import numpy as np
 
 from lmchat.data.mixture import Mixture
 from lmchat.data.padded_batches import PaddedPlan
@@ -48,7 +49,10 @@ def show_conversations(
         report = render_all(chosen, tokenizer, max_tokens, Path(folder), title="Rendering")
         rendered = RenderedConversations(Path(folder))
         plan = PaddedPlan(rendered, max_tokens, rows_per_step=1)
-        for index in _matching(rendered, only, start)[:rows]:
+        wanted = np.ones(len(rendered), bool)
+        if only is not None:
+            wanted = rendered.cut_tokens > 0 if only == "truncated" else rendered.loss_tokens == 0
+        for index in (start + wanted[start:].nonzero()[0])[:rows].tolist():
             ids, mask = (array.tolist() for array in rendered[index])
             cut = ", truncated" if rendered.cut_tokens[index] else ""
             name = mixture.locate(index)[0].name
@@ -63,14 +67,6 @@ def show_conversations(
         f"packed into rows of {max_tokens:,} tokens: {plan.num_rows:,} rows, {plan.padded_share():.1%} padding, "
         f"{plan.masked_rows():,} rows without loss"
     )
-
-
-def _matching(rendered: RenderedConversations, only: Filter | None, start: int) -> Sequence[int]:
-    """Indices of the conversations that match ``only``, from ``start`` on."""
-    if only is None:
-        return range(start, len(rendered))
-    wanted = rendered.cut_tokens > 0 if only == "truncated" else rendered.loss_tokens == 0
-    return [index for index in wanted.nonzero()[0].tolist() if index >= start]
 
 
 def marked_tokens(tokenizer: Tokenizer, ids: list[int], mask: list[bool]) -> Text:

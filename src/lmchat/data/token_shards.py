@@ -16,14 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from lmchat.data.parquet_text import list_shards
-from lmchat.data.token_file import (
-    HEADER_BYTES,
-    Header,
-    read_header,
-    read_offsets,
-    token_dir,
-    token_path,
-)
+from lmchat.data.token_file import HEADER_BYTES, Header, read_header, read_offsets, token_dir, token_path
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.types import UserError, user_errors
 
