@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib import resources
+from itertools import cycle
 from pathlib import Path
 
 from lmchat.paths import base_data_dir, tokenizer_dir
@@ -12,6 +13,9 @@ EVAL_CHARACTERS = 1_000_000
 """Characters of a shard that ``lmchat tokenizer eval`` reads."""
 _TOKENS_AT_ONCE = 1000
 """Tokens that ``lmchat tokenizer show`` formats before it prints them."""
+_STYLES = ("black on cyan", "black on yellow", "black on green", "black on magenta")
+# Marks of white space, and what terminals that lack them show.
+_WHITESPACE = {" ": "·_", "\n": ("⏎", r"\n"), "\t": ("⇥", r"\t"), "\r": ("␍", r"\r")}
 
 
 def train(
@@ -98,17 +102,25 @@ def show(text: str, tokenizer: Path | None = None) -> None:
         tokenizer: folder of the tokenizer; default is $LMCHAT_BASE_DIR/tokenizer.
     """
     from rich.console import Console
+    from rich.text import Text
 
     from lmchat.tokenizer.bpe import Tokenizer
-    from lmchat.tokenizer.display import colored_tokens
 
     ours = Tokenizer.load(tokenizer or tokenizer_dir())
     text = sys.stdin.read() if text == "-" else text
     ids = ours.encode(text)
     n_bytes = len(text.encode(errors="replace"))
     console = Console(highlight=False)
+    encoding = console.encoding
     for start in range(0, len(ids), _TOKENS_AT_ONCE):
-        console.print(colored_tokens(ours, ids[start : start + _TOKENS_AT_ONCE], console.encoding))
+        line = Text()
+        for token, style in zip(ids[start : start + _TOKENS_AT_ONCE], cycle(_STYLES), strict=False):
+            visible = ours.decode_bytes([token]).decode(errors="backslashreplace")
+            for character, marks in _WHITESPACE.items():
+                visible = visible.replace(character, next(mark for mark in marks if mark.encode(encoding, "ignore")))
+            line.append(visible.encode(encoding, "backslashreplace").decode(encoding), style=style)
+            line.append(f" {token}  ", style="dim")
+        console.print(line)
     console.print(f"{len(ids):,} tokens, {n_bytes:,} bytes, {n_bytes / max(len(ids), 1):.2f} bytes per token")
 
 
