@@ -27,7 +27,7 @@ from lmchat.tasks.base import (
 )
 from lmchat.tasks.gsm8k import NumericAnswerTask
 from lmchat.tasks.patterns import pick
-from lmchat.tasks.words import read_words, split_words
+from lmchat.tasks.words import read_words
 from lmchat.types import Conversation, Part, UserError
 
 ABSENT_LETTER_SHARE = 0.1
@@ -77,7 +77,7 @@ class WordTask(GeneratedTask):
     @cached_property
     def words(self) -> list[str]:
         """The words of the split in the order in which examples use them, cyclically."""
-        words = split_words(read_words(self.words_path), self.split)
+        words = [word for word in read_words(self.words_path) if in_split(word, self.split)]
         if not words:
             raise UserError(f"{self.name}: {self.words_path or 'the list'} has no {self.split} words; use a longer one")
         random.Random(f"{self.seed}").shuffle(words)

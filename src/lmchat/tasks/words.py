@@ -1,4 +1,4 @@
-"""Word lists for the spelling tasks, and their train/test split."""
+"""Word lists for the spelling tasks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 
 from lmchat.files import replacing
 from lmchat.paths import base_dir, expand_user
-from lmchat.tasks.base import Split, in_split
 from lmchat.types import UserError
 
 # Not part of a longer word, compound or contraction.
@@ -74,8 +73,3 @@ def read_words(path: str | Path | None) -> list[str]:
     if not words:
         raise UserError(f"{file} contains no words; give a file with one word per line")
     return words
-
-
-def split_words(words: list[str], split: Split) -> list[str]:
-    """The words of a split. The split depends on the word only, so it is the same for all word lists."""
-    return [word for word in words if in_split(word, split)]
