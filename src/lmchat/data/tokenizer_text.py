@@ -92,16 +92,11 @@ def check_writable(directory: Path) -> None:
 def read_beginnings(files: Iterable[Path], max_chars: int, doc_cap: int) -> Iterator[str]:
     """Yields the first ``doc_cap`` characters of each document, at most ``max_chars`` in total."""
     for file in files:
-        for document in _documents(file):
+        plain = file.suffix == ".txt"
+        documents = iter([file.read_text("utf-8", "replace")]) if plain else read_documents(file)
+        for document in filter(None, documents):
             text = document[: min(doc_cap, max_chars)]
             max_chars -= len(text)
             yield text
             if max_chars == 0:
                 return
-
-
-def _documents(file: Path) -> Iterator[str]:
-    if file.suffix != ".txt":
-        yield from (text for text in read_documents(file) if text)
-    elif text := file.read_text(encoding="utf-8", errors="replace"):
-        yield text
