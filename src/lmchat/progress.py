@@ -22,12 +22,9 @@ class ProgressBar(tqdm):
     """A progress bar.
 
     Args:
-        description: text before the bar.
         total: amount of work; None if unknown, which shows neither share nor time left.
-        unit: unit of the amounts, e.g. ``documents``; ``B`` is shown as kB, MB and so on; without one only the share is
-            shown.
+        unit: e.g. ``documents``; ``B`` is shown as kB, MB and so on; without one only the share is shown.
         done: work done before, which does not count for the speed.
-        enabled: False shows nothing.
         log: print a line every minute if stderr is not a terminal.
     """
 

@@ -51,25 +51,14 @@ class RankFailure(RuntimeError):
 
 
 class Part(TypedDict):
-    """One part of an assistant message.
-
-    Attributes:
-        type: "text", "python" (a calculator call) or "python_output" (the calculator's result).
-        text: content of the part.
-    """
+    """One part of an assistant message: text, a calculator call ("python"), or the calculator's result."""
 
     type: Literal["text", "python", "python_output"]
     text: str
 
 
 class Message(TypedDict):
-    """One message of a conversation.
-
-    Attributes:
-        role: who wrote it.
-        content: a string, or for the assistant a list of parts.
-        weight: 1 (default) computes the loss on an assistant message, 0 does not.
-    """
+    """One message of a conversation. Only the assistant's may have parts; with ``weight`` 0 they have no loss."""
 
     role: Literal["system", "user", "assistant"]
     content: str | list[Part]
@@ -115,8 +104,7 @@ class Rollout(TypedDict):
         prompt_tokens: number of tokens before the first sample.
         sample_tokens: number of tokens of each sample.
         group_tokens: number of sampled tokens of the group, with those of samples without advantage.
-        loss_tokens: as in `Batch`.
-        state: as in `Batch`.
+        loss_tokens, state: as in `Batch`.
         metrics: metrics of all samples of the step, see `lmchat.rl.rollouts.rollout_metrics`.
     """
 

@@ -110,7 +110,7 @@ class GeneratedTask(Task):
 def in_split(key: str, split: Split) -> bool:
     """Whether ``key`` belongs to ``split``.
 
-    A hash of the key decides, so the splits of generated examples are disjoint for all options of the tasks.
+    A hash of the key decides, so the splits of generated examples are disjoint for all options and word lists.
     """
     return (zlib.crc32(key.encode()) % TEST_SHARE == 0) == (split == "test")
 
@@ -187,11 +187,7 @@ def reward_in_words_of(correct: bool, completion: str, *texts: str) -> float:
 
     If only a number or a name is graded, reinforcement learning otherwise degrades the words around it.
 
-    Args:
-        correct: whether the answer is correct.
-        completion: the answer.
-        texts: texts whose words it may use. Numbers, punctuation and special tokens are always allowed, except that
-            ``#`` and ``$`` count as words.
+    Numbers, punctuation and special tokens are always allowed, except that ``#`` and ``$`` count as words.
 
     Returns:
         0 if the answer is wrong; 1 if it is correct and has only words of ``texts``; else `UNSEEN_WORDS_REWARD`.

@@ -46,11 +46,7 @@ TOPICS = {name: Topic(**{**texts, "questions": expand(*texts["questions"])}) for
 
 
 class IdentityConversation(Conversation):
-    """A conversation about the assistant.
-
-    Attributes:
-        facts: groups of alternatives; a correct last answer contains one of each group.
-    """
+    """A conversation about the assistant, with the ``facts`` of its last `Topic`."""
 
     facts: list[list[str]]
 
