@@ -30,7 +30,6 @@ COMMANDS = {
     "demo": "the whole pipeline at small scale, on this machine's documentation, offline",
 }
 
-
 USE_TORCH = ("eval", "chat", "serve", "export", "import", "demo")
 
 
@@ -201,18 +200,13 @@ def _explain(error: OSError) -> str | None:
         return f"{what}; make room in one of them, or set TMPDIR to another folder"
     if not is_named:
         return None
-    if not _concerns(error.filename, folder):
+    path, base = Path(error.filename).absolute(), folder.absolute()
+    if not (path.is_relative_to(base) or base.is_relative_to(path)):
         return f"{what}; give another path, or make this one readable and writable"
     remedy = "set LMCHAT_BASE_DIR to a folder that can be written to"
     if isinstance(error, FileNotFoundError) and folder.is_dir():
         remedy = "put it back (a link on the way to it may point nowhere), or set LMCHAT_BASE_DIR to another folder"
     return f"{what}; lmchat keeps its files in {folder}: {remedy}"
-
-
-def _concerns(filename: str, folder: Path) -> bool:
-    """Whether the file is in ``folder``, or is one of its parents."""
-    path, folder = Path(filename).absolute(), folder.absolute()
-    return path.is_relative_to(folder) or folder.is_relative_to(path)
 
 
 def _fail(message: str, status: int = 2) -> int:

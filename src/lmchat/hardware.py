@@ -38,10 +38,8 @@ DENSE_BF16_PEAK = {
 }
 """Dense bf16 peak in FLOP/s by parts of the device's name, from the vendors' data sheets; more specific names first."""
 
-
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 """The memory limit of a container on Linux: bytes, or "max"."""
-
 
 MIN_ADDRESS_SPACE_BYTES = 2**30
 _LIBRARIES_BYTES = 600_000_000

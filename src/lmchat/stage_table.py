@@ -27,15 +27,9 @@ class Stage:
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("pretrain", checkpoints="base_checkpoints", logs="pretrain"),
-        Stage("sft", checkpoints="chatsft_checkpoints", logs="sft", predecessors=("pretrain",)),
-        Stage(
-            "rl",
-            checkpoints="chatrl_checkpoints",
-            logs="grpo",
-            predecessors=("sft", "pretrain"),
-            former_names=("grpo",),
-        ),
+        Stage("pretrain", "base_checkpoints", logs="pretrain"),
+        Stage("sft", "chatsft_checkpoints", logs="sft", predecessors=("pretrain",)),
+        Stage("rl", "chatrl_checkpoints", logs="grpo", predecessors=("sft", "pretrain"), former_names=("grpo",)),
     )
 }
 """All stages by name, in the order of the pipeline."""
