@@ -120,21 +120,18 @@ def _sorted(path: Path, rows: Iterable[tuple[bytes, bytes]]) -> Iterator[tuple[i
     path.unlink()
 
 
-def _write_shard(path: Path, texts: Iterable[str], max_characters: float) -> int:
+def _write_shard(path: Path, texts: Iterator[str], max_characters: float) -> int:
     """Writes texts until they have ``max_characters``; returns the number of their characters."""
-    characters = group_characters = 0
-    group: list[str] = []
+    characters = 0
     with pq.ParquetWriter(path, _SCHEMA, compression="zstd") as file:
-        for text in texts:
-            group.append(text)
-            characters += len(text)
-            group_characters += len(text)
-            is_full = characters >= max_characters
-            if is_full or len(group) == _ROW_GROUP_DOCUMENTS or group_characters >= _ROW_GROUP_CHARACTERS:
-                file.write_table(pa.table({TEXT_COLUMN: group}, schema=_SCHEMA))
-                group, group_characters = [], 0
-            if is_full:
+        while characters < max_characters:
+            group, limit = list[str](), min(max_characters, characters + _ROW_GROUP_CHARACTERS)
+            for text in islice(texts, _ROW_GROUP_DOCUMENTS):
+                group.append(text)
+                characters += len(text)
+                if characters >= limit:
+                    break
+            if not group:
                 break
-        if group:
             file.write_table(pa.table({TEXT_COLUMN: group}, schema=_SCHEMA))
     return characters
