@@ -96,7 +96,14 @@ def render_all(
                 renderings.write(np.array(own, _RENDERING).tobytes())
                 start += length
             index.write(np.uint32(rendered[source] - 1).tobytes())
-    return RenderedConversations(folder).report()
+    written = RenderedConversations(folder)
+    return RenderReport(
+        conversations=total,
+        tokens=int(written.lengths.sum()),
+        loss_tokens=int(written.loss_tokens.sum()),
+        truncated=int(np.count_nonzero(written.cut_tokens)),
+        no_loss_tokens=int((written.loss_tokens == 0).sum()),
+    )
 
 
 class RenderedConversations:
@@ -138,15 +145,6 @@ class RenderedConversations:
     @property
     def checksums(self) -> npt.NDArray[np.uint32]:
         return self._of_each("checksums")
-
-    def report(self) -> RenderReport:
-        return RenderReport(
-            conversations=len(self),
-            tokens=int(self.lengths.sum()),
-            loss_tokens=int(self.loss_tokens.sum()),
-            truncated=int(np.count_nonzero(self.cut_tokens)),
-            no_loss_tokens=int((self.loss_tokens == 0).sum()),
-        )
 
     def __len__(self) -> int:
         return len(self._index)
