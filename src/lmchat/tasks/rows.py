@@ -16,7 +16,7 @@ from lmchat.hub import Session
 from lmchat.progress import ProgressBar
 from lmchat.tasks.base import Task
 from lmchat.tasks.row_files import MalformedRow, Rows, TableRows, checked_text, read_rows
-from lmchat.types import Conversation, UserError
+from lmchat.types import Conversation, UserError, user_errors
 
 REFERENCE_SHUFFLE_SEED = 42
 """Seed of ``numpy.random.default_rng(seed).permutation``, the order in which ``datasets`` shuffles rows."""
@@ -68,17 +68,13 @@ class HubDataset:
         from huggingface_hub.constants import HF_HUB_CACHE
 
         session = Session(str(self))
-        try:
+        # Errors of the network, the Hub or the cache are of many types.
+        remedy = "check the network, or give a local copy as `path`"
+        with user_errors(f"cannot load {self} from the Hub", remedy, Exception):
             builder = session.list_files(lambda _: datasets.load_dataset_builder(self.repository, self.config))
             fetched = Path(HF_HUB_CACHE, f"datasets--{self.repository.replace('/', '--')}")
             session.download(builder.download_and_prepare, [fetched, Path(builder.cache_dir).parent])
             dataset = builder.as_dataset(split=self.split)
-        except UserError:
-            raise
-        except Exception as error:  # errors of the network, the Hub or the cache are of many types
-            raise UserError(
-                f"cannot load {self} from the Hub: {error}; check the network, or give a local copy as `path`"
-            ) from error
         return TableRows(dataset.with_format("arrow")[:], str(self))
 
 
