@@ -96,21 +96,17 @@ def download_shards(
     check_count("", 1, num_workers=num_workers, num_shards=None if num_shards == -1 else num_shards)
     disable_progress_bars()
     hub = _Hub(repo_id, revision, output / _STAGING)
-    shards = _choose(hub.list_shards(pattern), num_shards, repo_id)
+    *train, validation = hub.list_shards(pattern)
+    if num_shards > len(train):
+        raise UserError(f"num_shards is {num_shards}; {repo_id} has {len(train)} training shards (-1 takes all)")
+    # Validation first, so that a run started meanwhile does not take another shard for it.
+    shards = [validation, *(train if num_shards == -1 else train[:num_shards])]
     with _claim(output, repo_id):
         sizes = {path.name: path.stat().st_size for path in output.glob("*") if path.is_file()}
         missing = [shard for shard in shards if sizes.get(shard.name) != shard.size]
         _fetch_all(hub, missing, output, num_workers)
         shutil.rmtree(output / _STAGING, ignore_errors=True)
     return DownloadReport(output, len(shards), len(shards) - len(missing), sum(shard.size for shard in shards))
-
-
-def _choose(shards: list[Shard], num_shards: int, repo_id: str) -> list[Shard]:
-    """Selects the shards; validation first, so that a run started meanwhile does not take another shard for it."""
-    *train, validation = shards
-    if num_shards > len(train):
-        raise UserError(f"num_shards is {num_shards}; {repo_id} has {len(train)} training shards (-1 takes all)")
-    return [validation, *(train if num_shards == -1 else train[:num_shards])]
 
 
 @contextlib.contextmanager
