@@ -13,6 +13,7 @@ import warnings
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 TRAINER_COMMANDS = {
     "fit": "train a stage: lmchat fit --config configs/d12_pretrain.yaml",
@@ -95,14 +96,9 @@ def _run_command(name: str, args: list[str]) -> None:
 
 def main(args: list[str] | None = None) -> int:
     """Runs ``lmchat ARGS`` and returns the exit status. A `UserError` prints its message without a traceback."""
-    from lmchat.cli.standard_streams import (
-        BROKEN_PIPE_STATUS,
-        discard_output,
-        is_broken_output,
-        prepare_standard_streams,
-    )
+    from lmchat.cli import standard_streams
 
-    prepare_standard_streams()
+    standard_streams.prepare_standard_streams()
     # For telemetry huggingface_hub also asks the Hub for a list and keeps the response unchecked: a mirror's wrong one
     # would break every download for a day.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -114,14 +110,14 @@ def main(args: list[str] | None = None) -> int:
             sys.stdout.flush()
             raise
     except (BrokenPipeError, SystemExit) as error:
-        if not is_broken_output(error):
+        if not standard_streams.is_broken_output(error):
             raise
-        discard_output()
-        return BROKEN_PIPE_STATUS
+        standard_streams.discard_output()
+        return standard_streams.BROKEN_PIPE_STATUS
     except OSError as error:
         if (message := _explain(error)) is None:
             raise
-        discard_output()
+        standard_streams.discard_output()
         return _fail(message)
     except KeyboardInterrupt:  # also during imports
         return 130
@@ -214,9 +210,7 @@ def _fail(message: str, status: int = 2) -> int:
     return status
 
 
-def _format_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-) -> str:
+def _format_warning(message: Warning | str, *_: Any, **__: Any) -> str:
     """A warning without its place in the code, which ``python -W error`` shows."""
     return "lmchat: warning: " + "\n".join(map(_printable, str(message).splitlines())) + "\n"
 
