@@ -1,7 +1,4 @@
-"""Progress bars on stderr: tqdm's, which disappear when they are closed.
-
-If stderr is not a terminal, a plain line is printed every minute instead, for logs.
-"""
+"""Progress bars on stderr: tqdm's, which disappear when they are closed."""
 
 from __future__ import annotations
 
@@ -25,7 +22,7 @@ class ProgressBar(tqdm):
         total: amount of work; None if unknown, which shows neither share nor time left.
         unit: e.g. ``documents``; ``B`` is shown as kB, MB and so on; without one only the share is shown.
         done: work done before, which does not count for the speed.
-        log: print a line every minute if stderr is not a terminal.
+        log: if stderr is not a terminal, print a plain line every minute instead.
     """
 
     monitor_interval = 0  # no thread that redraws
@@ -40,8 +37,7 @@ class ProgressBar(tqdm):
         enabled: bool = True,
         log: bool = True,
     ) -> None:
-        stream = sys.stderr
-        # A closed standard stream is None in Python.
+        stream = sys.stderr  # None if it is closed
         self._in_terminal = stream is not None and stream.isatty()
         seconds = 0.1 if self._in_terminal else LOG_SECONDS
         super().__init__(

@@ -50,7 +50,6 @@ class Plan:
     """A training run derived from a depth.
 
     Attributes:
-        config: shape of the model.
         global_batch_tokens: tokens per optimizer step over all ranks.
         lr_scale: factor on every base learning rate.
         weight_decay: scaled weight decay of Muon.
@@ -135,8 +134,7 @@ def make_plan(
 
     Args:
         ratio: training tokens per scaling parameter.
-        target_flops: FLOPs of the whole run.
-        max_steps: optimizer steps.
+        target_flops, max_steps: FLOPs and optimizer steps of the whole run.
         global_batch_tokens: tokens per optimizer step over all ranks; None computes them.
         weight_decay: weight decay of the depth-12 model at a batch of 2^19 tokens.
         shape: further arguments of `config_for_depth`.

@@ -34,13 +34,7 @@ def show_conversations(
     only: Filter | None = None,
     limit: int | None = None,
 ) -> None:
-    """Prints conversations of a mixture, then counts all of them, at most ``limit``.
-
-    Args:
-        max_tokens: length that longer conversations are cut to.
-        start, rows: index of the first conversation to print, and how many.
-        only: print only truncated conversations, or only those without loss tokens (no_loss_tokens).
-    """
+    """Prints conversations of a mixture, then counts all of them; the options are those of ``lmchat data show``."""
     from rich.console import Console
 
     chosen = mixture if limit is None else [mixture[index] for index in range(min(limit, len(mixture)))]

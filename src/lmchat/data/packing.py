@@ -1,8 +1,4 @@
-"""Best-fit packing of documents into rows, by their lengths only.
-
-The packer needs no tokens, so every rank can pack the whole stream and keep its own rows: the global sequence of rows
-is the same for any number of ranks. Pretraining crops, fine-tuning pads.
-"""
+"""Best-fit packing of documents into rows, by their lengths only. Pretraining crops, fine-tuning pads."""
 
 from __future__ import annotations
 

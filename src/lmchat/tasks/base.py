@@ -121,7 +121,6 @@ class Graded(Protocol):
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         """Whether ``completion`` is a correct answer to the last user message of ``conversation``."""
-        ...
 
     def reward(self, conversation: Conversation, completion: str) -> float:
         """The reward of ``completion`` in reinforcement learning; by default 1 if it is correct, else 0."""
@@ -151,7 +150,6 @@ class GradedByTests(Protocol):
 
     def code_check(self, conversation: Conversation, completion: str) -> CodeCheck:
         """The program in ``completion``, an answer to ``conversation``, and its tests."""
-        ...
 
 
 @runtime_checkable
@@ -160,7 +158,6 @@ class MultipleChoice(Graded, Protocol):
 
     def letters(self, conversation: Conversation) -> list[str]:
         """The possible answers to a question, in order."""
-        ...
 
 
 def graded(task: Task) -> Graded:
