@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lmchat.data.fingerprint import check_fingerprint, conversation_checksums, fingerprint
-from lmchat.data.mixture import Mixture, MixturePart
+from lmchat.data.mixture import Mixture, MixturePart, check_fingerprint, conversation_checksums, fingerprint
 from lmchat.demo.tasks import Arithmetic
 from lmchat.tasks import Identity, JSONLConversations
 from lmchat.types import UserError

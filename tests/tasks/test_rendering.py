@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lmchat.data.fingerprint import fingerprint
-from lmchat.data.mixture import Mixture, MixturePart
+from lmchat.data.mixture import Mixture, MixturePart, fingerprint
 from lmchat.data.padded_batches import PaddedPlan
 from lmchat.data.rendered_conversations import RenderedConversations, render_all
 from lmchat.demo.tasks import Arithmetic

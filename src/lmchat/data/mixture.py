@@ -1,21 +1,28 @@
-"""A mixture of tasks, each repeated for its number of epochs, shuffled once."""
+"""A mixture of tasks, each repeated for its number of epochs, shuffled once; and the fingerprint of its content."""
 
 from __future__ import annotations
 
 import bisect
+import hashlib
+import json
 import random
+import zlib
 from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from lmchat.option_checks import check_count
+from lmchat.option_checks import check_count, damaged_position
 from lmchat.tasks.base import Task
 from lmchat.types import Conversation, UserError
+
+_ORDER = "order"
 
 
 @dataclass(frozen=True)
@@ -103,3 +110,46 @@ class Mixture:
         for part in self.parts:
             counts[part.task.name] += len(part.task) * part.epochs
         return dict(counts)
+
+
+def conversation_checksums(mixture: Mixture) -> npt.NDArray[np.uint32]:
+    """(conversations,) uint32, CRC-32 of the messages of each conversation."""
+    messages = (json.dumps(conversation["messages"], sort_keys=True) for conversation in mixture)
+    return np.fromiter((zlib.crc32(text.encode()) for text in messages), np.uint32, len(mixture))
+
+
+def fingerprint(mixture: Mixture, checksums: npt.NDArray[np.uint32], **settings: object) -> dict[str, str]:
+    """Fingerprint of a mixture: a digest per task by name, a digest of the order, and settings.
+
+    Args:
+        checksums: (conversations,) uint32 checksums in the order of the mixture.
+        settings: other settings that determine the batches; keys are their names in messages.
+    """
+    found = {name: str(value) for name, value in settings.items()}
+    names = [part.task.name for part in mixture.parts]
+    numbers = mixture.part_numbers
+    for name in dict.fromkeys(names):
+        own = checksums[np.isin(numbers, [number for number, other in enumerate(names) if other == name])]
+        own.sort()  # so that other tasks cannot change this digest
+        found[name] = f"{len(own):,} conversations {_digest(own)}"
+    return {**found, _ORDER: _digest(checksums)}
+
+
+def check_fingerprint(resumed: Any, current: dict[str, str]) -> None:
+    """Raises `UserError` that lists the differences, if there are any."""
+    if not isinstance(resumed, dict):
+        raise damaged_position("it names no data")
+    names = [name for name in {**resumed, **current} if resumed.get(name) != current.get(name)]
+    if not names:
+        return
+    if len(names) > 1 and _ORDER in names:
+        names.remove(_ORDER)  # it follows from the others
+    changes = "; ".join(f"{name}: {resumed.get(name, 'none')}, now {current.get(name, 'none')}" for name in names)
+    raise UserError(
+        f"the run to resume was started with different data ({changes}); restore that data, or "
+        "start a new run with another --model.tag and --ckpt_path a checkpoint of the stage before"
+    )
+
+
+def _digest(checksums: npt.NDArray[np.uint32]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(checksums).data).hexdigest()[:8]

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import IterableDataset
 
-from lmchat.data.fingerprint import check_fingerprint
+from lmchat.data.mixture import check_fingerprint
 from lmchat.data.packing import BestFitPacker
 from lmchat.data.rendered_conversations import RenderedConversations
 from lmchat.option_checks import count_in

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from lmchat.data.fingerprint import check_fingerprint
-from lmchat.data.mixture import Mixture
+from lmchat.data.mixture import Mixture, check_fingerprint
 from lmchat.generation.engine import Engine
 from lmchat.generation.sampling import SamplingParams
 from lmchat.generation.sequence import Completion

@@ -12,8 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import lmchat.tasks  # noqa: F401  (makes every task known by its short class name)
-from lmchat.data.fingerprint import conversation_checksums, fingerprint
-from lmchat.data.mixture import Mixture, MixturePart
+from lmchat.data.mixture import Mixture, MixturePart, conversation_checksums, fingerprint
 from lmchat.evaluation.pass_at_k import PassAtKEvaluator
 from lmchat.generation.sampling import SamplingParams
 from lmchat.option_checks import check_count, check_range

@@ -14,8 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
 import lmchat.tasks  # noqa: F401  (makes every task known by its short class name)
-from lmchat.data.fingerprint import fingerprint
-from lmchat.data.mixture import Mixture, MixturePart
+from lmchat.data.mixture import Mixture, MixturePart, fingerprint
 from lmchat.data.padded_batches import PaddedBatches, PaddedPlan
 from lmchat.data.rendered_conversations import RenderedConversations, RenderReport, render_all
 from lmchat.evaluation.bits_per_byte import BitsPerByteEvaluator
