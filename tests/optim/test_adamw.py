@@ -23,17 +23,9 @@ class Moments:
         self.step = torch.zeros(())
 
     def update(self, grad: Tensor, *, lr: float, betas: tuple[float, float], weight_decay: float = 0.0) -> None:
-        adamw_update(
-            [self.param],
-            [grad],
-            [self.exp_avg],
-            [self.exp_avg_sq],
-            [self.step],
-            lr=lr,
-            betas=betas,
-            eps=1e-10,
-            weight_decay=weight_decay,
-        )
+        state = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "step": self.step}
+        settings = {"lr": lr, "betas": betas, "eps": 1e-10, "weight_decay": weight_decay}
+        adamw_update([self.param], [grad], [state], settings)
 
 
 def check_against_reference(arrays: dict[str, NDArray], lrs: list[float], betas: tuple, weight_decay: float) -> None:

@@ -146,8 +146,8 @@ def test_a_step_equals_the_pure_updates() -> None:
                     state = moments.setdefault(
                         name, [torch.zeros_like(twin[0]), torch.zeros_like(twin[0]), torch.zeros(())]
                     )
-                    settings = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
-                    adamw_update([twin[0]], [grad], *[[tensor] for tensor in state], **settings)
+                    named = dict(zip(("exp_avg", "exp_avg_sq", "step"), state, strict=True))
+                    adamw_update([twin[0]], [grad], [named], group)
         optimizer.step()
     for name, twin in twins.items():
         torch.testing.assert_close(params[name].detach(), twin, rtol=0, atol=1e-13)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lmchat.optim.muon_adamw import MuonAdamW, step_adamw
+from lmchat.optim.muon_adamw import MuonAdamW, adamw_update
 
 Group = dict[str, Any]
 
@@ -217,7 +217,7 @@ class RowBucket(Bucket):
 
     def step(self, optimizer: MuonAdamW, grads: Tensor, live: set[Tensor]) -> None:
         state = optimizer.adamw_state(self.param, self.own)
-        step_adamw(self.group, [self.own], [grads[: len(self.own)]], [state])
+        adamw_update([self.own], [grads[: len(self.own)]], [state], self.group)
 
     def _part(self) -> Tensor:
         if len(self.own) == self.shape[1]:

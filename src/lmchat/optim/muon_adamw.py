@@ -113,7 +113,7 @@ class MuonAdamW(Optimizer):
 
     def _step_adamw(self, group: dict[str, Any]) -> None:
         params = [param for param in group["params"] if param.grad is not None]
-        step_adamw(group, params, [param.grad for param in params], [self.adamw_state(p, p) for p in params])
+        adamw_update(params, [param.grad for param in params], [self.adamw_state(p, p) for p in params], group)
 
     def _step_muon(self, group: dict[str, Any]) -> None:
         params = group["params"]
@@ -307,27 +307,10 @@ def muon_update(
     params.sub_((update + decay) * (lr * max(1, rows / cols) ** 0.5))
 
 
-def step_adamw(
-    group: Mapping[str, Any], params: list[Tensor], grads: list[Tensor], states: Sequence[Mapping[str, Tensor]]
-) -> None:
-    """Steps any parts of an AdamW group's tensors; ``states`` correspond to the parts."""
-    lists = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
-    adamw_update(params, grads, *lists, **{name: group[name] for name in ("lr", "betas", "eps", "weight_decay")})
-
-
 def adamw_update(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
+    params: list[Tensor], grads: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]], settings: Mapping[str, Any]
 ) -> None:
-    """Takes one step of AdamW (arXiv:1711.05101), in place on everything but ``grads``.
+    """Takes one step of AdamW (arXiv:1711.05101), in place on ``params`` and ``states``.
 
     torch's fused kernel makes one pass over memory for all tensors of a call.
 
@@ -335,9 +318,13 @@ def adamw_update(
     Elementwise, so splitting a tensor does not change the result.
 
     Args:
-        params: tensors of any shape; ``grads``, ``exp_avgs`` (m) and ``exp_avg_sqs`` (v) correspond one to one.
-        steps: 0-dim fp32 tensors on the parameters' devices, number of previous steps (t − 1).
+        params: tensors of any shape; ``grads`` and ``states`` correspond one to one.
+        states: ``exp_avg`` (m), ``exp_avg_sq`` (v) and ``step``, a 0-dim fp32 tensor on the parameter's device: the
+            number of previous steps (t − 1).
+        settings: ``lr``, ``betas``, ``eps`` and ``weight_decay``, e.g. a parameter group.
     """
+    exp_avgs, exp_avg_sqs, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+    beta1, beta2 = settings["betas"]
     adamw(
         params,
         [_laid_out_as(param, grad) for param, grad in zip(params, grads, strict=True)],
@@ -348,11 +335,9 @@ def adamw_update(
         fused=True,
         amsgrad=False,
         maximize=False,
-        lr=lr,
-        beta1=betas[0],
-        beta2=betas[1],
-        eps=eps,
-        weight_decay=weight_decay,
+        beta1=beta1,
+        beta2=beta2,
+        **{name: settings[name] for name in ("lr", "eps", "weight_decay")},
     )
 
 
