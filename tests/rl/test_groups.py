@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmchat.generation.sequence import Completion
-from lmchat.rl.groups import Group
+from lmchat.rl.rollouts import Group
 from lmchat.types import IGNORE_INDEX
 
 NONE = IGNORE_INDEX

@@ -14,8 +14,7 @@ import torch
 from lmchat.data.mixture import Mixture, MixturePart
 from lmchat.generation.sampling import SamplingParams
 from lmchat.generation.sequence import Completion
-from lmchat.rl.groups import Group, group_advantages
-from lmchat.rl.rollouts import Rollouts
+from lmchat.rl.rollouts import Group, Rollouts, group_advantages
 from lmchat.tasks.base import Graded, Task, exchange
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.types import Conversation, Rollout, UserError

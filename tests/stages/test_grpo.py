@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lmchat.generation.sequence import Completion
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT
-from lmchat.rl.groups import Group
+from lmchat.rl.rollouts import Group
 from lmchat.stages.rl import GRPOModule
 from lmchat.strategies.zero2_muon import Zero2MuonStrategy
 from lmchat.types import IGNORE_INDEX, Rollout, UserError

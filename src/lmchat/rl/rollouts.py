@@ -1,4 +1,4 @@
-"""Rollouts: sampled and graded answers to questions, the batches of reinforcement learning."""
+"""Rollouts: groups of sampled and graded answers to questions, the batches of reinforcement learning."""
 
 from __future__ import annotations
 
@@ -16,10 +16,73 @@ from lmchat.generation.engine import Engine
 from lmchat.generation.sampling import SamplingParams
 from lmchat.generation.sequence import Completion
 from lmchat.option_checks import count_in
-from lmchat.rl.groups import Group
 from lmchat.tasks.base import Task, graded
 from lmchat.tokenizer.render import render_for_completion
-from lmchat.types import Conversation, Rollout
+from lmchat.types import IGNORE_INDEX, Conversation, Rollout
+
+
+def group_advantages(rewards: Tensor) -> Tensor:
+    """Rewards minus the mean of the group, not divided by the standard deviation (Dr. GRPO, arXiv:2503.20783).
+
+    Args:
+        rewards: (samples,) float, rewards of one group.
+
+    Returns:
+        (samples,) advantages; exactly 0 if all rewards are equal, also if their mean is rounded.
+    """
+    return torch.zeros_like(rewards) if rewards.min() == rewards.max() else rewards - rewards.mean()
+
+
+@dataclass(frozen=True)
+class Group:
+    """The samples of one question, with log-probabilities, and their rewards, (samples,) float32."""
+
+    prompt: Sequence[int]
+    completions: Sequence[Completion]
+    rewards: Tensor
+
+    @property
+    def advantages(self) -> Tensor:
+        """(samples,) float32."""
+        return group_advantages(self.rewards)
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of sampled tokens; forced ones do not count."""
+        return sum(sum(completion.mask) for completion in self.completions)
+
+    def micro_batch(self) -> Rollout:
+        """The samples in one row behind their common prompt.
+
+        The last token of the prompt, which predicts the first token of a sample, starts each sample. Samples without
+        advantage have no gradient and are left out. The stop token of a sample is a target; the reference leaves it
+        out, so its policy never learns when to stop. Without samples the row is empty.
+        """
+        samples = [
+            (completion, advantage)
+            for completion, advantage in zip(self.completions, self.advantages.tolist(), strict=True)
+            if advantage
+        ]
+        prompt, last = list(self.prompt[:-1]) if samples else [], self.prompt[-1]
+        ids, targets = prompt.copy(), [IGNORE_INDEX] * len(prompt)
+        logprobs, weights = [0.0] * len(prompt), [0.0] * len(prompt)
+        for completion, advantage in samples:
+            ids += [last, *completion.ids[:-1]]
+            targets += [
+                token if sampled else IGNORE_INDEX
+                for token, sampled in zip(completion.ids, completion.mask, strict=True)
+            ]
+            logprobs += completion.logprobs
+            weights += [advantage] * len(completion.ids)
+        return Rollout(
+            inputs=torch.tensor([ids], dtype=torch.int64),
+            targets=torch.tensor([targets], dtype=torch.int64),
+            advantages=torch.tensor([weights]),
+            logprobs=torch.tensor([logprobs]),
+            prompt_tokens=len(prompt),
+            sample_tokens=[len(completion.ids) for completion, _ in samples],
+            group_tokens=self.num_tokens,
+        )
 
 
 @dataclass(eq=False)
@@ -77,7 +140,7 @@ class Rollouts(IterableDataset[Rollout]):
             started = time.perf_counter()
             groups = self._sample(step)
             self.sampled_at = time.perf_counter()
-            metrics = rollout_metrics(self.all_reduce(_sums(groups)))
+            metrics = rollout_metrics(groups, self.all_reduce)
             for group in groups:
                 batch = group.micro_batch()
                 batch["loss_tokens"] = max(1, int(metrics["sampled_tokens"]))
@@ -107,11 +170,21 @@ def _rewards(engine: Engine, task: Task, conversation: Conversation, completions
     return torch.tensor([grader.reward(conversation, text) for text in texts], dtype=torch.float32)
 
 
-def _sums(groups: Sequence[Group]) -> Tensor:
-    """The sums that `rollout_metrics` needs, (7,) float64."""
+def rollout_metrics(groups: Sequence[Group], all_reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    """Metrics of one step over all ranks.
+
+    Args:
+        groups: the groups of this rank.
+        all_reduce: sums a float64 tensor over the ranks.
+
+    Returns:
+        reward: mean reward. pass@1: share of samples with reward 1. length: sampled tokens per sample. truncated: share
+        of samples cut at the token limit. entropy: mean negative log-likelihood of the sampled tokens, in nats.
+        no_signal: number of groups whose samples all have the same reward. sampled_tokens: their number.
+    """
     rewards = torch.cat([group.rewards for group in groups]).double()
     completions = [completion for group in groups for completion in group.completions]
-    counts = [
+    sums = [
         len(rewards),
         sum(group.num_tokens for group in groups),
         float(rewards.sum()),
@@ -120,22 +193,8 @@ def _sums(groups: Sequence[Group]) -> Tensor:
         -sum(map(sum, (completion.logprobs for completion in completions))),
         sum(not group.advantages.any() for group in groups),
     ]
-    return torch.tensor(counts, dtype=torch.float64)
-
-
-def rollout_metrics(sums: Tensor) -> dict[str, float]:
-    """Metrics of one step over all ranks.
-
-    Args:
-        sums: (7,) float64 over all groups: samples, sampled tokens, rewards, rewards of at least 1, truncated samples,
-            negative log-likelihood in nats, groups without signal.
-
-    Returns:
-        reward: mean reward. pass@1: share of samples with reward 1. length: sampled tokens per sample. truncated: share
-        of samples cut at the token limit. entropy: mean negative log-likelihood of the sampled tokens, in nats.
-        no_signal: number of groups whose samples all have the same reward. sampled_tokens: their number.
-    """
-    samples, tokens, reward, full_rewards, truncated, sampled_nll, no_signal = sums.tolist()
+    totals = all_reduce(torch.tensor(sums, dtype=torch.float64)).tolist()
+    samples, tokens, reward, full_rewards, truncated, sampled_nll, no_signal = totals
     return {
         "reward": reward / samples,
         "pass@1": full_rewards / samples,
