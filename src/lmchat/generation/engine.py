@@ -124,9 +124,7 @@ class Engine:
             UserError: the prompt is empty, has ids outside the vocabulary, or does not fit with ``max_new_tokens`` into
                 the model's context or the memory for keys and values.
         """
-        params = params or SamplingParams()
-        ids = self._checked("the prompt", prompt, params.max_new_tokens)
-        sequences = [Sequence(ids, params, sample, self.tokenizer) for sample in range(params.num_samples)]
+        sequences = self._sequences("the prompt", prompt, params or SamplingParams())
         self.scheduler.add(sequences)
         return self._register(sequences)
 
@@ -148,7 +146,10 @@ class Engine:
             if (decoded.tokens == -1).any():
                 raise UserError(NOT_FINITE)
         except Exception:
-            self._reset()
+            # Drops all slots too, whose contents may be wrong: attention reads NaN even where it masks.
+            self._requests.clear()
+            self.scheduler.clear()
+            self.budget.measure_again()
             raise
         events: list[TokenEvent] = []
         columns = (values.swapaxes(0, 1).tolist() for values in decoded)
@@ -199,13 +200,9 @@ class Engine:
             raise UserError(
                 f"{len(params)} sampling parameters for {len(prompts)} prompts; give one for all, or one per prompt"
             )
-        checked = [
-            self._checked(f"prompt {index}", prompt, each.max_new_tokens)
-            for index, (prompt, each) in enumerate(zip(prompts, params, strict=True))
-        ]
         by_prompt = [
-            [Sequence(prompt, each, sample, self.tokenizer) for sample in range(each.num_samples)]
-            for prompt, each in zip(checked, params, strict=True)
+            self._sequences(f"prompt {index}", prompt, each)
+            for index, (prompt, each) in enumerate(zip(prompts, params, strict=True))
         ]
         sharing: dict[tuple[int, ...], list[Sequence]] = {}
         for sequence in (sequence for sequences in by_prompt for sequence in sequences):
@@ -236,9 +233,8 @@ class Engine:
         request = self._register([sequence])
         stream, completion, read = TokenStream(self.tokenizer), sequence.completion, 0
         try:
-            while read < len(completion.ids) or request in self._requests:
-                if read == len(completion.ids):
-                    self.step()
+            while request in self._requests:
+                self.step()
                 while read < len(completion.ids):
                     last = sequence.done and read == len(completion.ids) - 1
                     yield stream.next(completion.ids[read], forced=completion.mask[read] == 0, last=last)
@@ -247,13 +243,10 @@ class Engine:
             self.cancel(request)
 
     def next_logits(self, prompts: Seq[Seq[int]]) -> Tensor:
-        """Logits of the token after each prompt, before temperature and top-k.
-
-        Returns:
-            (prompts, vocab_size) fp32.
+        """Logits (prompts, vocab_size) in fp32 of the token after each prompt, before temperature and top-k.
 
         Raises:
-            UserError: a prompt is empty, has ids outside the vocabulary or exceeds the context limit.
+            UserError: as in `add_request`.
         """
         checked = [self._checked(f"prompt {index}", prompt, 1) for index, prompt in enumerate(prompts)]
         batches: list[list[tuple[int, ...]]] = []
@@ -286,8 +279,6 @@ class Engine:
         likely = zip(top_ids.tolist(), top_logprobs.tolist(), strict=True)
         return logprobs.tolist(), [list(zip(*each, strict=True)) for each in likely]
 
-    # -----------------------------------------------------------------------------------------------------------------
-
     def _append(self, sequence: Sequence, token: int, forced: bool, logprob: float, top: list[list[Any]]) -> TokenEvent:
         """Appends a token to a running sequence."""
         forced_next = sequence.append(token, forced, logprob)
@@ -308,18 +299,16 @@ class Engine:
             sequence.request = request
         return request
 
-    def _reset(self) -> None:
-        """Drops all requests, and all slots, whose contents may be wrong: attention reads NaN even where it masks."""
-        self._requests.clear()
-        self.scheduler.clear()
-        self.budget.measure_again()
-
     def _forget(self, sequence: Sequence) -> None:
         """Removes a finished sequence, and its request if it was the last one."""
         unfinished = self._requests[sequence.request]
         unfinished.remove(sequence)
         if not unfinished:
             del self._requests[sequence.request]
+
+    def _sequences(self, name: str, prompt: Seq[int], params: SamplingParams) -> list[Sequence]:
+        ids = self._checked(name, prompt, params.max_new_tokens)
+        return [Sequence(ids, params, sample, self.tokenizer) for sample in range(params.num_samples)]
 
     def _checked(self, name: str, prompt: Seq[int], max_new_tokens: int) -> tuple[int, ...]:
         vocab_size, limit = self.config.vocab_size, self.context_limit

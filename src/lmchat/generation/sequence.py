@@ -66,26 +66,21 @@ class ToolUse:
         self.call: list[int] | None = None
 
     def observe(self, token: int) -> list[int] | None:
-        """Processes a sampled token. ``<|python_start|>`` within a call restarts the call.
+        """Processes a sampled token; ``<|python_start|>`` within a call restarts the call.
 
-        Returns:
-            If the token ends a call, the tokens to force next (empty if the call has no value); else None.
+        Returns the tokens to force next if it ends a call (none if the call has no value), else None.
         """
         if token == self.start:
             self.call = []
         elif self.call is not None and token == self.end:
-            call, self.call = self.call, None
-            return self._answer(call)
+            result, self.call = calculate(self.tokenizer.decode(self.call)), None
+            special = self.tokenizer.special
+            if result is None:
+                return []
+            return [special("output_start"), *self.tokenizer.encode(result), special("output_end")]
         elif self.call is not None:
             self.call.append(token)
         return None
-
-    def _answer(self, call: list[int]) -> list[int]:
-        result = calculate(self.tokenizer.decode(call))
-        if result is None:
-            return []
-        special = self.tokenizer.special
-        return [special("output_start"), *self.tokenizer.encode(result), special("output_end")]
 
 
 class Sequence:
@@ -202,10 +197,9 @@ class TextDecoder:
         self._length = 0
 
     def next(self, data: bytes, last: bool = False) -> tuple[str, int]:
-        """Decodes a piece; ``last`` ends an incomplete character.
+        """The text that a piece adds, and the number of characters before the one that has its first byte.
 
-        Returns:
-            The text it adds, and the number of characters before the one that has its first byte.
+        ``last`` ends an incomplete character.
         """
         text = self._decoder.decode(data[:1], final=last and len(data) <= 1)
         is_complete = data and not self._decoder.getstate()[0]
@@ -216,16 +210,14 @@ class TextDecoder:
 
 
 class TokenStream:
-    """Converts the tokens of a sequence to text and roles, one by one.
+    """Converts the tokens of a sequence to text and roles, one by one."""
 
-    Attributes:
-        offset: number of characters before the one that the last token starts or continues.
-    """
+    offset = 0
+    """Number of characters before the one that the last token starts or continues."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._start, self._end = tokenizer.special("python_start"), tokenizer.special("python_end")
-        self.offset = 0
         self._decoder = TextDecoder()
         self._in_call = False
 
