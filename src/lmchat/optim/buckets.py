@@ -1,7 +1,4 @@
-"""Buckets of parameters whose gradients are reduced in one message and whose new values are gathered in another.
-
-Messages are collectives over NCCL or gloo.
-"""
+"""Buckets of parameters, which ZeRO-2 exchanges in messages: collectives over NCCL or gloo."""
 
 from __future__ import annotations
 
@@ -25,13 +22,8 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 class Collectives:
     """Asynchronous collectives of tensors on one device; each returns a function that waits for the result.
 
-    Args:
-        process_group: process group; None is the default group.
-        device: device of the tensors.
-
-    Attributes:
-        by_exchange: reduce by all-to-all and a local sum; true on CPUs, where gloo implements reduce-scatter as an
-            all-reduce that sends twice the bytes.
+    On CPUs they reduce by all-to-all and a local sum (``by_exchange``), since gloo implements reduce-scatter as an
+    all-reduce that sends twice the bytes. ``process_group`` None is the default group.
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None, device: torch.device) -> None:
@@ -78,13 +70,11 @@ class Bucket(ABC):
     """Parameters whose gradients are reduced in one message, and whose new values are gathered in another.
 
     Messages have the ``shape`` (world_size, ...); each rank steps its part and gathers the others.
-
-    Attributes:
-        rows: rows of its parameters that this rank steps, if any.
     """
 
     shape: tuple[int, ...]
     rows = slice(0, None)
+    """Rows of its parameters that this rank steps, if any."""
 
     def __init__(self, params: Sequence[Tensor], collectives: Collectives) -> None:
         self.params = list(params)
@@ -241,8 +231,7 @@ def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 def assign_owners(count: int, loads: list[float], weight: float) -> list[int]:
     """Assigns ``count`` equal matrices to ranks: round-robin, the remainder to the least loaded ranks.
 
-    Args:
-        loads: load of each rank in any unit; increased by ``weight``, a matrix's, for each matrix of the remainder.
+    ``loads`` are the ranks' in any unit; each matrix of the remainder adds ``weight``.
     """
     ranks = len(loads)
     in_turn, left = divmod(count, ranks)

@@ -94,10 +94,13 @@ class MuonAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            if group["kind"] == "muon":
-                self._step_muon(group)
-            else:
-                self._step_adamw(group)
+            params = group["params"]
+            live = [param for param in params if param.grad is not None]
+            if group["kind"] == "adamw":
+                adamw_update(live, [param.grad for param in live], [self.adamw_state(p, p) for p in live], group)
+            elif live:
+                grads = torch.stack([torch.zeros_like(param) if param.grad is None else param.grad for param in params])
+                self.step_matrices(group, group["name"], params, grads, [param.grad is not None for param in params])
         return loss
 
     @torch.no_grad()
@@ -110,17 +113,6 @@ class MuonAdamW(Optimizer):
     def skip_step(self) -> None:
         """Makes the current step, whose closure has run, discard its gradients; parameters and state do not change."""
         self.zero_grad()
-
-    def _step_adamw(self, group: dict[str, Any]) -> None:
-        params = [param for param in group["params"] if param.grad is not None]
-        adamw_update(params, [param.grad for param in params], [self.adamw_state(p, p) for p in params], group)
-
-    def _step_muon(self, group: dict[str, Any]) -> None:
-        params = group["params"]
-        live = [param.grad is not None for param in params]
-        if any(live):
-            grads = torch.stack([torch.zeros_like(param) if param.grad is None else param.grad for param in params])
-            self.step_matrices(group, group["name"], params, grads, live)
 
     def step_matrices(
         self, group: dict[str, Any], key: str, params: Sequence[Tensor], grads: Tensor, live: Sequence[bool]
@@ -325,9 +317,11 @@ def adamw_update(
     """
     exp_avgs, exp_avg_sqs, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
     beta1, beta2 = settings["betas"]
+    pairs = zip(params, grads, strict=True)
     adamw(
         params,
-        [_laid_out_as(param, grad) for param, grad in zip(params, grads, strict=True)],
+        # The fused kernel ignores strides.
+        [grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad) for param, grad in pairs],
         exp_avgs,
         exp_avg_sqs,
         [],
@@ -339,11 +333,6 @@ def adamw_update(
         beta2=beta2,
         **{name: settings[name] for name in ("lr", "eps", "weight_decay")},
     )
-
-
-def _laid_out_as(param: Tensor, grad: Tensor) -> Tensor:
-    """The gradient with the parameter's strides, since the fused kernel ignores strides."""
-    return grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)
 
 
 def are_finite(sums: Sequence[Tensor]) -> list[bool]:

@@ -35,7 +35,14 @@ def restore(tensor: Tensor, pieces: Sequence[dict[str, Any]], key: str, start: i
 
 def check_same_parameters(groups: Iterable[dict[str, Any]], saved_groups: Iterable[dict[str, Any]]) -> None:
     """Raises UserError unless the parameters of ``groups`` have the saved names, groups and shapes."""
-    here, saved = _identities(map(saved_group, groups)), _identities(saved_groups)
+    here, saved = (
+        {
+            (group["name"], name, tuple(shape))
+            for group in each
+            for name, shape in zip(group["param_names"], group["param_shapes"], strict=True)
+        }
+        for each in (map(saved_group, groups), saved_groups)
+    )
     if here != saved:
         group, name, shape = min(here ^ saved)
         where = "in the model but not saved" if (group, name, shape) in here else "saved but not in the model"
@@ -43,14 +50,6 @@ def check_same_parameters(groups: Iterable[dict[str, Any]], saved_groups: Iterab
             f"optimizer state does not fit: parameter {name} of shape {shape} in group {group} is {where}; "
             "resume with the model that was saved"
         )
-
-
-def _identities(saved_groups: Iterable[dict[str, Any]]) -> set[tuple[str, str, tuple[int, ...]]]:
-    return {
-        (group["name"], name, tuple(shape))
-        for group in saved_groups
-        for name, shape in zip(group["param_names"], group["param_shapes"], strict=True)
-    }
 
 
 def saved_group(group: dict[str, Any]) -> dict[str, Any]:

@@ -174,8 +174,7 @@ class ShardedMuonAdamW(MuonAdamW):
     def load_state_dict(self, state_dict: StateDict | Sequence[StateDict]) -> None:
         """Restores state as `MuonAdamW` does; call it on all ranks.
 
-        Args:
-            state_dict: this rank's state if the same number of ranks saved it, else the states of all ranks.
+        It needs this rank's state only if the same number of ranks saved it, else the states of all ranks.
         """
         super().load_state_dict(state_dict)
         self.gather_exact()
