@@ -58,7 +58,8 @@ def evaluator_after(task: Letters, batch_size: int, ranks: int = 1) -> PassAtKEv
         letters = [[token for token in prompt if token in (*b"rw",)] for prompt in prompts]
         return [[SimpleNamespace(content=[letter]) for letter in each] for each in letters]
 
-    engine, net = SimpleNamespace(generate=generate), SimpleNamespace(device=torch.device("cpu"))
+    engine = SimpleNamespace(generate=generate, tokenizer=tokenizer)
+    net = SimpleNamespace(device=torch.device("cpu"))
     policy: Any = SimpleNamespace(tokenizer=tokenizer, engine=engine, net=net)
     evaluator = PassAtKEvaluator(task, SamplingParams(num_samples=NUM_SAMPLES), batch_size)
     for rank in range(ranks):

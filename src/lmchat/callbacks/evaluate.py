@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lmchat.callbacks.save_config import run_log_dir
 from lmchat.checkpoint.rng import capture_rng, restore_rng
-from lmchat.evaluation.evaluator import Evaluator, is_due
+from lmchat.evaluation.evaluator import Evaluator
 from lmchat.option_checks import check_count
 from lmchat.progress import print_line
 from lmchat.strategies.lightning_internals import run_validation
@@ -51,7 +51,9 @@ class Evaluate(Callback):
         """Whether the validation loop at the current step runs the evaluator."""
         if trainer.state.fn != TrainerFn.FITTING:
             return True
-        return is_due(evaluator, trainer.global_step, trainer.max_steps, self.every_n_steps)
+        step, every = trainer.global_step, evaluator.every_n_steps
+        every = self.every_n_steps if every is None else every
+        return evaluator.at_start if step == 0 else step == trainer.max_steps or (every > 0 and step % every == 0)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         done = self._last_evaluated_step == trainer.global_step

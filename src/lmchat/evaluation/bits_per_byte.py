@@ -49,12 +49,7 @@ class BitsPerByte(Metric):
 
 
 class BitsPerByteEvaluator(Evaluator):
-    """Bits per byte of held-out text; the metric is ``bpb``.
-
-    Args:
-        token_bytes: as in `BitsPerByte`.
-        batches: returns the batches of a rank, given rank and world size.
-    """
+    """Bits per byte of held-out text, whose ``batches`` are given for a rank and world size; the metric is ``bpb``."""
 
     name = "bpb"
 

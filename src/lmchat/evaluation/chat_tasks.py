@@ -66,22 +66,24 @@ def grade(
     Multiple choice is answered by the most likely letter, everything else greedily. Programs are tested in ``sandbox``,
     by default one that refuses to run where a protection is missing.
     """
-    if isinstance(task, GradedByTests):
-        answers = _greedy_answers(engine, conversations, max_new_tokens)
-        checks = [task.code_check(*pair) for pair in zip(conversations, answers, strict=True)]
-        return [verdict.passed for verdict in (sandbox or Sandbox()).run(checks)]
-    grader = graded(task)
+    grader = task if isinstance(task, GradedByTests) else graded(task)
     if isinstance(grader, MultipleChoice):
         answers = _most_likely_letters(engine, grader, conversations)
     else:
-        answers = _greedy_answers(engine, conversations, max_new_tokens)
-    return [grader.evaluate(*pair) for pair in zip(conversations, answers, strict=True)]
+        greedy = SamplingParams(temperature=0, max_new_tokens=max_new_tokens)
+        answers = [answer for (answer,) in sampled_answers(engine, conversations, greedy)]
+    pairs = list(zip(conversations, answers, strict=True))
+    if isinstance(grader, GradedByTests):
+        checks = [grader.code_check(*pair) for pair in pairs]
+        return [verdict.passed for verdict in (sandbox or Sandbox()).run(checks)]
+    return [grader.evaluate(*pair) for pair in pairs]
 
 
-def _greedy_answers(engine: Engine, conversations: Sequence[Conversation], max_new_tokens: int) -> list[str]:
+def sampled_answers(engine: Engine, conversations: Sequence[Conversation], params: SamplingParams) -> list[list[str]]:
+    """Texts of the ``num_samples`` answers to each question."""
     prompts = [render_for_completion(engine.tokenizer, conversation) for conversation in conversations]
-    samples = engine.generate(prompts, SamplingParams(temperature=0, max_new_tokens=max_new_tokens))
-    return [engine.tokenizer.decode(completions[0].content) for completions in samples]
+    samples = engine.generate(prompts, params)
+    return [[engine.tokenizer.decode(completion.content) for completion in group] for group in samples]
 
 
 def _most_likely_letters(engine: Engine, grader: MultipleChoice, conversations: Sequence[Conversation]) -> list[str]:

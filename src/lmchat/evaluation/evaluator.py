@@ -6,6 +6,7 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -86,17 +87,17 @@ class EvalBatch:
         return EvalBatch(self.evaluator, data)
 
 
+@dataclass(eq=False)
 class EvaluatorBatches(IterableDataset[EvalBatch]):
     """The batches of one evaluator on one rank, as a dataset for Lightning's validation loop.
 
     ``is_due`` is called at the start of each iteration; if it returns False, the iteration has no batches.
     """
 
-    def __init__(self, evaluator: Evaluator, rank: int, world_size: int, is_due: Callable[[Evaluator], bool]) -> None:
-        self.evaluator = evaluator
-        self.rank = rank
-        self.world_size = world_size
-        self.is_due = is_due
+    evaluator: Evaluator
+    rank: int
+    world_size: int
+    is_due: Callable[[Evaluator], bool]
 
     def __iter__(self) -> Iterator[EvalBatch]:
         if not self.is_due(self.evaluator):
@@ -108,17 +109,6 @@ class EvaluatorBatches(IterableDataset[EvalBatch]):
             if not is_out_of_memory(error):
                 raise
             _give_up(self.evaluator, f"out of memory while reading its data ({error})")
-
-
-def is_due(evaluator: Evaluator, step: int, last_step: int, default_every_n_steps: int) -> bool:
-    """Whether an evaluator runs after ``step`` of the ``last_step`` optimizer steps of a training run.
-
-    ``default_every_n_steps`` is the interval of evaluators without their own; 0 is at the start and the end only.
-    """
-    every = default_every_n_steps if evaluator.every_n_steps is None else evaluator.every_n_steps
-    if step == 0:
-        return evaluator.at_start
-    return step == last_step or (every > 0 and step % every == 0)
 
 
 def update_within_memory(evaluator: Evaluator, policy: Policy, batch: Any) -> None:

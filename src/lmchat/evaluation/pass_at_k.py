@@ -7,13 +7,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lmchat.evaluation.chat_tasks import question_batches
+from lmchat.evaluation.chat_tasks import question_batches, sampled_answers
 from lmchat.evaluation.evaluator import Counts, Evaluator, Metrics
 from lmchat.evaluation.intervals import mean_with_interval
 from lmchat.generation.policy import Policy
 from lmchat.generation.sampling import SamplingParams
 from lmchat.tasks.base import Task, graded
-from lmchat.tokenizer.render import render_for_completion
 from lmchat.types import Conversation
 
 
@@ -56,13 +55,9 @@ class PassAtKEvaluator(Evaluator):
 
     def update(self, policy: Policy, batch: list[Conversation]) -> None:
         self._questions.to(policy.net.device)  # first: NCCL cannot reduce a failed rank's on a CPU
-        prompts = [render_for_completion(policy.tokenizer, conversation) for conversation in batch]
-        samples = policy.engine.generate(prompts, self.sampling)
+        answers = zip(batch, sampled_answers(policy.engine, batch, self.sampling), strict=True)
         correct = torch.tensor(
-            [
-                sum(self.grader.evaluate(conversation, policy.tokenizer.decode(sample.content)) for sample in group)
-                for conversation, group in zip(batch, samples, strict=True)
-            ],
+            [sum(self.grader.evaluate(question, text) for text in texts) for question, texts in answers],
             dtype=torch.int64,  # a rank may have no questions
             device=policy.net.device,
         )
