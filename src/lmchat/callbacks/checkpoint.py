@@ -65,16 +65,6 @@ class _Boundary:
     """The DataModule's state, by its key in Lightning's checkpoints."""
     rng: dict[str, Any]
 
-    @classmethod
-    def now(cls, trainer: L.Trainer) -> _Boundary:
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        return cls(
-            step=trainer.global_step,
-            micro_batches=trainer.fit_loop.total_batch_idx,
-            data=snapshot({type(data).__qualname__: data.state_dict()}),
-            rng=capture_rng(),
-        )
-
 
 class StepCheckpoint(StepCallback, Checkpoint):
     """Saves every ``every_n_steps`` optimizer steps, at the end, and when training is interrupted.
@@ -155,7 +145,9 @@ class StepCheckpoint(StepCallback, Checkpoint):
             self._save(trainer)
 
     def _mark_boundary(self, trainer: L.Trainer) -> None:
-        self._boundary = _Boundary.now(trainer)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        state = snapshot({type(data).__qualname__: data.state_dict()})
+        self._boundary = _Boundary(trainer.global_step, trainer.fit_loop.total_batch_idx, state, capture_rng())
         self._stepping = False
 
     def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
@@ -202,12 +194,10 @@ class StepCheckpoint(StepCallback, Checkpoint):
         # A second error must not hide the one that ended training.
         except Exception as error:
             rank_zero_warn(f"could not save step {trainer.global_step}: {error}")
-        steps = committed_steps(self.directory)
-        if steps:
-            latest = CheckpointPaths(self.directory, steps[-1]).meta
-            rank_zero_info(f"interrupted at step {trainer.global_step}; resume with --ckpt_path {latest}")
-        else:
-            rank_zero_info(f"interrupted at step {trainer.global_step}; there is no checkpoint in {self.directory}")
+        remedy = f"there is no checkpoint in {self.directory}"
+        if steps := committed_steps(self.directory):
+            remedy = f"resume with --ckpt_path {CheckpointPaths(self.directory, steps[-1]).meta}"
+        rank_zero_info(f"interrupted at step {trainer.global_step}; {remedy}")
 
     def teardown(self, *_: Any, **__: Any) -> None:
         self._held.close()
@@ -216,8 +206,8 @@ class StepCheckpoint(StepCallback, Checkpoint):
         boundary = self._boundary
         if boundary is None or boundary.step == self._saved_step:
             return
-        checkpoint = checkpoint_dict(trainer)
-        trainer.strategy.save_checkpoint(checkpoint, CheckpointPaths(self.directory, boundary.step).model)
+        path = CheckpointPaths(self.directory, boundary.step).model
+        trainer.strategy.save_checkpoint(checkpoint_dict(trainer), path)
         self._saved_step = boundary.step
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:

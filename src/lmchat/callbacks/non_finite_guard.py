@@ -62,7 +62,8 @@ class NonFiniteGuard(Callback):
                 f"{finding}; the step was not taken: resume with a lower learning rate, or leave "
                 "such steps out with --non_finite_guard.action skip"
             )
-        _skip_step(optimizer)
+        # A sharded optimizer has gradients in buckets too.
+        getattr(optimizer, "skip_step", optimizer.zero_grad)()
         self.skipped_steps += 1
         rank_zero_warn(f"{finding}: the step is skipped ({self.skipped_steps} so far)")
         for logger in trainer.loggers:
@@ -112,13 +113,6 @@ def _non_finite_gradients(module: L.LightningModule, optimizer: Optimizer) -> li
     grads = {name: param.grad for name, param in module.named_parameters() if param.grad is not None}
     finite = are_finite([grad.sum() for grad in grads.values()])
     return [name for name, good in zip(grads, finite, strict=True) if not good]
-
-
-def _skip_step(optimizer: Optimizer) -> None:
-    if isinstance(optimizer, MuonAdamW):
-        optimizer.skip_step()
-    else:
-        optimizer.zero_grad(set_to_none=True)
 
 
 def _first_non_finite(losses: Tensor, rank: int, world_size: int) -> Tensor:

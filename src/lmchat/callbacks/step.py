@@ -12,21 +12,18 @@ class StepCallback(Callback):
     """Calls `on_step_end` once after each optimizer step, not after each micro-batch.
 
     Subclasses that override ``on_train_start`` or ``on_train_batch_end`` must call the base class's hook.
-
-    Attributes:
-        last_step: optimizer steps taken at the last call.
     """
 
-    last_step = 0
+    _last_step = 0
 
     def on_step_end(self, trainer: L.Trainer, pl_module: Any, step: int) -> None:
         """Called after the micro-batch that completed optimizer step ``step``, counted from 1."""
         raise NotImplementedError
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self.last_step = trainer.global_step
+        self._last_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        if trainer.global_step != self.last_step:
-            self.last_step = trainer.global_step
-            self.on_step_end(trainer, pl_module, self.last_step)
+        if trainer.global_step != self._last_step:
+            self._last_step = trainer.global_step
+            self.on_step_end(trainer, pl_module, self._last_step)

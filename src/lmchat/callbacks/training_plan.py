@@ -74,12 +74,14 @@ class TrainingPlan(Callback):
         if laws:
             lr_scale = laws.lr_scale if self.lr_scale is None else self.lr_scale
             weight_decay = laws.weight_decay if self.weight_decay is None else self.weight_decay
+        default = [each.every_n_steps for each in trainer.callbacks if isinstance(each, Evaluate)]  # type: ignore[attr-defined]
+        own = [each.every_n_steps for each in data.evaluators if each.every_n_steps is not None]
         return RunPlan(
             steps=horizon(trainer.max_steps if trainer.max_steps > 0 else None, data.max_steps, laws),
             global_batch_tokens=batch,
             micro_batch_size=data.micro_batch_size,
             accumulate_grad_batches=accumulate,
-            validate_every_n_batches=validation_interval(_cadences(trainer), accumulate),
+            validate_every_n_batches=validation_interval([*default, *own], accumulate),
             lr_scale=lr_scale,
             weight_decay=weight_decay,
             mask_documents=data.mask_documents,
@@ -114,10 +116,3 @@ def limit_train_batches(trainer: L.Trainer, accumulate: int) -> None:
             f"--trainer.limit_train_batches is {limit} micro-batches, and an optimizer step has {accumulate}; give a "
             "multiple of that, or use --trainer.max_steps"
         )
-
-
-def _cadences(trainer: L.Trainer) -> list[int]:
-    """Optimizer steps between evaluations, by default and of single evaluators; 0 is at the start and the end only."""
-    default = [callback.every_n_steps for callback in trainer.callbacks if isinstance(callback, Evaluate)]  # type: ignore[attr-defined]
-    own = [evaluator.every_n_steps for evaluator in trainer.datamodule.evaluators]  # type: ignore[attr-defined]
-    return [*default, *(every for every in own if every is not None)]
