@@ -91,19 +91,26 @@ class ChatModule(StageModule):
     def on_fit_start(self) -> None:
         super().on_fit_start()
         if self._start is not None and self.warm_start_optimizer:
-            (optimizer,) = self.trainer.optimizers
-            load_moments(cast(MuonAdamW, optimizer), self._start)
+            # Hyperparameters stay as they are.
+            (optimizer,), ranks = self.trainer.optimizers, range(self._start.world_size)
+            states = [load_rank_state(self._start, rank)["optimizer_states"] for rank in ranks]
+            cast(MuonAdamW, optimizer).load_state_dict([state for (state,) in states])
         self._start = None
+
+    def share_of_step(self, loss_sum: torch.Tensor, loss_tokens: int) -> torch.Tensor:
+        """A micro-batch's share of the optimizer step's mean loss over ``loss_tokens`` tokens.
+
+        Compensates the trainer's division by the number of micro-batches and the strategy's mean over ranks, so that
+        every token of the step has the same weight.
+        """
+        return loss_sum * (self.trainer.accumulate_grad_batches * self.trainer.world_size / loss_tokens)
 
 
 class ChatDataModule(StageDataModule):
-    """Data of a stage that is evaluated by answers to questions; for the arguments see `SFTDataModule`.
-
-    Attributes:
-        mixtures: mixtures of conversations by split.
-    """
+    """Data of a stage that is evaluated by answers to questions; for the arguments see `SFTDataModule`."""
 
     mixtures: dict[str, Mixture]
+    """Mixtures of conversations by split."""
 
     def __init__(
         self,
@@ -126,19 +133,3 @@ class ChatDataModule(StageDataModule):
     def task_evaluators(self) -> list[Evaluator]:
         """One evaluator per task of ``eval_tasks``."""
         return [ChatTaskEvaluator(task, self.eval_batch_size, self.eval_max_new_tokens) for task in self.eval_tasks]
-
-
-def load_moments(optimizer: MuonAdamW, checkpoint: Checkpoint) -> None:
-    """Loads the optimizer state of a checkpoint of any world size; the optimizer's hyperparameters stay as they are."""
-    shards = [load_rank_state(checkpoint, rank)["optimizer_states"] for rank in range(checkpoint.world_size)]
-    optimizer.load_state_dict([state for (state,) in shards])
-
-
-def sum_over_step(loss_sum: torch.Tensor, loss_tokens: int, module: StageModule) -> torch.Tensor:
-    """A micro-batch's share of the optimizer step's mean loss over ``loss_tokens`` tokens.
-
-    Compensates the trainer's division by the number of micro-batches and the strategy's mean over ranks, so that every
-    token of the step has the same weight.
-    """
-    trainer = module.trainer
-    return loss_sum * (trainer.accumulate_grad_batches * trainer.world_size / loss_tokens)

@@ -21,7 +21,7 @@ from lmchat.rl.rollouts import Rollouts
 from lmchat.run_plan import RunPlan, groups_per_rank
 from lmchat.schedules import rl_lr_multiplier
 from lmchat.stages.base import Schedule
-from lmchat.stages.chat import ChatDataModule, ChatModule, sum_over_step
+from lmchat.stages.chat import ChatDataModule, ChatModule
 from lmchat.strategies.zero2_muon import Zero2MuonStrategy, reduce_numbers
 from lmchat.tasks.base import Task, graded
 from lmchat.types import IGNORE_INDEX, Rollout, UserError
@@ -82,7 +82,7 @@ class GRPOModule(ChatModule):
         elif self.normalization == "group":
             loss = self._policy_loss(batch) / batch["group_tokens"]
         else:
-            loss = sum_over_step(self._policy_loss(batch), batch["loss_tokens"], self)
+            loss = self.share_of_step(self._policy_loss(batch), batch["loss_tokens"])
         self.track_loss(loss)
         return loss
 

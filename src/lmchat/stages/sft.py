@@ -24,7 +24,7 @@ from lmchat.paths import base_dir
 from lmchat.run_plan import accumulation_steps
 from lmchat.schedules import muon_momentum, sft_lr_multiplier
 from lmchat.stages.base import Schedule
-from lmchat.stages.chat import ChatDataModule, ChatModule, sum_over_step
+from lmchat.stages.chat import ChatDataModule, ChatModule
 from lmchat.tasks.base import Task
 from lmchat.tasks.conversation_formats import Format
 from lmchat.tasks.jsonl import JSONLConversations
@@ -58,7 +58,7 @@ class SFTModule(ChatModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         loss_sum = self.net.loss(batch["inputs"], batch["targets"], reduction="sum")
-        loss = sum_over_step(loss_sum, batch["loss_tokens"], self)
+        loss = self.share_of_step(loss_sum, batch["loss_tokens"])
         self.track_loss(loss)
         return loss
 
