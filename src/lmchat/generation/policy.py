@@ -1,4 +1,4 @@
-"""The policy: a network together with its tokenizer and an engine that samples from it."""
+"""The policy: a network, its tokenizer, and an engine that samples from it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,7 @@ from lmchat.tokenizer.bpe import Tokenizer
 
 @dataclass(frozen=True)
 class Policy:
-    """A model for evaluation and reinforcement learning.
-
-    Attributes:
-        net: the network.
-        tokenizer: the tokenizer it was trained with.
-    """
+    """A network for evaluation and reinforcement learning, and the tokenizer it was trained with."""
 
     net: GPT
     tokenizer: Tokenizer

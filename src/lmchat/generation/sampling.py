@@ -74,12 +74,9 @@ class SamplingParams:
 
 
 def sample_uniforms(seed: int, sample: int, count: int) -> npt.NDArray[np.float64]:
-    """Random numbers of sample number ``sample`` of a prompt, one per token.
+    """Random numbers of sample number ``sample`` of a prompt, one per token: (count,) float64 in [0, 1).
 
     Each (seed, sample) has its own PCG64 stream, so they do not depend on the batch; a larger ``count`` only appends.
-
-    Returns:
-        (count,) float64 in [0, 1).
     """
     return np.random.Generator(np.random.PCG64((seed, sample))).random(count)
 

@@ -17,9 +17,6 @@ class InferenceWeights:
 
     Args:
         source: network to copy weights from; it is not modified.
-
-    Attributes:
-        net: the network.
     """
 
     def __init__(self, source: GPT) -> None:

@@ -157,13 +157,8 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim
     """Chooses the backend: `name`, or for "auto" the first one of the device that works.
 
     Each candidate is run, forward and backward, and compared with the reference, since an importable kernel may not run
-    on this GPU. For fixed shapes on a GPU `lmchat.model.attention_timing` chooses again.
-
-    Args:
-        name: name of a backend, or "auto".
-        device, dtype: those of the tensors.
-        head_dim: size of a head.
-        grouped: whether several query heads share a key head.
+    on this GPU. For fixed shapes on a GPU `lmchat.model.attention_timing` chooses again. ``grouped`` is whether several
+    query heads share a key head.
 
     Raises:
         UserError: the name is unknown, or the named backend fails.

@@ -22,13 +22,9 @@ from lmchat.types import IGNORE_INDEX, Conversation, Rollout
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
-    """Rewards minus the mean of the group, not divided by the standard deviation (Dr. GRPO, arXiv:2503.20783).
+    """Rewards (samples,) minus the mean of the group, not divided by the standard deviation.
 
-    Args:
-        rewards: (samples,) float, rewards of one group.
-
-    Returns:
-        (samples,) advantages; exactly 0 if all rewards are equal, also if their mean is rounded.
+    As in Dr. GRPO (arXiv:2503.20783). Exactly 0 if all rewards are equal, also if their mean is rounded.
     """
     return torch.zeros_like(rewards) if rewards.min() == rewards.max() else rewards - rewards.mean()
 

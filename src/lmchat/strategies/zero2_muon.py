@@ -205,14 +205,10 @@ class Zero2MuonStrategy(DDPStrategy):
 
 
 def reduce_numbers(trainer: L.Trainer, numbers: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
-    """Reduces a few numbers over the ranks; returns them on the CPU.
+    """Reduces a few numbers over the ranks, a tensor of one shape and dtype; returns it on the CPU, with a device sync.
 
     Lightning's ``Strategy.reduce`` would add a barrier. In training, zero2_muon reduces over its CPU group, which
     raises RuntimeError if another rank has failed; NCCL would wait for that rank and ignore signals.
-
-    Args:
-        numbers: tensor on any device, with the same shape and dtype on all ranks; needs a device sync.
-        op: a `torch.distributed.ReduceOp`.
     """
     if trainer.world_size == 1:
         return numbers.cpu()
