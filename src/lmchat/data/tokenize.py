@@ -32,10 +32,7 @@ _Chunk = tuple[int, npt.NDArray[np.unsignedinteger], npt.NDArray[np.int64]]
 
 @dataclass(frozen=True)
 class TokenReport:
-    """Result of `prepare_token_shards`.
-
-    ``made`` shards were tokenized by this call; ``skipped`` texts are null or empty.
-    """
+    """Result of `prepare_token_shards`: ``made`` shards were tokenized by it; ``skipped`` texts are null or empty."""
 
     directory: Path
     shards: int

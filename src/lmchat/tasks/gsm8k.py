@@ -128,10 +128,7 @@ class GSM8K(NumericAnswerTask, RowTask):
     """
 
     def __init__(
-        self,
-        split: Literal["train", "test"] = "train",
-        answer_rule: AnswerRule = "number",
-        **options: Any,
+        self, split: Literal["train", "test"] = "train", answer_rule: AnswerRule = "number", **options: Any
     ) -> None:
         super().__init__(hub=HubDataset("openai/gsm8k", "main", split), **options)
         self.answer_rule = answer_rule

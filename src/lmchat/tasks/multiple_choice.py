@@ -98,11 +98,7 @@ class MMLU(MultipleChoiceTask):
         options: see `RowTask`.
     """
 
-    def __init__(
-        self,
-        split: Literal["auxiliary_train", "dev", "validation", "test"] = "test",
-        **options: Any,
-    ) -> None:
+    def __init__(self, split: Literal["auxiliary_train", "dev", "validation", "test"] = "test", **options: Any) -> None:
         super().__init__(hub=HubDataset("cais/mmlu", "all", split), **options)
 
     def conversation(self, row: Any) -> MultipleChoiceConversation:
