@@ -126,6 +126,45 @@ def test_shared_prompts_stay_within_the_memory(monkeypatch: pytest.MonkeyPatch) 
     assert tokens == 12 * 2 * 8
 
 
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_a_long_shared_prompt_does_not_slow_later_ones(on_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = network(200)
+    one_slot = Engine(net, TOKENIZER).runner.layout.slot_bytes(1536)
+    options: dict[str, Any] = {"max_rows": 8, "max_bytes": 4 * one_slot}
+    engine = gpu_engine(monkeypatch, net, TOKENIZER, **options) if on_gpu else Engine(net, TOKENIZER, **options)
+    params = SamplingParams(num_samples=2, max_new_tokens=8, temperature=1, stop_tokens=())
+
+    def steps() -> int:
+        for number in range(8):
+            engine.add_request([256, *[number] * 40], params)
+        count = 0
+        while engine.num_running or engine.num_waiting:
+            engine.step()
+            count += 1
+        return count
+
+    expected = steps()
+    engine.generate([[256, *[3] * 1500]], params)
+    assert steps() == expected
+
+
+def test_groups_follow_a_smaller_number_of_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = network(200)
+    slot = Engine(net, TOKENIZER).runner.layout.slot_bytes
+    budget = max(18 * slot(64), 9 * slot(128))
+    engine = gpu_engine(monkeypatch, net, TOKENIZER, max_rows=8, max_bytes=budget)
+    params = SamplingParams(num_samples=2, max_new_tokens=12, temperature=1, stop_tokens=())
+    requests = [engine.add_request([256, *[number] * 40], params) for number in range(3)]
+    for _ in range(2):
+        engine.step()
+    engine.cancel(requests[2])
+    engine.add_request([256, *[9] * 100], params)
+    count = 0
+    while engine.num_running or engine.num_waiting:
+        count += len(engine.step())
+    assert count >= 24
+
+
 @contextmanager
 def failing_allocation(number: int) -> Iterator[None]:
     """Context manager in which one allocation of slots fails."""

@@ -239,6 +239,8 @@ class Engine:
                     last = sequence.done and read == len(completion.ids) - 1
                     yield stream.next(completion.ids[read], forced=completion.mask[read] == 0, last=last)
                     read += 1
+            if not sequence.done:
+                raise UserError("the request was cancelled, by `cancel` or an error of another request; repeat it")
         finally:
             self.cancel(request)
 

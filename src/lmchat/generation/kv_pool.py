@@ -149,7 +149,7 @@ class MemoryBudget:
         self._max_bytes = self._given
 
     def slots(self, capacity: int) -> int:
-        """Number of slots of ``capacity`` tokens that fit; a third of the memory is for shared prompts."""
+        """Number of slots of ``capacity`` tokens that fit; a third of the memory is for shared prompts, or one."""
         return int(self.max_bytes // (1.5 * self.layout.slot_bytes(round_up(capacity))))
 
     def prompt_slots(self, capacity: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -78,7 +78,7 @@ class Runner:
         self.prompts = KVPool(self.layout, device)
         self.state = DecodeState(max_rows, tokenizer, source.config.vocab_size, device)
         self.graphs = GraphedSteps(self.state.frozen) if device.type == "cuda" else None
-        self._grouped: tuple[list[list[int]], tuple[Tensor, Tensor]] | None = None
+        self._grouped: tuple[Any, tuple[Tensor, Tensor]] | None = None
 
     def bucket(self, rows: int) -> int:
         """Number of rows to compute for ``rows`` sequences; on a GPU one of few sizes, each captured once."""
@@ -186,8 +186,9 @@ class Runner:
         grouped = {row for own in by_group for row in own}
         for row in set(range(rows)) - grouped:
             min(by_group, key=len).append(row)
-        if self._grouped is None or self._grouped[0] != by_group:  # Most steps have the groups of the step before them.
-            self._grouped = by_group, self._group_rows(rows, by_group)
+        groups = by_group, self.prompts.num_slots
+        if self._grouped is None or self._grouped[0] != groups:  # Most steps have the groups of the step before them.
+            self._grouped = groups, self._group_rows(rows, by_group)
         max_prompt = round_up(max(len(shared.prompt) - 1 for shared in members), multiple)
         return Groups(*self._grouped[1], max_prompt)
 

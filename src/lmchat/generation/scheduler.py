@@ -158,12 +158,18 @@ class Scheduler:
     def _has_prompt_room(self, tokens: int) -> bool:
         """Makes room for one more shared prompt."""
         prompts, count = self.runner.prompts, len(self.shared) + 1
+        if not self.shared and self._max_prompts(tokens) >= 2 * self._max_prompts(prompts.capacity):
+            prompts.release()  # few slots are left of a time with longer prompts
         if tokens > prompts.capacity or count > prompts.num_slots:
-            limit = max(1, min(self.max_rows // 2, self.budget.prompt_slots(max(tokens, prompts.capacity))))
+            limit = self._max_prompts(max(tokens, prompts.capacity))
             if count > limit:
                 return False
             self.runner.resize(prompts, self._num_slots(prompts, count, limit), tokens)
         return True
+
+    def _max_prompts(self, capacity: int) -> int:
+        """Maximum number of shared prompts of ``capacity`` tokens at a time; at least one, which fits alone."""
+        return max(1, min(self.max_rows // 2, self.budget.prompt_slots(max(1, capacity))))
 
     def _num_slots(self, pool: KVPool, needed: int, limit: int) -> int:
         """The new number of slots. On a CPU memory is used once written; a GPU gets those needed, and some to spare."""

@@ -113,7 +113,7 @@ class EngineWorker:
             try:
                 for prompt in prompts:
                     requests.append(self.engine.add_request(prompt, params))
-            except UserError:
+            except Exception:
                 for request in requests:
                     self.engine.cancel(request)
                 raise
@@ -164,7 +164,7 @@ class EngineWorker:
     def _step(self) -> None:
         self._step_is_scheduled = False
         try:
-            events = self.engine.step()
+            self._deliver(self.engine.step())
         except UserError as error:  # non-finite logits: the engine has dropped all requests and can continue
             logger.error("%s", error)
             self._fail_all(EngineFailure(str(error)))
@@ -173,8 +173,6 @@ class EngineWorker:
             self.failed = not is_out_of_memory(error)
             remedy = "restart the server" if self.failed else "it ran out of memory: send fewer or shorter requests"
             self._fail_all(EngineFailure(f"the engine has failed; {remedy}"))
-        else:
-            self._deliver(events)
         self._schedule_step()
 
     def _deliver(self, events: list[TokenEvent]) -> None:
