@@ -157,6 +157,7 @@ def _decompressed(path: Path, raw: BinaryIO) -> Any:
     if head and (found := packed_as(head)) != suffix:  # browsers decompress, and keep the name
         what = f"{found or 'no compressed'} data; copy it again, or "
         remedy = f"end its name in {found}" if found else f"remove {suffix} from its name"
+        remedy = "unpack it" if found == ".zip" else remedy
         raise UserError(f"{path} is damaged or has a wrong name: it contains {what}{remedy}")
     if suffix == ".gz":
         return gzip.GzipFile(fileobj=raw)
@@ -349,5 +350,6 @@ def bounded_lines(file: IO[AnyStr], what: str, max_length: int) -> Iterator[AnyS
     """
     while line := file.readline(max_length + 1):
         if len(line) > max_length:
-            raise LongRecord(f"{what} has a line longer than {max_length:,} characters; save each record as a line")
+            unit = "bytes" if isinstance(line, bytes) else "characters"
+            raise LongRecord(f"{what} has a line longer than {max_length:,} {unit}")
         yield line

@@ -350,6 +350,16 @@ def test_the_stage_and_the_next_one_follow_from_nanochats_folder(
     assert re.findall(r"--config configs/(\S+)", capsys.readouterr().out) == ([next_config] if next_config else [])
 
 
+@pytest.mark.parametrize("name", ["tokenizer.pkl", "optim_001000_rank0.pt", "meta_001000.json"])
+def test_a_file_that_is_no_model_is_no_nanochat_checkpoint(
+    name: str, nanochat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (nanochat / "model_001000.pt").unlink()
+    (nanochat / name).touch()
+    assert main(["import", "nanochat", str(nanochat / name)]) == 2
+    assert "there is no nanochat checkpoint in" in capsys.readouterr().err
+
+
 def quantize(path: Path) -> None:
     torch.save({name: tensor.to(torch.int8) for name, tensor in torch.load(path).items()}, path)
 

@@ -281,6 +281,13 @@ def test_serbian_is_not_read_as_hebrew(tmp_path: Path) -> None:
     assert (list(reader.read(tmp_path / "a.txt")), list(reader.recoded)) == ([text], ["CP1251"])
 
 
+def test_a_short_hebrew_text_is_not_read_as_cyrillic(tmp_path: Path) -> None:
+    text = "אני הולך היום לשוק כדי לקנות לחם וחלב ואחר כך אחזור הביתה ואכין ארוחת ערב לכל המשפחה שלי.\n"
+    (tmp_path / "a.txt").write_bytes(text.encode("cp1255"))
+    reader = DocumentReader()
+    assert (list(reader.read(tmp_path / "a.txt")), list(reader.recoded)) == ([text], ["CP1255"])
+
+
 def test_an_unknown_encoding_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").touch()
     with pytest.raises(UserError, match="--encoding is klingon, which Python does not know"):

@@ -308,12 +308,12 @@ def test_damaged_files_are_reported(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (gzip.compress(b'{"text": "a"}', mtime=0), r"\.gz data; unpack it, or end its name in \.gz"),
-        (zstd(b'{"text": "a"}'), r"\.zst data; unpack it, or end its name in \.zst"),
-        (lzma.compress(b'{"text": "a"}'), r"\.xz data; unpack it, or end its name in \.xz"),
-        (bz2.compress(b'{"text": "a"}'), r"\.bz2 data; unpack it, or end its name in \.bz2"),
+        (gzip.compress(b'{"text": "a"}', mtime=0), r"\.gz data; unpack it, or add \.gz to its name"),
+        (zstd(b'{"text": "a"}'), r"\.zst data; unpack it, or add \.zst to its name"),
+        (lzma.compress(b'{"text": "a"}'), r"\.xz data; unpack it, or add \.xz to its name"),
+        (bz2.compress(b'{"text": "a"}'), r"\.bz2 data; unpack it, or add \.bz2 to its name"),
         (b"PK\x03\x04\x14", "a ZIP archive or a spreadsheet"),
-        (b"PAR1\x15", r"\.parquet data; unpack it, or end its name in \.parquet"),
+        (b"PAR1\x15", r"parquet; end its name in \.parquet"),
     ],
 )
 def test_packed_files_under_another_name_are_recognized(tmp_path: Path, content: bytes, message: str) -> None:

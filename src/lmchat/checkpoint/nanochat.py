@@ -6,6 +6,7 @@ supported; versions with additional tensors are not.
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,7 +64,9 @@ def read_nanochat(path: Path, tokenizer: Path | None = None) -> ImportedModel:
 def _find_paths(path: Path) -> CheckpointPaths:
     """The files of the checkpoint; their names are the same as lmchat's."""
     if path.is_file():
-        return CheckpointPaths.of(path)
+        with contextlib.suppress(UserError):  # another file
+            if (paths := CheckpointPaths.of(path)).model.exists():
+                return paths
     steps = [step for step in files_by_step(path) if CheckpointPaths(path, step).model.exists()]
     if not steps:
         raise UserError(

@@ -108,11 +108,19 @@ def detect_encoding(sample: bytes) -> str | None:
     text = sample.decode(name or "cp1252", "ignore")
     for letters, names, alphabets in _FAMILIES:
         if _share(text, f"[{letters}]") > 0.5 or (alphabets is _LATIN and not _share(text, ".")):
+            if alphabets is not _LATIN and _is_hebrew(sample):
+                return "cp1255"
             fits = {name: _fit(sample, name, alphabets) for name in names}
             best = max(names, key=fits.__getitem__)
             fits_well = fits[best] >= (_MIN_FIT if name else _MIN_FIT_ALONE)
             return best if fits_well and (size >= _MIN_BYTES or alphabets is _LATIN) else None
     return name if size >= _MIN_BYTES else None
+
+
+def _is_hebrew(sample: bytes) -> bool:
+    """Whether text taken for Cyrillic or Greek is Hebrew: no capitals, and no final forms of letters within words."""
+    lower_case = _share(sample.decode("latin-1"), "[\xe0-\xfa]") > 0.985
+    return lower_case and not re.search("[ךםןףץ][א-ת]", sample.decode("cp1255", "ignore"))
 
 
 def _best_guess(sample: bytes, candidates: list[str]) -> str | None:

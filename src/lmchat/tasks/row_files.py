@@ -25,6 +25,7 @@ from lmchat.records import (
     JSON_SUFFIXES,
     PARQUET_SUFFIX,
     TABLE_SUFFIXES,
+    LongRecord,
     bounded_lines,
     find_files,
     json_values,
@@ -105,12 +106,18 @@ class TextRows:
             if kind in TABLE_SUFFIXES:
                 self._keep_rows(table_rows(file, str(path), None, MAX_LINE_BYTES), "row")
             elif not in_place:
-                self._index(bounded_lines(file, str(path), MAX_LINE_BYTES), "line", copied=True)
+                self._index(self._lines(file), "line", copied=True)
         if in_place:
             with self._raw() as raw:  # positions in the file, of which a byte order mark is a part
-                self._index(bounded_lines(raw, str(path), MAX_LINE_BYTES), "line", copied=False)
+                self._index(self._lines(raw), "line", copied=False)
         if self._places.unit == "line" and len(self) and not self._is_by_line(kind):
             self._read_values(kind)
+
+    def _lines(self, file: BinaryIO) -> Iterator[bytes]:
+        try:
+            yield from bounded_lines(file, str(self.path), MAX_LINE_BYTES)
+        except LongRecord as error:
+            raise UserError(f"{error}; save each row as one line") from error
 
     @contextlib.contextmanager
     def _raw(self) -> Iterator[BinaryIO]:
@@ -204,8 +211,10 @@ def _refuse_packed(path: Path) -> None:
         found = packed_as(file.read(16))
     if found == ".zip":
         raise UserError(f"{path} contains a ZIP archive or a spreadsheet; unpack it, or save the table as CSV")
+    if found == PARQUET_SUFFIX:
+        raise UserError(f"{path} contains parquet; end its name in {found}")
     if found is not None:
-        raise UserError(f"{path} contains {found} data; unpack it, or end its name in {found}")
+        raise UserError(f"{path} contains {found} data; unpack it, or add {found} to its name")
 
 
 def _row_of(line: bytes) -> bytes:
