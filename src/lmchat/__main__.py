@@ -1,7 +1,5 @@
 """The command line: a table of commands, each imported only when it is used."""
 
-from __future__ import annotations
-
 import atexit
 import errno
 import json

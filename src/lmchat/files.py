@@ -3,8 +3,6 @@
 Files are written under a temporary name in the same folder and then renamed, which is atomic on POSIX.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import json

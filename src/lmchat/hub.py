@@ -1,7 +1,5 @@
 """Limits and checks of what a Hugging Face Hub answers, beyond those of huggingface_hub."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import logging

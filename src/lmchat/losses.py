@@ -1,7 +1,5 @@
 """Cross-entropy computed in chunks of tokens, so that the full (tokens, vocabulary) logits are never in memory."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, Literal, NamedTuple

@@ -1,7 +1,5 @@
 """Validation of conversations, whether they come from a file, a task or a prompt."""
 
-from __future__ import annotations
-
 from typing import Any, get_args, get_type_hints
 
 from lmchat.types import Part, UserError

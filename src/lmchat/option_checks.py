@@ -1,7 +1,5 @@
 """Range checks of numbers: of options, and of data positions in checkpoints."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Where lmchat keeps its files."""
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path

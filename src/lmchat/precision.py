@@ -1,7 +1,5 @@
 """The dtype in which a device multiplies matrices fastest."""
 
-from __future__ import annotations
-
 import timeit
 from functools import cache
 

@@ -1,7 +1,5 @@
 """Progress bars on stderr: tqdm's, which disappear when they are closed."""
 
-from __future__ import annotations
-
 import sys
 import threading
 from collections.abc import Iterable, Iterator

@@ -1,7 +1,5 @@
 """Provenance of a run: command, code, versions and hardware."""
 
-from __future__ import annotations
-
 import os
 import platform
 import shlex

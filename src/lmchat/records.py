@@ -3,8 +3,6 @@
 Files are read as streams: memory is bounded by the longest record allowed.
 """
 
-from __future__ import annotations
-
 import bz2
 import codecs
 import contextlib

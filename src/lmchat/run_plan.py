@@ -1,7 +1,5 @@
 """The plan of a training run: steps, gradient accumulation, intervals; computed in one place for several parts."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Pure arithmetic. The reference point is the depth-12 model of the same settings,
 were tuned at a batch of 2^19 tokens.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

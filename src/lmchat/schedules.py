@@ -3,8 +3,6 @@
 Multipliers apply to the initial value of a parameter group.
 """
 
-from __future__ import annotations
-
 
 def linear_warmdown(
     step: int,

@@ -1,7 +1,5 @@
 """The stages of training: one name each, the folders of their files, and the stages they may start from."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

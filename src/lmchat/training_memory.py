@@ -14,8 +14,6 @@ Activations saved by autograd per token and block, in the compute dtype, with mo
 Layers with value embeddings save K more. Everything else is estimated; nothing was measured on a GPU so far.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal

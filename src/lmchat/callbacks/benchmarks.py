@@ -1,7 +1,5 @@
 """CORE and ChatCORE during training."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from typing import Any
 

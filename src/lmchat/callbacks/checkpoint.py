@@ -20,8 +20,6 @@ A run may be resumed with another number of micro-batches per step. Lightning co
 computed from the step; a loader with a length counts the whole run in the new micro-batches.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass

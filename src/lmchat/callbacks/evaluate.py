@@ -1,7 +1,5 @@
 """Runs the evaluators in training and logs their metrics."""
 
-from __future__ import annotations
-
 import json
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """FP8 matrix products in training."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import lightning as L

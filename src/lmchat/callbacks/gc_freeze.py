@@ -1,7 +1,5 @@
 """Keeps garbage collection out of the training loop."""
 
-from __future__ import annotations
-
 import gc
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Logs loss, speed, utilisation, memory, data position and time left."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable
 from typing import Any

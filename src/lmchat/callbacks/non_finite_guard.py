@@ -1,7 +1,5 @@
 """Stops the run, or skips the step, when a loss or a gradient is NaN or infinite."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """Sample completions during training."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Saves the settings and the origin of a run beside its logs."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Callbacks that act at the end of optimizer steps."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import lightning as L

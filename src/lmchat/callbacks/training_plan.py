@@ -1,7 +1,5 @@
 """Computes the plan of a run from the depth and the options."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import lightning as L

@@ -1,7 +1,5 @@
 """Writes imported models as regular checkpoints."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Finds, verifies and reads checkpoints, without Lightning and without unpickling arbitrary objects."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import warnings

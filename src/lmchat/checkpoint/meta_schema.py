@@ -5,8 +5,6 @@ Therefore file names must be in the folder, sizes must fit the size of the weigh
 characters.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Mapping

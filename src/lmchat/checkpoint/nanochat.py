@@ -4,8 +4,6 @@ Weight names are equal to lmchat's. Models without value embeddings or residual 
 supported; versions with additional tensors are not.
 """
 
-from __future__ import annotations
-
 import contextlib
 import pickle
 from collections.abc import Mapping

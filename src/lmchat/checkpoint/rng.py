@@ -1,7 +1,5 @@
 """Saves and restores the states of the random number generators: torch (CPU, CUDA), NumPy, Python."""
 
-from __future__ import annotations
-
 import random
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Checks names, shapes and types of a model's tensors against its config."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from typing import Any
 

@@ -5,8 +5,6 @@ Each rank writes its optimizer file and then a small receipt; rank 0 waits for t
 There are no collectives, so a failed rank cannot hang a save.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import hashlib

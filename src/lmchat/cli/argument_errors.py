@@ -1,7 +1,5 @@
 """The commands' argument parser, and its errors as one readable sentence."""
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Checks of the command line and the configs before anything is built."""
 
-from __future__ import annotations
-
 import os
 import re
 from pydoc import locate

@@ -1,7 +1,5 @@
 """Turns errors of classes that the user has named, such as Lightning's callbacks and loggers, into one message."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path

@@ -5,8 +5,6 @@ config that cannot be read or a class of the user's, are left to the same checks
 and tokenizer.
 """
 
-from __future__ import annotations
-
 import os
 import stat
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """End of a training process: exit status after a signal, messages after a failed rank or out of memory."""
 
-from __future__ import annotations
-
 import re
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """``lmchat fit`` and ``lmchat validate``: Lightning's command line with lmchat's stages, callbacks and checkpoints."""
 
-from __future__ import annotations
-
 import logging
 import warnings
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Checks of YAML, and former names of classes and option groups, accepted for one release."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -4,8 +4,6 @@
 which takes 1.3 CPU seconds in every process. Lightning needs none of these.
 """
 
-from __future__ import annotations
-
 import gc
 import os
 import signal

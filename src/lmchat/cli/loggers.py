@@ -1,7 +1,5 @@
 """TensorBoard and CSV logs that survive the removal of their folder and name it in errors."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import functools

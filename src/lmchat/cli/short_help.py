@@ -3,8 +3,6 @@
 ``--help_all`` prints all options from the parser. A test compares the names here with the parser.
 """
 
-from __future__ import annotations
-
 import textwrap
 
 FULL_HELP = "--help_all"

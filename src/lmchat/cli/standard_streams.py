@@ -1,7 +1,5 @@
 """Handles closed standard streams, broken pipes and terminals without Unicode."""
 
-from __future__ import annotations
-
 import io
 import os
 import select

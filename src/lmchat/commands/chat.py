@@ -1,7 +1,5 @@
 """``lmchat chat``: talk to a model in the terminal."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

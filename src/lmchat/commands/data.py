@@ -1,7 +1,5 @@
 """``lmchat data``: downloads, imports, checks and tokenizes text, makes word lists, shows conversations."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, Literal
 

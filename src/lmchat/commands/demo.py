@@ -4,8 +4,6 @@ Stages run in order; each is a function that takes a `Demo` and returns metrics.
 ``summary.json``, so a second run resumes at the first unfinished stage.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import shlex

@@ -1,7 +1,5 @@
 """``lmchat eval``: a checkpoint on chat benchmarks or on CORE."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path

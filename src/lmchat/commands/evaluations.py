@@ -1,7 +1,5 @@
 """Functions of ``lmchat eval``: load the model, choose the tasks, evaluate, print and save the results."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """``lmchat export``: writes checkpoints in the format of other libraries."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 

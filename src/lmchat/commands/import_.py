@@ -1,7 +1,5 @@
 """``lmchat import``: converts models of other programs to checkpoints of lmchat."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 

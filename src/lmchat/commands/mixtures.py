@@ -1,7 +1,5 @@
 """Mixtures of conversations from a fine-tuning config, or from a file or folder, given on the command line."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from lmchat.cli.lean_imports import lean_imports

@@ -1,7 +1,5 @@
 """``lmchat report``: one page about one or more runs."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 TAKES_LIST = True

@@ -1,7 +1,5 @@
 """``lmchat serve``: the chat page and an OpenAI-compatible API."""
 
-from __future__ import annotations
-
 import os
 import sys
 from importlib.util import find_spec

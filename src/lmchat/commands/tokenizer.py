@@ -1,7 +1,5 @@
 """``lmchat tokenizer``: train, evaluate, show or import a tokenizer."""
 
-from __future__ import annotations
-
 import sys
 from importlib import resources
 from itertools import cycle

@@ -1,7 +1,5 @@
 """Finds the text files of a folder and reads their documents as a stream."""
 
-from __future__ import annotations
-
 import codecs
 import json
 import re

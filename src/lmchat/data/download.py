@@ -1,7 +1,5 @@
 """Downloads parquet shards from the Hugging Face Hub: in parallel, verified, resumable."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fnmatch

@@ -4,8 +4,6 @@ charset-normalizer detects the script. Encodings of the same script differ in a 
 alphabet best is chosen. ``docs/LOG.md`` has the accuracy.
 """
 
-from __future__ import annotations
-
 import codecs
 import re
 from collections import Counter

@@ -1,7 +1,5 @@
 """Overlap of documents with evaluation sets: word 13-grams that occur in both."""
 
-from __future__ import annotations
-
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`DataHealth` as tables and as JSON."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path

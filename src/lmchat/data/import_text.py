@@ -1,7 +1,5 @@
 """Imports a folder of text into shuffled, deduplicated parquet shards."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A mixture of tasks, each repeated for its number of epochs, shuffled once; and the fingerprint of its content."""
 
-from __future__ import annotations
-
 import bisect
 import hashlib
 import json

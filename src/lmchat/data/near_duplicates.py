@@ -4,8 +4,6 @@ Two documents whose sets of 5-grams have the Jaccard similarity s become a candi
 1 − (1 − s^6)^20, which is 99.8 % at s = 0.8. Candidates count if their signatures agree in at least the threshold.
 """
 
-from __future__ import annotations
-
 import os
 import tempfile
 from array import array

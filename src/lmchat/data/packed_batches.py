@@ -1,7 +1,5 @@
 """Micro-batches of packed rows from token files."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
 from itertools import count, islice

@@ -1,7 +1,5 @@
 """Best-fit packing of documents into rows, by their lengths only. Pretraining crops, fine-tuning pads."""
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator

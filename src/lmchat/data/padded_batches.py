@@ -1,7 +1,5 @@
 """Micro-batches of padded rows of whole conversations, planned for one epoch."""
 
-from __future__ import annotations
-
 from array import array
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, InitVar, dataclass, field

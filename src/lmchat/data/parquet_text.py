@@ -1,7 +1,5 @@
 """Lists parquet shards of text and reads their documents."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

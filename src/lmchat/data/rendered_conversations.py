@@ -4,8 +4,6 @@ Each file is the content of an array: ``tokens``, uint32; numbers of the ``rende
 rendering of each conversation, since one that a mixture repeats is rendered once.
 """
 
-from __future__ import annotations
-
 import os
 import weakref
 import zlib

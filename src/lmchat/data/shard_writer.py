@@ -4,8 +4,6 @@ Documents are sorted by a hash of seed and text: the order is random, does not d
 puts equal documents next to each other. SQLite sorts them on disk.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import math

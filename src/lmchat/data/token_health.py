@@ -1,7 +1,5 @@
 """Lengths in tokens: their histogram, and what packing into rows crops or pads."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path

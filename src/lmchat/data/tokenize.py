@@ -1,7 +1,5 @@
 """Tokenizes parquet shards into token files, on all cores."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import sys

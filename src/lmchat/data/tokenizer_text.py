@@ -1,7 +1,5 @@
 """Trains a tokenizer on parquet shards or text files."""
 
-from __future__ import annotations
-
 import contextlib
 import tempfile
 import time

@@ -1,7 +1,5 @@
 """Text of web pages: HTML files, and WARC files of crawls."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Text of wikis: MediaWiki XML exports, such as Wikipedia's ``pages-articles`` dumps."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterator

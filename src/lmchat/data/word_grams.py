@@ -1,7 +1,5 @@
 """Hashes of the word n-grams of documents, for near duplicates and for overlap with evaluation sets."""
 
-from __future__ import annotations
-
 import re
 import zlib
 from collections.abc import Sequence

@@ -5,8 +5,6 @@ and written as parquet shards. Nothing is downloaded, no package is imported, an
 shards.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

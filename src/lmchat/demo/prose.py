@@ -4,8 +4,6 @@ Code, tables, formulas, parameter types, headings and legal boilerplate are left
 paragraph or list item becomes one line.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator
 

@@ -1,7 +1,5 @@
 """One run of the demo: its paths, and functions to run its stages and read their logs."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """The demo's text stages: collection into shards, tokenizer, token files, compression baselines."""
 
-from __future__ import annotations
-
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator

@@ -1,7 +1,5 @@
 """Shortens a run to its time budget."""
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

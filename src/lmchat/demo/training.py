@@ -1,7 +1,5 @@
 """The demo's training stages and the metrics read from their logs."""
 
-from __future__ import annotations
-
 from statistics import median_low
 
 from lmchat.checkpoint.layout import committed_steps

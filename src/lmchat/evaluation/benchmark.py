@@ -1,7 +1,5 @@
 """Several tasks that are evaluated together, and the mean of their centered accuracies: CORE and ChatCORE."""
 
-from __future__ import annotations
-
 import logging
 import time
 from abc import abstractmethod

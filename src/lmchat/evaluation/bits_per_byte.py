@@ -1,7 +1,5 @@
 """Bits per byte: the loss per byte of text, which does not depend on the vocabulary."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 from typing import Any

@@ -1,7 +1,5 @@
 """Downloads the evaluation bundle of CORE."""
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 import zipfile

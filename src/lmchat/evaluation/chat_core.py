@@ -1,7 +1,5 @@
 """Chat benchmarks by name, and ChatCORE as an `Evaluator`: in training and in ``lmchat eval``."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch

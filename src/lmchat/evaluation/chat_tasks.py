@@ -1,7 +1,5 @@
 """Accuracy on a task: one greedy answer per question, or for multiple choice the most likely letter."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 

@@ -4,8 +4,6 @@ Tasks, prompts and baselines are those of nanochat's ``eval_bundle``: ``core.yam
 ``eval_data/``, in a folder or a zip file.
 """
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import json

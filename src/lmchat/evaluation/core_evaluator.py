@@ -1,7 +1,5 @@
 """CORE as an `Evaluator`: in training, in ``lmchat validate`` and in ``lmchat eval``."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any

@@ -4,8 +4,6 @@ Examples of similar length are batched, see `lmchat.evaluation.prompt_trees`. Th
 positions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Confidence intervals of evaluation results."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

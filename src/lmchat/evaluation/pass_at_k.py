@@ -1,7 +1,5 @@
 """pass@k: the probability that at least one of k samples is correct."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

@@ -1,7 +1,5 @@
 """Files of evaluation results: JSON beside a checkpoint, one entry per task."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

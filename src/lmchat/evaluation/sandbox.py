@@ -5,8 +5,6 @@ files and processes, see `lmchat.evaluation.sandbox_driver`. ``docs/evaluation.m
 against.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

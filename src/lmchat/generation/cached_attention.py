@@ -1,7 +1,5 @@
 """Attention over the slots of a KV pool, for chunks of prompts and for one new token per sequence."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import cached_property

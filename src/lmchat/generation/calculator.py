@@ -19,8 +19,6 @@ and any word (nanochat refuses 'profile', since it contains "file"); empty paren
 value.
 """
 
-from __future__ import annotations
-
 import math
 import operator
 import re

@@ -1,7 +1,5 @@
 """CUDA graphs of decode steps, one per shape. Never run on a GPU so far."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable
 from dataclasses import fields
 from typing import Any

@@ -1,7 +1,5 @@
 """Generation engine with continuous batching, prefix caching and a calculator tool."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Keys and values of many sequences, in slots of fixed size; layers with short windows store fewer tokens."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 

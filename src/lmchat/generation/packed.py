@@ -3,8 +3,6 @@
 The layout is oneDNN's.
 """
 
-from __future__ import annotations
-
 import math
 from functools import cache
 

@@ -1,7 +1,5 @@
 """The policy: a network, its tokenizer, and an engine that samples from it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 

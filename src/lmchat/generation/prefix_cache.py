@@ -1,7 +1,5 @@
 """Keeps slots of finished sequences for prompts with the same prefix, such as the next turn of a conversation."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence as Seq
 from typing import NamedTuple
 

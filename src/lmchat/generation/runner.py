@@ -1,7 +1,5 @@
 """Runs the network for the engine: prefills prompts into the KV pool and decodes rows, with its own weights."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import Any, NamedTuple

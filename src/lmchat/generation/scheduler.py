@@ -1,7 +1,5 @@
 """Continuous batching: assigns sequences to rows and schedules prefills."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterable
 

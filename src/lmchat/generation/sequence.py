@@ -1,7 +1,5 @@
 """Sequences being generated, their completions and calculator calls."""
 
-from __future__ import annotations
-
 import codecs
 from collections import deque
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Inference weights: a copy of a network for generation, updated in place after further training."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

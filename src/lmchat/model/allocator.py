@@ -1,7 +1,5 @@
 """Allocation of large CPU temporaries."""
 
-from __future__ import annotations
-
 import ctypes
 import sys
 

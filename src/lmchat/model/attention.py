@@ -7,8 +7,6 @@ by 1/√head_dim. Returns (B, T, heads, head_dim).
 With ``starts``, the ``document_starts`` of a `lmchat.types.Batch`, a query sees keys of its own document only.
 """
 
-from __future__ import annotations
-
 import logging
 from contextlib import AbstractContextManager
 from functools import cache

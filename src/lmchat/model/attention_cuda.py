@@ -1,7 +1,5 @@
 """Attention backends for CUDA, in a separate module since importing it loads torch.compile. See `attention`."""
 
-from __future__ import annotations
-
 import inspect
 from functools import cache, lru_cache
 from typing import Any

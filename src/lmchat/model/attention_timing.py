@@ -1,7 +1,5 @@
 """Chooses the attention backends of fixed shapes by timing them on the GPU. Never run on a GPU so far."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """Compiles a model's blocks with torch.compile."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache
 from typing import Any

@@ -1,7 +1,5 @@
 """Hyperparameters of a GPT, without importing torch."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from typing import Any
 

@@ -5,8 +5,6 @@ Operands are scaled dynamically to the range of their FP8 type: e4m3 for inputs 
 accumulate in higher precision; master weights stay fp32. Never run on a GPU so far.
 """
 
-from __future__ import annotations
-
 import logging
 from collections import Counter
 from dataclasses import dataclass, replace

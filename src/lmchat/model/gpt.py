@@ -5,8 +5,6 @@ per-layer attention windows and, optionally, value embeddings on every other lay
 stream with the normed embedding before each block.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext

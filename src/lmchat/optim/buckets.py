@@ -1,7 +1,5 @@
 """Buckets of parameters, which ZeRO-2 exchanges in messages: collectives over NCCL or gloo."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any

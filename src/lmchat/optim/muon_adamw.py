@@ -5,8 +5,6 @@ Muon is Nesterov momentum, made nearly orthogonal by Polar Express (arXiv:2505.1
 last two dimensions only, so splitting a stack, over calls or ranks, does not change the result.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal

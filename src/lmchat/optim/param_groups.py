@@ -1,7 +1,5 @@
 """The parameter groups of a GPT: which parameters Muon updates and which AdamW, and with which settings."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any

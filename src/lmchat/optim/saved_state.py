@@ -1,7 +1,5 @@
 """Saved optimizer state: tensors by parameter name, restored from the pieces that any number of ranks saved."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Any
 

@@ -6,8 +6,6 @@ need them, which compute the updates, and new parameters are all-gathered. Both 
 backward pass, gathers with updates.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 

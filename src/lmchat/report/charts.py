@@ -1,7 +1,5 @@
 """Line charts as inline SVG, coloured by the style sheet of the page."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from html import escape

@@ -1,7 +1,5 @@
 """Writes a report as an HTML page without scripts and external resources, and as Markdown."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from html import escape
 from importlib import resources

@@ -1,7 +1,5 @@
 """Reads the files of runs: logs, settings, samples, checkpoints and evaluation results."""
 
-from __future__ import annotations
-
 import csv
 import math
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Tables of a report: origin, cost and final metrics of every stage of the runs."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Attention for samples with a common prompt, which the network reads once."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

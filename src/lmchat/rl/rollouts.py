@@ -1,7 +1,5 @@
 """Rollouts: groups of sampled and graded answers to questions, the batches of reinforcement learning."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, replace

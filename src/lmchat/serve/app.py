@@ -1,7 +1,5 @@
 """The server's routes: OpenAI's API on the engine, health and metrics, and the chat page."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager

@@ -1,7 +1,5 @@
 """Errors of the HTTP interface, in OpenAI's shape."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from starlette.responses import JSONResponse, Response

@@ -1,7 +1,5 @@
 """Reads request bodies and sends answers, with limits, and detects disconnected clients."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import logging

@@ -1,7 +1,5 @@
 """Runs the application with uvicorn until SIGINT or SIGTERM, then finishes open requests."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import resource

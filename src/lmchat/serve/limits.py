@@ -1,7 +1,5 @@
 """Limits of a server: sizes, lengths, concurrent requests."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Loads a checkpoint with its tokenizer into an engine, for chatting and serving."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Formats answers as responses of OpenAI's API."""
 
-from __future__ import annotations
-
 import time
 import uuid
 from abc import ABC, abstractmethod

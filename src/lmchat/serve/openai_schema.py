@@ -1,7 +1,5 @@
 """Schema of requests of OpenAI's API, and their conversion."""
 
-from __future__ import annotations
-
 import secrets
 from typing import Annotated, Any, TypeVar
 

@@ -1,7 +1,5 @@
 """Runs a request on the engine and collects its answers, streamed or not."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Middleware of all routes: checks of tokens and origins, and security headers for browsers."""
 
-from __future__ import annotations
-
 import hashlib
 import hmac
 import ipaddress

@@ -1,7 +1,5 @@
 """Chat in the terminal: streams answers, keeps the conversation, handles commands."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Base class of the stages' LightningModules: network, training step, optimizer and schedules."""
 
-from __future__ import annotations
-
 import time
 from abc import abstractmethod
 from dataclasses import asdict, dataclass

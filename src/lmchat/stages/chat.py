@@ -1,7 +1,5 @@
 """Base classes of fine-tuning and reinforcement learning: start from a checkpoint, evaluate on questions."""
 
-from __future__ import annotations
-
 from typing import Any, Literal, cast
 
 import torch

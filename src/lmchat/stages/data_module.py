@@ -1,7 +1,5 @@
 """Base class of the stages' DataModules: spec of the stage, data position, evaluators."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """Pretraining: next-token prediction on packed text, evaluated by bits per byte."""
 
-from __future__ import annotations
-
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 

@@ -1,7 +1,5 @@
 """Reinforcement learning on questions with gradable answers: on-policy samples, advantages within each group."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from dataclasses import replace

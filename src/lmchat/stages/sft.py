@@ -1,7 +1,5 @@
 """Supervised fine-tuning: one epoch over a mixture of conversations, with loss on assistant tokens."""
 
-from __future__ import annotations
-
 import json
 from copy import copy
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The settings that a stage's module passes to its DataModule; neither knows the other's class."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Converts between Lightning's checkpoint dictionary and lmchat's files."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

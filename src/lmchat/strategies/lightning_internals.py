@@ -1,7 +1,5 @@
 """All uses of Lightning's private attributes, each in a function with a contract test, which fails if it is renamed."""
 
-from __future__ import annotations
-
 import subprocess
 from collections.abc import Callable
 from datetime import timedelta

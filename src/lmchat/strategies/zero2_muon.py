@@ -1,7 +1,5 @@
 """`--trainer.strategy zero2_muon`: data parallelism with ZeRO-2 sharded Muon state; the result equals one process's."""
 
-from __future__ import annotations
-
 import signal
 import sys
 import threading

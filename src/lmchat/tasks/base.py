@@ -4,8 +4,6 @@ To add a task, subclass `Task` (or `rows.RowTask` for rows of a file or a Hub da
 ``init_args`` in a config. If it grades answers, inherit `Graded` too.
 """
 
-from __future__ import annotations
-
 import random
 import re
 import zlib

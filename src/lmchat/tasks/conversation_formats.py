@@ -8,8 +8,6 @@
 Content without an exact counterpart is mapped, with a note for each kind of mapping; what cannot be mapped is an error.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 from dataclasses import dataclass, field

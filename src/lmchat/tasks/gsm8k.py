@@ -1,7 +1,5 @@
 """GSM8K: grade-school word problems solved with a calculator (Cobbe et al. 2021, arXiv:2110.14168)."""
 
-from __future__ import annotations
-
 import re
 from fractions import Fraction
 from typing import Any, Literal

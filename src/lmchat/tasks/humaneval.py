@@ -1,7 +1,5 @@
 """HumanEval: Python functions to complete, checked by unit tests (Chen et al. 2021, arXiv:2107.03374)."""
 
-from __future__ import annotations
-
 import re
 from typing import Any, cast
 

@@ -1,7 +1,5 @@
 """Generated conversations about the assistant's identity: its name, its maker, what it can and cannot do."""
 
-from __future__ import annotations
-
 import random
 import re
 from collections.abc import Sequence

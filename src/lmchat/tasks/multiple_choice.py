@@ -1,7 +1,5 @@
 """Multiple choice tasks: prompt, letters and grading; ARC and MMLU."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from string import ascii_uppercase
 from typing import Any, Literal, cast

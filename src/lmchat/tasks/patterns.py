@@ -1,7 +1,5 @@
 """Sentence patterns with alternatives in brackets."""
 
-from __future__ import annotations
-
 import random
 import re
 

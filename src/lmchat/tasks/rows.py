@@ -1,7 +1,5 @@
 """Tasks made of rows: a Hugging Face Hub dataset, or a local copy as JSON lines or parquet."""
 
-from __future__ import annotations
-
 import warnings
 from abc import abstractmethod
 from array import array

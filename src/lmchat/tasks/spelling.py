@@ -5,8 +5,6 @@ step by step, and check the count with the calculator. The idea and the format o
 nanochat's.
 """
 
-from __future__ import annotations
-
 import random
 from functools import cached_property
 from importlib import resources

@@ -1,7 +1,5 @@
 """Word lists for the spelling tasks."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterable

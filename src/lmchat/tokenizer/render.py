@@ -7,8 +7,6 @@ An assistant turn consists of text, calculator calls (``<|python_start|> express
 markers, and ``<|assistant_end|>``. It is 0 for results, which are forced, and for messages of weight 0.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

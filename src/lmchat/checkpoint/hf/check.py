@@ -1,7 +1,5 @@
 """Parity check of an export: loads it with transformers and compares results with lmchat's."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

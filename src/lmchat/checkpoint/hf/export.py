@@ -1,7 +1,5 @@
 """Exports a checkpoint as a folder that the transformers library loads."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import dataclass
 from importlib import import_module

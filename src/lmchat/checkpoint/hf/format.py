@@ -4,8 +4,6 @@ native   transformers' own `NanoChatForCausalLM`, for architectures that it supp
 lmchat   `LMChatForCausalLM` in the modelling file of the export, for all architectures
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Reads models in the format of the transformers library: exports of lmchat, and `NanoChatForCausalLM`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """The model card of an export, from the run's meta."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from string import Template
 from typing import Any

@@ -1,7 +1,5 @@
 """Generated word problems of adjustable difficulty in GSM8K's format, solved with the calculator."""
 
-from __future__ import annotations
-
 import random
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Conversations of several turns, joined from examples of other tasks."""
 
-from __future__ import annotations
-
 import random
 from functools import cached_property
 from typing import Any, cast

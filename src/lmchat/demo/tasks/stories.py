@@ -1,7 +1,5 @@
 """The stories of arithmetic word problems; texts and rules are in ``stories.yaml``."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Literal
