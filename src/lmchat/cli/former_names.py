@@ -1,6 +1,7 @@
 """Checks of YAML, and former names of classes and option groups, accepted for one release."""
 
 import re
+from functools import cache
 from typing import Any
 
 import yaml
@@ -33,6 +34,7 @@ MAX_VALUES = 1_000_000
 """Values of a config with all its aliases written out."""
 
 
+@cache  # once a process: each call would wrap the loader of the call before
 def accept_former_names() -> None:
     """Makes jsonargparse replace former names in configs, with a warning for each."""
     load_yaml = get_loader("yaml")
