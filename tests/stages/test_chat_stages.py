@@ -252,9 +252,9 @@ def test_a_chat_stage_without_a_checkpoint_is_refused(
 def rendered(tiny_base: Path, tmp_path: Path) -> tuple[Mixture, Tokenizer, RenderedConversations]:
     tokenizer = Tokenizer.load(tiny_base / "tokenizer")
     mixture = Mixture([MixturePart(Identity("train", size=30)), MixturePart(Arithmetic("train", size=20), epochs=2)])
-    report = render_all(mixture, tokenizer, 128, tmp_path, title="")
-    assert report.conversations == 70
-    return mixture, tokenizer, RenderedConversations(tmp_path)
+    conversations = render_all(mixture, tokenizer, 128, tmp_path, title="")
+    assert str(conversations).startswith("70 conversations, ")
+    return mixture, tokenizer, conversations
 
 
 def test_every_conversation_is_in_the_plan_once(rendered: tuple[Mixture, Tokenizer, RenderedConversations]) -> None:
@@ -361,10 +361,9 @@ def test_a_position_is_valid_for_any_number_of_ranks(
 
 def test_truncated_conversations_are_counted(tiny_base: Path, tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(tiny_base / "tokenizer")
-    report = render_all(Arithmetic("train", size=5), tokenizer, 16, tmp_path, title="")
-    assert report.truncated == 5
-    assert report.no_loss_tokens == 5
-    assert (RenderedConversations(tmp_path).lengths == 16).all()
+    rendered = render_all(Arithmetic("train", size=5), tokenizer, 16, tmp_path, title="")
+    assert str(rendered).endswith(" 0 with loss, 5 truncated, 5 without loss")
+    assert (rendered.lengths == 16).all()
 
 
 def test_the_split_into_micro_batches_does_not_change_the_weights(

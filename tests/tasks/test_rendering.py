@@ -12,7 +12,7 @@ import pytest
 
 from lmchat.data.mixture import Mixture, MixturePart, fingerprint
 from lmchat.data.padded_batches import PaddedPlan
-from lmchat.data.rendered_conversations import RenderedConversations, render_all
+from lmchat.data.rendered_conversations import render_all
 from lmchat.demo.tasks import Arithmetic
 from lmchat.tasks import Identity, JSONLConversations, SimpleSpelling, SpellingBee, Task
 from lmchat.tasks.base import exchange, reference_answer
@@ -70,19 +70,19 @@ def test_rendered_conversations_stay_on_the_disk(tokenizer: Tokenizer, tmp_path:
     conversations = [exchange(f"{number}?", f"{number}!" * (number % 7 + 1)) for number in range(10_000)]
     render_all(conversations[:2], tokenizer, 16, tmp_path, title="")  # imports are not measured
     tracemalloc.start()
-    report = render_all(conversations, tokenizer, 16, tmp_path, title="")
+    rendered = render_all(conversations, tokenizer, 16, tmp_path, title="")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2**20
-    rendered = RenderedConversations(tmp_path)
     expected = [render_conversation(tokenizer, conversation) for conversation in conversations]
     for index, (ids, mask) in enumerate(expected):
         found = [array.tolist() for array in rendered[index]]
         assert found == [ids[:16], [bool(bit) for bit in mask[:16]]]
     assert rendered.cut_tokens.tolist() == [max(0, len(ids) - 16) for ids, _ in expected]
     assert rendered.loss_tokens.tolist() == [sum(mask[:16]) for _, mask in expected]
-    assert (report.tokens, report.loss_tokens) == (rendered.lengths.sum(), rendered.loss_tokens.sum())
-    assert report.truncated == (rendered.cut_tokens > 0).sum()
+    tokens, cut = sum(len(ids[:16]) for ids, _ in expected), sum(len(ids) > 16 for ids, _ in expected)
+    loss = rendered.loss_tokens.sum()
+    assert str(rendered).startswith(f"10,000 conversations, {tokens:,} tokens, {loss:,} with loss, {cut:,} truncated, ")
 
 
 def test_own_conversations_take_few_bytes_each(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -96,8 +96,7 @@ def test_own_conversations_take_few_bytes_each(tokenizer: Tokenizer, tmp_path: P
         mixture = Mixture([MixturePart(train, epochs=2)])
         assert len(mixture) == 2 * (count - len(val))
         tracemalloc.reset_peak()  # a fixed amount to read the file
-        render_all(mixture, tokenizer, 64, tmp_path, title="")
-        rendered = RenderedConversations(tmp_path)
+        rendered = render_all(mixture, tokenizer, 64, tmp_path, title="")
         plan = PaddedPlan(rendered, 64, 8)
         fingerprint(mixture, rendered.checksums)
         assert plan.loss_tokens(0) > 0
@@ -116,13 +115,13 @@ def test_a_repeated_conversation_is_rendered_once(
     repeated, once = Identity(size=50), Arithmetic(size=20)
     parts = [MixturePart(once), MixturePart(repeated, epochs=3), MixturePart(Identity(size=5, start=5))]
     mixture = Mixture(parts, seed)
-    expected = render_all(list(mixture), tokenizer, 48, tmp_path / "apart", title="")
+    apart = render_all(list(mixture), tokenizer, 48, tmp_path / "apart", title="")
     read = Counter[int]()
     example = Identity.example
     monkeypatch.setattr(Identity, "example", lambda task, index: read.update([index]) or example(task, index))
-    assert render_all(mixture, tokenizer, 48, tmp_path / "together", title="") == expected
+    together = render_all(mixture, tokenizer, 48, tmp_path / "together", title="")
+    assert str(together) == str(apart)
     assert read == dict.fromkeys(range(50), 1)
-    apart, together = (RenderedConversations(tmp_path / name) for name in ("apart", "together"))
     for name in ("lengths", "loss_tokens", "cut_tokens", "checksums"):
         assert getattr(together, name).tolist() == getattr(apart, name).tolist(), name
     for index in range(len(mixture)):

@@ -12,7 +12,7 @@ import numpy as np
 
 from lmchat.data.mixture import Mixture
 from lmchat.data.padded_batches import PaddedPlan
-from lmchat.data.rendered_conversations import RenderedConversations, render_all
+from lmchat.data.rendered_conversations import render_all
 from lmchat.tokenizer.bpe import Tokenizer
 
 if TYPE_CHECKING:
@@ -40,8 +40,7 @@ def show_conversations(
     chosen = mixture if limit is None else [mixture[index] for index in range(min(limit, len(mixture)))]
     console = Console(highlight=False, markup=False, soft_wrap=True)
     with tempfile.TemporaryDirectory() as folder:
-        report = render_all(chosen, tokenizer, max_tokens, Path(folder), title="Rendering")
-        rendered = RenderedConversations(Path(folder))
+        rendered = render_all(chosen, tokenizer, max_tokens, Path(folder), title="Rendering")
         plan = PaddedPlan(rendered, max_tokens, rows_per_step=1)
         wanted = np.ones(len(rendered), bool)
         if only is not None:
@@ -56,7 +55,7 @@ def show_conversations(
         console.print(f"{name}: {count:,} conversations")
     for note in mixture.notes():
         console.print(note)
-    console.print(str(report))
+    console.print(str(rendered))
     console.print(
         f"packed into rows of {max_tokens:,} tokens: {plan.num_rows:,} rows, {plan.padded_share():.1%} padding, "
         f"{plan.masked_rows():,} rows without loss"

@@ -8,11 +8,12 @@ import os
 import weakref
 import zlib
 from array import array
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import cached_property
+from operator import methodcaller
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,37 +21,12 @@ import numpy.typing as npt
 from lmchat.data.mixture import Mixture
 from lmchat.files import replacing
 from lmchat.progress import ProgressBar
+from lmchat.tasks.base import Task
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.tokenizer.render import render_conversation
 from lmchat.types import Conversation, UserError
 
 _PIECE = 1 << 16
-
-
-class Conversations(Protocol):
-    """Conversations with random access: a task or a mixture."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> Conversation: ...
-
-
-@dataclass(frozen=True)
-class RenderReport:
-    """Counts of `render_all`; ``no_loss_tokens`` conversations have none, truncated ones included."""
-
-    conversations: int
-    tokens: int
-    loss_tokens: int
-    truncated: int
-    no_loss_tokens: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.conversations:,} conversations, {self.tokens:,} tokens, {self.loss_tokens:,} with loss, "
-            f"{self.truncated:,} truncated, {self.no_loss_tokens:,} without loss"
-        )
-
-
 _LOSS = 1 << 31
 """Added to the ids of tokens with loss."""
 _RENDERING = np.dtype(
@@ -59,10 +35,60 @@ _RENDERING = np.dtype(
 """Numbers of a rendering; its first token is ``start``."""
 
 
+class RenderedConversations:
+    """The conversations that `render_all` wrote.
+
+    They stay on the disk; only `loss_tokens` is kept in memory. The other attributes are gathered at each access.
+
+    Attributes:
+        lengths, loss_tokens, cut_tokens: (conversations,) int32, tokens of each; those with loss; those cut off.
+        checksums: (conversations,) uint32, CRC-32 of tokens and mask.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._renderings = np.memmap(folder / "renderings", _RENDERING, "r")
+        self._index = np.memmap(folder / "index", np.uint32, "r")
+        self._tokens = os.open(folder / "tokens", os.O_RDONLY)  # mapped pages would count as memory of the process
+        weakref.finalize(self, os.close, self._tokens)
+
+    def _of_each(self, name: str) -> npt.NDArray[Any]:
+        """The numbers of all conversations, gathered in pieces, since NumPy copies indices to int64."""
+        numbers = self._renderings[name]
+        gathered = np.empty(len(self), numbers.dtype)
+        for start in range(0, len(self), _PIECE):
+            gathered[start : start + _PIECE] = numbers[self._index[start : start + _PIECE]]
+        return gathered
+
+    lengths = property(methodcaller("_of_each", "lengths"))
+    loss_tokens = cached_property(methodcaller("_of_each", "loss_tokens"))
+    cut_tokens = property(methodcaller("_of_each", "cut_tokens"))
+    checksums = property(methodcaller("_of_each", "checksums"))
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self):,} conversations, {self.lengths.sum():,} tokens, {self.loss_tokens.sum():,} with loss, "
+            f"{(self.cut_tokens > 0).sum():,} truncated, {(self.loss_tokens == 0).sum():,} without loss"
+        )
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, index: int) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.bool_]]:
+        """(tokens,) ids and loss mask of a conversation."""
+        start, length, *_ = self._renderings[self._index[index]].tolist()
+        tokens = np.frombuffer(os.pread(self._tokens, 4 * length, 4 * start), np.uint32)
+        return tokens & np.uint32(_LOSS - 1), tokens >= _LOSS
+
+
 def render_all(
-    conversations: Conversations, tokenizer: Tokenizer, max_tokens: int, folder: Path, *, title: str
-) -> RenderReport:
-    """Renders ``conversations`` into ``folder``, to be opened with `RenderedConversations`.
+    conversations: Mixture | Task | Sequence[Conversation],
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    folder: Path,
+    *,
+    title: str,
+) -> RenderedConversations:
+    """Renders ``conversations`` into ``folder``, and opens them.
 
     Conversations longer than ``max_tokens`` are cut. ``title`` is that of the progress bar.
 
@@ -94,61 +120,4 @@ def render_all(
                 renderings.write(np.array(own, _RENDERING).tobytes())
                 start += length
             index.write(np.uint32(rendered[source] - 1).tobytes())
-    written = RenderedConversations(folder)
-    return RenderReport(
-        conversations=total,
-        tokens=int(written.lengths.sum()),
-        loss_tokens=int(written.loss_tokens.sum()),
-        truncated=int(np.count_nonzero(written.cut_tokens)),
-        no_loss_tokens=int((written.loss_tokens == 0).sum()),
-    )
-
-
-class RenderedConversations:
-    """The conversations that `render_all` wrote.
-
-    They stay on the disk; only `loss_tokens` is kept in memory. The other attributes are gathered at each access.
-
-    Attributes:
-        lengths, loss_tokens, cut_tokens: (conversations,) int32, tokens of each; those with loss; those cut off.
-        checksums: (conversations,) uint32, CRC-32 of tokens and mask.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._renderings = np.memmap(folder / "renderings", _RENDERING, "r")
-        self._index = np.memmap(folder / "index", np.uint32, "r")
-        self._tokens = os.open(folder / "tokens", os.O_RDONLY)  # mapped pages would count as memory of the process
-        weakref.finalize(self, os.close, self._tokens)
-
-    def _of_each(self, name: str) -> npt.NDArray[Any]:
-        """The numbers of all conversations, gathered in pieces, since NumPy copies indices to int64."""
-        numbers = self._renderings[name]
-        gathered = np.empty(len(self), numbers.dtype)
-        for start in range(0, len(self), _PIECE):
-            gathered[start : start + _PIECE] = numbers[self._index[start : start + _PIECE]]
-        return gathered
-
-    @property
-    def lengths(self) -> npt.NDArray[np.int32]:
-        return self._of_each("lengths")
-
-    @cached_property
-    def loss_tokens(self) -> npt.NDArray[np.int32]:
-        return self._of_each("loss_tokens")
-
-    @property
-    def cut_tokens(self) -> npt.NDArray[np.int32]:
-        return self._of_each("cut_tokens")
-
-    @property
-    def checksums(self) -> npt.NDArray[np.uint32]:
-        return self._of_each("checksums")
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def __getitem__(self, index: int) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.bool_]]:
-        """(tokens,) ids and loss mask of a conversation."""
-        start, length, *_ = self._renderings[self._index[index]].tolist()
-        tokens = np.frombuffer(os.pread(self._tokens, 4 * length, 4 * start), np.uint32)
-        return tokens & np.uint32(_LOSS - 1), tokens >= _LOSS
+    return RenderedConversations(folder)

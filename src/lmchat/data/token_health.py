@@ -11,7 +11,7 @@ import numpy.typing as npt
 from lmchat.data.mixture import Mixture
 from lmchat.data.packing import BestFitPacker
 from lmchat.data.padded_batches import PaddedPlan
-from lmchat.data.rendered_conversations import RenderedConversations, render_all
+from lmchat.data.rendered_conversations import render_all
 from lmchat.data.token_file import Header, read_offsets, token_dirs, token_path
 from lmchat.progress import ProgressBar
 from lmchat.tokenizer.bpe import Tokenizer
@@ -67,8 +67,7 @@ def check_mixture(name: str, mixture: Mixture, tokenizer: Tokenizer, sequence_le
         UserError: a conversation is malformed, or there is none.
     """
     with tempfile.TemporaryDirectory() as folder:
-        render_all(mixture, tokenizer, sequence_len, Path(folder), title=f"Rendering {name}")
-        rendered = RenderedConversations(Path(folder))
+        rendered = render_all(mixture, tokenizer, sequence_len, Path(folder), title=f"Rendering {name}")
     plan = PaddedPlan(rendered, sequence_len, rows_per_step=1)
     cut, lengths, owners = rendered.cut_tokens, rendered.lengths + rendered.cut_tokens, mixture.part_numbers
     return {

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 import lmchat.tasks  # noqa: F401  (makes every task known by its short class name)
 from lmchat.data.mixture import Mixture, MixturePart, fingerprint
 from lmchat.data.padded_batches import PaddedBatches, PaddedPlan
-from lmchat.data.rendered_conversations import RenderedConversations, RenderReport, render_all
+from lmchat.data.rendered_conversations import RenderedConversations, render_all
 from lmchat.evaluation.bits_per_byte import BitsPerByteEvaluator
 from lmchat.files import write_json
 from lmchat.option_checks import check_count, check_range
@@ -111,15 +111,15 @@ class SFTDataModule(ChatDataModule):
         for split in splits:
             mixture, spec = mixtures[split], self.spec
             folder = self._folder(split)
-            report = render_all(mixture, spec.tokenizer, spec.sequence_len, folder, title=f"Rendering {split}")
+            rendered = render_all(mixture, spec.tokenizer, spec.sequence_len, folder, title=f"Rendering {split}")
             parts = ", ".join(f"{name} {count:,}" for name, count in mixture.counts().items())
             for note in mixture.notes():
                 if note not in told:  # of files that are split into training and validation
                     print(note, flush=True)
             told.update(mixture.notes())
-            print(f"{split}: {parts}; {report}", flush=True)
-            check_loss(split, report, spec.sequence_len)
-            write_json(folder / FINGERPRINT, fingerprint(mixture, RenderedConversations(folder).checksums))
+            print(f"{split}: {parts}; {rendered}", flush=True)
+            check_loss(split, rendered, spec.sequence_len)
+            write_json(folder / FINGERPRINT, fingerprint(mixture, rendered.checksums))
 
     def _mixtures_to_read(self) -> dict[str, Mixture]:
         """Mixtures of copies of the tasks, so that the rows they read are freed after rendering."""
@@ -171,21 +171,21 @@ class SFTDataModule(ChatDataModule):
         return {"epoch": round(self.position["epoch"], 3)} if self.position else {}
 
 
-def check_loss(split: str, report: RenderReport, sequence_len: int) -> None:
+def check_loss(split: str, rendered: RenderedConversations, sequence_len: int) -> None:
     """Warns if many conversations have no loss tokens.
 
     Raises:
         UserError: no conversation has loss tokens.
     """
-    cut = f"{report.truncated:,} of {report.conversations:,} are cut at {sequence_len:,} tokens"
-    if report.loss_tokens == 0:
+    cut = f"{(rendered.cut_tokens > 0).sum():,} of {len(rendered):,} are cut at {sequence_len:,} tokens"
+    if not rendered.loss_tokens.any():
         raise UserError(
             f"{split}: no token of the conversations receives loss ({cut}); give conversations in which the assistant "
             "speaks within that length, with a weight other than 0, or start from a model with a longer "
             "--model.sequence_len"
         )
-    if report.no_loss_tokens > MOST_WITHOUT_LOSS * report.conversations:
-        share = report.no_loss_tokens / report.conversations
+    share = (rendered.loss_tokens == 0).mean()
+    if share > MOST_WITHOUT_LOSS:
         rank_zero_warn(
             f"{share:.0%} of the {split} conversations have no token with loss ({cut}); `lmchat data show` shows them "
             "with --only no_loss_tokens"
