@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent import futures
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -87,8 +88,6 @@ class Session:
         guard_downloads()
         self.what = what
         self.warnings = _RecentWarnings()
-        self._received = -1
-        self._deadline = 0.0
 
     def list_files(self, listing: Callable[[ProgressBar], T]) -> T:
         """Runs ``listing`` in a thread with limits on time and memory, since a response could be endless.
@@ -112,29 +111,29 @@ class Session:
                     )
             return future.result()
 
-    def download(self, action: Callable[[], T], folders: Sequence[Path]) -> T:
-        """Runs ``action``, which writes to ``folders``, in a thread.
+    def download(
+        self, actions: Sequence[Callable[[], T]], received: Callable[[], int], remedy: str = "try again"
+    ) -> list[T]:
+        """Runs ``actions`` in threads until all are done or one fails; ``received`` returns the bytes so far.
 
         Raises:
-            UserError: it writes nothing for `STALL_SECONDS`.
+            UserError: ``received`` returns the same for `STALL_SECONDS`.
         """
-        future = in_thread(action)
-        while not futures.wait([future], POLL_SECONDS).done:
-            self.check_progress(sum(size for folder in folders for size in file_sizes(folder)))
-        return future.result()
-
-    def check_progress(self, received: int, remedy: str = "try again") -> None:
-        """Takes the number of bytes received so far. Raises `UserError` if it has been the same for too long."""
-        if received != self._received:
-            self._received, self._deadline = received, time.monotonic() + STALL_SECONDS
-        elif time.monotonic() > self._deadline:
-            raise UserError(f"{self.what}: the hub sent nothing for {STALL_SECONDS:.0f} s{self.warnings}; {remedy}")
+        pending, before, deadline = [in_thread(action) for action in actions], -1, 0.0
+        while (waited := futures.wait(pending, POLL_SECONDS, futures.FIRST_EXCEPTION)).not_done:
+            for future in waited.done:
+                future.result()
+            if (now := received()) != before:
+                before, deadline = now, time.monotonic() + STALL_SECONDS
+            elif time.monotonic() > deadline:
+                raise UserError(f"{self.what}: the hub sent nothing for {STALL_SECONDS:.0f} s{self.warnings}; {remedy}")
+        return [future.result() for future in pending]
 
 
-def file_sizes(folder: Path) -> list[int]:
-    """Sizes of the files below a folder, some of which may vanish meanwhile."""
+def file_sizes(*folders: Path) -> list[int]:
+    """Sizes of the files below folders, some of which may vanish meanwhile."""
     sizes = []
-    for directory, _, names in os.walk(folder):  # passes over folders that have vanished
+    for directory, _, names in chain.from_iterable(map(os.walk, folders)):  # passes over folders that have vanished
         for name in names:
             with contextlib.suppress(FileNotFoundError):
                 sizes.append(Path(directory, name).stat().st_size)

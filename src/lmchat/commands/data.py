@@ -41,17 +41,15 @@ def download(
 
     from lmchat.data.download import download_shards
 
-    report = download_shards(
-        repo_id,
-        output or base_data_dir(),
-        num_shards=num_shards,
-        revision=revision,
-        pattern=pattern,
-        num_workers=num_workers,
-    )
     print(
-        f"{report.shards} shards ({report.size / 1e9:.2f} GB) in {report.directory}, "
-        f"{report.shards - report.present} of them fetched now; the last is for validation"
+        download_shards(
+            repo_id,
+            output or base_data_dir(),
+            num_shards=num_shards,
+            revision=revision,
+            pattern=pattern,
+            num_workers=num_workers,
+        )
     )
 
 

@@ -1,6 +1,5 @@
 """Downloads parquet shards from the Hugging Face Hub: in parallel, verified, resumable."""
 
-import contextlib
 import errno
 import fnmatch
 import hashlib
@@ -9,8 +8,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent import futures
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -29,7 +27,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars
 
 from lmchat.files import json_object, locked, write_json
-from lmchat.hub import POLL_SECONDS, Session, file_sizes, in_thread
+from lmchat.hub import Session, file_sizes
 from lmchat.option_checks import check_count
 from lmchat.parquet_pages import open_parquet
 from lmchat.progress import ProgressBar
@@ -63,16 +61,6 @@ class Shard:
         return self.path.rsplit("/", 1)[-1]
 
 
-@dataclass(frozen=True)
-class DownloadReport:
-    """Result of `download_shards`; ``present`` is the number of shards that were there before."""
-
-    directory: Path
-    shards: int
-    present: int
-    size: int
-
-
 def download_shards(
     repo_id: str,
     output: Path,
@@ -81,11 +69,11 @@ def download_shards(
     revision: str = "main",
     pattern: str = "*.parquet",
     num_workers: int = 8,
-) -> DownloadReport:
+) -> str:
     """Downloads the first ``num_shards`` training shards of a dataset (-1: all), and its last shard, for validation.
 
     A file appears in ``output`` once its size and checksum are verified; a later run downloads the rest. Failed
-    transfers are retried with exponential backoff. All shards are from one commit.
+    transfers are retried with exponential backoff. All shards are from one commit. Returns a summary in a sentence.
 
     Raises:
         UserError: no such repository, revision or shards; a file is damaged at every attempt; the disk is full; or
@@ -99,27 +87,23 @@ def download_shards(
         raise UserError(f"num_shards is {num_shards}; {repo_id} has {len(train)} training shards (-1 takes all)")
     # Validation first, so that a run started meanwhile does not take another shard for it.
     shards = [validation, *(train if num_shards == -1 else train[:num_shards])]
-    with _claim(output, repo_id):
-        sizes = {path.name: path.stat().st_size for path in output.glob("*") if path.is_file()}
-        missing = [shard for shard in shards if sizes.get(shard.name) != shard.size]
-        _fetch_all(hub, missing, output, num_workers)
-        shutil.rmtree(output / _STAGING, ignore_errors=True)
-    return DownloadReport(output, len(shards), len(shards) - len(missing), sum(shard.size for shard in shards))
-
-
-@contextlib.contextmanager
-def _claim(output: Path, repo_id: str) -> Iterator[None]:
-    """Creates and locks the folder, and records which repository its shards are from."""
 
     def refuse() -> None:
         raise UserError(f"another download into {output} is running; wait for it, or stop it")
 
-    with contextlib.ExitStack() as stack:
-        with user_errors(f"cannot write to {output}", "make room, or choose another folder with --output", OSError):
-            output.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(output / ".lock", when_taken=refuse))
+    with user_errors(f"cannot write to {output}", "make room, or choose another folder with --output", OSError):
+        output.mkdir(parents=True, exist_ok=True)
+        with locked(output / ".lock", when_taken=refuse):
             _note_source(output, repo_id)
-        yield
+            sizes = {path.name: path.stat().st_size for path in output.glob("*") if path.is_file()}
+            missing = [shard for shard in shards if sizes.get(shard.name) != shard.size]
+            _fetch_all(hub, missing, output, num_workers)
+            shutil.rmtree(hub.staging, ignore_errors=True)
+    size = sum(shard.size for shard in shards) / 1e9
+    return (
+        f"{len(shards)} shards ({size:.2f} GB) in {output}, {len(missing)} of them fetched now; the last is for "
+        "validation"
+    )
 
 
 def _note_source(output: Path, repo_id: str) -> None:
@@ -270,20 +254,18 @@ def _fetch_all(hub: _Hub, shards: Sequence[Shard], output: Path, num_workers: in
             hub.fetch(shard, output)
             done.append(shard)
 
-    leftover, longest = sum(file_sizes(hub.staging)), max((shard.size for shard in shards), default=0)
-    session = Session(hub.repo_id)
-    workers = [in_thread(work) for _ in range(min(num_workers, len(shards)))]
-    try:
-        with ProgressBar("Downloading", sum(shard.size for shard in shards), unit="B") as bar:
-            while len(done) < len(shards):
-                for worker in futures.wait(workers, POLL_SECONDS, futures.FIRST_EXCEPTION).done:
-                    worker.result()
-                staged = file_sizes(hub.staging)
-                received = sum(shard.size for shard in done) + max(0, sum(staged) - leftover)
-                if max(staged, default=0) > longest + _SMALL_FILE_BYTES:
-                    shutil.rmtree(hub.staging, ignore_errors=True)
-                    raise UserError(f"{hub.repo_id}: the hub sends more than the size that it lists; {_CONTINUE}")
-                session.check_progress(received, _CONTINUE)
-                bar.set(received, f"Downloading {len(done)} of {len(shards)} shards")
-    finally:
-        stop.set()
+    before, longest = sum(file_sizes(output)), max((shard.size for shard in shards), default=0)
+
+    def received() -> int:
+        if max(file_sizes(hub.staging), default=0) > longest + _SMALL_FILE_BYTES:
+            shutil.rmtree(hub.staging, ignore_errors=True)
+            raise UserError(f"{hub.repo_id}: the hub sends more than the size that it lists; {_CONTINUE}")
+        size = max(0, sum(file_sizes(output)) - before)
+        bar.set(size, f"Downloading {len(done)} of {len(shards)} shards")
+        return size
+
+    with ProgressBar("Downloading", sum(shard.size for shard in shards), unit="B") as bar:
+        try:
+            Session(hub.repo_id).download([work] * min(num_workers, len(shards)), received, _CONTINUE)
+        finally:
+            stop.set()

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from lmchat.hub import Session
+from lmchat.hub import Session, file_sizes
 from lmchat.progress import ProgressBar
 from lmchat.tasks.base import Task
 from lmchat.tasks.row_files import MalformedRow, Rows, TableRows, checked_text, read_rows
@@ -71,7 +71,8 @@ class HubDataset:
         with user_errors(f"cannot load {self} from the Hub", remedy, Exception):
             builder = session.list_files(lambda _: datasets.load_dataset_builder(self.repository, self.config))
             fetched = Path(HF_HUB_CACHE, f"datasets--{self.repository.replace('/', '--')}")
-            session.download(builder.download_and_prepare, [fetched, Path(builder.cache_dir).parent])
+            folders = fetched, Path(builder.cache_dir).parent
+            session.download([builder.download_and_prepare], lambda: sum(file_sizes(*folders)))
             dataset = builder.as_dataset(split=self.split)
         return TableRows(dataset.with_format("arrow")[:], str(self))
 
