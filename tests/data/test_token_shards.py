@@ -18,18 +18,23 @@ import pytest
 
 import byte_tokenizer
 from byte_tokenizer import ByteTokenizer
-from lmchat.data import tokenize
+from lmchat import parquet_pages
 from lmchat.data.token_file import Header, token_dir
 from lmchat.data.token_shards import TokenShards
-from lmchat.data.tokenize import TokenReport, prepare_token_shards
+from lmchat.data.tokenize import prepare_token_shards
 from lmchat.types import UserError
 
 WriteShards = Callable[..., Path]
 TEXTS = [["the", "quick", "", None, "brown fox"], ["jumps"], ["over", "die Größe", "the"], ["lazy", "dog"]]
 
 
-def _prepare(folder: Path, tokenizer: ByteTokenizer) -> TokenReport:
-    return prepare_token_shards(folder, tokenizer, num_threads=2)
+def _prepare(folder: Path, tokenizer: ByteTokenizer) -> int:
+    """Number of shards tokenized."""
+    return _made(prepare_token_shards(folder, tokenizer, num_threads=2))
+
+
+def _made(report: str) -> int:
+    return int(report.split("; ")[1].split()[0])
 
 
 def _documents(shards: TokenShards) -> list[list[int]]:
@@ -42,20 +47,22 @@ def _documents(shards: TokenShards) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(257, np.uint16), (65536, np.uint16), (65537, np.uint32)])
-@pytest.mark.parametrize("chunk_characters", [1, 10, 1 << 18])
+@pytest.mark.parametrize("rows_at_once", [1, 2, 16])
 def test_documents_keep_their_order_and_start_with_bos(
-    write_shards: WriteShards, monkeypatch: pytest.MonkeyPatch, vocab_size: int, dtype: type, chunk_characters: int
+    write_shards: WriteShards, monkeypatch: pytest.MonkeyPatch, vocab_size: int, dtype: type, rows_at_once: int
 ) -> None:
-    monkeypatch.setattr(tokenize, "_CHUNK_CHARACTERS", chunk_characters)
+    monkeypatch.setattr(parquet_pages, "MAX_ROWS", rows_at_once)
     tokenizer = ByteTokenizer(vocab_size=vocab_size)
     folder = write_shards(*TEXTS)
-    report = _prepare(folder, tokenizer)
-    assert (report.shards, report.made, report.documents, report.skipped) == (4, 4, 9, 2)
+    report = prepare_token_shards(folder, tokenizer, num_threads=2)
     train, validation = TokenShards.open_split(folder, tokenizer)
     expected = [tokenizer.document(text) for texts in TEXTS for text in texts if text]
     assert _documents(train) + _documents(validation) == expected
     assert (len(train), len(validation), train.dtype) == (7, 2, dtype)
-    assert report.tokens == train.tokens + validation.tokens == sum(map(len, expected))
+    tokens = sum(map(len, expected))
+    assert train.tokens + validation.tokens == tokens
+    made = "4 of 4 shards tokenized now, 2 empty documents skipped"
+    assert report == f"{tokens} tokens of 9 documents in {token_dir(folder, tokenizer)}; {made}"
 
 
 def test_lengths_behave_like_an_array(write_shards: WriteShards) -> None:
@@ -75,7 +82,7 @@ def test_token_files_are_reused(write_shards: WriteShards) -> None:
     folder = write_shards(*TEXTS)
     _prepare(folder, ByteTokenizer())
     again = ByteTokenizer()
-    assert _prepare(folder, again).made == 0
+    assert _prepare(folder, again) == 0
     assert again.encoded == []
 
 
@@ -85,8 +92,8 @@ def test_each_tokenizer_has_its_own_token_files(write_shards: WriteShards) -> No
     other = ByteTokenizer("two")
     with pytest.raises(UserError, match=r"is missing; make it with `lmchat data tokenize`"):
         TokenShards.open_split(folder, other)
-    assert _prepare(folder, other).made == 4
-    assert _prepare(folder, ByteTokenizer("one")).made == 0
+    assert _prepare(folder, other) == 4
+    assert _prepare(folder, ByteTokenizer("one")) == 0
 
 
 def test_a_token_file_of_another_tokenizer_is_detected(write_shards: WriteShards) -> None:
@@ -94,7 +101,7 @@ def test_a_token_file_of_another_tokenizer_is_detected(write_shards: WriteShards
     one, two = ByteTokenizer("same-first-12 one"), ByteTokenizer("same-first-12 two")
     _prepare(folder, one)
     assert token_dir(folder, one) == token_dir(folder, two)
-    assert _prepare(folder, two).made == 4
+    assert _prepare(folder, two) == 4
 
 
 def test_a_changed_shard_is_tokenized_again(write_shards: WriteShards) -> None:
@@ -108,7 +115,7 @@ def test_a_changed_shard_is_tokenized_again(write_shards: WriteShards) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     os.utime(folder / "shard_00000.parquet", ns=(0, 0))  # rewritten with the same content
     tokenizer.encoded.clear()
-    assert _prepare(folder, tokenizer).made == 1
+    assert _prepare(folder, tokenizer) == 1
     assert tokenizer.encoded == ["leaps"]
 
 
@@ -119,7 +126,7 @@ def test_a_copy_with_a_new_time_stamp_is_not_tokenized_again(write_shards: Write
     for path in folder.glob("*.parquet"):
         os.utime(path, ns=(1, 1))
     tokenizer.encoded.clear()
-    assert _prepare(folder, tokenizer).made == 0
+    assert _prepare(folder, tokenizer) == 0
     headers = [Header.read(path) for path in token_dir(folder, tokenizer).glob("*.tokens")]
     assert {header.source.mtime_ns for header in headers if header} == {1}
     assert tokenizer.encoded == []
@@ -129,13 +136,14 @@ def test_a_copy_with_a_new_time_stamp_is_not_tokenized_again(write_shards: Write
 def test_a_truncated_token_file_is_made_again(write_shards: WriteShards, keep: int) -> None:
     tokenizer = ByteTokenizer()
     folder = write_shards(*TEXTS)
-    directory = _prepare(folder, tokenizer).directory
+    _prepare(folder, tokenizer)
+    directory = token_dir(folder, tokenizer)
     path = directory / "shard_00002.tokens"
     whole = path.read_bytes()
     path.write_bytes(whole[:keep])
     with pytest.raises(UserError, match=r"shard_00002\.tokens is damaged"):
         TokenShards.open_split(folder, tokenizer)
-    assert _prepare(folder, tokenizer).made == 1
+    assert _prepare(folder, tokenizer) == 1
     assert path.read_bytes() == whole
 
 
@@ -143,7 +151,8 @@ def test_a_truncated_token_file_is_made_again(write_shards: WriteShards, keep: i
 def test_a_flipped_bit_is_detected_on_reading(write_shards: WriteShards, at: int, what: str) -> None:
     tokenizer = ByteTokenizer()
     folder = write_shards(*TEXTS)
-    path = _prepare(folder, tokenizer).directory / "shard_00000.tokens"
+    _prepare(folder, tokenizer)
+    path = token_dir(folder, tokenizer) / "shard_00000.tokens"
     data = bytearray(path.read_bytes())
     data[at] ^= 1
     path.write_bytes(data)
@@ -158,7 +167,7 @@ def test_tokenization_resumes_at_the_interrupted_shard(write_shards: WriteShards
     tokenizer = ByteTokenizer()
     directory = token_dir(folder, tokenizer)
     assert sorted(path.name for path in directory.iterdir()) == [".lock", "shard_00000.tokens", "shard_00001.tokens"]
-    assert _prepare(folder, tokenizer).made == 2
+    assert _prepare(folder, tokenizer) == 2
     assert sorted(tokenizer.encoded) == sorted([*TEXTS[2], *TEXTS[3]])  # type: ignore[type-var]
 
 
@@ -176,7 +185,7 @@ class Slow(ByteTokenizer):
         time.sleep(float(sys.argv[4]))
         return super().encode_to_numpy(text)
 
-print(prepare_token_shards(Path(sys.argv[2]), Slow(), num_threads=1).made)
+print(prepare_token_shards(Path(sys.argv[2]), Slow(), num_threads=1))
 """
 
 
@@ -198,7 +207,7 @@ def test_after_sigkill_only_remaining_shards_are_tokenized(write_shards: WriteSh
     process.send_signal(signal.SIGKILL)
     process.wait()
     tokenizer = ByteTokenizer()
-    assert _prepare(folder, tokenizer).made == 2
+    assert _prepare(folder, tokenizer) == 2
     assert not list(directory.glob("*.tmp"))
     train, validation = TokenShards.open_split(folder, tokenizer)
     assert _documents(train) + _documents(validation) == [
@@ -210,7 +219,7 @@ def test_only_one_of_several_processes_tokenizes(write_shards: WriteShards, tmp_
     folder = write_shards(*TEXTS)
     log = tmp_path / "log"
     processes = [_start(folder, log, 0.1) for _ in range(3)]
-    made = [int(process.communicate(timeout=60)[0]) for process in processes]
+    made = [_made(process.communicate(timeout=60)[0]) for process in processes]
     assert sorted(made) == [0, 0, 4]
     assert sorted(log.read_text().split("\n")[:-1]) == sorted(text for texts in TEXTS for text in texts if text)
 
@@ -223,8 +232,8 @@ def test_a_read_only_data_folder_is_not_changed(
     folder = write_shards(*TEXTS)
     folder.chmod(0o555)
     try:
-        report = _prepare(folder, tokenizer)
-        assert report.directory.is_relative_to(tmp_path / "base" / "tokens")
+        _prepare(folder, tokenizer)
+        assert token_dir(folder, tokenizer).is_relative_to(tmp_path / "base" / "tokens")
         assert len(TokenShards.open_split(folder, tokenizer)[0]) == 7
         assert not (folder / "tokens").exists()
     finally:
@@ -282,7 +291,7 @@ def test_a_header_with_a_flipped_bit_is_read_correctly_or_rejected(write_shards:
     for line in (b"[" * 4095, b"7", b"null", b'{"format": 1}', b"\xff"):
         path.write_bytes(line.ljust(4095) + b"\n" + whole[4096:])
         assert Header.read(path) is None
-    assert _prepare(folder, tokenizer).made == 1
+    assert _prepare(folder, tokenizer) == 1
     assert path.read_bytes()[4096:] == whole[4096:]
 
 

@@ -113,13 +113,8 @@ def tokenize(data_dir: Path | None = None, tokenizer: Path | None = None, num_th
     from lmchat.tokenizer.bpe import Tokenizer
 
     check_count("", 1, num_threads=num_threads)
-    report = prepare_token_shards(
-        data_dir or base_data_dir(), Tokenizer.load(tokenizer or tokenizer_dir()), num_threads=num_threads
-    )
-    print(
-        f"{report.tokens:,} tokens of {report.documents:,} documents in {report.directory}; "
-        f"{report.made} of {report.shards} shards tokenized now, {report.skipped:,} empty documents skipped"
-    )
+    encoder = Tokenizer.load(tokenizer or tokenizer_dir())
+    print(prepare_token_shards(data_dir or base_data_dir(), encoder, num_threads=num_threads))
 
 
 def check(

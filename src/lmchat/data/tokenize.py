@@ -7,7 +7,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lmchat.data.parquet_text import count_documents, list_shards, read_documents
+from lmchat.data.parquet_text import count_documents, list_shards, read_batches
 from lmchat.data.token_file import HEADER_BYTES, Header, Source, read_header, token_dir, token_path
 from lmchat.files import locked, synced_file
 from lmchat.parquet_pages import open_parquet
@@ -23,28 +23,14 @@ from lmchat.progress import ProgressBar
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.types import user_errors
 
-_CHUNK_CHARACTERS = 1 << 18
-
 _Chunk = tuple[int, npt.NDArray[np.unsignedinteger], npt.NDArray[np.int64]]
 
 
-@dataclass(frozen=True)
-class TokenReport:
-    """Result of `prepare_token_shards`: ``made`` shards were tokenized by it; ``skipped`` texts are null or empty."""
-
-    directory: Path
-    shards: int
-    made: int
-    documents: int
-    tokens: int
-    skipped: int
-
-
-def prepare_token_shards(data_dir: Path, tokenizer: Tokenizer, *, num_threads: int | None = None) -> TokenReport:
+def prepare_token_shards(data_dir: Path, tokenizer: Tokenizer, *, num_threads: int | None = None) -> str:
     """Tokenizes the shards of a folder that have no up-to-date token file, on all cores.
 
     If several processes call this for the same folder, one works and the others wait. A token file appears when it is
-    complete, so a rerun after an interruption continues.
+    complete, so a rerun after an interruption continues. Returns a summary in a sentence.
 
     Args:
         data_dir: folder of parquet shards with a string column ``text``; null and empty texts are skipped.
@@ -65,13 +51,12 @@ def prepare_token_shards(data_dir: Path, tokenizer: Tokenizer, *, num_threads: i
                 stale = [shard for shard in stale if not _is_current(shard, directory, tokenizer, restamp=True)]
                 _tokenize_all(stale, directory, tokenizer, num_threads or os.cpu_count() or 1)
     headers = [read_header(token_path(directory, shard), tokenizer) for shard in shards]
-    return TokenReport(
-        directory=directory,
-        shards=len(shards),
-        made=len(stale),
-        documents=sum(header.documents for header in headers),
-        tokens=sum(header.tokens for header in headers),
-        skipped=sum(header.skipped for header in headers),
+    tokens, documents, skipped = (
+        sum(getattr(header, name) for header in headers) for name in ("tokens", "documents", "skipped")
+    )
+    return (
+        f"{tokens:,} tokens of {documents:,} documents in {directory}; {len(stale)} of {len(shards)} shards tokenized "
+        f"now, {skipped:,} empty documents skipped"
     )
 
 
@@ -115,22 +100,8 @@ def _tokenize_all(shards: Sequence[Path], directory: Path, tokenizer: Tokenizer,
     total = sum(map(count_documents, shards))
     with ThreadPoolExecutor(num_threads) as pool, ProgressBar("Tokenizing", total, unit="documents") as bar:
         for shard in shards:
-            chunks = _encoded(_split(read_documents(shard)), tokenizer, pool, look_ahead=2 * num_threads)
+            chunks = _encoded(read_batches(shard), tokenizer, pool, look_ahead=2 * num_threads)
             _write_token_file(token_path(directory, shard), _identify(shard), chunks, tokenizer, bar)
-
-
-def _split(texts: Iterable[str | None]) -> Iterator[list[str | None]]:
-    """Yields lists of consecutive texts, each long enough to be worth a thread's time."""
-    chunk: list[str | None] = []
-    room = _CHUNK_CHARACTERS
-    for text in texts:
-        chunk.append(text)
-        room -= len(text or "") + 1
-        if room <= 0:
-            yield chunk
-            chunk, room = [], _CHUNK_CHARACTERS
-    if chunk:
-        yield chunk
 
 
 def _encoded(
