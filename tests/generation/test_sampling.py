@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 
 import reference_engine
 from lmchat.generation.sampling import (
@@ -71,6 +70,8 @@ def test_greedy_matches_the_reference(fixtures: Path) -> None:
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
 @pytest.mark.parametrize(("top_k", "top_p"), [(None, None), (2, None), (7, None), (1000, None), (None, 0.8), (7, 0.9)])
 def test_frequencies_follow_the_softmax(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    from scipy import stats  # takes seconds, which each worker would spend if it were above
+
     draws, vocab = 20_000, 90
     logits = _logits(1, vocab)
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
@@ -182,6 +183,8 @@ def test_logits_that_are_not_finite_give_minus_one(params: SamplingParams, bad: 
 
 
 def test_uniforms_belong_to_seed_and_sample() -> None:
+    from scipy import stats
+
     assert np.array_equal(sample_uniforms(7, 2, 10), sample_uniforms(7, 2, 1000)[:10])
     streams = [sample_uniforms(seed, sample, 1000) for seed in range(20) for sample in range(20)]
     assert len({stream.tobytes() for stream in streams}) == 400

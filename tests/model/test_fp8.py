@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +13,8 @@ from lmchat.model.fp8 import Recipe, convert_linears, missing_hardware, product_
 from lmchat.model.gpt import GPT, Linear
 from random_weights import with_random_weights
 
-pytest.importorskip("torchao")
+if find_spec("torchao") is None:  # its import takes a second
+    pytest.skip("torchao is not installed", allow_module_level=True)
 
 CONFIG = GPTConfig(sequence_len=16, vocab_size=70, n_layer=3, n_head=2, n_kv_head=1, n_embd=256)
 

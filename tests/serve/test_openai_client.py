@@ -7,7 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import openai
 import pytest
 
 from live_server import TOKENIZER, LiveServer, tiny_engine
@@ -19,7 +18,9 @@ from lmchat.tokenizer.render import render_for_completion
 MESSAGES: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
 
 
-def client_of(live: LiveServer) -> openai.OpenAI:
+def client_of(live: LiveServer) -> Any:
+    import openai  # takes a second, which each worker would spend if it were above
+
     return openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0)
 
 
@@ -64,6 +65,8 @@ def test_a_stream_concatenates_to_the_full_answer(live: LiveServer) -> None:
 
 
 def test_the_async_client_works(live: LiveServer) -> None:
+    import openai
+
     async def ask() -> list[str]:
         async with openai.AsyncOpenAI(base_url=f"{live.url}/v1", api_key="none") as client:
             asked = [
@@ -77,6 +80,8 @@ def test_the_async_client_works(live: LiveServer) -> None:
 
 
 def test_async_streams_have_the_logprobs_of_the_full_answers(live: LiveServer) -> None:
+    import openai
+
     chat: Any = {"model": "lmchat", "messages": MESSAGES, "seed": 9, "max_tokens": 30, "logprobs": True}
     text: Any = {"model": "lmchat", "prompt": "a – b", "seed": 9, "max_tokens": 30, "logprobs": 2, "echo": True}
 
@@ -99,6 +104,8 @@ def test_async_streams_have_the_logprobs_of_the_full_answers(live: LiveServer) -
 
 
 def test_models(live: LiveServer) -> None:
+    import openai
+
     client = client_of(live)
     assert [model.id for model in client.models.list()] == ["tiny-sft-7"]
     assert client.models.retrieve("tiny-sft-7").owned_by == "lmchat"

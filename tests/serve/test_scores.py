@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import httpx
-import openai
 import pytest
 import torch
 
@@ -40,7 +39,9 @@ def test_scores_equal_a_plain_forward_pass() -> None:
         engine.score([])
 
 
-def client_of(live: LiveServer) -> openai.OpenAI:
+def client_of(live: LiveServer) -> Any:
+    import openai  # takes a second, which each worker would spend if it were above
+
     return openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0)
 
 
@@ -123,6 +124,8 @@ def test_streamed_logprobs_equal_a_plain_forward_pass(live: LiveServer, echo: bo
 
 
 def test_chat_logprobs_whole_and_streamed(live: LiveServer) -> None:
+    import openai
+
     client = client_of(live)
     options: Any = {"model": "lmchat", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 20, "seed": 2}
     plain = client.chat.completions.create(logprobs=True, **options).choices[0].logprobs
@@ -156,6 +159,8 @@ def lm_eval_score(choice: Any, context: int) -> tuple[float, bool]:
 def test_whole_responses_have_limited_logprobs_and_streams_keep_none(
     live: LiveServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import openai
+
     client = client_of(live)
     options: Any = {"model": "lmchat", "prompt": ["a"] * 33, "n": 8, "max_tokens": 600, "logprobs": 20}
     with pytest.raises(openai.BadRequestError, match="3326400 log-probabilities exceed 1000000; ask for fewer, or for"):

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import openai
 import pytest
 import torch
 
@@ -76,6 +75,8 @@ def test_a_disconnected_client_frees_its_slot_within_a_step(
 
 
 def test_stop_strings_end_one_sample_and_not_the_others(live: LiveServer) -> None:
+    import openai
+
     client = openai.OpenAI(base_url=f"{live.url}/v1", api_key="none")
     options: Any = {"model": "lmchat", "prompt": "x", "max_tokens": 60, "seed": 4, "n": 3, "extra_body": {"top_k": 40}}
     whole = [choice.text for choice in client.completions.create(**options).choices]
