@@ -50,11 +50,9 @@ json.dump({"helps": helps, "after_help": after_help, "after_chat": sorted(sys.mo
 FULL_HELP = """
 import contextlib, io, json, sys
 from lmchat.__main__ import main
-with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
-    main(["fit", "--model=PretrainModule", "--data=FineWebDataModule", "--print_config"])
-modules = sorted(sys.modules)
 with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
     main(["fit", "--help_all"])
+modules = sorted(sys.modules)
 import lightning
 import torch
 from lightning.pytorch.utilities.compile import _maybe_unwrap_optimized
