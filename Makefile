@@ -30,10 +30,10 @@ setup: $(INSTALLED)  ## make the virtual environment and install lmchat into it
 demo: $(INSTALLED)  ## train and try a small model on this machine's own text, offline (TEXT=folder for yours, OUTPUT=folder for results)
 	@$(BIN)/lmchat demo --output "$(OUTPUT)" $(if $(TEXT),--text "$(TEXT)")
 
-# The full pipeline, for 8 GPUs. Smaller: make speedrun DEPTH=12 SHARDS=24. Other variables: BASE (folder), DEVICES,
-# STRATEGY, TEXT (folder of text, instead of the download), VOCAB_SIZE; PRETRAIN, SFT, RL (configs).
+# The full pipeline, for 8 GPUs. Smaller: make speedrun DEPTH=12 SHARDS=24. Other variables: BASE (folder), DEVICES, TEXT
+# (folder of text, instead of the download), VOCAB_SIZE; PRETRAIN, SFT, RL (configs).
 PIPELINE := LMCHAT=$(BIN)/lmchat scripts/pipeline.sh
-export BASE TEXT DEPTH SHARDS DEVICES STRATEGY VOCAB_SIZE PRETRAIN SFT RL
+export BASE TEXT DEPTH SHARDS DEVICES VOCAB_SIZE PRETRAIN SFT RL
 
 tokenizer: $(INSTALLED)  ## download text and train a tokenizer on it (DEPTH=26, BASE=folder, DEVICES=auto, SHARDS=160)
 	@$(PIPELINE) tokenizer

@@ -10,7 +10,6 @@ TEXT=${TEXT:-}                                         # a folder of text to tra
 DEPTH=${DEPTH:-26}
 SHARDS=${SHARDS:-160}                                  # to download: 160 × 250 M characters are one epoch of d26
 DEVICES=${DEVICES:-auto}
-STRATEGY=${STRATEGY:-zero2_muon}
 BUNDLE=$BASE/eval_bundle                               # evaluates CORE after pretraining, if it is there
 [ -d "$BUNDLE" ] || BUNDLE=
 TOKENIZER_SHARDS=8                                     # the 2 G characters for the tokenizer and the word list
@@ -53,7 +52,7 @@ finish_download() {
 # Trains a stage from its last checkpoint or the previous stage's, and evaluates it once. Arguments: name, folder, options.
 stage() {
   local checkpoints="$BASE/$2/d$DEPTH" report="$BASE/evaluations/d${DEPTH}_$1.txt"
-  local run=(--trainer.devices "$DEVICES" --trainer.strategy "$STRATEGY" --model.tag "d$DEPTH" "${@:3}")
+  local run=(--trainer.devices "$DEVICES" --model.tag "d$DEPTH" "${@:3}")
   $LMCHAT fit "${run[@]}" --ckpt_path auto
   [ "$report" -nt "$(ls -t "$checkpoints"/meta_*.json | head -n 1)" ] && return
   mkdir -p "$BASE/evaluations"

@@ -38,8 +38,7 @@ def fit(base: Path, tiny_base: Path, world_size: int, steps: int, stop_after: in
     config = base / "tiny.yaml"
     config.write_text(CONFIG.format(steps=steps, callbacks=", ".join(callbacks)))
     resume = ["--ckpt_path", "last"] if (base / "base_checkpoints").exists() else []
-    strategy = ["--trainer.strategy", "zero2_muon", "--trainer.devices", str(world_size)]
-    ranks = start_fit(["--config", str(config), *strategy, *resume], base, world_size)
+    ranks = start_fit(["--config", str(config), "--trainer.devices", str(world_size), *resume], base, world_size)
     for rank in ranks:
         rank.join(250)
     hanging = [rank for rank in ranks if rank.is_alive()]

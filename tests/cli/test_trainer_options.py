@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import shutil
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
 
 from lmchat.__main__ import main
 from lmchat.checkpoint.layout import committed_steps
+from lmchat.cli.fit import default_strategy
 from tiny_fit import config_options
 
 OWN = "{trainer: {max_steps: 4}, model: {init_args: {tag: tiny}}, eval: {every_n_steps: 2}}"
@@ -244,3 +246,16 @@ def test_a_missing_device_is_reported(
 ) -> None:
     assert fit(tmp_path / "base", tiny_base, option, value, monkeypatch) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("lmchat: --trainer")
+
+
+@pytest.mark.parametrize(
+    ("options", "strategy"),
+    [
+        ({"devices": 1, "num_nodes": 1}, "auto"),
+        ({"devices": "auto", "num_nodes": 1}, "auto"),  # one, on a CPU
+        ({"devices": 2, "num_nodes": 1}, "zero2_muon"),
+        ({"devices": 1, "num_nodes": 2}, "zero2_muon"),
+    ],
+)
+def test_several_processes_shard_the_optimizer_by_default(options: dict[str, Any], strategy: str) -> None:
+    assert default_strategy({"accelerator": "cpu", **options}) == strategy

@@ -68,10 +68,7 @@ def evaluations(logs: Path) -> list[dict[str, float]]:
 
 def fit(base: Path, config: str, ranks: int, *options: str) -> None:
     (base / "own.yaml").write_text(config)
-    strategy = ("--trainer.strategy", "zero2_muon") if ranks > 1 else ()
-    processes = start_fit(
-        ["--config", str(base / "own.yaml"), "--trainer.devices", str(ranks), *strategy, *options], base, ranks
-    )
+    processes = start_fit(["--config", str(base / "own.yaml"), "--trainer.devices", str(ranks), *options], base, ranks)
     for process in processes:
         process.join(250)
     hanging = [process for process in processes if process.is_alive()]

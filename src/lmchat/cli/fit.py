@@ -2,11 +2,13 @@
 
 import logging
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from jsonargparse import Namespace
+from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -153,8 +155,10 @@ class LMChatCLI(LightningCLI):
                 SLURMEnvironment(auto_requeue=False),
             ]
         try:
+            if created["strategy"] == "auto":
+                kwargs["strategy"] = default_strategy(created)
             trainer = super().instantiate_trainer(**kwargs)
-        except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
+        except (ValueError, TypeError, ImportError, RuntimeError, MisconfigurationException) as error:
             raise UserError(f"--trainer: {error}") from error
         if copies_processes(trainer.strategy.launcher):
             strategy = self._options["trainer"]["strategy"]
@@ -224,6 +228,15 @@ class LMChatCLI(LightningCLI):
             set_global_step(self.trainer, self.resumed.step)
         with ending_other_ranks(self.trainer), translate_peer_failure(self.trainer), translate_out_of_memory(model):
             self.trainer.validate(model, ckpt_path=self.resumed.paths.meta if self.resumed else None, **kwargs)
+
+
+def default_strategy(trainer: Mapping[str, Any]) -> str:
+    """``zero2_muon`` if a trainer with these options has several processes; Lightning would take ``ddp``.
+
+    With ddp, signals handled between the collectives of NCCL can hang a run, and RL is not possible.
+    """
+    devices = {name: trainer[name] for name in ("accelerator", "devices", "num_nodes")}
+    return "zero2_muon" if Fabric(**devices).world_size > 1 else "auto"
 
 
 class DataModuleCLI(LMChatCLI):

@@ -10,7 +10,6 @@ from lmchat.checkpoint.attempt import UNFENCED
 from lmchat.checkpoint.layout import CheckpointPaths
 from lmchat.checkpoint.load import check_can_resume, load_model_state, load_rank_state, open_checkpoint
 from lmchat.checkpoint.writer import PEER_TIMEOUT_SECONDS, BackgroundWriter, mark_evaluated, snapshot, write_checkpoint
-from lmchat.types import UserError
 
 _NETWORK = "net."
 _FORMER_CALLBACKS = {"NonFiniteLoss": "NonFiniteGuard"}
@@ -36,8 +35,6 @@ class LMChatCheckpointIO(CheckpointIO):
     Args:
         rank: rank of this process.
         world_size: number of processes that save; each writes one optimizer file.
-        elastic: whether the strategy can load optimizer shards of another world size; each of ``optimizer_states`` in
-            the loaded dictionary is then a tuple of all ranks' states.
 
     Attributes:
         writer: the thread that writes.
@@ -46,10 +43,9 @@ class LMChatCheckpointIO(CheckpointIO):
         peer_timeout_seconds: how long rank 0 waits for the other ranks' files; changes apply to a write in progress.
     """
 
-    def __init__(self, rank: int = 0, world_size: int = 1, *, elastic: bool = False) -> None:
+    def __init__(self, rank: int = 0, world_size: int = 1) -> None:
         self.rank = rank
         self.world_size = world_size
-        self.elastic = elastic
         self.attempt = UNFENCED
         self.keep_last: int | None = None
         self.peer_timeout_seconds = PEER_TIMEOUT_SECONDS
@@ -82,18 +78,16 @@ class LMChatCheckpointIO(CheckpointIO):
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Verifies and loads the files of the checkpoint whose ``model_*.pt`` or ``meta_*.json`` is at ``path``.
 
+        If another number of ranks saved it, each of ``optimizer_states`` is a tuple of all ranks' states, which
+        `MuonAdamW` combines.
+
         Raises:
             DamagedCheckpoint: a file is missing, truncated or altered.
-            UserError: there is no such checkpoint, or it was saved by another number of ranks.
+            UserError: there is no such checkpoint.
         """
         paths = CheckpointPaths.of(path)
         meta = open_checkpoint(paths, files=()).meta
         same_world = meta["world_size"] == self.world_size
-        if not same_world and not self.elastic:
-            raise UserError(
-                f"{paths.meta} has the optimizer in {meta['world_size']} shards, but this run expects "
-                f"{self.world_size}; use --trainer.strategy zero2_muon, which can combine them"
-            )
         ranks = [self.rank] if same_world else list(range(meta["world_size"]))
         checkpoint = open_checkpoint(paths, files=[paths.model, *map(paths.optimizer, ranks)])
         check_can_resume(checkpoint)

@@ -75,7 +75,7 @@ class Zero2MuonStrategy(DDPStrategy):
 
     def setup_environment(self) -> None:
         super().setup_environment()
-        self.checkpoint_io = LMChatCheckpointIO(self.global_rank, self.world_size, elastic=True)
+        self.checkpoint_io = LMChatCheckpointIO(self.global_rank, self.world_size)
 
     def configure_ddp(self) -> None:
         """Broadcasts parameters and buffers of rank 0; the module is not wrapped."""
@@ -92,7 +92,7 @@ class Zero2MuonStrategy(DDPStrategy):
         if trainer.gradient_clip_val:
             raise UserError(
                 f"--trainer.gradient_clip_val is {trainer.gradient_clip_val}, but with zero2_muon no rank has whole "
-                "gradients; leave it null"
+                "gradients; leave it null, or use --trainer.strategy ddp"
             )
         self._take_over_signals(trainer)
         plain, network = self.optimizers[0], getattr(self.lightning_module, "net", None)
