@@ -85,8 +85,8 @@ def test_epochs_equal_repeating_a_task() -> None:
 def test_locate_names_the_task_that_grades() -> None:
     mixture = Mixture([MixturePart(task) for task in oracle_parts()])
     for index in range(len(mixture)):
-        task, local = mixture.locate(index)
-        assert task[local] == mixture[index]
+        part, local = mixture.locate(index)
+        assert mixture.parts[part].task[local] == mixture[index]
     assert mixture[-1] == mixture[len(mixture) - 1]
     with pytest.raises(IndexError):
         mixture[len(mixture)]

@@ -186,7 +186,7 @@ class TestTrain:
         assert Tokenizer.train(["abcd"], 256 + 3 + 9).vocab_size == 268
         with pytest.raises(UserError, match=r"only 3 merges, vocab_size 269 needs 4.*at most 268"):
             Tokenizer.train(["abcd"], 269)
-        with pytest.raises(UserError, match="vocab_size 264 is too small"):
+        with pytest.raises(UserError, match="vocab_size is 264; it must be at least 265"):
             Tokenizer.train(["abcd"], 264)
 
     def test_an_error_while_reading_reaches_the_caller(self) -> None:

@@ -41,16 +41,7 @@ def download(
 
     from lmchat.data.download import download_shards
 
-    print(
-        download_shards(
-            repo_id,
-            output or base_data_dir(),
-            num_shards=num_shards,
-            revision=revision,
-            pattern=pattern,
-            num_workers=num_workers,
-        )
-    )
+    print(download_shards(repo_id, output or base_data_dir(), num_shards, revision, pattern, num_workers))
 
 
 def import_(
@@ -85,19 +76,9 @@ def import_(
     """
     from lmchat.data.import_text import import_folder
 
-    print(
-        import_folder(
-            source,
-            output or base_data_dir(),
-            text_field=text_field,
-            separator=separator,
-            encoding=encoding,
-            max_document_characters=max_document_characters,
-            validation_fraction=validation_fraction,
-            shard_characters=shard_characters,
-            seed=seed,
-        )
-    )
+    shards = {"validation_fraction": validation_fraction, "shard_characters": shard_characters, "seed": seed}
+    output = output or base_data_dir()
+    print(import_folder(source, output, text_field, separator, encoding, max_document_characters, **shards))
 
 
 def tokenize(data_dir: Path | None = None, tokenizer: Path | None = None, num_threads: int | None = None) -> None:

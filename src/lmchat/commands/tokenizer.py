@@ -37,16 +37,10 @@ def train(
     """
     from lmchat.data.tokenizer_text import train_tokenizer
 
-    print(
-        train_tokenizer(
-            data or base_data_dir(),
-            output or tokenizer_dir(),
-            vocab_size=vocab_size,
-            max_chars=max_chars,
-            doc_cap=doc_cap,
-            max_shards=max_shards,
-        )
+    summary = train_tokenizer(
+        data or base_data_dir(), output or tokenizer_dir(), vocab_size, max_chars, doc_cap, max_shards
     )
+    print(summary)
 
 
 def evaluate(tokenizer: Path | None = None, data: Path | None = None) -> None:

@@ -6,7 +6,7 @@ import re
 import tempfile
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,9 +18,6 @@ from lmchat.tokenizer.bpe import Tokenizer
 if TYPE_CHECKING:
     from rich.text import Text
 
-Filter = Literal["truncated", "no_loss_tokens", "unsupervised"]
-"""``unsupervised`` is the former name of ``no_loss_tokens``."""
-
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 
 
@@ -31,7 +28,7 @@ def show_conversations(
     max_tokens: int,
     start: int = 0,
     rows: int = 3,
-    only: Filter | None = None,
+    only: str | None = None,
     limit: int | None = None,
 ) -> None:
     """Prints conversations of a mixture, then counts all of them; the options are those of ``lmchat data show``."""
@@ -48,7 +45,7 @@ def show_conversations(
         for index in (start + wanted[start:].nonzero()[0])[:rows].tolist():
             ids, mask = (array.tolist() for array in rendered[index])
             cut = ", truncated" if rendered.cut_tokens[index] else ""
-            name = mixture.locate(index)[0].name
+            name = mixture.parts[mixture.locate(index)[0]].task.name
             console.print(f"conversation {index}, {name}: {len(ids)} tokens, {sum(mask)} with loss{cut}", style="bold")
             console.print(marked_tokens(tokenizer, ids, mask))
     for name, count in mixture.counts().items():

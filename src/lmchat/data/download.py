@@ -64,7 +64,6 @@ class Shard:
 def download_shards(
     repo_id: str,
     output: Path,
-    *,
     num_shards: int,
     revision: str = "main",
     pattern: str = "*.parquet",

@@ -58,7 +58,6 @@ class ImportReport:
 def import_folder(
     source: Path,
     output: Path,
-    *,
     text_field: str = TEXT_COLUMN,
     separator: str | None = None,
     encoding: str | None = None,

@@ -70,24 +70,20 @@ class Mixture:
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def locate(self, index: int) -> tuple[Task, int]:
-        """The task at ``index``, and the index of the conversation within it."""
-        part, local = self._find(index)
-        return self.parts[part].task, local
-
-    def _find(self, index: int) -> tuple[int, int]:
+    def locate(self, index: int) -> tuple[int, int]:
+        """The index in ``parts`` of the conversation at ``index``, and its index in the part's task."""
         position = int(self._order[index])
         part = bisect.bisect_right(self._starts, position) - 1
         return part, (position - self._starts[part]) % len(self.parts[part].task)
 
     def source(self, index: int) -> int:
         """A number below the length, which is the same for all repetitions of a conversation by its part."""
-        part, local = self._find(index)
+        part, local = self.locate(index)
         return self._starts[part] + local
 
     def __getitem__(self, index: int) -> Conversation:
-        task, local = self.locate(index)
-        return task[local]
+        part, local = self.locate(index)
+        return self.parts[part].task[local]
 
     def __iter__(self) -> Iterator[Conversation]:
         return (self[index] for index in range(len(self)))

@@ -16,7 +16,6 @@ from lmchat.types import UserError, user_errors
 def train_tokenizer(
     data: list[Path] | Path,
     output: Path,
-    *,
     vocab_size: int,
     max_chars: int = 2_000_000_000,
     doc_cap: int = 10_000,

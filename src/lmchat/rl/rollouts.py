@@ -147,7 +147,7 @@ class Rollouts(IterableDataset[Rollout]):
             step * self.questions_per_step + self.rank, (step + 1) * self.questions_per_step, self.world_size
         )
         located = [self.mixture.locate(number % len(self.mixture)) for number in numbers]
-        questions = [(task, task[index]) for task, index in located]
+        questions = [(task := self.mixture.parts[part].task, task[index]) for part, index in located]
         engine = self.engine()
         prompts = [render_for_completion(engine.tokenizer, conversation) for _, conversation in questions]
         # A different seed for every question of the run.

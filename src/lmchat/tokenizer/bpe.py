@@ -13,6 +13,7 @@ import numpy as np
 import tiktoken
 
 from lmchat.files import json_object, replacing
+from lmchat.option_checks import check_count
 from lmchat.paths import expand_user
 from lmchat.tokenizer import files
 from lmchat.types import UserError
@@ -101,13 +102,7 @@ class Tokenizer:
         from tokenizers import Tokenizer as HuggingFaceTokenizer
         from tokenizers import models, trainers
 
-        if vocab_size > _LARGEST_VOCABULARY:
-            raise UserError(f"vocab_size {vocab_size} is too large; use at most {_LARGEST_VOCABULARY}")
-        if vocab_size < _SMALLEST_VOCABULARY:
-            raise UserError(
-                f"vocab_size {vocab_size} is too small; use at least {_SMALLEST_VOCABULARY}, for 256 bytes and "
-                f"{len(SPECIAL_TOKENS)} special tokens"
-            )
+        check_count(None, _SMALLEST_VOCABULARY, _LARGEST_VOCABULARY, vocab_size=vocab_size)
         trained = HuggingFaceTokenizer(models.BPE())
         trained.pre_tokenizer = files.pre_tokenizer(pattern)
         trainer = trainers.BpeTrainer(

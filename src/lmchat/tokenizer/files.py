@@ -21,17 +21,11 @@ if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer
 
 
-def _byte_characters() -> list[str]:
-    """The printable character of each byte in ``tokenizer.json``, as introduced by GPT-2.
-
-    Printable Latin-1 bytes are unchanged; the others are mapped to the characters from U+0100 on, in order.
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    substitutes = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable else next(substitutes)) for byte in range(256)]
-
-
-BYTE_CHARACTERS: Sequence[str] = tuple(_byte_characters())
+_PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+_SUBSTITUTES = iter(range(0x100, 0x200))
+BYTE_CHARACTERS = tuple(chr(byte if byte in _PRINTABLE else next(_SUBSTITUTES)) for byte in range(256))
+"""The character of each byte in ``tokenizer.json``, as introduced by GPT-2: itself, if it is printable Latin-1, or the
+next one from U+0100 on."""
 _BYTE_OF_CHARACTER = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
 
 
