@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 
 from lmchat.demo.tasks.arithmetic import MAX_STEPS, Arithmetic, WordProblem, _Draft
-from lmchat.demo.tasks.stories import FAMILIES, HE, PRONOUNS, SHE
+from lmchat.demo.tasks.stories import FAMILIES, PRONOUNS
 from lmchat.generation.calculator import calculate
 from lmchat.tasks.base import answer_text, in_split
 from lmchat.tasks.gsm8k import extract_answer, parse_answer
 from lmchat.types import UserError
+
+SHE, HE = ([person for person, each in PRONOUNS.items() if each == pronoun] for pronoun in ("she", "he"))
 
 NUMBER_WORDS = {"half": 2, "twice": 2, "doubles": 2}
 

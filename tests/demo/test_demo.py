@@ -16,11 +16,10 @@ from types import SimpleNamespace
 import pytest
 
 from forked import exit_statuses, lmchat, start
-from lmchat.commands import demo as command
 from lmchat.commands.demo import demo
+from lmchat.demo import pipeline, training
 from lmchat.demo import run as demo_run
 from lmchat.demo import text as demo_text
-from lmchat.demo import training
 from lmchat.demo.run import Demo
 from lmchat.demo.tasks.stories import FAMILIES
 from lmchat.stage_table import STAGES
@@ -127,8 +126,8 @@ def fake_stages(monkeypatch: pytest.MonkeyPatch, calls: list[str], failing: str 
         return work
 
     names = ("corpus", "baselines", "pretrain")
-    monkeypatch.setattr(command, "STAGES", {name: (name, stage(name)) for name in names})
-    monkeypatch.setattr(command, "result_tables", lambda run, summary: [])
+    monkeypatch.setattr(pipeline, "STAGES", {name: (name, stage(name)) for name in names})
+    monkeypatch.setattr(pipeline, "result_tables", lambda run, summary: [])
 
 
 @pytest.mark.usefixtures("forked_stages")
@@ -140,7 +139,7 @@ def test_a_user_trains_on_a_folder_of_text(text: Path, tmp_path: Path, capfd: py
     assert "measuring gzip, xz and an n-gram model on the text" in first_out
     summary = json.loads((output / "summary.json").read_text())
     stages = summary["stages"]
-    assert list(stages) == list(command.STAGES)
+    assert list(stages) == list(pipeline.STAGES)
     assert stages["corpus"]["documents"] == 80
     assert stages["tokenizer"]["vocab_size"] == 300
     assert stages["tokens"]["tokens"] > 1000
@@ -204,9 +203,9 @@ def test_ctrl_c_waits_for_the_checkpoint(text: Path, tmp_path: Path) -> None:
     )
     trainer.chmod(0o755)
     driver.write_text(
-        "import sys\nfrom pathlib import Path\nfrom lmchat.__main__ import main\nfrom lmchat.commands import demo\n"
+        "import sys\nfrom pathlib import Path\nfrom lmchat.__main__ import main\nfrom lmchat.demo import pipeline\n"
         f"import lmchat.demo.run\nlmchat.demo.run.CONFIGS = Path({str(demo_run.CONFIGS)!r})\n"
-        "demo.STAGES = {'pretrain': demo.STAGES['pretrain']}\n"
+        "pipeline.STAGES = {'pretrain': pipeline.STAGES['pretrain']}\n"
         f"sys.executable = {str(trainer)!r}\n"
         f"sys.exit(main(['demo', '--output', {str(tmp_path / 'run')!r}]))\n"
     )

@@ -25,14 +25,7 @@ Counts = npt.NDArray[np.int64]
 
 
 def compression_baselines(train: Iterable[str], validation: Iterable[str]) -> dict[str, float]:
-    """Computes the baselines.
-
-    Args:
-        train: documents for the n-gram model, which uses the first `MAX_TRAIN_BYTES`.
-        validation: held-out documents.
-
-    Returns:
-        Bits per byte of ``gzip``, ``xz`` (both without training data) and ``ngram``.
+    """Bits per byte of ``gzip``, ``xz`` and ``ngram``, a model of the first `MAX_TRAIN_BYTES` of ``train``.
 
     Raises:
         UserError: one of the splits has no text.

@@ -1,15 +1,12 @@
 """The demo's last stage: sample chats with the trained model, on held-out questions."""
 
-from __future__ import annotations
-
 from itertools import islice
-from typing import TYPE_CHECKING
 
 from lmchat.demo.run import Demo, Metrics
+from lmchat.demo.tasks import Arithmetic
+from lmchat.tasks import Identity, SimpleSpelling, SpellingBee
+from lmchat.tasks.base import Task, graded
 from lmchat.types import Conversation
-
-if TYPE_CHECKING:
-    from lmchat.tasks.base import Task
 
 
 def converse(run: Demo) -> Metrics:
@@ -18,7 +15,6 @@ def converse(run: Demo) -> Metrics:
     from lmchat.generation.sampling import SamplingParams
     from lmchat.serve.load import load_engine
     from lmchat.serve.terminal import TerminalChat
-    from lmchat.tasks.base import graded
 
     engine = load_engine(find_checkpoint(run.checkpoints("rl")))
     marks = []
@@ -36,12 +32,8 @@ def converse(run: Demo) -> Metrics:
 
 def script(run: Demo) -> list[list[tuple[Task, Conversation]]]:
     """Questions of each chat with their tasks: identity, spelling and counting, two-step arithmetic."""
-    from lmchat.demo.tasks import Arithmetic
-    from lmchat.tasks import Identity, SimpleSpelling, SpellingBee
-
-    words = str(run.words)
     identity, arithmetic = Identity("test"), Arithmetic("test", steps=(2, 2))
-    spelling, counting = SimpleSpelling("test", words_path=words), SpellingBee("test", words_path=words)
+    spelling, counting = (task("test", words_path=str(run.words)) for task in (SimpleSpelling, SpellingBee))
     chats = [(identity, identity), (spelling, counting), (arithmetic, arithmetic)]
     return [[(task, _single_turn(task, number)) for number, task in enumerate(chat)] for chat in chats]
 

@@ -17,6 +17,7 @@ from inspect import cleandoc
 from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -72,7 +73,7 @@ def collect_documentation(
     validation_share: float = 0.05,
     processes: int | None = None,
 ) -> list[CorpusFile]:
-    """Writes parquet shards with the prose of the sources; the last shard is for validation.
+    """Writes parquet shards with the prose of the sources, the last one for validation; returns the files with prose.
 
     Documents are ordered by hash. All documents of a file are in the same split.
 
@@ -81,9 +82,6 @@ def collect_documentation(
         sources: files that may contain documentation, by package; None is `documentation_files`.
         validation_share: share of the files that is held out.
         processes: number of processes; None is one per core.
-
-    Returns:
-        The files with prose.
 
     Raises:
         UserError: ``output`` is not empty, or there is too little prose for two shards.
@@ -187,9 +185,7 @@ def _read(path: Path) -> list[str]:
         return []
     if path.suffix not in _CODE_SUFFIXES:
         return list(paragraphs(text))
-    if path.parts[-2:] == ("pydoc_data", "topics.py"):
-        from pydoc_data.topics import topics  # the language reference, a literal of one string per topic
-
+    if path.parts[-2:] == ("pydoc_data", "topics.py"):  # the language reference, a literal of one string per topic
         return list(chain.from_iterable(paragraphs(topics[name]) for name in sorted(topics)))
     docstrings = (match[2] for match in _TRIPLE_QUOTED.finditer(text))
     return list(chain.from_iterable(paragraphs(cleandoc(docstring)) for docstring in docstrings))

@@ -1,14 +1,11 @@
 """The demo's report, and its tables on the terminal."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.table import Table
 
 from lmchat.demo.run import Demo, Metrics
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 def write_run_report(run: Demo) -> Metrics:
@@ -24,8 +21,6 @@ def write_run_report(run: Demo) -> Metrics:
 
 def result_tables(run: Demo, summary: dict[str, Any]) -> Iterator[Table]:
     """The report's tables of time and metrics, with the baselines of bits per byte."""
-    from rich.table import Table
-
     from lmchat.report.runs import read_run
     from lmchat.report.summary import effort, final_metrics
 

@@ -5,8 +5,19 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
+from pydoc_data.topics import topics
 
+from lmchat.data.documents import PLAIN_SUFFIXES
+from lmchat.data.import_text import import_folder
+from lmchat.data.parquet_text import list_shards, read_documents
+from lmchat.data.token_shards import TokenShards
+from lmchat.data.tokenize import prepare_token_shards
+from lmchat.data.tokenizer_text import train_tokenizer as train
+from lmchat.demo.baseline import compression_baselines
+from lmchat.demo.local_corpus import collect_documentation
 from lmchat.demo.run import VOCAB_SIZE, Demo, Metrics
+from lmchat.tasks.words import words_from_text, write_words
+from lmchat.tokenizer.bpe import Tokenizer, TooFewMerges
 
 VALIDATION_SHARE = 0.05
 FEW_FILES = 20
@@ -18,22 +29,17 @@ LONG_FILE_BYTES = 4_000
 def collect_text(run: Demo) -> Metrics:
     """Writes text shards to ``base_data``, the last one for validation, and the word list."""
     shutil.rmtree(run.data_dir, ignore_errors=True)  # of an interrupted run
-    documents, characters = _import_text(run, run.text) if run.text is not None else _collect_documentation(run)
+    if run.text is None:
+        documents, characters = _collect_documentation(run)
+    else:
+        separator = _separator(run.text)
+        shards = import_folder(run.text, run.data_dir, separator=separator, validation_fraction=VALIDATION_SHARE).shards
+        documents, characters = shards.train_documents + shards.validation_documents, shards.characters
     return {"documents": documents, "megabytes": round(characters / 1e6, 2), "words": _list_words(run)}
-
-
-def _import_text(run: Demo, text: Path) -> tuple[int, int]:
-    """Imports the user's text; returns the numbers of documents and characters."""
-    from lmchat.data.import_text import import_folder
-
-    shards = import_folder(text, run.data_dir, separator=_separator(text), validation_fraction=VALIDATION_SHARE).shards
-    return shards.train_documents + shards.validation_documents, shards.characters
 
 
 def _collect_documentation(run: Demo) -> tuple[int, int]:
     """Collects documentation on this machine; returns the numbers of documents and characters."""
-    from lmchat.demo.local_corpus import collect_documentation
-
     sizes: Counter[str] = Counter()
     documents = 0
     for file in collect_documentation(run.data_dir, validation_share=VALIDATION_SHARE):
@@ -48,26 +54,17 @@ def _collect_documentation(run: Demo) -> tuple[int, int]:
 
 def _list_words(run: Demo) -> int:
     """Writes the word list of the spelling tasks: words of the text and of Python's manual."""
-    from pydoc_data.topics import topics
-
-    from lmchat.data.parquet_text import list_shards
-    from lmchat.tasks.words import words_from_text, write_words
-
     words = words_from_text(chain(_texts(list_shards(run.data_dir)[:-1]), topics.values()))
     write_words(words, run.words)
     return len(words)
 
 
 def _texts(shards: Iterable[Path]) -> Iterator[str]:
-    from lmchat.data.parquet_text import read_documents
-
     return (text or "" for shard in shards for text in read_documents(shard))
 
 
 def _separator(text: Path) -> str | None:
     """Separator that splits plain text files into documents; None keeps files whole (many short files)."""
-    from lmchat.data.documents import PLAIN_SUFFIXES
-
     found = [text] if text.is_file() else text.rglob("*")
     files = [path for path in found if path.suffix.lower() in PLAIN_SUFFIXES and path.is_file()]
     try:
@@ -86,9 +83,6 @@ def _count(cut: str, files: list[Path]) -> int:
 
 def train_tokenizer(run: Demo) -> Metrics:
     """Trains a byte-level BPE on the training shards; a small text gives a smaller vocabulary."""
-    from lmchat.data.tokenizer_text import train_tokenizer as train
-    from lmchat.tokenizer.bpe import TooFewMerges
-
     vocab_size = VOCAB_SIZE
     try:
         summary = train(run.data_dir, run.tokenizer_dir, vocab_size=vocab_size)
@@ -102,10 +96,6 @@ def train_tokenizer(run: Demo) -> Metrics:
 
 def tokenize(run: Demo) -> Metrics:
     """Tokenizes all shards."""
-    from lmchat.data.token_shards import TokenShards
-    from lmchat.data.tokenize import prepare_token_shards
-    from lmchat.tokenizer.bpe import Tokenizer
-
     tokenizer = Tokenizer.load(run.tokenizer_dir)
     prepare_token_shards(run.data_dir, tokenizer)
     train, validation = TokenShards.open_split(run.data_dir, tokenizer)
@@ -115,9 +105,6 @@ def tokenize(run: Demo) -> Metrics:
 
 def measure_baselines(run: Demo) -> Metrics:
     """Measures bits per byte of compressors and an n-gram model on the held-out text."""
-    from lmchat.data.parquet_text import list_shards
-    from lmchat.demo.baseline import compression_baselines
-
     *train, validation = list_shards(run.data_dir)
     print("measuring gzip, xz and an n-gram model on the text", flush=True)
     baselines = compression_baselines(_texts(train), _texts([validation]))

@@ -50,15 +50,13 @@ class TimeBudget(StepCallback):
     def on_step_end(self, trainer: L.Trainer, pl_module: Any, step: int) -> None:
         now = time.perf_counter()
         done = step - self._first_step
-        if done == 1:
-            # Step 1 includes the initial evaluation.
+        if done == 1:  # the first step includes the initial evaluation
             self._first_step_end = now
         if done == 1 or done % self.check_every_n_steps or step > self.until * trainer.max_steps:
             return
         per_step = (now - self._first_step_end) / (done - 1)
-        affordable = step + int((60 * self.minutes - (now - self._start)) / per_step)
         # All ranks take the same steps.
-        affordable = trainer.strategy.broadcast(affordable)
+        affordable = trainer.strategy.broadcast(step + int((60 * self.minutes - (now - self._start)) / per_step))
         # The steps taken so far stay in the constant phase of the learning rate.
         steps = min(max(affordable, int(step / self.until)), self._all_steps)
         if steps == trainer.max_steps:

@@ -168,8 +168,7 @@ class Arithmetic(GeneratedTask, NumericAnswerTask):
 
     @property
     def name(self) -> str:
-        chosen = len(self.families)
-        return super().name + (f"/{chosen} families" if chosen < len(FAMILIES) else "")
+        return super().name + (f"/{len(self.families)} families" if len(self.families) < len(FAMILIES) else "")
 
     def example(self, index: int) -> Conversation:
         problem = self.problem(index)
@@ -235,7 +234,11 @@ class Arithmetic(GeneratedTask, NumericAnswerTask):
     def _take(self, draft: _Draft, step: Step) -> str:
         quantity = draft.quantities[-1]
         operand = draft.rng.choice(self._operands(step, quantity))
-        expression, result = calculation(draft.quantities, step.op, operand)
+        if step.op == "total":
+            expression, result = "+".join(map(str, draft.quantities)), sum(draft.quantities)
+        else:
+            operator, function = OPERATORS[step.op]
+            expression, result = f"{quantity}{operator}{operand}", function(quantity, operand)
         if not SMALLEST_RESULT <= result <= self.max_value:
             raise _Impossible
         if step.story:
@@ -262,11 +265,3 @@ class Arithmetic(GeneratedTask, NumericAnswerTask):
 def _check_range(name: str, limits: tuple[int, int], min: int, max: int) -> None:
     if not min <= limits[0] <= limits[1] <= max:
         raise UserError(f"arithmetic: {name}={list(limits)} is not possible; use [low, high] within {min} to {max}")
-
-
-def calculation(quantities: Sequence[int], op: Operation, operand: int) -> tuple[str, int]:
-    """The calculator's expression for a step after the given quantities, and its value."""
-    if op == "total":
-        return "+".join(map(str, quantities)), sum(quantities)
-    operator, function = OPERATORS[op]
-    return f"{quantities[-1]}{operator}{operand}", function(quantities[-1], operand)

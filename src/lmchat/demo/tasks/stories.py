@@ -71,7 +71,5 @@ FAMILIES: dict[str, Family] = {
     name: Family(**{**texts, **{key: [Step(**step) for step in texts[key]] for key in ("starts", "steps")}})
     for name, texts in _TEXTS["families"].items()
 }
-SHE: tuple[str, ...] = tuple(_TEXTS["she"])
-HE: tuple[str, ...] = tuple(_TEXTS["he"])
-PRONOUNS: dict[str, str] = {**dict.fromkeys(SHE, "she"), **dict.fromkeys(HE, "he")}
+PRONOUNS: dict[str, str] = {person: pronoun for pronoun in ("she", "he") for person in _TEXTS[pronoun]}
 """The persons of the stories and their pronouns."""
