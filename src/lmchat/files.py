@@ -9,8 +9,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from io import BufferedRandom
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from lmchat.types import UserError
 
@@ -22,7 +23,7 @@ def synced_file(
     path: Path,
     writer: str = "",
     renaming: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
-) -> Iterator[BinaryIO]:
+) -> Iterator[BufferedRandom]:
     """Opens a file that becomes ``path`` when the block ends without an error, and is then durable (fsync).
 
     The temporary name is fixed, so that a later write replaces the remains of a killed process: one writer at a time.
@@ -33,7 +34,7 @@ def synced_file(
         renaming: returns a context manager for the rename; an error in it cancels the write.
     """
     unfinished = path.with_name(f"{path.name}{'.' if writer else ''}{writer}{TEMPORARY_SUFFIX}")
-    with _renamed(unfinished, path, renaming), unfinished.open("wb") as file:
+    with _renamed(unfinished, path, renaming), unfinished.open("w+b") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent import futures
 from pathlib import Path
-from typing import IO, Any, BinaryIO, TypedDict, cast
+from typing import Any, BinaryIO
 
 import torch
 
@@ -38,13 +38,6 @@ Less than the 30 seconds after which torchrun kills the remaining ranks, so that
 _PLAIN = (type(None), bool, int, float, str, bytes)
 
 
-class FileRecord(TypedDict):
-    """Size in bytes and SHA-256, in hexadecimal, of a file listed in ``meta``."""
-
-    bytes: int
-    sha256: str
-
-
 def snapshot(tree: Any, name: str = "checkpoint") -> Any:
     """Copies a tree of tensors and plain values to CPU memory, independent of further training.
 
@@ -62,52 +55,25 @@ def snapshot(tree: Any, name: str = "checkpoint") -> Any:
     raise TypeError(f"{name} is a {type(tree).__name__}; checkpoints hold tensors and plain Python values only")
 
 
-class HashingFile:
-    """A file that hashes what is written to it, and keeps write errors, which torch.save would replace."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._hash = hashlib.sha256()
-        self._bytes = 0
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        try:
-            self._file.write(view)
-        except OSError as error:
-            self.error = error
-            raise
-        self._hash.update(view)
-        self._bytes += len(view)
-        return len(view)
-
-    def flush(self) -> None:
-        """Does nothing; the file is flushed when it is complete."""
-
-    def record(self) -> FileRecord:
-        return {"bytes": self._bytes, "sha256": self._hash.hexdigest()}
-
-
-def write_file(path: Path, write: Callable[[HashingFile], Any], attempt: Attempt = UNFENCED) -> FileRecord:
+def write_file(path: Path, write: Callable[[BinaryIO], Any], attempt: Attempt = UNFENCED) -> dict[str, Any]:
     """Writes ``path`` atomically; ``write`` writes the content to the given file object.
+
+    Returns:
+        Size (``bytes``) and ``sha256``, in hexadecimal, of the file, as ``meta`` lists them.
 
     Raises:
         UserError: the file cannot be written, e.g. because the disk is full; no partial file remains.
         Superseded: another attempt than ``attempt`` has begun; no partial file remains.
     """
-    file: HashingFile | None = None
     try:
         attempt.check()
-        with synced_file(path, attempt.name, attempt.writing) as raw:
-            file = HashingFile(raw)
+        with synced_file(path, attempt.name, attempt.writing) as file:
             write(file)
-    except BaseException as error:
-        cause = file.error if file is not None and file.error else error
-        if isinstance(cause, OSError):
-            raise UserError(_cannot_write(path, cause)) from cause
-        raise
-    return file.record()
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return {"bytes": file.tell(), "sha256": digest}
+    except OSError as error:
+        raise UserError(_cannot_write(path, error)) from error
 
 
 def _cannot_write(path: Path, error: OSError) -> str:
@@ -192,11 +158,17 @@ def mark_evaluated(paths: CheckpointPaths, attempt: Attempt = UNFENCED) -> None:
     _save_json(paths.meta, {**meta, "meta_sha256": json_digest(meta)}, attempt)
 
 
-def _save_tensors(path: Path, tree: Mapping[str, Any], attempt: Attempt) -> FileRecord:
-    return write_file(path, lambda file: torch.save(dict(tree), cast(IO[bytes], file)), attempt)
+def _save_tensors(path: Path, tree: Mapping[str, Any], attempt: Attempt) -> dict[str, Any]:
+    def write(file: BinaryIO) -> None:
+        try:
+            torch.save(dict(tree), file)
+        except RuntimeError as error:
+            raise error.__context__ or error from None  # torch replaces an error of the file
+
+    return write_file(path, write, attempt)
 
 
-def _save_json(path: Path, value: Mapping[str, Any], attempt: Attempt) -> FileRecord:
+def _save_json(path: Path, value: Mapping[str, Any], attempt: Attempt) -> dict[str, Any]:
     return write_file(path, lambda file: file.write(json.dumps(value, indent=1, allow_nan=False).encode()), attempt)
 
 
@@ -205,23 +177,27 @@ def json_digest(value: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _await_receipt(receipt: Path, timeout_seconds: Callable[[], float]) -> dict[str, FileRecord]:
-    begin = time.monotonic()
-    while not receipt.exists():
-        if time.monotonic() - begin > timeout_seconds():
-            raise UserError(
-                f"{receipt.name} did not appear in {receipt.parent} within {timeout_seconds():g} s, so the checkpoint "
-                "stays incomplete; that rank failed, or the folder is not on a file system that all ranks share"
-            )
-        time.sleep(0.02)
+def _await_receipt(receipt: Path, timeout_seconds: Callable[[], float]) -> dict[str, Any]:
+    if not _appears(receipt, timeout_seconds):
+        raise UserError(
+            f"{receipt.name} did not appear in {receipt.parent} within {timeout_seconds():g} s, so the checkpoint "
+            "stays incomplete; that rank failed, or the folder is not on a file system that all ranks share"
+        )
     return json.loads(receipt.read_bytes())
 
 
 def await_commit(paths: CheckpointPaths, timeout_seconds: float) -> None:
     """Waits until rank 0 has completed the checkpoint, or for the timeout."""
+    _appears(paths.meta, lambda: timeout_seconds)
+
+
+def _appears(path: Path, timeout_seconds: Callable[[], float]) -> bool:
     begin = time.monotonic()
-    while not paths.meta.exists() and time.monotonic() - begin < timeout_seconds:
+    while not path.exists():
+        if time.monotonic() - begin > timeout_seconds():
+            return False
         time.sleep(0.02)
+    return True
 
 
 def _uncommit(paths: CheckpointPaths) -> None:
