@@ -1,7 +1,7 @@
 """Buckets of parameters, which ZeRO-2 exchanges in messages: collectives over NCCL or gloo."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 from lmchat.optim.muon_adamw import MuonAdamW, adamw_update
 
 Group = dict[str, Any]
+Piece = tuple[Tensor, slice, int | slice]
+"""Parameter, rows of it, and their entries in a message whose first two dimensions are flattened."""
 
 # torch 2.13 renamed both and warns about the old names.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -46,14 +48,13 @@ class Collectives:
 
         return finish
 
-    def all_gather(self, part: Tensor) -> Callable[[], Tensor]:
-        """Gathers ``part`` (...) of every rank; the result is (world_size, ...)."""
-        received = part.new_empty(self.world_size, *part.shape)
-        work = all_gather(received.flatten(0, 1), part, group=self.process_group, async_op=True)
+    def all_gather(self, message: Tensor) -> Callable[[], Tensor]:
+        """Gathers the ranks' parts of ``message`` (world_size, ...) in place; each rank has set its own."""
+        work = all_gather(message.flatten(0, 1), message[self.rank], group=self.process_group, async_op=True)
 
         def finish() -> Tensor:
             work.wait()
-            return received
+            return message
 
         return finish
 
@@ -67,16 +68,31 @@ class Collectives:
 class Bucket(ABC):
     """Parameters whose gradients are reduced in one message, and whose new values are gathered in another.
 
-    Messages have the ``shape`` (world_size, ...); each rank steps its part and gathers the others.
+    Messages are (world_size, entries per rank, ...), padded at the end of each rank's part; each rank steps its part
+    and gathers the others.
+
+    Args:
+        group: group of the parameters.
+        entries: entries of each parameter, as in `Piece`.
+        shape: shape of a message.
+        own: what this rank steps.
+        others: what the other ranks step.
     """
 
-    shape: tuple[int, ...]
     rows = slice(0, None)
     """Rows of its parameters that this rank steps, if any."""
 
-    def __init__(self, params: Sequence[Tensor], collectives: Collectives) -> None:
-        self.params = list(params)
-        self.collectives = collectives
+    def __init__(
+        self,
+        group: Group,
+        entries: Mapping[Tensor, int | slice],
+        shape: tuple[int, ...],
+        own: Sequence[Piece],
+        others: Sequence[Piece],
+        collectives: Collectives,
+    ) -> None:
+        self.group, self.params, self.shape, self.collectives = group, list(entries), shape, collectives
+        self._entries, self._own, self._others = entries, own, others
         self.missing = set(self.params)
         self.sums: dict[Tensor, Tensor] = {}
         self._message: Tensor | None = None
@@ -84,20 +100,8 @@ class Bucket(ABC):
         self._gathered: Callable[[], Tensor] | None = None
 
     @abstractmethod
-    def _place(self, message: Tensor, param: Tensor) -> Tensor:
-        """The parameter's view of a message, in the parameter's shape."""
-
-    @abstractmethod
     def allocate_state(self, optimizer: MuonAdamW) -> None:
         """Allocates the optimizer state that this rank keeps."""
-
-    @abstractmethod
-    def _part(self) -> Tensor:
-        """This rank's part of a message of parameters."""
-
-    @abstractmethod
-    def _take(self, values: Tensor) -> None:
-        """Copies the other ranks' parts of a message to the parameters."""
 
     @abstractmethod
     def step(self, optimizer: MuonAdamW, grads: Tensor, live: set[Tensor]) -> None:
@@ -109,7 +113,7 @@ class Bucket(ABC):
             raise RuntimeError("a second backward pass in the micro-batch that ends the step; sum the losses first")
         if self._message is None:
             self._message = param.new_empty(self.shape)
-        place = self._place(self._message, param)
+        place = self._message.flatten(0, 1)[self._entries[param]]
         if param.grad is None:
             place.zero_()
         else:
@@ -134,35 +138,32 @@ class Bucket(ABC):
 
     def gather(self, dtype: torch.dtype | None) -> None:
         """Starts the exchange of new values in ``dtype``, by default the parameters' own; vectors are always exact."""
-        part = self._part()
-        narrow = dtype if part.ndim > 1 else None
-        self._gathered = self.collectives.all_gather(part.to(narrow or part.dtype))
+        message = self.params[0].new_empty(self.shape, dtype=dtype if len(self.shape) > 2 else None)
+        entries = message.flatten(0, 1)
+        copy_all([entries[at] for *_, at in self._own], [param[rows] for param, rows, _ in self._own])
+        self._gathered = self.collectives.all_gather(message)
 
     def finish(self) -> None:
         """Waits for the new values of the other ranks and copies them to the parameters."""
         assert self._gathered is not None
-        self._take(self._gathered())
+        entries = self._gathered().flatten(0, 1)
+        copy_all([param[rows] for param, rows, _ in self._others], [entries[at] for *_, at in self._others])
         self._gathered = None
 
 
 class MatrixBucket(Bucket):
-    """Matrices of one Muon group, each owned by a rank; messages are (world_size, max per rank, rows, cols)."""
+    """Matrices of one Muon group, each owned by a rank and one entry of a message."""
 
     def __init__(
         self, group: Group, key: str, params: Sequence[Tensor], owners: Sequence[int], collectives: Collectives
     ) -> None:
-        super().__init__(params, collectives)
-        self.group, self.key = group, key
-        by_owner: list[list[Tensor]] = [[] for _ in range(collectives.world_size)]
-        for param, owner in zip(params, owners, strict=True):
-            by_owner[owner].append(param)
-        self.own = by_owner[collectives.rank]
-        self.others = [param for param, owner in zip(params, owners, strict=True) if owner != collectives.rank]
-        self.shape = (collectives.world_size, max(map(len, by_owner)), *params[0].shape)
-        self._index = {param: (rank, i) for rank, owned in enumerate(by_owner) for i, param in enumerate(owned)}
-
-    def _place(self, message: Tensor, param: Tensor) -> Tensor:
-        return message[self._index[param]]
+        rank, slots = collectives.rank, [owners[:i].count(owner) for i, owner in enumerate(owners)]
+        size = max(slots) + 1
+        entries = {param: owner * size + slot for param, owner, slot in zip(params, owners, slots, strict=True)}
+        mine = [(param, self.rows, at) for param, at in entries.items() if at // size == rank]
+        others = [(param, self.rows, at) for param, at in entries.items() if at // size != rank]
+        self.key, self.own = key, [param for param, *_ in mine]
+        super().__init__(group, entries, (collectives.world_size, size, *params[0].shape), mine, others, collectives)
 
     def allocate_state(self, optimizer: MuonAdamW) -> None:
         if self.own:
@@ -172,52 +173,25 @@ class MatrixBucket(Bucket):
         if self.own:
             optimizer.step_matrices(self.group, self.key, self.own, grads, [param in live for param in self.own])
 
-    def _part(self) -> Tensor:
-        part = self.params[0].new_empty(self.shape[1:])
-        copy_all(part[: len(self.own)].unbind(), self.own)
-        return part
-
-    def _take(self, values: Tensor) -> None:
-        copy_all(self.others, [self._place(values, param) for param in self.others])
-
 
 class RowBucket(Bucket):
-    """One AdamW tensor, split by rows; messages are (world_size, rows per rank, ...), padded at the end."""
+    """One AdamW tensor, split by rows, each of which is an entry of a message."""
 
     def __init__(self, group: Group, param: Tensor, collectives: Collectives) -> None:
-        super().__init__([param], collectives)
-        self.group, self.param = group, param
-        per_rank = -(-len(param) // collectives.world_size)
-        self.shape = (collectives.world_size, per_rank, *param.shape[1:])
-        start = min(collectives.rank * per_rank, len(param))
-        self.rows = slice(start, min(start + per_rank, len(param)))
-
-    @property
-    def own(self) -> Tensor:
-        """The rows that this rank steps."""
-        return self.param[self.rows]
-
-    def _place(self, message: Tensor, param: Tensor) -> Tensor:
-        return message.flatten(0, 1)[: len(param)]
+        size = -(-len(param) // collectives.world_size)
+        start, stop = (min(rank * size, len(param)) for rank in (collectives.rank, collectives.rank + 1))
+        before, self.rows, after = slice(0, start), slice(start, stop), slice(stop, len(param))
+        own, *others = ((param, rows, rows) for rows in (self.rows, before, after))
+        shape = (collectives.world_size, size, *param.shape[1:])
+        super().__init__(group, {param: slice(0, len(param))}, shape, [own], others, collectives)
 
     def allocate_state(self, optimizer: MuonAdamW) -> None:
-        optimizer.adamw_state(self.param, self.own)
+        optimizer.adamw_state(self.params[0], self.params[0][self.rows])
 
     def step(self, optimizer: MuonAdamW, grads: Tensor, live: set[Tensor]) -> None:
-        state = optimizer.adamw_state(self.param, self.own)
-        adamw_update([self.own], [grads[: len(self.own)]], [state], self.group)
-
-    def _part(self) -> Tensor:
-        if len(self.own) == self.shape[1]:
-            return self.own
-        part = self.param.new_empty(self.shape[1:])
-        part[: len(self.own)] = self.own
-        return part
-
-    def _take(self, values: Tensor) -> None:
-        values = self._place(values, self.param)
-        self.param[: self.rows.start] = values[: self.rows.start]
-        self.param[self.rows.stop :] = values[self.rows.stop :]
+        (param,) = self.params
+        part = param[self.rows]
+        adamw_update([part], [grads[: len(part)]], [optimizer.adamw_state(param, part)], self.group)
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
