@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ def small_checkpoint(base: Path) -> Path:
     paths.directory.mkdir(parents=True)
     rates = {"embedding_lr": 0.3, "unembedding_lr": 0.004, "matrix_lr": 0.02, "scalar_lr": 0.5}
     meta = {
-        "stage": "sft", "tag": "small", "model": config.to_dict(), "tokenizer_fingerprint": tokenizer.fingerprint,
+        "stage": "sft", "tag": "small", "model": asdict(config), "tokenizer_fingerprint": tokenizer.fingerprint,
         "global_batch_tokens": 512, "micro_batch_size": 2, "total_steps": 1, "learning_rates": rates,
     }  # fmt: skip
     write_checkpoint(paths, model=state, rank_state={}, meta=meta)

@@ -10,11 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmchat.schedules import (
+    linear_decay,
     linear_warmdown,
     muon_momentum,
-    rl_lr_multiplier,
     sft_lr_multiplier,
-    weight_decay_multiplier,
 )
 
 
@@ -29,7 +28,7 @@ def test_pretraining(recorded: dict[str, np.ndarray]) -> None:
     for name, values in {
         "lrm": [linear_warmdown(step, 1000) for step in steps],
         "momentum": [muon_momentum(step) for step in steps],
-        "wd": [0.2 * weight_decay_multiplier(step, 1000) for step in steps],
+        "wd": [0.2 * linear_decay(step, 1000) for step in steps],
     }.items():
         np.testing.assert_allclose(values, recorded[f"seed_N1000__{name}"], rtol=1e-14, atol=1e-16, err_msg=name)
 
@@ -42,7 +41,7 @@ def test_fine_tuning(recorded: dict[str, np.ndarray]) -> None:
 
 
 def test_reinforcement_learning(recorded: dict[str, np.ndarray]) -> None:
-    np.testing.assert_allclose([rl_lr_multiplier(step, 467) for step in range(467)], recorded["rl_seed__lrm"])
+    np.testing.assert_allclose([linear_decay(step, 467) for step in range(467)], recorded["rl_seed__lrm"])
 
 
 def test_warmup_constant_and_warmdown_at_their_boundaries() -> None:

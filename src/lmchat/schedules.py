@@ -31,16 +31,11 @@ def muon_momentum(step: int, *, start: float = 0.85, end: float = 0.95, ramp_ste
     return (1 - done) * start + done * end
 
 
-def weight_decay_multiplier(step: int, steps: int) -> float:
-    """Pretraining weight decay: linear to 0 at step `steps`."""
+def linear_decay(step: int, steps: int) -> float:
+    """Weight decay of pretraining and learning rate of reinforcement learning: linear to 0 at step `steps`."""
     return 1 - step / steps
 
 
 def sft_lr_multiplier(progress: float, constant_until: float = 0.8) -> float:
     """Fine-tuning learning rate, by progress through the epoch: constant, then linear to 0."""
     return 1.0 if progress < constant_until else 1 - (progress - constant_until) / (1 - constant_until)
-
-
-def rl_lr_multiplier(step: int, steps: int) -> float:
-    """Reinforcement-learning learning rate: linear to 0 from the first step on."""
-    return 1 - step / steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def save_random_checkpoint(
         meta={
             "stage": stage,
             "tag": tag,
-            "model": config.to_dict(),
+            "model": asdict(config),
             "tokenizer_fingerprint": tokenizer.fingerprint,
             "global_batch_tokens": 512,
             "micro_batch_size": 2,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import pytest
 
@@ -40,7 +41,7 @@ def test_tables_are_padded_to_64(vocab_size: int, padded: int) -> None:
 @pytest.mark.parametrize("options", [{}, {"window_pattern": "L", "value_embeddings": False, "residual_mix": False}])
 def test_a_config_survives_json(options: dict) -> None:
     config = GPTConfig(**SMALL | options)
-    assert GPTConfig(**json.loads(json.dumps(config.to_dict()))) == config
+    assert GPTConfig(**json.loads(json.dumps(asdict(config)))) == config
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Writes imported models as regular checkpoints."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ def save_imported(model: ImportedModel, *, stage: str, tag: str) -> CheckpointPa
             **model.settings,
             "stage": stage,
             "tag": tag,
-            "model": model.config.to_dict(),
+            "model": asdict(model.config),
             "tokenizer_fingerprint": model.tokenizer.fingerprint,
             "weights_only": True,
             "imported": {"kind": model.kind, "from": str(model.source), "step": model.step},

@@ -1,7 +1,6 @@
 """Hyperparameters of a GPT, without importing torch."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from lmchat.option_checks import check_count
 from lmchat.types import UserError
@@ -67,10 +66,6 @@ class GPTConfig:
             raise UserError(f"n_kv_head {self.n_kv_head} does not divide n_head {self.n_head}; choose a divisor")
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
             raise UserError(f"window_pattern is {self.window_pattern!r}; write it with the letters S and L, like SSSL")
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values; ``GPTConfig(**fields)`` restores the config."""
-        return asdict(self)
 
     @property
     def head_dim(self) -> int:

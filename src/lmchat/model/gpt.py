@@ -68,11 +68,9 @@ class Linear(nn.Linear):
         """Does nothing: `GPT.init_weights` initializes the weight."""
 
 
-class Embedding(nn.Embedding):
-    """A token table."""
-
-    def reset_parameters(self) -> None:
-        """Does nothing: `GPT.init_weights` initializes the weight."""
+def token_table(tokens: int, width: int) -> nn.Embedding:
+    """A table whose rows `GPT.init_weights` initializes."""
+    return nn.Embedding.from_pretrained(torch.empty(tokens, width), freeze=False)
 
 
 class SelfAttention(nn.Module):
@@ -196,7 +194,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.wte = Embedding(config.padded_vocab_size, config.n_embd)
+        self.wte = token_table(config.padded_vocab_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
 
 
@@ -259,7 +257,7 @@ class GPT(nn.Module):
             self.x0_lambdas = nn.Parameter(torch.full((config.n_layer,), 0.1))
         kv_width = config.n_kv_head * config.head_dim
         self.value_embeds = nn.ModuleDict(
-            {str(layer): Embedding(vocab, kv_width) for layer in config.value_embedding_layers}
+            {str(layer): token_table(vocab, kv_width) for layer in config.value_embedding_layers}
         )
         self._follow_device()
 
@@ -419,7 +417,7 @@ class GPT(nn.Module):
                     run = partial(run, starts=document_starts)
                 value_embedding = None
                 if str(layer) in self.value_embeds:
-                    value_embedding = look_up(cast(Embedding, self.value_embeds[str(layer)]).weight)
+                    value_embedding = look_up(cast(nn.Embedding, self.value_embeds[str(layer)]).weight)
                 if not self.mix_in_blocks:
                     x, mix = mix_residual(x, mix), None
                 x = run(x, value_embedding, cos, sin, kv_cache, mix)

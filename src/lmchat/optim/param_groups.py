@@ -51,13 +51,20 @@ def build_param_groups(
         "resid_lambdas": (learning_rates["scalar_lr"] * 0.01, BETAS),
         "x0_lambdas": (learning_rates["scalar_lr"], (0.96, 0.95)),
     }
-    members: dict[str | tuple[int, int], list[tuple[str, nn.Parameter]]] = defaultdict(list)
+    members: dict[str | tuple[int, ...], list[tuple[str, nn.Parameter]]] = defaultdict(list)
     for name, param in named_parameters:
-        members[_group_key(name, param)].append((name, param))
+        is_matrix = name.startswith("transformer.h.") and param.ndim == 2
+        key = tuple(param.shape) if is_matrix else name.removeprefix("transformer.").split(".")[0]
+        if not is_matrix and key not in adamw_groups:
+            raise UserError(
+                f"parameter {name} of shape {tuple(param.shape)} belongs to no optimizer group; name it as in GPT, or "
+                "give MuonAdamW param groups of your own"
+            )
+        members[key].append((name, param))
 
     groups: list[dict[str, Any]] = []
 
-    def add(name: str, key: str | tuple[int, int], **settings: Any) -> None:
+    def add(name: str, key: str | tuple[int, ...], **settings: Any) -> None:
         names, params = zip(*members[key], strict=True)
         settings |= {"initial_lr": settings["lr"], "weight_decay": settings.get("weight_decay", 0.0)}
         groups.append({"name": name, "params": list(params), "param_names": list(names), **settings})
@@ -70,16 +77,3 @@ def build_param_groups(
         settings = {"kind": "muon", "lr": learning_rates["matrix_lr"] * lr_scale, "momentum": 0.95, "beta2": 0.95}
         add(f"muon_{shape[0]}x{shape[1]}", shape, **settings, weight_decay=weight_decay)
     return groups
-
-
-def _group_key(name: str, param: nn.Parameter) -> str | tuple[int, int]:
-    """Name of the AdamW group, or shape of the Muon group, that a parameter belongs to."""
-    if name.startswith("transformer.h.") and param.ndim == 2:
-        return param.size(0), param.size(1)
-    part = name.removeprefix("transformer.").split(".")[0]
-    if part in ("lm_head", "wte", "value_embeds", "resid_lambdas", "x0_lambdas"):
-        return part
-    raise UserError(
-        f"parameter {name} of shape {tuple(param.shape)} belongs to no optimizer group; name it as in GPT, or give "
-        "MuonAdamW param groups of your own"
-    )

@@ -3,7 +3,7 @@
 import time
 from abc import abstractmethod
 from dataclasses import asdict, dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, reduce
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -121,8 +121,7 @@ class StageModule(L.LightningModule):
         self.parent_meta: dict[str, Any] = {}
         self._start: Checkpoint | None = None
         self._tag = tag
-        self._loss_sum: torch.Tensor | None = None
-        self._loss_count = 0
+        self._losses: list[torch.Tensor] = []
 
     @property
     @abstractmethod
@@ -197,11 +196,6 @@ class StageModule(L.LightningModule):
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.load(self.tokenizer_path)
 
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        return self.trainer.max_steps
-
     def setup(self, stage: str) -> None:
         check_precision(self.trainer.precision)
 
@@ -262,7 +256,7 @@ class StageModule(L.LightningModule):
         if device.type != "cpu":
             return device.type == "cuda"
         assert self.plan.global_batch_tokens is not None
-        tokens = self.total_steps * self.plan.global_batch_tokens
+        tokens = self.trainer.max_steps * self.plan.global_batch_tokens
         return tokens * flops_per_token(self.config) >= COMPILE_FLOPS_ON_CPU
 
     def configure_optimizers(self) -> MuonAdamW:
@@ -304,15 +298,12 @@ class StageModule(L.LightningModule):
 
     def track_loss(self, loss: torch.Tensor) -> None:
         """Adds a micro-batch's loss to the loss of the step, without a device sync."""
-        self._loss_sum = loss.detach() if self._loss_sum is None else self._loss_sum + loss.detach()
-        self._loss_count += 1
+        self._losses.append(loss.detach())
 
     def pop_step_loss(self) -> torch.Tensor:
         """Mean loss of the micro-batches since the last call, a 0-dim tensor on the device."""
-        assert self._loss_sum is not None, "no micro-batch since the last call"
-        mean = self._loss_sum / self._loss_count
-        self._loss_sum, self._loss_count = None, 0
-        return mean
+        losses, self._losses = self._losses, []
+        return reduce(torch.add, losses) / len(losses)
 
     def pop_step_metrics(self) -> dict[str, torch.Tensor]:
         """Further metrics of the step, 0-dim tensors by name; the monitor logs their mean over the ranks."""
@@ -340,7 +331,7 @@ class StageModule(L.LightningModule):
             "tokenizer_fingerprint": self.tokenizer.fingerprint,
             "global_batch_tokens": self.plan.global_batch_tokens,
             "micro_batch_size": self.plan.micro_batch_size,
-            "total_steps": self.total_steps,
+            "total_steps": self.trainer.max_steps,
             "learning_rates": self.learning_rates,
             "lr_scale": self.plan.lr_scale,
             "weight_decay": self.plan.weight_decay,

@@ -1,5 +1,6 @@
 """Pretraining: next-token prediction on packed text, evaluated by bits per byte."""
 
+from dataclasses import asdict
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -16,7 +17,7 @@ from lmchat.model.config import GPTConfig
 from lmchat.option_checks import check_count, check_range
 from lmchat.paths import base_data_dir, expand_user
 from lmchat.scaling import DEFAULT_SEQUENCE_LEN, config_for_depth
-from lmchat.schedules import linear_warmdown, muon_momentum, weight_decay_multiplier
+from lmchat.schedules import linear_decay, linear_warmdown, muon_momentum
 from lmchat.stages.base import Schedule, StageModule
 from lmchat.stages.data_module import StageDataModule
 from lmchat.types import UserError
@@ -97,7 +98,7 @@ class PretrainModule(StageModule):
 
     def load_from(self, checkpoint: Checkpoint) -> None:
         super().load_from(checkpoint)
-        for name, value in GPTConfig(**checkpoint.meta["model"]).to_dict().items():
+        for name, value in asdict(GPTConfig(**checkpoint.meta["model"])).items():
             if (mine := getattr(self.config, name)) != value:
                 raise UserError(
                     f"{checkpoint.paths.meta} has {name} {value}, this run {mine}; "
@@ -105,11 +106,11 @@ class PretrainModule(StageModule):
                 )
 
     def schedule(self, step: int) -> Schedule:
-        steps = self.total_steps
+        steps = self.trainer.max_steps
         return Schedule(
             lr_multiplier=linear_warmdown(step, steps, self.warmup_ratio, self.warmdown_ratio, self.final_lr_fraction),
             momentum=muon_momentum(step),
-            weight_decay=self.plan.weight_decay * weight_decay_multiplier(step, steps),
+            weight_decay=self.plan.weight_decay * linear_decay(step, steps),
         )
 
     def checkpoint_meta(self) -> dict[str, Any]:

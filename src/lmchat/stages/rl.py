@@ -17,7 +17,7 @@ from lmchat.option_checks import check_count, check_range
 from lmchat.rl.group_row import GroupRow
 from lmchat.rl.rollouts import Rollouts
 from lmchat.run_plan import RunPlan, groups_per_rank
-from lmchat.schedules import rl_lr_multiplier
+from lmchat.schedules import linear_decay
 from lmchat.stages.base import Schedule
 from lmchat.stages.chat import ChatDataModule, ChatModule
 from lmchat.strategies.zero2_muon import Zero2MuonStrategy, reduce_numbers
@@ -71,7 +71,7 @@ class GRPOModule(ChatModule):
             )
 
     def schedule(self, step: int) -> Schedule:
-        return Schedule(rl_lr_multiplier(step, self.total_steps), self.momentum, self.plan.weight_decay)
+        return Schedule(linear_decay(step, self.trainer.max_steps), self.momentum, self.plan.weight_decay)
 
     def training_step(self, batch: Rollout, batch_idx: int) -> torch.Tensor:
         if not batch["inputs"].numel():

@@ -49,7 +49,7 @@ class SFTModule(ChatModule):
 
     def schedule(self, step: int) -> Schedule:
         return Schedule(
-            lr_multiplier=sft_lr_multiplier(step / self.total_steps, self.constant_until),
+            lr_multiplier=sft_lr_multiplier(step / self.trainer.max_steps, self.constant_until),
             momentum=muon_momentum(step),
             weight_decay=self.plan.weight_decay,
         )

@@ -1,5 +1,6 @@
 """Reads models in the format of the transformers library: exports of lmchat, and `NanoChatForCausalLM`."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 from torch import Tensor
@@ -32,7 +33,7 @@ def read_hf(folder: Path) -> ImportedModel:
     )
     try:
         config = form.from_config(content)
-        check_model_shape(config.to_dict())
+        check_model_shape(asdict(config))
         eps = float(content.get("rms_norm_eps", 1e-6))
     except UserError as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from error
