@@ -215,7 +215,7 @@ def block(config: GPTConfig, rows: int, layer: int, *, recompute: bool = False) 
 
     def run(x: Tensor, value_embedding: Tensor | None, cos: Tensor, sin: Tensor, *rest: Tensor) -> Any:
         mix, weights = rest[:3], dict(zip(names, rest[3:], strict=True))
-        return functional_call(own, weights, (x, value_embedding, cos, sin, None, mix))
+        return functional_call(own, weights, (x, value_embedding, gpt.AttentionInputs(cos, sin, None), mix))
 
     x, x0 = activation(config.n_embd), activation(config.n_embd)
     return count(run, x, value_embedding, cos, sin, x0, *factors, *weights, recompute=recompute)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lmchat.generation import cpu_kernels
 from lmchat.generation.cached_attention import DecodeCache
 from lmchat.model.attention import AttentionCache
-from lmchat.model.gpt import Block, ResidualMix, norm, rotate
+from lmchat.model.gpt import AttentionInputs, Block, ResidualMix, norm, rotate
 
 PACKED_ROWS = 128
 """Rows that packed weights are optimized for; the same for all batches, since it affects the order of summation."""
@@ -78,13 +78,7 @@ class PackedBlock(nn.Module):
         self._mlp_out = pack(block.mlp.c_proj.weight, self.dtype)
 
     def forward(
-        self,
-        x: Tensor,
-        value_embedding: Tensor | None,
-        cos: Tensor,
-        sin: Tensor,
-        kv_cache: AttentionCache,
-        mix: ResidualMix | None = None,
+        self, x: Tensor, value_embedding: Tensor | None, inputs: AttentionInputs, mix: ResidualMix | None = None
     ) -> Tensor:
         """See `Block.forward`; of ``mix`` only the normed embedding is read."""
         if mix is not None and self.factors is not None:
@@ -92,6 +86,8 @@ class PackedBlock(nn.Module):
         else:
             normed = norm(x)
         projected = packed_product(normed, self._projection)
+        cos, sin, kv_cache, *_ = inputs
+        assert kv_cache is not None
         if self.fused and isinstance(kv_cache, DecodeCache):
             attended = cpu_kernels.attend(kv_cache, self.layer, self.window, projected, value_embedding, (cos, sin))
         else:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Self, cast
+from typing import NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +73,23 @@ def token_table(tokens: int, width: int) -> nn.Embedding:
     return nn.Embedding.from_pretrained(torch.empty(tokens, width), freeze=False)
 
 
+class AttentionInputs(NamedTuple):
+    """What the attention of every block takes besides the residual stream.
+
+    Attributes:
+        cos, sin: rotary tables of the positions, see `rotate`.
+        kv_cache: keys and values of earlier tokens, to which those of new tokens are added.
+        starts: ``document_starts`` of a `lmchat.types.Batch`, to attend within documents only.
+        only: (M,) int64 positions whose output is needed; None is all.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    kv_cache: AttentionCache | None
+    starts: Tensor | None = None
+    only: Tensor | None = None
+
+
 class SelfAttention(nn.Module):
     """Causal attention with rotary positions, normed queries and keys, and gated value embeddings on some layers.
 
@@ -97,26 +114,12 @@ class SelfAttention(nn.Module):
         if layer in config.value_embedding_layers:
             self.ve_gate = Linear(GATE_CHANNELS, config.n_kv_head)
 
-    def forward(
-        self,
-        x: Tensor,
-        value_embedding: Tensor | None,
-        cos: Tensor,
-        sin: Tensor,
-        kv_cache: AttentionCache | None,
-        only: Tensor | None = None,
-        starts: Tensor | None = None,
-    ) -> Tensor:
-        """Output (B, T, n_embd) for the normed residual stream.
+    def forward(self, x: Tensor, value_embedding: Tensor | None, inputs: AttentionInputs) -> Tensor:
+        """Output for the normed residual stream x, both (B, T, n_embd); with ``inputs.only`` it is (B, M, n_embd).
 
-        Args:
-            x: (B, T, n_embd), normed.
-            value_embedding: (B, T, n_kv_head · head_dim), added to the values through the gate; None on other layers.
-            cos, sin: rotary tables of the positions, see `rotate`.
-            kv_cache: keys and values of earlier tokens, to which those of ``x`` are added.
-            only: (M,) int64 positions whose output is needed; None is all.
-            starts: ``document_starts`` of a `lmchat.types.Batch`, to attend within documents only.
+        ``value_embedding`` (B, T, n_kv_head · head_dim) is added to the values through the gate; None on other layers.
         """
+        cos, sin, kv_cache, starts, only = inputs
         q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)) for linear in (self.c_q, self.c_k, self.c_v))
         if value_embedding is not None:
             gate = 2 * torch.sigmoid(self.ve_gate(x[..., :GATE_CHANNELS]))
@@ -165,27 +168,15 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self,
-        x: Tensor,
-        value_embedding: Tensor | None,
-        cos: Tensor,
-        sin: Tensor,
-        kv_cache: AttentionCache | None,
-        mix: ResidualMix | None = None,
-        only: Tensor | None = None,
-        starts: Tensor | None = None,
+        self, x: Tensor, value_embedding: Tensor | None, inputs: AttentionInputs, mix: ResidualMix | None = None
     ) -> Tensor:
-        """The residual stream (B, T, n_embd) after the block.
+        """The residual stream after the block for x (B, T, n_embd) before it; see `SelfAttention.forward`.
 
-        Args:
-            x: (B, T, n_embd), the residual stream before it.
-            value_embedding: see `SelfAttention.forward`; likewise ``cos``, ``sin`` and ``kv_cache``.
-            mix: residual mix to apply to ``x`` first; None if already applied, or if the model has none.
-            only: see `SelfAttention.forward`, likewise ``starts``; with it the result is (B, M, n_embd).
+        ``mix`` is applied to ``x`` first; None if already applied, or if the model has none.
         """
         x = mix_residual(x, mix)
-        attended = self.attn(norm(x), value_embedding, cos, sin, kv_cache, only, starts)
-        x = (x if only is None else x[:, only]) + attended
+        attended = self.attn(norm(x), value_embedding, inputs)
+        x = (x if inputs.only is None else x[:, inputs.only]) + attended
         return x + self.mlp(norm(x))
 
 
@@ -396,7 +387,7 @@ class GPT(nn.Module):
         Raises:
             UserError: ``ids`` are longer than the rotary tables. With a cache, its owner checks lengths.
         """
-        cos, sin = self._rotary_tables(ids.size(1), kv_cache)
+        inputs = AttentionInputs(*self._rotary_tables(ids.size(1), kv_cache), kv_cache, document_starts)
         fused = self.fused_ends and kv_cache is None
         look_up = partial(compiled(_look_up) if fused else _look_up, ids, self.compute_dtype)
         x = norm(look_up(self.transformer.wte.weight))
@@ -411,16 +402,14 @@ class GPT(nn.Module):
                     run = partial(
                         checkpoint, block, use_reentrant=False, preserve_rng_state=False, context_fn=_same_kernels_again
                     )
-                if only is not None and layer == len(self.blocks) - 1:
-                    run = partial(run, only=only)
-                if document_starts is not None:
-                    run = partial(run, starts=document_starts)
+                if layer == len(self.blocks) - 1:
+                    inputs = inputs._replace(only=only)
                 value_embedding = None
                 if str(layer) in self.value_embeds:
                     value_embedding = look_up(cast(nn.Embedding, self.value_embeds[str(layer)]).weight)
                 if not self.mix_in_blocks:
                     x, mix = mix_residual(x, mix), None
-                x = run(x, value_embedding, cos, sin, kv_cache, mix)
+                x = run(x, value_embedding, inputs, mix)
         if kv_cache is not None:
             kv_cache.advance(ids.size(1))
         return norm(x)
