@@ -13,12 +13,12 @@ import torch
 
 from checkpoint_meta import META
 from lmchat.checkpoint.layout import CheckpointPaths
-from lmchat.checkpoint.writer import write_checkpoint
+from lmchat.checkpoint.writer import prune, write_checkpoint
 
 Save = Callable[..., CheckpointPaths]
 
 
-def save_step(directory: Path, step: int, **options: Any) -> CheckpointPaths:
+def save_step(directory: Path, step: int, keep_last: int | None = None, **options: Any) -> CheckpointPaths:
     """Saves a checkpoint in which every tensor is filled with the step."""
     paths = CheckpointPaths(directory, step)
     write_checkpoint(
@@ -34,6 +34,8 @@ def save_step(directory: Path, step: int, **options: Any) -> CheckpointPaths:
         meta=META,
         **options,
     )
+    if keep_last is not None:
+        prune(paths, keep_last)
     return paths
 
 

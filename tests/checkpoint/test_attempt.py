@@ -16,7 +16,7 @@ from lmchat.checkpoint import attempt as module
 from lmchat.checkpoint.attempt import ATTEMPT_NAME, Attempt, Superseded, watch_attempt
 from lmchat.checkpoint.layout import CheckpointPaths
 from lmchat.checkpoint.load import open_checkpoint
-from lmchat.checkpoint.writer import RunLock, write_file
+from lmchat.checkpoint.writer import prune, run_lock, write_file
 from lmchat.types import UserError
 
 
@@ -30,9 +30,8 @@ def run(target: Callable[[], object]) -> int | None:
 
 def begin(directory: Path) -> Attempt:
     """A new attempt whose lock was released, as after a kill."""
-    lock = RunLock(directory)
-    lock.release()
-    return lock.attempt
+    with run_lock(directory) as attempt:
+        return attempt
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -104,7 +103,9 @@ def test_an_orphan_writes_no_meta_and_prunes_nothing(tmp_path: Path, save) -> No
     begin(tmp_path)
     before = contents(tmp_path)
     with pytest.raises(Superseded):
-        save(tmp_path, 3, attempt=orphan, keep_last=1)
+        save(tmp_path, 3, attempt=orphan)
+    with pytest.raises(Superseded):
+        prune(CheckpointPaths(tmp_path, 3), 1, orphan)
     assert contents(tmp_path) == before
 
 

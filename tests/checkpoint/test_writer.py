@@ -23,7 +23,7 @@ import torch
 from lmchat.checkpoint import writer
 from lmchat.checkpoint.layout import CheckpointPaths, committed_steps
 from lmchat.checkpoint.load import load_model_state, load_rank_state, open_checkpoint
-from lmchat.checkpoint.writer import BackgroundWriter, RunLock, snapshot, write_file
+from lmchat.checkpoint.writer import BackgroundWriter, run_lock, snapshot, write_file
 from lmchat.types import UserError
 
 # A fork starts quickly, with torch imported.
@@ -91,7 +91,8 @@ def test_a_crash_between_any_two_operations_leaves_a_complete_checkpoint(tmp_pat
         save(directory, 1)
         exit_code = run(dies_after(operations, directory, save))
         survivors.append(assert_whole(directory))
-        RunLock(directory).release()
+        with run_lock(directory):
+            pass
         committed = committed_steps(directory)
         assert len(list(directory.iterdir())) == 3 * len(committed) + 2, "remains were not removed"
         if exit_code == 0:
@@ -128,11 +129,10 @@ def test_killed_at_random_moments(tmp_path: Path, save) -> None:
         receiver, sender = processes.Pipe(duplex=False)
 
         def write_on(first: int = step + 1, sender=sender) -> None:
-            lock = RunLock(tmp_path)
-            for step in range(first, first + 10_000):
-                save(tmp_path, step, keep_last=2)
-                sender.send(step)
-            lock.release()
+            with run_lock(tmp_path):
+                for step in range(first, first + 10_000):
+                    save(tmp_path, step, keep_last=2)
+                    sender.send(step)
 
         process = processes.Process(target=write_on)
         process.start()
@@ -183,40 +183,41 @@ def test_a_really_full_disk(mount_tmpfs, save) -> None:
 def test_a_read_only_folder_is_refused_before_training(mount_tmpfs) -> None:
     folder = mount_tmpfs("ro")
     with pytest.raises(UserError, match=r"cannot write .*: Read-only file system; make the folder writable"):
-        RunLock(folder / "d4")
+        run_lock(folder / "d4").__enter__()
     with pytest.raises(UserError, match="Read-only"):
-        RunLock(folder)
+        run_lock(folder).__enter__()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
 def test_a_folder_without_permission_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match="Permission denied; make the folder writable"):
-        RunLock(tmp_path)
+        run_lock(tmp_path).__enter__()
 
 
 def test_a_second_run_is_refused_while_the_first_runs(tmp_path: Path) -> None:
     receiver, sender = processes.Pipe(duplex=False)
 
     def hold() -> None:
-        lock = RunLock(tmp_path / "d4")
-        sender.send(True)
-        time.sleep(60)
-        lock.release()
+        with run_lock(tmp_path / "d4"):
+            sender.send(True)
+            time.sleep(60)
 
     process = processes.Process(target=hold)
     process.start()
     receiver.recv()
     with pytest.raises(UserError, match=rf"d4 is in use by another run \(process {process.pid} on "):
-        RunLock(tmp_path / "d4")
+        run_lock(tmp_path / "d4").__enter__()
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    RunLock(tmp_path / "d4").release()
+    with run_lock(tmp_path / "d4"):
+        pass
 
 
 def test_a_released_lock_is_free(tmp_path: Path) -> None:
-    RunLock(tmp_path).release()
-    assert run(lambda: RunLock(tmp_path).release()) == 0
+    with run_lock(tmp_path):
+        pass
+    assert run(run_lock(tmp_path).__enter__) == 0
 
 
 def test_leftovers_of_interrupted_writes_are_removed(tmp_path: Path, save) -> None:
@@ -225,7 +226,8 @@ def test_leftovers_of_interrupted_writes_are_removed(tmp_path: Path, save) -> No
     for name in remains:
         (tmp_path / name).touch()
     (tmp_path / "notes.txt").touch()
-    RunLock(tmp_path).release()
+    with run_lock(tmp_path):
+        pass
     assert {path.name for path in tmp_path.iterdir()} == {
         *(path.name for path in (paths.meta, paths.model, paths.optimizer(0))),
         "notes.txt",

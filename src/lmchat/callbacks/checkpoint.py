@@ -23,6 +23,7 @@ computed from the step; a loader with a length counts the whole run in the new m
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,10 @@ from lmchat.checkpoint.load import DamagedCheckpoint, open_checkpoint
 from lmchat.checkpoint.rng import capture_rng, restore_rng
 from lmchat.checkpoint.writer import (
     INTERRUPTED_PEER_TIMEOUT_SECONDS,
-    RunLock,
     await_commit,
     check_writable,
     prune,
+    run_lock,
     snapshot,
 )
 from lmchat.option_checks import check_count, damaged_position
@@ -59,9 +60,8 @@ class _Boundary:
 
     step: int
     micro_batches: int
-    data: dict[str, Any]
-    """The DataModule's state, by its key in Lightning's checkpoints."""
-    rng: dict[str, Any]
+    state: dict[str, Any]
+    """The DataModule's state, by its key in Lightning's checkpoints, and ``rng``."""
 
 
 class StepCheckpoint(StepCallback, Checkpoint):
@@ -93,21 +93,18 @@ class StepCheckpoint(StepCallback, Checkpoint):
         if not isinstance(trainer.strategy.checkpoint_io, LMChatCheckpointIO):
             trainer.strategy.checkpoint_io = LMChatCheckpointIO()
         self._io: LMChatCheckpointIO = trainer.strategy.checkpoint_io
-        self._io.keep_last = self.keep_last
         if stage != "fit":
             return
         meta = pl_module.checkpoint_meta()
         self.directory = expand_user(self.dirpath) if self.dirpath else checkpoint_dir(meta["stage"], meta["tag"])
-        self._io.attempt = Attempt(self.directory, _on_rank_zero(trainer, self._claim_directory))
+        self._io.attempt = Attempt(self.directory, _on_rank_zero(trainer, self._lock))
         self._held.callback(watch_attempt(self._io.attempt).set)
         if self._io.rank > 0:  # fail now, not at the first save
             check_writable(self.directory, self._io.rank)
 
-    def _claim_directory(self) -> str:
+    def _lock(self) -> str:
         """Locks the folder; returns the name of the attempt."""
-        lock = RunLock(self.directory)
-        self._held.callback(lock.release)
-        return lock.attempt.name
+        return self._held.enter_context(run_lock(self.directory)).name
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         self._rng_to_restore = checkpoint.get("rng")
@@ -144,8 +141,8 @@ class StepCheckpoint(StepCallback, Checkpoint):
 
     def _mark_boundary(self, trainer: L.Trainer) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
-        state = snapshot({type(data).__qualname__: data.state_dict()})
-        self._boundary = _Boundary(trainer.global_step, trainer.fit_loop.total_batch_idx, state, capture_rng())
+        state = {**snapshot({type(data).__qualname__: data.state_dict()}), "rng": capture_rng()}
+        self._boundary = _Boundary(trainer.global_step, trainer.fit_loop.total_batch_idx, state)
         self._stepping = False
 
     def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
@@ -156,16 +153,16 @@ class StepCheckpoint(StepCallback, Checkpoint):
             self._io.mark_evaluated(CheckpointPaths(self.directory, trainer.global_step).meta)
         boundary = self._boundary
         if boundary is not None and boundary.micro_batches == trainer.fit_loop.total_batch_idx:
-            restore_rng(boundary.rng)
+            restore_rng(boundary.state["rng"])
 
     def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
         self._save(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         # Nothing was left to train; the run may have been killed before it deleted what its last checkpoint replaced.
-        if self._boundary is None and self.keep_last is not None and trainer.is_global_zero:
-            with self._io.attempt.writing():
-                prune(CheckpointPaths(self.directory, trainer.global_step), self.keep_last)
+        if self._boundary is None:
+            self._prune(trainer, trainer.global_step)
+            self._io.writer.wait()
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         # Called before Lightning does, since ranks that wait for this one have to save too.
@@ -207,13 +204,18 @@ class StepCheckpoint(StepCallback, Checkpoint):
         path = CheckpointPaths(self.directory, boundary.step).model
         trainer.strategy.save_checkpoint(checkpoint_dict(trainer), path)
         self._saved_step = boundary.step
+        self._prune(trainer, boundary.step)
+
+    def _prune(self, trainer: L.Trainer, step: int) -> None:
+        if self.keep_last is not None and trainer.is_global_zero:
+            newest = CheckpointPaths(self.directory, step)
+            self._io.writer.start(partial(prune, newest, self.keep_last, self._io.attempt))
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         boundary = self._boundary
         if boundary is None:
             raise UserError("cannot save a checkpoint before the first optimizer step; save after one")
-        checkpoint |= boundary.data
-        checkpoint["rng"] = boundary.rng
+        checkpoint |= boundary.state
         checkpoint["meta"] = {**pl_module.checkpoint_meta(), "evaluated": checkpoint.pop("evaluated", True)}
 
 

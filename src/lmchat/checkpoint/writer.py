@@ -5,6 +5,7 @@ Each rank writes its optimizer file and then a small receipt; rank 0 waits for t
 There are no collectives, so a failed rank cannot hang a save.
 """
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -13,7 +14,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -94,7 +95,6 @@ def write_checkpoint(
     rank: int = 0,
     world_size: int = 1,
     attempt: Attempt = UNFENCED,
-    keep_last: int | None = None,
     peer_timeout_seconds: Callable[[], float] = lambda: PEER_TIMEOUT_SECONDS,
 ) -> None:
     """Writes one rank's part of a checkpoint; on rank 0 it returns when the whole checkpoint is complete.
@@ -104,8 +104,6 @@ def write_checkpoint(
         model: state dict of the GPT; written by rank 0.
         rank_state: optimizer state, RNG state and data position of this rank: tensors and plain values.
         meta: JSON values that describe the checkpoint, at least ``stage``; written by rank 0.
-        keep_last: number of complete checkpoints to keep; older ones are deleted once this one is complete. None keeps
-            all.
         peer_timeout_seconds: returns how long rank 0 waits for the other ranks' files; called while it waits.
 
     Raises:
@@ -136,9 +134,6 @@ def write_checkpoint(
     _save_json(paths.meta, {**content, "meta_sha256": json_digest(content)}, attempt)
     for receipt in receipts:
         receipt.unlink(missing_ok=True)
-    if keep_last is not None:
-        with attempt.writing():
-            prune(paths, keep_last)
 
 
 def mark_evaluated(paths: CheckpointPaths, attempt: Attempt = UNFENCED) -> None:
@@ -207,15 +202,20 @@ def _uncommit(paths: CheckpointPaths) -> None:
         sync_folder(paths.directory)
 
 
-def prune(newest: CheckpointPaths, keep_last: int) -> None:
-    """Keeps the last ``keep_last`` complete checkpoints up to ``newest`` and deletes older ones, ``meta`` first."""
+def prune(newest: CheckpointPaths, keep_last: int, attempt: Attempt = UNFENCED) -> None:
+    """Keeps the last ``keep_last`` complete checkpoints up to ``newest`` and deletes older ones, ``meta`` first.
+
+    Raises:
+        Superseded: another attempt than ``attempt`` has begun.
+    """
     assert keep_last >= 1
-    files = files_by_step(newest.directory)
-    older = [step for step in committed_steps(newest.directory) if step <= newest.step]
-    for step in older[:-keep_last]:
-        _uncommit(CheckpointPaths(newest.directory, step))
-        for path in files[step]:
-            path.unlink(missing_ok=True)
+    with attempt.writing():
+        files = files_by_step(newest.directory)
+        older = [step for step in committed_steps(newest.directory) if step <= newest.step]
+        for step in older[:-keep_last]:
+            _uncommit(CheckpointPaths(newest.directory, step))
+            for path in files[step]:
+                path.unlink(missing_ok=True)
 
 
 def check_writable(directory: Path, rank: int = 0) -> None:
@@ -225,35 +225,29 @@ def check_writable(directory: Path, rank: int = 0) -> None:
     probe.unlink()
 
 
-class RunLock:
-    """Lock on a folder of checkpoints; released when the process ends.
+@contextlib.contextmanager
+def run_lock(directory: Path) -> Iterator[Attempt]:
+    """Locks a folder of checkpoints, and begins a new attempt, so that surviving ranks of an earlier run cannot write.
 
-    Begins a new attempt, so that surviving ranks of an earlier run can no longer write.
-
-    Args:
-        directory: folder; created if missing. Partial files of interrupted writes are removed.
-
-    Attributes:
-        attempt: the attempt of all ranks of the run.
+    The folder is created if missing; partial files of interrupted writes are removed. The end of the process releases
+    the lock, too.
 
     Raises:
         UserError: the folder cannot be created or written, or another run has locked it.
     """
-
-    def __init__(self, directory: Path) -> None:
-        path = directory / LOCK_NAME
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a+")
-        except OSError as error:
-            raise UserError(_cannot_write(path, error)) from error
+    path = directory / LOCK_NAME
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except OSError as error:
+        raise UserError(_cannot_write(path, error)) from error
+    with file:
         try:
             # A POSIX record lock: unlike flock, it is not kept by worker processes that outlive a killed run.
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "another process"
-            self._file.close()
+            file.seek(0)
+            holder = file.read().strip() or "another process"
             raise UserError(
                 f"{directory} is in use by another run ({holder}); wait for it, stop it, or choose another folder"
             ) from error
@@ -261,21 +255,16 @@ class RunLock:
             logger.warning(
                 "%s cannot be locked (%s): a second run that writes to it will not be refused", directory, error
             )
-        self._prepare(directory)
-
-    def _prepare(self, directory: Path) -> None:
         check_writable(directory)
         try:
-            self.attempt = Attempt.begin(directory)
+            attempt = Attempt.begin(directory)
         except OSError as error:
             raise UserError(_cannot_write(directory / ATTEMPT_NAME, error)) from error
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self._file.flush()
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
         _remove_remains(directory)
-
-    def release(self) -> None:
-        self._file.close()
+        yield attempt
 
 
 def _remove_remains(directory: Path) -> None:

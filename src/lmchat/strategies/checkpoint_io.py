@@ -39,7 +39,6 @@ class LMChatCheckpointIO(CheckpointIO):
     Attributes:
         writer: the thread that writes.
         attempt: attempt of the run that saves.
-        keep_last: number of complete checkpoints to keep in the folder; None keeps all.
         peer_timeout_seconds: how long rank 0 waits for the other ranks' files; changes apply to a write in progress.
     """
 
@@ -47,7 +46,6 @@ class LMChatCheckpointIO(CheckpointIO):
         self.rank = rank
         self.world_size = world_size
         self.attempt = UNFENCED
-        self.keep_last: int | None = None
         self.peer_timeout_seconds = PEER_TIMEOUT_SECONDS
         self.writer = BackgroundWriter()
 
@@ -70,7 +68,6 @@ class LMChatCheckpointIO(CheckpointIO):
             rank=self.rank,
             world_size=self.world_size,
             attempt=self.attempt,
-            keep_last=self.keep_last,
             peer_timeout_seconds=lambda: self.peer_timeout_seconds,
         )
         self.writer.start(job)
