@@ -220,6 +220,7 @@ def d12(shapes: Shapes, report: Report) -> None:
     from lmchat.model.compile import compile_blocks
     from lmchat.optim.muon_adamw import MuonAdamW
     from lmchat.optim.param_groups import build_param_groups
+    from lmchat.precision import default_compute_dtype
     from lmchat.scaling import flops_per_token
 
     depth, length, rows = shapes.d12
@@ -235,7 +236,8 @@ def d12(shapes: Shapes, report: Report) -> None:
     report(micro_batch_ms=round(ms, 1), tokens_per_second=round(rate))
     if peak:
         report(mfu_without_optimizer=round(rate * flops_per_token(net.config) / peak, 3))
-    optimizer = MuonAdamW(build_param_groups(net.named_parameters(), n_embd=net.config.n_embd), compile=not shapes.toy)
+    groups = build_param_groups(net.named_parameters(), n_embd=net.config.n_embd)
+    optimizer = MuonAdamW(groups, polar_dtype=default_compute_dtype(device), compile=not shapes.toy)
     report(optimizer_ms=round(milliseconds(optimizer.step, 2), 1))
     report(memory_gb=round(peak_memory_bytes(device) / 1e9, 2))
     kinds = [torch.profiler.ProfilerActivity.CPU if shapes.toy else torch.profiler.ProfilerActivity.CUDA]

@@ -22,6 +22,7 @@ from torch import Tensor
 from lmchat.model.gpt import GPT
 from lmchat.optim.muon_adamw import POLAR_EXPRESS_COEFFICIENTS, MuonAdamW, second_moment_shape
 from lmchat.optim.param_groups import build_param_groups
+from lmchat.precision import default_compute_dtype
 from lmchat.scaling import config_for_depth
 
 
@@ -120,13 +121,13 @@ def main() -> None:
     for param in net.parameters():
         param.grad = torch.randn_like(param)
     groups = build_param_groups(net.named_parameters(), n_embd=net.config.n_embd)
-    ours = MuonAdamW(groups, compile=True if args.compile else "auto")
-    polar_dtype = ours.polar_dtype_for(next(net.parameters()))
+    polar_dtype, compiling = default_compute_dtype(device), args.compile or device.type == "cuda"
     plain = Plain(groups, polar_dtype)
     kinds = {"muon": "Muon, matrices", "adamw": "AdamW, tables"}
 
     def step_of(kind: str) -> Callable[[], None]:
-        part = MuonAdamW([group for group in groups if group["kind"] == kind], compile=ours.compile)
+        own = [group for group in groups if group["kind"] == kind]
+        part = MuonAdamW(own, polar_dtype=polar_dtype, compile=compiling)
         return lambda: part.step()
 
     runs: dict[str, Callable[[], None]] = {"floor": products_only(groups, polar_dtype)}

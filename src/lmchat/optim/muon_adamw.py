@@ -7,7 +7,7 @@ last two dimensions only, so splitting a stack, over calls or ranks, does not ch
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from lmchat.optim.saved_state import check_same_parameters, restore, saved_group
-from lmchat.precision import default_compute_dtype
 from lmchat.types import UserError
 
 POLAR_EXPRESS_COEFFICIENTS = (
@@ -46,18 +45,17 @@ class MuonAdamW(Optimizer):
 
     Args:
         param_groups: groups as returned by `param_groups.build_param_groups`.
-        polar_dtype: dtype of Muon's orthogonalisation; "auto" is bf16 where the device multiplies it fast. bf16 changes
-            a single update by 3 to 6 % of its norm.
-        compile: compile Muon's update, once per stack shape; "auto" is on a GPU only, since on a CPU matrix products
-            dominate.
+        polar_dtype: dtype of Muon's orthogonalisation; None is that of the parameters. bf16 changes a single update by
+            3 to 6 % of its norm.
+        compile: compile Muon's update, once per stack shape.
     """
 
     def __init__(
         self,
         param_groups: Iterable[dict[str, Any]],
         *,
-        polar_dtype: torch.dtype | Literal["auto"] = "auto",
-        compile: bool | Literal["auto"] = "auto",
+        polar_dtype: torch.dtype | None = None,
+        compile: bool = False,
     ) -> None:
         self.polar_dtype = polar_dtype
         self.compile = compile
@@ -86,11 +84,15 @@ class MuonAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Runs ``closure`` (forward and backward), steps every group, and returns the closure's result."""
+        """Runs ``closure`` (forward and backward), steps every group with its gradients, and returns its result."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._step()
+        return loss
+
+    def _step(self) -> None:
         for group in self.param_groups:
             params = group["params"]
             live = [param for param in params if param.grad is not None]
@@ -99,7 +101,6 @@ class MuonAdamW(Optimizer):
             elif live:
                 grads = torch.stack([torch.zeros_like(param) if param.grad is None else param.grad for param in params])
                 self.step_matrices(group, group["name"], params, grads, [param.grad is not None for param in params])
-        return loss
 
     @torch.no_grad()
     def non_finite_gradients(self) -> list[str]:
@@ -122,27 +123,15 @@ class MuonAdamW(Optimizer):
         state = self.muon_state(key, params)
         settings = {name: group[name] for name in ("lr", "momentum", "weight_decay", "beta2")}
         update: Callable[..., None] = muon_update
-        if params[0].is_cuda if self.compile == "auto" else self.compile:
+        if self.compile:
             # Tensors, so that changing hyperparameters do not recompile.
             settings = {name: torch.tensor(value, dtype=grads.dtype) for name, value in settings.items()}
             update = self._compiled_update
         parts = [slice(0, len(params))] if all(live) else [slice(i, i + 1) for i, alive in enumerate(live) if alive]
         for part in parts:
             stacked = torch.stack(list(params[part]))
-            update(
-                stacked,
-                grads[part],
-                *(each[part] for each in state),
-                **settings,
-                polar_dtype=self.polar_dtype_for(stacked),
-            )
+            update(stacked, grads[part], *(each[part] for each in state), **settings, polar_dtype=self.polar_dtype)
             torch._foreach_copy_(list(params[part]), stacked.unbind())
-
-    def polar_dtype_for(self, params: Tensor) -> torch.dtype:
-        """The dtype for orthogonalising matrices of the dtype and device of ``params``."""
-        if self.polar_dtype != "auto":
-            return self.polar_dtype
-        return default_compute_dtype(params.device) if params.dtype == torch.float32 else params.dtype
 
     def adamw_state(self, param: Tensor, part: Tensor) -> dict[str, Tensor]:
         """State of ``part`` of ``param``, which this rank steps; initially zeros."""

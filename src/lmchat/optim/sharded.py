@@ -85,13 +85,8 @@ class ShardedMuonAdamW(MuonAdamW):
             self._order[self._reduced].reduce()
             self._reduced += 1
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Runs ``closure``, steps with the mean of all ranks' gradients, and returns the closure's result."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _step(self) -> None:
+        """Steps with the mean of all ranks' gradients."""
         live = {param for param, worst in zip(self._bucket_of, self._agree_on_gradients(), strict=True) if worst}
         buckets = [bucket for bucket in self._order if not live.isdisjoint(bucket.params)]
         for bucket in buckets[self._reduced :]:
@@ -109,7 +104,6 @@ class ShardedMuonAdamW(MuonAdamW):
         self._learn_order()
         self._overlapping, self._skipped, self._reduced, self._agreed = False, False, 0, None
         self._completed.clear()
-        return loss
 
     @torch.no_grad()
     def non_finite_gradients(self) -> list[str]:

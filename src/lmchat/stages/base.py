@@ -270,8 +270,13 @@ class StageModule(L.LightningModule):
             weight_decay=self.plan.weight_decay,
         )
         on_gpu = self.net.device.type == "cuda"  # on a CPU Muon's matrix products dominate
-        polar_dtype: Any = COMPUTE_DTYPES.get(self.polar_dtype, "auto")
-        return MuonAdamW(groups, polar_dtype=polar_dtype, compile=on_gpu and self._compiles(pays=True))
+        return MuonAdamW(groups, polar_dtype=self.muon_dtype(), compile=on_gpu and self._compiles(pays=True))
+
+    def muon_dtype(self) -> torch.dtype:
+        """The dtype of Muon's orthogonalisation: the one saved, or bf16 where the device multiplies it fast."""
+        weights = self.net.lm_head.weight
+        automatic = default_compute_dtype(weights.device) if weights.dtype == torch.float32 else weights.dtype
+        return COMPUTE_DTYPES.get(self.polar_dtype, automatic)
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         """Mean cross-entropy of the next token in a `Batch`; stages with another loss override it."""
@@ -314,12 +319,9 @@ class StageModule(L.LightningModule):
     def _numerics(self) -> dict[str, str]:
         """The dtypes and the attention backend in use, by name."""
         names = {dtype: name for name, dtype in COMPUTE_DTYPES.items()}
-        weights = self.net.lm_head.weight
-        automatic = default_compute_dtype(weights.device) if weights.dtype == torch.float32 else weights.dtype
-        polar_dtype = COMPUTE_DTYPES.get(self.polar_dtype, automatic)
         return {
             "compute_dtype": names[self.net.compute_dtype],
-            "polar_dtype": names[polar_dtype],
+            "polar_dtype": names[self.muon_dtype()],
             "attention": self.net.attention_backend,
         }
 
