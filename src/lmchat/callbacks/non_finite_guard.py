@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lmchat.checkpoint.meta_schema import COUNTER, check_state
-from lmchat.optim.muon_adamw import MuonAdamW, are_finite
+from lmchat.optim.muon_adamw import are_finite
+from lmchat.optim.sharded import ShardedMuonAdamW
 from lmchat.strategies.zero2_muon import reduce_numbers
 from lmchat.types import UserError
 
@@ -106,11 +107,11 @@ class NonFiniteGuard(Callback):
 
 
 def _non_finite_gradients(module: L.LightningModule, optimizer: Optimizer) -> list[str]:
-    if isinstance(optimizer, MuonAdamW):  # its gradients may be in buckets
+    if isinstance(optimizer, ShardedMuonAdamW):  # its gradients may be in buckets
         return optimizer.non_finite_gradients()
     grads = {name: param.grad for name, param in module.named_parameters() if param.grad is not None}
     finite = are_finite([grad.sum() for grad in grads.values()])
-    return [name for name, good in zip(grads, finite, strict=True) if not good]
+    return [name.removeprefix("net.") for name, good in zip(grads, finite, strict=True) if not good]
 
 
 def _first_non_finite(losses: Tensor, rank: int, world_size: int) -> Tensor:

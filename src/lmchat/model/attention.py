@@ -161,19 +161,16 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim
     Raises:
         UserError: the name is unknown, or the named backend fails.
     """
-    if name == "auto":
-        for candidate in AUTO.get(device.type, ()):
-            failure = probe(candidate, device, dtype, head_dim, grouped)
-            if failure is None:
-                return candidate
-            logger.warning("attention %s does not work on %s in %s: %s", candidate, device, dtype, failure)
-        return "masked"
-    if name not in BACKENDS:
+    if name != "auto" and name not in BACKENDS:
         raise UserError(f"attention is {name!r}; choose auto or one of {', '.join(BACKENDS)}")
-    failure = probe(name, device, dtype, head_dim, grouped)
-    if failure is not None:
-        raise UserError(f"attention {name!r} does not work on {device} in {dtype} ({failure}); use auto")
-    return name
+    for candidate in AUTO.get(device.type, ()) if name == "auto" else (name,):
+        failure = probe(candidate, device, dtype, head_dim, grouped)
+        if failure is None:
+            return candidate
+        if name != "auto":
+            raise UserError(f"attention {name!r} does not work on {device} in {dtype} ({failure}); use auto")
+        logger.warning("attention %s does not work on %s in %s: %s", candidate, device, dtype, failure)
+    return "masked"
 
 
 def probe(

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from lmchat.optim.saved_state import check_same_parameters, restore, saved_group
-from lmchat.types import UserError
+from lmchat.types import UserError, user_errors
 
 POLAR_EXPRESS_COEFFICIENTS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -102,17 +102,6 @@ class MuonAdamW(Optimizer):
                 grads = torch.stack([torch.zeros_like(param) if param.grad is None else param.grad for param in params])
                 self.step_matrices(group, group["name"], params, grads, [param.grad is not None for param in params])
 
-    @torch.no_grad()
-    def non_finite_gradients(self) -> list[str]:
-        """Names of the parameters with an infinite or NaN gradient; needs a device sync."""
-        params = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
-        finite = are_finite([param.grad.sum() for param in params])
-        return [self._names[param] for param, good in zip(params, finite, strict=True) if not good]
-
-    def skip_step(self) -> None:
-        """Makes the current step, whose closure has run, discard its gradients; parameters and state do not change."""
-        self.zero_grad()
-
     def step_matrices(
         self, group: dict[str, Any], key: str, params: Sequence[Tensor], grads: Tensor, live: Sequence[bool]
     ) -> None:
@@ -179,14 +168,9 @@ class MuonAdamW(Optimizer):
         Raises:
             UserError: the saved parameters have other names or shapes, state is missing, or the state is damaged.
         """
-        try:
+        damage = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
+        with user_errors("the saved optimizer state is damaged", "use an older checkpoint", *damage):
             self._load([state_dict] if isinstance(state_dict, dict) else list(state_dict))
-        except UserError:
-            raise
-        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-            raise UserError(
-                f"the saved optimizer state is damaged ({error!r:.200}); use an older checkpoint"
-            ) from error
 
     def _load(self, parts: list[StateDict]) -> None:
         check_same_parameters(self.param_groups, parts[0]["param_groups"])

@@ -115,6 +115,7 @@ class ShardedMuonAdamW(MuonAdamW):
         return [self._names[param] for param, state in worst if state == NON_FINITE]
 
     def skip_step(self) -> None:
+        """Makes the current step, whose closure has run, discard its gradients; parameters and state do not change."""
         self._skipped = True
 
     def _agree_on_gradients(self) -> list[int]:

@@ -4,7 +4,6 @@ import time
 from abc import abstractmethod
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property, reduce
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import lightning as L
@@ -80,7 +79,10 @@ class StageModule(L.LightningModule):
     samples_in_training: ClassVar[bool] = False
     """The engine is used in every step, not only in evaluations."""
     net: GPT
+    config: GPTConfig
     sequence_len: int
+    default_tag: str
+    """Name of the run if ``tag`` is null."""
     plan: RunPlan
     """Plan of the run; set in training by `TrainingPlan`."""
     evaluated_at: float = 0.0
@@ -105,7 +107,7 @@ class StageModule(L.LightningModule):
         super().__init__()
         if tag:
             check_folder_name("--model.tag", tag)
-        self.tokenizer_dir = tokenizer_dir
+        self.tokenizer_path = expand_user(tokenizer_dir) if tokenizer_dir else default_tokenizer_dir()
         self.global_batch_tokens = global_batch_tokens
         given = zip(LEARNING_RATES, (embedding_lr, unembedding_lr, matrix_lr, scalar_lr), strict=True)
         self.given_learning_rates = {name: lr for name, lr in given if lr is not None}
@@ -125,19 +127,9 @@ class StageModule(L.LightningModule):
         self._tag = tag
         self._losses: list[torch.Tensor] = []
 
-    @property
-    @abstractmethod
-    def config(self) -> GPTConfig:
-        """The shape of the network."""
-
     @abstractmethod
     def schedule(self, step: int) -> Schedule:
         """The optimizer's settings for optimizer step ``step``, counted from 0."""
-
-    @property
-    @abstractmethod
-    def default_tag(self) -> str:
-        """Name of the run if ``tag`` is null."""
 
     @property
     def tag(self) -> str:
@@ -189,10 +181,6 @@ class StageModule(L.LightningModule):
     def policy(self) -> Policy:
         """The network with its current weights, for evaluation and sampling."""
         return Policy(self.net, self.tokenizer)
-
-    @property
-    def tokenizer_path(self) -> Path:
-        return expand_user(self.tokenizer_dir) if self.tokenizer_dir else default_tokenizer_dir()
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

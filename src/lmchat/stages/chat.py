@@ -39,11 +39,7 @@ class ChatModule(StageModule):
         self.lr_scale = init_lr_fraction
         check_range("model", init_lr_fraction=init_lr_fraction)
         self.warm_start_optimizer = warm_start_optimizer
-        self._config: GPTConfig | None = None
-
-    @property
-    def default_tag(self) -> str:
-        return self.parent_meta.get("tag", self.stage)
+        self.default_tag = self.stage
 
     def checkpoint_missing(self) -> UserError:
         """The error for a run without a checkpoint to start from."""
@@ -52,19 +48,11 @@ class ChatModule(StageModule):
             "with --ckpt_path, e.g. its folder"
         )
 
-    @property
-    def config(self) -> GPTConfig:
-        if self._config is None:
-            raise self.checkpoint_missing()
-        return self._config
-
-    @property
-    def sequence_len(self) -> int:  # type: ignore[override]
-        return self.config.sequence_len
-
     def load_from(self, checkpoint: Checkpoint) -> None:
         super().load_from(checkpoint)
-        self._config = GPTConfig(**checkpoint.meta["model"])
+        self.config = GPTConfig(**checkpoint.meta["model"])
+        self.sequence_len = self.config.sequence_len
+        self.default_tag = checkpoint.meta["tag"]
         self.learning_rates = {**checkpoint.meta["learning_rates"], **self.given_learning_rates}
         if self.global_batch_tokens is None:
             self.global_batch_tokens = checkpoint.meta["global_batch_tokens"]

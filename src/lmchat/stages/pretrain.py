@@ -67,7 +67,7 @@ class PretrainModule(StageModule):
             "model", 1, warmup_ratio=warmup_ratio, warmdown_ratio=warmdown_ratio, final_lr_fraction=final_lr_fraction
         )
         check_count("model", 1, sequence_len=sequence_len, aspect_ratio=aspect_ratio, head_dim=head_dim)
-        self.depth = depth
+        self.default_tag = f"d{depth}"
         self.sequence_len = sequence_len
         self._shape = {
             "depth": depth,
@@ -89,12 +89,8 @@ class PretrainModule(StageModule):
         return {"vocab_size": self.tokenizer.vocab_size, **self._shape}
 
     @cached_property
-    def config(self) -> GPTConfig:
+    def config(self) -> GPTConfig:  # type: ignore[override]
         return config_for_depth(**self.shape)
-
-    @property
-    def default_tag(self) -> str:
-        return f"d{self.depth}"
 
     def load_from(self, checkpoint: Checkpoint) -> None:
         super().load_from(checkpoint)
