@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmchat.tasks.base import exchange
-from lmchat.tasks.gsm8k import GSM8K, answer_number, answers_match, extract_answer, parse_answer, word_problem
+from lmchat.tasks.gsm8k import GSM8K, answer_number, answers_match, extract_answer, parse_answer
 from lmchat.types import UserError
 
 # Recorded from the reference implementation.
@@ -144,7 +144,7 @@ def test_grades_the_last_part_and_rewards_with_one(tmp_path: Path) -> None:
     rows = [{"question": "How much?", "answer": "That is <<2+2=4>>4.\n#### 4"}]
     task = GSM8K(path=write(tmp_path / "train.jsonl", rows))
     conversation = task[0]
-    assert conversation == word_problem(rows[0]["question"], rows[0]["answer"])
+    assert conversation == exchange(rows[0]["question"], parse_answer(rows[0]["answer"]))
     assert task.evaluate(conversation, "#### 4.0")
     assert task.reward(conversation, "#### 4.0") == 1.0
     assert task.reward(conversation, "4") == 0.0
@@ -169,7 +169,7 @@ def test_matches_all_oracle_cases(oracles: Path) -> None:
     for case in oracle["row_to_conversation"]:
         expected = case["conversation"]
         question = expected["messages"][0]["content"]
-        assert word_problem(question, case["answer"]) == expected
+        assert exchange(question, parse_answer(case["answer"])) == expected
 
 
 @pytest.mark.parametrize(("split", "first"), [("train", "first3"), ("test", "first2")])

@@ -39,16 +39,15 @@ class MixturePart:
 
 
 class Mixture:
-    """Conversations of several tasks in a fixed random order, with random access."""
+    """Conversations of several tasks in a fixed random order, with random access.
+
+    Args:
+        parts: tasks with their epochs. A task may occur more than once.
+        shuffle_seed: seed of ``random.Random(seed).shuffle``, as in nanochat; null keeps one task after the other, as
+            in a curriculum.
+    """
 
     def __init__(self, parts: list[MixturePart], shuffle_seed: int | None = 42) -> None:
-        """Sets the tasks and their order.
-
-        Args:
-            parts: tasks with their epochs. A task may occur more than once.
-            shuffle_seed: seed of ``random.Random(seed).shuffle``, as in nanochat; null keeps one task after the other,
-                as in a curriculum.
-        """
         if not parts:
             raise UserError("mixture: there are no parts; name at least one task")
         self.parts = parts

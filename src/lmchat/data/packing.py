@@ -78,7 +78,7 @@ class BestFitPacker(Iterator[PackedRow]):
         # Arrivals are counted over all epochs: document = arrival mod number of documents.
         self._next = 0
         self._keys: list[int] = []
-        # With "split", the buffered documents longer than a row, in order of arrival. Only `_first_long` takes them.
+        # With "split", the buffered documents longer than a row, in order of arrival. Only `_to_cut` takes them.
         self._long = deque[int]()
         self._upcoming = self._keys_from(0)
         self.start = 0
@@ -102,13 +102,10 @@ class BestFitPacker(Iterator[PackedRow]):
                 taken = key >> _ARRIVAL_BITS
             elif pad:
                 break
-            elif self.policy == "split":
-                key = keys.pop(self._first_long())
-                taken = room
-                self._cut = (_LAST_ARRIVAL - (key & _LAST_ARRIVAL), taken)
             else:
-                key = keys.pop(self._shortest())
-                taken = room
+                key, taken = keys.pop(self._to_cut()), room
+                if self.policy == "split":
+                    self._cut = (_LAST_ARRIVAL - (key & _LAST_ARRIVAL), taken)
             row.append(((_LAST_ARRIVAL - (key & _LAST_ARRIVAL)) % documents, taken))
             room -= taken
         if not row or (room and not pad):
@@ -128,12 +125,10 @@ class BestFitPacker(Iterator[PackedRow]):
         self._cut = (arrival, self.start + taken) if self.start + taken < length else None
         return [(document, taken)], self.row_tokens - taken
 
-    def _shortest(self) -> int:
-        length = self._keys[0] >> _ARRIVAL_BITS
-        return bisect_left(self._keys, (length + 1) << _ARRIVAL_BITS) - 1
-
-    def _first_long(self) -> int:
-        """Index of the document that arrived first of those longer than a row; of the longest if there is none."""
+    def _to_cut(self) -> int:
+        """Index of the document that fills a row when none fits, see `BestFitPacker`."""
+        if self.policy == "crop":
+            return bisect_left(self._keys, ((self._keys[0] >> _ARRIVAL_BITS) + 1) << _ARRIVAL_BITS) - 1
         return bisect_left(self._keys, self._long.popleft()) if self._long else -1
 
     def _top_up(self) -> bool:

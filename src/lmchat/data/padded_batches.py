@@ -54,14 +54,8 @@ class PaddedPlan:
                 bounds.append(len(documents))
                 bar.update(len(row))
         self._documents, self._bounds = np.asarray(documents), np.asarray(bounds)
-
-    @property
-    def num_rows(self) -> int:
-        return len(self._bounds) - 1
-
-    @property
-    def steps(self) -> int:
-        return -(-self.num_rows // self.rows_per_step)
+        self.num_rows = len(bounds) - 1
+        self.steps = -(-self.num_rows // rows_per_step)
 
     def documents(self, first_row: int, rows: int = 1) -> npt.NDArray[np.uint32]:
         """Indices of the conversations in ``rows`` rows of the epoch, in order; none beyond the last row."""
@@ -115,23 +109,16 @@ class PaddedBatches(IterableDataset[Batch]):
         rows = count_in(state, "rows", self.plan.steps * self.plan.rows_per_step) if state else 0
         self.first = rows // (self.micro_batch_size * self.world_size)
 
-    @property
-    def micro_batches_per_step(self) -> int:
-        """Micro-batches per rank and optimizer step."""
-        return self.plan.rows_per_step // (self.micro_batch_size * self.world_size)
-
     def __iter__(self) -> Iterator[Batch]:
-        last = self.plan.steps * self.micro_batches_per_step + 1 if self.num_batches is None else self.num_batches
+        per_step = self.plan.rows_per_step // (self.micro_batch_size * self.world_size)
+        last = self.plan.steps * per_step + 1 if self.num_batches is None else self.num_batches
         for number in range(self.first, last):
             batch = self._gather((number * self.world_size + self.rank) * self.micro_batch_size)
             if self.num_batches is None:
-                batch["loss_tokens"] = self.plan.loss_tokens(number // self.micro_batches_per_step)
+                batch["loss_tokens"] = self.plan.loss_tokens(number // per_step)
                 rows = (number + 1) * self.micro_batch_size * self.world_size
-                batch["state"] = {
-                    "rows": rows,
-                    "epoch": min(1.0, rows / self.plan.num_rows),
-                    "data": self.fingerprint,
-                }
+                epoch = min(1.0, rows / self.plan.num_rows)
+                batch["state"] = {"rows": rows, "epoch": epoch, "data": self.fingerprint}
             yield batch
 
     def _gather(self, first_row: int) -> Batch:

@@ -97,11 +97,6 @@ def parse_answer(answer: str) -> list[Part]:
     return parts
 
 
-def word_problem(question: str, answer: str) -> Conversation:
-    """The conversation of a problem whose solution is in GSM8K's format."""
-    return exchange(question, parse_answer(answer))
-
-
 class NumericAnswerTask(Task, Graded):
     """A task whose answers end in ``#### number``."""
 
@@ -136,4 +131,4 @@ class GSM8K(NumericAnswerTask, RowTask):
         known = extract_answer(answer) if self.answer_rule == "string" else answer_number(answer)
         if known is None:
             raise MalformedRow("field 'answer' has no number after '#### ', such as 72, 1,250, 0.5, 3/4 or 2 1/2")
-        return word_problem(question, answer)
+        return exchange(question, parse_answer(answer))

@@ -112,10 +112,7 @@ def ask(patterns: tuple[str, ...], rng: random.Random, **values: str) -> str:
     template = first + template[1:]
     if rng.random() < 0.2:
         template = template.removesuffix("?") if template.endswith("?") else template + "."
-    quoted = {}
-    for name, value in values.items():
-        quote = rng.choice(QUOTES)
-        quoted[name] = f"{quote}{value}{quote}"
+    quoted = {name: (quote := rng.choice(QUOTES)) + value + quote for name, value in values.items()}
     return template.format(**quoted)
 
 
@@ -157,8 +154,7 @@ def count_by_hand(word: str, letter: str) -> str:
     No other answer begins with its first words: RL turned the former "I spell" into the "I speak" of other answers.
     """
     lines = [f'Count each "{letter}":', spell(word)]
-    count = 0
     for position, character in enumerate(word, 1):
-        count += character == letter
+        count = word[:position].count(letter)
         lines.append(f"{position}:{character}" + (f" that is {count}" if character == letter else ""))
     return "\n".join([*lines, f"I count {count}."])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tiktoken
 
-from lmchat.files import json_object, replacing
+from lmchat.files import replacing
 from lmchat.option_checks import check_count
 from lmchat.paths import expand_user
 from lmchat.tokenizer import files
@@ -69,6 +69,11 @@ class Tokenizer:
         ranks: rank (id and merge priority) of each token's bytes. All 256 bytes, ranks 0..n-1.
         pattern: regular expression that splits text before merging.
 
+    Attributes:
+        bos_id: id of ``<|bos|>``, the first token of every document and conversation.
+        vocab_size: number of ids, of ranks and special tokens.
+        dtype: the smaller of uint16 and uint32 that holds all ids.
+
     Raises:
         UserError: the ranks have gaps or lack a byte, or the pattern is not a regular expression.
     """
@@ -80,14 +85,16 @@ class Tokenizer:
             raise UserError(f"a byte-level vocabulary needs all 256 single bytes; {missing[0]:#04x} is missing")
         self.ranks = dict(sorted(ranks.items(), key=lambda entry: entry[1]))
         self.pattern = pattern
-        special_ids = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
+        self._special_ids = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
+        self.bos_id = self.special("bos")
+        self.vocab_size = len(ranks) + len(SPECIAL_TOKENS)
+        self.dtype: np.dtype[Any] = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
         try:
             self._encoding = tiktoken.Encoding(
-                "lmchat", pat_str=pattern, mergeable_ranks=self.ranks, special_tokens=special_ids
+                "lmchat", pat_str=pattern, mergeable_ranks=self.ranks, special_tokens=self._special_ids
             )
         except ValueError as error:
             raise UserError(f"the split pattern {pattern!r} is not a regular expression: {error}") from error
-        self._special_ids = special_ids
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, *, pattern: str = SPLIT_PATTERN) -> Tokenizer:
@@ -137,13 +144,8 @@ class Tokenizer:
             raise UserError(
                 f"no tokenizer in {directory} ({_FILE} is missing): train one with `lmchat tokenizer train`"
             )
-        try:
-            return cls(*files.from_hugging_face(json_object(path.read_bytes()), SPECIAL_TOKENS))
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"the tokenizer {path} is damaged or not an lmchat tokenizer ({error}): "
-                f"train it again with `lmchat tokenizer train --output {directory}`"
-            ) from error
+        problem = f"the tokenizer {path} is damaged or not an lmchat tokenizer"
+        return cls._read(path, problem, f"train it again with `lmchat tokenizer train --output {directory}`")
 
     @classmethod
     def import_file(cls, path: str | Path) -> Tokenizer:
@@ -155,13 +157,15 @@ class Tokenizer:
         path = Path(path)
         if not path.is_file():
             raise UserError(f"there is no tokenizer file {path}; give the path of an existing one")
+        kinds = "a Hugging Face tokenizer.json of a byte-level BPE, a tiktoken rank file, or JSON with mergeable_ranks"
+        return cls._read(path, f"cannot import {path}", f"give {kinds} and pattern")
+
+    @classmethod
+    def _read(cls, path: Path, problem: str, remedy: str) -> Tokenizer:
         try:
             return cls(*files.read_vocabulary(path, SPECIAL_TOKENS, SPLIT_PATTERN))
         except (OSError, KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"cannot import {path} ({error}): give a Hugging Face tokenizer.json of a byte-level BPE, a tiktoken "
-                "rank file, or JSON with mergeable_ranks and pattern"
-            ) from error
+            raise UserError(f"{problem} ({error}): {remedy}") from error
 
     def save(self, directory: str | Path) -> None:
         """Writes ``tokenizer.json``, which Hugging Face's library reads too."""
@@ -197,21 +201,6 @@ class Tokenizer:
     def special(self, name: str) -> int:
         """Id of a special token, given its name without brackets: ``special("assistant_end")``."""
         return self._special_ids[f"<|{name}|>"]
-
-    @property
-    def bos_id(self) -> int:
-        """Id of ``<|bos|>``, the first token of every document and conversation."""
-        return self.special("bos")
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids: ranks and special tokens."""
-        return len(self.ranks) + len(SPECIAL_TOKENS)
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """The smaller of uint16 and uint32 that holds all ids."""
-        return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
 
     @cached_property
     def token_bytes(self) -> npt.NDArray[np.int32]:

@@ -8,8 +8,8 @@ from operator import add, floordiv, mul, sub
 from typing import Any
 
 from lmchat.demo.tasks.stories import FAMILIES, PRONOUNS, WORKING, Family, Operation, Step
-from lmchat.tasks.base import GeneratedTask, Split, answer_text, in_split, reward_in_words_of
-from lmchat.tasks.gsm8k import AnswerRule, NumericAnswerTask, word_problem
+from lmchat.tasks.base import GeneratedTask, Split, answer_text, exchange, in_split, reward_in_words_of
+from lmchat.tasks.gsm8k import AnswerRule, NumericAnswerTask, parse_answer
 from lmchat.tasks.patterns import pick
 from lmchat.types import Conversation, UserError
 
@@ -172,7 +172,7 @@ class Arithmetic(GeneratedTask, NumericAnswerTask):
 
     def example(self, index: int) -> Conversation:
         problem = self.problem(index)
-        return word_problem(problem.question, problem.answer)
+        return exchange(problem.question, parse_answer(problem.answer))
 
     def reward(self, conversation: Conversation, completion: str) -> float:
         """See `base.reward_in_words_of`; words of the question and of solutions are allowed."""
