@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from built_parsers import keep_parsers
+
 # Set before torch is imported: tests, and the processes they start, use one thread each. Threads do not survive a fork,
 # and sums depend on their number.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -29,6 +31,9 @@ for _variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_CACHE", "HF_D
 # Neither the user's cache of Hugging Face libraries nor one that workers share, to which mock Hubs and exports write.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="lmchat_hf_home_")
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+# No certificates, which each HTTP client would read for 60 ms: tests talk to their own servers, without encryption.
+os.environ.pop("SSL_CERT_FILE", None)
+os.environ["SSL_CERT_DIR"] = os.environ["HF_HOME"]
 
 
 @pytest.hookimpl(wrapper=True)
@@ -38,6 +43,7 @@ def pytest_collection() -> Iterator[Any]:
 
     with lean_imports():
         import lmchat.cli.fit  # noqa: F401
+    keep_parsers()
     with importing():
         return (yield)
 

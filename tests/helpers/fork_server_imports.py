@@ -1,8 +1,17 @@
-"""Modules that the fork server imports for its children, see `forked`."""
+"""Modules that the fork server imports for its children, and the parser that it builds for them, see `forked`."""
+
+import contextlib
+import io
 
 from lmchat.cli.lean_imports import lean_imports
 
 with lean_imports():
-    import lmchat.cli.fit  # noqa: F401
+    import lmchat.cli.fit
 import torch._inductor.compile_fx
 import torch.utils.tensorboard  # noqa: F401  (by the logger)
+
+from built_parsers import keep_parsers
+
+keep_parsers()
+with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+    lmchat.cli.fit.main(["fit", "--model", "PretrainModule", "--data", "FineWebDataModule", "--print_config"])
