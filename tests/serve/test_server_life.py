@@ -7,8 +7,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +17,7 @@ import httpx
 import pytest
 import torch
 
+from forked import lmchat, start
 from live_server import CARD, LiveServer, live_server, tiny_engine, wait_for
 from lmchat.__main__ import main
 from lmchat.generation.engine import TokenEvent
@@ -161,28 +160,53 @@ def test_a_server_continues_after_a_lack_of_memory() -> None:
         assert client.get("/health").json()["running"] == 0
 
 
+class ServerProcess:
+    """``lmchat serve ARGS`` in a forked process."""
+
+    def __init__(self, output: Path, *args: str) -> None:
+        self._output = output
+        output.touch()
+        self.process = start(lmchat, "serve", *args, output=output)
+        wait_for(lambda: len(self._lines()) > 1 or not self.process.is_alive(), seconds=60)
+        self.first, self.second, *_ = [*self._lines(), "", ""]
+
+    def _lines(self) -> list[str]:
+        return [line for line in self._output.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+    def send_signal(self, number: int) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    def wait(self, timeout: float) -> int | None:
+        self.process.join(timeout)
+        return self.process.exitcode
+
+    def later_output(self) -> str:
+        """What the server has written after its first two lines."""
+        return self._output.read_text().removeprefix(self.first + self.second)
+
+
 @pytest.fixture
-def process(tmp_path: Path) -> Iterator[Any]:
+def process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[ServerProcess, str]]:
     """``lmchat serve`` on a checkpoint, and its address."""
     tokenizer = Tokenizer({bytes([byte]): byte for byte in range(256)})
-    environment = {**os.environ, "LMCHAT_BASE_DIR": str(tmp_path)}
-    os.environ["LMCHAT_BASE_DIR"], before = str(tmp_path), os.environ["LMCHAT_BASE_DIR"]
-    try:
-        save_random_checkpoint(tokenizer, sequence_len=256)
-    finally:
-        os.environ["LMCHAT_BASE_DIR"] = before
+    monkeypatch.setenv("LMCHAT_BASE_DIR", str(tmp_path))
+    save_random_checkpoint(tokenizer, sequence_len=256)
     tokenizer.save(tmp_path / "tokenizer")
-    command = [sys.executable, "-m", "lmchat", "serve", "--port", "0", "--max_new_tokens", "2000"]
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        first, second = process.stderr.readline(), process.stderr.readline()
-        assert first.startswith("sft tiny, step 7") and "Chat: http://127.0.0.1:" in second, first + second
-        yield process, second.split()[1].rstrip("/")
-        process.kill()
+    server = ServerProcess(tmp_path / "output.txt", "--port", "0", "--max_new_tokens", "2000")
+    try:
+        assert server.first.startswith("sft tiny, step 7"), server.first + server.second
+        assert "Chat: http://127.0.0.1:" in server.second, server.first + server.second
+        yield server, server.second.split()[1].rstrip("/")
+    finally:
+        server.process.kill()
+        server.process.join()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_a_signal_finishes_running_requests_and_refuses_new_ones(process: Any, number: int) -> None:
+def test_a_signal_finishes_running_requests_and_refuses_new_ones(
+    process: tuple[ServerProcess, str], number: int
+) -> None:
     server, url = process
     answers: list[httpx.Response] = []
     body = {"prompt": "x", "max_tokens": 800, "seed": 1, "temperature": 0.3}
@@ -201,11 +225,11 @@ def test_a_signal_finishes_running_requests_and_refuses_new_ones(process: Any, n
     thread.join()
     assert answers[0].status_code == 200 and answers[0].json()["usage"]["completion_tokens"] > 100
     assert server.wait(timeout=20) == 0
-    assert server.stderr.read() == ""
+    assert server.later_output() == ""
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_ends_the_server_at_once_and_silently(process: Any, number: int) -> None:
+def test_a_second_signal_ends_the_server_at_once_and_silently(process: tuple[ServerProcess, str], number: int) -> None:
     server, url = process
     wait_for(lambda: not is_refused(url))
 
@@ -220,7 +244,7 @@ def test_a_second_signal_ends_the_server_at_once_and_silently(process: Any, numb
     wait_for(lambda: is_refused(url))
     server.send_signal(number)
     assert server.wait(timeout=20) == 128 + number
-    assert server.stderr.read() == ""
+    assert server.later_output() == ""
     thread.join()
 
 
