@@ -23,6 +23,7 @@ import math
 import operator
 import re
 from collections.abc import Callable
+from typing import Any
 
 MAX_CHARACTERS = 1000
 MAX_DEPTH = 50
@@ -30,25 +31,17 @@ MAX_DEPTH = 50
 MAX_DIGITS = 100
 """Limit for the digits of literals and intermediate results."""
 
-_TOO_LARGE = 10**MAX_DIGITS
-
-Number = int | float
-
 _NUMBER = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"
-_TOKEN = re.compile(rf" *(?:({_NUMBER})|(//|[-+*/()]))", re.ASCII)
+_TOKEN = re.compile(rf"{_NUMBER}|//|[-+*/()]", re.ASCII)
 _STRING = r"'[ -&(-\[\]-~]*'|\"[ !#-\[\]-~]*\""
 _COUNT = re.compile(rf" *({_STRING}) *\.count\( *({_STRING}) *\) *")
 
-_SUM: dict[str, Callable[[Number, Number], Number]] = {"+": operator.add, "-": operator.sub}
-_PRODUCT: dict[str, Callable[[Number, Number], Number]] = {
-    "*": operator.mul,
-    "/": operator.truediv,
-    "//": operator.floordiv,
-}
-
-
-class _Rejected(Exception):
-    """The expression is outside the grammar or its limits."""
+_OPERATORS: tuple[dict[str, Callable[[Any, Any], Any]], ...] = (
+    {"+": operator.add, "-": operator.sub},
+    {"*": operator.mul, "/": operator.truediv, "//": operator.floordiv},
+)
+"""Left-associative operators by level of precedence."""
+_SIGNS: dict[str, Callable[[Any], Any]] = {"+": operator.pos, "-": operator.neg}
 
 
 def calculate(expression: str) -> str | None:
@@ -58,92 +51,41 @@ def calculate(expression: str) -> str | None:
     if call := _COUNT.fullmatch(expression):
         text, part = (literal[1:-1] for literal in call.groups())
         return str(text.count(part))
-    try:
-        return str(_Parser(_tokenize(expression)).parse())
-    except (_Rejected, ZeroDivisionError):
+    tokens = _TOKEN.findall(expression)
+    if "".join(tokens) != expression.replace(" ", ""):
         return None
+    rest = ["", *reversed(tokens)]
+    try:
+        value = _value(rest, depth=0)
+    except (ValueError, ZeroDivisionError):
+        return None
+    return str(value) if rest == [""] else None
 
 
-def _tokenize(expression: str) -> list[Number | str]:
-    """Splits an expression into numbers, and operators and parentheses as strings."""
-    expression = expression.rstrip(" ")
-    tokens: list[Number | str] = []
-    position = 0
-    while position < len(expression):
-        match = _TOKEN.match(expression, position)
-        if match is None:
-            raise _Rejected
-        number, symbol = match.groups()
-        tokens.append(symbol if number is None else _literal(number))
-        position = match.end()
-    return tokens
-
-
-def _literal(text: str) -> Number:
-    text = text.replace(",", "")
-    if len(text) > MAX_DIGITS:
-        raise _Rejected
-    if "." in text:
-        return float(text)
-    if text.startswith("0") and text.strip("0"):
-        raise _Rejected  # 007 is not a number in Python
-    return int(text)
-
-
-def _bounded(value: Number) -> Number:
-    in_bounds = abs(value) < _TOO_LARGE if isinstance(value, int) else math.isfinite(value)
-    if not in_bounds:
-        raise _Rejected
+def _value(rest: list[str], depth: int, level: int = 0) -> Any:
+    """Value of a sum, of a product at level 1; removes its tokens, the last ones of ``rest``. May raise ValueError."""
+    if level == len(_OPERATORS):
+        return _signed(rest, depth)
+    value = _value(rest, depth, level + 1)
+    while rest[-1] in _OPERATORS[level]:
+        value = _OPERATORS[level][rest.pop()](value, _value(rest, depth, level + 1))
+        if not (abs(value) < 10**MAX_DIGITS if isinstance(value, int) else math.isfinite(value)):
+            raise ValueError("too large")
     return value
 
 
-class _Parser:
-    """Evaluates a list of tokens; has one method per level of precedence."""
-
-    def __init__(self, tokens: list[Number | str]) -> None:
-        self.tokens = tokens
-        self.position = 0
-
-    def parse(self) -> Number:
-        value = self._sum(depth=0)
-        if self._next() is not None:
-            raise _Rejected
+def _signed(rest: list[str], depth: int) -> Any:
+    if depth > MAX_DEPTH:
+        raise ValueError("too deep")
+    token = rest.pop()
+    if token in _SIGNS:
+        return _SIGNS[token](_signed(rest, depth + 1))
+    if token == "(":
+        value = _value(rest, depth + 1)
+        if rest.pop() != ")":
+            raise ValueError("a parenthesis is not closed")
         return value
-
-    def _next(self) -> Number | str | None:
-        return self.tokens[self.position] if self.position < len(self.tokens) else None
-
-    def _sum(self, depth: int) -> Number:
-        return self._left_associative(_SUM, self._product, depth)
-
-    def _product(self, depth: int) -> Number:
-        return self._left_associative(_PRODUCT, self._signed, depth)
-
-    def _left_associative(
-        self, operators: dict[str, Callable[[Number, Number], Number]], operand: Callable[[int], Number], depth: int
-    ) -> Number:
-        value = operand(depth)
-        while isinstance(symbol := self._next(), str) and symbol in operators:
-            self.position += 1
-            value = _bounded(operators[symbol](value, operand(depth)))
-        return value
-
-    def _signed(self, depth: int) -> Number:
-        if depth > MAX_DEPTH:
-            raise _Rejected
-        token = self._next()
-        self.position += 1
-        match token:
-            case int() | float():
-                return token
-            case "-":
-                return -self._signed(depth + 1)
-            case "+":
-                return +self._signed(depth + 1)
-            case "(":
-                value = self._sum(depth + 1)
-                if self._next() != ")":
-                    raise _Rejected
-                self.position += 1
-                return value
-        raise _Rejected
+    digits = token.replace(",", "")
+    if len(digits) > MAX_DIGITS or (digits.isdecimal() and digits[0] == "0" and digits.strip("0")):
+        raise ValueError("too long, or like 007 not a number in Python")
+    return float(digits) if "." in digits else int(digits)
