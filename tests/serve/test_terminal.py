@@ -142,7 +142,7 @@ def test_only_as_many_turns_as_needed_are_dropped(system: bool, forgotten: int) 
     messages = conversation(4, system)
     kept = [*messages[:system], *messages[system + 2 * forgotten :], {"role": "user", "content": "Hi"}]
     limit = len(render_for_completion(TOKENIZER, {"messages": kept}))  # type: ignore[typeddict-item]
-    chat = Terminal(context_limit=limit + MAX_NEW_TOKENS).chat
+    chat = Terminal(context_limit=limit + MAX_NEW_TOKENS, system="Be brief." if system else None).chat
     chat.messages = messages
     assert chat.turns_to_forget("Hi") == forgotten
     assert chat.turns_to_forget("Hi" * 1000) == 0

@@ -47,7 +47,7 @@ def test_batches_of_evaluators_are_pinned(monkeypatch: pytest.MonkeyPatch) -> No
     pinned = pin_memory(EvalBatch(evaluator, {"inputs": ids, "loss_tokens": 3}))
     assert pinned.evaluator is evaluator
     assert pinned.data["inputs"].tolist() == [1, 1] and pinned.data["loss_tokens"] == 3
-    assert pin_memory(EvalBatch(evaluator, questions)).data is questions
+    assert pin_memory(EvalBatch(evaluator, questions)).data == questions
 
 
 @pytest.mark.parametrize("rank", [0, 1])

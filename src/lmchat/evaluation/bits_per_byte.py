@@ -59,14 +59,14 @@ class BitsPerByteEvaluator(Evaluator):
         return self._batches(rank, world_size)
 
     def split(self, batch: Any, parts: int) -> list[Any]:
-        starts = batch.get("document_starts")
-        pieces = super().split({name: value for name, value in batch.items() if name != "document_starts"}, parts)
-        first = 0
-        for piece in pieces if starts is not None else []:
-            tokens = piece["inputs"].numel()
-            own = starts[(starts >= first) & (starts < first + tokens)] - first
-            piece["document_starts"] = F.pad(own, (0, len(starts) - len(own)), value=tokens)
-            first += tokens
+        pieces, first, starts = [], 0, batch.get("document_starts")
+        for inputs, targets in zip(batch["inputs"].chunk(parts), batch["targets"].chunk(parts), strict=True):
+            pieces.append(Batch(inputs=inputs, targets=targets))
+            end = first + inputs.numel()
+            if starts is not None:
+                own = starts[(starts >= first) & (starts < end)] - first
+                pieces[-1]["document_starts"] = F.pad(own, (0, len(starts) - len(own)), value=end - first)
+            first = end
         return pieces
 
     def update(self, policy: Policy, batch: Batch) -> None:

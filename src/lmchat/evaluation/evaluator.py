@@ -1,14 +1,12 @@
 """The interface of evaluations, in training and outside it."""
 
-from __future__ import annotations
-
 import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -57,10 +55,7 @@ class Evaluator(ABC):
         """Scores a batch, whose tensors are on the device of ``policy.net``."""
 
     def split(self, batch: Any, parts: int) -> list[Any]:
-        """Splits a batch into at most ``parts`` parts of similar size; supports lists, and dicts of tensors by rows."""
-        if isinstance(batch, dict):
-            columns = {name: value.chunk(parts) for name, value in batch.items()}
-            return [dict(zip(columns, rows, strict=True)) for rows in zip(*columns.values(), strict=True)]
+        """Splits a batch, by default a list, into at most ``parts`` parts of similar size."""
         size = max(1, math.ceil(len(batch) / parts))
         return [batch[start : start + size] for start in range(0, max(1, len(batch)), size)]
 
@@ -69,22 +64,11 @@ class Evaluator(ABC):
         """Returns the metrics over all batches of all ranks since the last call. Every rank must call it."""
 
 
-class EvalBatch:
-    """A batch and its evaluator.
+class EvalBatch(NamedTuple):
+    """A batch and its evaluator; torch pins its tensors, and Lightning moves them to the device."""
 
-    Not a dataclass: Lightning would copy its fields to the device one by one.
-    """
-
-    def __init__(self, evaluator: Evaluator, data: Any) -> None:
-        self.evaluator = evaluator
-        self.data = data
-
-    def pin_memory(self) -> EvalBatch:
-        """Pins the tensors of a dict; called by torch's DataLoader, for GPUs."""
-        data = self.data
-        if isinstance(data, dict):
-            data = {name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in data.items()}
-        return EvalBatch(self.evaluator, data)
+    evaluator: Evaluator
+    data: Any
 
 
 @dataclass(eq=False)
@@ -119,10 +103,14 @@ def update_within_memory(evaluator: Evaluator, policy: Policy, batch: Any) -> No
     """
     pending = evaluator.split(batch, evaluator.parts) if evaluator.parts > 1 else [batch]
     while pending and evaluator.failure is None:
-        problem = _try_update(evaluator, policy, pending[0])
-        if problem is None:
+        try:
+            evaluator.update(policy, pending[0])  # if it fails, it has changed no metric
             del pending[0]
             continue
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            problem = str(error).partition("\n")[0]
         # The tensors of the failed call are free only here: its exception kept them alive.
         policy.release_memory()
         halves = evaluator.split(pending[0], 2)
@@ -137,17 +125,6 @@ def update_within_memory(evaluator: Evaluator, policy: Policy, batch: Any) -> No
 def _give_up(evaluator: Evaluator, reason: str) -> None:
     evaluator.failure = reason
     logger.warning("%s: %s; continuing without it", evaluator.name, reason)
-
-
-def _try_update(evaluator: Evaluator, policy: Policy, batch: Any) -> str | None:
-    """Returns the out-of-memory message, or None. A failed update has changed no metric."""
-    try:
-        evaluator.update(policy, batch)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return str(error).partition("\n")[0]
-    return None
 
 
 def ranks() -> tuple[int, int]:

@@ -38,7 +38,7 @@ class HarnessModel(LM):
         super().__init__()
         self.policy = policy
         self.chat = chat
-        self._device = policy.device
+        self._device = policy.net.device
 
     @property
     def tokenizer_name(self) -> str:

@@ -155,11 +155,9 @@ class Engine:
             for token, is_forced, logprob, *top in zip(*column, strict=True):
                 if token >= 0 and not sequence.done:
                     events.append(self._append(sequence, token, is_forced, logprob, top))
-        done = [sequence for sequence in sequences if sequence.done]
-        if done:
-            self.scheduler.free_done()
-        for sequence in done:
-            self._forget(sequence)
+        if done := [sequence for sequence in sequences if sequence.done]:
+            self.scheduler.free_rows(done)
+            self._forget(done)
         return events
 
     def is_open(self, request: int) -> bool:
@@ -170,8 +168,7 @@ class Engine:
         """Cancels a request or one of its samples. Has no effect on finished ones."""
         sequences = [each for each in self._requests.get(request, ()) if sample in (None, each.sample)]
         self.scheduler.remove(sequences)
-        for sequence in sequences:
-            self._forget(sequence)
+        self._forget(sequences)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Whole requests
@@ -222,9 +219,7 @@ class Engine:
         Arguments and errors are those of `generate`; errors are raised by the call, not by the iterator. Closing the
         iterator cancels the request.
         """
-        params = params or SamplingParams()
-        sequence = Sequence(self._checked("the prompt", prompt, params.max_new_tokens), params, 0, self.tokenizer)
-        return self._stream(sequence)
+        return self._stream(self._sequences("the prompt", prompt, params or SamplingParams())[0])
 
     def _stream(self, sequence: Sequence) -> Iterator[StreamedToken]:
         self.scheduler.add([sequence])
@@ -299,12 +294,13 @@ class Engine:
             sequence.request = request
         return request
 
-    def _forget(self, sequence: Sequence) -> None:
-        """Removes a finished sequence, and its request if it was the last one."""
-        unfinished = self._requests[sequence.request]
-        unfinished.remove(sequence)
-        if not unfinished:
-            del self._requests[sequence.request]
+    def _forget(self, sequences: list[Sequence]) -> None:
+        """Removes finished sequences, and their requests if they were the last ones."""
+        for sequence in sequences:
+            unfinished = self._requests[sequence.request]
+            unfinished.remove(sequence)
+            if not unfinished:
+                del self._requests[sequence.request]
 
     def _sequences(self, name: str, prompt: Seq[int], params: SamplingParams) -> list[Sequence]:
         ids = self._checked(name, prompt, params.max_new_tokens)

@@ -18,11 +18,6 @@ class Policy:
     tokenizer: Tokenizer
 
     @property
-    def device(self) -> torch.device:
-        """The device of the network."""
-        return self.net.device
-
-    @property
     def context_limit(self) -> int:
         """Maximum number of tokens of a context."""
         return len(self.net.cos)

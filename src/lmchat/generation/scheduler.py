@@ -1,7 +1,7 @@
 """Continuous batching: assigns sequences to rows and schedules prefills."""
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from lmchat.generation.cached_attention import Chunk
 from lmchat.generation.kv_pool import KVPool, MemoryBudget
@@ -60,10 +60,7 @@ class Scheduler:
             if isinstance(unit, SharedPrompt):
                 unit.waiting = deque(each for each in unit.waiting if each not in removed)
         self.waiting = deque(unit for unit in self.waiting if isinstance(unit, Sequence) or unit.waiting)
-        for row in reversed(range(len(self.running))):
-            if self.running[row] in removed:
-                self._free(row)
-        self._drop_unused_prompts()
+        self.free_rows(removed)
 
     def clear(self) -> None:
         """Removes all sequences, and frees all slots."""
@@ -99,10 +96,10 @@ class Scheduler:
         """Resumes a sequence after a calculator call."""
         self.runner.state.resume(self.running.index(sequence), forced)
 
-    def free_done(self) -> None:
-        """Frees the rows of finished sequences."""
+    def free_rows(self, sequences: Collection[Sequence]) -> None:
+        """Frees the rows of those sequences that are running."""
         for row in reversed(range(len(self.running))):
-            if self.running[row].done:
+            if self.running[row] in sequences:
                 self._free(row)
         self._drop_unused_prompts()
 

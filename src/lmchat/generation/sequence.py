@@ -70,31 +70,25 @@ class ToolUse:
         """
         if token == self.start:
             self.call = []
-        elif self.call is not None and token == self.end:
-            result, self.call = calculate(self.tokenizer.decode(self.call)), None
-            special = self.tokenizer.special
-            if result is None:
-                return []
-            return [special("output_start"), *self.tokenizer.encode(result), special("output_end")]
-        elif self.call is not None:
+        elif self.call is not None and token != self.end:
             self.call.append(token)
+        elif self.call is not None:
+            result, self.call = calculate(self.tokenizer.decode(self.call)), None
+            special, encode = self.tokenizer.special, self.tokenizer.encode
+            return [] if result is None else [special("output_start"), *encode(result), special("output_end")]
         return None
 
 
 class Sequence:
     """One sample of a prompt while it is generated.
 
-    Args:
-        prompt: token ids.
-        params: sampling parameters of the prompt.
-        sample: index among the prompt's samples.
-        tokenizer: tokenizer of the model.
-
     Attributes:
-        uniforms: (max_new_tokens,) float64 random numbers, one per token.
-        completion: what has been generated so far.
+        prompt: token ids.
+        sample: index among the prompt's samples.
         request: id of its request, assigned by the engine.
         shared: the prompt that it shares with other sequences, if any.
+        uniforms: (max_new_tokens,) float64 random numbers, one per token.
+        completion: what has been generated so far.
         prefilled: tokens of the prompt that are in the KV pool. All but the last are read before decoding starts.
         inherited: number of tokens in its slot before it was assigned, some of which are reused.
     """
@@ -106,10 +100,8 @@ class Sequence:
         self.request = -1
         self.shared: SharedPrompt | None = None
         self.uniforms = sample_uniforms(params.seed, sample, params.max_new_tokens)
-        stop_tokens = params.stop_tokens
-        if stop_tokens is None:
-            stop_tokens = (tokenizer.special("assistant_end"), tokenizer.bos_id)
-        self.stop_tokens = frozenset(stop_tokens)
+        usual_stops = (tokenizer.special("assistant_end"), tokenizer.bos_id)
+        self.stop_tokens = frozenset(usual_stops if params.stop_tokens is None else params.stop_tokens)
         self.tool = ToolUse(tokenizer) if params.calculator else None
         self.completion = Completion()
         self.prefilled = 0
@@ -157,10 +149,8 @@ class Sequence:
         completion.mask.append(0 if forced else 1)
         if self.params.logprobs:
             completion.logprobs.append(0.0 if forced else logprob)
-        if forced:
-            return None
-        completion.finished = token in self.stop_tokens
-        return self.tool.observe(token) if self.tool else None
+        completion.finished = not forced and token in self.stop_tokens
+        return self.tool.observe(token) if self.tool and not forced else None
 
 
 class SharedPrompt:

@@ -14,9 +14,9 @@ from lmchat.generation.engine import Engine
 from lmchat.generation.sampling import SamplingParams
 from lmchat.generation.sequence import Completion
 from lmchat.option_checks import count_in
-from lmchat.tasks.base import Task, graded
+from lmchat.tasks.base import graded
 from lmchat.tokenizer.render import render_for_completion
-from lmchat.types import IGNORE_INDEX, Conversation, Rollout
+from lmchat.types import IGNORE_INDEX, Rollout
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
@@ -52,27 +52,22 @@ class Group:
         advantage have no gradient and are left out. The stop token of a sample is a target; the reference leaves it
         out, so its policy never learns when to stop. Without samples the row is empty.
         """
-        samples = [
-            (completion, advantage)
-            for completion, advantage in zip(self.completions, self.advantages.tolist(), strict=True)
-            if advantage
-        ]
-        prompt, last = list(self.prompt[:-1]) if samples else [], self.prompt[-1]
-        ids, targets = prompt.copy(), [IGNORE_INDEX] * len(prompt)
-        logprobs, weights = [0.0] * len(prompt), [0.0] * len(prompt)
+        pairs = zip(self.completions, self.advantages.tolist(), strict=True)
+        samples = [(completion, advantage) for completion, advantage in pairs if advantage]
+        *prompt, last = self.prompt if samples else self.prompt[-1:]
+        rows = [(token, IGNORE_INDEX, 0.0, 0.0) for token in prompt]
         for completion, advantage in samples:
-            ids += [last, *completion.ids[:-1]]
-            targets += [
-                token if sampled else IGNORE_INDEX
-                for token, sampled in zip(completion.ids, completion.mask, strict=True)
-            ]
-            logprobs += completion.logprobs
-            weights += [advantage] * len(completion.ids)
+            read = [last, *completion.ids[:-1]]
+            tokens = zip(read, completion.ids, completion.mask, completion.logprobs, strict=True)
+            for token, target, sampled, logprob in tokens:
+                rows.append((token, target if sampled else IGNORE_INDEX, advantage, logprob))
+        table = torch.tensor(rows, dtype=torch.float64).view(len(rows), 4)
+        inputs, targets, advantages, logprobs = table.T[:, None]
         return Rollout(
-            inputs=torch.tensor([ids], dtype=torch.int64),
-            targets=torch.tensor([targets], dtype=torch.int64),
-            advantages=torch.tensor([weights]),
-            logprobs=torch.tensor([logprobs]),
+            inputs=inputs.long(),
+            targets=targets.long(),
+            advantages=advantages.float(),
+            logprobs=logprobs.float(),
             prompt_tokens=len(prompt),
             sample_tokens=[len(completion.ids) for completion, _ in samples],
             group_tokens=self.num_tokens,
@@ -143,25 +138,20 @@ class Rollouts(IterableDataset[Rollout]):
                 yield batch
 
     def _sample(self, step: int) -> list[Group]:
-        numbers = range(
-            step * self.questions_per_step + self.rank, (step + 1) * self.questions_per_step, self.world_size
-        )
+        first = step * self.questions_per_step
+        numbers = range(first + self.rank, first + self.questions_per_step, self.world_size)
         located = [self.mixture.locate(number % len(self.mixture)) for number in numbers]
         questions = [(task := self.mixture.parts[part].task, task[index]) for part, index in located]
         engine = self.engine()
         prompts = [render_for_completion(engine.tokenizer, conversation) for _, conversation in questions]
         # A different seed for every question of the run.
         params = [replace(self.sampling, seed=(self.seed << 32) + number) for number in numbers]
-        return [
-            Group(prompt, completions, _rewards(engine, *question, completions))
-            for prompt, completions, question in zip(prompts, engine.generate(prompts, params), questions, strict=True)
-        ]
-
-
-def _rewards(engine: Engine, task: Task, conversation: Conversation, completions: Sequence[Completion]) -> Tensor:
-    texts = [engine.tokenizer.decode(completion.content) for completion in completions]
-    grader = graded(task)
-    return torch.tensor([grader.reward(conversation, text) for text in texts], dtype=torch.float32)
+        samples, groups = engine.generate(prompts, params), []
+        for (task, conversation), prompt, completions in zip(questions, prompts, samples, strict=True):
+            texts = [engine.tokenizer.decode(completion.content) for completion in completions]
+            rewards = [graded(task).reward(conversation, text) for text in texts]
+            groups.append(Group(prompt, completions, torch.tensor(rewards, dtype=torch.float32)))
+        return groups
 
 
 def rollout_metrics(groups: Sequence[Group], all_reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:

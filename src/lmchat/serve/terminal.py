@@ -4,7 +4,6 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 from lmchat.generation.engine import Engine
 from lmchat.generation.sampling import SamplingParams
@@ -43,6 +42,7 @@ class TerminalChat:
         messages: list[Message] = [{"role": "system", "content": system}] if system else []
         self._check_room(messages)
         self.system, self.messages = system, messages
+        self._first_turn = len(messages)
 
     def _check_room(self, messages: list[Message], question: str | None = None) -> None:
         """Raises UserError if ``question``, by default the shortest, and its answer exceed the context.
@@ -76,7 +76,7 @@ class TerminalChat:
                 rest = "the conversation goes on as before" if is_command else "this message is ignored"
                 print(f"{error}; {rest}", file=sys.stderr)
             except KeyboardInterrupt:
-                if not _is_interactive():
+                if not sys.stdin.isatty():
                     raise
                 print("\n(stopped; this message and its answer are ignored)", file=sys.stderr)
 
@@ -130,27 +130,22 @@ class TerminalChat:
         if not turns:
             return True
         notice = f"the conversation exceeds the model's context of {self.engine.context_limit} tokens"
-        if _is_interactive():
-            reply = _input(f"({notice}; forget the oldest {_count(turns, 'turn')} and continue? [Y/n] ")
+        oldest = f"the oldest {turns} turn" + ("s" if turns > 1 else "")
+        if sys.stdin.isatty():
+            reply = _input(f"({notice}; forget {oldest} and continue? [Y/n] ")
             if reply is None or reply.strip().lower() not in ("", "y", "yes"):
                 print("(this message is ignored; /reset starts a new conversation)", file=sys.stderr)
                 return False
         del self.messages[self._first_turn : self._first_turn + 2 * turns]
-        print(f"({notice}; the oldest {_count(turns, 'turn')} forgotten)", file=sys.stderr)
+        print(f"({notice}; {oldest} forgotten)", file=sys.stderr)
         return True
-
-    @property
-    def _first_turn(self) -> int:
-        """Index of the first message after the system prompt."""
-        return 1 if self.messages and self.messages[0]["role"] == "system" else 0
 
     def turns_to_forget(self, question: str) -> int:
         """Number of oldest turns (question and answer) to remove, so that the context has room for an answer.
 
         The system prompt is kept. Returns 0 if the question alone does not fit.
         """
-        limit = self.engine.context_limit - self.params.max_new_tokens
-        first = self._first_turn
+        limit, first = self.engine.context_limit - self.params.max_new_tokens, self._first_turn
         asked: Message = {"role": "user", "content": question}
         for turns in range((len(self.messages) - first) // 2 + 1):
             kept = [*self.messages[:first], *self.messages[first + 2 * turns :], asked]
@@ -165,19 +160,10 @@ def _mark(before: str, after: str) -> str:
     return closing + {"python": "[", "python_output": " = "}.get(after, "")
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("s" if number > 1 else "")
-
-
-def _is_interactive() -> bool:
-    return sys.stdin.isatty()
-
-
 def _lines() -> Iterator[str]:
     """Yields the user's lines; in a terminal with line editing and a history."""
-    if not _is_interactive():
-        while (line := _input("")) is not None:
-            yield line
+    if not sys.stdin.isatty():
+        yield from iter(lambda: _input(""), None)
         return
     with _line_editing():
         while True:
@@ -210,7 +196,7 @@ def _line_editing() -> Iterator[None]:
     except ImportError:  # Python was built without readline
         yield
         return
-    path: Path = base_dir() / "chat_history"
+    path = base_dir() / "chat_history"
     with contextlib.suppress(OSError):
         readline.read_history_file(path)
     readline.set_history_length(HISTORY_LINES)
