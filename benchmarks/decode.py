@@ -51,24 +51,25 @@ class PlainCache:
         shape = (config.n_layer, 2, rows, max_len, config.n_kv_head, config.head_dim)
         self.held = torch.zeros(shape, dtype=model.compute_dtype)
         self.longest = 0
+        self.positions = torch.arange(0)
 
-    def positions(self, length: int) -> Tensor:
-        return torch.arange(self.longest, self.longest + length)[None]
+    def expect(self, length: int) -> PlainCache:
+        self.positions = torch.arange(self.longest, self.longest + length)[None]
+        return self
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         end = self.longest + q.size(1)
         keys, values = self.held[layer]
         keys[:, self.longest : end] = k
         values[:, self.longest : end] = v
+        if layer == len(self.held) - 1:
+            self.longest = end
         if q.size(1) > 1:
             return attend_banded(q, k, v, window)
-        start = max(0, self.longest - window)
+        start = max(0, end - 1 - window)
         q, keys, values = (x.transpose(1, 2) for x in (q, keys[:, start:end], values[:, start:end]))
         grouped = q.size(1) != keys.size(1)
         return torch.nn.functional.scaled_dot_product_attention(q, keys, values, enable_gqa=grouped).transpose(1, 2)
-
-    def advance(self, length: int) -> None:
-        self.longest += length
 
 
 def plain_loop(model: GPT, prompt: list[int], rows: int, new: int, top_k: int, cached: bool = True) -> Tensor:
@@ -78,7 +79,7 @@ def plain_loop(model: GPT, prompt: list[int], rows: int, new: int, top_k: int, c
     cache: PlainCache | None = PlainCache(model, rows, len(prompt) + new) if cached else None
     context, out = ids, []
     for _ in range(new):
-        logits = model.logits(model.hidden(context, cache)[:, -1])  # type: ignore[arg-type]
+        logits = model.logits(model.hidden(context, cache and cache.expect(context.size(1)))[:, -1])
         values, candidates = logits.topk(top_k)
         choice = torch.multinomial(values.softmax(-1), 1, generator=generator)
         out.append(candidates.gather(-1, choice))

@@ -266,7 +266,7 @@ class _ScriptedModel(nn.Module):
             return ids
         self.decoded.append(len(ids))
         held = kv_cache.pool.keys[0][: len(ids), 0, 0, 0]
-        steps = kv_cache.row_positions - (self.prompt_length - 1)
+        steps = kv_cache.positions[:, 0] - (self.prompt_length - 1)
         held.copy_(torch.where(steps == 0, ids[:, 0].float(), held))
         return torch.stack((held.long(), steps), dim=-1)[:, None]
 

@@ -263,7 +263,7 @@ class Engine:
             ids[: len(prompt)] = torch.tensor(prompt)
         model = self.model
         cache = KVCache(model.config, padded.size(0), padded.size(1), model.compute_dtype, model.device)
-        hidden = model.hidden(padded.to(model.device), cache)
+        hidden = model.hidden(padded.to(model.device), cache.expect(padded.size(1)))
         cache.lengths = lengths
         return cache, model.logits(hidden[torch.arange(len(prompts)), lengths - 1])
 
@@ -277,7 +277,7 @@ class Engine:
     def _step(self, cache: KVCache, rows: list[_Row]) -> Tensor:
         """Logits (rows, vocab) after each row's newest token."""
         tokens = torch.tensor([row.completion.ids[-1] for row in rows]).to(cache.keys.device, non_blocking=True)
-        return self.model(tokens[:, None], cache)[:, -1]
+        return self.model(tokens[:, None], cache.expect(1))[:, -1]
 
 
 @torch.inference_mode()
@@ -465,13 +465,18 @@ class KVCache:
         """Tokens in the fullest row."""
         return int(self.lengths.max())
 
-    def positions(self, length: int) -> Tensor:
-        """(B, T) positions of the next `length` tokens of each row, on the cache's device."""
-        return self._expect(length).positions
+    @property
+    def positions(self) -> Tensor:
+        """(B, T) positions of the expected tokens of each row, on the cache's device."""
+        assert self._incoming is not None
+        return self._incoming.positions
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         """Add the new tokens' k and v (B, T, kv heads, head_dim), return q's attention over all that is held."""
-        incoming = self._expect(q.size(1))
+        incoming = self._incoming
+        assert incoming is not None
+        if layer == len(self.keys) - 1:
+            self.lengths, self._incoming = self.lengths + q.size(1), None
         self.keys[layer][incoming.rows, :, incoming.positions] = k
         self.values[layer][incoming.rows, :, incoming.positions] = v
         if incoming.end == q.size(1):
@@ -481,18 +486,12 @@ class KVCache:
         values = self.values[layer, :, :, start : incoming.end].transpose(1, 2)
         return attention(q, keys, values, mask)
 
-    def advance(self, length: int) -> None:
-        """Count `length` more tokens in every row; the model calls it once all layers have added theirs."""
-        self.lengths = self.lengths + length
-        self._incoming = None
-
-    def _expect(self, length: int) -> _Incoming:
-        """Worked out by the first to ask in a model call, until `advance` ends it."""
-        if self._incoming is None or self._incoming.length != length:
-            if (end := self.longest + length) > self.max_len:
-                raise UserError(f"{end} tokens do not fit a KV cache of {self.max_len}; make max_len larger")
-            self._incoming = _Incoming(self.lengths, length, self.keys.device)
-        return self._incoming
+    def expect(self, length: int) -> KVCache:
+        """The cache, for a model call with `length` more tokens in every row."""
+        if (end := self.longest + length) > self.max_len:
+            raise UserError(f"{end} tokens do not fit a KV cache of {self.max_len}; make max_len larger")
+        self._incoming = _Incoming(self.lengths, length, self.keys.device)
+        return self
 
     def select(self, rows: Sequence[int] | Tensor, max_len: int | None = None) -> KVCache:
         """A new cache of the given rows, in that order, repeats allowed, with room for `max_len` tokens."""
@@ -532,7 +531,6 @@ class _Incoming:
     """
 
     def __init__(self, lengths: Tensor, length: int, device: torch.device) -> None:
-        self.length = length
         self.positions = (lengths[:, None] + torch.arange(length)).to(device, non_blocking=True)
         self.rows = torch.arange(len(lengths), device=device)[:, None]
         self.first = int(lengths.min())

@@ -71,7 +71,7 @@ def test_cudnn_is_excluded_but_in_its_own_backend(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(attention, "attention", attend)
     net, ids = GPT(CONFIG), torch.zeros(1, 8, dtype=torch.int64)
     net.hidden(ids)
-    net.hidden(ids, KVCache(CONFIG, 1, 16))
+    net.hidden(ids, KVCache(CONFIG, 1, 16).expect(8))
     use_backends(net, {8: "banded", 16: "cudnn"})
     net.hidden(ids)
     assert allowed == [False] * 4 + [False, True]

@@ -120,7 +120,7 @@ def test_reference_decoding(oracles: Path, name: str, prompt_length: int) -> Non
     ids, logits = recorded["ids"][:1, :prompt_length], []
     with torch.inference_mode():
         for token in greedy:
-            logits.append(model(ids, cache)[0, -1])
+            logits.append(model(ids, cache.expect(ids.size(1)))[0, -1])
             ids = logits[-1].argmax()[None, None]
             assert ids.item() == token
     torch.testing.assert_close(torch.stack(logits[:9]), expected, rtol=0, atol=2e-5)
@@ -353,13 +353,13 @@ def test_cached_decoding_equals_the_full_pass(prompt_length: int) -> None:
     cache = KVCache(SMALL, 3, prompt_length + 20, torch.float64)
     with torch.inference_mode():
         full = model(ids)
-        prefilled = model(ids[:, :prompt_length], cache)
+        prefilled = model(ids[:, :prompt_length], cache.expect(prompt_length))
         torch.testing.assert_close(prefilled, full[:, :prompt_length])
         cache.lengths = lengths
         for length in (1, 1, 4, 1, 5, 1):
             rows = torch.arange(3)[:, None]
             positions = cache.lengths[:, None] + torch.arange(length)
-            torch.testing.assert_close(model(ids[rows, positions], cache), full[rows, positions])
+            torch.testing.assert_close(model(ids[rows, positions], cache.expect(length)), full[rows, positions])
 
 
 def test_a_context_beyond_the_tables_is_refused() -> None:
@@ -408,5 +408,5 @@ def test_compiled_blocks_compute_the_same_without_breaks() -> None:
     with torch.inference_mode():
         cache = KVCache(SMALL, 2, 24)
         for chunk in (ids, ids[:, :1], ids[:, :3]):
-            assert compiled(chunk, cache).isfinite().all()
+            assert compiled(chunk, cache.expect(chunk.size(1))).isfinite().all()
     assert counters["stats"]["unique_graphs"] == graphs, "decoding compiles nothing"

@@ -63,6 +63,7 @@ class PackedTrees:
 
     Attributes:
         ids: (1, N) int64, the tokens of all trees.
+        positions: (1, N) int64, their positions within their options.
         predicting: (M,) int64, the positions in ``ids`` that predict scored tokens. The last layer takes only their
             queries.
         order: (scored tokens,) int64, for each scored token of each branch of each tree the index in ``predicting``.
@@ -98,17 +99,13 @@ class PackedTrees:
         self.predicting = torch.tensor(flat).to(device)
         self.order = torch.tensor([index[place] for places in predicting for place in places]).to(device)
         self.ids = torch.tensor([ids]).to(device)
-        self._positions = torch.tensor([positions]).to(device)
+        self.positions = torch.tensor([positions]).to(device)
         self._prefix = _PaddedIndex(prefixes, device)
         self._branch = _PaddedIndex([[place for branch in own for place in branch] for own in branches], device)
         self._numbers = torch.tensor([numbers]).to(device)
         self._picked = _PaddedIndex([[index[place] for place in places] for places in distinct], device)
         self._last_layer = num_layers - 1
         self._masks: dict[tuple[int, bool], Tensor] = {}
-
-    def positions(self, length: int) -> Tensor:
-        """(1, N) positions of the tokens within their options."""
-        return self._positions
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         """Attention of q (1, N, heads, head_dim) to k and v (1, N, kv heads, head_dim) within each option.
@@ -127,14 +124,11 @@ class PackedTrees:
             queries.scatter(attention(queries.gather(q), keys, values, self._mask(window, picked)), out)
         return out
 
-    def advance(self, length: int) -> None:
-        """Does nothing: the cache is for one call."""
-
     def _mask(self, window: int, picked: bool) -> Tensor:
         """(trees, 1, queries, prefix and branch tokens) bool: what branch tokens, or those of ``predicting``, see."""
         if (window, picked) not in self._masks:
             prefix, branch = self._prefix, self._branch
-            rows = (self._positions, self._numbers)
+            rows = (self.positions, self._numbers)
             of_queries = [
                 self._picked.gather(row[:, self.predicting]) if picked else branch.gather(row) for row in rows
             ]

@@ -33,10 +33,7 @@ class PrefillCache:
     def __init__(self, chunks: Seq[Chunk], device: torch.device) -> None:
         self.chunks = chunks
         positions = [torch.arange(chunk.start, chunk.start + chunk.length) for chunk in chunks]
-        self._positions = torch.cat(positions).to(device, non_blocking=True)[None]
-
-    def positions(self, length: int) -> Tensor:
-        return self._positions
+        self.positions = torch.cat(positions).to(device, non_blocking=True)[None]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         out, start = [], 0
@@ -45,9 +42,6 @@ class PrefillCache:
             out.append(_attend_chunk(chunk, layer, q[:, part], k[:, part], v[:, part], window))
             start += chunk.length
         return torch.cat(out, dim=1) if len(out) > 1 else out[0]
-
-    def advance(self, length: int) -> None:
-        """Does nothing: chunks have their positions."""
 
 
 def _attend_chunk(chunk: Chunk, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
@@ -116,16 +110,13 @@ class DecodeCache:
     ) -> None:
         self.pool = pool
         self.prompts = prompts
-        self.row_positions = positions
+        self.positions = positions[:, None]
         self.base = base
         self.own = positions - base
         self.max_own = max_own
         self.groups = groups
         self._places: dict[int, Tensor] = {}
         self._masks: dict[int, Tensor] = {}
-
-    def positions(self, length: int) -> Tensor:
-        return self.row_positions[:, None]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         keys, values = self.pool.keys[layer], self.pool.values[layer]
@@ -143,9 +134,6 @@ class DecodeCache:
         else:
             out = self._attend_with_prompts(layer, self.groups, q, scores, values, window)
         return out.to(k.dtype).view(rows, 1, -1, head_dim)
-
-    def advance(self, length: int) -> None:
-        """Does nothing: `DecodeState` counts positions."""
 
     def _attend_with_prompts(
         self, layer: int, groups: Groups, q: Tensor, own_scores: Tensor, values: Tensor, window: int

@@ -191,7 +191,7 @@ def attend(
     step = _Step(
         rows, config.n_head, config.n_kv_head, config.head_dim, window, projected.size(-1), EPS,
         _address(projected), _address(value_embedding), *map(_address, rotary),
-        _address(cache.row_positions), _address(cache.base), *map(_address, shared),
+        _address(cache.positions), _address(cache.base), *map(_address, shared),
         _Slots.of(cache.pool, layer), _Slots.of(cache.prompts, layer), _address(out),
     )  # fmt: skip
     _kernels().attend(step, torch.get_num_threads())

@@ -29,17 +29,17 @@ class Attend(Protocol):
 
 
 class AttentionCache(Protocol):
-    """Interface between the model and a cache of keys and values."""
+    """Interface between the model and a cache of keys and values.
 
-    def positions(self, length: int) -> Tensor:
-        """(B, T) int64 positions of the next ``length`` tokens of each row, on the device of the model, within its
-        rotary tables."""
+    Attributes:
+        positions: (B, T) int64 positions of the next tokens of each row, on the device of the model, within its rotary
+            tables.
+    """
+
+    positions: Tensor
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         """Adds k and v (B, T, kv heads, head_dim) of new tokens; returns the attention of q to all visible tokens."""
-
-    def advance(self, length: int) -> None:
-        """Called once all layers have added ``length`` tokens per row."""
 
 
 def attend_masked(q: Tensor, k: Tensor, v: Tensor, window: int, starts: Tensor | None = None) -> Tensor:

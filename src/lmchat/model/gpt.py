@@ -410,14 +410,11 @@ class GPT(nn.Module):
                 if not self.mix_in_blocks:
                     x, mix = mix_residual(x, mix), None
                 x = run(x, value_embedding, inputs, mix)
-        if kv_cache is not None:
-            kv_cache.advance(ids.size(1))
         return norm(x)
 
     def _rotary_tables(self, length: int, kv_cache: AttentionCache | None) -> tuple[Tensor, Tensor]:
         if kv_cache is not None:
-            positions = kv_cache.positions(length)
-            return self.cos[positions], self.sin[positions]
+            return self.cos[kv_cache.positions], self.sin[kv_cache.positions]
         if length > len(self.cos):
             raise UserError(
                 f"a context of {length} tokens is longer than this model's limit of {len(self.cos)} "

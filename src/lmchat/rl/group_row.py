@@ -31,18 +31,14 @@ class GroupRow:
         queries = np.where(inside, prompt + columns, HIDDEN)
         of_prompt = np.arange(prompt)
         keys = np.concatenate([np.tile(of_prompt, (len(samples), 1)), queries], axis=1)
-        row = np.concatenate([of_prompt, queries[inside]])[None]
+        positions = np.concatenate([of_prompt, queries[inside]])[None]
 
         def on_device(values: npt.NDArray[np.int64]) -> Tensor:
             return torch.from_numpy(values).to(device, non_blocking=True)
 
-        self._row, self._inside = on_device(row), on_device(np.flatnonzero(inside))
+        self.positions, self._inside = on_device(positions), on_device(np.flatnonzero(inside))
         self._table, self._queries, self._keys = on_device(table), on_device(queries), on_device(keys)
         self._masks: dict[int, Tensor] = {}
-
-    def positions(self, length: int) -> Tensor:
-        """(1, N) positions of the tokens: those of each sample follow the prompt's."""
-        return self._row
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         """Attention of q (1, N, heads, head_dim) to k and v (1, N, kv heads, head_dim)."""
@@ -54,9 +50,6 @@ class GroupRow:
         out = attention(self._samples(q), keys, values, self._mask(window))
         out = out.flatten(0, 1).index_select(0, self._inside)[None]
         return torch.cat([attend_banded(q_prompt, k_prompt, v_prompt, window), out], dim=1) if self._prompt else out
-
-    def advance(self, length: int) -> None:
-        """Does nothing: the cache is for one call."""
 
     def _samples(self, x: Tensor) -> Tensor:
         """(samples, longest, heads, head_dim) of x (1, N, heads, head_dim), padded on the right."""
