@@ -44,7 +44,7 @@ def test_filling_rows_leave_cached_prefixes_alone(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(
         runner,
         "_read",
-        lambda outputs, rows: runner.Decoded(*(field[:, :rows] for field in read(outputs, rows))),
+        lambda outputs, rows: runner.StepOutput(*(field[:, :rows] for field in read(outputs, rows))),
     )
     answers, reused = conversations()
     assert reused > 1000

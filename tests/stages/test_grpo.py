@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lmchat.generation.sequence import Completion
 from lmchat.model.config import GPTConfig
 from lmchat.model.gpt import GPT
-from lmchat.rl.rollouts import Group
+from lmchat.rl.rollouts import Group, group_advantages
 from lmchat.stages.rl import GRPOModule
 from lmchat.strategies.zero2_muon import Zero2MuonStrategy
 from lmchat.types import IGNORE_INDEX, Rollout, UserError
@@ -161,7 +161,7 @@ def test_batched_gradients_equal_those_of_single_samples(
                 torch.tensor(rng.choice([0.0, 1.0], 4)).float(),
             )
         )
-    assert any(group.advantages.any() for group in groups)
+    assert any(group_advantages(group.rewards).any() for group in groups)
     total = sum(group.num_tokens for group in groups)
 
     grpo = module(net, normalization, len(groups))
@@ -175,7 +175,8 @@ def test_batched_gradients_equal_those_of_single_samples(
     expected = torch.zeros((), dtype=torch.float64)
     for group in groups:
         divisor = total if normalization == "step" else len(groups) * group.num_tokens
-        for advantage, completion in zip(group.advantages.tolist(), group.completions, strict=True):
+        advantages = group_advantages(group.rewards).tolist()
+        for advantage, completion in zip(advantages, group.completions, strict=True):
             ids = torch.tensor([[*group.prompt, *completion.ids]])
             logp = net.logits(net.hidden(ids[:, :-1])).double().log_softmax(-1)[0, len(group.prompt) - 1 :]
             chosen = logp.gather(1, torch.tensor(completion.ids)[:, None])[:, 0]

@@ -92,15 +92,15 @@ class DecodeState:
         return self._first[rows]
 
     @torch.inference_mode()
-    def set(self, slot: int, sequence: Sequence, position: int, base: int, frozen: bool) -> None:
-        """Assigns a sequence to a slot. ``position`` is that of the next token to read, ``base`` the slot's first."""
-        params = sequence.params
+    def set(self, slot: int, sequence: Sequence) -> None:
+        """Assigns a sequence to a slot, frozen unless it is prefilled."""
+        params, position = sequence.params, sequence.position
         values = {
             "token": sequence.prompt[position],
             "position": position,
             "end": position + params.max_new_tokens,
-            "base": base,
-            "frozen": frozen,
+            "base": sequence.base,
+            "frozen": not sequence.is_prefilled,
             "calculator": params.calculator,
             "in_call": False,
             "greedy": params.is_greedy,

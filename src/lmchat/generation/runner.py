@@ -2,10 +2,9 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -31,16 +30,6 @@ GPU_STEPS_PER_READ = 4
 
 GPU_COLUMNS = 256
 """On a GPU, attention reads slots in multiples of this many tokens, so that few shapes are captured."""
-
-
-class Decoded(NamedTuple):
-    """Tokens of the running sequences, (steps, rows) or (steps, rows, top_logprobs) each; see `StepOutput`."""
-
-    tokens: npt.NDArray[np.int64]
-    forced: npt.NDArray[np.bool_]
-    logprobs: npt.NDArray[np.float64]
-    top_ids: npt.NDArray[np.int64]
-    top_logprobs: npt.NDArray[np.float64]
 
 
 class Runner:
@@ -129,12 +118,15 @@ class Runner:
         return self.net.hidden(torch.tensor([ids]).to(self.device, non_blocking=True), cache)
 
     @torch.inference_mode()
-    def decode(self, sequences: Seq[Sequence], members: dict[SharedPrompt, list[int]]) -> Decoded:
+    def decode(self, sequences: Seq[Sequence], members: dict[SharedPrompt, list[int]]) -> StepOutput:
         """Decodes the sequences, which are in the first slots of the pool, for a few steps.
 
         Args:
             sequences: sequences by row.
             members: rows of each shared prompt, in the order of the prompts' slots.
+
+        Returns:
+            The outputs of the sequences' rows on the host, with a first dimension of steps.
         """
         rows = self.bucket(len(sequences))
         steps = GPU_STEPS_PER_READ if self.graphs is not None else 1
@@ -170,13 +162,12 @@ class Runner:
     def _sample(self, hidden: Tensor, mode: SamplingMode, params: RowParams) -> Sampled:
         """Samples a token per row of hidden states (rows, n_embd)."""
         vocab_size = self.state.vocab_size
-        raw, parts = self.net.lm_head(hidden), []
+        raw = self.net.lm_head(hidden)
         size = len(raw) if raw.is_cuda else max(1, HEAD_LOGITS // raw.size(1))
         if len(raw) <= size:
             return sample(raw, vocab_size, mode, params)
-        for start in range(0, len(raw), size):
-            part = slice(start, start + size)
-            parts.append(sample(raw[part], vocab_size, mode, RowParams(*(field[part] for field in params))))
+        columns = (column.split(size) for column in (raw, *params))
+        parts = [sample(part, vocab_size, mode, RowParams(*own)) for part, *own in zip(*columns, strict=True)]
         return Sampled(*map(torch.cat, zip(*parts, strict=True)))
 
     def _groups(self, rows: int, members: dict[SharedPrompt, list[int]], multiple: int) -> Groups:
@@ -219,12 +210,12 @@ class Runner:
         return values.pin_memory().to(self.device, non_blocking=True)
 
 
-def _read(outputs: Seq[StepOutput], rows: int) -> Decoded:
+def _read(outputs: Seq[StepOutput], rows: int) -> StepOutput:
     """Copies the outputs to the host, the only place where the host waits for the device."""
     if not outputs[0].tokens.is_cuda:
         (output,) = outputs
-        return Decoded(*(field.numpy()[None] for field in output))
-    packed = torch.stack([torch.column_stack([field.double() for field in output]) for output in outputs]).cpu().numpy()
-    tokens, forced, logprobs, *_ = packed[:, :rows].transpose(2, 0, 1)
-    top_ids, top_logprobs = np.split(packed[:, :rows, 3:], 2, axis=2)
-    return Decoded(tokens.astype(np.int64), forced > 0, logprobs, top_ids.astype(np.int64), top_logprobs)
+        return StepOutput(*(field[None] for field in output))
+    packed = torch.stack([torch.column_stack([field.double() for field in output]) for output in outputs]).cpu()
+    tokens, forced, logprobs, *_ = packed[:, :rows].unbind(2)
+    top_ids, top_logprobs = packed[:, :rows, 3:].chunk(2, dim=2)
+    return StepOutput(tokens.long(), forced > 0, logprobs, top_ids.long(), top_logprobs)

@@ -4,9 +4,10 @@ from collections import deque
 from collections.abc import Collection, Iterable
 
 from lmchat.generation.cached_attention import Chunk
+from lmchat.generation.decode_state import StepOutput
 from lmchat.generation.kv_pool import KVPool, MemoryBudget
 from lmchat.generation.prefix_cache import PrefixCache
-from lmchat.generation.runner import Decoded, Runner
+from lmchat.generation.runner import Runner
 from lmchat.generation.sequence import Sequence, SharedPrompt
 
 CHUNK_TOKENS = 256
@@ -80,7 +81,7 @@ class Scheduler:
             if any(sequence.is_prefilled for sequence in self.running):
                 return
 
-    def decode(self) -> tuple[list[Sequence], Decoded]:
+    def decode(self) -> tuple[list[Sequence], StepOutput]:
         """Decodes all rows for a few steps. Returns their sequences and tokens."""
         # Rows that only fill up a bucket write to their slots too.
         self.prefixes.vacate(len(self.running), self.runner.bucket(len(self.running)))
@@ -181,12 +182,7 @@ class Scheduler:
         else:
             sequence.prefilled, sequence.inherited = self.prefixes.load(sequence.prompt[:-1], row, self.running)
         self.running.append(sequence)
-        self._set_state(row)
-
-    def _set_state(self, row: int) -> None:
-        sequence = self.running[row]
-        frozen = not sequence.is_prefilled
-        self.runner.state.set(row, sequence, sequence.position, sequence.base, frozen)
+        self.runner.state.set(row, sequence)
 
     def _prefill(self, max_tokens: int) -> None:
         """Prefills the next chunk of each incomplete prompt, about ``max_tokens`` tokens in total."""
@@ -207,7 +203,7 @@ class Scheduler:
             self.runner.prefill(chunks, ids)
         for chunk in chunks:
             if chunk.pool is pool:
-                self._set_state(chunk.slot)
+                self.runner.state.set(chunk.slot, self.running[chunk.slot])
 
     def _free(self, row: int) -> None:
         """Removes the sequence from its row; the last row moves there."""

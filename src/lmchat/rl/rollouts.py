@@ -36,11 +36,6 @@ class Group:
     rewards: Tensor
 
     @property
-    def advantages(self) -> Tensor:
-        """(samples,) float32."""
-        return group_advantages(self.rewards)
-
-    @property
     def num_tokens(self) -> int:
         """Number of sampled tokens; forced ones do not count."""
         return sum(sum(completion.mask) for completion in self.completions)
@@ -52,7 +47,7 @@ class Group:
         advantage have no gradient and are left out. The stop token of a sample is a target; the reference leaves it
         out, so its policy never learns when to stop. Without samples the row is empty.
         """
-        pairs = zip(self.completions, self.advantages.tolist(), strict=True)
+        pairs = zip(self.completions, group_advantages(self.rewards).tolist(), strict=True)
         samples = [(completion, advantage) for completion, advantage in pairs if advantage]
         *prompt, last = self.prompt if samples else self.prompt[-1:]
         rows = [(token, IGNORE_INDEX, 0.0, 0.0) for token in prompt]
@@ -175,7 +170,7 @@ def rollout_metrics(groups: Sequence[Group], all_reduce: Callable[[Tensor], Tens
         int((rewards >= 1).sum()),
         sum(not completion.finished for completion in completions),
         -sum(map(sum, (completion.logprobs for completion in completions))),
-        sum(not group.advantages.any() for group in groups),
+        sum(not group_advantages(group.rewards).any() for group in groups),
     ]
     totals = all_reduce(torch.tensor(sums, dtype=torch.float64)).tolist()
     samples, tokens, reward, full_rewards, truncated, sampled_nll, no_signal = totals
