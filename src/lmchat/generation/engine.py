@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import chain, count
 from typing import Any, Literal
 
 import torch
@@ -82,7 +83,7 @@ class Engine:
         self.prefixes = PrefixCache(self.runner.pool)
         self.scheduler = Scheduler(self.runner, max_rows, self.budget, self.prefixes)
         self._requests: dict[int, list[Sequence]] = {}  # unfinished samples by request
-        self._next_id = 0
+        self._ids = count()
 
     @property
     def context_limit(self) -> int:
@@ -122,9 +123,7 @@ class Engine:
             UserError: the prompt is empty, has ids outside the vocabulary, or does not fit with ``max_new_tokens`` into
                 the model's context or the memory for keys and values.
         """
-        sequences = self._sequences("the prompt", prompt, params or SamplingParams())
-        self.scheduler.add(sequences)
-        return self._register(sequences)
+        return self._queue([self._sequences("the prompt", prompt, params or SamplingParams())])[0]
 
     def step(self) -> list[TokenEvent]:
         """Admits requests, prefills prompts and decodes one token of every running sequence, on a GPU a few.
@@ -195,16 +194,8 @@ class Engine:
             raise UserError(
                 f"{len(params)} sampling parameters for {len(prompts)} prompts; give one for all, or one per prompt"
             )
-        by_prompt = [
-            self._sequences(f"prompt {index}", prompt, each)
-            for index, (prompt, each) in enumerate(zip(prompts, params, strict=True))
-        ]
-        sharing: dict[tuple[int, ...], list[Sequence]] = {}
-        for sequence in (sequence for sequences in by_prompt for sequence in sequences):
-            sharing.setdefault(sequence.prompt, []).append(sequence)
-        for sequences in sharing.values():
-            self.scheduler.add(sequences)
-        requests = [self._register(sequences) for sequences in by_prompt]
+        by_prompt = [self._sequences(f"prompt {i}", prompt, params[i]) for i, prompt in enumerate(prompts)]
+        requests = self._queue(by_prompt)
         try:
             while any(request in self._requests for request in requests):
                 self.step()
@@ -222,8 +213,7 @@ class Engine:
         return self._stream(self._sequences("the prompt", prompt, params or SamplingParams())[0])
 
     def _stream(self, sequence: Sequence) -> Iterator[StreamedToken]:
-        self.scheduler.add([sequence])
-        request = self._register([sequence])
+        (request,) = self._queue([[sequence]])
         stream, completion, read = TokenStream(self.tokenizer), sequence.completion, 0
         try:
             while request in self._requests:
@@ -286,13 +276,15 @@ class Engine:
         likely = list(zip(*top, strict=True))[: sequence.params.top_logprobs] if shown else []
         return TokenEvent(sequence.request, sequence.sample, token, forced, logprob if shown else None, likely, reason)
 
-    def _register(self, sequences: list[Sequence]) -> int:
-        request = self._next_id
-        self._next_id += 1
-        self._requests[request] = list(sequences)
-        for sequence in sequences:
-            sequence.request = request
-        return request
+    def _queue(self, by_request: list[list[Sequence]]) -> list[int]:
+        """Queues the sequences of requests, and returns the requests' ids."""
+        ids = [next(self._ids) for _ in by_request]
+        for request, sequences in zip(ids, by_request, strict=True):
+            self._requests[request] = list(sequences)
+            for sequence in sequences:
+                sequence.request = request
+        self.scheduler.add(chain(*by_request))
+        return ids
 
     def _forget(self, sequences: list[Sequence]) -> None:
         """Removes finished sequences, and their requests if they were the last ones."""

@@ -45,13 +45,14 @@ class Scheduler:
         units = (*self.waiting, *self.shared)
         return sum(len(unit.waiting) if isinstance(unit, SharedPrompt) else 1 for unit in units)
 
-    def add(self, sequences: list[Sequence]) -> None:
-        """Adds sequences of one prompt to the queue."""
-        prompt = sequences[0].prompt
-        if len(sequences) > 1 and len(prompt) > 1:
-            self.waiting.append(SharedPrompt(prompt, sequences))
-        else:
-            self.waiting.extend(sequences)
+    def add(self, sequences: Iterable[Sequence]) -> None:
+        """Adds sequences to the queue; those with equal prompts share them."""
+        by_prompt: dict[tuple[int, ...], list[Sequence]] = {}
+        for sequence in sequences:
+            by_prompt.setdefault(sequence.prompt, []).append(sequence)
+        for prompt, sharing in by_prompt.items():
+            shared = len(sharing) > 1 and len(prompt) > 1
+            self.waiting.extend([SharedPrompt(prompt, sharing)] if shared else sharing)
 
     def remove(self, sequences: Iterable[Sequence]) -> None:
         """Removes sequences, whether waiting or running."""
