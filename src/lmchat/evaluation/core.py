@@ -46,7 +46,6 @@ class CoreTask:
     """A task of the bundle.
 
     Attributes:
-        name: label of the task.
         kind: how items are rendered and scored.
         path: JSON lines file of the items.
         num_fewshot: number of solved items before each question.
@@ -108,10 +107,7 @@ class Example:
 
 
 def read_bundle(path: Path) -> list[CoreTask]:
-    """The tasks of an evaluation bundle, in the order of the bundle.
-
-    Args:
-        path: folder or zip file of the bundle.
+    """The tasks of an evaluation bundle, a folder or zip file, in its order.
 
     Raises:
         UserError: a file is missing or malformed.

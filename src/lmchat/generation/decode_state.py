@@ -61,22 +61,15 @@ class DecodeState:
         self.vocab_size = vocab_size
         self.call_start, self.call_end = tokenizer.special("python_start"), tokenizer.special("python_end")
 
-        def integers(*shape: int) -> Tensor:
-            return torch.zeros(num_slots, *shape, dtype=torch.int64, device=device)
+        def new(dtype: torch.dtype, *shape: int) -> Tensor:
+            return torch.zeros(num_slots, *shape, dtype=dtype, device=device)
 
-        def flags() -> Tensor:
-            return torch.zeros(num_slots, dtype=torch.bool, device=device)
-
-        def numbers() -> Tensor:
-            return torch.ones(num_slots, dtype=torch.float64, device=device)
-
-        self.token, self.position, self.end, self.base = integers(), integers(), integers(), integers()
-        self.frozen, self.calculator, self.in_call, self.greedy = flags(), flags(), flags(), flags()
-        self.stops = integers(MAX_STOPS)
-        self.forced = integers(MAX_FORCED + 1)  # the last column is read when all are used
-        self.forced_at, self.forced_end = integers(), integers()
-        self.temperature, self.top_p, self.top_k = numbers(), numbers(), integers()
-        self.uniform = numbers()
+        self.token, self.position, self.end, self.base, self.top_k = (new(torch.int64) for _ in range(5))
+        self.frozen, self.calculator, self.in_call, self.greedy = (new(torch.bool) for _ in range(4))
+        self.temperature, self.top_p, self.uniform = (new(torch.float64).fill_(1) for _ in range(3))
+        self.stops = new(torch.int64, MAX_STOPS)
+        self.forced = new(torch.int64, MAX_FORCED + 1)  # the last column is read when all are used
+        self.forced_at, self.forced_end = new(torch.int64), new(torch.int64)
         self._first: dict[int, DecodeState] = {}
 
     @property

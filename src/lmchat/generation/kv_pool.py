@@ -34,14 +34,10 @@ def free_memory(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class SlotLayout:
-    """The size of a slot.
+    """The size of a slot, with keys and values of ``dtype``.
 
     Layers whose window is shorter than the sequence store only the last tokens: token i of a slot is in column
     i mod `columns` of the layer.
-
-    Attributes:
-        config: shape of the network.
-        dtype: dtype of keys and values.
     """
 
     config: GPTConfig
@@ -72,7 +68,6 @@ class KVPool:
     """Slots of keys and values, all of one capacity.
 
     Attributes:
-        layout: size of the slots.
         capacity: tokens that fit into a slot, in layers whose window does not limit them.
         num_slots: number of slots.
         keys, values: per layer (num_slots, kv heads, columns, head_dim).
@@ -122,13 +117,7 @@ class KVPool:
 
 
 class MemoryBudget:
-    """Number of slots that fit into memory.
-
-    Args:
-        layout: size of the slots.
-        device: device of the slots.
-        max_bytes: memory for keys and values; None is `MEMORY_SHARE` of the free memory when it is needed first.
-    """
+    """Number of slots that fit into ``max_bytes``; None is `MEMORY_SHARE` of the free memory at its first use."""
 
     def __init__(self, layout: SlotLayout, device: torch.device, max_bytes: int | None = None) -> None:
         self.layout = layout

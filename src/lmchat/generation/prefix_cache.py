@@ -23,11 +23,7 @@ class Held(NamedTuple):
 
 
 class PrefixCache:
-    """Cached slots and their tokens, evicted in LRU order.
-
-    Args:
-        pool: pool of the slots.
-    """
+    """Cached slots of a pool and their tokens, evicted in LRU order."""
 
     def __init__(self, pool: KVPool) -> None:
         self.pool = pool

@@ -33,12 +33,7 @@ GPU_COLUMNS = 256
 
 
 class Runner:
-    """The network in evaluation mode with its KV pool and decode state.
-
-    Args:
-        source: network to copy weights from; it is not modified.
-        tokenizer: the tokenizer it was trained with.
-        max_rows: maximum number of sequences decoded together.
+    """The network in evaluation mode with its KV pool and decode state, for at most ``max_rows`` sequences.
 
     Attributes:
         net: network with inference weights, see `InferenceWeights`.

@@ -22,12 +22,6 @@ class Scheduler:
 
     Running sequences are in rows 0, 1, …, which are also their slots in the KV pool. The row of a sequence is frozen
     during its prefill. When a sequence ends, the last one moves into its row.
-
-    Args:
-        runner: runs the rows.
-        max_rows: maximum number of running sequences.
-        budget: memory for keys and values.
-        prefixes: cache of finished sequences' slots.
     """
 
     def __init__(self, runner: Runner, max_rows: int, budget: MemoryBudget, prefixes: PrefixCache) -> None:

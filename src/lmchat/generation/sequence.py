@@ -40,7 +40,6 @@ class StreamedToken:
     """One token of a stream.
 
     Attributes:
-        id: token id.
         text: text added by the token; empty for special tokens and incomplete characters.
         role: text, calculator call or calculator output, the latter two including their special tokens.
     """

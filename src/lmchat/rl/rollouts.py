@@ -78,7 +78,6 @@ class Rollouts(IterableDataset[Rollout]):
     policy before the last step.
 
     Args:
-        mixture: the questions.
         engine: returns an engine on the current policy; called once per step.
         sampling: sampling parameters of every question; their seed follows from ``seed``.
         questions_per_step: number of questions over all ranks, a multiple of ``world_size``.
@@ -150,16 +149,11 @@ class Rollouts(IterableDataset[Rollout]):
 
 
 def rollout_metrics(groups: Sequence[Group], all_reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-    """Metrics of one step over all ranks.
+    """Metrics of one step over all ranks, from this rank's groups.
 
-    Args:
-        groups: the groups of this rank.
-        all_reduce: sums a float64 tensor over the ranks.
-
-    Returns:
-        reward: mean reward. pass@1: share of samples with reward 1. length: sampled tokens per sample. truncated: share
-        of samples cut at the token limit. entropy: mean negative log-likelihood of the sampled tokens, in nats.
-        no_signal: number of groups whose samples all have the same reward. sampled_tokens: their number.
+    reward: mean reward. pass@1: share of samples with reward 1. length: sampled tokens per sample. truncated: share of
+    samples cut at the token limit. entropy: mean negative log-likelihood of the sampled tokens, in nats. no_signal:
+    number of groups whose samples all have the same reward. sampled_tokens: their number.
     """
     rewards = torch.cat([group.rewards for group in groups]).double()
     completions = [completion for group in groups for completion in group.completions]

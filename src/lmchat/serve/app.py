@@ -54,7 +54,6 @@ class Server:
 
     Args:
         engine: the engine; must not be used otherwise while the application runs.
-        card: description of the model.
         api_key: bearer token that requests must have; None for none.
         loopback: whether the Host header must be this machine.
 

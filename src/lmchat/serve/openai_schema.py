@@ -89,10 +89,7 @@ class GenerationRequest(BaseModel):
     def sampling(self, max_new_tokens: int, *, calculator: bool, top_logprobs: int | None) -> SamplingParams:
         """Sampling parameters; missing options have OpenAI's defaults, a missing seed is random.
 
-        Args:
-            max_new_tokens: maximum number of tokens of a completion.
-            calculator: whether calculator calls are answered if the request does not say.
-            top_logprobs: see `lmchat.serve.run.Plan`.
+        ``calculator`` counts if the request does not say; for ``top_logprobs`` see `lmchat.serve.run.Plan`.
         """
         return SamplingParams(
             num_samples=self.samples,
