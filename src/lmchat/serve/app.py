@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import KW_ONLY, InitVar, dataclass
 from functools import partial
 from importlib.resources import files
 from typing import Any
@@ -49,6 +50,7 @@ PAGE = {
 """Files of the page with their types."""
 
 
+@dataclass(eq=False)
 class Server:
     """The server as an ASGI application, ``app``.
 
@@ -61,18 +63,15 @@ class Server:
         admission: set ``draining`` to refuse new requests.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        card: ModelCard,
-        limits: Limits,
-        *,
-        api_key: str | None = None,
-        loopback: bool = True,
-    ) -> None:
-        self.engine = engine
-        self.card = card
-        self.limits = limits
+    engine: Engine
+    card: ModelCard
+    limits: Limits
+    _: KW_ONLY
+    api_key: InitVar[str | None] = None
+    loopback: InitVar[bool] = True
+
+    def __post_init__(self, api_key: str | None, loopback: bool) -> None:
+        engine, limits = self.engine, self.limits
         self.worker = EngineWorker(engine)
         self.admission = Admission(limits)
         self.metrics = Metrics(lambda: engine.num_running, lambda: engine.num_waiting)

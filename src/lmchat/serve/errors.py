@@ -1,10 +1,12 @@
 """Errors of the HTTP interface, in OpenAI's shape."""
 
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
 
+@dataclass(eq=False)
 class APIError(Exception):
     """A request that is answered with an error: a message with problem and remedy, and an HTTP status.
 
@@ -15,28 +17,19 @@ class APIError(Exception):
         retry_after: seconds after which the client may retry.
     """
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        status: int = 400,
-        kind: str | None = None,
-        code: str | None = None,
-        param: str | None = None,
-        retry_after: int | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.message = message
-        self.status = status
-        self.kind = kind or ("invalid_request_error" if status < 500 else "server_error")
-        self.code = code
-        self.param = param
-        self.retry_after = retry_after
+    message: str
+    _: KW_ONLY
+    status: int = 400
+    kind: str | None = None
+    code: str | None = None
+    param: str | None = None
+    retry_after: int | None = None
 
     @property
     def body(self) -> dict[str, Any]:
         """The response's JSON."""
-        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+        kind = self.kind or ("invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     @property
     def response(self) -> Response:
