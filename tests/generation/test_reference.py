@@ -73,7 +73,7 @@ def test_requests_that_arrive_and_finish_at_different_times(data: st.DataObject)
     cancelled: set[int] = set()
     arrivals, known = data.draw(st.integers(1, 7)), [[65] * 20]
     while arrivals or len(reasons) < sum(options["num_samples"] for _, options in requests.values()):
-        if arrivals and (data.draw(st.booleans()) or not (engine.num_running or engine.num_waiting)):
+        if arrivals and (data.draw(st.booleans()) or not (engine.scheduler.running or engine.scheduler.num_waiting)):
             begin = data.draw(st.sampled_from(known)) if data.draw(st.booleans()) else []
             prompt = [*begin, *data.draw(prompts)][:150]
             options = data.draw(params)
@@ -94,7 +94,7 @@ def test_requests_that_arrive_and_finish_at_different_times(data: st.DataObject)
             cancelled.add(victim)
             for sample in range(requests[victim][1]["num_samples"]):
                 reasons.setdefault((victim, sample), None)
-    assert engine.num_running == engine.num_waiting == 0 and not engine.step()
+    assert len(engine.scheduler.running) == engine.scheduler.num_waiting == 0 and not engine.step()
     for request, (prompt, options) in requests.items():
         for sample, (ids, _, finished) in enumerate(expected_ids(prompt, options)):
             place = request, sample

@@ -59,7 +59,7 @@ def random_requests(count: int) -> list[tuple[list[int], SamplingParams, int]]:
 def answers(engine: Engine, requests: list[tuple[list[int], SamplingParams, int]]) -> list[dict[int, list[Any]]]:
     """Tokens of each request by sample, with what is told of them; requests arrive while others run."""
     rng, found = random.Random(0), list[dict[int, list[Any]]]()
-    while len(found) < len(requests) or engine.num_running or engine.num_waiting:
+    while len(found) < len(requests) or engine.scheduler.running or engine.scheduler.num_waiting:
         while len(found) < len(requests) and rng.random() < 0.4:
             prompt, params, _ = requests[len(found)]
             assert engine.add_request(prompt, params) == len(found)
@@ -100,7 +100,7 @@ def test_a_request_with_logits_that_are_not_finite_harms_no_later_one(
     expected = engine.generate([[256, 1, 2, 3]], GREEDY)[0][0].ids
     with pytest.raises(UserError, match="not finite"):
         engine.generate([[256, *[1] * 30, 7, *[2] * 20]], GREEDY)
-    assert engine.num_running == engine.num_waiting == 0
+    assert len(engine.scheduler.running) == engine.scheduler.num_waiting == 0
     for _ in range(3):
         assert engine.generate([[256, 1, 2, 3]], GREEDY)[0][0].ids == expected
 
@@ -119,7 +119,7 @@ def test_shared_prompts_stay_within_the_memory(monkeypatch: pytest.MonkeyPatch) 
     for number in range(12):
         engine.add_request([256, *[number] * 600], params)
     tokens = 0
-    while engine.num_running or engine.num_waiting:
+    while engine.scheduler.running or engine.scheduler.num_waiting:
         tokens += len(engine.step())
         pools = engine.runner.pool, engine.runner.prompts
         assert sum(each.num_slots * each.layout.slot_bytes(each.capacity) for each in pools) <= 3_000_000
@@ -138,7 +138,7 @@ def test_a_long_shared_prompt_does_not_slow_later_ones(on_gpu: bool, monkeypatch
         for number in range(8):
             engine.add_request([256, *[number] * 40], params)
         count = 0
-        while engine.num_running or engine.num_waiting:
+        while engine.scheduler.running or engine.scheduler.num_waiting:
             engine.step()
             count += 1
         return count
@@ -160,7 +160,7 @@ def test_groups_follow_a_smaller_number_of_prompts(monkeypatch: pytest.MonkeyPat
     engine.cancel(requests[2])
     engine.add_request([256, *[9] * 100], params)
     count = 0
-    while engine.num_running or engine.num_waiting:
+    while engine.scheduler.running or engine.scheduler.num_waiting:
         count += len(engine.step())
     assert count >= 24
 

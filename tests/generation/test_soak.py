@@ -69,7 +69,7 @@ def test_random_requests(count: int) -> None:
     finished, added, memory, tensors = [], 0, 0, 0
     while added < count or open_requests:
         # Without the limit, requests arrive faster than they are served, and the queue grows.
-        while added < count and engine.num_waiting < 40 and rng.random() < 0.6:
+        while added < count and engine.scheduler.num_waiting < 40 and rng.random() < 0.6:
             prompt, options = _random_request(rng)
             if rng.random() < 0.1:
                 with pytest.raises(UserError):
@@ -94,8 +94,8 @@ def test_random_requests(count: int) -> None:
             del open_requests[request], ended[request], answers[request]
         if not memory and added >= count // 2:
             memory, tensors = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, _tensor_bytes()
-    assert engine.num_running == engine.num_waiting == 0 and engine.step() == []
-    assert not (engine.scheduler.shared or engine._requests)
+    assert len(engine.scheduler.running) == engine.scheduler.num_waiting == 0 and engine.step() == []
+    assert not (engine.scheduler.shared or engine.requests)
     assert len(engine.prefixes) <= engine.runner.pool.num_slots
     if count >= 10_000:
         assert _tensor_bytes() < tensors + 1_000_000
@@ -124,12 +124,12 @@ def test_a_request_that_does_not_fit_now_waits() -> None:
     for number in range(5):
         engine.add_request([number, 1], SamplingParams(max_new_tokens=40, stop_tokens=()))
     engine.step()
-    assert (engine.num_running, engine.num_waiting) == (2, 3)
+    assert (len(engine.scheduler.running), engine.scheduler.num_waiting) == (2, 3)
     while engine.step():
         pool = engine.runner.pool
         assert pool.num_slots * pool.layout.slot_bytes(pool.capacity) <= engine.budget.max_bytes
-        assert engine.num_running <= 2
-    assert engine.num_waiting == 0
+        assert len(engine.scheduler.running) <= 2
+    assert engine.scheduler.num_waiting == 0
 
 
 def test_a_cancelled_request_frees_its_place_at_once() -> None:
@@ -137,7 +137,7 @@ def test_a_cancelled_request_frees_its_place_at_once() -> None:
     first = engine.add_request([1] * 100, SamplingParams(num_samples=16, max_new_tokens=100, stop_tokens=()))
     second = engine.add_request([2, 3], SamplingParams(max_new_tokens=2, stop_tokens=()))
     engine.step()
-    assert (engine.num_running, engine.num_waiting) == (16, 1)
+    assert (len(engine.scheduler.running), engine.scheduler.num_waiting) == (16, 1)
     engine.cancel(first)
     assert {event.request for event in engine.step()} == {second}
     engine.cancel(first)

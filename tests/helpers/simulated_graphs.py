@@ -10,7 +10,6 @@ from collections.abc import Callable, Hashable
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -19,7 +18,7 @@ from lmchat.generation.cached_attention import Groups
 from lmchat.generation.cuda_graphs import GraphedSteps
 from lmchat.generation.decode_state import StepOutput
 from lmchat.generation.engine import Engine
-from lmchat.generation.runner import Decoded, Runner
+from lmchat.generation.runner import Runner
 from lmchat.model.gpt import GPT
 from lmchat.tokenizer.bpe import Tokenizer
 
@@ -63,11 +62,9 @@ class _OnGPU:
         return getattr(self._runner, name)
 
 
-def _read(outputs: list[StepOutput], rows: int) -> Decoded:
+def _read(outputs: list[StepOutput], rows: int) -> StepOutput:
     """The steps' outputs, read together as on a GPU."""
-    columns = (torch.stack(each)[:, :rows].numpy() for each in zip(*outputs, strict=True))
-    tokens, forced, logprobs, top_ids, top_logprobs = columns
-    return Decoded(tokens, forced, logprobs.astype(np.float64), top_ids, top_logprobs.astype(np.float64))
+    return StepOutput(*(torch.stack(each)[:, :rows] for each in zip(*outputs, strict=True)))
 
 
 def gpu_engine(monkeypatch: pytest.MonkeyPatch, net: GPT, tokenizer: Tokenizer, **options: Any) -> Engine:

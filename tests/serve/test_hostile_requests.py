@@ -380,7 +380,9 @@ def test_full_slow_and_closing_servers() -> None:
         assert response.status_code == 200 and '"code":"timeout"' in events and events.endswith("data: [DONE]\n\n")
         blocked.clear()
         check(post(client, "/v1/completions", json.dumps(TEXT)), 200)
-        wait_for(lambda: live.server.admission.open == engine.num_running == engine.num_waiting == 0)
+        wait_for(
+            lambda: live.server.admission.open == len(engine.scheduler.running) == engine.scheduler.num_waiting == 0
+        )
         live.server.admission.draining = True
         assert client.get("/health").status_code == 503
         check(post(client, "/v1/completions", json.dumps(TEXT)), 503)

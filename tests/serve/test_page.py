@@ -119,7 +119,7 @@ def test_stop_keeps_the_partial_answer_and_frees_the_slot(open_page: Open, live:
         page.keyboard.press("Escape")
         page.wait_for_selector("text=stopped")
         assert texts(page, "assistant")[0]
-        wait_for(lambda: live.server.engine.num_running == 0)
+        wait_for(lambda: len(live.server.engine.scheduler.running) == 0)
     finally:
         live.server.engine.step = step  # type: ignore[method-assign]
     assert page.evaluate("document.activeElement.id") == "question"
@@ -149,7 +149,7 @@ def test_a_reload_keeps_the_partial_answer(open_page: Open, live: LiveServer, mo
     page.keyboard.press("Enter")
     wait_for(lambda: page.evaluate("document.querySelector('.busy > .body')?.textContent.length > 2"))
     page.reload()
-    wait_for(lambda: live.server.engine.num_running == 0)
+    wait_for(lambda: len(live.server.engine.scheduler.running) == 0)
     page.click("#conversations .open")
     assert texts(page, "assistant")[0] and "stopped" in page.inner_text(".note") and not page.locator(".error").count()
 

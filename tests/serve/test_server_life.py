@@ -61,13 +61,13 @@ def test_a_disconnected_client_frees_its_slot_within_a_step(
         if stream:
             response = client.send(request, stream=True)
             next(response.iter_raw())
-            assert engine.num_running == 3
+            assert len(engine.scheduler.running) == 3
             response.close()
         else:
             with pytest.raises(httpx.ReadTimeout):
                 client.send(request)
     steps = len(sizes)
-    wait_for(lambda: engine.num_running == 0)
+    wait_for(lambda: len(engine.scheduler.running) == 0)
     assert len(sizes) - steps <= 2, "the step that ran, and one more if the event loop was late"
     wait_for(lambda: live.server.admission.open == 0)
     assert live.server.metrics.disconnects._value.get() == before + 1
@@ -89,7 +89,7 @@ def test_stop_strings_end_one_sample_and_not_the_others(live: LiveServer) -> Non
     for chunk in client.completions.create(stop=stop, stream=True, **options):
         texts[chunk.choices[0].index] += chunk.choices[0].text
     assert texts == cut
-    wait_for(lambda: live.server.engine.num_running == 0)
+    wait_for(lambda: len(live.server.engine.scheduler.running) == 0)
 
 
 def test_a_slow_client_receives_everything(live: LiveServer) -> None:

@@ -61,6 +61,9 @@ class Engine:
         max_rows: maximum number of sequences decoded together.
         max_bytes: memory for keys and values; None is half of the free memory at the first use.
 
+    Attributes:
+        requests: unfinished samples by request.
+
     Raises:
         UserError: network and tokenizer differ in vocabulary size, or ``max_rows`` is below 1.
     """
@@ -78,7 +81,7 @@ class Engine:
         self.budget = MemoryBudget(self.runner.layout, self.runner.device, max_bytes)
         self.prefixes = PrefixCache(self.runner.pool)
         self.scheduler = Scheduler(self.runner, max_rows, self.budget, self.prefixes)
-        self._requests: dict[int, list[Sequence]] = {}  # unfinished samples by request
+        self.requests: dict[int, list[Sequence]] = {}
         self._ids = count()
 
     @property
@@ -86,19 +89,9 @@ class Engine:
         """Maximum number of tokens of a prompt and its completion."""
         return ROTARY_ROWS * self.config.sequence_len
 
-    @property
-    def num_running(self) -> int:
-        """Number of sequences in the batch."""
-        return len(self.scheduler.running)
-
-    @property
-    def num_waiting(self) -> int:
-        """Number of sequences waiting for a place in the batch."""
-        return self.scheduler.num_waiting
-
     def refresh(self) -> None:
         """Copies the network's current weights. Must not be called while requests are running."""
-        assert not self._requests, "the weights may not change under a running request; cancel or finish it first"
+        assert not self.requests, "the weights may not change under a running request; cancel or finish it first"
         self.runner.weights.refill()
         self.prefixes.clear()
 
@@ -140,7 +133,7 @@ class Engine:
                 raise UserError(NOT_FINITE)
         except Exception:
             # Drops all slots too, whose contents may be wrong: attention reads NaN even where it masks.
-            self._requests.clear()
+            self.requests.clear()
             self.scheduler.clear()
             self.budget.measure_again()
             raise
@@ -155,13 +148,9 @@ class Engine:
             self._forget(done)
         return events
 
-    def is_open(self, request: int) -> bool:
-        """Whether the request has unfinished samples."""
-        return request in self._requests
-
     def cancel(self, request: int, sample: int | None = None) -> None:
         """Cancels a request or one of its samples. Has no effect on finished ones."""
-        sequences = [each for each in self._requests.get(request, ()) if sample in (None, each.sample)]
+        sequences = [each for each in self.requests.get(request, ()) if sample in (None, each.sample)]
         self.scheduler.remove(sequences)
         self._forget(sequences)
 
@@ -193,7 +182,7 @@ class Engine:
         by_prompt = [self._sequences(f"prompt {i}", prompt, params[i]) for i, prompt in enumerate(prompts)]
         requests = self._queue(by_prompt)
         try:
-            while any(request in self._requests for request in requests):
+            while any(request in self.requests for request in requests):
                 self.step()
         finally:
             for request in requests:
@@ -212,7 +201,7 @@ class Engine:
         (request,) = self._queue([[sequence]])
         stream, completion, read = TokenStream(self.tokenizer), sequence.completion, 0
         try:
-            while request in self._requests:
+            while request in self.requests:
                 self.step()
                 while read < len(completion.ids):
                     last = sequence.done and read == len(completion.ids) - 1
@@ -276,7 +265,7 @@ class Engine:
         """Queues the sequences of requests, and returns the requests' ids."""
         ids = [next(self._ids) for _ in by_request]
         for request, sequences in zip(ids, by_request, strict=True):
-            self._requests[request] = list(sequences)
+            self.requests[request] = list(sequences)
             for sequence in sequences:
                 sequence.request = request
         self.scheduler.add(chain(*by_request))
@@ -285,10 +274,10 @@ class Engine:
     def _forget(self, sequences: list[Sequence]) -> None:
         """Removes finished sequences, and their requests if they were the last ones."""
         for sequence in sequences:
-            unfinished = self._requests[sequence.request]
+            unfinished = self.requests[sequence.request]
             unfinished.remove(sequence)
             if not unfinished:
-                del self._requests[sequence.request]
+                del self.requests[sequence.request]
 
     def _sequences(self, name: str, prompt: Seq[int], params: SamplingParams) -> list[Sequence]:
         ids = self._checked(name, prompt, params.max_new_tokens)

@@ -74,7 +74,7 @@ class Server:
         engine, limits = self.engine, self.limits
         self.worker = EngineWorker(engine)
         self.admission = Admission(limits)
-        self.metrics = Metrics(lambda: engine.num_running, lambda: engine.num_waiting)
+        self.metrics = Metrics(lambda: len(engine.scheduler.running), lambda: engine.scheduler.num_waiting)
         self.max_prompt_tokens = min(limits.max_prompt_tokens or engine.context_limit, engine.context_limit - 1)
         self.max_new_tokens = min(limits.max_new_tokens or engine.context_limit, engine.context_limit - 1)
         self._longest_token = int(engine.tokenizer.token_bytes.max())
@@ -199,8 +199,8 @@ class Server:
         content = {
             "status": state,
             "model": self.card.name,
-            "running": self.engine.num_running,
-            "waiting": self.engine.num_waiting,
+            "running": len(self.engine.scheduler.running),
+            "waiting": self.engine.scheduler.num_waiting,
         }
         return JSONResponse(content, status_code=200 if state == "ok" else 503)
 

@@ -185,7 +185,7 @@ class EngineWorker:
 
     def _forget_ended(self, requests: Iterable[int]) -> None:
         for request in requests:
-            if not self.engine.is_open(request):
+            if request not in self.engine.requests:
                 self._owners.pop(request, None)
 
     def _fail_all(self, error: EngineFailure) -> None:
