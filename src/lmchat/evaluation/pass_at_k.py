@@ -54,12 +54,8 @@ class PassAtKEvaluator(Evaluator):
     def update(self, policy: Policy, batch: list[Conversation]) -> None:
         self._questions.to(policy.net.device)  # first: NCCL cannot reduce a failed rank's on a CPU
         answers = zip(batch, sampled_answers(policy.engine, batch, self.sampling), strict=True)
-        correct = torch.tensor(
-            [sum(self.grader.evaluate(question, text) for text in texts) for question, texts in answers],
-            dtype=torch.int64,  # a rank may have no questions
-            device=policy.net.device,
-        )
-        self._questions.update(torch.bincount(correct, minlength=self.sampling.num_samples + 1))
+        correct = [sum(self.grader.evaluate(question, text) for text in texts) for question, texts in answers]
+        self._questions.update([correct.count(number) for number in range(self.sampling.num_samples + 1)])
 
     def compute(self) -> Metrics:
         questions, samples = self._questions.pop(), self.sampling.num_samples

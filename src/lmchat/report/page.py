@@ -106,15 +106,12 @@ def _html_samples(heading: str, stage: StageRun) -> str:
 
 
 def _html_table(table: Table) -> str:
-    kinds = [
-        "" if index == 0 or not table.numeric else ' class="number"'
-        for index in range(len(table.header or table.rows[0]))
-    ]
-    head = "".join(f'<th scope="col"{kinds[index]}>{escape(cell)}</th>' for index, cell in enumerate(table.header))
-    rows = "".join(
-        "<tr>" + "".join(f"<td{kinds[index]}>{escape(cell)}</td>" for index, cell in enumerate(row)) + "</tr>"
-        for row in table.rows
-    )
+    def cells(tag: str, texts: Sequence[str], scope: str = "") -> str:
+        kinds = ("", *[' class="number"' if table.numeric else ""] * (len(texts) - 1))
+        return "".join(f"<{tag}{scope}{kind}>{escape(text)}</{tag}>" for kind, text in zip(kinds, texts, strict=False))
+
+    head = cells("th", table.header, ' scope="col"')
+    rows = "".join(f"<tr>{cells('td', row)}</tr>" for row in table.rows)
     return f'<div class="scroll"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
 
 
