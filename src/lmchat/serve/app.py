@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 
 from lmchat.generation.engine import Engine
 from lmchat.serve.engine_worker import EngineWorker
@@ -103,7 +104,8 @@ class Server:
         for name, kind in PAGE.items():
             content = (files("lmchat.serve") / "page" / name).read_bytes()
             path = "/" if name == "index.html" else f"/{name}"
-            get(path)(_static(content, kind))
+            page = Response(content, media_type=kind, headers={"Cache-Control": "no-cache"})
+            app.routes.append(Route(path, page, methods=["GET", "HEAD"]))
         app.add_exception_handler(APIError, _on_error)
         app.add_exception_handler(HTTPException, _on_error)
         return app
@@ -285,13 +287,6 @@ class Server:
             "max_model_len": self.engine.context_limit,
             "details": details,
         }
-
-
-def _static(content: bytes, kind: str) -> Any:
-    async def send() -> Response:
-        return Response(content, media_type=kind, headers={"Cache-Control": "no-cache"})
-
-    return send
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

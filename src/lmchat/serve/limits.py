@@ -25,15 +25,9 @@ class Limits:
     max_seconds: float = 300.0
 
     def __post_init__(self) -> None:
-        check_count("", 0, max_queued=self.max_queued)
-        check_count(
-            "",
-            1,
-            max_running=self.max_running,
-            max_prompt_tokens=self.max_prompt_tokens,
-            max_new_tokens=self.max_new_tokens,
-            max_body_bytes=self.max_body_bytes,
-        )
+        counts = {name: value for name, value in vars(self).items() if name != "max_seconds"}
+        check_count("", 0, max_queued=counts.pop("max_queued"))
+        check_count("", 1, **counts)
         if not 0 < self.max_seconds <= 1e6:
             raise UserError(f"--max_seconds is {self.max_seconds}; give a number of seconds, for example 300")
 

@@ -1,6 +1,7 @@
 """Metrics of the server in Prometheus' text format."""
 
 from collections.abc import Callable
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -14,24 +15,20 @@ class Metrics:
         self.registry = registry = CollectorRegistry()
         Gauge("lmchat_running", "Completions in the batch", registry=registry).set_function(running)
         Gauge("lmchat_waiting", "Completions waiting for a place in the batch", registry=registry).set_function(waiting)
-        self.requests = Counter(
-            "lmchat_requests", "Requests by path and HTTP status", ["path", "status"], registry=registry
+        counter, histogram = partial(Counter, registry=registry), partial(Histogram, registry=registry)
+        self.requests = counter("lmchat_requests", "Requests by path and HTTP status", ["path", "status"])
+        self.disconnects = counter(
+            "lmchat_disconnects", "Requests whose client disconnected before the answer was complete"
         )
-        self.disconnects = Counter(
-            "lmchat_disconnects", "Requests whose client disconnected before the answer was complete", registry=registry
-        )
-        self.prompt_tokens = Counter("lmchat_prompt_tokens", "Tokens of prompts", registry=registry)
-        self.generated_tokens = Counter("lmchat_generated_tokens", "Generated tokens", registry=registry)
-        self.first_token = Histogram(
-            "lmchat_first_token_seconds", "Time to the first token", buckets=_SECONDS, registry=registry
-        )
-        self.token_interval = Histogram(
+        self.prompt_tokens = counter("lmchat_prompt_tokens", "Tokens of prompts")
+        self.generated_tokens = counter("lmchat_generated_tokens", "Generated tokens")
+        self.first_token = histogram("lmchat_first_token_seconds", "Time to the first token", buckets=_SECONDS)
+        self.token_interval = histogram(
             "lmchat_token_interval_seconds",
             "Mean time between a completion's tokens",
             buckets=(0.001, 0.0025, *_SECONDS),
-            registry=registry,
         )
-        self.duration = Histogram("lmchat_request_seconds", "Time of a request", buckets=_SECONDS, registry=registry)
+        self.duration = histogram("lmchat_request_seconds", "Time of a request", buckets=_SECONDS)
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
