@@ -99,14 +99,9 @@ class Engine:
     # Requests, step by step
 
     def add_request(self, prompt: Seq[int], params: SamplingParams | None = None) -> int:
-        """Queues a prompt. It enters the batch in a later `step`, once there is room.
+        """Queues a prompt, at least one token id, and returns the id of the request, for `TokenEvent` and `cancel`.
 
-        Args:
-            prompt: token ids, at least one.
-            params: sampling parameters; default `SamplingParams()`.
-
-        Returns:
-            The id of the request, for `TokenEvent.request` and `cancel`.
+        It enters the batch in a later `step`, once there is room. ``params`` default to `SamplingParams()`.
 
         Raises:
             UserError: the prompt is empty, has ids outside the vocabulary, or does not fit with ``max_new_tokens`` into
@@ -160,15 +155,12 @@ class Engine:
     def generate(
         self, prompts: Seq[Seq[int]], params: SamplingParams | Seq[SamplingParams] | None = None
     ) -> list[list[Completion]]:
-        """Completes prompts.
+        """Returns ``num_samples`` completions of each prompt.
 
         Args:
             prompts: token ids of each prompt, not empty. Equal prompts are prefilled once.
             params: sampling parameters, for all prompts or one per prompt; default `SamplingParams()`. Prompts with the
                 same seed use the same random numbers.
-
-        Returns:
-            ``num_samples`` completions of each prompt.
 
         Raises:
             UserError: as in `add_request`, or the model's logits are not finite.
