@@ -23,7 +23,7 @@ from lmchat.__main__ import main
 from lmchat.generation.engine import TokenEvent
 from lmchat.serve import http_io
 from lmchat.serve.app import Server
-from lmchat.serve.http_server import _Uvicorn, open_socket, uvicorn_config
+from lmchat.serve.http_server import _Uvicorn, open_socket, run_server
 from lmchat.serve.limits import Limits
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.types import UserError
@@ -251,16 +251,16 @@ def test_a_second_signal_ends_the_server_at_once_and_silently(process: tuple[Ser
 def test_sigint_before_the_server_starts_is_a_graceful_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     """Python's asyncio would cancel the server's tasks."""
     server = Server(tiny_engine(), CARD, Limits())
-    runner = _Uvicorn(uvicorn_config(server), server)
-    serve, handler = runner.serve, signal.getsignal(signal.SIGINT)
+    serve, handler, started = _Uvicorn.serve, signal.getsignal(signal.SIGINT), []
 
-    async def interrupted(sockets: Any) -> None:
+    async def interrupted(runner: _Uvicorn, sockets: Any) -> None:
         signal.raise_signal(signal.SIGINT)
-        await serve(sockets)
+        await serve(runner, sockets)
+        started.append(runner.started)
 
-    monkeypatch.setattr(runner, "serve", interrupted)
-    runner.run([open_socket("127.0.0.1", 0)])
-    assert runner.started and server.admission.draining
+    monkeypatch.setattr(_Uvicorn, "serve", interrupted)
+    run_server(server, open_socket("127.0.0.1", 0))
+    assert started == [True] and server.admission.draining
     assert signal.getsignal(signal.SIGINT) is handler
 
 

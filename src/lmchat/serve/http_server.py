@@ -105,30 +105,11 @@ class _Protocol(H11Protocol):
 
 
 class _Uvicorn(uvicorn.Server):
-    """Shuts down gracefully after a signal: refuses new requests and finishes open ones. A second one exits at once."""
-
-    def __init__(self, config: uvicorn.Config, server: Server) -> None:
-        super().__init__(config)
-        self._server = server
-
-    def run(self, sockets: list[socket.socket] | None = None) -> None:
-        # Before the event loop starts: with Python's own handler, asyncio would cancel the server at SIGINT.
-        earlier = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            super().run(sockets)
-        finally:
-            for number, handler in earlier.items():
-                signal.signal(number, handler)
+    """Leaves the signal handlers to `run_server`."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        yield  # `run` has set the handlers
-
-    def _stop(self, number: int, frame: object) -> None:
-        if self.should_exit:
-            os._exit(128 + number)  # cancelled requests would print tracebacks
-        self._server.admission.draining = True
-        self.should_exit = True
+        yield
 
 
 def uvicorn_config(server: Server) -> uvicorn.Config:
@@ -145,6 +126,19 @@ def uvicorn_config(server: Server) -> uvicorn.Config:
 
 
 def run_server(server: Server, listener: socket.socket) -> None:
-    """Serves until SIGINT or SIGTERM."""
+    """Serves until SIGINT or SIGTERM, then finishes open requests only. A second signal exits at once."""
+    running = _Uvicorn(uvicorn_config(server))
+
+    def stop(number: int, frame: object) -> None:
+        if running.should_exit:
+            os._exit(128 + number)  # cancelled requests would print tracebacks
+        server.admission.draining = running.should_exit = True
+
     raise_file_limit()
-    _Uvicorn(uvicorn_config(server), server).run(sockets=[listener])
+    # Before the event loop starts: with Python's own handler, asyncio would cancel the server at SIGINT.
+    earlier = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        running.run(sockets=[listener])
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
