@@ -101,7 +101,7 @@ def run_core(
     subject = load()
     model, limit = subject.model, min(max_tokens or subject.model.context_limit, subject.model.context_limit)
     evaluators = (
-        CoreEvaluator([task], model.tokenizer, max_tokens=limit, max_per_task=max_per_task, device=model.device)
+        CoreEvaluator([task], model.tokenizer, max_tokens=limit, max_per_task=max_per_task, device=model.net.device)
         for task in tasks
     )
     _report(evaluators, subject, "CORE" if len(tasks) == len(found) else None)
@@ -109,7 +109,7 @@ def run_core(
 
 def run_chat(subject: Subject, tasks: Mapping[str, Task], **options: Any) -> None:
     """Evaluates on chat benchmarks and reports; for ``options`` see `ChatCoreEvaluator`."""
-    device = subject.model.device
+    device = subject.model.net.device
     evaluators = (ChatCoreEvaluator({name: task}, device=device, **options) for name, task in tasks.items())
     _report(evaluators, subject, "ChatCORE" if set(tasks) == set(CHAT_CORE) else None)
 

@@ -30,12 +30,11 @@ class HFModel:
         with user_errors("transformers is not installed", "install it: pip install 'lmchat[hf]'", ImportError):
             from transformers import AutoModelForCausalLM, AutoTokenizer
         self.path = path
-        self.device = torch.device(device)
         problem = f"{path} has no causal language model for transformers"
         with user_errors(problem, "give the folder of one", OSError, ValueError, KeyError):
             self._encoder = AutoTokenizer.from_pretrained(path, local_files_only=True)
             net: Any = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
-        self.net = net.to(self.device).eval()
+        self.net = net.to(device).eval()
         self._keeps_logits = "logits_to_keep" in inspect.signature(net.forward).parameters
 
     @property
@@ -86,7 +85,7 @@ class HFModel:
         rows = list(dict.fromkeys((tuple(o), s) for q in questions for o, s in zip(q.options, q.spans, strict=True)))
         ids = pad_sequence([torch.tensor(option) for option, _ in rows], batch_first=True)
         first = min(start for _, (start, _) in rows) - 1
-        logits = self._logits(ids.to(self.device), first)
+        logits = self._logits(ids.to(self.net.device), first)
         picked = [
             row_logits[start - 1 - first : end - 1 - first]
             for row_logits, (_, (start, end)) in zip(logits, rows, strict=True)

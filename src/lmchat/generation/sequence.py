@@ -49,35 +49,6 @@ class StreamedToken:
     role: Role
 
 
-class ToolUse:
-    """Handles the calculator calls of one sequence.
-
-    Collects the expression after ``<|python_start|>``. At ``<|python_end|>`` the calculator evaluates it, and
-    ``<|output_start|>``, the result and ``<|output_end|>`` are forced as the next tokens.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.start = tokenizer.special("python_start")
-        self.end = tokenizer.special("python_end")
-        self.call: list[int] | None = None
-
-    def observe(self, token: int) -> list[int] | None:
-        """Processes a sampled token; ``<|python_start|>`` within a call restarts the call.
-
-        Returns the tokens to force next if it ends a call (none if the call has no value), else None.
-        """
-        if token == self.start:
-            self.call = []
-        elif self.call is not None and token != self.end:
-            self.call.append(token)
-        elif self.call is not None:
-            result, self.call = calculate(self.tokenizer.decode(self.call)), None
-            special, encode = self.tokenizer.special, self.tokenizer.encode
-            return [] if result is None else [special("output_start"), *encode(result), special("output_end")]
-        return None
-
-
 class Sequence:
     """One sample of a prompt while it is generated.
 
@@ -96,12 +67,13 @@ class Sequence:
         self.prompt = prompt
         self.params = params
         self.sample = sample
+        self.tokenizer = tokenizer
         self.request = -1
         self.shared: SharedPrompt | None = None
         self.uniforms = sample_uniforms(params.seed, sample, params.max_new_tokens)
         usual_stops = (tokenizer.special("assistant_end"), tokenizer.bos_id)
         self.stop_tokens = frozenset(usual_stops if params.stop_tokens is None else params.stop_tokens)
-        self.tool = ToolUse(tokenizer) if params.calculator else None
+        self._call_start, self._call_end = tokenizer.special("python_start"), tokenizer.special("python_end")
         self.completion = Completion()
         self.prefilled = 0
         self.inherited = 0
@@ -149,7 +121,21 @@ class Sequence:
         if self.params.logprobs:
             completion.logprobs.append(0.0 if forced else logprob)
         completion.finished = not forced and token in self.stop_tokens
-        return self.tool.observe(token) if self.tool and not forced else None
+        return self._answer() if token == self._call_end and self.params.calculator and not forced else None
+
+    def _answer(self) -> list[int] | None:
+        """The calculator's output, if any, for the call that the last token ends; None if there is no call.
+
+        The call is what follows the last ``<|python_start|>``, the output comes in ``<|output_start|>`` and
+        ``<|output_end|>``.
+        """
+        ids, tokenizer = self.completion.ids[:-1], self.tokenizer
+        marks = [place for place, token in enumerate(ids) if token in (self._call_start, self._call_end)]
+        if not marks or ids[marks[-1]] == self._call_end:
+            return None
+        result = calculate(tokenizer.decode(ids[marks[-1] + 1 :]))
+        output = [] if result is None else tokenizer.encode(result)
+        return output and [tokenizer.special("output_start"), *output, tokenizer.special("output_end")]
 
 
 class SharedPrompt:
