@@ -80,12 +80,12 @@ class Scheduler:
         """Decodes all rows for a few steps. Returns their sequences and tokens."""
         # Rows that only fill up a bucket write to their slots too.
         self.prefixes.vacate(len(self.running), self.runner.bucket(len(self.running)))
-        # Only shared prompts in the first slots are read: those with running sequences come first.
-        used = self.shared[: max((index + 1 for index, each in enumerate(self.shared) if each.running), default=0)]
-        members: dict[SharedPrompt, list[int]] = {shared: [] for shared in used}
+        members: dict[SharedPrompt, list[int]] = {shared: [] for shared in self.shared}
         for row, sequence in enumerate(self.running):
             if sequence.shared:
                 members[sequence.shared].append(row)
+        while members and not next(reversed(members.values())):
+            members.popitem()  # prompts in the last slots that only wait are not read
         return list(self.running), self.runner.decode(self.running, members)
 
     def resume(self, sequence: Sequence, forced: list[int]) -> None:
@@ -111,7 +111,6 @@ class Scheduler:
             if shared.waiting and shared.is_prefilled:
                 if not self._has_room(len(self.running) + 1, shared.waiting[0].slot_tokens):
                     return None
-                shared.running += 1
                 return shared.waiting.popleft()
         reserved = len(self.running) + sum(len(shared.waiting) for shared in self.shared)
         while self.waiting and reserved < self.max_rows:
@@ -204,8 +203,6 @@ class Scheduler:
         """Removes the sequence from its row; the last row moves there."""
         runner, last = self.runner, len(self.running) - 1
         sequence, moved = self.running[row], self.running[last]
-        if sequence.shared:
-            sequence.shared.running -= 1
         if not sequence.shared and sequence.is_prefilled:
             held = sequence.num_own
             if row != last:
@@ -220,9 +217,10 @@ class Scheduler:
 
     def _drop_unused_prompts(self) -> None:
         """Frees the slots of shared prompts without sequences; the last prompts move there."""
+        used = {sequence.shared for sequence in self.running}
         for slot in reversed(range(len(self.shared))):
             shared = self.shared[slot]
-            if not shared.running and not shared.waiting:
+            if shared not in used and not shared.waiting:
                 moved = self.shared.pop()
                 if moved is not shared:
                     self.runner.prompts.copy(len(self.shared), slot, moved.prefilled)

@@ -144,14 +144,12 @@ class SharedPrompt:
     Attributes:
         prompt: token ids.
         waiting: sequences that are not running yet.
-        running: number of running sequences.
         prefilled: number of prompt tokens in its slot; finally all but the last.
     """
 
     def __init__(self, prompt: tuple[int, ...], sequences: list[Sequence]) -> None:
         self.prompt = prompt
         self.waiting = deque(sequences)
-        self.running = 0
         self.prefilled = 0
         for sequence in sequences:
             sequence.shared = self
