@@ -8,6 +8,7 @@ from dataclasses import replace
 from lmchat.generation.engine import Engine
 from lmchat.generation.sampling import SamplingParams
 from lmchat.paths import base_dir
+from lmchat.serve.answers import append_part
 from lmchat.tokenizer.render import render_for_completion
 from lmchat.types import Message, Part, UserError
 
@@ -111,14 +112,10 @@ class TerminalChat:
         params, self.params = self.params, replace(self.params, seed=self.params.seed + 1)
         parts: list[Part] = []
         for token in self.engine.stream(prompt, params):
-            if not token.text:
-                continue
-            if not parts or parts[-1]["type"] != token.role:
-                print(_mark(parts[-1]["type"] if parts else "text", token.role), end="")
-                parts.append({"type": token.role, "text": ""})
-            parts[-1]["text"] += token.text
-            print(token.text.translate(CONTROLS), end="", flush=True)
-        print(_mark(parts[-1]["type"], "text") if parts else "", flush=True)
+            if token.text:
+                print(_mark(parts, token.role) + token.text.translate(CONTROLS), end="", flush=True)
+                append_part(parts, {"type": token.role, "text": token.text})
+        print(_mark(parts, "text"), flush=True)
         # An empty answer cannot be rendered in the next prompt, so question and answer are left out.
         if parts:
             self.messages += [asked, {"role": "assistant", "content": parts}]
@@ -154,8 +151,10 @@ class TerminalChat:
         return 0
 
 
-def _mark(before: str, after: str) -> str:
-    """Text printed between two parts of an answer; a calculator call is shown as ``[call = result]``."""
+def _mark(parts: list[Part], after: str) -> str:
+    """Text printed before a further part of an answer; a calculator call is shown as ``[call = result]``."""
+    if (before := parts[-1]["type"] if parts else "text") == after:
+        return ""
     closing = "]" if before != "text" and after == "text" else ""
     return closing + {"python": "[", "python_output": " = "}.get(after, "")
 
