@@ -32,6 +32,7 @@ class Generation:
     Attributes:
         remaining: numbers of the completions that have not ended.
         requests: the engine's requests, one per prompt, once they are queued.
+        events: tokens of steps, or the error that ends the generation.
     """
 
     def __init__(self, worker: EngineWorker, num_prompts: int, num_samples: int) -> None:
@@ -39,18 +40,14 @@ class Generation:
         self.requests: list[int] = []
         self._worker = worker
         self._num_samples = num_samples
-        self._events: asyncio.Queue[list[Numbered] | Exception] = asyncio.Queue()
-
-    def deliver(self, events: list[Numbered] | Exception) -> None:
-        """Called in the event loop with the tokens of a step, or the error that ends the generation."""
-        self._events.put_nowait(events)
+        self.events: asyncio.Queue[list[Numbered] | Exception] = asyncio.Queue()
 
     async def __aiter__(self) -> AsyncIterator[list[Numbered]]:
         while self.remaining:
             batch: list[Numbered] = []
-            waiting = [await self._events.get()]
-            while not self._events.empty():  # a slow reader gets all missed tokens at once
-                waiting.append(self._events.get_nowait())
+            waiting = [await self.events.get()]
+            while not self.events.empty():  # a slow reader gets all missed tokens at once
+                waiting.append(self.events.get_nowait())
             for events in waiting:
                 if isinstance(events, Exception):
                     raise events
@@ -201,7 +198,7 @@ class EngineWorker:
     def _send(self, batches: Mapping[Generation, list[Numbered] | Exception]) -> None:
         def deliver() -> None:
             for generation, events in batches.items():
-                generation.deliver(events)
+                generation.events.put_nowait(events)
 
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(deliver)
