@@ -8,13 +8,10 @@ from lmchat.model.gpt import GPT, Block, Linear
 
 
 class InferenceWeights:
-    """A copy of a network in eval mode, with its own weights.
+    """A copy of a network in eval mode, with its own weights; the network is not modified.
 
     Matrices are cast to the compute dtype once instead of at every use. Weights that already have this dtype are shared
     with the source. On CPUs that support it, matrices are in oneDNN's packed layout, and blocks are `PackedBlock`.
-
-    Args:
-        source: network to copy weights from; it is not modified.
     """
 
     def __init__(self, source: GPT) -> None:
