@@ -80,9 +80,6 @@ class _Log:
         if line := text.strip():
             print(line, file=self._stream, flush=True)
 
-    def flush(self) -> None:
-        """Every line is flushed."""
-
 
 def print_line(text: str) -> None:
     """Prints to stdout, above the progress bars if there are any."""

@@ -111,8 +111,10 @@ def fetch(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
     monkeypatch.setattr(download, "HfApi", partial(download.HfApi, endpoint=hub.endpoint))
     monkeypatch.setattr(download, "_FIRST_PAUSE_SECONDS", 0.01)
 
-    def run(repo_id: str = REPO, num_shards: int = 3, pattern: str = "shard_*.parquet", **options: Any) -> str:
-        return download.download_shards(repo_id, tmp_path, num_shards=num_shards, pattern=pattern, **options)
+    defaults = {"repo_id": REPO, "num_shards": 3, "revision": "main", "pattern": "shard_*.parquet", "num_workers": 8}
+
+    def run(**options: Any) -> str:
+        return download.download_shards(output=tmp_path, **{**defaults, **options})
 
     return run
 

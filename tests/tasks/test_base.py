@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lmchat.tasks.base import Graded, Task, answer_text, exchange, graded, reference_answer, reward_in_words_of
+from lmchat.tasks.base import Graded, Task, exchange, graded, message_text, reference_answer, reward_in_words_of
 from lmchat.types import Conversation, UserError
 
 
@@ -76,8 +76,8 @@ def test_reference_answer_is_the_last_part() -> None:
     parts = [{"type": "text", "text": "first"}, {"type": "text", "text": "#### 3"}]
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": parts}]
     assert reference_answer({"messages": messages}) == "#### 3"  # type: ignore[typeddict-item]
-    assert answer_text({"messages": messages}) == "first #### 3"  # type: ignore[typeddict-item]
-    assert answer_text(exchange("q", "a")) == "a"
+    assert message_text(messages[-1]) == "first #### 3"  # type: ignore[typeddict-item]
+    assert message_text(exchange("q", "a")["messages"][-1]) == "a"
 
 
 @pytest.mark.parametrize(

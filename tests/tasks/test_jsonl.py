@@ -105,7 +105,7 @@ def test_notes_count_records_read_mapped_and_left_out(tmp_path: Path) -> None:
     for expected in ("2 of 3 records read", "1 × records of the format sharegpt", "1 × role human read as user"):
         assert expected in notes
     with pytest.raises(UserError, match="1 of 3 rows are malformed"):
-        len(JSONLConversations(task.file, skip_malformed=False))
+        len(JSONLConversations(str(task.path), skip_malformed=False))
 
 
 @pytest.mark.parametrize(

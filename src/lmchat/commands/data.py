@@ -202,7 +202,7 @@ def show(
     check_count("", 0, start=start, rows=rows)
     encoder = Tokenizer.load(tokenizer or tokenizer_dir())
     mixture = mixtures(source, overlay or [], split)[split]
-    show_conversations(mixture, encoder, max_tokens=max_tokens, start=start, rows=rows, only=only, limit=limit)
+    show_conversations(mixture, encoder, max_tokens, start, rows, only, limit)
 
 
 COMMANDS = {

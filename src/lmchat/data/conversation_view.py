@@ -22,14 +22,7 @@ _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 
 
 def show_conversations(
-    mixture: Mixture,
-    tokenizer: Tokenizer,
-    *,
-    max_tokens: int,
-    start: int = 0,
-    rows: int = 3,
-    only: str | None = None,
-    limit: int | None = None,
+    mixture: Mixture, tokenizer: Tokenizer, max_tokens: int, start: int, rows: int, only: str | None, limit: int | None
 ) -> None:
     """Prints conversations of a mixture, then counts all of them; the options are those of ``lmchat data show``."""
     from rich.console import Console

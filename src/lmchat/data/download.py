@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import (
@@ -61,14 +61,7 @@ class Shard:
         return self.path.rsplit("/", 1)[-1]
 
 
-def download_shards(
-    repo_id: str,
-    output: Path,
-    num_shards: int,
-    revision: str = "main",
-    pattern: str = "*.parquet",
-    num_workers: int = 8,
-) -> str:
+def download_shards(repo_id: str, output: Path, num_shards: int, revision: str, pattern: str, num_workers: int) -> str:
     """Downloads the first ``num_shards`` training shards of a dataset (-1: all), and its last shard, for validation.
 
     A file appears in ``output`` once its size and checksum are verified; a later run downloads the rest. Failed
@@ -161,11 +154,8 @@ class _Hub:
 
         def transfer() -> None:
             folder = self.staging / shard.name  # its own, since one file's path may be another's folder
-            path = Path(
-                self.api.hf_hub_download(
-                    self.repo_id, shard.path, repo_type="dataset", revision=self.revision, local_dir=folder
-                )
-            )
+            options: dict[str, Any] = {"repo_type": "dataset", "revision": self.revision, "local_dir": folder}
+            path = Path(self.api.hf_hub_download(self.repo_id, shard.path, **options))
             if damage := _damage(path, shard):
                 path.unlink()
                 raise OSError(damage)

@@ -65,14 +65,13 @@ def _is_current(shard: Path, directory: Path, tokenizer: Tokenizer, *, restamp: 
 
     If only the shard's time stamp has changed, as in a copy, ``restamp`` updates the one in the header.
     """
-    path, status = token_path(directory, shard), shard.stat()
+    path = token_path(directory, shard)
     header = Header.read(path)
     if header is None or header.tokenizer != tokenizer.fingerprint:
         return False
-    known = header.source
-    if (known.size, known.mtime_ns, known.footer) == (status.st_size, status.st_mtime_ns, _footer_digest(shard)):
+    if header.source == _identify(shard, header.source.sha256):
         return True
-    if not restamp or replace(known, mtime_ns=status.st_mtime_ns) != (source := _identify(shard)):
+    if not restamp or header.source != replace(source := _identify(shard), mtime_ns=header.source.mtime_ns):
         return False
     with path.open("r+b") as file:
         replace(header, source=source).write(file)
@@ -88,10 +87,11 @@ def _footer_digest(shard: Path) -> str:
         return hashlib.sha256(file.read(length)).hexdigest()
 
 
-def _identify(shard: Path) -> Source:
+def _identify(shard: Path, sha256: str | None = None) -> Source:
     status = shard.stat()
-    with shard.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if sha256 is None:
+        with shard.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return Source(status.st_size, status.st_mtime_ns, _footer_digest(shard), sha256)
 
 

@@ -43,8 +43,7 @@ def train_tokenizer(
             for text in read_beginnings(files, max_chars, doc_cap):
                 documents += 1
                 characters += len(text)
-                if documents % 100 == 0:
-                    bar.set(max(documents / total_documents, characters / max_chars))
+                bar.set(max(documents / total_documents, characters / max_chars))
                 yield text
             bar.set(1.0, "Computing merges")
 

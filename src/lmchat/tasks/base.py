@@ -196,11 +196,6 @@ def _words(text: str) -> set[str]:
     return set(re.findall(r"[^\W\d_]+|[#$]", re.sub(r"<\|.*?\|>", " ", text.lower())))
 
 
-def answer_text(conversation: Conversation) -> str:
-    """Text of the reference answer, including tool calls and their results."""
-    return message_text(conversation["messages"][-1])
-
-
 def message_text(message: Message) -> str:
     """Text of a message, including tool calls and their results."""
     content = message["content"]

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import yaml
 
-from lmchat.tasks.base import GeneratedTask, Graded, Split, reward_in_words_of
+from lmchat.tasks.base import GeneratedTask, Graded, Split, exchange, reward_in_words_of
 from lmchat.tasks.patterns import expand
 from lmchat.types import Conversation, Message, UserError
 
@@ -83,9 +83,9 @@ class Identity(GeneratedTask, Graded):
         for topic in topics:
             common = self.split == "train" and rng.random() < COMMON_SHARE
             question = rng.choice(topic.common if common else questions(topic, self.split))
-            messages.append({"role": "user", "content": vary(self._fill(question), rng)})
+            question = vary(self._fill(question), rng)
             answer = self._fill(rng.choice(topic.answers))
-            messages.append({"role": "assistant", "content": answer[0].upper() + answer[1:]})
+            messages += exchange(question, answer[0].upper() + answer[1:])["messages"]
         facts = [[self._fill(fact) for fact in alternatives] for alternatives in topics[-1].facts]
         return {"messages": messages, "facts": facts}
 

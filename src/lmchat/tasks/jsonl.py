@@ -50,7 +50,6 @@ class JSONLConversations(RowTask):
             raise UserError(f"JSONLConversations: format is {format}; use {', '.join(FORMATS)}, or null")
         if not 0 < val_fraction < 1:
             raise UserError(f"JSONLConversations: val_fraction is {val_fraction}; use a number between 0 and 1")
-        self.file = path
         self.format = format
         self.split = split
         self.val_fraction = val_fraction
@@ -60,7 +59,7 @@ class JSONLConversations(RowTask):
     @property
     def name(self) -> str:
         split = f"/{self.split}" if self.split else ""
-        return f"{super().name}/{Path(self.file).name.split('.')[0]}{split}"
+        return f"{super().name}/{Path(str(self.path)).name.split('.')[0]}{split}"
 
     def conversation(self, row: Any) -> Conversation:
         return convert(row, self.format).conversation

@@ -78,12 +78,8 @@ class ARC(MultipleChoiceTask):
 
     def conversation(self, row: Any) -> MultipleChoiceConversation:
         choices = field(row, "choices", dict)
-        return self.question(
-            field(row, "question", str),
-            field(choices, "label", list),
-            field(choices, "text", list),
-            field(row, "answerKey", str),
-        )
+        letters, texts = field(choices, "label", list), field(choices, "text", list)
+        return self.question(field(row, "question", str), letters, texts, field(row, "answerKey", str))
 
 
 class MMLU(MultipleChoiceTask):

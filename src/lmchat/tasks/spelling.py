@@ -17,9 +17,9 @@ from lmchat.tasks.base import (
     GeneratedTask,
     Graded,
     Split,
-    answer_text,
     exchange,
     in_split,
+    message_text,
     reference_answer,
     reward_in_words_of,
 )
@@ -133,7 +133,8 @@ class SpellingBee(WordTask, NumericAnswerTask):
 
     def reward(self, conversation: Conversation, completion: str) -> float:
         """1 for a correct count in words of the reference answer, else less; see `base.reward_in_words_of`."""
-        return reward_in_words_of(self.evaluate(conversation, completion), completion, answer_text(conversation))
+        known = message_text(conversation["messages"][-1])
+        return reward_in_words_of(self.evaluate(conversation, completion), completion, known)
 
     def example(self, index: int) -> Conversation:
         word, rng = self.draw(index)

@@ -109,14 +109,11 @@ def from_hugging_face(content: dict[str, Any], special_tokens: Sequence[str]) ->
         raise ValueError(f"its last {len(special_tokens)} entries are not {' '.join(special_tokens)}")
     ranks = {from_characters(token): rank for token, rank in sorted(vocab.items(), key=lambda entry: entry[1])}
     # Some converters list all pairs that a token can be merged from, one after another.
-    results = list(dict.fromkeys(left + right for left, right in map(_pair, content["model"]["merges"])))
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in content["model"]["merges"])
+    results = list(dict.fromkeys(left + right for left, right in pairs))
     if [vocab.get(token) for token in results] != list(range(256, n_ranks)):
         raise ValueError("its ids are not in the order of its merges")
     return ranks, _split_pattern(content)
-
-
-def _pair(merge: str | list[str]) -> list[str]:
-    return merge.split(" ") if isinstance(merge, str) else merge
 
 
 def _split_pattern(content: dict[str, Any]) -> str:

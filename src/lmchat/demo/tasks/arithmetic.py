@@ -8,7 +8,7 @@ from operator import add, floordiv, mul, sub
 from typing import Any
 
 from lmchat.demo.tasks.stories import FAMILIES, PRONOUNS, WORKING, Family, Operation, Step
-from lmchat.tasks.base import GeneratedTask, Split, answer_text, exchange, in_split, reward_in_words_of
+from lmchat.tasks.base import GeneratedTask, Split, exchange, in_split, message_text, reward_in_words_of
 from lmchat.tasks.gsm8k import AnswerRule, NumericAnswerTask, parse_answer
 from lmchat.tasks.patterns import pick
 from lmchat.types import Conversation, UserError
@@ -177,7 +177,7 @@ class Arithmetic(GeneratedTask, NumericAnswerTask):
     def reward(self, conversation: Conversation, completion: str) -> float:
         """See `base.reward_in_words_of`; words of the question and of solutions are allowed."""
         question = str(conversation["messages"][-2]["content"])
-        known = (question, answer_text(conversation), "dollars", *WORKING.values())
+        known = (question, message_text(conversation["messages"][-1]), "dollars", *WORKING.values())
         return reward_in_words_of(self.evaluate(conversation, completion), completion, *known)
 
     def problem(self, index: int) -> WordProblem:
