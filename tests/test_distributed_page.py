@@ -115,7 +115,7 @@ def test_two_nodes_of_two_processes(base: Path, tmp_path_factory: pytest.TempPat
     errors = [process.communicate(timeout=1000)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
     checkpoint = find_checkpoint(base / "base_checkpoints" / "tiny")
-    assert (checkpoint.step, checkpoint.world_size) == (6, 4)
+    assert (checkpoint.step, checkpoint.meta["world_size"]) == (6, 4)
 
     alone = tmp_path_factory.mktemp("alone")
     for name in ("base_data", "tokenizer"):

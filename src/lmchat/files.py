@@ -33,8 +33,7 @@ def synced_file(
         writer: name of the writer, added to the temporary name.
         renaming: returns a context manager for the rename; an error in it cancels the write.
     """
-    unfinished = path.with_name(f"{path.name}{'.' if writer else ''}{writer}{TEMPORARY_SUFFIX}")
-    with _renamed(unfinished, path, renaming), unfinished.open("w+b") as file:
+    with replacing(path, f".{writer}" if writer else "", renaming) as unfinished, unfinished.open("w+b") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
@@ -42,11 +41,25 @@ def synced_file(
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path that is renamed to ``path`` when the block ends without an error."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
-    with _renamed(unfinished, path):
-        yield unfinished
+def replacing(
+    path: Path,
+    mark: str | None = None,
+    renaming: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+) -> Iterator[Path]:
+    """Yields a temporary path that is renamed to ``path`` when the block ends without an error.
+
+    ``mark`` is a part of its name, by default the process's number; see `synced_file` for ``renaming``.
+    """
+    unfinished = path.with_name(f"{path.name}{f'.{os.getpid()}' if mark is None else mark}{TEMPORARY_SUFFIX}")
+    try:
+        with naming_errors(path):
+            yield unfinished
+        with renaming():
+            unfinished.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise
 
 
 def json_object(text: str | bytes) -> dict[str, Any]:
@@ -64,23 +77,6 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Replaces ``path`` by a file with ``content``, indented."""
     with replacing(path) as unfinished:
         unfinished.write_text(json.dumps(content, indent=2) + "\n")
-
-
-@contextlib.contextmanager
-def _renamed(
-    unfinished: Path,
-    path: Path,
-    renaming: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
-) -> Iterator[None]:
-    try:
-        with naming_errors(path):
-            yield
-        with renaming():
-            unfinished.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
-        raise
 
 
 @contextlib.contextmanager

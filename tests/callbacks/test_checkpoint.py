@@ -92,6 +92,8 @@ class Module(L.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=1e-2)
 
+    stage, tag = META["stage"], META["tag"]
+
     def checkpoint_meta(self) -> dict[str, Any]:
         """With the loops' counters, but for the validation loop's: a resumed run does not repeat an evaluation."""
         loops = self.trainer.fit_loop.state_dict()

@@ -82,7 +82,7 @@ def test_an_orphan_delayed_before_its_rename(at: str, tmp_path: Path, save, monk
     with pytest.raises(Superseded):
         save(tmp_path, 2, rank=1, world_size=2, attempt=orphan)
     assert contents(tmp_path) == after
-    assert open_checkpoint(CheckpointPaths(tmp_path, 2)).world_size == 2
+    assert open_checkpoint(CheckpointPaths(tmp_path, 2)).meta["world_size"] == 2
 
 
 def test_rank_0_ignores_receipts_of_other_attempts(tmp_path: Path, save) -> None:

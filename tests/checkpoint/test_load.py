@@ -57,7 +57,7 @@ def test_every_way_to_name_a_checkpoint(folder: Path, monkeypatch: pytest.Monkey
 
 def test_only_the_requested_files_are_read(folder: Path) -> None:
     checkpoint = find_checkpoint(folder)
-    assert (checkpoint.stage, checkpoint.world_size, checkpoint.meta["model"]) == ("pretrain", 1, MODEL)
+    assert (checkpoint.stage, checkpoint.meta["world_size"], checkpoint.meta["model"]) == ("pretrain", 1, MODEL)
     assert load_model_state(checkpoint).keys() == {"transformer.wte.weight"}
     assert load_rank_state(checkpoint, 0)["position"] == [2, None]
 

@@ -259,7 +259,7 @@ def test_every_rank_writes_its_own_and_rank_0_completes(tmp_path: Path, save) ->
         thread.join()
     assert order[-1] == 0
     checkpoint = open_checkpoint(CheckpointPaths(tmp_path, 1))
-    assert checkpoint.world_size == 3
+    assert checkpoint.meta["world_size"] == 3
     assert sorted(checkpoint.meta["files"]) == [
         "model_000001.pt",
         *(f"optim_000001_rank{rank}.pt" for rank in range(3)),

@@ -76,7 +76,7 @@ def optimizer_state(checkpoint: Checkpoint) -> dict[str, Any]:
 def whole(checkpoint: Checkpoint, name: str, key: str, like: Tensor) -> Tensor:
     """State ``key`` of a parameter, concatenated from the files of all ranks."""
     found = torch.full_like(like, torch.nan)
-    for rank in range(checkpoint.world_size):
+    for rank in range(checkpoint.meta["world_size"]):
         (state,) = load_rank_state(checkpoint, rank)["optimizer_states"]
         if piece := state["state"].get(name):
             found[piece["row_start"] : piece["row_start"] + len(piece[key])] = piece[key]
@@ -95,7 +95,7 @@ def test_unset_options_are_taken_from_the_checkpoint(base: Path, warm_and_cold: 
 
 def test_moments_are_carried_over_from_all_ranks(base: Path, warm_and_cold: tuple[Checkpoint, Checkpoint]) -> None:
     start = find_checkpoint(base / "base_checkpoints" / "tiny")
-    assert start.world_size == 2
+    assert start.meta["world_size"] == 2
     warm, cold = (optimizer_state(checkpoint)["state"] for checkpoint in warm_and_cold)
     assert warm.keys() == cold.keys()
     for name, state in warm.items():

@@ -42,6 +42,7 @@ from lmchat.checkpoint.writer import (
     INTERRUPTED_PEER_TIMEOUT_SECONDS,
     await_commit,
     check_writable,
+    mark_evaluated,
     prune,
     run_lock,
     snapshot,
@@ -95,8 +96,7 @@ class StepCheckpoint(StepCallback, Checkpoint):
         self._io: LMChatCheckpointIO = trainer.strategy.checkpoint_io
         if stage != "fit":
             return
-        meta = pl_module.checkpoint_meta()
-        self.directory = expand_user(self.dirpath) if self.dirpath else checkpoint_dir(meta["stage"], meta["tag"])
+        self.directory = expand_user(self.dirpath) if self.dirpath else checkpoint_dir(pl_module.stage, pl_module.tag)
         self._io.attempt = Attempt(self.directory, _on_rank_zero(trainer, self._lock))
         self._held.callback(watch_attempt(self._io.attempt).set)
         if self._io.rank > 0:  # fail now, not at the first save
@@ -150,7 +150,8 @@ class StepCheckpoint(StepCallback, Checkpoint):
             return
         if trainer.is_global_zero and self._saved_step == trainer.global_step > 0:
             _save_loggers(trainer)
-            self._io.mark_evaluated(CheckpointPaths(self.directory, trainer.global_step).meta)
+            paths = CheckpointPaths(self.directory, trainer.global_step)
+            self._io.writer.start(partial(mark_evaluated, paths, self._io.attempt))
         boundary = self._boundary
         if boundary is not None and boundary.micro_batches == trainer.fit_loop.total_batch_idx:
             restore_rng(boundary.state["rng"])

@@ -51,11 +51,6 @@ class Checkpoint:
         """Whether it has no optimizer state, because it was imported; runs of any stage start from it at step 0."""
         return self.meta.get("weights_only", False)
 
-    @property
-    def world_size(self) -> int:
-        """Number of optimizer files."""
-        return self.meta["world_size"]
-
 
 class DamagedCheckpoint(UserError):
     """A file of a checkpoint is missing, truncated or altered; the message names it."""

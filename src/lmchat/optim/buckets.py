@@ -20,7 +20,7 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 
 
 class Collectives:
-    """Asynchronous collectives of tensors on one device; each returns a function that waits for the result.
+    """Asynchronous collectives of tensors on one device.
 
     On CPUs they reduce by all-to-all and a local sum (``by_exchange``), since gloo implements reduce-scatter as an
     all-reduce that sends twice the bytes. ``process_group`` None is the default group.
@@ -34,7 +34,7 @@ class Collectives:
         self.by_exchange = device.type == "cpu"
 
     def reduce_scatter_mean(self, send: Tensor) -> Callable[[], Tensor]:
-        """Reduces ``send`` (world_size, ...); the result is this rank's part (...) of the mean over ranks."""
+        """Reduces ``send`` (world_size, ...); the result waits for this rank's part (...) of the mean over ranks."""
         if self.by_exchange:
             received = torch.empty_like(send)
             work = dist.all_to_all_single(received, send, group=self.process_group, async_op=True)
@@ -48,15 +48,9 @@ class Collectives:
 
         return finish
 
-    def all_gather(self, message: Tensor) -> Callable[[], Tensor]:
+    def all_gather(self, message: Tensor) -> dist.Work:
         """Gathers the ranks' parts of ``message`` (world_size, ...) in place; each rank has set its own."""
-        work = all_gather(message.flatten(0, 1), message[self.rank], group=self.process_group, async_op=True)
-
-        def finish() -> Tensor:
-            work.wait()
-            return message
-
-        return finish
+        return all_gather(message.flatten(0, 1), message[self.rank], group=self.process_group, async_op=True)
 
     def broadcast_from_rank0(self, numbers: Sequence[int]) -> list[int]:
         """The ``numbers`` of rank 0, on every rank."""
@@ -97,7 +91,7 @@ class Bucket(ABC):
         self.sums: dict[Tensor, Tensor] = {}
         self._message: Tensor | None = None
         self._reduced: Callable[[], Tensor] | None = None
-        self._gathered: Callable[[], Tensor] | None = None
+        self._gathered: tuple[Tensor, dist.Work] | None = None
 
     @abstractmethod
     def allocate_state(self, optimizer: MuonAdamW) -> None:
@@ -141,12 +135,14 @@ class Bucket(ABC):
         message = self.params[0].new_empty(self.shape, dtype=dtype if len(self.shape) > 2 else None)
         entries = message.flatten(0, 1)
         copy_all([entries[at] for *_, at in self._own], [param[rows] for param, rows, _ in self._own])
-        self._gathered = self.collectives.all_gather(message)
+        self._gathered = message, self.collectives.all_gather(message)
 
     def finish(self) -> None:
         """Waits for the new values of the other ranks and copies them to the parameters."""
         assert self._gathered is not None
-        entries = self._gathered().flatten(0, 1)
+        message, work = self._gathered
+        work.wait()
+        entries = message.flatten(0, 1)
         copy_all([param[rows] for param, rows, _ in self._others], [entries[at] for *_, at in self._others])
         self._gathered = None
 

@@ -170,18 +170,16 @@ class MuonAdamW(Optimizer):
         """
         damage = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
         with user_errors("the saved optimizer state is damaged", "use an older checkpoint", *damage):
-            self._load([state_dict] if isinstance(state_dict, dict) else list(state_dict))
-
-    def _load(self, parts: list[StateDict]) -> None:
-        check_same_parameters(self.param_groups, parts[0]["param_groups"])
-        self._allocate_state()
-        for param, state in self.state.items():
-            name, rows = self._names[param], self._own_rows(param)
-            pieces = [part["state"][name] for part in parts if name in part["state"]]
-            for key, tensor in state.items():
-                restore(tensor, pieces, key, rows.start, name)
-            if pieces and "param" in pieces[0]:
-                restore(param[rows], pieces, "param", rows.start, name)
+            parts = [state_dict] if isinstance(state_dict, dict) else list(state_dict)
+            check_same_parameters(self.param_groups, parts[0]["param_groups"])
+            self._allocate_state()
+            for param, state in self.state.items():
+                name, rows = self._names[param], self._own_rows(param)
+                pieces = [part["state"][name] for part in parts if name in part["state"]]
+                for key, tensor in state.items():
+                    restore(tensor, pieces, key, rows.start, name)
+                if pieces and "param" in pieces[0]:
+                    restore(param[rows], pieces, "param", rows.start, name)
 
     def _allocate_state(self) -> None:
         for group in self.param_groups:

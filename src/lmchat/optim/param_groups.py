@@ -44,36 +44,33 @@ def build_param_groups(
         UserError: a parameter belongs to no group.
     """
     table_scale = (n_embd / REFERENCE_WIDTH) ** -0.5
-    adamw_groups = {
-        "lm_head": (learning_rates["unembedding_lr"] * table_scale, BETAS),
-        "wte": (learning_rates["embedding_lr"] * table_scale, BETAS),
-        "value_embeds": (learning_rates["embedding_lr"] * table_scale, BETAS),
-        "resid_lambdas": (learning_rates["scalar_lr"] * 0.01, BETAS),
-        "x0_lambdas": (learning_rates["scalar_lr"], (0.96, 0.95)),
+    adamw = {"kind": "adamw", "betas": BETAS, "eps": 1e-10, "weight_decay": 0.0}
+    settings: dict[str | tuple[int, ...], dict[str, Any]] = {
+        "lm_head": {**adamw, "lr": learning_rates["unembedding_lr"] * table_scale},
+        "wte": {**adamw, "lr": learning_rates["embedding_lr"] * table_scale},
+        "value_embeds": {**adamw, "lr": learning_rates["embedding_lr"] * table_scale},
+        "resid_lambdas": {**adamw, "lr": learning_rates["scalar_lr"] * 0.01},
+        "x0_lambdas": {**adamw, "lr": learning_rates["scalar_lr"], "betas": (0.96, 0.95)},
     }
+    # Schedules set the momentum before the first step.
+    muon = {"kind": "muon", "momentum": 0.95, "beta2": 0.95, "weight_decay": weight_decay}
     members: dict[str | tuple[int, ...], list[tuple[str, nn.Parameter]]] = defaultdict(list)
     for name, param in named_parameters:
         is_matrix = name.startswith("transformer.h.") and param.ndim == 2
         key = tuple(param.shape) if is_matrix else name.removeprefix("transformer.").split(".")[0]
-        if not is_matrix and key not in adamw_groups:
+        if not is_matrix and key not in settings:
             raise UserError(
                 f"parameter {name} of shape {tuple(param.shape)} belongs to no optimizer group; name it as in GPT, or "
                 "give MuonAdamW param groups of your own"
             )
         members[key].append((name, param))
-
-    groups: list[dict[str, Any]] = []
-
-    def add(name: str, key: str | tuple[int, ...], **settings: Any) -> None:
-        names, params = zip(*members[key], strict=True)
-        settings |= {"initial_lr": settings["lr"], "weight_decay": settings.get("weight_decay", 0.0)}
-        groups.append({"name": name, "params": list(params), "param_names": list(names), **settings})
-
-    for key, (lr, betas) in adamw_groups.items():
-        if key in members:
-            add(key, key, kind="adamw", lr=lr * lr_scale, betas=betas, eps=1e-10)
     for shape in sorted(key for key in members if isinstance(key, tuple)):
-        # Schedules set the momentum before the first step.
-        settings = {"kind": "muon", "lr": learning_rates["matrix_lr"] * lr_scale, "momentum": 0.95, "beta2": 0.95}
-        add(f"muon_{shape[0]}x{shape[1]}", shape, **settings, weight_decay=weight_decay)
+        settings[shape] = {**muon, "lr": learning_rates["matrix_lr"], "name": f"muon_{shape[0]}x{shape[1]}"}
+    groups: list[dict[str, Any]] = []
+    for key, group in settings.items():
+        if key in members:
+            names, params = zip(*members[key], strict=True)
+            lr = group["lr"] * lr_scale
+            own = {"params": list(params), "param_names": list(names), "lr": lr, "initial_lr": lr}
+            groups.append({"name": key, **group, **own})
     return groups

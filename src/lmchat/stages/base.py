@@ -304,22 +304,16 @@ class StageModule(L.LightningModule):
         """Further metrics of the step, 0-dim tensors by name; the monitor logs their mean over the ranks."""
         return {}
 
-    def _numerics(self) -> dict[str, str]:
-        """The dtypes and the attention backend in use, by name."""
-        names = {dtype: name for name, dtype in COMPUTE_DTYPES.items()}
-        return {
-            "compute_dtype": names[self.net.compute_dtype],
-            "polar_dtype": names[self.muon_dtype()],
-            "attention": self.net.attention_backend,
-        }
-
     def checkpoint_meta(self) -> dict[str, Any]:
         """Metadata of a checkpoint; JSON values only."""
+        names = {dtype: name for name, dtype in COMPUTE_DTYPES.items()}
         return {
             "stage": self.stage,
             "tag": self.tag,
             "model": asdict(self.config),
-            **(self._numerics() if hasattr(self, "net") else {}),
+            "compute_dtype": names[self.net.compute_dtype],
+            "polar_dtype": names[self.muon_dtype()],
+            "attention": self.net.attention_backend,
             "tokenizer_fingerprint": self.tokenizer.fingerprint,
             "global_batch_tokens": self.plan.global_batch_tokens,
             "micro_batch_size": self.plan.micro_batch_size,

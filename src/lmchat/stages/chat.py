@@ -66,7 +66,7 @@ class ChatModule(StageModule):
         super().on_fit_start()
         if self._start is not None and self.warm_start_optimizer:
             # Hyperparameters stay as they are.
-            (optimizer,), ranks = self.trainer.optimizers, range(self._start.world_size)
+            (optimizer,), ranks = self.trainer.optimizers, range(self._start.meta["world_size"])
             states = [load_rank_state(self._start, rank)["optimizer_states"] for rank in ranks]
             cast(MuonAdamW, optimizer).load_state_dict([state for (state,) in states])
         self._start = None

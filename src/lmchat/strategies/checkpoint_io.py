@@ -9,7 +9,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lmchat.checkpoint.attempt import UNFENCED
 from lmchat.checkpoint.layout import CheckpointPaths
 from lmchat.checkpoint.load import check_can_resume, load_model_state, load_rank_state, open_checkpoint
-from lmchat.checkpoint.writer import PEER_TIMEOUT_SECONDS, BackgroundWriter, mark_evaluated, snapshot, write_checkpoint
+from lmchat.checkpoint.writer import PEER_TIMEOUT_SECONDS, BackgroundWriter, snapshot, write_checkpoint
 
 _NETWORK = "net."
 _FORMER_CALLBACKS = {"NonFiniteLoss": "NonFiniteGuard"}
@@ -101,10 +101,6 @@ class LMChatCheckpointIO(CheckpointIO):
         evaluated = checkpoint.meta.get("evaluated", True)  # earlier versions did not note it
         own = {"epoch": 0, "global_step": paths.step, "pytorch-lightning_version": L.__version__}
         return {"state_dict": weights, "evaluated": evaluated, **own, **state}
-
-    def mark_evaluated(self, path: Any) -> None:
-        """Notes, in the background, that the step of the saved checkpoint has been evaluated."""
-        self.writer.start(partial(mark_evaluated, CheckpointPaths.of(path), self.attempt))
 
     def remove_checkpoint(self, path: Any) -> None:
         raise NotImplementedError("checkpoints are pruned by keep_last, after a newer one is complete")
