@@ -97,7 +97,7 @@ def test_logits_equal_lmchat(name: str, exported: Callable[[str], tuple[Path, GP
     model = load(folder)
     assert type(model).__name__ == ("NanoChatForCausalLM" if name.startswith("native") else "LMChatForCausalLM")
     # A native model has no windows, which makes a difference only beyond the training context.
-    length = net.config.sequence_len + (0 if net.config.is_native else 20)
+    length = net.config.sequence_len + (20 if net.config.native_obstacles else 0)
     ids = random_ids(length)
     with torch.inference_mode():
         expected, found = net(ids), model(ids).logits
@@ -127,8 +127,8 @@ def test_cached_generation_equals_lmchat(
     """Greedy decoding beyond all windows, of a batch of prompts of two lengths."""
     folder, net = exported(name)
     context = net.config.sequence_len
-    length = context // 2 if net.config.is_native else context - 3
-    new_tokens = context // 2 if net.config.is_native else 25
+    length = context - 3 if net.config.native_obstacles else context // 2
+    new_tokens = 25 if net.config.native_obstacles else context // 2
     prompts = [row.tolist() for row in random_ids(length)]
     prompts[1] = prompts[1][5:]
     engine = Engine(net, tokenizer)

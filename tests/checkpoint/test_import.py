@@ -323,7 +323,7 @@ def test_an_older_nanochat_is_the_native_variant(
     flat = shutil.move(folder, tmp_path / "nanochat-d3")
     checkpoint = imported(tmp_path / "base", "nanochat", str(flat), "--tag", "old", "--stage", "sft")
     assert checkpoint.stage == "sft" and checkpoint.meta["tag"] == "old"
-    assert GPTConfig(**checkpoint.meta["model"]).is_native
+    assert not GPTConfig(**checkpoint.meta["model"]).native_obstacles
     assert main(["export", "hf", "last", "--output", str(tmp_path / "out")]) == 0
 
 

@@ -23,7 +23,6 @@ computed from the step; a loader with a length counts the whole run in the new m
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +150,7 @@ class StepCheckpoint(StepCallback, Checkpoint):
         if trainer.is_global_zero and self._saved_step == trainer.global_step > 0:
             _save_loggers(trainer)
             paths = CheckpointPaths(self.directory, trainer.global_step)
-            self._io.writer.start(partial(mark_evaluated, paths, self._io.attempt))
+            self._io.writer.start(mark_evaluated, paths, self._io.attempt)
         boundary = self._boundary
         if boundary is not None and boundary.micro_batches == trainer.fit_loop.total_batch_idx:
             restore_rng(boundary.state["rng"])
@@ -209,8 +208,7 @@ class StepCheckpoint(StepCallback, Checkpoint):
 
     def _prune(self, trainer: L.Trainer, step: int) -> None:
         if self.keep_last is not None and trainer.is_global_zero:
-            newest = CheckpointPaths(self.directory, step)
-            self._io.writer.start(partial(prune, newest, self.keep_last, self._io.attempt))
+            self._io.writer.start(prune, CheckpointPaths(self.directory, step), self.keep_last, self._io.attempt)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         boundary = self._boundary

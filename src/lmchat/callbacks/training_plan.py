@@ -46,6 +46,7 @@ class TrainingPlan(Callback):
     def scale(self, module: Any, max_steps: int) -> Plan:
         """The scaling laws' plan of a module that scales with depth; ``max_steps`` is the trainer's (-1: not set)."""
         plan = make_plan(
+            vocab_size=module.tokenizer.vocab_size,
             **module.shape,
             ratio=self.tokens_per_parameter,
             target_flops=self.target_flops,

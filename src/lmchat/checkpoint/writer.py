@@ -282,9 +282,9 @@ class BackgroundWriter:
         self._pool = futures.ThreadPoolExecutor(1, "checkpoint writer")
         self._jobs: list[futures.Future[None]] = []
 
-    def start(self, job: Callable[[], None]) -> None:
-        """Runs ``job`` after those in progress."""
-        self._jobs.append(self._pool.submit(job))
+    def start(self, job: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        """Runs ``job`` with the arguments after those in progress."""
+        self._jobs.append(self._pool.submit(job, *args, **kwargs))
 
     def check(self) -> None:
         """Raises the error of finished jobs; does not wait."""

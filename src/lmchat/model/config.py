@@ -20,7 +20,7 @@ class GPTConfig:
     """Hyperparameters of a GPT.
 
     Without value embeddings, residual mix and short windows, the architecture is transformers' `NanoChatForCausalLM`
-    (see `is_native`).
+    (see `native_obstacles`).
 
     Args:
         sequence_len: tokens per training row; the attention windows follow from it.
@@ -90,13 +90,8 @@ class GPTConfig:
         return range((self.n_layer - 1) % 2, self.n_layer if self.value_embeddings else 0, 2)
 
     @property
-    def is_native(self) -> bool:
-        """Whether transformers' `NanoChatForCausalLM` can express the model, for contexts up to ``sequence_len``."""
-        return not self.native_obstacles
-
-    @property
     def native_obstacles(self) -> tuple[str, ...]:
-        """Features of this model that `NanoChatForCausalLM` lacks, each with the option that disables it."""
+        """What `NanoChatForCausalLM` lacks in contexts up to ``sequence_len``, with the options that disable it."""
         obstacles = {
             "value embeddings (--model.value_embeddings false)": self.value_embeddings,
             "the residual mix (--model.residual_mix false)": self.residual_mix,

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import NamedTuple, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -180,15 +180,6 @@ class Block(nn.Module):
         return x + self.mlp(norm(x))
 
 
-class Transformer(nn.Module):
-    """Token embedding and blocks."""
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.wte = token_table(config.padded_vocab_size, config.n_embd)
-        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-
-
 def _look_up(ids: Tensor, dtype: torch.dtype, table: Tensor) -> Tensor:
     """Rows of a token table, (..., width). Compiled, rows and their gradients move in ``dtype``; sums stay fp32."""
     return F.embedding(ids, table).to(dtype)
@@ -220,6 +211,7 @@ class GPT(nn.Module):
             about a third more time.
     """
 
+    transformer: Any
     cos: Tensor
     sin: Tensor
 
@@ -241,7 +233,8 @@ class GPT(nn.Module):
         self.mix_in_blocks = False
         self.checkpoint_blocks = False
         vocab = config.padded_vocab_size
-        self.transformer = Transformer(config)
+        blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.transformer = nn.ModuleDict({"wte": token_table(vocab, config.n_embd), "h": blocks})
         self.lm_head = Linear(config.n_embd, vocab)
         if config.residual_mix:
             self.resid_lambdas = nn.Parameter(torch.ones(config.n_layer))

@@ -69,7 +69,7 @@ class PretrainModule(StageModule):
         check_count("model", 1, sequence_len=sequence_len, aspect_ratio=aspect_ratio, head_dim=head_dim)
         self.default_tag = f"d{depth}"
         self.sequence_len = sequence_len
-        self._shape = {
+        self.shape: dict[str, Any] = {
             "depth": depth,
             "sequence_len": sequence_len,
             "aspect_ratio": aspect_ratio,
@@ -83,14 +83,9 @@ class PretrainModule(StageModule):
         self.warmdown_ratio = warmdown_ratio
         self.final_lr_fraction = final_lr_fraction
 
-    @property
-    def shape(self) -> dict[str, Any]:
-        """The arguments of `lmchat.scaling.config_for_depth`."""
-        return {"vocab_size": self.tokenizer.vocab_size, **self._shape}
-
     @cached_property
     def config(self) -> GPTConfig:  # type: ignore[override]
-        return config_for_depth(**self.shape)
+        return config_for_depth(vocab_size=self.tokenizer.vocab_size, **self.shape)
 
     def load_from(self, checkpoint: Checkpoint) -> None:
         super().load_from(checkpoint)

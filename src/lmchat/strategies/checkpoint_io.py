@@ -1,6 +1,5 @@
 """Converts between Lightning's checkpoint dictionary and lmchat's files."""
 
-from functools import partial
 from typing import Any
 
 import lightning as L
@@ -33,8 +32,7 @@ class LMChatCheckpointIO(CheckpointIO):
     ``optimizer_states``.
 
     Args:
-        rank: rank of this process.
-        world_size: number of processes that save; each writes one optimizer file.
+        rank, world_size: of the processes that save; each writes one optimizer file.
 
     Attributes:
         writer: the thread that writes.
@@ -57,12 +55,11 @@ class LMChatCheckpointIO(CheckpointIO):
         others = [name for name in network if not name.startswith(_NETWORK)]
         assert not others, f"only the network at module.net is saved, not {others}"
         meta = rest.pop("meta")
-        job = partial(
+        weights = {name.removeprefix(_NETWORK): tensor for name, tensor in network.items()}
+        self.writer.start(
             write_checkpoint,
             CheckpointPaths.of(path),
-            model=snapshot({name.removeprefix(_NETWORK): tensor for name, tensor in network.items()})
-            if self.rank == 0
-            else {},
+            model=snapshot(weights if self.rank == 0 else {}),
             rank_state=snapshot(rest),
             meta=snapshot(meta),
             rank=self.rank,
@@ -70,7 +67,6 @@ class LMChatCheckpointIO(CheckpointIO):
             attempt=self.attempt,
             peer_timeout_seconds=lambda: self.peer_timeout_seconds,
         )
-        self.writer.start(job)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Verifies and loads the files of the checkpoint whose ``model_*.pt`` or ``meta_*.json`` is at ``path``.

@@ -98,22 +98,15 @@ class Zero2MuonStrategy(DDPStrategy):
         plain, network = self.optimizers[0], getattr(self.lightning_module, "net", None)
         computes_in = getattr(network, "compute_dtype", torch.float32)
         narrow = self._gather_dtype == "bf16" or (self._gather_dtype == "auto" and computes_in == torch.bfloat16)
-        self.optimizers = [
-            ShardedMuonAdamW(
-                plain.param_groups,
-                self._agree,
-                gather_dtype=torch.bfloat16 if narrow else None,
-                bucket_bytes=self._bucket_bytes,
-                polar_dtype=plain.polar_dtype,
-                compile=plain.compile,
-            )
-        ]
-
-    @property
-    def optimizer(self) -> ShardedMuonAdamW:
-        (optimizer,) = self.optimizers
-        assert isinstance(optimizer, ShardedMuonAdamW)
-        return optimizer
+        self.optimizer = ShardedMuonAdamW(
+            plain.param_groups,
+            self._agree,
+            gather_dtype=torch.bfloat16 if narrow else None,
+            bucket_bytes=self._bucket_bytes,
+            polar_dtype=plain.polar_dtype,
+            compile=plain.compile,
+        )
+        self.optimizers = [self.optimizer]
 
     def pre_backward(self, closure_loss: Tensor) -> None:
         assert self.lightning_module is not None

@@ -51,13 +51,13 @@ def choose_native(config: GPTConfig, native: bool | None) -> bool:
     Raises:
         UserError: ``native`` is true and it does not.
     """
-    if native and not config.is_native:
+    if native and config.native_obstacles:
         lacking = ", ".join(config.native_obstacles)
         raise UserError(
             f"--native true asks for transformers' NanoChatForCausalLM, which cannot express {lacking}; leave --native "
             "out to export with a modelling file, or train the variant that it can express (configs/d12_native.yaml)"
         )
-    return config.is_native if native is None else native
+    return not config.native_obstacles if native is None else native
 
 
 def write_export(
