@@ -51,7 +51,7 @@ def test_a_decode_step_does_not_wait_for_the_device(
             )
             prompts = [SharedPrompt((1,) * 40, []), SharedPrompt((2,) * 30, [])]
             groups = runner._groups(6, dict(zip(prompts, ([0, 1, 2], [4]), strict=True)), 256)
-        step = runner._step(6, 100, groups, mode)
+        step = partial(runner._step, 6, 100, groups, mode)
         waits.count = 0
         for _ in range(2):
             output = step()

@@ -70,11 +70,11 @@ class BitsPerByteEvaluator(Evaluator):
         return pieces
 
     def update(self, policy: Policy, batch: Batch) -> None:
-        on_mps = policy.net.device.type == "mps"  # without float64
-        self._metric.to("cpu" if on_mps else policy.net.device)  # first: NCCL cannot reduce a failed rank's on a CPU
+        device = torch.device("cpu") if policy.net.device.type == "mps" else policy.net.device  # MPS has no float64
+        self._metric.to(device)  # first: NCCL cannot reduce a failed rank's on a CPU
         starts, targets = batch.get("document_starts"), batch["targets"]
         nll = policy.net.loss(batch["inputs"], targets, reduction="none", document_starts=starts)
-        self._metric.update(*((nll.cpu(), targets.cpu()) if on_mps else (nll, targets)))
+        self._metric.update(nll.to(device), targets.to(device))
 
     def compute(self) -> Metrics:
         value = self._metric.compute()

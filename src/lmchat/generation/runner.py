@@ -1,7 +1,7 @@
 """Runs the network for the engine: prefills prompts into the KV pool and decodes rows, with its own weights."""
 
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -135,7 +135,7 @@ class Runner:
         outputs = []
         for step in range(steps):
             self.state.first(rows).uniform.copy_(uniforms[step])
-            run = self._step(rows, max_own, groups, mode)
+            run = partial(self._step, rows, max_own, groups, mode)
             if self.graphs is None:
                 outputs.append(run())
             else:
@@ -143,16 +143,12 @@ class Runner:
                 outputs.append(self.graphs.run((rows, max_own, shape, mode), run, groups))
         return _read(outputs, len(sequences))
 
-    def _step(self, rows: int, max_own: int, groups: Groups | None, mode: SamplingMode) -> Callable[[], StepOutput]:
+    def _step(self, rows: int, max_own: int, groups: Groups | None, mode: SamplingMode) -> StepOutput:
         """One decode step of the first rows, without host sync and with shapes determined by the arguments."""
         state = self.state.first(rows)
-
-        def run() -> StepOutput:
-            cache = DecodeCache(self.pool, self.prompts, state.position, state.base, max_own, groups)
-            hidden = self.net.hidden(state.token[:, None], cache)[:, 0]
-            return state.advance(self._sample(hidden, mode, state.row_params))
-
-        return run
+        cache = DecodeCache(self.pool, self.prompts, state.position, state.base, max_own, groups)
+        hidden = self.net.hidden(state.token[:, None], cache)[:, 0]
+        return state.advance(self._sample(hidden, mode, state.row_params))
 
     def _sample(self, hidden: Tensor, mode: SamplingMode, params: RowParams) -> Sampled:
         """Samples a token per row of hidden states (rows, n_embd)."""
