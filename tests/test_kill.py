@@ -103,12 +103,12 @@ def join(ranks: list[BaseProcess]) -> None:
     assert not hanging, f"{len(hanging)} of {len(ranks)} ranks did not end within {PATIENCE_SECONDS} s"
 
 
-def wait_until(condition: Callable[[], bool], ranks: list[BaseProcess]) -> None:
-    """Waits until the condition is true or a rank has ended."""
+def wait_until(condition: Callable[[], bool], ranks: list[BaseProcess], interval: float = 0.01) -> None:
+    """Waits until the condition, checked at intervals, is true or a rank has ended."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition() and all(rank.is_alive() for rank in ranks):
         assert time.monotonic() < deadline, "the run does not get on"
-        time.sleep(0.0005)
+        time.sleep(interval)
 
 
 class Killer:
@@ -156,7 +156,7 @@ class Killer:
             return
         wait_until(lambda: len(run.records(0)) >= begin + micro_batches, ranks)
         if moment == "saving":
-            wait_until(lambda: any(run.checkpoints.glob(f"*{TEMPORARY_SUFFIX}")), ranks)
+            wait_until(lambda: any(run.checkpoints.glob(f"*{TEMPORARY_SUFFIX}")), ranks, interval=0.0005)
             time.sleep(self.random.choice([0, 0.001]))
         else:
             time.sleep(self.random.uniform(0, 0.2))
