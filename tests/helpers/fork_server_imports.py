@@ -7,7 +7,7 @@ from lmchat.cli.lean_imports import lean_imports
 
 with lean_imports():
     import lmchat.cli.fit
-import torch._inductor.compile_fx
+import torch._dynamo  # by the optimizer
 import torch.utils.tensorboard  # noqa: F401  (by the logger)
 
 from built_parsers import keep_parsers
