@@ -159,7 +159,8 @@ class LMChatCLI(LightningCLI):
                 kwargs["strategy"] = default_strategy(created)
             trainer = super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError, ImportError, RuntimeError, MisconfigurationException) as error:
-            raise UserError(f"--trainer: {error}") from error
+            known = explain_class_error(error) if isinstance(error, RuntimeError) else None
+            raise known or UserError(f"--trainer: {error}") from error
         if copies_processes(trainer.strategy.launcher):
             strategy = self._options["trainer"]["strategy"]
             raise UserError(
