@@ -7,7 +7,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import pyarrow as pa
@@ -83,35 +85,46 @@ def test_loads_from_a_hub(task: str, loaded: dict[str, tuple[list[Any], list[str
 UNSOUND = """
 import sys, lmchat.hub, lmchat.tasks
 from lmchat.types import UserError
-lmchat.hub.LISTING_SECONDS, lmchat.hub.STALL_SECONDS = map(float, sys.argv[1:])
-try:
-    print(len(lmchat.tasks.HumanEval()))
-except UserError as error:
-    print(error)
+for line in sys.stdin:
+    lmchat.hub.LISTING_SECONDS, lmchat.hub.STALL_SECONDS = map(float, line.split())
+    try:
+        print(len(lmchat.tasks.HumanEval()), flush=True)
+    except UserError as error:
+        print(error, flush=True)
 """
+
+
+@pytest.fixture(scope="module")
+def unsound(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[HubServer, subprocess.Popen[str], Path]]:
+    """A hub, a process that loads HumanEval from it for each line with two limits of time, and the process's folder."""
+    home = tmp_path_factory.mktemp("unsound")
+    *_, folder, row, _ = ROWS["HumanEval"]
+    with HubServer(ROWS["HumanEval"][1], repository_files(folder, row)) as hub:
+        environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+        command = [sys.executable, "-c", UNSOUND]
+        with subprocess.Popen(command, env=environment, text=True, stdin=PIPE, stdout=PIPE) as process:
+            yield hub, process, home
+            process.kill()
 
 
 @pytest.mark.parametrize(
     ("fault", "seconds", "message"),
     [
-        ("list", (2, 60), "the Hub's file list of openai/openai_humaneval (test) does not end: "),
+        ("list", (1, 60), "the Hub's file list of openai/openai_humaneval (test) does not end: "),
         ("endless", (60, 60), "the Hub sends more than the "),
-        ("wait", (60, 2), "openai/openai_humaneval (test): the hub sent nothing for 2 s (the last: HTTP Error 429"),
+        ("wait", (60, 1), "openai/openai_humaneval (test): the hub sent nothing for 1 s (the last: HTTP Error 429"),
     ],
 )
 def test_a_hub_that_does_not_end_is_given_up(
-    tmp_path: Path, fault: Any, seconds: tuple[float, float], message: str
+    unsound: tuple[HubServer, subprocess.Popen[str], Path], fault: Any, seconds: tuple[float, float], message: str
 ) -> None:
-    *_, folder, row, _ = ROWS["HumanEval"]
-    files = repository_files(folder, row)
-    with HubServer(ROWS["HumanEval"][1], files) as hub:
-        hub.endless = fault == "list"
-        hub.faults[f"{folder}/test-00000-of-00001.parquet"] = [fault] * 99 * (fault != "list")
-        environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
-        command = [sys.executable, "-c", UNSOUND, *map(str, seconds)]
-        done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=100)
-    assert done.stdout.startswith(message), done.stdout + done.stderr
-    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < 1 << 20
+    hub, process, home = unsound
+    assert process.stdin and process.stdout
+    hub.endless = fault == "list"
+    hub.faults[f"{ROWS['HumanEval'][2]}/test-00000-of-00001.parquet"] = [fault] * 99 * (fault != "list")
+    print(*seconds, file=process.stdin, flush=True)
+    assert (answer := process.stdout.readline()).startswith(message), answer
+    assert sum(path.stat().st_size for path in home.rglob("*") if path.is_file()) < 1 << 20
 
 
 def repository_files(folder: str, row: dict[str, Any]) -> dict[str, bytes]:
