@@ -536,7 +536,7 @@ def assert_one_line(error: str, wanted: list[str]) -> None:
         (["data", "show", "deep.jsonl", "--limit", "0"], ["--limit is 0; it must be at least 1"]),
         (["tokenizer", "eval", "--data", "nowhere"], ["nowhere", "lmchat data"]),
         (["tokenizer", "import", "deep.json"], ["deep.json", "nested too deeply"]),
-        (["tokenizer", "train", "--vocab_size", "1000000000"], ["vocab_size 1000000000 is too large; use at most"]),
+        (["tokenizer", "train", "--vocab_size", "1000000000"], ["vocab_size is 1000000000; it must be at most"]),
         (["demo", "--output", "tiny.yaml/demo"], ["tiny.yaml", "Not a directory; "]),
     ],
 )
