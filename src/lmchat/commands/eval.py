@@ -79,9 +79,10 @@ def evaluate(
     load = partial(evaluations.load_subject, checkpoint, tokenizer, output)
     if model:
         load = partial(evaluations.load_hf_subject, model, output)
+    if harness:
+        evaluations.require_harness()
     with evaluations.joined_processes():
         if harness:
-            evaluations.require_harness()
             options = {"limit": limit, "num_fewshot": num_fewshot, "chat_template": chat_template}
             evaluations.run_harness(load(), harness.split(","), include_path, options)
         elif core:

@@ -116,7 +116,8 @@ def run_chat(subject: Subject, tasks: Mapping[str, Task], **options: Any) -> Non
 
 def require_harness() -> None:
     """Raises UserError if lm-evaluation-harness is not installed, or if there are several processes."""
-    if ranks()[1] > 1:
+    # Before the processes join: one that leaves at once would fail those that still connect to it.
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and dist.is_torchelastic_launched():
         raise UserError("--harness evaluates in one process; run it without torchrun")
     if find_spec("lm_eval") is None:
         raise UserError("--harness needs lm-evaluation-harness; install it: pip install 'lmchat[harness]'")
