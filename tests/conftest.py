@@ -48,6 +48,14 @@ def pytest_collection() -> Iterator[Any]:
         return (yield)
 
 
+LONG = {"test_demo.py", "test_kill.py", "test_startup.py", "test_training_memory.py", "test_world_change.py"}
+"""Files with tests of many seconds. They run first, so that no worker is left alone with one at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
