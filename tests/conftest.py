@@ -39,9 +39,10 @@ os.environ["SSL_CERT_DIR"] = os.environ["HF_HOME"]
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[Any]:
     """Imports Lightning without packages that it hardly uses, for a faster collection."""
-    from lmchat.cli.lean_imports import importing, lean_imports
+    from lmchat.cli.lean_imports import import_lightning, importing
 
-    with lean_imports():
+    with importing():
+        import_lightning()
         import lmchat.cli.fit  # noqa: F401
     keep_parsers()
     with importing():

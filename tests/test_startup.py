@@ -44,7 +44,20 @@ net.to_empty(device="cpu")
 net.init_weights()
 engine = Engine(net.eval(), tokenizer)
 lmchat.serve.terminal.TerminalChat(engine, SamplingParams(max_new_tokens=2)).ask("Hi")
-json.dump({"helps": helps, "after_help": after_help, "after_chat": sorted(sys.modules)}, sys.stderr)
+after_chat = sorted(sys.modules)
+
+import importlib.abc
+from lmchat.cli.lean_imports import import_lightning
+class NeedsDynamo(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "torchmetrics.metric":
+            import torch._dynamo.utils
+sys.meta_path.insert(0, NeedsDynamo())
+import_lightning()
+after_lightning = sorted(sys.modules)
+json.dump(
+    {"helps": helps, "after_help": after_help, "after_chat": after_chat, "after_lightning": after_lightning}, sys.stderr
+)
 """
 
 FULL_HELP = """
@@ -97,6 +110,11 @@ def test_a_chat_does_not_import_torch_compile(helped: dict[str, Any]) -> None:
     assert "torch" in helped["after_chat"]
     large = {"torch._dynamo", "torch._inductor", "lightning", "torchmetrics", "transformers", "datasets"}
     assert not large & set(helped["after_chat"])
+
+
+def test_packages_that_need_torch_compile_can_be_imported_with_lightning(helped: dict[str, Any]) -> None:
+    """Torchvision does; the program has a finder that stands in for such a package."""
+    assert {"lightning.pytorch", "torchmetrics.metric", "torch._dynamo.utils"} <= set(helped["after_lightning"])
 
 
 def test_a_run_imports_no_package_that_lightning_hardly_uses(full_help: dict[str, Any]) -> None:

@@ -44,7 +44,7 @@ def help_text() -> str:
 
 def _run_trainer(args: list[str]) -> None:
     from lmchat.cli.early_checks import check_sizes
-    from lmchat.cli.lean_imports import lean_imports
+    from lmchat.cli.lean_imports import import_lightning, importing
     from lmchat.cli.short_help import FULL_HELP, overview
     from lmchat.hardware import check_address_space
 
@@ -55,7 +55,8 @@ def _run_trainer(args: list[str]) -> None:
     check_address_space()
     args = ["--help" if arg == FULL_HELP else arg for arg in args]
 
-    with lean_imports():
+    with importing():
+        import_lightning()
         from lmchat.cli.fit import main
     main(args)
 

@@ -3,9 +3,10 @@
 import contextlib
 import io
 
-from lmchat.cli.lean_imports import lean_imports
+from lmchat.cli.lean_imports import import_lightning, importing
 
-with lean_imports():
+with importing():
+    import_lightning()
     import lmchat.cli.fit
 import torch._dynamo  # by the optimizer
 import torch.utils.tensorboard  # noqa: F401  (by the logger)

@@ -1,8 +1,8 @@
 """Imports quickly and interruptibly: without the garbage collector and packages that Lightning hardly uses.
 
-``import torchmetrics`` imports SciPy, transformers and Matplotlib, if installed, for audio and text metrics and plots,
-which takes 1.3 CPU seconds in every process. Lightning needs none of these. Of ``torch._dynamo``, another 1.4 CPU
-seconds, it uses one class, to recognize compiled modules, and one decorator.
+``import torchmetrics`` imports SciPy, transformers, torchvision and Matplotlib, if installed, for metrics and plots:
+1.3 CPU seconds or more in every process. Lightning needs none of these. Of ``torch._dynamo``, another 1.4 CPU seconds,
+it uses one class, to recognize compiled modules, and one decorator.
 """
 
 import gc
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-_LEFT_OUT = ("scipy", "transformers", "matplotlib", "scienceplots")
+_LEFT_OUT = ("scipy", "transformers", "matplotlib", "scienceplots", "torchvision", "torch-fidelity", "torch_fidelity")
 _DYNAMO = "torch._dynamo"
 
 
@@ -44,12 +44,20 @@ def importing() -> Iterator[None]:
             gc.enable()
 
 
-@contextmanager
-def lean_imports() -> Iterator[None]:
-    """Context manager for importing Lightning without SciPy, transformers, Matplotlib and ``torch._dynamo``.
+def import_lightning() -> None:
+    """Imports Lightning without SciPy, transformers, Matplotlib, torchvision and ``torch._dynamo``.
 
-    Metrics imported in it treat the packages as not installed. Includes `importing`.
+    Its metrics treat the packages as not installed. Where an installed package needs what is left out, nothing is.
     """
+    try:
+        with _leaving_out():
+            import lightning
+    except ImportError:
+        import lightning  # noqa: F401
+
+
+@contextmanager
+def _leaving_out() -> Iterator[None]:
     from lightning_utilities.core import imports
 
     is_available, is_met = imports.package_available, imports.RequirementCache.__bool__
@@ -59,7 +67,7 @@ def lean_imports() -> Iterator[None]:
             requirement.available, requirement.message = False, f"{requirement.requirement} was not imported"
         return is_met(requirement)
 
-    with importing(), _without_dynamo():
+    with _without_dynamo():
         imports.package_available = lambda name: name not in _LEFT_OUT and is_available(name)  # type: ignore[assignment]
         imports.RequirementCache.__bool__ = met  # type: ignore[assignment,method-assign]
         try:
@@ -73,12 +81,13 @@ class _CompiledModules(type):
     """Instances of its classes are those of ``torch._dynamo.OptimizedModule``: none until that is imported."""
 
     def __instancecheck__(cls, instance: Any) -> bool:
-        return _DYNAMO in sys.modules and isinstance(instance, sys.modules[_DYNAMO].OptimizedModule)
+        compiled = getattr(sys.modules.get(_DYNAMO), "OptimizedModule", cls)
+        return compiled is not cls and isinstance(instance, compiled)
 
 
 @contextmanager
 def _without_dynamo() -> Iterator[None]:
-    """Context manager that gives importers of ``torch._dynamo`` what Lightning uses of it."""
+    """Gives importers of ``torch._dynamo`` what Lightning uses of it."""
     from torch._compile import _disable_dynamo  # imports torch._dynamo when the decorated function is called
 
     if _DYNAMO in sys.modules:

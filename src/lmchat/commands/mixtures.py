@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lmchat.cli.lean_imports import lean_imports
+from lmchat.cli.lean_imports import import_lightning, importing
 from lmchat.data.mixture import Mixture, MixturePart
 from lmchat.tasks import JSONLConversations
 from lmchat.types import UserError
@@ -14,7 +14,8 @@ def mixtures(source: Path, overlay: list[Path], split: str = "train") -> dict[st
         if overlay:
             raise UserError(f"--overlay {overlay[0]} overrides a config, but {source} is not a config; leave it out")
         return {split: Mixture([MixturePart(JSONLConversations(str(source)))], shuffle_seed=None)}
-    with lean_imports():
+    with importing():
+        import_lightning()
         from lmchat.cli.fit import read_data_module
     from lmchat.stages.chat import ChatDataModule
 

@@ -56,8 +56,8 @@ class StageModule(L.LightningModule):
         tokenizer_dir: folder of the tokenizer; null is ``$LMCHAT_BASE_DIR/tokenizer``.
         tag: name of the run's folder of checkpoints and logs; null uses the depth, e.g. ``d26``.
         global_batch_tokens: tokens per optimizer step over all ranks; null takes the scaling laws' value.
-        embedding_lr: AdamW learning rate of the token and value embeddings at width 768 and batch 2¹⁹; null is 0.3, and
-            where the stage starts from a checkpoint, that of the checkpoint.
+        embedding_lr: AdamW learning rate of the token and value embeddings at width 768 and batch 2¹⁹; null is 0.3,
+            and after pretraining the checkpoint's.
         unembedding_lr: AdamW learning rate of the output head, likewise; null is 0.004.
         matrix_lr: Muon learning rate of the blocks' matrices; null is 0.02.
         scalar_lr: AdamW learning rate of the residual scalars; null is 0.5.

@@ -48,6 +48,11 @@ class ChatModule(StageModule):
             "with --ckpt_path, e.g. its folder"
         )
 
+    def configure_model(self) -> None:
+        if not hasattr(self, "config"):
+            raise self.checkpoint_missing()
+        super().configure_model()
+
     def load_from(self, checkpoint: Checkpoint) -> None:
         super().load_from(checkpoint)
         self.config = GPTConfig(**checkpoint.meta["model"])

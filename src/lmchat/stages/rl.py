@@ -36,6 +36,7 @@ class GRPOModule(ChatModule):
             "group": sampled tokens of each group, then the mean over groups, as in nanochat if one pass holds a group
             (nanochat normalizes each pass by itself).
         momentum: momentum of Muon, without a ramp.
+        embedding_lr: AdamW learning rate of the token and value embeddings, whatever the checkpoint's.
 
     The network reads the prompt of a group once. Blocks are not compiled, since shapes differ from step to step.
 
