@@ -56,11 +56,10 @@ class StageModule(L.LightningModule):
         tokenizer_dir: folder of the tokenizer; null is ``$LMCHAT_BASE_DIR/tokenizer``.
         tag: name of the run's folder of checkpoints and logs; null uses the depth, e.g. ``d26``.
         global_batch_tokens: tokens per optimizer step over all ranks; null takes the scaling laws' value.
-        embedding_lr: AdamW learning rate of the token and value embeddings at width 768 and batch 2¹⁹; null is 0.3,
-            and after pretraining the checkpoint's.
-        unembedding_lr: AdamW learning rate of the output head, likewise; null is 0.004.
-        matrix_lr: Muon learning rate of the blocks' matrices; null is 0.02.
-        scalar_lr: AdamW learning rate of the residual scalars; null is 0.5.
+        embedding_lr: AdamW learning rate of the token and value embeddings at width 768 and batch 2¹⁹.
+        unembedding_lr: AdamW learning rate of the output head, likewise.
+        matrix_lr: Muon learning rate of the blocks' matrices.
+        scalar_lr: AdamW learning rate of the residual scalars.
         weight_decay: Muon's weight decay before the scaling laws scale it.
         compute_dtype: dtype of activations and matrix products; "auto" is bf16 where the device multiplies it fast,
             else fp32. Master weights are always fp32.
@@ -94,10 +93,10 @@ class StageModule(L.LightningModule):
         tokenizer_dir: str | None = None,
         tag: str | None = None,
         global_batch_tokens: int | None = None,
-        embedding_lr: float | None = None,
-        unembedding_lr: float | None = None,
-        matrix_lr: float | None = None,
-        scalar_lr: float | None = None,
+        embedding_lr: float = LEARNING_RATES["embedding_lr"],
+        unembedding_lr: float = LEARNING_RATES["unembedding_lr"],
+        matrix_lr: float = LEARNING_RATES["matrix_lr"],
+        scalar_lr: float = LEARNING_RATES["scalar_lr"],
         weight_decay: float = 0.2,
         compute_dtype: Literal["auto", "bf16", "fp32"] = "auto",
         attention: str = "auto",
@@ -109,11 +108,10 @@ class StageModule(L.LightningModule):
             check_folder_name("--model.tag", tag)
         self.tokenizer_path = expand_user(tokenizer_dir) if tokenizer_dir else default_tokenizer_dir()
         self.global_batch_tokens = global_batch_tokens
-        given = zip(LEARNING_RATES, (embedding_lr, unembedding_lr, matrix_lr, scalar_lr), strict=True)
-        self.given_learning_rates = {name: lr for name, lr in given if lr is not None}
-        self.learning_rates = {**LEARNING_RATES, **self.given_learning_rates}
+        given = (embedding_lr, unembedding_lr, matrix_lr, scalar_lr)
+        self.learning_rates = dict(zip(LEARNING_RATES, given, strict=True))
         self.weight_decay = weight_decay
-        check_range("model", weight_decay=weight_decay, **self.given_learning_rates)
+        check_range("model", weight_decay=weight_decay, **self.learning_rates)
         check_count("model", 1, global_batch_tokens=global_batch_tokens)
         self.lr_scale = 1.0
         self.compute_dtype = compute_dtype

@@ -10,6 +10,7 @@ from lmchat.evaluation.chat_tasks import ChatTaskEvaluator
 from lmchat.evaluation.evaluator import Evaluator
 from lmchat.model.config import GPTConfig
 from lmchat.optim.muon_adamw import MuonAdamW
+from lmchat.optim.param_groups import LEARNING_RATES
 from lmchat.option_checks import check_count, check_range
 from lmchat.stage_table import STAGES
 from lmchat.stages.base import StageModule
@@ -22,7 +23,12 @@ class ChatModule(StageModule):
     """A stage that takes its network, and settings that are null, from a checkpoint of this or an earlier stage.
 
     Args:
-        init_lr_fraction: factor on every learning rate; they do not scale with the batch.
+        init_lr_fraction: factor on every learning rate.
+        embedding_lr: AdamW learning rate of the token and value embeddings at width 768. Where the stage has no
+            default, null takes the checkpoint's, as for the other learning rates. None of them scales with the batch.
+        unembedding_lr: AdamW learning rate of the output head, likewise.
+        matrix_lr: Muon learning rate of the blocks' matrices.
+        scalar_lr: AdamW learning rate of the residual scalars.
         warm_start_optimizer: start with the optimizer moments of the earlier stage instead of zeros. Learning rates,
             momentum and weight decay are those of this stage in either case.
     """
@@ -32,12 +38,18 @@ class ChatModule(StageModule):
         *,
         init_lr_fraction: float = 1.0,
         weight_decay: float = 0.0,
+        embedding_lr: float | None = None,
+        unembedding_lr: float | None = None,
+        matrix_lr: float | None = None,
+        scalar_lr: float | None = None,
         warm_start_optimizer: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(weight_decay=weight_decay, **kwargs)
         self.lr_scale = init_lr_fraction
-        check_range("model", init_lr_fraction=init_lr_fraction)
+        given = zip(LEARNING_RATES, (embedding_lr, unembedding_lr, matrix_lr, scalar_lr), strict=True)
+        self._given_learning_rates = {name: lr for name, lr in given if lr is not None}
+        check_range("model", init_lr_fraction=init_lr_fraction, **self._given_learning_rates)
         self.warm_start_optimizer = warm_start_optimizer
         self.default_tag = self.stage
 
@@ -58,7 +70,7 @@ class ChatModule(StageModule):
         self.config = GPTConfig(**checkpoint.meta["model"])
         self.sequence_len = self.config.sequence_len
         self.default_tag = checkpoint.meta["tag"]
-        self.learning_rates = {**checkpoint.meta["learning_rates"], **self.given_learning_rates}
+        self.learning_rates = {**checkpoint.meta["learning_rates"], **self._given_learning_rates}
         if self.global_batch_tokens is None:
             self.global_batch_tokens = checkpoint.meta["global_batch_tokens"]
         if checkpoint.weights_only and self.warm_start_optimizer:
