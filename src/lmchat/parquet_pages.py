@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 MAX_PAGE_BYTES = 150_000_000
 """Limit of a page. DuckDB writes pages of up to 100 MB, others of about 1 MB; reading one takes five times its size."""
-MAX_ROWS = 32
+MAX_ROWS = 16
 """Rows to decode at a time, of small ones."""
 
 _BATCH_BYTES = 1 << 26

@@ -243,13 +243,14 @@ def _fetch_all(hub: _Hub, shards: Sequence[Shard], output: Path, num_workers: in
             hub.fetch(shard, output)
             done.append(shard)
 
-    before, longest = sum(file_sizes(output)), max((shard.size for shard in shards), default=0)
+    leftover, longest = sum(file_sizes(hub.staging)), max((shard.size for shard in shards), default=0)
 
     def received() -> int:
-        if max(file_sizes(hub.staging), default=0) > longest + _SMALL_FILE_BYTES:
+        staged = file_sizes(hub.staging)
+        if max(staged, default=0) > longest + _SMALL_FILE_BYTES:
             shutil.rmtree(hub.staging, ignore_errors=True)
             raise UserError(f"{hub.repo_id}: the hub sends more than the size that it lists; {_CONTINUE}")
-        size = max(0, sum(file_sizes(output)) - before)
+        size = sum(shard.size for shard in done) + max(0, sum(staged) - leftover)
         bar.set(size, f"Downloading {len(done)} of {len(shards)} shards")
         return size
 

@@ -1,7 +1,6 @@
 """Lists parquet shards of text and reads their documents."""
 
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 
 import pyarrow as pa
@@ -61,14 +60,9 @@ def count_documents(path: Path) -> int:
         return int(parquet.metadata.num_rows)
 
 
-def read_batches(path: Path, column: str = TEXT_COLUMN) -> Iterator[list[str | None]]:
-    """Yields the texts of a shard in order, a few at a time, None for null. Raises `UserError` if it cannot be read."""
+def read_documents(path: Path, column: str = TEXT_COLUMN) -> Iterator[str | None]:
+    """Yields the texts of a shard in order, None for null. Raises `UserError` if the file cannot be read."""
     with open_parquet(path) as parquet:
         check_text_column(parquet, path, column)
         for batch in parquet.iter_batches(batch_size=rows_at_once(path, parquet, column), columns=[column]):
-            yield batch.column(0).to_pylist()
-
-
-def read_documents(path: Path, column: str = TEXT_COLUMN) -> Iterator[str | None]:
-    """`read_batches`, one text after the other."""
-    return chain.from_iterable(read_batches(path, column))
+            yield from batch.column(0).to_pylist()

@@ -15,13 +15,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lmchat.data.parquet_text import count_documents, list_shards, read_batches
+from lmchat.data.parquet_text import count_documents, list_shards, read_documents
 from lmchat.data.token_file import HEADER_BYTES, Header, Source, read_header, token_dir, token_path
 from lmchat.files import locked, synced_file
 from lmchat.parquet_pages import open_parquet
 from lmchat.progress import ProgressBar
 from lmchat.tokenizer.bpe import Tokenizer
 from lmchat.types import user_errors
+
+_CHUNK_CHARACTERS = 1 << 18
 
 _Chunk = tuple[int, npt.NDArray[np.unsignedinteger], npt.NDArray[np.int64]]
 
@@ -100,8 +102,22 @@ def _tokenize_all(shards: Sequence[Path], directory: Path, tokenizer: Tokenizer,
     total = sum(map(count_documents, shards))
     with ThreadPoolExecutor(num_threads) as pool, ProgressBar("Tokenizing", total, unit="documents") as bar:
         for shard in shards:
-            chunks = _encoded(read_batches(shard), tokenizer, pool, look_ahead=2 * num_threads)
+            chunks = _encoded(_split(read_documents(shard)), tokenizer, pool, look_ahead=2 * num_threads)
             _write_token_file(token_path(directory, shard), _identify(shard), chunks, tokenizer, bar)
+
+
+def _split(texts: Iterable[str | None]) -> Iterator[list[str | None]]:
+    """Yields lists of consecutive texts, each long enough to be worth a thread's time."""
+    chunk: list[str | None] = []
+    room = _CHUNK_CHARACTERS
+    for text in texts:
+        chunk.append(text)
+        room -= len(text or "") + 1
+        if room <= 0:
+            yield chunk
+            chunk, room = [], _CHUNK_CHARACTERS
+    if chunk:
+        yield chunk
 
 
 def _encoded(

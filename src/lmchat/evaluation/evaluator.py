@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -55,7 +55,10 @@ class Evaluator(ABC):
         """Scores a batch, whose tensors are on the device of ``policy.net``."""
 
     def split(self, batch: Any, parts: int) -> list[Any]:
-        """Splits a batch, by default a list, into at most ``parts`` parts of similar size."""
+        """Splits a batch into at most ``parts`` parts of similar size; supports lists, and dicts of tensors by rows."""
+        if isinstance(batch, dict):
+            columns = {name: value.chunk(parts) for name, value in batch.items()}
+            return [dict(zip(columns, rows, strict=True)) for rows in zip(*columns.values(), strict=True)]
         size = max(1, math.ceil(len(batch) / parts))
         return [batch[start : start + size] for start in range(0, max(1, len(batch)), size)]
 
@@ -64,11 +67,22 @@ class Evaluator(ABC):
         """Returns the metrics over all batches of all ranks since the last call. Every rank must call it."""
 
 
-class EvalBatch(NamedTuple):
-    """A batch and its evaluator; torch pins its tensors, and Lightning moves them to the device."""
+class EvalBatch:
+    """A batch and its evaluator.
 
-    evaluator: Evaluator
-    data: Any
+    Not a dataclass or tuple: Lightning would move or copy the evaluator too.
+    """
+
+    def __init__(self, evaluator: Evaluator, data: Any) -> None:
+        self.evaluator = evaluator
+        self.data = data
+
+    def pin_memory(self) -> Self:
+        """Pins the tensors of a dict; called by torch's DataLoader, for GPUs."""
+        data = self.data
+        if isinstance(data, dict):
+            data = {name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in data.items()}
+        return type(self)(self.evaluator, data)
 
 
 @dataclass(eq=False)

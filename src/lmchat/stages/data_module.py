@@ -5,9 +5,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from lmchat.evaluation.evaluator import Evaluator, EvaluatorBatches
+from lmchat.evaluation.evaluator import EvalBatch, Evaluator, EvaluatorBatches
 from lmchat.option_checks import check_count, damaged_position
 from lmchat.run_plan import RunPlan, accumulation_steps
 from lmchat.stages.spec import StageSpec
@@ -96,6 +97,13 @@ class StageDataModule(L.LightningDataModule):
         if self.trainer is not None and self.trainer.training:
             self.position = batch.pop("state")
         return batch
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Copies a batch to the device; from pinned memory the CPU does not wait for it."""
+        if isinstance(batch, EvalBatch):
+            data = self.transfer_batch_to_device(batch.data, device, dataloader_idx)
+            return EvalBatch(batch.evaluator, data)
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position}

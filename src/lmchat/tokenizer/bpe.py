@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tiktoken
 
-from lmchat.files import replacing
+from lmchat.files import json_object, replacing
 from lmchat.option_checks import check_count
 from lmchat.paths import expand_user
 from lmchat.tokenizer import files
@@ -144,8 +144,13 @@ class Tokenizer:
             raise UserError(
                 f"no tokenizer in {directory} ({_FILE} is missing): train one with `lmchat tokenizer train`"
             )
-        problem = f"the tokenizer {path} is damaged or not an lmchat tokenizer"
-        return cls._read(path, problem, f"train it again with `lmchat tokenizer train --output {directory}`")
+        try:
+            return cls(*files.from_hugging_face(json_object(path.read_bytes()), SPECIAL_TOKENS))
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"the tokenizer {path} is damaged or not an lmchat tokenizer ({error}): "
+                f"train it again with `lmchat tokenizer train --output {directory}`"
+            ) from error
 
     @classmethod
     def import_file(cls, path: str | Path) -> Tokenizer:
@@ -157,15 +162,13 @@ class Tokenizer:
         path = Path(path)
         if not path.is_file():
             raise UserError(f"there is no tokenizer file {path}; give the path of an existing one")
-        kinds = "a Hugging Face tokenizer.json of a byte-level BPE, a tiktoken rank file, or JSON with mergeable_ranks"
-        return cls._read(path, f"cannot import {path}", f"give {kinds} and pattern")
-
-    @classmethod
-    def _read(cls, path: Path, problem: str, remedy: str) -> Tokenizer:
         try:
             return cls(*files.read_vocabulary(path, SPECIAL_TOKENS, SPLIT_PATTERN))
         except (OSError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{problem} ({error}): {remedy}") from error
+            raise UserError(
+                f"cannot import {path} ({error}): give a Hugging Face tokenizer.json of a byte-level BPE, a tiktoken "
+                "rank file, or JSON with mergeable_ranks and pattern"
+            ) from error
 
     def save(self, directory: str | Path) -> None:
         """Writes ``tokenizer.json``, which Hugging Face's library reads too."""
