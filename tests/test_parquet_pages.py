@@ -35,11 +35,11 @@ def test_the_largest_page_decides(
     small = [f"{random.random()} " * 9 for _ in range(300)]
     large = "".join(random.choices("ab ", k=5_000_000))
     path = tmp_path / "a.parquet"
-    assert _rows(path, small, **options) == 32
+    assert _rows(path, small, **options) == 16
     for texts in ([*small, large], [large, *small], [large, *[large] * 3]):
         for use_dictionary in (True, False):
             assert _rows(path, texts, use_dictionary=use_dictionary, row_group_size=170, **options) in range(2, 14)
-            assert _rows(path, texts, "id", use_dictionary=use_dictionary, **options) == 32
+            assert _rows(path, texts, "id", use_dictionary=use_dictionary, **options) == 16
     medium = ["".join(random.choices("ab ", k=3000)) for _ in range(9)]  # in statistics of the pages' headers
     assert _rows(path, [*medium, large], use_dictionary=False, **options) in range(2, 14)
     assert _rows(path, [large, *[large] * 3], row_group_size=170, **options) in range(2, 14)
