@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,15 @@ def bomb() -> str:
     return "\n".join(levels)
 
 
+@pytest.fixture
+def usual_recursion_limit() -> Iterator[None]:
+    """Python's own, which torch's compiler raises for the whole process."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(1000)
+    yield
+    sys.setrecursionlimit(before)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -72,6 +83,7 @@ def bomb() -> str:
         ("model: {class_path: PretrainModule, init_args: {depth: 1}, dict_kwargs: {x: 1}}", "PretrainModule cannot be"),
     ],
 )
+@pytest.mark.usefixtures("usual_recursion_limit")
 def test_invalid_configs_are_refused(
     text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
