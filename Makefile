@@ -56,9 +56,8 @@ chat: $(INSTALLED)  ## chat with the model of the latest finished stage
 serve: $(INSTALLED)  ## chat page and API of that model, on this machine only (PORT=8000)
 	@$(if $(BASE),LMCHAT_BASE_DIR="$(BASE)") $(BIN)/lmchat serve $(if $(PORT),--port $(PORT))
 
-# One worker more than cores, since tests also wait for processes and servers, at most 8, since each imports torch. One
-# process: make test WORKERS=0.
-WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
+# One worker per core, at most 8, since each imports torch. One process: make test WORKERS=0.
+WORKERS ?= logical
 test: $(INSTALLED)  ## run the tests in parallel (minutes on two cores; WORKERS=2)
 	@$(BIN)/python -m pytest -m 'not slow and not gpu' -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
