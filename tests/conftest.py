@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import xdist
 
 from built_parsers import keep_parsers
 
@@ -37,14 +39,17 @@ os.environ["SSL_CERT_DIR"] = os.environ["HF_HOME"]
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_collection() -> Iterator[Any]:
+def pytest_collection(session: pytest.Session) -> Iterator[Any]:
     """Imports Lightning without packages that it hardly uses, for a faster collection."""
+    if xdist.is_xdist_controller(session):
+        return (yield)
     from lmchat.cli.lean_imports import import_lightning, importing
 
     with importing():
         import_lightning()
         import lmchat.cli.fit  # noqa: F401
     keep_parsers()
+    gc.set_threshold(10_000)  # training creates many objects and few cycles
     with importing():
         return (yield)
 

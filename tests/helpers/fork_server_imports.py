@@ -11,6 +11,8 @@ with importing():
 import torch._dynamo  # by the optimizer
 import torch.utils.tensorboard  # noqa: F401  (by the logger)
 
+import float64  # noqa: F401  (by tests of several ranks)
+import forked  # noqa: F401  (by every child, with pytest)
 from built_parsers import keep_parsers
 
 keep_parsers()
