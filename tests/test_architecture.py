@@ -11,7 +11,7 @@ SOURCE = Path(__file__).resolve().parent.parent / "src" / "lmchat"
 LAYERS = [
     {"__init__", "types"},
     {"messages", "option_checks", "paths", "losses", "schedules"},
-    {"files", "hardware", "parquet_pages", "precision", "progress", "provenance", "records"},
+    {"files", "hardware", "parquet_pages", "precision", "progress", "provenance", "records", "yaml_loading"},
     {"hub", "model", "tokenizer"},
     {"optim"},
     {"scaling", "stage_table"},

@@ -21,6 +21,7 @@ from lmchat.option_checks import MAX_COUNT, check_count
 from lmchat.scaling import DEFAULT_SEQUENCE_LEN, config_for_depth
 from lmchat.training_memory import check_fits, training_memory
 from lmchat.types import UserError
+from lmchat.yaml_loading import load_yaml
 
 COUNTS = {
     "trainer": ("max_steps", "limit_train_batches", "limit_val_batches"),
@@ -119,10 +120,10 @@ def read_options(args: list[str]) -> Options:
         raise ValueError("options by environment variables")
     for name, value in _pairs(args[1:]):
         if name == "config":
-            for key, content in yaml.safe_load(Path(value).read_text(encoding="utf-8")).items():
+            for key, content in load_yaml(Path(value).read_text(encoding="utf-8")).items():
                 _update(options, key, content)
         elif name.partition(".")[0] in options:
-            _update(options, name, yaml.safe_load(value))
+            _update(options, name, load_yaml(value))
     return options
 
 

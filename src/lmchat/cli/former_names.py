@@ -8,6 +8,8 @@ import yaml
 from jsonargparse import get_loader, set_loader
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lmchat.yaml_loading import SAFE_LOADER
+
 CLASSES = {
     "Arithmetic": "lmchat.demo.tasks.Arithmetic",
     "Dialogue": "lmchat.demo.tasks.Dialogue",
@@ -41,7 +43,7 @@ def accept_former_names() -> None:
 
     def load(text: str) -> Any:
         try:
-            _check_nodes(yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
+            _check_nodes(yaml.compose(text, Loader=SAFE_LOADER))
             return _rename(load_yaml(text), at_top=True)
         except RecursionError:
             raise yaml.YAMLError("it is nested too deeply") from None

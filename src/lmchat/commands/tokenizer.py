@@ -1,7 +1,6 @@
 """``lmchat tokenizer``: train, evaluate, show or import a tokenizer."""
 
 import sys
-from importlib import resources
 from itertools import cycle
 from pathlib import Path
 
@@ -51,7 +50,6 @@ def evaluate(tokenizer: Path | None = None, data: Path | None = None) -> None:
         data: folder of shards; the last one is evaluated too, by script. Default is $LMCHAT_BASE_DIR/base_data, if it
             exists.
     """
-    import yaml
     from rich.console import Console
 
     from lmchat.data.parquet_text import list_shards
@@ -65,10 +63,10 @@ def evaluate(tokenizer: Path | None = None, data: Path | None = None) -> None:
         load_baselines,
         script_table,
     )
+    from lmchat.yaml_loading import load_package_yaml
 
     ours = Tokenizer.load(tokenizer or tokenizer_dir())
-    samples = resources.files("lmchat.tokenizer") / "samples.yaml"
-    texts: dict[str, str] = yaml.safe_load(samples.read_text(encoding="utf-8"))
+    texts: dict[str, str] = load_package_yaml("lmchat.tokenizer", "samples.yaml")
     if shards := list_shards(data) if data else sorted(base_data_dir().glob("*.parquet")):
         texts["validation shard"] = "\n".join(read_beginnings([shards[-1]], EVAL_CHARACTERS, EVAL_CHARACTERS))
     baselines = load_baselines()

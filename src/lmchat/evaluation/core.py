@@ -21,6 +21,7 @@ from typing import Any, Literal, Protocol
 import yaml
 
 from lmchat.types import UserError, user_errors
+from lmchat.yaml_loading import load_yaml
 
 SHUFFLE_SEED = 1337
 FEWSHOT_SEED = 1234
@@ -128,7 +129,7 @@ def read_bundle(path: Path) -> list[CoreTask]:
                 delimiter=task.get("continuation_delimiter", " "),
                 baseline=baselines[task["label"]],
             )
-            for task in yaml.safe_load(config.read_text(encoding="utf-8"))["icl_tasks"]
+            for task in load_yaml(config.read_text(encoding="utf-8"))["icl_tasks"]
         ]
         for task in tasks:
             if not 0 <= task.baseline < 1 or not task.name.isprintable():

@@ -4,14 +4,12 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any, cast
-
-import yaml
 
 from lmchat.tasks.base import GeneratedTask, Graded, Split, exchange, reward_in_words_of
 from lmchat.tasks.patterns import expand
 from lmchat.types import Conversation, Message, UserError
+from lmchat.yaml_loading import load_package_yaml
 
 TEST_EVERY = 5
 """Every fifth wording of a question is in the test split, except common ones."""
@@ -39,7 +37,7 @@ class Topic:
     common: Sequence[str]
 
 
-_TEXTS = yaml.safe_load((resources.files(__package__) / "identity.yaml").read_text(encoding="utf-8"))
+_TEXTS = load_package_yaml("lmchat.tasks", "identity.yaml")
 TOPICS = {name: Topic(**{**texts, "questions": expand(*texts["questions"])}) for name, texts in _TEXTS.items()}
 
 

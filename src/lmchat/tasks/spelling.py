@@ -7,11 +7,8 @@ nanochat's.
 
 import random
 from functools import cached_property
-from importlib import resources
 from string import ascii_lowercase
 from typing import Any
-
-import yaml
 
 from lmchat.tasks.base import (
     GeneratedTask,
@@ -27,11 +24,12 @@ from lmchat.tasks.gsm8k import NumericAnswerTask
 from lmchat.tasks.patterns import pick
 from lmchat.tasks.words import read_words
 from lmchat.types import Conversation, Part, UserError
+from lmchat.yaml_loading import load_package_yaml
 
 ABSENT_LETTER_SHARE = 0.1
 """Share of counting questions whose letter is drawn from the alphabet instead of the word."""
 
-_QUESTIONS = yaml.safe_load((resources.files(__package__) / "spelling.yaml").read_text(encoding="utf-8"))
+_QUESTIONS = load_package_yaml("lmchat.tasks", "spelling.yaml")
 SPELL_QUESTIONS, COUNT_QUESTIONS = tuple(_QUESTIONS["spell"]), tuple(_QUESTIONS["count"])
 """Patterns, see `patterns`."""
 

@@ -1,10 +1,9 @@
 """The stories of arithmetic word problems; texts and rules are in ``stories.yaml``."""
 
 from dataclasses import dataclass, field
-from importlib import resources
 from typing import Literal
 
-import yaml
+from lmchat.yaml_loading import load_package_yaml
 
 Operation = Literal["+", "-", "*", "/", "total"]
 
@@ -65,7 +64,7 @@ class Family:
     relay: bool = False
 
 
-_TEXTS = yaml.safe_load((resources.files(__package__) / "stories.yaml").read_text(encoding="utf-8"))
+_TEXTS = load_package_yaml("lmchat.demo.tasks", "stories.yaml")
 
 FAMILIES: dict[str, Family] = {
     name: Family(**{**texts, **{key: [Step(**step) for step in texts[key]] for key in ("starts", "steps")}})
