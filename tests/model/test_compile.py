@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from lmchat import losses
 from lmchat.model import attention, gpt
@@ -108,6 +110,18 @@ def test_the_mix_within_the_blocks_is_the_mix_before_them() -> None:
     assert all(map(torch.equal, *results))
     mix = (torch.ones(1, 2), torch.tensor(2.0), torch.tensor(3.0))
     assert mix_residual(torch.full((1, 2), 5.0), mix).tolist() == [[13, 13]]
+
+
+def test_the_first_block_shares_its_code_with_a_later_one() -> None:
+    """Its input is also the embedding that the residual mix adds."""
+    net, ids = GPT(replace(CONFIG, n_layer=3, window_pattern="L")), torch.zeros(1, 16, dtype=torch.int64)
+    net.init_weights()
+    net.mix_in_blocks = True
+    graphs = CompileCounter()
+    for block in net.blocks:
+        block.compile(dynamic=False, backend=graphs)
+    net.hidden(ids)
+    assert graphs.frame_count == 2, "with and without value embeddings"
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])

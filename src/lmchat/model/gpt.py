@@ -386,7 +386,9 @@ class GPT(nn.Module):
         x = norm(look_up(self.transformer.wte.weight))
         mixes: list[ResidualMix | None] = [None] * self.config.n_layer
         if self.config.residual_mix:
-            mixes = [(x, *factors) for factors in zip(self.resid_lambdas, self.x0_lambdas, strict=True)]
+            # Not `x` itself, for which the compiler would make the first block, whose input it is, a graph of its own.
+            x0 = x.view_as(x)
+            mixes = [(x0, *factors) for factors in zip(self.resid_lambdas, self.x0_lambdas, strict=True)]
         with exclude_cudnn():
             for layer, (block, mix) in enumerate(zip(self.blocks, mixes, strict=True)):
                 # Compiled blocks are for the fixed shapes of training; a growing cache would recompile them.
