@@ -32,8 +32,9 @@ BACKENDS: dict[Mode, Any] = {
 }
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def reset_compiler() -> Iterator[None]:
+    """Once, since compiling takes seconds: tests of one mode, number of heads and number of rows share the code."""
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -67,10 +68,7 @@ def saved_bytes(run: Callable[[], Any], tokens: int) -> int:
     ("mode", "n_kv_head", "checkpointed"),
     [
         *[("eager", heads, checkpointed) for heads in (4, 2) for checkpointed in (False, True)],
-        ("compiled", 2, False),
-        ("recomputing", 2, True),
-        pytest.param("compiled", 2, True, marks=pytest.mark.slow),
-        pytest.param("recomputing", 2, False, marks=pytest.mark.slow),
+        *[(mode, 2, checkpointed) for mode in ("compiled", "recomputing") for checkpointed in (False, True)],
     ],
 )
 def test_saved_activations_of_a_block_match_the_estimate(mode: Mode, n_kv_head: int, checkpointed: bool) -> None:
@@ -91,10 +89,10 @@ def test_saved_activations_of_a_block_match_the_estimate(mode: Mode, n_kv_head: 
 
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
 def test_checkpointing_gives_the_same_gradients(mode: Mode) -> None:
-    ids = torch.randint(320, (2, 64), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(320, (3, 64), generator=torch.Generator().manual_seed(1))
     results = []
     for checkpointed in (False, True):
-        net = model(replace(CONFIG, n_layer=2), mode)  # one of each kind, since compiling takes seconds
+        net = model(replace(CONFIG, n_kv_head=2, n_layer=2), mode)  # one of each kind
         net.checkpoint_blocks = checkpointed
         loss = net.loss(ids, ids)
         loss.backward()
@@ -103,7 +101,7 @@ def test_checkpointing_gives_the_same_gradients(mode: Mode) -> None:
 
 
 class PeakMemory(TorchDispatchMode):
-    """Peak bytes of live storage among the results of operators."""
+    """Peak bytes of live storage among the results of operators; products are left out, which are slow in bf16."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,7 +109,8 @@ class PeakMemory(TorchDispatchMode):
         self.now = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        is_product = func is torch.ops.aten.mm.default
+        out = args[0].new_zeros(len(args[0]), args[1].size(1)) if is_product else func(*args, **(kwargs or {}))
         for x in out if isinstance(out, tuple | list) else (out,):
             if isinstance(x, Tensor):
                 self._count(x.untyped_storage())
