@@ -19,33 +19,66 @@ Open = Callable[..., Any]
 SHORT_ANSWERS = """try { localStorage["lmchat.settings"] ??= '{"max_tokens": 24}'; } catch { /* about:blank */ }"""
 
 
-@pytest.fixture
-def open_page(browser: Any, live: LiveServer) -> Iterator[Open]:  # noqa: F811
-    """Opens the page, after a script; at the end asserts that there were no errors and no requests to other servers."""
-    problems: list[str] = []
-    contexts = []
+@pytest.fixture(scope="module")
+def tab(browser: Any) -> Iterator[Any]:  # noqa: F811
+    """The tab of all tests, since a new one costs a second; it has answers of few tokens."""
+    context = browser.new_context(accept_downloads=True)
+    context.add_init_script(SHORT_ANSWERS)
+    yield context.new_page()
+    context.close()
 
-    def open_it(width: int = 1280, height: int = 800, script: str = "", **options: Any) -> Any:
-        context = browser.new_context(viewport={"width": width, "height": height}, accept_downloads=True, **options)
-        context.add_init_script(SHORT_ANSWERS)
-        context.add_init_script(script)
-        contexts.append(context)
-        page = context.new_page()
+
+@pytest.fixture
+def empty_tab(tab: Any, live: LiveServer) -> Any:
+    """The tab without the storage, routes and further tabs of earlier tests."""
+    tab.goto(f"{live.url}/health")
+    tab.evaluate("localStorage.clear(); sessionStorage.clear()")
+    tab.unroute_all()
+    for other in tab.context.pages:
+        if other != tab:
+            other.close()
+    return tab
+
+
+@pytest.fixture
+def open_page(browser: Any, empty_tab: Any, live: LiveServer) -> Iterator[Open]:  # noqa: F811
+    """Opens the page; at the end asserts that there were no errors and no requests to other servers.
+
+    With a script, which runs before the page's own, in a new context.
+    """
+    problems: list[str] = []
+    listeners: dict[str, Callable[..., Any]] = {
+        "pageerror": lambda error: problems.append(str(error)),
+        "console": lambda message: problems.append(message.text) if is_problem(message) else None,
+        "dialog": lambda dialog: dialog.accept(),
+        "request": lambda request: (
+            None if request.url.startswith((live.url, "blob:")) else problems.append(request.url)
+        ),
+    }
+    pages = []
+
+    def open_it(width: int = 1280, color_scheme: str = "light", script: str = "") -> Any:
+        page = empty_tab
+        if script:
+            page = browser.new_page()
+            page.add_init_script(script)
+        pages.append(page)
+        for event, listener in listeners.items():
+            page.on(event, listener)
         page.set_default_timeout(15_000)
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("console", lambda message: problems.append(message.text) if is_problem(message) else None)
-        page.on("dialog", lambda dialog: dialog.accept())
-        page.on(
-            "request",
-            lambda request: None if request.url.startswith((live.url, "blob:")) else problems.append(request.url),
-        )
+        page.set_viewport_size({"width": width, "height": 800})
+        page.emulate_media(color_scheme=color_scheme)
         page.goto(live.url)
         page.wait_for_selector("#model-details:not(:empty)")
         return page
 
     yield open_it
-    for context in contexts:
-        context.close()
+    for page in pages:
+        if page == empty_tab:
+            for event, listener in listeners.items():
+                page.remove_listener(event, listener)
+        else:
+            page.context.close()
     assert not problems
 
 
@@ -194,9 +227,10 @@ NO_ROOM = "Storage.prototype.setItem = () => { throw new DOMException('full', 'Q
 @pytest.mark.parametrize("script", [NO_STORAGE, NO_ROOM], ids=["denied", "full"])
 def test_without_storage_the_page_answers_and_warns(open_page: Open, script: str) -> None:
     page = open_page(script=script)
+    answer_with(page, ("text", "Ok"))
     assert not page.is_visible("#notice")
     ask(page, "Hi")
-    assert texts(page, "assistant") and "cannot keep the conversation" in page.inner_text("[role=alert]")
+    assert texts(page, "assistant") == ["Ok"] and "cannot keep the conversation" in page.inner_text("[role=alert]")
     page.click("#new")
     assert not page.is_visible("#notice")
 
@@ -435,9 +469,9 @@ def test_keyboard_and_screen_reader(open_page: Open) -> None:
     assert page.evaluate("document.activeElement.id") == "menu"
 
 
-def test_a_server_with_a_key_asks_for_it(browser: Any) -> None:  # noqa: F811
+def test_a_server_with_a_key_asks_for_it(empty_tab: Any) -> None:
     with live_server(tiny_engine(), Limits(max_running=8, max_new_tokens=24), api_key="s3cret") as locked:
-        page = browser.new_context().new_page()
+        page = empty_tab
         page.goto(locked.url)
         page.fill("#token-dialog input", "€")  # no header can have it
         with page.expect_response("**/v1/models"):
@@ -454,13 +488,12 @@ def test_a_server_with_a_key_asks_for_it(browser: Any) -> None:  # noqa: F811
         page.click("text=Try again")
         page.wait_for_selector(".message.assistant .note:not(:empty)")
         assert texts(page, "assistant")[0] and page.locator(".error").count() == 0
-        page.context.close()
 
 
-def test_a_question_refused_after_a_new_key_was_given_is_sent_again(browser: Any) -> None:  # noqa: F811
+def test_a_question_refused_after_a_new_key_was_given_is_sent_again(empty_tab: Any) -> None:
     """The dialog opened a second time, for the key before."""
     with live_server(tiny_engine(), api_key="s3cret") as locked:
-        page, held = browser.new_context().new_page(), []
+        page, held = empty_tab, []
         page.route("**/v1/chat/completions", lambda route: route.continue_() if held else held.append(route))
         page.goto(locked.url)
         page.wait_for_selector("#token-dialog[open]")
@@ -475,4 +508,3 @@ def test_a_question_refused_after_a_new_key_was_given_is_sent_again(browser: Any
         page.wait_for_selector(".message.assistant .note:not(:empty)")
         assert texts(page, "assistant")[0] and page.locator(".error").count() == 0
         assert not page.is_visible("#token-dialog")
-        page.context.close()
