@@ -33,7 +33,7 @@ def test_the_largest_page_decides(
     options: dict[str, Any] = {"compression": compression, "data_page_version": version, "data_page_size": 1000}
     random.seed(9)
     small = [f"{random.random()} " * 9 for _ in range(300)]
-    large = "".join(random.choices("ab ", k=5_000_000))
+    large = random.randbytes(2_500_000).hex()
     path = tmp_path / "a.parquet"
     assert _rows(path, small, **options) == 16
     for texts in ([*small, large], [large, *small], [large, *[large] * 3]):

@@ -82,15 +82,15 @@ def test_copies_of_many_small_documents_are_counted_in_little_memory(
 ) -> None:
     monkeypatch.setattr(health_module, "_BATCH_CHARACTERS", 1 << 13)
     rng = random.Random(1512)
-    texts = [f"{rng.randrange(6_000):x} of few words" if rng.random() < 0.9 else "" for _ in range(7_500)]
+    texts = [f"{rng.randrange(3_000):x} of few words" if rng.random() < 0.9 else "" for _ in range(4_000)]
     peaks = []
-    for count in (1_500, 7_500):
+    for count in (1_000, 4_000):
         folder = write_shards(texts[: count // 3], texts[count // 3 : count])
         tracemalloc.start()
         health = check_shards(folder)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] - peaks[0] < 30 * 6_000
+    assert peaks[1] - peaks[0] < 30 * 3_000
 
     copies = Counter(filter(None, texts))
     assert health.total.exact_duplicates == copies.total() - len(copies)
@@ -98,7 +98,7 @@ def test_copies_of_many_small_documents_are_counted_in_little_memory(
     frequent = health.most_frequent
     assert [each["copies"] for each in frequent] == [count for _, count in copies.most_common(10)]
     for each in frequent:
-        position = each["row"] + (7_500 // 3 if each["shard"] == health.shards[1].shard else 0)
+        position = each["row"] + (4_000 // 3 if each["shard"] == health.shards[1].shard else 0)
         assert position == texts.index(each["beginning"]) and copies[each["beginning"]] == each["copies"]
 
 

@@ -165,8 +165,8 @@ def test_answers_follow_from_the_text(family: str, rules: list[Rule]) -> None:
 
 def test_no_calculation_is_in_both_splits() -> None:
     """For all other options: RL problems of another difficulty cannot repeat a test problem either."""
-    train = {problem.calculation for problem in problems(6_000, operands=(2, 9), steps=(1, 2))}
-    train |= {problem.calculation for problem in problems(6_000, steps=(2, 4), seed=7, families=["bus", "ages"])}
+    train = {problem.calculation for problem in problems(2_000, operands=(2, 9), steps=(1, 2))}
+    train |= {problem.calculation for problem in problems(2_000, steps=(2, 4), seed=7, families=["bus", "ages"])}
     test = {problem.calculation for problem in problems(1_000, split="test", operands=(2, 9), steps=(1, 2))}
     assert len(test) > 200
     assert not train & test
@@ -207,7 +207,7 @@ def regex(pattern: str) -> str:
 def test_every_operation_and_template_occurs() -> None:
     operators = set()
     for name, family in FAMILIES.items():
-        told = problems(900, families=[name])
+        told = problems(600, families=[name])
         operators |= set(re.findall(r"\+|-|\*|//", " ".join(problem.calculation for problem in told)))
         text = "\n".join(problem.question for problem in told)
         patterns = [
@@ -224,7 +224,7 @@ def test_every_operation_and_template_occurs() -> None:
 def test_persons_named_before_become_pronouns_or_are_left_out() -> None:
     """The pronoun is the person's, is unambiguous and comes after the name; pronouns and omissions both occur."""
     found: Counter[str] = Counter()
-    for problem in problems(4_000):
+    for problem in problems(2_000):
         names = re.findall(rf"\b(?:{'|'.join(PRONOUNS)})\b", problem.question)
         for pronoun in re.finditer(r"\b[Hh]e\b|\b[Ss]he\b", problem.question):
             assert {PRONOUNS[name] for name in names} == {pronoun[0].lower()}
@@ -257,12 +257,12 @@ def test_sentences_are_joined_once_and_the_subject_is_not_repeated(monkeypatch: 
 
 def test_questions_for_the_rest_follow_subtractions() -> None:
     left = 0
-    for problem in problems(4_000):
+    for problem in problems(2_000):
         if re.search(r"\bleft\b|\bstill\b", problem.question.split(". ")[-1]) and "to read" not in problem.question:
             taken_away = {"-", "//"} & set(re.findall(r"-|//", problem.calculation))
             assert taken_away or any(word in problem.question for word in ("pages", "miles", "meters")), problem
             left += bool(taken_away)
-    assert left > 200
+    assert left > 100
 
 
 def test_problems_depend_only_on_index_seed_and_split() -> None:
