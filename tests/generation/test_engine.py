@@ -84,11 +84,11 @@ def test_greedy_equals_the_full_forward_pass() -> None:
     model = _model()
     prompts = _prompts(1, 7, 32, 33, 90)
     completions = _generate(
-        Engine(model, TOKENIZER), prompts, max_new_tokens=70, temperature=0, stop_tokens=(), calculator=False
+        Engine(model, TOKENIZER), prompts, max_new_tokens=40, temperature=0, stop_tokens=(), calculator=False
     )
     for prompt, [completion] in zip(prompts, completions, strict=True):
-        assert completion.ids == _greedy_without_cache(model, prompt, 70)
-        assert completion.mask == [1] * 70
+        assert completion.ids == _greedy_without_cache(model, prompt, 40)
+        assert completion.mask == [1] * 40
         assert not completion.finished
 
 
@@ -196,7 +196,7 @@ def test_a_sample_does_not_depend_on_the_batch() -> None:
     model = _model()
     prompts = _prompts(4, 21, 11, 60, 5)
     seeds = [3, 1, 4, 1, 5]
-    options: dict[str, Any] = {"max_new_tokens": 40, "top_k": 20, "stop_tokens": range(12)}
+    options: dict[str, Any] = {"max_new_tokens": 20, "top_k": 20, "stop_tokens": range(12)}
     engine = Engine(model, TOKENIZER)
     together = _generate(engine, prompts, num_samples=4, seed=seeds, **options)
     assert len({len(sample.ids) for samples in together for sample in samples}) > 4, "rows should end at many lengths"

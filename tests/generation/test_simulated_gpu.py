@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import pytest
@@ -75,10 +76,15 @@ def answers(engine: Engine, requests: list[tuple[list[int], SamplingParams, int]
     return found
 
 
+@cache
+def answers_of_a_cpu() -> tuple[list[tuple[list[int], SamplingParams, int]], GPT, list[dict[int, list[Any]]]]:
+    requests, net = random_requests(16), network()
+    return requests, net, answers(Engine(net, TOKENIZER, max_rows=8), requests)
+
+
 @pytest.mark.parametrize("max_bytes", [None, 3_000_000])
 def test_answers_are_those_of_a_cpu(max_bytes: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    requests, net = random_requests(24), network()
-    expected = answers(Engine(net, TOKENIZER, max_rows=8), requests)
+    requests, net, expected = answers_of_a_cpu()
     engine = gpu_engine(monkeypatch, net, TOKENIZER, max_rows=8, max_bytes=max_bytes)
     found = answers(engine, requests)
     for (_, _, cancelled), mine, other in zip(requests, found, expected, strict=True):
