@@ -50,7 +50,7 @@ def expected_ids(prompt: list[int], options: dict[str, Any]) -> list[tuple[list[
 
 
 # Shrinking costs minutes, since every attempt generates.
-QUICK = settings(deadline=None, max_examples=20, derandomize=True, phases=[Phase.explicit, Phase.generate])
+QUICK = settings(deadline=None, max_examples=10, derandomize=True, phases=[Phase.explicit, Phase.generate])
 
 
 @QUICK
