@@ -10,11 +10,16 @@ import warnings
 from typing import Any
 
 import pytest
+import torch
+from lightning.fabric import wrappers
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.compile import _maybe_unwrap_optimized
 
 from lmchat import __main__ as entry
+from lmchat.cli import lean_imports
 from lmchat.cli.short_help import CLASSES, GROUPS, OPTIONS
 
-HELP_THEN_CHAT = """
+PROGRAM = """
 import contextlib, io, json, sys
 from lmchat.__main__ import COMMANDS, TRAINER_COMMANDS, command_module, main
 
@@ -31,7 +36,9 @@ for name in [*TRAINER_COMMANDS, *COMMANDS]:
         help_of(name, subcommand)
 after_help = sorted({name.partition(".")[0] for name in sys.modules})
 
-import lmchat.serve.load, lmchat.serve.terminal, torch
+from lmchat.cli.lean_imports import import_lightning, importing
+with importing():
+    import lmchat.serve.load, lmchat.serve.terminal, torch
 from lmchat.generation.engine import Engine
 from lmchat.generation.sampling import SamplingParams
 from lmchat.model.config import GPTConfig
@@ -46,92 +53,86 @@ engine = Engine(net.eval(), tokenizer)
 lmchat.serve.terminal.TerminalChat(engine, SamplingParams(max_new_tokens=2)).ask("Hi")
 after_chat = sorted(sys.modules)
 
-import importlib.abc
-from lmchat.cli.lean_imports import import_lightning
+import importlib.abc, os
 class NeedsDynamo(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
         if name == "torchmetrics.metric":
             import torch._dynamo.utils
-sys.meta_path.insert(0, NeedsDynamo())
-import_lightning()
-after_lightning = sorted(sys.modules)
-json.dump(
-    {"helps": helps, "after_help": after_help, "after_chat": after_chat, "after_lightning": after_lightning}, sys.stderr
-)
-"""
+if not os.fork():
+    from lightning_utilities.core import imports
+    imports.package_available = lambda name: False  # the other packages, which are slow to import
+    is_met = imports.RequirementCache.__bool__
+    imports.RequirementCache.__bool__ = lambda self: str(self.requirement).startswith("torch>") and is_met(self)
+    sys.meta_path.insert(0, NeedsDynamo())
+    with importing():
+        import_lightning()
+    print(json.dumps(sorted(sys.modules)), flush=True)
+    os._exit(0)
+assert os.wait()[1] == 0
 
-FULL_HELP = """
-import contextlib, io, json, sys
-from lmchat.__main__ import main
 with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
     main(["fit", "--help_all"])
-modules = sorted(sys.modules)
-import lightning
-import torch
-from lightning.pytorch.utilities.compile import _maybe_unwrap_optimized
-module = lightning.LightningModule()
-assert _maybe_unwrap_optimized(torch.compile(module)) is module
+after_full_help = sorted(sys.modules)
 import importlib.util
 if importlib.util.find_spec("scipy"):
-    import scipy.signal
-    assert scipy.signal.windows.hann(3)[1] == 1
+    import scipy.fft
+    assert scipy.fft.next_fast_len(7) == 7
 import torchmetrics
 mean = torchmetrics.MeanMetric()
 mean.update(3.0)
-json.dump({"help": out.getvalue(), "modules": modules, "mean": float(mean.compute())}, sys.stderr)
+print(json.dumps({
+    "helps": helps, "after_help": after_help, "after_chat": after_chat,
+    "full_help": out.getvalue(), "after_full_help": after_full_help, "mean": float(mean.compute()),
+}))
 """
 
 
-def run(program: str) -> dict[str, Any]:
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+@pytest.fixture(scope="module")
+def started() -> dict[str, Any]:
+    """Output of one process: a help, a chat and a run, which import more and more."""
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    return dict(json.loads(done.stderr.splitlines()[-1]))
+    fallback, results = map(json.loads, done.stdout.splitlines()[-2:])
+    return {"after_lightning": fallback, **results}
 
 
-@pytest.fixture(scope="module")
-def helped() -> dict[str, Any]:
-    return run(HELP_THEN_CHAT)
-
-
-@pytest.fixture(scope="module")
-def full_help() -> dict[str, Any]:
-    return run(FULL_HELP)
-
-
-def test_help_of_every_command_imports_no_large_package(helped: dict[str, Any]) -> None:
-    assert {"fit", "validate", "chat", "tokenizer", "tokenizer train", "data import"} <= helped["helps"].keys()
-    for command, text in helped["helps"].items():
+def test_help_of_every_command_imports_no_large_package(started: dict[str, Any]) -> None:
+    assert {"fit", "validate", "chat", "tokenizer", "tokenizer train", "data import"} <= started["helps"].keys()
+    for command, text in started["helps"].items():
         assert f"usage: lmchat {command.split()[0]}" in text and len(text.splitlines()) > 8, command
     large = {"torch", "lightning", "transformers", "datasets", "scipy", "pyarrow", "pandas", "matplotlib", "numpy"}
-    assert not large & set(helped["after_help"])
+    assert not large & set(started["after_help"])
 
 
-def test_a_chat_does_not_import_torch_compile(helped: dict[str, Any]) -> None:
-    assert "torch" in helped["after_chat"]
+def test_a_chat_does_not_import_torch_compile(started: dict[str, Any]) -> None:
+    assert "torch" in started["after_chat"]
     large = {"torch._dynamo", "torch._inductor", "lightning", "torchmetrics", "transformers", "datasets"}
-    assert not large & set(helped["after_chat"])
+    assert not large & set(started["after_chat"])
 
 
-def test_packages_that_need_torch_compile_can_be_imported_with_lightning(helped: dict[str, Any]) -> None:
+def test_packages_that_need_torch_compile_can_be_imported_with_lightning(started: dict[str, Any]) -> None:
     """Torchvision does; the program has a finder that stands in for such a package."""
-    assert {"lightning.pytorch", "torchmetrics.metric", "torch._dynamo.utils"} <= set(helped["after_lightning"])
+    assert {"lightning.pytorch", "torchmetrics.metric", "torch._dynamo.utils"} <= set(started["after_lightning"])
 
 
-def test_a_run_imports_no_package_that_lightning_hardly_uses(full_help: dict[str, Any]) -> None:
-    assert {"lightning", "torchmetrics"} <= set(full_help["modules"])
-    assert not {"scipy.signal", "transformers", "matplotlib", "torch._dynamo"} & set(full_help["modules"])
-    assert full_help["mean"] == 3.0
+def test_a_run_imports_no_package_that_lightning_hardly_uses(started: dict[str, Any]) -> None:
+    assert {"lightning", "torchmetrics"} <= set(started["after_full_help"])
+    assert not {"scipy.signal", "transformers", "matplotlib", "torch._dynamo"} & set(started["after_full_help"])
+    assert started["mean"] == 3.0
+    assert isinstance(wrappers.OptimizedModule, lean_imports._CompiledModules), "these tests import Lightning otherwise"
+    module = LightningModule()
+    assert _maybe_unwrap_optimized(torch.compile(module, backend="eager")) is module
 
 
-def test_the_short_help_names_the_groups_classes_and_options_of_the_parser(full_help: dict[str, Any]) -> None:
-    listed = set(re.findall(r"(?<=ARG:)(?: +-\w \w+,)? +--(\w[\w.]*)", full_help["help"]))
+def test_the_short_help_names_the_groups_classes_and_options_of_the_parser(started: dict[str, Any]) -> None:
+    listed = set(re.findall(r"(?<=ARG:)(?: +-\w \w+,)? +--(\w[\w.]*)", started["full_help"]))
     groups = {option.partition(".")[0] for option in listed if "." in option}
     assert set(GROUPS) == groups
     single = {option for option in listed - groups - {"help"} if "." not in option}
     assert {option.split()[0].removeprefix("--") for option in OPTIONS} == single
     for group, names in CLASSES.items():
         for name in names:
-            assert f".{name}" in full_help["help"], f"--{group} {name}"
+            assert f".{name}" in started["full_help"], f"--{group} {name}"
     examples = re.findall(r"--(\w+\.\w+)", " ".join(GROUPS.values()))
     assert len(examples) >= len(GROUPS)
     for option in examples:
