@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -22,6 +23,7 @@ from lmchat.demo import run as demo_run
 from lmchat.demo import text as demo_text
 from lmchat.demo.run import Demo
 from lmchat.demo.tasks.stories import FAMILIES
+from lmchat.serve.terminal import TerminalChat
 from lmchat.stage_table import STAGES
 from lmchat.types import UserError
 
@@ -131,8 +133,14 @@ def fake_stages(monkeypatch: pytest.MonkeyPatch, calls: list[str], failing: str 
 
 
 @pytest.mark.usefixtures("forked_stages")
-def test_a_user_trains_on_a_folder_of_text(text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """The real stages through the real entry point, for a few steps; then again."""
+def test_a_user_trains_on_a_folder_of_text(
+    monkeypatch: pytest.MonkeyPatch, text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The real stages through the real entry point, for a few steps and with short answers; then again."""
+    monkeypatch.setattr(
+        "lmchat.serve.terminal.TerminalChat",
+        lambda engine, params: TerminalChat(engine, dataclasses.replace(params, max_new_tokens=4)),
+    )
     output = tmp_path / "a run"
     demo(text=text, output=output)
     first_out = capfd.readouterr().out
@@ -159,9 +167,12 @@ def test_a_user_trains_on_a_folder_of_text(text: Path, tmp_path: Path, capfd: py
     assert "gzip, bits per byte" in first_out
     next_command, serving = first_out.strip().splitlines()[-2:]
     assert serving.endswith(" serve")
-    answer = f"{next_command} -p 'Who are you?' --max_new_tokens 3"
-    talked = subprocess.run(answer, shell=True, check=True, timeout=120, capture_output=True, text=True)
-    assert "rl demo, step 2" in talked.stderr
+    variable, program, command = shlex.split(next_command)
+    assert (Path(program).resolve().name, command) == ("lmchat", "chat") and Path(program).is_file()
+    arguments = (command, "-p", "Who are you?", "--max_new_tokens", "3")
+    talked = tmp_path / "talked.txt"
+    assert exit_statuses([start(lmchat, *arguments, output=talked, environment=dict([variable.split("=")]))]) == [0]
+    assert "rl demo, step 2" in talked.read_text()
 
     demo(text=text, output=output)
     assert json.loads((output / "summary.json").read_text()) == summary
@@ -199,7 +210,7 @@ def test_ctrl_c_waits_for_the_checkpoint(text: Path, tmp_path: Path) -> None:
     trainer, driver = tmp_path / "trainer.sh", tmp_path / "driver.py"
     trainer.write_text(
         "#!/bin/sh\ncd " + shlex.quote(str(tmp_path)) + "\n"
-        "trap 'sleep 1; touch saved; exit 1' INT\ntouch started\nwhile :; do sleep 0.1; done\n"
+        "trap 'sleep 0.5; touch saved; exit 1' INT\ntouch started\nwhile :; do sleep 0.1; done\n"
     )
     trainer.chmod(0o755)
     driver.write_text(
@@ -288,7 +299,7 @@ def test_a_failed_stage_is_reported_and_resumed(monkeypatch: pytest.MonkeyPatch,
 
 def test_a_failing_training_names_the_stage(text: Path, tmp_path: Path) -> None:
     config = tmp_path / "configs" / "pretrain.yaml"
-    config.write_text(PRETRAIN.replace("head_dim: 16", "head_dim: 17"))
+    config.write_text(PRETRAIN.replace("depth: 1,", f"depth: {10**9},"))  # refused before torch is imported
     with pytest.raises(UserError, match="stage pretrain failed with exit status 2"):
         demo(text=text, output=tmp_path / "run")
 
