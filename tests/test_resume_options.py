@@ -82,7 +82,7 @@ TABLE = {
         **SHARED,
         "model.depth": ("3", REFUSED),
         "model.sequence_len": ("16", REFUSED),
-        "model.aspect_ratio": ("32", REFUSED),
+        "model.aspect_ratio": ("64", REFUSED),
         "model.head_dim": ("16", REFUSED),
         "model.n_kv_head": ("1", REFUSED),
         "model.window_pattern": ("L", REFUSED),

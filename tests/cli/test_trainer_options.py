@@ -121,7 +121,7 @@ def test_overfitting_repeats_the_first_batches(
     shutil.copytree(tiny_base, tmp_path / "base")
     monkeypatch.setenv("LMCHAT_BASE_DIR", str(tmp_path / "base"))
     assert main(["fit", *config_options(tmp_path / "base", OWN), "--trainer.overfit_batches", *value]) == 0
-    per_step = 4
+    per_step = 2
     assert len(seen) == 4 * per_step
     for first, again in zip(seen[: 2 * per_step], seen[2 * per_step :], strict=True):
         assert first.equal(again)

@@ -10,10 +10,10 @@ CONFIG = """
 trainer: {accelerator: cpu, devices: 1}
 model:
   class_path: PretrainModule
-  init_args: {depth: 2, sequence_len: 32, head_dim: 32, window_pattern: SL, global_batch_tokens: 256}
+  init_args: {depth: 2, sequence_len: 32, aspect_ratio: 32, head_dim: 32, window_pattern: SL, global_batch_tokens: 128}
 data:
   class_path: FineWebDataModule
-  init_args: {micro_batch_size: 2, eval_tokens: 256, buffer_size: 20}
+  init_args: {micro_batch_size: 2, eval_tokens: 128, buffer_size: 20}
 samples: {max_new_tokens: 0}
 """
 

@@ -106,7 +106,7 @@ def test_a_continued_run_is_one_curve(stage: StageRun, base: Path) -> None:
 
 def test_axes_are_tokens_flops_and_seconds_at_the_steps(stage: StageRun) -> None:
     tokens, _ = stage.curve("train/loss", "tokens")
-    assert tokens.tolist() == [256 * step for step in range(1, 9)]
+    assert tokens.tolist() == [128 * step for step in range(1, 9)]
     assert stage.meta is not None
     flops, _ = stage.curve("train/loss", "flops")
     np.testing.assert_allclose(flops, tokens * flops_per_token(GPTConfig(**stage.meta["model"])))
@@ -114,7 +114,7 @@ def test_axes_are_tokens_flops_and_seconds_at_the_steps(stage: StageRun) -> None
     laps = [stage.records[step]["train/step_ms"] / 1000 for step in range(1, 9)]
     np.testing.assert_allclose(seconds, np.cumsum(laps))
     evaluated, _ = stage.curve("val/bpb", "tokens")
-    assert evaluated.tolist() == [0, 768, 1536, 2048]
+    assert evaluated.tolist() == [0, 384, 768, 1024]
 
 
 def test_origin_is_recorded(stage: StageRun, base: Path) -> None:
@@ -134,7 +134,7 @@ def test_the_command_writes_page_and_markdown(base: Path, tmp_path: Path, monkey
     assert not [tag for tag, _ in page.tags if tag in ("script", "link", "img", "iframe", "object", "base", "form")]
     references = [value for _, attrs in page.tags for name, value in attrs.items() if name in ("src", "href", "action")]
     assert not references and "url(" not in output.read_text() and "@import" not in output.read_text()
-    for text in ("0.500 (0.150 to 0.850)", "0.250 (0.125 to 0.375)", "acc 0.625 (0.429 to 0.821)", "failed", "2,048"):
+    for text in ("0.500 (0.150 to 0.850)", "0.250 (0.125 to 0.375)", "acc 0.625 (0.429 to 0.821)", "failed", "1,024"):
         assert text in page.texts and text in markdown
     assert "a < b" in page.texts
     assert any(text.endswith(" (1.125 to 9.875)") for text in page.texts)

@@ -25,11 +25,12 @@ from tiny_fit import config_options
 OWN = """
 trainer: {max_steps: 2}
 model: {init_args: {compile: false, global_batch_tokens: 256}}
+data: {init_args: {eval_tokens: 256}}
 eval: {every_n_steps: 0}
 monitor: {every_n_steps: 1}
 """
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-CONFIG = config_for_depth(2, 512, 32, head_dim=32, window_pattern="SL")
+CONFIG = config_for_depth(2, 512, 32, aspect_ratio=32, head_dim=32, window_pattern="SL")
 
 
 def fit(base: Path, *options: str) -> int:
