@@ -16,16 +16,17 @@ from lmchat.checkpoint.load import find_checkpoint, load_model_state, load_rank_
 from tiny_fit import same
 
 STEPS, RANKS, ACCUMULATE = 6, 2, 2
-EVAL_BATCHES = 8
+EVAL_BATCHES = 4
 CONFIG = """
 trainer: {{accelerator: cpu, devices: 2, strategy: zero2_muon, max_steps: 6, callbacks: [{fault}]}}
 model:
   class_path: PretrainModule
   init_args:  # fp32: what is saved without the other ranks has their weights as bf16 rounds them, beside the exact ones
-    {{depth: 2, sequence_len: 32, head_dim: 32, window_pattern: SL, global_batch_tokens: 256, compute_dtype: fp32}}
+    {{depth: 2, sequence_len: 32, aspect_ratio: 32, head_dim: 32, window_pattern: SL, global_batch_tokens: 256,
+     compute_dtype: fp32}}
 data:
   class_path: FineWebDataModule
-  init_args: {{micro_batch_size: 2, eval_tokens: 1024, buffer_size: 20}}
+  init_args: {{micro_batch_size: 2, eval_tokens: 512, buffer_size: 20}}
 eval: {{every_n_steps: 3}}
 monitor: {{every_n_steps: 1}}
 samples: {{max_new_tokens: 0}}

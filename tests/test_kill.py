@@ -25,14 +25,15 @@ from lmchat.checkpoint.load import find_checkpoint, load_model_state, load_rank_
 from lmchat.files import TEMPORARY_SUFFIX
 from tiny_fit import config_options, same
 
-STEPS = 20
+STEPS = 12
 KEEP_LAST = 2
 PATIENCE_SECONDS = 240.0
 CONFIG = """
 trainer:
   max_steps: {steps}
   callbacks: [{{class_path: killable_fit.LossRecorder, init_args: {{directory: {base}}}}}]
-eval: {{every_n_steps: 10}}
+data: {{init_args: {{micro_batch_size: 1}}}}
+eval: {{every_n_steps: 6}}
 checkpoint: {{every_n_steps: {every_n_steps}, keep_last: 2}}
 """
 Records = dict[tuple[int, int], str]

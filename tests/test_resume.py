@@ -20,7 +20,7 @@ STEPS = 20
 LATEST_KILL = 8  # long before the end, so that a run cannot finish before the signal
 CONFIG = f"""
 trainer: {{max_steps: {STEPS}}}
-model: {{init_args: {{global_batch_tokens: 384}}}}
+model: {{init_args: {{global_batch_tokens: 256}}}}
 data: {{init_args: {{micro_batch_size: 4}}}}
 monitor: {{every_n_steps: 1}}
 eval: {{every_n_steps: 4}}

@@ -15,7 +15,8 @@ CONFIG = """
 trainer: {{accelerator: cpu, max_steps: {steps}, callbacks: [{callbacks}]}}
 model:
   class_path: float64.Float64Pretrain
-  init_args: {{depth: 2, sequence_len: 32, head_dim: 32, window_pattern: SL, global_batch_tokens: 384}}
+  init_args:
+    {{depth: 2, sequence_len: 32, aspect_ratio: 32, head_dim: 32, window_pattern: SL, global_batch_tokens: 384}}
 data:
   class_path: FineWebDataModule
   init_args: {{micro_batch_size: 1, eval_tokens: 128, buffer_size: 20}}

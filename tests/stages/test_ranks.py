@@ -17,14 +17,16 @@ PRETRAIN = """
 trainer: {accelerator: cpu, devices: 1, max_steps: 1}
 model:
   class_path: PretrainModule
-  init_args: {depth: 1, sequence_len: 256, head_dim: 32, window_pattern: L, global_batch_tokens: 3072, tag: tiny}
+  init_args:
+    {depth: 1, sequence_len: 256, aspect_ratio: 32, head_dim: 32, window_pattern: L, global_batch_tokens: 3072,
+     tag: tiny}
 data: {class_path: FineWebDataModule, init_args: {micro_batch_size: 2, eval_tokens: 1024}}
 eval: {every_n_steps: 0, at_start: false, at_end: false}
 samples: {max_new_tokens: 0}
 """
 COMMON = """
 trainer: {{accelerator: cpu, max_steps: 3, callbacks: [{{class_path: faults.Diary, init_args: {{directory: {base}}}}}]}}
-eval: {{every_n_steps: 0}}
+eval: {{every_n_steps: 0, at_end: false}}
 monitor: {{every_n_steps: 1}}
 samples: {{max_new_tokens: 0}}
 """
