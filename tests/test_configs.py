@@ -25,7 +25,8 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 DEMO_CONFIGS = run.CONFIGS
 SMALL_PRETRAIN = """
 trainer: {accelerator: cpu, devices: 1, max_steps: 3}
-model: {init_args: {depth: 2, sequence_len: 32, head_dim: 32, global_batch_tokens: 128, compile: false}}
+model:
+  init_args: {depth: 2, sequence_len: 32, aspect_ratio: 32, head_dim: 32, global_batch_tokens: 128, compile: false}
 data: {init_args: {micro_batch_size: 2, eval_tokens: 128}}
 eval: {every_n_steps: 2}
 monitor: {every_n_steps: 1}

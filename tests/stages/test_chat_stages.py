@@ -41,7 +41,9 @@ PRETRAIN = """
 trainer: {accelerator: cpu, devices: 1, max_steps: 2}
 model:
   class_path: PretrainModule
-  init_args: {depth: 1, sequence_len: 256, head_dim: 32, window_pattern: L, global_batch_tokens: 2048, tag: tiny}
+  init_args:
+    {depth: 1, sequence_len: 256, aspect_ratio: 32, head_dim: 32, window_pattern: L, global_batch_tokens: 2048,
+     tag: tiny}
 data: {class_path: FineWebDataModule, init_args: {micro_batch_size: 4, eval_tokens: 1024}}
 samples: {max_new_tokens: 0}
 """
