@@ -118,7 +118,7 @@ def test_files_that_the_locale_cannot_read_are_reported(base: Path) -> None:
     (base / "own.yaml").write_text("# é\ntrainer: {max_steps: 1}\n", encoding="utf-8")
     done = shell(
         base,
-        f"lmchat fit --config {base / 'own.yaml'}",
+        f"lmchat tokenizer train --config {base / 'own.yaml'}",
         LC_ALL="C",
         PYTHONUTF8="0",
         PYTHONCOERCECLOCALE="0",

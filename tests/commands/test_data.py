@@ -164,14 +164,17 @@ def test_show_reads_the_mixture_of_a_config(base: Path, tmp_path: Path, capsys: 
 
 def test_show_overlays_configs_like_fit(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train = "[{task: {class_path: Identity, init_args: {size: SIZE}}}]"
-    overlays = []
+    config, overlays = tmp_path / "sft.yaml", []
+    config.write_text(
+        f"data: {{class_path: SFTDataModule, init_args: {{train: {train.replace('SIZE', '9')}, val: []}}}}\n"
+    )
     for number, text in enumerate((f"train: {train.replace('SIZE', '4')}", "shuffle_seed: 7", "shuffle_seed: 8")):
         overlays.append(tmp_path / f"{number}.yaml")
         overlays[-1].write_text(f"data: {{init_args: {{{text}}}}}\n")
     first, second, third = (["--overlay", str(path)] for path in overlays)
 
     def show(*overlay: str) -> str:
-        assert main(["data", "show", str(CONFIGS / "sft.yaml"), *overlay, "--rows", "4"]) == 0
+        assert main(["data", "show", str(config), *overlay, "--rows", "4"]) == 0
         return capsys.readouterr().out
 
     printed = [show(*first), show(*first, *second), show(*first, *third, *second), show(*first, *second, *third)]
@@ -180,7 +183,7 @@ def test_show_overlays_configs_like_fit(base: Path, tmp_path: Path, capsys: pyte
     assert printed[1] == printed[2], "the last one holds"
     assert len(set(printed)) == 3
     overlays[1].write_text("data: {init_args: {shufle_seed: 7}}\n")
-    assert main(["data", "show", str(CONFIGS / "sft.yaml"), f"--overlay={overlays[1]}"]) == 2
+    assert main(["data", "show", str(config), f"--overlay={overlays[1]}"]) == 2
     assert "no option 'shufle_seed'" in capsys.readouterr().err
 
 

@@ -15,9 +15,6 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import sys
 import lmchat
-from lmchat.cli.lean_imports import import_lightning
-import_lightning()
-import lmchat.cli.fit
 from lmchat.demo.run import CONFIGS, Demo, STAGES
 from lmchat.demo.tasks import Arithmetic
 from lmchat.tasks import Identity
