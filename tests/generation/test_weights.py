@@ -53,10 +53,15 @@ def test_padding_is_little() -> None:
 def test_few_shapes_are_multiplied() -> None:
     """Memory stays flat: every shape costs 0.6 MB, and there are as many as there are lengths of prompts."""
     engine, rng = tiny_engine(max_rows=64, sequence_len=256), random.Random(0)
+
+    def generate(prompt_lengths: list[int], new_tokens: list[int]) -> None:
+        prompts = [[rng.randrange(256) for _ in range(length)] for length in prompt_lengths]
+        engine.generate(prompts, [SamplingParams(max_new_tokens=number, seed=number) for number in new_tokens])
+
     with PackedShapes() as shapes:
-        for count in rng.sample(range(1, 65), 64):
-            prompts = [[rng.randrange(256) for _ in range(rng.randint(2, 30))] for _ in range(count)]
-            engine.generate(prompts, [SamplingParams(max_new_tokens=2, seed=seed) for seed in range(count)])
+        generate([2] * 64, [*range(1, 65)])  # decodes 63 rows, then 62, until 1
+        for _ in range(60):
+            generate([rng.randint(2, 240) for _ in range(3)], [1] * 3)
     counts: set[int] = set().union(*shapes.rows.values())
     # Up to 64 there are 48, and then 8 per power of two.
     assert max(counts) > 512 and len([rows for rows in counts if rows > 64]) <= 8 * (max(counts).bit_length() - 6)
