@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from forked import exit_statuses, python, start
 from lmchat import hardware
 from lmchat.hardware import DENSE_BF16_PEAK, is_out_of_memory, peak_flops
 
@@ -70,12 +71,10 @@ def test_the_memory_limit_of_a_container_is_used(
     assert hardware.memory_limit_bytes(torch.device("cpu")) == (expected or unlimited)
 
 
-def test_a_limited_address_space_counts_what_is_left() -> None:
+def test_a_limited_address_space_counts_what_is_left(tmp_path: Path) -> None:
     """Not what is mapped already: Python and torch alone have gigabytes, most of them never touched."""
     code = """
 import resource, torch
-import subprocess
-import sys
 from pathlib import Path
 from lmchat.hardware import memory_limit_bytes
 mapped, resident = (int(pages) * resource.getpagesize() for pages in Path("/proc/self/statm").read_text().split()[:2])
@@ -85,8 +84,9 @@ torch.ones(120_000_000)
 """
     if not Path("/proc/self/statm").exists():
         pytest.skip("needs Linux")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert 3e8 < int(done.stdout) < 5e8  # less 0.6 GB, which a run's libraries still take
+    output = tmp_path / "output.txt"
+    assert exit_statuses([start(python, code, output=output)]) == [0], output.read_text()
+    assert 3e8 < int(output.read_text()) < 5e8  # less 0.6 GB, which a run's libraries still take
 
 
 @pytest.mark.parametrize("command", ["fit --config configs/sft.yaml", "chat", "export hf"])

@@ -23,6 +23,7 @@ def claim(monkeypatch: pytest.MonkeyPatch, amx: bool = False, avx512: bool = Fal
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(precision, "MEASURED_WIDTH", 64)  # bf16 is slow with the tests' kernels
     monkeypatch.setattr(precision, "_seconds", lambda a, b, _: 1.0 if a.dtype == torch.float32 else 1 / speedup)
 
 

@@ -6,6 +6,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+MEASURED_WIDTH = 768
+"""Rows and columns of the matrices whose product is measured."""
 REQUIRED_SPEEDUP = 1.2
 """Minimum speedup of bf16 over fp32 on a CPU; with bf16 units it is 2 to 20."""
 
@@ -32,7 +34,7 @@ def cpu_multiplies_bf16() -> bool:
     if not (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
         return False
     generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(2, 768, 768, generator=generator, device="cpu")
+    a, b = torch.randn(2, MEASURED_WIDTH, MEASURED_WIDTH, generator=generator, device="cpu")
     exact, rounded = a @ b, (a.bfloat16() @ b.bfloat16()).float()
     if not torch.allclose(rounded, exact, rtol=0.02, atol=0.02 * float(exact.abs().max())):
         return False
