@@ -24,7 +24,7 @@ from lmchat.stages.base import StageModule
 from lmchat.stages.rl import GRPOModule
 from lmchat.stages.sft import SFTModule
 
-CONFIG = GPTConfig(sequence_len=64, vocab_size=300, n_layer=4, n_head=4, n_kv_head=2, n_embd=64)
+CONFIG = GPTConfig(sequence_len=64, vocab_size=300, n_layer=2, n_head=4, n_kv_head=2, n_embd=64)
 
 
 @pytest.fixture(autouse=True)

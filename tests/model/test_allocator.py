@@ -15,14 +15,15 @@ import resource, torch
 from lmchat.model.allocator import tune_malloc
 if "MODE" == "keep":
     assert tune_malloc()
+SIZE = 9 * 2**20  # 36 MiB: glibc may reuse blocks of up to 32 MiB by itself
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(12):  # Alignment leaves splinters between the first few blocks.
-    torch.ones(2**24)
+    torch.ones(SIZE)
 rounds = []
 for _ in range(3):  # The fewest: a block that does not fit its place once is mapped anew.
     before = faults()
-    for _ in range(10):
-        torch.ones(2**24)
+    for _ in range(4):
+        torch.ones(SIZE)
     rounds.append(faults() - before)
 print(min(rounds))
 """

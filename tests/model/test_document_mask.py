@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 
@@ -55,6 +56,14 @@ def test_attention_equals_that_of_separate_documents(attend, window: int) -> Non
             torch.testing.assert_close(out[row : row + 1, start:end], alone)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def reset_compiler() -> Iterator[None]:
+    """Once, since compiling takes seconds: with and without checkpoints, blocks share the code."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("checkpoint_blocks", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_loss_and_gradients_equal_those_of_separate_documents(checkpoint_blocks: bool, compiled: bool) -> None:
@@ -68,7 +77,6 @@ def test_loss_and_gradients_equal_those_of_separate_documents(checkpoint_blocks:
     packed = network(layers)
     packed.checkpoint_blocks = checkpoint_blocks
     if compiled:
-        torch._dynamo.reset()
         for block in packed.blocks:
             block.compile(dynamic=False, fullgraph=True, backend="aot_eager")
     packed.loss(ids, targets, "sum", document_starts=STARTS).backward()

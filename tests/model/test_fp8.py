@@ -137,9 +137,11 @@ def test_compiled_fp8_blocks_have_no_graph_breaks_or_recompilation() -> None:
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
-    net = model(GPTConfig(sequence_len=16, vocab_size=70, n_layer=2, n_head=1, n_kv_head=1, n_embd=128))
+    shape = {"n_layer": 3, "n_head": 1, "n_kv_head": 1, "n_embd": 128, "window_pattern": "L"}
+    net = model(GPTConfig(sequence_len=16, vocab_size=70, **shape))
     convert_linears(net, emulate=True)
-    for block in net.blocks:
+    with_value_embeddings = net.blocks[::2]  # they share their code, and the other block has nothing else
+    for block in with_value_embeddings:
         block.compile(dynamic=False, backend="aot_eager")
     ids, targets = tokens()
     graphs = []
@@ -150,5 +152,5 @@ def test_compiled_fp8_blocks_have_no_graph_breaks_or_recompilation() -> None:
         graphs.append(counters["stats"]["unique_graphs"])
     torch._dynamo.reset()
     assert not counters["graph_break"]
-    kinds = len({(block.attn.window, hasattr(block.attn, "ve_gate")) for block in net.blocks})
-    assert graphs == [kinds, 2 * kinds, 2 * kinds]
+    assert graphs == [1, 2, 2]
+    assert all(hasattr(block.attn, "ve_gate") for block in with_value_embeddings)
