@@ -95,7 +95,7 @@ def test_the_first_words_of_an_answer_belong_to_its_topic_alone() -> None:
 
 @pytest.mark.parametrize("assistant", ["lmchat", "C-3PO+", "Ünal"])
 def test_every_answer_has_the_facts_that_are_asked_for(assistant: str) -> None:
-    task = Identity(size=1_500, assistant=assistant, maker="two friends")
+    task = Identity(size=500, assistant=assistant, maker="two friends")
     for conversation in task:
         answer = str(conversation["messages"][-1]["content"])
         assert task.evaluate(conversation, answer)

@@ -118,7 +118,7 @@ class TestEncode:
         assert ids == case["ids"]
 
     @given(text=texts)
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=150, deadline=None)
     def test_definition_hugging_face_and_round_trip(
         self, tokenizer: Tokenizer, hugging_face: HuggingFaceTokenizer, text: str
     ) -> None:
