@@ -154,7 +154,7 @@ def test_a_shard_that_is_not_parquet_is_reported(hub: HubServer, fetch: Callable
     [
         (
             "wait",
-            r"some/shards: the hub sent nothing for 2 s \(the last: .*429.* Waiting 86401.*\); what is complete",
+            r"some/shards: the hub sent nothing for 1 s \(the last: .*429.* Waiting 86401.*\); what is complete",
         ),
         ("endless", r"the Hub sends more than the [\d,]+ bytes of .*/shard_00001\.parquet; check HF_ENDPOINT"),
         ("huge", r"cannot download some/shards/shard_00001\.parquet: .*too large.* attempts"),
@@ -171,7 +171,7 @@ def test_a_hub_that_does_not_deliver_a_listed_file(
     message: str,
 ) -> None:
     """Not for hours, not until the disk is full, and not with an error of the library."""
-    monkeypatch.setattr(hub_limits, "STALL_SECONDS", 2.0 if fault == "wait" else 60.0)
+    monkeypatch.setattr(hub_limits, "STALL_SECONDS", 1.0 if fault == "wait" else 60.0)
     hub.faults["shard_00001.parquet"] = [fault] * 99
     with pytest.raises(UserError, match=message):
         fetch(num_workers=1)
@@ -278,12 +278,12 @@ def test_an_endless_listing_is_refused(
     with pytest.raises(UserError, match="file list of some/shards at revision main does not end"):
         fetch()
     monkeypatch.setattr(hub_limits, "LISTING_SECONDS", 60.0)
-    monkeypatch.setattr(download, "MAX_FILES", 3000)
+    monkeypatch.setattr(download, "MAX_FILES", 1000)
     with (
         redirect_stderr(Terminal()) as terminal,
-        pytest.raises(UserError, match="some/shards has more than 3,000 files"),
+        pytest.raises(UserError, match="some/shards has more than 1,000 files"),
     ):
         fetch()
     counts = re.findall(r"Listing the files of some/shards at revision main: (\d+) files \[", terminal.getvalue())
-    assert 0 < int(counts[-1]) <= 3001
+    assert 0 < int(counts[-1]) <= 1001
     assert not list(tmp_path.iterdir())
