@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import multiprocessing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -257,7 +258,10 @@ def test_state_of_another_model_is_refused() -> None:
         make_optimizer(params).load_state_dict(saved)
 
 
-def test_compiled_update_follows_schedules_without_recompiling() -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_update_follows_schedules_without_recompiling(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Generating C++ code takes 10 seconds; recompilation does not depend on it."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     shape = "mlp.c_proj"
     params, twins = ({name: p for name, p in make_params().items() if shape in name} for _ in range(2))
     optimizer, twin = make_optimizer(params, compile=True), make_optimizer(twins, compile=False)
