@@ -41,8 +41,11 @@ class SaveConfig(SaveConfigCallback, StepCallback):
     def save_config(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         path = run_log_dir(trainer, pl_module) / self.config_filename
         with naming_errors(path):
-            # The command line has validated it.
-            self.parser.save(self.config, path, skip_unset=False, skip_validation=True, overwrite=self.overwrite)
+            # The command line has validated it. To write several files, the current folder would be changed, while
+            # threads of the run open relative paths.
+            self.parser.save(
+                self.config, path, skip_unset=False, skip_validation=True, overwrite=self.overwrite, multifile=False
+            )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         super().on_train_start(trainer, pl_module)
