@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import reference_engine
+from lmchat.generation import sequence
 from lmchat.generation.engine import Engine
 from lmchat.generation.sampling import SamplingParams
 from lmchat.model.config import GPTConfig
@@ -22,12 +25,24 @@ TOKENIZER = Tokenizer({bytes([byte]): byte for byte in range(256)})
 
 @cache
 def model() -> GPT:
-    """A tiny network in fp32 that often calls the calculator and often stops."""
+    """A tiny network in fp32 that often stops, and often begins and ends calls of the calculator."""
     config = GPTConfig(
         sequence_len=24, vocab_size=TOKENIZER.vocab_size, n_layer=3, n_head=4, n_kv_head=2, n_embd=32,
         window_pattern="SL",
     )  # fmt: skip
-    return with_random_weights(GPT(config, compute_dtype=torch.float32), 0.15, embeddings=1.0, vectors=1.0)
+    net = with_random_weights(GPT(config, compute_dtype=torch.float32), 0.15, embeddings=1.0, vectors=1.0)
+    with torch.no_grad():
+        net.lm_head.weight[[TOKENIZER.special(name) for name in ("python_start", "python_end")]] *= 6
+    return net
+
+
+@pytest.fixture(scope="module", autouse=True)
+def answered_calls() -> Iterator[None]:
+    """Every call has an answer: random text is no expression."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for module in (sequence, reference_engine):
+            monkeypatch.setattr(module, "calculate", lambda expression: str(len(expression)))
+        yield
 
 
 prompts = st.lists(st.integers(0, TOKENIZER.vocab_size - 1), min_size=1, max_size=60)
