@@ -54,7 +54,10 @@ def pytest_collection(session: pytest.Session) -> Iterator[Any]:
         return (yield)
 
 
-LONG = {"test_demo.py", "test_kill.py", "test_startup.py", "test_training_memory.py", "test_world_change.py"}
+LONG = {
+    "test_demo.py", "test_faults.py", "test_kill.py", "test_own_model_page.py", "test_resume.py", "test_startup.py",
+    "test_training_memory.py", "test_world_change.py",
+}  # fmt: skip
 """Files with tests of many seconds. They run first, so that no worker is left alone with one at the end."""
 
 

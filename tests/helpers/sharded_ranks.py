@@ -52,7 +52,8 @@ def loss_of(params: Params, step: int, micro_batch: int, absent: Collection[str]
     for name, param in params.items():
         slope = torch.randn(param.shape, generator=generator, dtype=torch.float64)
         if name not in absent:
-            total = total + (param * slope).sum() + 0.5 * (param * slope.flip(0)).square().sum()
+            scaled = param * slope
+            total = total + (scaled + 0.5 * scaled * scaled).sum()
     return total
 
 

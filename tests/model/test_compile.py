@@ -139,9 +139,10 @@ def test_compilation_by_device(device_type: str, monkeypatch: pytest.MonkeyPatch
     assert net.fused_ends == net.mix_in_blocks == (device_type == "cuda")
 
 
-def test_compiled_look_ups_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The losses are equal bit for bit; gradients up to the order of summation in fp32."""
-    monkeypatch.setattr(gpt, "compiled", lambda function: torch.compile(function, backend="inductor", dynamic=False))
+@pytest.mark.parametrize("backend", [PARTITION_ONLY, pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_look_ups_are_exact(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The losses are equal bit for bit; gradients up to the order of summation in fp32. C++ code takes 10 seconds."""
+    monkeypatch.setattr(gpt, "compiled", lambda function: torch.compile(function, backend=backend, dynamic=False))
     monkeypatch.setattr(losses, "compiled", lambda function: function)
     ids = torch.randint(70, (2, 16), generator=torch.Generator().manual_seed(1))
     results = []
