@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import xdist
 
 from built_parsers import keep_parsers
 
@@ -41,8 +40,8 @@ os.environ["SSL_CERT_DIR"] = os.environ["HF_HOME"]
 @pytest.hookimpl(wrapper=True)
 def pytest_collection(session: pytest.Session) -> Iterator[Any]:
     """Imports Lightning without packages that it hardly uses, for a faster collection."""
-    if xdist.is_xdist_controller(session):
-        return (yield)
+    if session.config.pluginmanager.hasplugin("dsession"):
+        return (yield)  # this process distributes the tests to workers
     from lmchat.cli.lean_imports import import_lightning, importing
 
     with importing():

@@ -89,7 +89,7 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def started() -> dict[str, Any]:
-    """Output of one process: a help, a chat and a run, which import more and more."""
+    """What a process prints that shows help, chats, and builds the parser of `fit`, each with more imports."""
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     fallback, results = map(json.loads, done.stdout.splitlines()[-2:])
@@ -119,7 +119,9 @@ def test_a_run_imports_no_package_that_lightning_hardly_uses(started: dict[str, 
     assert {"lightning", "torchmetrics"} <= set(started["after_full_help"])
     assert not {"scipy.signal", "transformers", "matplotlib", "torch._dynamo"} & set(started["after_full_help"])
     assert started["mean"] == 3.0
-    assert isinstance(wrappers.OptimizedModule, lean_imports._CompiledModules), "these tests import Lightning otherwise"
+    assert isinstance(wrappers.OptimizedModule, lean_imports._CompiledModules), (
+        "Lightning was imported with torch._dynamo"
+    )
     module = LightningModule()
     assert _maybe_unwrap_optimized(torch.compile(module, backend="eager")) is module
 

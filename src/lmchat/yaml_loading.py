@@ -5,14 +5,14 @@ from typing import Any
 
 import yaml
 
-SAFE_LOADER: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+SAFE_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def load_yaml(text: str) -> Any:
     """The value of a YAML document.
 
     Raises:
-        yaml.YAMLError: it is not YAML.
+        yaml.YAMLError, ValueError, RecursionError: it is not YAML, has an impossible value, or is nested too deeply.
     """
     return yaml.load(text, Loader=SAFE_LOADER)
 

@@ -8,6 +8,7 @@ import math
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -16,6 +17,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 
+from lmchat.callbacks import gc_freeze
 from lmchat.callbacks.checkpoint import StepCheckpoint
 from lmchat.callbacks.evaluate import Evaluate
 from lmchat.callbacks.gc_freeze import GCFreeze
@@ -145,7 +147,7 @@ def test_a_run_resumed_with_another_micro_batch_size_takes_the_same_steps(before
 def collections(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     """Entries for collections, which are left out: they would visit all objects of this process."""
     calls: list[None] = []
-    monkeypatch.setattr(gc, "collect", lambda: calls.append(None))
+    monkeypatch.setattr(gc_freeze, "gc", SimpleNamespace(**{**vars(gc), "collect": lambda: calls.append(None)}))
     return calls
 
 

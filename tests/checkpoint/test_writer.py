@@ -30,7 +30,7 @@ processes = multiprocessing.get_context("fork")
 
 def run(target: Callable[[], None]) -> int | None:
     """Exit code of ``target`` in a separate process."""
-    process = processes.Process(target=target)
+    process = processes.Process(target=target, daemon=True)
     process.start()
     process.join(60)
     return process.exitcode

@@ -154,7 +154,7 @@ def test_a_shard_that_is_not_parquet_is_reported(hub: HubServer, fetch: Callable
     [
         (
             "wait",
-            r"some/shards: the hub sent nothing for 1 s \(the last: .*429.* Waiting 86401.*\); what is complete",
+            r"some/shards: the hub sent nothing for 2 s \(the last: .*429.* Waiting 86401.*\); what is complete",
         ),
         ("endless", r"the Hub sends more than the [\d,]+ bytes of .*/shard_00001\.parquet; check HF_ENDPOINT"),
         ("huge", r"cannot download some/shards/shard_00001\.parquet: .*too large.* attempts"),
@@ -171,7 +171,7 @@ def test_a_hub_that_does_not_deliver_a_listed_file(
     message: str,
 ) -> None:
     """Not for hours, not until the disk is full, and not with an error of the library."""
-    monkeypatch.setattr(hub_limits, "STALL_SECONDS", 1.0 if fault == "wait" else 60.0)
+    monkeypatch.setattr(hub_limits, "STALL_SECONDS", 2.0 if fault == "wait" else 60.0)
     hub.faults["shard_00001.parquet"] = [fault] * 99
     with pytest.raises(UserError, match=message):
         fetch(num_workers=1)

@@ -126,11 +126,11 @@ open('/proc/1/environ').read()
 """,
     "internet": """
 import socket
-socket.create_connection(('1.1.1.1', 53), 2)
+socket.create_connection(('1.1.1.1', 53), 0.5)
 """,
     "loopback": """
 import socket
-socket.create_connection(('127.0.0.1', PORT), 2)
+socket.create_connection(('127.0.0.1', PORT), 0.5)
 """,
     "abstract socket": """
 import socket

@@ -140,7 +140,7 @@ def test_compiled_fp8_blocks_have_no_graph_breaks_or_recompilation() -> None:
     shape = {"n_layer": 3, "n_head": 1, "n_kv_head": 1, "n_embd": 128, "window_pattern": "L"}
     net = model(GPTConfig(sequence_len=16, vocab_size=70, **shape))
     convert_linears(net, emulate=True)
-    with_value_embeddings = net.blocks[::2]  # they share their code, and the other block has nothing else
+    with_value_embeddings = net.blocks[::2]  # the other block lacks them, and has nothing else
     for block in with_value_embeddings:
         block.compile(dynamic=False, backend="aot_eager")
     ids, targets = tokens()

@@ -290,7 +290,7 @@ def test_works_with_a_disabled_compiler() -> None:
         take_steps(make_optimizer(params, compile=True), params, range(1))
         assert not any(torch.equal(params[name], value) for name, value in before.items())
 
-    process = multiprocessing.get_context("fork").Process(target=step_without_compiler)
+    process = multiprocessing.get_context("fork").Process(target=step_without_compiler, daemon=True)
     process.start()
     process.join(60)
     assert process.exitcode == 0

@@ -24,19 +24,22 @@ def tab(browser: Any) -> Iterator[Any]:  # noqa: F811
     """The tab of all tests, since a new one costs a second; it has answers of few tokens."""
     context = browser.new_context(accept_downloads=True)
     context.add_init_script(SHORT_ANSWERS)
+    context.set_default_timeout(15_000)
     yield context.new_page()
     context.close()
 
 
 @pytest.fixture
 def empty_tab(tab: Any, live: LiveServer) -> Any:
-    """The tab without the storage, routes and further tabs of earlier tests."""
-    tab.goto(f"{live.url}/health")
-    tab.evaluate("localStorage.clear(); sessionStorage.clear()")
-    tab.unroute_all()
+    """The tab without the storage, routes, sizes and further tabs of earlier tests."""
     for other in tab.context.pages:
         if other != tab:
             other.close()
+    tab.unroute_all()
+    tab.goto(f"{live.url}/health")
+    tab.evaluate("localStorage.clear(); sessionStorage.clear()")
+    tab.set_viewport_size({"width": 1280, "height": 800})
+    tab.mouse.move(0, 0)
     return tab
 
 
@@ -65,7 +68,6 @@ def open_page(browser: Any, empty_tab: Any, live: LiveServer) -> Iterator[Open]:
         pages.append(page)
         for event, listener in listeners.items():
             page.on(event, listener)
-        page.set_default_timeout(15_000)
         page.set_viewport_size({"width": width, "height": 800})
         page.emulate_media(color_scheme=color_scheme)
         page.goto(live.url)

@@ -41,8 +41,8 @@ class SaveConfig(SaveConfigCallback, StepCallback):
     def save_config(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         path = run_log_dir(trainer, pl_module) / self.config_filename
         with naming_errors(path):
-            # The command line has validated it. To write several files, the current folder would be changed, while
-            # threads of the run open relative paths.
+            # The command line has validated it. One file: jsonargparse changes the current folder to write several,
+            # while threads of the run open relative paths.
             self.parser.save(
                 self.config, path, skip_unset=False, skip_validation=True, overwrite=self.overwrite, multifile=False
             )

@@ -39,12 +39,12 @@ MAX_VALUES = 1_000_000
 @cache  # once a process: each call would wrap the loader of the call before
 def accept_former_names() -> None:
     """Makes jsonargparse replace former names in configs, with a warning for each."""
-    load_yaml = get_loader("yaml")
+    parser_load = get_loader("yaml")
 
     def load(text: str) -> Any:
         try:
             _check_nodes(yaml.compose(text, Loader=SAFE_LOADER))
-            return _rename(load_yaml(text), at_top=True)
+            return _rename(parser_load(text), at_top=True)
         except RecursionError:
             raise yaml.YAMLError("it is nested too deeply") from None
         except ValueError as error:  # a number with thousands of digits

@@ -386,7 +386,7 @@ class GPT(nn.Module):
         x = norm(look_up(self.transformer.wte.weight))
         mixes: list[ResidualMix | None] = [None] * self.config.n_layer
         if self.config.residual_mix:
-            # Not `x` itself, for which the compiler would make the first block, whose input it is, a graph of its own.
+            # A view: if the first block got the same tensor twice, the compiler would make another graph for it.
             x0 = x.view_as(x)
             mixes = [(x0, *factors) for factors in zip(self.resid_lambdas, self.x0_lambdas, strict=True)]
         with exclude_cudnn():
