@@ -282,7 +282,7 @@ def test_serbian_is_not_read_as_hebrew(tmp_path: Path) -> None:
 
 
 def test_a_short_hebrew_text_is_not_read_as_cyrillic(tmp_path: Path) -> None:
-    text = "אני הולך היום לשוק כדי לקנות לחם וחלב ואחר כך אחזור הביתה ואכין ארוחת ערב לכל המשפחה שלי.\n"
+    text = "אני הולך היום לשוק כדי לקנות לחם.\n"
     (tmp_path / "a.txt").write_bytes(text.encode("cp1255"))
     reader = DocumentReader()
     assert (list(reader.read(tmp_path / "a.txt")), list(reader.recoded)) == ([text], ["CP1255"])
