@@ -140,8 +140,7 @@ def test_compiled_fp8_blocks_have_no_graph_breaks_or_recompilation() -> None:
     shape = {"n_layer": 3, "n_head": 1, "n_kv_head": 1, "n_embd": 128, "window_pattern": "L"}
     net = model(GPTConfig(sequence_len=16, vocab_size=70, **shape))
     convert_linears(net, emulate=True)
-    with_value_embeddings = net.blocks[::2]  # the other block lacks them, and has nothing else
-    for block in with_value_embeddings:
+    for block in net.blocks:
         block.compile(dynamic=False, backend="aot_eager")
     ids, targets = tokens()
     graphs = []
@@ -152,5 +151,5 @@ def test_compiled_fp8_blocks_have_no_graph_breaks_or_recompilation() -> None:
         graphs.append(counters["stats"]["unique_graphs"])
     torch._dynamo.reset()
     assert not counters["graph_break"]
-    assert graphs == [1, 2, 2]
-    assert all(hasattr(block.attn, "ve_gate") for block in with_value_embeddings)
+    kinds = len({hasattr(block.attn, "ve_gate") for block in net.blocks})  # the first and the last share their code
+    assert graphs == [kinds, 2 * kinds, 2 * kinds]
