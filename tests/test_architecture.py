@@ -72,5 +72,10 @@ def test_imports_follow_the_layers(path: Path) -> None:
             assert target == part or LEVEL[target] < LEVEL[part], f"{part} may not import {name}"
 
 
+def test_contributing_shows_the_layers() -> None:
+    page = (SOURCE.parents[1] / "CONTRIBUTING.md").read_text()
+    assert [set(line.split()) for line in page.split("```")[1].strip().splitlines()] == LAYERS
+
+
 def test_the_layers_name_what_exists() -> None:
     assert {part_of(path) for path in MODULES} <= set(LEVEL)
